@@ -1,0 +1,63 @@
+"""Which optional packages are here: one question, asked in one place (floor 1).
+
+Nothing is imported to answer it, so asking costs microseconds and has no side effects.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from geneformer_mcore.errors import MissingBackendError
+
+INSTALL_HINTS = {
+    "transformer_engine": 'pip install "geneformer_mcore[gpu]" on a machine with an NVIDIA GPU',
+    "apex": "use NVIDIA's PyTorch container, or build NVIDIA's apex from source; "
+    "the package called `apex` on PyPI is another project",
+    "scanpy": 'pip install "geneformer_mcore[eval]"',
+}
+
+
+def is_available(name: str) -> bool:
+    """Whether the package `name` can be imported here. For apex, whether it is NVIDIA's."""
+    if name == "apex":
+        return _is_nvidia_apex()
+    return find_spec(name) is not None
+
+
+def require(name: str) -> None:
+    """Raises MissingBackendError with an install hint unless `name` is available."""
+    if not is_available(name):
+        hint = INSTALL_HINTS.get(name, f"pip install {name}")
+        raise MissingBackendError(f"`{name}` is needed here and is not installed. Remedy: {hint}.")
+
+
+def describe() -> dict[str, str]:
+    """Versions of the packages a run's numbers depend on; "absent" where one is not here."""
+    names = ("torch", "megatron-core", "transformer-engine", "tiledbsoma", "numpy")
+    return {name: _version(name) for name in names} | {
+        "apex": "present" if is_available("apex") else "absent"
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _is_nvidia_apex() -> bool:
+    # PyPI's `apex` is a web framework: it has no `optimizers`, and must never reach Megatron-Core,
+    # which would take its presence for NVIDIA's fused kernels.
+    spec = find_spec("apex")
+    if spec is None:
+        return False
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not any((folder / "optimizers").is_dir() for folder in folders):
+        raise MissingBackendError(
+            "the installed package `apex` is not NVIDIA's apex but PyPI's project of the same "
+            "name, and Megatron-Core would mistake it for NVIDIA's. Remedy: pip uninstall apex."
+        )
+    return True

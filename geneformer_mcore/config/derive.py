@@ -1,0 +1,182 @@
+"""What follows from a Config on a given number of ranks, and every reason why it cannot run.
+
+`plan` is a pure function, called before any process group exists: an impossible layout costs a
+message, not a hang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from geneformer_mcore.config.sections import Config, Precision
+from geneformer_mcore.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers that follow from the settings and the world size."""
+
+    world_size: int
+    """Ranks: tensor x pipeline x data_parallel."""
+    data_parallel: int
+    """Ranks, or groups of ranks, that work on different cells."""
+    micro_batches: int
+    """Micro batches per step and data-parallel rank."""
+    warmup_steps: int
+    """Steps of linear warm-up."""
+    hold_steps: int
+    """Steps at min_lr at the end."""
+
+
+def plan(config: Config, world_size: int) -> Plan:
+    """The plan of `config` on `world_size` ranks. Raises ConfigError listing every problem."""
+    problems = [*_ranges(config), *_model(config), *_layout(config, world_size)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    train, optim = config.train, config.optim
+    return Plan(
+        world_size=world_size,
+        data_parallel=data_parallel,
+        micro_batches=train.global_batch_size // (train.micro_batch_size * data_parallel),
+        warmup_steps=round(optim.warmup_fraction * train.steps),
+        hold_steps=round(optim.hold_fraction * train.steps),
+    )
+
+
+def _ranges(config: Config) -> Iterator[str]:
+    for name, low, high in _RANGES:
+        section, key = name.split(".")
+        value = getattr(getattr(config, section), key)
+        # Written so that NaN fails too.
+        if not low <= value <= high:
+            bound = f"at least {low}" if high == _MANY else f"within {low}..{high}"
+            yield f"{name} must be {bound}, and is {value}."
+    fractions = config.data.mask_fractions
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
+        yield (
+            "data.mask_fractions are three shares that sum to 1 ([MASK], random gene, unchanged), "
+            f"and are {list(fractions)}."
+        )
+    optim = config.optim
+    if optim.min_lr > optim.lr:
+        yield f"optim.min_lr ({optim.min_lr}) must not exceed optim.lr ({optim.lr})."
+    if optim.warmup_fraction + optim.hold_fraction > 1:
+        yield (
+            f"optim.warmup_fraction ({optim.warmup_fraction}) + optim.hold_fraction "
+            f"({optim.hold_fraction}) must not exceed 1."
+        )
+
+
+def _model(config: Config) -> Iterator[str]:
+    model, tensor = config.model, config.parallel.tensor
+    heads, hidden, ffn = model.num_attention_heads, model.hidden_size, model.ffn_hidden_size
+    if heads > 0 and hidden % heads:
+        yield _multiple("model.hidden_size", hidden, "model.num_attention_heads", heads)
+    if tensor > 0:
+        if heads % tensor:
+            yield _multiple("model.num_attention_heads", heads, "parallel.tensor", tensor)
+        if ffn % tensor:
+            yield _multiple("model.ffn_hidden_size", ffn, "parallel.tensor", tensor)
+    if not model.fp32_residual and config.train.precision is Precision.fp32:
+        yield (
+            "model.fp32_residual=false has no meaning with train.precision=fp32: "
+            "leave it true, or train in bf16."
+        )
+
+
+def _layout(config: Config, world_size: int) -> Iterator[str]:
+    parallel, train = config.parallel, config.train
+    tensor, pipeline, chunks = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
+    if min(tensor, pipeline, chunks, train.micro_batch_size, train.global_batch_size) < 1:
+        return  # reported by _ranges
+    yield from _layers(config)
+    if parallel.sequence and tensor == 1:
+        yield "parallel.sequence=true needs parallel.tensor > 1, and that is 1."
+    if world_size % (tensor * pipeline):
+        yield (
+            f"the number of ranks ({world_size}) must be a multiple of parallel.tensor x "
+            f"parallel.pipeline ({tensor} x {pipeline} = {tensor * pipeline}): start "
+            f"{tensor * pipeline} ranks with torchrun --nproc_per_node, or lower one of the two."
+        )
+        return
+    data_parallel = world_size // (tensor * pipeline)
+    per_pass = train.micro_batch_size * data_parallel
+    if train.global_batch_size % per_pass:
+        yield (
+            f"train.global_batch_size ({train.global_batch_size}) must be a multiple of "
+            f"train.micro_batch_size x data parallel ({train.micro_batch_size} x {data_parallel} "
+            f"= {per_pass}; data parallel = {world_size} ranks / (tensor {tensor} x pipeline "
+            f"{pipeline}))."
+        )
+        return
+    micro_batches = train.global_batch_size // per_pass
+    if chunks > 1 and micro_batches % pipeline:
+        yield (
+            f"the interleaved pipeline needs micro batches per step ({micro_batches} = "
+            f"{train.global_batch_size} / {per_pass}) in multiples of parallel.pipeline "
+            f"({pipeline})."
+        )
+
+
+def _layers(config: Config) -> Iterator[str]:
+    parallel, layers = config.parallel, config.model.num_layers
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    if layers % stages:
+        yield (
+            f"model.num_layers ({layers}) must be a multiple of parallel.pipeline x "
+            f"parallel.virtual_pipeline ({parallel.pipeline} x {parallel.virtual_pipeline} = "
+            f"{stages})."
+        )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield (
+            f"parallel.virtual_pipeline ({parallel.virtual_pipeline}) needs parallel.pipeline > 1, "
+            "and that is 1."
+        )
+
+
+def _multiple(name: str, value: int, of: str, divisor: int) -> str:
+    return f"{name} ({value}) must be a multiple of {of} ({divisor})."
+
+
+_MANY = 10**12
+_RANGES = (
+    ("data.seq_length", 2, 65_536),
+    ("data.mask_probability", 1e-6, 1),
+    ("data.span_cells", 1, 1_000_000),
+    ("data.window_spans", 1, 1_000_000),
+    ("data.prefetch_steps", 0, 1_000),
+    ("data.pad_multiple", 0, 65_536),
+    ("model.num_layers", 1, 1_000),
+    ("model.hidden_size", 1, 65_536),
+    ("model.ffn_hidden_size", 1, 1_000_000),
+    ("model.num_attention_heads", 1, 1_024),
+    ("model.hidden_dropout", 0, 0.99),
+    ("model.attention_dropout", 0, 0.99),
+    ("parallel.tensor", 1, 1_024),
+    ("parallel.pipeline", 1, 1_024),
+    ("parallel.virtual_pipeline", 1, 1_024),
+    ("parallel.timeout_s", 1, 86_400),
+    ("optim.lr", 0, 10),
+    ("optim.min_lr", 0, 10),
+    ("optim.warmup_fraction", 0, 1),
+    ("optim.hold_fraction", 0, 1),
+    ("optim.weight_decay", 0, 10),
+    ("optim.beta1", 0, 0.999999),
+    ("optim.beta2", 0, 0.9999999),
+    ("optim.eps", 1e-30, 1),
+    ("optim.clip", 0, 1e6),
+    ("train.steps", 1, _MANY),
+    ("train.micro_batch_size", 1, 1_000_000),
+    ("train.global_batch_size", 1, 100_000_000),
+    ("train.seed", 0, 2**63 - 1),
+    ("train.max_minutes", 0, 10**6),
+    ("train.validate_every_steps", 0, _MANY),
+    ("train.validate_batches", 1, _MANY),
+    ("metrics.log_every_steps", 1, _MANY),
+    ("checkpoint.save_every_steps", 0, _MANY),
+    ("checkpoint.keep_last", 1, 1_000_000),
+    ("checkpoint.keep_every", 0, _MANY),
+)
+"""(setting, smallest, largest) of every number."""

@@ -1,0 +1,211 @@
+"""Every setting of a run, with its meaning, unit and consequence under it.
+
+The defaults are the card's recipe for the 10M model where the card gives one. Plain dataclasses and
+enums, because OmegaConf 2.3 knows neither `Literal` nor frozen dataclasses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Optional
+
+
+class Activation(Enum):
+    """Nonlinearity of the feed-forward blocks and of the prediction head."""
+
+    relu = "relu"
+    gelu = "gelu"
+    gelu_tanh = "gelu_tanh"
+
+
+class Attention(Enum):
+    """Which code computes softmax(QK)V."""
+
+    auto = "auto"
+    te = "te"
+    sdpa = "sdpa"
+    plain = "plain"
+
+
+class Precision(Enum):
+    """Number format of weights and activations; the optimizer always works in fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Recompute(Enum):
+    """Which activations are computed a second time in the backward pass to save memory."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class NonFinite(Enum):
+    """What happens when a loss or a gradient is NaN or infinite."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives."""
+
+    dir: str = "runs/pretrain"
+    """Folder of checkpoints, metrics and logs. If it holds a checkpoint, the run continues."""
+
+
+@dataclass
+class DataConfig:
+    """Which cells are seen, and in which form."""
+
+    store: str = "build/demo/store"
+    """Token store made by data_prep/build_store.py."""
+    seq_length: int = 2048
+    """Tokens per cell at most, [CLS] included. Below the store's length cells are truncated."""
+    mask_probability: float = 0.15
+    """Probability that a gene of a cell is selected for prediction, independently per gene."""
+    mask_fractions: list[float] = field(default_factory=lambda: [0.80, 0.02, 0.18])
+    """Of the selected: shares shown as [MASK], as a random gene, unchanged. Sum 1. The card's
+    mixture; BERT's is 0.8, 0.1, 0.1."""
+    span_cells: int = 512
+    """Neighbouring cells of the store that are read together. Part of the order of cells."""
+    window_spans: int = 32
+    """Spans shuffled into each other. Memory per rank: about twice this many spans."""
+    prefetch_steps: int = 4
+    """Global batches prepared ahead by the one prefetch thread; 0 prepares them in line."""
+    pad_multiple: int = 64
+    """The micro batches of a step are padded to their longest cell, rounded up to this many
+    tokens; 0 pads to seq_length always."""
+
+
+@dataclass
+class ModelConfig:
+    """The encoder. Vocabulary and sequence length come from the data."""
+
+    num_layers: int = 6
+    """Transformer layers."""
+    hidden_size: int = 256
+    """Width of the residual stream, and of a cell's embedding."""
+    ffn_hidden_size: int = 512
+    """Width inside the feed-forward blocks."""
+    num_attention_heads: int = 4
+    """Attention heads; divides hidden_size, and is a multiple of parallel.tensor."""
+    hidden_dropout: float = 0.02
+    """Dropout on the embeddings and on what each block adds to the residual stream."""
+    attention_dropout: float = 0.1
+    """Dropout on attention probabilities."""
+    activation: Activation = Activation.relu
+    """Nonlinearity of the feed-forward blocks."""
+    head_activation: Optional[Activation] = None
+    """Nonlinearity of the prediction head; null takes `activation`."""
+    fp32_residual: bool = True
+    """Keep the residual stream in 32 bits under bf16, as the card does."""
+    attention: Attention = Attention.auto
+    """auto: Transformer Engine on a GPU that has it, else torch's fused attention, but Megatron's
+    plain one on a CPU with attention dropout, where torch has no fused kernel."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the model and the work are laid over ranks. No value changes what is computed."""
+
+    tensor: int = 1
+    """Ranks that share every matrix."""
+    pipeline: int = 1
+    """Ranks that share the layers."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline rank (interleaved schedule); 1 is the plain 1F1B schedule."""
+    sequence: bool = False
+    """Split what lies between the shared matrices along the sequence; needs tensor > 1."""
+    recompute: Recompute = Recompute.none
+    """selective: attention; full: whole layers."""
+    timeout_s: int = 600
+    """Seconds a rank waits for another one before the job is ended."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with warm-up, cosine decay and a constant tail."""
+
+    lr: float = 1e-3
+    """Peak learning rate. The card's value, for global batches of 512 and more."""
+    min_lr: float = 2e-5
+    """Learning rate at the end of the cosine and during the tail."""
+    warmup_fraction: float = 0.01
+    """Share of the steps in which the learning rate rises linearly from 0 to lr."""
+    hold_fraction: float = 0.05
+    """Share of the steps, at the end, that run at min_lr."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; biases and norms have none."""
+    beta1: float = 0.9
+    """Decay of the first moment, per step."""
+    beta2: float = 0.999
+    """Decay of the second moment, per step."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip: float = 1.0
+    """Largest global gradient norm; larger ones are scaled down. 0 never clips."""
+
+
+@dataclass
+class TrainConfig:
+    """How long, how much at a time, from which seed."""
+
+    steps: int = 115430
+    """Optimizer steps of the whole run, restarts included."""
+    micro_batch_size: int = 32
+    """Cells per forward pass and rank."""
+    global_batch_size: int = 2048
+    """Cells per optimizer step, over all ranks; a multiple of micro_batch_size x data parallel."""
+    seed: int = 1234
+    """Fixes weights, order of cells, masks and dropout."""
+    precision: Precision = Precision.bf16
+    """bf16 for GPUs since Ampere (and CPUs that have it), fp32 for the others."""
+    max_minutes: float = 0.0
+    """Wall-clock limit of this start: save and end with exit code 75. 0 is none."""
+    validate_every_steps: int = 1000
+    """Steps between validations; the last step always validates. 0 never validates."""
+    validate_batches: int = 20
+    """Global batches of validation cells per validation, the same ones each time."""
+    deterministic: bool = False
+    """Allow deterministic kernels only. On a GPU that costs speed; a CPU is bitwise anyway."""
+    non_finite: NonFinite = NonFinite.stop
+    """stop: end the run with exit code 1 before the weights change. skip: leave out that update."""
+
+
+@dataclass
+class MetricsConfig:
+    """What is reported, and how often."""
+
+    log_every_steps: int = 10
+    """Steps between lines in metrics.jsonl, TensorBoard and on the console."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    save_every_steps: int = 1000
+    """Steps between checkpoints; the last step and an interruption always save. 0 saves no other."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Also keep every checkpoint whose step is a multiple of this. 0 keeps none of them."""
+
+
+@dataclass
+class Config:
+    """All sections. What YAML files and `section.key=value` arguments may set."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

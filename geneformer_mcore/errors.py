@@ -1,0 +1,25 @@
+"""What a user can do wrong, as exceptions of ours (floor 0).
+
+Every message states the rule, the numbers that broke it, and the remedy. Commands print it without
+a traceback and end with exit code 2; `assert` is kept for our own invariants.
+"""
+
+
+class GeneformerError(Exception):
+    """Anything the user can mend. Its message is complete: it is printed as it stands."""
+
+
+class ConfigError(GeneformerError):
+    """A setting is unknown, out of range, or does not go with another one."""
+
+
+class DataError(GeneformerError):
+    """A file of counts, a vocabulary or a token store is missing, damaged or does not fit."""
+
+
+class CheckpointError(GeneformerError):
+    """A checkpoint is damaged, or belongs to another run."""
+
+
+class MissingBackendError(GeneformerError):
+    """An optional package was asked for and is not installed, or is not the one it claims to be."""

@@ -1,0 +1,146 @@
+"""Geneformer: Megatron-Core's BertModel with our layers, head and masked-only loss.
+
+    Batch -> embedding -> encoder layers of this stage -> [next stage ...] -> head -> loss per gene
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import megatron.core.models.bert.bert_model as megatron_bert
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from geneformer_mcore.config.sections import Attention, ModelConfig
+from geneformer_mcore.contracts import Batch, padded_vocabulary_size
+from geneformer_mcore.model import attention, head, settings
+from geneformer_mcore.model.layers import LayerNorm, layer_spec
+
+
+class Geneformer(megatron_bert.BertModel):
+    """One pipeline stage (or model chunk) of the model.
+
+    vocabulary_size: real tokens, specials included; the embedding has `padded_size` rows.
+    seq_length:      learned absolute positions.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        core: Attention,
+        vocabulary_size: int,
+        seq_length: int,
+        padded_size: int | None = None,
+        first: bool = True,
+        last: bool = True,
+        chunk: int | None = None,
+    ) -> None:
+        activation = settings.ACTIVATIONS[model.head_activation or model.activation]
+        with _own_head(activation):
+            super().__init__(
+                config=config,
+                num_tokentypes=0,
+                transformer_layer_spec=_block(config, core, chunk),
+                vocab_size=padded_size or padded_vocabulary_size(vocabulary_size),
+                max_sequence_length=seq_length,
+                pre_process=first,
+                post_process=last,
+                share_embeddings_and_output_weights=True,
+                add_binary_head=False,
+                vp_stage=chunk,
+            )
+        self.vocabulary_size = vocabulary_size
+        if last:
+            # The head works on gathered rows, which every tensor rank has in full.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
+
+    def _sanity_check_attention_and_get_attn_mask_dimension(self) -> str:
+        return "b11s"
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """On the last stage the cross entropy of every selected gene, fp32 [M], in nats; on the
+        others the residual stream [S, B, H] for the next stage."""
+        hidden_SBH = self.encode(batch)
+        if not self.post_process:
+            return hidden_SBH
+        logits_MV = self.logits(hidden_SBH, batch.selected_M)
+        return tensor_parallel.vocab_parallel_cross_entropy(logits_MV, batch.labels_M)
+
+    def encode(self, batch: Batch) -> torch.Tensor:
+        """Residual stream [S, B, H] after this stage; normalised after the last one. Under
+        sequence parallel S is this rank's share of the positions."""
+        num_positions = batch.tokens_BS.shape[1]
+        places_S = torch.arange(num_positions, device=batch.tokens_BS.device)
+        padding_B11S = (places_S >= batch.lengths_B[:, None])[:, None, None, :]
+        embedded = None
+        if self.pre_process:
+            embedded = self.embedding(
+                input_ids=batch.tokens_BS, position_ids=places_S.expand_as(batch.tokens_BS)
+            )
+        return self.encoder(hidden_states=embedded, attention_mask=padding_B11S)
+
+    def logits(self, hidden_SBH: torch.Tensor, selected_M: torch.Tensor) -> torch.Tensor:
+        """fp32 [M, V]: this tensor rank's columns of the gene logits, padding at -inf."""
+        rows_MH = self.lm_head(head.selected_rows(hidden_SBH, selected_M, self.config))
+        logits_MV, _ = self.output_layer(rows_MH, weight=self.shared_embedding_or_output_weight())
+        first_id = parallel_state.get_tensor_model_parallel_rank() * logits_MV.shape[1]
+        return head.without_padding(logits_MV.float(), first_id, self.vocabulary_size)
+
+
+def build(
+    model: ModelConfig,
+    config: TransformerConfig,
+    device: torch.device,
+    vocabulary_size: int,
+    seq_length: int,
+) -> list[Geneformer]:
+    """This rank's part of the model, one entry per model chunk, on `device`."""
+    core = attention.choose(model, device)
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    chunks = config.virtual_pipeline_model_parallel_size or 1
+    stages = []
+    for chunk in range(chunks):
+        stage = Geneformer(
+            config,
+            model,
+            core,
+            vocabulary_size,
+            seq_length,
+            first=rank == 0 and chunk == 0,
+            last=rank == pipeline - 1 and chunk == chunks - 1,
+            chunk=chunk if chunks > 1 else None,
+        )
+        # Megatron builds positions and the dense layer of the head in torch's default dtype.
+        stages.append(stage.to(device=device, dtype=config.params_dtype))
+    return stages
+
+
+def _block(
+    config: TransformerConfig, core: Attention, chunk: int | None
+) -> TransformerBlockSubmodules:
+    num_layers = get_num_layers_to_build(config, vp_stage=chunk)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(core)] * num_layers, layer_norm=LayerNorm
+    )
+
+
+@contextlib.contextmanager
+def _own_head(activation: Any) -> Iterator[None]:
+    # BertModel builds its head by name, with gelu and a norm that refuses sequence parallelism.
+    theirs = megatron_bert.BertLMHead
+    megatron_bert.BertLMHead = partial(head.PredictionHead, activation=activation)
+    try:
+        yield
+    finally:
+        megatron_bert.BertLMHead = theirs

@@ -1,0 +1,99 @@
+"""Our settings -> Megatron-Core's TransformerConfig: the one place that speaks both languages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from geneformer_mcore.config.sections import (
+    Activation,
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    Recompute,
+)
+
+LAYERNORM_EPSILON = 1e-12
+"""The card's value."""
+INIT_STD = 0.02
+"""BERT's; Megatron divides it by sqrt(2 x layers) for the matrices that write to the residual."""
+
+ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    Activation.relu: F.relu,
+    Activation.gelu: F.gelu,
+    Activation.gelu_tanh: partial(F.gelu, approximate="tanh"),
+}
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, precision: Precision, device: torch.device
+) -> TransformerConfig:
+    """What Megatron-Core must know of this model on this layout."""
+    dtype = DTYPES[precision]
+    return TransformerConfig(
+        **_shape(model),
+        **_layout(parallel),
+        **_recompute(parallel.recompute),
+        params_dtype=dtype,
+        bf16=precision is Precision.bf16,
+        fp32_residual_connection=model.fp32_residual and dtype != torch.float32,
+        # The residual stream travels between stages as it is: bf16 buffers for a fp32 stream would
+        # end gloo in C++.
+        pipeline_dtype=torch.float32 if model.fp32_residual else dtype,
+        attention_softmax_in_fp32=True,
+        # Loss and gradients are sums, divided once by the number of predicted tokens of the whole
+        # global batch: exact with uneven counts per rank.
+        calculate_per_token_loss=True,
+        use_cpu_initialization=device.type == "cpu",
+        # Fusions written for causal GPT layers, or that need apex.
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def _shape(model: ModelConfig) -> dict:
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "activation_func": ACTIVATIONS[model.activation],
+        "layernorm_epsilon": LAYERNORM_EPSILON,
+        "init_method_std": INIT_STD,
+    }
+
+
+def _layout(parallel: ParallelConfig) -> dict:
+    interleaved = parallel.virtual_pipeline > 1
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
+        "sequence_parallel": parallel.sequence,
+        # With two interleaved stages the previous and the next rank are the same one: batched,
+        # gloo pairs an activation with a gradient, and nothing complains.
+        "batch_p2p_comm": not interleaved,
+        "overlap_p2p_comm": False,
+    }
+
+
+def _recompute(recompute: Recompute) -> dict:
+    if recompute is Recompute.none:
+        return {}
+    if recompute is Recompute.selective:
+        return {"recompute_granularity": "selective"}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }

@@ -1,0 +1,1 @@
+"""Learning rate, gradients and AdamW (floor 7)."""

@@ -1,0 +1,142 @@
+"""Megatron's data-parallel wrapper and distributed AdamW around the stages of a rank.
+
+    stages -> DistributedDataParallel (gradient buffers) -> DistributedOptimizer (sharded AdamW)
+
+The distributed optimizer is used on one rank too: one code path, one checkpoint format.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import get_standard_config_overrides as matrices_only_decay
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from geneformer_mcore.config.sections import OptimConfig
+from geneformer_mcore.model.geneformer import Geneformer
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The stages of this rank, wrapped, and the optimizer that updates them."""
+
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+
+    @property
+    def stages(self) -> list[Geneformer]:
+        """The stages inside the wrappers."""
+        return [chunk.module for chunk in self.chunks]
+
+
+def wrap(stages: list[Geneformer], optim: OptimConfig) -> Trainable:
+    """Call after the initial weights are in place: the optimizer copies them to fp32."""
+    config = stages[0].config
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+    )
+    chunks = [
+        DistributedDataParallel(config, ddp, stage, disable_bucketing=number > 0)
+        for number, stage in enumerate(stages)
+    ]
+    settings = _optimizer_config(optim, config.params_dtype)
+    optimizer = get_megatron_optimizer(
+        settings,
+        chunks,
+        config_overrides=matrices_only_decay(settings),
+        use_gloo_process_groups=False,
+    )
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    give_states(optimizer)
+    return Trainable(chunks, optimizer)
+
+
+def _optimizer_config(optim: OptimConfig, dtype: torch.dtype) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_distributed_optimizer=True,
+    )
+
+
+def give_states(optimizer: MegatronOptimizer) -> None:
+    """Gives every parameter its moments and a step of its own before the first update, so that a
+    checkpoint can be written or read at any time. torch's AdamW would make them on first use."""
+    for adam in _torch_adams(optimizer):
+        for parameter in _parameters(adam):
+            if not adam.state[parameter]:
+                adam.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def load_states(optimizer: MegatronOptimizer, state: dict) -> None:
+    """Loads what `optimizer.sharded_state_dict(...)` described and dist_checkpointing filled.
+
+    Megatron-Core 0.16.1 with torch's AdamW gives every parameter the same `step` tensor, which
+    then counts once per parameter, and stumbles over `step` when it copies the moments. So the
+    common part is loaded first, `step` is taken out while the moments are copied, and each
+    parameter gets a step tensor of its own.
+    """
+    moments = state.pop("param_state")
+    assert state.pop("param_state_sharding_type") == "fully_reshardable"
+    optimizer.load_state_dict(state)
+    steps = [
+        (adam.state[parameter], float(adam.state[parameter].pop("step")))
+        for adam in _torch_adams(optimizer)
+        for parameter in _parameters(adam)
+    ]
+    (inner,) = optimizer.chained_optimizers
+    inner.load_parameter_state_from_fully_reshardable(moments)
+    for entry, step in steps:
+        entry["step"] = torch.tensor(step)
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
+    """The learning rate of the next update."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Global norm of the gradients, the same on every rank. Call once, before `update`."""
+    overflow = optimizer.prepare_grads()
+    return math.inf if overflow else float(optimizer.get_grad_norm())
+
+
+def update(trainable: Trainable, norm: float) -> None:
+    """Clips by the global norm and takes one AdamW step on every rank."""
+    optimizer = trainable.optimizer
+    (inner,) = optimizer.chained_optimizers
+    if inner.config.clip_grad > 0:
+        clip_grad_by_total_norm_fp32(inner.get_parameters(), inner.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+
+
+def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
+    # Transformer Engine's and apex's Adam keep their step per group and need none of this.
+    inner = [chained.optimizer for chained in optimizer.chained_optimizers]
+    return [adam for adam in inner if isinstance(adam, torch.optim.AdamW)]
+
+
+def _parameters(adam: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in adam.param_groups for parameter in group["params"]]

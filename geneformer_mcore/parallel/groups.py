@@ -1,0 +1,102 @@
+"""Process groups of a run: torch.distributed, Megatron's model-parallel groups, random states.
+
+    torchrun environment -> init_process_group (gloo or nccl) -> tp x pp x dp groups -> Topology
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from geneformer_mcore.config.sections import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this rank stands."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the prediction head, and so knows losses."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+def world_size_of_launch() -> int:
+    """Ranks that torchrun started; 1 for a plain `python`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(device: torch.device, parallel: ParallelConfig) -> Topology:
+    """Joins the other ranks and builds all groups. Call once, after `config.plan` agreed.
+
+    Raises whatever torch.distributed raises when the others do not come within
+    `parallel.timeout_s` seconds.
+    """
+    timeout = timedelta(seconds=parallel.timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:  # one process, without torchrun: nothing to meet, nothing to listen on
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    return build_groups(parallel)
+
+
+def build_groups(parallel: ParallelConfig) -> Topology:
+    """Megatron's groups over an initialised torch.distributed, in its order tp - dp - pp."""
+    chunks = parallel.virtual_pipeline
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        distributed_timeout_minutes=max(1, round(parallel.timeout_s / 60)),
+        create_gloo_process_groups=False,
+    )
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def seed_dropout(seed: int, topology: Topology) -> None:
+    """Seeds dropout. Ranks of one tensor group agree on what they share and differ on what they
+    split; data-parallel ranks and pipeline stages all differ.
+
+    Only dropout depends on this state: weights and masks have generators of their own.
+    """
+    place = topology.pipeline_rank * topology.data_size + topology.data_rank
+    # Megatron adds 2718 + tensor rank for the split parts: steps of 2**16 keep the seeds apart.
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        (seed * 1_000_003 + place * 65_536) % 2**62, force_reset_rng=True
+    )
+
+
+def stop() -> None:
+    """Leaves all groups."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

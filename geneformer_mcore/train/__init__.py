@@ -1,0 +1,1 @@
+"""A run: one step, evaluation, set-up and the loop (floor 9)."""

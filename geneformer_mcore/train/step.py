@@ -1,0 +1,137 @@
+"""One optimizer step on this rank's micro batches.
+
+    zero gradients -> Megatron's schedule (loss sum, token count) -> gradients / global count
+                   -> non-finite? refuse -> clip -> AdamW
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from geneformer_mcore.contracts import Batch
+from geneformer_mcore.model.geneformer import Geneformer
+from geneformer_mcore.optim import optimizer as optim
+from geneformer_mcore.parallel.collectives import sum_of_losses
+from geneformer_mcore.parallel.groups import Topology
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over the global batch, known on every rank.
+
+    loss_sum:      nats, over all predicted genes
+    num_predicted: genes predicted
+    cell_mean_sum: nats, sum over cells of the mean loss within the cell
+    num_cells:     cells with at least one predicted gene
+    """
+
+    loss_sum: float
+    num_predicted: int
+    cell_mean_sum: float
+    num_cells: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per predicted gene; NaN if none was."""
+        return self.loss_sum / self.num_predicted if self.num_predicted else math.nan
+
+    @property
+    def cell_mean(self) -> float:
+        """Mean over cells of the mean loss within a cell: what the model card reports."""
+        return self.cell_mean_sum / self.num_cells if self.num_cells else math.nan
+
+    def __add__(self, other: Losses) -> Losses:
+        return Losses(
+            self.loss_sum + other.loss_sum,
+            self.num_predicted + other.num_predicted,
+            self.cell_mean_sum + other.cell_mean_sum,
+            self.num_cells + other.num_cells,
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. updated is False if a non-finite value kept the weights as they were."""
+
+    losses: Losses
+    grad_norm: float
+    updated: bool
+
+
+def train_step(
+    trainable: optim.Trainable, batches: list[Batch], lr: float, topology: Topology
+) -> StepResult:
+    """Forward, backward and update over all micro batches of this rank, in step with the others."""
+    for chunk in trainable.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    trainable.optimizer.zero_grad()
+    losses = run_schedule(trainable.chunks, batches, topology, forward_only=False)
+    grad_norm = optim.gradient_norm(trainable.optimizer)
+    # Both are the same on every rank, so all ranks decide alike.
+    updated = math.isfinite(losses.loss_sum) and math.isfinite(grad_norm)
+    if updated:
+        optim.set_learning_rate(trainable.optimizer, lr)
+        optim.update(trainable, grad_norm)
+    return StepResult(losses, grad_norm, updated)
+
+
+def run_schedule(
+    chunks: list, batches: list[Batch], topology: Topology, forward_only: bool
+) -> Losses:
+    """Megatron's schedule (none, 1F1B or interleaved) over the micro batches of this rank."""
+    num_cells, num_positions = batches[0].tokens_BS.shape
+    iterators = [iter(batches) for _ in chunks]
+    single = len(chunks) == 1
+    reported = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iterators[0] if single else iterators,
+        model=chunks[0] if single else chunks,
+        num_microbatches=len(batches),
+        seq_length=num_positions,
+        micro_batch_size=num_cells,
+        forward_only=forward_only,
+    )
+    local = torch.zeros(4, dtype=torch.float64, device=batches[0].tokens_BS.device)
+    for sums in reported:
+        local += sums
+    loss_sum, predicted, cell_mean_sum, cells = sum_of_losses(local, topology).tolist()
+    return Losses(loss_sum, round(predicted), cell_mean_sum, round(cells))
+
+
+def _forward_step(
+    batches: Iterator[Batch], chunk: Geneformer
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple]]:
+    batch = next(batches)
+
+    def loss_and_count(loss_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        count = torch.tensor(loss_M.numel(), dtype=torch.int, device=loss_M.device)
+        # Megatron scales the first of these in place: what is reported must be a copy.
+        return loss_M.sum(), count, _sums(loss_M.detach(), batch)
+
+    return chunk(batch), loss_and_count
+
+
+def _sums(loss_M: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """fp64 [4] in the order of Losses."""
+    num_cells, num_positions = batch.tokens_BS.shape
+    cell_M = batch.selected_M // num_positions
+    loss_M = loss_M.double()
+    per_cell = torch.zeros(num_cells, dtype=torch.float64, device=loss_M.device)
+    counts = torch.zeros_like(per_cell)
+    per_cell.index_add_(0, cell_M, loss_M)
+    counts.index_add_(0, cell_M, torch.ones_like(loss_M))
+    present = counts > 0
+    return torch.stack(
+        [
+            loss_M.sum(),
+            counts.sum(),
+            (per_cell[present] / counts[present]).sum(),
+            present.sum().double(),
+        ]
+    )
