@@ -5,6 +5,7 @@ Nothing is imported to answer it, so asking costs microseconds and has no side e
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,13 @@ def require(name: str) -> None:
     if not is_available(name):
         hint = INSTALL_HINTS.get(name, f"pip install {name}")
         raise MissingBackendError(f"`{name}` is needed here and is not installed. Remedy: {hint}.")
+
+
+def ignore_known_warnings() -> None:
+    """Keeps Megatron-Core's remarks about itself off the console: what is absent (we log that as
+    the run's backends), its deprecations, and its look at the gradient of a view."""
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
 
 
 def describe() -> dict[str, str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 SPECIAL_TOKENS = ("[CLS]", "[MASK]", "[PAD]", "[SEP]", "[UKW]")
-"""In the order of NVIDIA's Geneformer; a gene's token id is its place in the vocabulary plus five."""
+"""In the order of NVIDIA's Geneformer; a gene's id is its place in the vocabulary plus five."""
 
 CLS, MASK, PAD, SEP, UKW = range(len(SPECIAL_TOKENS))
 NUM_SPECIALS = len(SPECIAL_TOKENS)

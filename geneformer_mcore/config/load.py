@@ -1,6 +1,6 @@
 """YAML file + `section.key=value` arguments -> Config, with all mistakes named at once.
 
-    defaults (sections.py)  <-  one YAML file  <-  command line  =  merged, interpolations unresolved
+defaults (sections.py)  <-  one YAML file  <-  command line  =  merged, interpolations unresolved
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ def dump(config: Config | DictConfig) -> str:
     return OmegaConf.to_yaml(node, resolve=False)
 
 
-def _file_values(
-    file: str | Path | None, problems: list[str]
-) -> list[tuple[str, dict[str, Any]]]:
+def _file_values(file: str | Path | None, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
     if file is None:
         return []
     try:

@@ -190,7 +190,7 @@ class CheckpointConfig:
     """When to save, and what to keep."""
 
     save_every_steps: int = 1000
-    """Steps between checkpoints; the last step and an interruption always save. 0 saves no other."""
+    """Steps between checkpoints; 0 saves only at the last step and when interrupted."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int = 0

@@ -1,6 +1,6 @@
 """Tokenised cells -> padded micro batches with masks.
 
-    RaggedCells -> truncated to seq_length -> masked -> padded to one length per step -> Batch
+RaggedCells -> truncated to seq_length -> masked -> padded to one length per step -> Batch
 """
 
 from __future__ import annotations
@@ -30,12 +30,20 @@ def padded_length(longest: int, multiple: int, seq_length: int) -> int:
 
 
 def make_batch(
-    cells: RaggedCells, epochs_N: np.ndarray, masking: Masking, num_positions: int
+    cells: RaggedCells,
+    epochs_N: np.ndarray,
+    idle_N: np.ndarray,
+    masking: Masking,
+    num_positions: int,
 ) -> Batch:
-    """One micro batch of `num_positions` positions; no cell may be longer."""
+    """One micro batch of `num_positions` positions; no cell may be longer.
+
+    idle_N: bool [N], cells that only fill the shape: nothing is predicted in them.
+    """
     lengths = cells.lengths
     assert lengths.max(initial=0) <= num_positions
     seen_T, selected_T = masking.apply(cells, epochs_N)
+    selected_T &= ~np.repeat(idle_N, lengths)
     # Where each token goes in the padded, flattened batch.
     shift_N = np.arange(len(cells)) * num_positions - cells.offsets[:-1]
     place_T = np.arange(len(seen_T)) + np.repeat(shift_N, lengths)

@@ -18,7 +18,7 @@ import numpy as np
 
 from geneformer_mcore.contracts import Batch, RaggedCells, TokenSource
 from geneformer_mcore.feed.batch import make_batch, padded_length, truncate
-from geneformer_mcore.feed.masks import Masking
+from geneformer_mcore.feed.masks import VALIDATION_EPOCH, Masking
 from geneformer_mcore.feed.order import Order
 
 
@@ -55,22 +55,38 @@ class Feed:
         self.pad_multiple = pad_multiple
         self._spans = _Spans(source, order)
 
-    def step(self, position: int, fixed_epoch: int | None = None) -> list[Batch]:
-        """The micro batches of the global batch that starts at `position`, all padded alike.
-
-        fixed_epoch: mask every cell as in this epoch, whatever epoch it is (for validation).
-        """
+    def step(self, position: int) -> list[Batch]:
+        """The micro batches of the training batch that starts at `position`, all padded alike."""
         share = self.share
         rows, epochs = self.order.rows(position, position + share.global_batch_size)
-        rows, epochs = rows[share.data_rank :: share.data_size], epochs[share.data_rank :: share.data_size]
-        if fixed_epoch is not None:
-            epochs = np.full_like(epochs, fixed_epoch)
-        cells = truncate(self._spans.take(rows), self.seq_length)
+        return self._micro_batches(rows, epochs, np.zeros(len(rows), dtype=bool))
+
+    def validation_step(self, position: int) -> list[Batch]:
+        """The same for validation: masks are those of VALIDATION_EPOCH, and beyond the last cell
+        the batch is filled up with cells in which nothing is predicted."""
+        places = np.arange(position, position + self.share.global_batch_size)
+        idle = places >= self.order.num_cells
+        last = min(position + self.share.global_batch_size, self.order.num_cells)
+        rows, _ = self.order.rows(position, last)
+        rows = np.concatenate([rows, np.full(idle.sum(), rows[0])])
+        return self._micro_batches(rows, np.full(len(rows), VALIDATION_EPOCH), idle)
+
+    def _micro_batches(self, rows: np.ndarray, epochs: np.ndarray, idle: np.ndarray) -> list[Batch]:
+        share = self.share
+        mine = slice(share.data_rank, None, share.data_size)
+        cells = truncate(self._spans.take(rows[mine]), self.seq_length)
         longest = int(cells.lengths.max())
         num_positions = padded_length(longest, self.pad_multiple, self.seq_length)
+        parts = np.arange(len(cells)).reshape(-1, share.micro_batch_size)
         return [
-            make_batch(cells.take(part), epochs[part], self.masking, num_positions)
-            for part in np.split(np.arange(len(cells)), range(share.micro_batch_size, len(cells), share.micro_batch_size))
+            make_batch(
+                cells.take(part),
+                epochs[mine][part],
+                idle[mine][part],
+                self.masking,
+                num_positions,
+            )
+            for part in parts
         ]
 
     def steps(self, position: int, prefetch: int) -> Iterator[list[Batch]]:

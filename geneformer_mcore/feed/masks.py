@@ -35,9 +35,7 @@ class Masking:
     vocabulary_size: int
     seed: int
 
-    def apply(
-        self, cells: RaggedCells, epochs_N: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def apply(self, cells: RaggedCells, epochs_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the model sees and where it must predict.
 
         epochs_N: int64 [N], the epoch each cell is seen in.
@@ -54,6 +52,15 @@ class Masking:
         here = np.flatnonzero(selected_T)
         seen_T[here] = self._shown(bits_T[here], cells.tokens_T[here])
         return seen_T, selected_T
+
+    def validation_positions(self, cells: RaggedCells) -> tuple[np.ndarray, np.ndarray]:
+        """What validation asks for in `cells`: int64 [M] true token ids and int64 [M] their places
+        within their cells, 1 for the highest-ranked gene."""
+        epochs_N = np.full(len(cells), VALIDATION_EPOCH)
+        _, selected_T = self.apply(cells, epochs_N)
+        here = np.flatnonzero(selected_T)
+        first_T = np.repeat(cells.offsets[:-1], cells.lengths)
+        return cells.tokens_T[here].astype(np.int64), here - first_T[here]
 
     def _shown(self, bits_M: np.ndarray, tokens_M: np.ndarray) -> np.ndarray:
         # A second and a third hash of the same bits: independent of the first decision.

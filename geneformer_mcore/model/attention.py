@@ -1,8 +1,8 @@
 """softmax(QK)V, by whichever code suits the machine.
 
-    te     Transformer Engine's fused kernels (NVIDIA GPUs)
-    sdpa   torch's scaled_dot_product_attention: fused on GPUs, and on CPUs without dropout
-    plain  Megatron-Core's own: every score is a number in memory
+te     Transformer Engine's fused kernels (NVIDIA GPUs)
+sdpa   torch's scaled_dot_product_attention: fused on GPUs, and on CPUs without dropout
+plain  Megatron-Core's own: every score is a number in memory
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class SdpaAttention(MegatronModule):
     ) -> torch.Tensor:
         """query, key, value: [S, B, heads, width]; attention_mask: bool, broadcasts to
         [B, heads, S, S], True = not attended to. Returns [S, B, heads * width]."""
-        assert attention_bias is None and packed_seq_params is None
+        assert attention_bias is None
+        assert packed_seq_params is None
         per_head = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
         with self._split_dropout():
             context = F.scaled_dot_product_attention(

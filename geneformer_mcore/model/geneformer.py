@@ -1,6 +1,6 @@
 """Geneformer: Megatron-Core's BertModel with our layers, head and masked-only loss.
 
-    Batch -> embedding -> encoder layers of this stage -> [next stage ...] -> head -> loss per gene
+Batch -> embedding -> encoder layers of this stage -> [next stage ...] -> head -> loss per gene
 """
 
 from __future__ import annotations
@@ -103,8 +103,12 @@ def build(
     device: torch.device,
     vocabulary_size: int,
     seq_length: int,
+    padded_size: int | None = None,
 ) -> list[Geneformer]:
-    """This rank's part of the model, one entry per model chunk, on `device`."""
+    """This rank's part of the model, one entry per model chunk, on `device`.
+
+    padded_size: rows of the embedding, default `contracts.padded_vocabulary_size`.
+    """
     core = attention.choose(model, device)
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     rank = parallel_state.get_pipeline_model_parallel_rank()
@@ -117,6 +121,7 @@ def build(
             core,
             vocabulary_size,
             seq_length,
+            padded_size,
             first=rank == 0 and chunk == 0,
             last=rank == pipeline - 1 and chunk == chunks - 1,
             chunk=chunk if chunks > 1 else None,

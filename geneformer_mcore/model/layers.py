@@ -100,9 +100,7 @@ def layer_spec(attention: Attention) -> ModuleSpec:
             ),
             self_attn_bda=bias_dropout_add,
             pre_mlp_layernorm=LayerNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)
-            ),
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=bias_dropout_add,
         ),
     )

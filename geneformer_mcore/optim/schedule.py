@@ -1,10 +1,10 @@
 """The learning rate as a pure function of the step.
 
-    lr |    /""-._
-       |   /       `-._
-       |  /            `-.________ min_lr
-       +--------------------------- step
-        warm-up    cosine     hold
+lr |    /""-._
+   |   /       `-._
+   |  /            `-.________ min_lr
+   +--------------------------- step
+    warm-up    cosine     hold
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Process groups of a run: torch.distributed, Megatron's model-parallel groups, random states.
 
-    torchrun environment -> init_process_group (gloo or nccl) -> tp x pp x dp groups -> Topology
+torchrun environment -> init_process_group (gloo or nccl) -> tp x pp x dp groups -> Topology
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """One optimizer step on this rank's micro batches.
 
-    zero gradients -> Megatron's schedule (loss sum, token count) -> gradients / global count
-                   -> non-finite? refuse -> clip -> AdamW
+zero gradients -> Megatron's schedule (loss sum, token count) -> gradients / global count
+               -> non-finite? refuse -> clip -> AdamW
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -21,19 +21,23 @@ from geneformer_mcore.parallel.groups import Topology
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Sums over the global batch, known on every rank.
+class Totals:
+    """Sums over the cells of a global batch (or several), known on every rank.
 
-    loss_sum:      nats, over all predicted genes
-    num_predicted: genes predicted
-    cell_mean_sum: nats, sum over cells of the mean loss within the cell
-    num_cells:     cells with at least one predicted gene
+    loss_sum:            nats, over all predicted genes
+    num_predicted:       genes predicted
+    cell_mean_sum:       nats, sum over cells of the mean loss within the cell
+    num_cells:           cells with at least one predicted gene
+    num_tokens:          real tokens, [CLS] included and padding not
+    sum_squared_lengths: sum over cells of (tokens of the cell)^2
     """
 
-    loss_sum: float
-    num_predicted: int
-    cell_mean_sum: float
-    num_cells: int
+    loss_sum: float = 0.0
+    num_predicted: int = 0
+    cell_mean_sum: float = 0.0
+    num_cells: int = 0
+    num_tokens: int = 0
+    sum_squared_lengths: int = 0
 
     @property
     def loss(self) -> float:
@@ -45,20 +49,16 @@ class Losses:
         """Mean over cells of the mean loss within a cell: what the model card reports."""
         return self.cell_mean_sum / self.num_cells if self.num_cells else math.nan
 
-    def __add__(self, other: Losses) -> Losses:
-        return Losses(
-            self.loss_sum + other.loss_sum,
-            self.num_predicted + other.num_predicted,
-            self.cell_mean_sum + other.cell_mean_sum,
-            self.num_cells + other.num_cells,
-        )
+    def __add__(self, other: Totals) -> Totals:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Totals(*(mine + theirs for mine, theirs in pairs))
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step did. updated is False if a non-finite value kept the weights as they were."""
 
-    losses: Losses
+    totals: Totals
     grad_norm: float
     updated: bool
 
@@ -71,19 +71,19 @@ def train_step(
         chunk.train()
         chunk.zero_grad_buffer()
     trainable.optimizer.zero_grad()
-    losses = run_schedule(trainable.chunks, batches, topology, forward_only=False)
+    totals = run_schedule(trainable.chunks, batches, topology, forward_only=False)
     grad_norm = optim.gradient_norm(trainable.optimizer)
     # Both are the same on every rank, so all ranks decide alike.
-    updated = math.isfinite(losses.loss_sum) and math.isfinite(grad_norm)
+    updated = math.isfinite(totals.loss_sum) and math.isfinite(grad_norm)
     if updated:
         optim.set_learning_rate(trainable.optimizer, lr)
         optim.update(trainable, grad_norm)
-    return StepResult(losses, grad_norm, updated)
+    return StepResult(totals, grad_norm, updated)
 
 
 def run_schedule(
     chunks: list, batches: list[Batch], topology: Topology, forward_only: bool
-) -> Losses:
+) -> Totals:
     """Megatron's schedule (none, 1F1B or interleaved) over the micro batches of this rank."""
     num_cells, num_positions = batches[0].tokens_BS.shape
     iterators = [iter(batches) for _ in chunks]
@@ -97,11 +97,12 @@ def run_schedule(
         micro_batch_size=num_cells,
         forward_only=forward_only,
     )
-    local = torch.zeros(4, dtype=torch.float64, device=batches[0].tokens_BS.device)
+    local = torch.zeros(6, dtype=torch.float64, device=batches[0].tokens_BS.device)
     for sums in reported:
         local += sums
-    loss_sum, predicted, cell_mean_sum, cells = sum_of_losses(local, topology).tolist()
-    return Losses(loss_sum, round(predicted), cell_mean_sum, round(cells))
+    # The one wait for the device in a step: all ranks must know whether to update.
+    loss_sum, predicted, cell_mean_sum, *counts = sum_of_losses(local, topology).tolist()
+    return Totals(loss_sum, round(predicted), cell_mean_sum, *(round(count) for count in counts))
 
 
 def _forward_step(
@@ -118,7 +119,7 @@ def _forward_step(
 
 
 def _sums(loss_M: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """fp64 [4] in the order of Losses."""
+    """fp64 [6] in the order of Totals."""
     num_cells, num_positions = batch.tokens_BS.shape
     cell_M = batch.selected_M // num_positions
     loss_M = loss_M.double()
@@ -126,12 +127,13 @@ def _sums(loss_M: torch.Tensor, batch: Batch) -> torch.Tensor:
     counts = torch.zeros_like(per_cell)
     per_cell.index_add_(0, cell_M, loss_M)
     counts.index_add_(0, cell_M, torch.ones_like(loss_M))
-    present = counts > 0
-    return torch.stack(
-        [
-            loss_M.sum(),
-            counts.sum(),
-            (per_cell[present] / counts[present]).sum(),
-            present.sum().double(),
-        ]
+    lengths = batch.lengths_B.double()
+    sums = (
+        loss_M.sum(),
+        counts.sum(),
+        (per_cell / counts.clamp(min=1)).sum(),
+        (counts > 0).sum(),
+        lengths.sum(),
+        lengths.square().sum(),
     )
+    return torch.stack([value.double() for value in sums])

@@ -1,0 +1,1 @@
+"""What a run can continue from (floor 8)."""

@@ -1,0 +1,128 @@
+"""Step folders: written aside, verified by hash, renamed when whole.
+
+    checkpoints/.staging_step_0000000100/   being written
+    checkpoints/step_0000000100/            complete: manifest.json names every file's size and hash
+    checkpoints/damaged_step_0000000100/    failed verification, set aside, never read again
+
+A folder has its final name only once everything in it is on the disk, so a kill at any instant
+leaves the earlier checkpoints as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from geneformer_mcore.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step_(\d{10})")
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is, or will be."""
+    return root / f"step_{step:010d}"
+
+
+def make_staging(root: Path, step: int) -> Path:
+    """An empty folder to write the checkpoint of `step` into. Leftovers of kills are removed."""
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".*_step_*"):
+        shutil.rmtree(leftover)
+    staging = root / f".staging_step_{step:010d}"
+    staging.mkdir()
+    return staging
+
+
+def commit(staging: Path, root: Path, step: int) -> Path:
+    """Makes the staging folder the checkpoint of `step`, on the disk before it has the name."""
+    files = {
+        str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(staging.rglob("*"))
+        if path.is_file()
+    }
+    (staging / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+    for path in [*staging.rglob("*"), staging]:
+        _fsync(path)
+    final = step_folder(root, step)
+    if final.exists():  # the same step again, after an earlier end at it
+        remove(final)
+    staging.rename(final)
+    _fsync(root)
+    return final
+
+
+def steps(root: Path) -> list[int]:
+    """Steps that have a complete checkpoint folder, ascending. They are not verified."""
+    if not root.is_dir():
+        return []
+    matches = [(_STEP.fullmatch(path.name), path) for path in root.iterdir()]
+    return sorted(int(m[1]) for m, path in matches if m and (path / MANIFEST).is_file())
+
+
+def verify(folder: Path) -> None:
+    """Raises CheckpointError naming the first file that is missing or not as it was written."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}.") from None
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing from the checkpoint.")
+        size = path.stat().st_size
+        if size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            raise CheckpointError(
+                f"{path} is damaged: {size} bytes where {expected['bytes']} were written, "
+                "or other bytes than were written."
+            )
+
+
+def newest_good(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, or None, and a line for each damaged one, which is set
+    aside under another name."""
+    messages = []
+    for step in reversed(steps(root)):
+        folder = step_folder(root, step)
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            aside = root / f"damaged_{folder.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            messages.append(f"{error} It is now {aside.name}; the one before it is tried.")
+        else:
+            return folder, messages
+    return None, messages
+
+
+def retain(root: Path, keep_last: int, keep_every: int) -> None:
+    """Removes all but the newest `keep_last` and the multiples of `keep_every` (0: none)."""
+    for step in steps(root)[:-keep_last]:
+        if not (keep_every and step % keep_every == 0):
+            remove(step_folder(root, step))
+
+
+def remove(folder: Path) -> None:
+    """Removes a checkpoint; its name goes first, so a kill half-way leaves no half checkpoint."""
+    gone = folder.with_name(f".removed_{folder.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

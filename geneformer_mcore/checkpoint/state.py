@@ -1,0 +1,128 @@
+"""Weights, moments and random states of all ranks, to and from a folder.
+
+stages + optimizer -> sharded description -> dist_checkpointing -> files that fit every layout
+random states      -> random/rank_00000.npz, for the same layout only
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from geneformer_mcore.errors import CheckpointError
+from geneformer_mcore.optim import optimizer as optim
+
+_METADATA = {
+    # The layer's number is part of a parameter's name, whichever stage holds it.
+    "non_homogeneous_layers": True,
+    # The one format of the sharded optimizer that loads under another layout.
+    "distrib_optim_sharding_type": "fully_reshardable",
+}
+
+
+def save(trainable: optim.Trainable, folder: Path, rank: int) -> None:
+    """Writes this rank's part into `folder`; all ranks call it together."""
+    with _written_by_this_process():
+        dist_checkpointing.save(_description(trainable, is_loading=False), str(folder))
+    _save_random_states(folder, rank)
+
+
+def load(trainable: optim.Trainable, folder: Path, rank: int | None) -> None:
+    """Fills weights, moments and steps from `folder`, whatever layout wrote it; with `rank`, this
+    rank's random states too (the layout must be the one that wrote them)."""
+    state = dist_checkpointing.load(_description(trainable, is_loading=True), str(folder))
+    for number, stage in enumerate(trainable.stages):
+        stage.load_state_dict(state[f"model{number}"])
+    optim.load_states(trainable.optimizer, state["optimizer"])
+    if rank is not None:
+        _load_random_states(folder, rank)
+
+
+def _description(trainable: optim.Trainable, is_loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        f"model{number}": stage.sharded_state_dict(metadata=dict(_METADATA))
+        for number, stage in enumerate(trainable.stages)
+    }
+    state["optimizer"] = trainable.optimizer.sharded_state_dict(
+        state, is_loading=is_loading, metadata=dict(_METADATA)
+    )
+    return state
+
+
+def _save_random_states(folder: Path, rank: int) -> None:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    for name, tracked in get_cuda_rng_tracker().get_states().items():
+        states[f"tracker:{name}"] = tracked
+    (folder / "random").mkdir(exist_ok=True)
+    arrays = {name: state.numpy() for name, state in states.items()}
+    np.savez(_random_file(folder, rank), **arrays)  # type: ignore[arg-type]
+
+
+def _load_random_states(folder: Path, rank: int) -> None:
+    try:
+        with np.load(_random_file(folder, rank), allow_pickle=False) as file:
+            states = {name: torch.from_numpy(file[name]) for name in file.files}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the random states of rank {rank} cannot be read: {error}."
+        ) from None
+    tracked = {
+        name.removeprefix("tracker:"): state
+        for name, state in states.items()
+        if name.startswith("tracker:")
+    }
+    get_cuda_rng_tracker().set_states(tracked)
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    torch.set_rng_state(states["cpu"])
+
+
+def _random_file(folder: Path, rank: int) -> Path:
+    return folder / "random" / f"rank_{rank:05d}.npz"
+
+
+@contextlib.contextmanager
+def _written_by_this_process() -> Iterator[None]:
+    """Megatron hands every file to a forked process and waits for it without a limit, through a
+    queue that another, spawned process manages: a killed writer hangs the run, and a fork is unsafe
+    once TileDB has threads. Here the same function writes the same files in line."""
+    writer = filesystem_async.FileSystemWriterAsync
+    theirs, their_queue = writer.write_preloaded_data_multiproc, filesystem_async._results_queue
+    writer.write_preloaded_data_multiproc = staticmethod(_write_in_line)
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        yield
+    finally:
+        writer.write_preloaded_data_multiproc = staticmethod(theirs)
+        filesystem_async._results_queue = their_queue
+
+
+def _write_in_line(
+    transforms: list, use_msc: bool, rank: int, buckets: list, results: queue.Queue
+) -> None:
+    written: dict[int, Any] | Exception = {}
+    for number, bucket in enumerate(buckets):
+        done: queue.Queue = queue.Queue()
+        pending: queue.Queue = queue.Queue()
+        pending.put(number)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, number, bucket, done, pending, use_fsync=True
+        )
+        _, outcome = done.get_nowait()
+        if isinstance(outcome, Exception):
+            written = outcome
+            break
+        assert isinstance(written, dict)
+        written[number] = outcome
+    results.put(written)

@@ -1,0 +1,31 @@
+"""Loss on held-out cells: the same cells and masks each time, whatever the layout."""
+
+from __future__ import annotations
+
+import torch
+
+from geneformer_mcore.feed.loader import Feed
+from geneformer_mcore.optim.optimizer import Trainable
+from geneformer_mcore.parallel.groups import Topology
+from geneformer_mcore.train.step import Totals, run_schedule
+
+
+def validation_steps(feed: Feed, limit: int) -> int:
+    """Global batches that cover the cells of `feed`, at most `limit`."""
+    return min(limit, -(-feed.order.num_cells // feed.share.global_batch_size))
+
+
+def evaluate(
+    trainable: Trainable, feed: Feed, limit: int, topology: Topology, device: torch.device
+) -> Totals:
+    """Sums of losses over the first `limit` global batches of `feed`, each cell once. Leaves
+    weights, random states and the position in the training data alone."""
+    totals = Totals()
+    for chunk in trainable.chunks:
+        chunk.eval()
+    with torch.no_grad():
+        for number in range(validation_steps(feed, limit)):
+            batches = feed.validation_step(number * feed.share.global_batch_size)
+            on_device = [batch.to(device) for batch in batches]
+            totals += run_schedule(trainable.chunks, on_device, topology, forward_only=True)
+    return totals

@@ -1,0 +1,141 @@
+"""Sizes, number formats and dropout of the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from geneformer_mcore.config import load
+from geneformer_mcore.model import geneformer, settings
+from geneformer_mcore.parallel import groups
+from tests.distributed import toy
+from tests.distributed.ranks import run_ranks
+
+CARD_10M = ("train.precision=fp32",)
+CARD_106M = (
+    "train.precision=fp32",
+    "model.num_layers=12",
+    "model.hidden_size=768",
+    "model.ffn_hidden_size=3072",
+    "model.num_attention_heads=12",
+)
+
+
+def count_parameters(overrides: tuple[str, ...], vocabulary: int, padded: int) -> int:
+    config, _ = load(None, overrides)
+    groups.build_groups(config.parallel)
+    core = settings.transformer_config(
+        config.model, config.parallel, config.train.precision, toy.CPU
+    )
+    core.perform_initialization = False  # only sizes matter here
+    (stage,) = geneformer.build(config.model, core, toy.CPU, vocabulary, 2048, padded_size=padded)
+    return sum(parameter.numel() for parameter in stage.parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "padded", "expected"),
+    [
+        (CARD_10M, 25_429, 10_288_981),
+        (CARD_10M, 25_472, 10_300_032),
+        (CARD_10M, None, 10_332_928),
+        (CARD_106M, 25_429, 106_775_893),
+        (CARD_106M, 25_472, 106_808_960),
+        (CARD_106M, None, 106_907_392),
+    ],
+)
+def test_parameter_counts_are_the_cards(
+    overrides: tuple[str, ...], padded: int, expected: int
+) -> None:
+    """Expected: the model card's 10.3M and 106M, at the vocabulary, NVIDIA's padding and ours."""
+    (seen,) = run_ranks(count_parameters, 1, overrides, 25_429, padded)
+    assert seen == expected
+
+
+def formats(*overrides: str) -> dict[str, set[str]]:
+    run = toy.make("train.precision=bf16", *overrides)
+    (stage,) = run.trainable.stages
+    seen: dict[str, set[str]] = {"stream": set(), "inside": set(), "weights": set()}
+
+    def note(kind: str):  # type: ignore[no-untyped-def]
+        def hook(_module, _inputs, output) -> None:  # type: ignore[no-untyped-def]
+            tensor = output[0] if isinstance(output, tuple) else output
+            seen[kind].add(str(tensor.dtype))
+
+        return hook
+
+    stage.embedding.register_forward_hook(note("stream"))
+    for layer in stage.encoder.layers:
+        layer.register_forward_hook(note("stream"))
+        layer.self_attention.register_forward_hook(note("inside"))
+        layer.mlp.register_forward_hook(note("inside"))
+    run.step()
+    seen["weights"] = {str(parameter.dtype) for parameter in stage.parameters()}
+    return seen
+
+
+def test_the_residual_stream_stays_in_32_bits_under_bf16() -> None:
+    (seen,) = run_ranks(formats, 1)
+    assert seen == {
+        "stream": {"torch.float32"},
+        "inside": {"torch.bfloat16"},
+        "weights": {"torch.bfloat16"},
+    }
+
+
+def test_a_16_bit_residual_stream_can_be_asked_for() -> None:
+    (seen,) = run_ranks(formats, 1, "model.fp32_residual=false")
+    assert seen["stream"] == {"torch.bfloat16"}
+
+
+def losses(*overrides: str) -> list[float]:
+    return [result.totals.loss for result in toy.make(*overrides).steps(6)]
+
+
+def test_bf16_follows_fp32() -> None:
+    (exact,) = run_ranks(losses, 1)
+    (rounded,) = run_ranks(losses, 1, "train.precision=bf16")
+    torch.testing.assert_close(torch.tensor(rounded), torch.tensor(exact), rtol=5e-3, atol=0)
+    assert rounded != exact
+
+
+def same_draws() -> tuple[list[float], list[float]]:
+    run = toy.make("parallel.tensor=2")
+    shared = torch.rand(4).tolist()
+    from geneformer_mcore.model.attention import get_cuda_rng_tracker
+
+    with get_cuda_rng_tracker().fork():
+        split = torch.rand(4).tolist()
+    assert run.topology.world_size == 2
+    return shared, split
+
+
+def test_tensor_ranks_share_hidden_dropout_and_split_attention_dropout() -> None:
+    (shared_0, split_0), (shared_1, split_1) = run_ranks(same_draws, 2)
+    assert shared_0 == shared_1
+    assert split_0 != split_1
+
+
+def data_draws() -> list[float]:
+    toy.make()
+    return torch.rand(4).tolist()
+
+
+def test_data_ranks_drop_differently() -> None:
+    first, second = run_ranks(data_draws, 2)
+    assert first != second
+
+
+def refuse_non_finite() -> tuple[bool, bool]:
+    run = toy.make()
+    (stage,) = run.trainable.stages
+    run.step()
+    before = [parameter.detach().clone() for parameter in stage.parameters()]
+    if run.topology.rank == 1:  # only this rank sees the infinite gradient
+        stage.encoder.final_layernorm.bias.register_hook(lambda grad: grad * float("nan"))
+    result = run.step()
+    after = list(stage.parameters())
+    return result.updated, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_nan_on_one_rank_updates_no_rank() -> None:
+    assert run_ranks(refuse_non_finite, 2) == [(False, True), (False, True)]

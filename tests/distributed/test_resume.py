@@ -1,0 +1,56 @@
+"""A run continued in its own layout is bitwise the run that was never stopped, dropout on."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from geneformer_mcore.checkpoint import state
+from tests.distributed import toy
+from tests.distributed.ranks import run_ranks
+
+DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
+
+
+def train_and_save(folder: str, *overrides: str) -> tuple[list[float], str]:
+    run = toy.make(*DROPOUT, *overrides)
+    run.steps(3)
+    if run.topology.rank == 0:
+        Path(folder).mkdir()
+    toy.torch.distributed.barrier()
+    state.save(run.trainable, Path(folder), run.topology.rank)
+    return [result.totals.loss for result in run.steps(3)], digest(run)
+
+
+def resume(folder: str, *overrides: str) -> tuple[list[float], str]:
+    run = toy.make(*DROPOUT, "train.seed=99", *overrides)
+    state.load(run.trainable, Path(folder), run.topology.rank)
+    run.feed = toy.feed(toy.load(None, [*toy.SETTINGS, *overrides])[0], run.topology)
+    run.position = 3 * run.config.train.global_batch_size
+    return [result.totals.loss for result in run.steps(3)], digest(run)
+
+
+def digest(run: toy.Toy) -> str:
+    """SHA-256 of this rank's weights."""
+    sha = hashlib.sha256()
+    for stage in run.trainable.stages:
+        for _, parameter in sorted(stage.named_parameters()):
+            sha.update(parameter.detach().float().numpy().tobytes())
+    return sha.hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (1, ()),
+        (2, ()),
+        (2, ("parallel.tensor=2",)),
+        (2, ("parallel.pipeline=2", "train.precision=bf16")),
+    ],
+)
+def test_bitwise(world_size: int, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    folder = str(tmp_path / "step")
+    undisturbed = run_ranks(train_and_save, world_size, folder, *overrides)
+    assert run_ranks(resume, world_size, folder, *overrides) == undisturbed

@@ -1,0 +1,119 @@
+"""A small model on made-up cells: enough to tell a right layout from a wrong one in a second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from geneformer_mcore.config import Config, load, plan
+from geneformer_mcore.contracts import NUM_SPECIALS, RaggedCells
+from geneformer_mcore.feed.loader import Feed, Share
+from geneformer_mcore.feed.masks import Masking
+from geneformer_mcore.feed.order import Order
+from geneformer_mcore.model import geneformer, initial_weights, settings
+from geneformer_mcore.optim import optimizer as optim
+from geneformer_mcore.parallel import groups
+from geneformer_mcore.train.step import StepResult, train_step
+
+VOCABULARY = 700
+SEQ_LENGTH = 96
+CPU = torch.device("cpu")
+
+SETTINGS = (
+    "model.num_layers=4",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=64",
+    "model.num_attention_heads=4",
+    "model.hidden_dropout=0",
+    "model.attention_dropout=0",
+    "train.precision=fp32",
+    "train.micro_batch_size=4",
+    "train.global_batch_size=16",
+    "optim.lr=3e-3",
+)
+
+
+class ToyCells:
+    """`num_cells` made-up cells of 3 to SEQ_LENGTH tokens: genes near the top are likelier low."""
+
+    def __init__(self, num_cells: int = 120) -> None:
+        rng = np.random.default_rng(5)
+        lengths = rng.integers(3, SEQ_LENGTH + 1, num_cells)
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
+        self.tokens = np.zeros(self.offsets[-1], np.uint16)
+        for i, length in enumerate(lengths):
+            order = np.argsort(rng.gumbel(size=VOCABULARY - NUM_SPECIALS) + self._weight())
+            self.tokens[self.offsets[i] + 1 : self.offsets[i + 1]] = (
+                order[::-1][: length - 1] + NUM_SPECIALS
+            )
+        self.keys = rng.integers(0, 2**63, num_cells).astype(np.uint64)
+        self.num_cells = num_cells
+
+    @staticmethod
+    def _weight() -> np.ndarray:
+        return np.linspace(3, 0, VOCABULARY - NUM_SPECIALS)
+
+    def read(self, start: int, stop: int) -> RaggedCells:
+        """Implements contracts.TokenSource."""
+        first, last = self.offsets[start], self.offsets[stop]
+        return RaggedCells(
+            self.tokens[first:last], self.offsets[start : stop + 1] - first, self.keys[start:stop]
+        )
+
+
+@dataclass
+class Toy:
+    """This rank's part of a toy run."""
+
+    config: Config
+    topology: groups.Topology
+    trainable: optim.Trainable
+    feed: Feed
+    position: int = 0
+
+    def steps(self, count: int) -> list[StepResult]:
+        """Trains `count` steps."""
+        return [self.step() for _ in range(count)]
+
+    def step(self) -> StepResult:
+        """Trains one step at the peak learning rate."""
+        batches = self.feed.step(self.position)
+        self.position += self.config.train.global_batch_size
+        return train_step(self.trainable, batches, self.config.optim.lr, self.topology)
+
+
+def make(*overrides: str) -> Toy:
+    """A toy run on the ranks that are here."""
+    config, _ = load(None, [*SETTINGS, *overrides])
+    plan(config, torch.distributed.get_world_size())
+    topology = groups.build_groups(config.parallel)
+    groups.seed_dropout(config.train.seed, topology)
+    trainable = optim.wrap(stages(config), config.optim)
+    return Toy(config, topology, trainable, feed(config, topology))
+
+
+def stages(config: Config, **build: int) -> list[geneformer.Geneformer]:
+    """This rank's stages with their initial weights."""
+    core = settings.transformer_config(config.model, config.parallel, config.train.precision, CPU)
+    built = geneformer.build(config.model, core, CPU, VOCABULARY, SEQ_LENGTH, **build)
+    for stage in built:
+        initial_weights.fill(stage, config.train.seed)
+    return built
+
+
+def feed(config: Config, topology: groups.Topology) -> Feed:
+    """The toy cells as this rank sees them."""
+    train = config.train
+    cells = ToyCells()
+    return Feed(
+        cells,
+        Order(0, cells.num_cells, 16, 2, train.seed),
+        Masking(0.15, (0.8, 0.02, 0.18), VOCABULARY, train.seed),
+        Share(
+            train.global_batch_size, train.micro_batch_size, topology.data_rank, topology.data_size
+        ),
+        SEQ_LENGTH,
+        pad_multiple=8,
+    )

@@ -1,0 +1,96 @@
+"""The truth for every layout and kernel: Geneformer in plain PyTorch, as short as it can be.
+
+Written from the architecture (pre-LN BERT, tied head), not from the code it checks: full [B, S, V]
+logits, an explicit softmax over real tokens only, no Megatron. Works in the dtype of its weights,
+fp64 for a sharp comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+EPSILON = 1e-12
+
+
+class Reference(torch.nn.Module):
+    """weights: name -> tensor, with the names of a one-rank Geneformer's state_dict."""
+
+    def __init__(
+        self,
+        weights: dict[str, torch.Tensor],
+        num_heads: int,
+        vocabulary_size: int,
+        activation: Callable[[torch.Tensor], torch.Tensor] = F.relu,
+        head_activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        super().__init__()
+        self.w = {
+            name: tensor.detach().to(dtype).requires_grad_()
+            for name, tensor in weights.items()
+            if isinstance(tensor, torch.Tensor)
+        }
+        self.num_heads = num_heads
+        self.vocabulary_size = vocabulary_size
+        self.activation = activation
+        self.head_activation = head_activation or activation
+        self.num_layers = 1 + max(int(n.split(".")[2]) for n in self.w if ".layers." in n)
+
+    def hidden(self, tokens_BS: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """[B, S, H] after the final norm."""
+        num_positions = tokens_BS.shape[1]
+        x = self.w["embedding.word_embeddings.weight"][tokens_BS]
+        x = x + self.w["embedding.position_embeddings.weight"][:num_positions]
+        real_BS = torch.arange(num_positions) < lengths_B[:, None]
+        for layer in range(self.num_layers):
+            name = f"encoder.layers.{layer}"
+            x = x + self._attention(self._norm(x, f"{name}.input_layernorm"), real_BS, name)
+            x = x + self._mlp(self._norm(x, f"{name}.pre_mlp_layernorm"), f"{name}.mlp")
+        return self._norm(x, "encoder.final_layernorm")
+
+    def logits(self, tokens_BS: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """[B, S, vocabulary_size]: real tokens only, padding rows of the embedding left out."""
+        x = self._linear(self.hidden(tokens_BS, lengths_B), "lm_head.dense")
+        x = self._norm(self.head_activation(x), "lm_head.layer_norm")
+        embedding = self.w["embedding.word_embeddings.weight"][: self.vocabulary_size]
+        return x @ embedding.T + self.w["output_layer.bias"][: self.vocabulary_size]
+
+    def loss_sum(
+        self,
+        tokens_BS: torch.Tensor,
+        lengths_B: torch.Tensor,
+        selected_M: torch.Tensor,
+        labels_M: torch.Tensor,
+    ) -> torch.Tensor:
+        """Nats, summed over the selected positions."""
+        logits_MV = self.logits(tokens_BS, lengths_B).flatten(0, 1)[selected_M]
+        return F.cross_entropy(logits_MV, labels_M, reduction="sum")
+
+    def _attention(self, x: torch.Tensor, real_BS: torch.Tensor, name: str) -> torch.Tensor:
+        name = f"{name}.self_attention"
+        cells, positions, width = x.shape
+        # Megatron keeps query, key and value of a head together: [heads, 3, width per head].
+        mixed = self._linear(x, f"{name}.linear_qkv")
+        mixed = mixed.view(cells, positions, self.num_heads, 3, width // self.num_heads)
+        query, key, value = mixed.permute(3, 0, 2, 1, 4)
+        scores = query @ key.transpose(-1, -2) / math.sqrt(width // self.num_heads)
+        scores = scores.masked_fill(~real_BS[:, None, None, :], float("-inf"))
+        context = (scores.softmax(-1) @ value).transpose(1, 2).reshape(cells, positions, width)
+        return self._linear(context, f"{name}.linear_proj")
+
+    def _mlp(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return self._linear(
+            self.activation(self._linear(x, f"{name}.linear_fc1")), f"{name}.linear_fc2"
+        )
+
+    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
+
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + EPSILON)
+        return centred * scale * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
