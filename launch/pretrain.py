@@ -55,10 +55,10 @@ def main() -> int:
 
 
 def _train(config: settings.Config, text: str, folder) -> tuple[int, str]:  # type: ignore[no-untyped-def]
-    from geneformer_mcore.parallel import device, groups
-
-    plan = settings.plan(config, groups.world_size_of_launch())
+    plan = settings.plan(config, _world_size())
     _demo_store_hint(config)
+    # Only now what takes seconds to import: a user's error is answered at once.
+    from geneformer_mcore.parallel import device, groups
     from geneformer_mcore.train import loop, setup
 
     store = setup.open_store(config)
@@ -85,9 +85,8 @@ def _demo_store_hint(config: settings.Config) -> None:
 
 
 def _dry_run(config: settings.Config, text: str) -> int:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        plan = settings.plan(config, world_size)
+        plan = settings.plan(config, _world_size())
     except GeneformerError as error:
         return _refuse(error, os.environ.get("RANK", "0") == "0")
     if os.environ.get("RANK", "0") == "0":
@@ -95,6 +94,11 @@ def _dry_run(config: settings.Config, text: str) -> int:
         for name, value in vars(plan).items():
             print(f"# {name}: {value}")
     return 0
+
+
+def _world_size() -> int:
+    """Ranks that torchrun started; 1 for a plain `python`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _refuse(error: GeneformerError, first: bool) -> int:

@@ -110,7 +110,7 @@ def _number(merged: DictConfig, key: str, value: Any) -> Any:
 def _known_keys() -> list[str]:
     sections = OmegaConf.to_container(OmegaConf.structured(Config), enum_to_str=True)
     assert isinstance(sections, dict)
-    return [f"{section}.{key}" for section, keys in sections.items() for key in keys]
+    return [f"{section!s}.{key}" for section, keys in sections.items() for key in keys]
 
 
 def _resolved(merged: DictConfig) -> Config:

@@ -71,6 +71,12 @@ class Feed:
         rows = np.concatenate([rows, np.full(idle.sum(), rows[0])])
         return self._micro_batches(rows, np.full(len(rows), VALIDATION_EPOCH), idle)
 
+    def validation_cells(self, limit: int) -> RaggedCells:
+        """The cells of the first `limit` validation steps, truncated."""
+        num_cells = min(limit * self.share.global_batch_size, self.order.num_cells)
+        rows, _ = self.order.rows(0, num_cells)
+        return truncate(self._spans.take(rows), self.seq_length)
+
     def _micro_batches(self, rows: np.ndarray, epochs: np.ndarray, idle: np.ndarray) -> list[Batch]:
         share = self.share
         mine = slice(share.data_rank, None, share.data_size)

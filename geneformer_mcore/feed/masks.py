@@ -44,8 +44,8 @@ class Masking:
         lengths = cells.lengths
         first_T = np.repeat(cells.offsets[:-1], lengths)
         place_T = (np.arange(len(cells.tokens_T)) - first_T).astype(np.uint64)
-        stream_N = _mix(_mix(cells.keys_N ^ _mix_scalar(self.seed)) + epochs_N.astype(np.uint64))
-        bits_T = _mix(np.repeat(stream_N, lengths) + place_T * _GOLDEN)
+        stream_N = mix(mix(cells.keys_N ^ mix_scalar(self.seed)) + epochs_N.astype(np.uint64))
+        bits_T = mix(np.repeat(stream_N, lengths) + place_T * _GOLDEN)
         selected_T = _unit(bits_T) < self.probability
         selected_T[cells.offsets[:-1]] = False  # [CLS]
         seen_T = cells.tokens_T.copy()
@@ -64,15 +64,15 @@ class Masking:
 
     def _shown(self, bits_M: np.ndarray, tokens_M: np.ndarray) -> np.ndarray:
         # A second and a third hash of the same bits: independent of the first decision.
-        action = _unit(_mix(bits_M ^ _MIX_1))
+        action = _unit(mix(bits_M ^ _MIX_1))
         genes = self.vocabulary_size - NUM_SPECIALS
-        random_gene = NUM_SPECIALS + (_unit(_mix(bits_M ^ _MIX_2)) * genes).astype(np.uint16)
+        random_gene = NUM_SPECIALS + (_unit(mix(bits_M ^ _MIX_2)) * genes).astype(np.uint16)
         masked, random, _unchanged = self.fractions
         shown = np.where(action < masked + random, random_gene, tokens_M)
         return np.where(action < masked, np.uint16(MASK), shown)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64's output function. uint64 in and out, wrapping."""
     x = x + _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
@@ -80,8 +80,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _mix_scalar(value: int) -> np.uint64:
-    return _mix(np.array([value], dtype=np.uint64))[0]
+def mix_scalar(value: int) -> np.uint64:
+    """`mix` of one number."""
+    return mix(np.array([value], dtype=np.uint64))[0]
 
 
 def _unit(bits: np.ndarray) -> np.ndarray:

@@ -79,10 +79,12 @@ class SdpaAttention(MegatronModule):
         [B, heads, S, S], True = not attended to. Returns [S, B, heads * width]."""
         assert attention_bias is None
         assert packed_seq_params is None
-        per_head = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         with self._split_dropout():
             context = F.scaled_dot_product_attention(
-                *per_head,
+                query,
+                key,
+                value,
                 attn_mask=None if attention_mask is None else ~attention_mask,
                 dropout_p=self.dropout if self.training else 0.0,
                 scale=self.softmax_scale,

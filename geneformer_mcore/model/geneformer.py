@@ -58,11 +58,11 @@ class Geneformer(megatron_bert.BertModel):
                 add_binary_head=False,
                 vp_stage=chunk,
             )
-        self.vocabulary_size = vocabulary_size
         if last:
-            # The head works on gathered rows, which every tensor rank has in full.
-            self.output_layer.sequence_parallel = False
-            self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
+            num_here = self.output_layer.output_size_per_partition
+            first_id = parallel_state.get_tensor_model_parallel_rank() * num_here
+            padding_V = head.padding_bias(first_id, num_here, vocabulary_size)
+            self.register_buffer("padding_V", padding_V, persistent=False)
 
     def _sanity_check_attention_and_get_attn_mask_dimension(self) -> str:
         return "b11s"
@@ -92,9 +92,17 @@ class Geneformer(megatron_bert.BertModel):
     def logits(self, hidden_SBH: torch.Tensor, selected_M: torch.Tensor) -> torch.Tensor:
         """fp32 [M, V]: this tensor rank's columns of the gene logits, padding at -inf."""
         rows_MH = self.lm_head(head.selected_rows(hidden_SBH, selected_M, self.config))
-        logits_MV, _ = self.output_layer(rows_MH, weight=self.shared_embedding_or_output_weight())
-        first_id = parallel_state.get_tensor_model_parallel_rank() * logits_MV.shape[1]
-        return head.without_padding(logits_MV.float(), first_id, self.vocabulary_size)
+        logits_MV = tensor_parallel.linear_with_grad_accumulation_and_async_allreduce(
+            input=rows_MH,
+            weight=self.shared_embedding_or_output_weight(),
+            bias=self.output_layer.bias + self.padding_V,
+            gradient_accumulation_fusion=False,
+            # The rows are gathered: every tensor rank has all of them.
+            allreduce_dgrad=self.config.tensor_model_parallel_size > 1,
+            sequence_parallel=False,
+            tp_group=self.tp_group,
+        )
+        return logits_MV.float()
 
 
 def build(

@@ -61,14 +61,11 @@ def selected_rows(
     return hidden_SBH.reshape(-1, width).index_select(0, place)
 
 
-def without_padding(logits_MV: torch.Tensor, first_id: int, num_real: int) -> torch.Tensor:
-    """Takes the columns that pad the vocabulary out of every softmax.
+def padding_bias(first_id: int, num_here: int, num_real: int) -> torch.Tensor:
+    """fp32 [num_here]: 0 for real tokens, -inf for the rows that pad the vocabulary.
 
-    logits_MV: columns are the token ids first_id, first_id + 1, ...; those from `num_real` on are
-    set to -inf, so they have probability 0 and gradient 0.
+    Added to the output bias, it takes the padding out of every softmax, probability 0 and gradient
+    0, at no cost. It is no parameter: a parameter of -inf would not be finite.
     """
-    num_here = max(0, min(num_real - first_id, logits_MV.shape[1]))
-    if num_here == logits_MV.shape[1]:
-        return logits_MV
-    padding = torch.arange(logits_MV.shape[1], device=logits_MV.device) >= num_here
-    return logits_MV.masked_fill(padding, float("-inf"))
+    ids = torch.arange(first_id, first_id + num_here)
+    return torch.where(ids < num_real, 0.0, float("-inf"))

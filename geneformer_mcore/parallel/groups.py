@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch._C._distributed_c10d import HashStore
 
 from geneformer_mcore.config.sections import ParallelConfig
 
@@ -39,11 +40,6 @@ class Topology:
         return self.pipeline_rank == self.pipeline_size - 1
 
 
-def world_size_of_launch() -> int:
-    """Ranks that torchrun started; 1 for a plain `python`."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start(device: torch.device, parallel: ParallelConfig) -> Topology:
     """Joins the other ranks and builds all groups. Call once, after `config.plan` agreed.
 
@@ -55,9 +51,7 @@ def start(device: torch.device, parallel: ParallelConfig) -> Topology:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:  # one process, without torchrun: nothing to meet, nothing to listen on
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     return build_groups(parallel)
 
 
@@ -71,6 +65,11 @@ def build_groups(parallel: ParallelConfig) -> Topology:
         distributed_timeout_minutes=max(1, round(parallel.timeout_s / 60)),
         create_gloo_process_groups=False,
     )
+    return topology()
+
+
+def topology() -> Topology:
+    """Where this rank stands, once the groups are built."""
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

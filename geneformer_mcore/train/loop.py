@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import closing
 
 from geneformer_mcore.backends import describe
@@ -16,13 +17,14 @@ from geneformer_mcore.checkpoint import state
 from geneformer_mcore.checkpoint.record import Record
 from geneformer_mcore.config.sections import NonFinite
 from geneformer_mcore.contracts import Batch
+from geneformer_mcore.feed.loader import Feed
 from geneformer_mcore.optim.schedule import learning_rate
 from geneformer_mcore.parallel import collectives
 from geneformer_mcore.train.evaluate import evaluate
 from geneformer_mcore.train.interruption import Interruption
 from geneformer_mcore.train.run_folder import FINISHED, INTERRUPTED
 from geneformer_mcore.train.setup import Run
-from geneformer_mcore.train.step import StepResult, train_step
+from geneformer_mcore.train.step import StepResult, Totals, train_step
 
 
 class NonFiniteError(RuntimeError):
@@ -60,9 +62,9 @@ def _due(step: int, every: int, steps: int, always_last: bool = False) -> bool:
     return last or (every > 0 and step % every == 0)
 
 
-def _step(run: Run, feed) -> StepResult:  # type: ignore[no-untyped-def]
+def _step(run: Run, feed: Iterator[list[Batch]]) -> StepResult:
     began = time.perf_counter()
-    batches: list[Batch] = [batch.to(run.device) for batch in next(feed)]
+    batches = [batch.to(run.device) for batch in next(feed)]
     waited = time.perf_counter() - began
     result = train_step(run.trainable, batches, _learning_rate(run), run.topology)
     if not result.updated:
@@ -112,21 +114,24 @@ def _log(run: Run, result: StepResult) -> None:
 def _validate(run: Run) -> None:
     if run.validation is None:
         return
-    train = run.config.train
-    totals = evaluate(
-        run.trainable, run.validation, train.validate_batches, run.topology, run.device
-    )
+    totals = _evaluate(run, run.validation)
     assert not math.isnan(totals.loss), "validation predicted nothing"
+    record = {
+        "step": run.step,
+        "val_loss": totals.loss,
+        "val_loss_cell_mean": totals.cell_mean,
+        "val_cells": totals.num_cells,
+        "val_predicted": totals.num_predicted,
+    }
+    if run.control is not None and run.step == run.config.train.steps:
+        record["val_loss_shuffled_genes"] = _evaluate(run, run.control).loss
     if run.sinks is not None:
-        run.sinks.write(
-            {
-                "step": run.step,
-                "val_loss": totals.loss,
-                "val_loss_cell_mean": totals.cell_mean,
-                "val_cells": totals.num_cells,
-                "val_predicted": totals.num_predicted,
-            }
-        )
+        run.sinks.write(record)
+
+
+def _evaluate(run: Run, feed: Feed) -> Totals:
+    limit = run.config.train.validate_batches
+    return evaluate(run.trainable, feed, limit, run.topology, run.device)
 
 
 def save(run: Run) -> None:

@@ -17,9 +17,10 @@ from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.checkpoint import state
 from geneformer_mcore.checkpoint.record import Record, check_continues
 from geneformer_mcore.config import Config, Plan
-from geneformer_mcore.contracts import padded_vocabulary_size
+from geneformer_mcore.contracts import TokenSource, padded_vocabulary_size
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.feed.batch import truncate
+from geneformer_mcore.feed.control import ShuffledGenes
 from geneformer_mcore.feed.loader import Feed, Share
 from geneformer_mcore.feed.masks import Masking
 from geneformer_mcore.feed.order import Order
@@ -36,7 +37,7 @@ from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.train.run_folder import RunFolder
 
 BASELINE_CELLS = 20_000
-"""Training cells that the baselines are counted on, and validation cells they are scored on."""
+"""Training cells that the baselines are counted on, at most."""
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Run:
     trainable: optim.Trainable
     feed: Feed
     validation: Feed | None
+    control: Feed | None
     meter: Meter
     step: int = 0
     cells_seen: int = 0
@@ -115,6 +117,8 @@ def prepare(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     groups.seed_dropout(config.train.seed, topology)
+    validates = config.train.validate_every_steps > 0
+    shuffled = ShuffledGenes(store, config.train.seed)
     run = Run(
         config=config,
         config_text=config_text,
@@ -124,8 +128,9 @@ def prepare(
         topology=topology,
         store=store,
         trainable=_trainable(config, store, device),
-        feed=_feed(config, store, "train", topology),
-        validation=_validation_feed(config, store, topology),
+        feed=_feed(config, store, store, "train", topology),
+        validation=_feed(config, store, store, "validation", topology) if validates else None,
+        control=_feed(config, store, shuffled, "validation", topology) if validates else None,
         meter=_meter(config, store, device, topology),
     )
     _restore(run)
@@ -148,12 +153,15 @@ def _trainable(config: Config, store: TokenStore, device: torch.device) -> optim
     return optim.wrap(stages, config.optim)
 
 
-def _feed(config: Config, store: TokenStore, split: str, topology: Topology) -> Feed:
+def _feed(
+    config: Config, store: TokenStore, source: TokenSource, split: str, topology: Topology
+) -> Feed:
+    """The cells of a split, read from `source`: the store, or a view of it."""
     data, train = config.data, config.train
     start, stop = store.rows(split)
     masked, random, kept = data.mask_fractions
     return Feed(
-        store,
+        source,
         Order(start, stop - start, data.span_cells, data.window_spans, train.seed),
         Masking(data.mask_probability, (masked, random, kept), store.vocabulary.size, train.seed),
         Share(
@@ -166,12 +174,6 @@ def _feed(config: Config, store: TokenStore, split: str, topology: Topology) -> 
         # Under sequence parallel every tensor rank takes an equal share of the positions.
         int(np.lcm(data.pad_multiple, config.parallel.tensor)),
     )
-
-
-def _validation_feed(config: Config, store: TokenStore, topology: Topology) -> Feed | None:
-    if not config.train.validate_every_steps:
-        return None
-    return _feed(config, store, "validation", topology)
 
 
 def _meter(config: Config, store: TokenStore, device: torch.device, topology: Topology) -> Meter:
@@ -207,16 +209,15 @@ def _restore(run: Run) -> None:
 
 
 def _write_baselines(run: Run) -> None:
-    """Scores the two baselines on validation positions, once per run folder."""
+    """Scores the two baselines on the very positions that validation asks for, once per run."""
     if run.validation is None or run.folder.baselines.exists():
         return
-    order, seq_length = run.feed.order, run.config.data.seq_length
-    first, last = order.first_row, order.first_row + min(order.num_cells, BASELINE_CELLS)
-    train = truncate(run.store.read(first, last), seq_length)
-    start, stop = run.store.rows("validation")
-    held_out = truncate(run.store.read(start, min(stop, start + BASELINE_CELLS)), seq_length)
+    train = run.feed.order
+    first, last = train.first_row, train.first_row + min(train.num_cells, BASELINE_CELLS)
+    seen = truncate(run.store.read(first, last), run.config.data.seq_length)
+    held_out = run.validation.validation_cells(run.config.train.validate_batches)
     labels, places = run.validation.masking.validation_positions(held_out)
-    scores = baselines.score(train, run.store.vocabulary.size, labels, places)
+    scores = baselines.score(seen, run.store.vocabulary.size, labels, places)
     run.folder.baselines.write_text(json.dumps(scores, indent=1) + "\n")
 
 

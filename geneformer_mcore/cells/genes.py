@@ -1,0 +1,204 @@
+"""Which gene each column of a file is: ids found, cleaned, mapped from symbols, and counted.
+
+var  ->  feature_id | ensembl_id | gene_ids | index  ->  version off, blanks dropped
+     ->  symbol table, if given  ->  token id of each column (0: not in the vocabulary)
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from geneformer_mcore.cells.vocabulary import Vocabulary
+from geneformer_mcore.errors import DataError
+
+ID_COLUMNS = ("feature_id", "ensembl_id", "gene_ids", "index")
+"""Where gene ids are looked for in `var`, in this order; "index" is its row names."""
+
+BLANKS = frozenset({"", "na", "nan", "n/a", "none", "null", "<na>", "-"})
+MIN_OVERLAP = 0.10
+"""Below this share of a file's genes in the vocabulary, a file is refused unless allowed."""
+
+_ENSEMBL = re.compile(r"(ENS[A-Z]*G\d{6,})(?:\.\d+)?(?:_PAR_Y)?")
+
+
+def clean_id(gene: object) -> str:
+    """The id without spaces and Ensembl version ("ENSG00000141510.17" -> "ENSG00000141510").
+
+    Blank and NA become "". Only Ensembl ids lose a suffix: in a symbol such as "AC000061.1" the
+    number is part of the name. A gene of the Y's pseudoautosomal region joins its twin on the X.
+    """
+    text = str(gene).strip()
+    if text.lower() in BLANKS:
+        return ""
+    match = _ENSEMBL.fullmatch(text)
+    return match.group(1) if match else text
+
+
+def is_ensembl_id(gene: str) -> bool:
+    """Whether `gene` has the form of an Ensembl gene id, of any species."""
+    return _ENSEMBL.fullmatch(gene) is not None
+
+
+@dataclass(frozen=True)
+class GeneIds:
+    """The cleaned gene id of every column of a file ("" for none), and where they were found."""
+
+    ids: tuple[str, ...]
+    location: str
+    num_mapped_symbols: int = 0
+
+    @property
+    def num_blank(self) -> int:
+        """Columns without an id."""
+        return sum(not gene for gene in self.ids)
+
+
+def find_gene_ids(
+    columns: Mapping[str, Sequence[object]],
+    known: Collection[str] | None = None,
+    symbols: Mapping[str, str] | None = None,
+) -> GeneIds:
+    """Gene ids from the first of ID_COLUMNS with a gene that is known (else the first there is).
+
+    columns:  {name: one value per gene} of `var`, "index" always among them
+    known:    the ids of the vocabulary; None: whatever has the form of an Ensembl id is known
+    symbols:  {symbol: id}, for those that are not known by themselves
+    """
+
+    def is_known(gene: str) -> bool:
+        return gene in known if known is not None else is_ensembl_id(gene)
+
+    def by_symbol(gene: str) -> str:
+        # Without a vocabulary to tell symbols from ids, an unmapped symbol would become a gene.
+        unmapped = "" if symbols and known is None else gene
+        return (symbols or {}).get(gene, unmapped)
+
+    candidates = []
+    for location in (name for name in ID_COLUMNS if name in columns):
+        cleaned = [clean_id(gene) for gene in columns[location]]
+        mapped = [gene if is_known(gene) else by_symbol(gene) for gene in cleaned]
+        changed = sum(bool(b) and a != b for a, b in zip(cleaned, mapped, strict=True))
+        candidates.append(GeneIds(tuple(mapped), location, changed))
+    for found in candidates:
+        if any(is_known(gene) for gene in found.ids if gene):
+            return found
+    return candidates[0]
+
+
+@dataclass(frozen=True)
+class GeneMap:
+    """The columns of one file as tokens.
+
+    token_of_column:  int32 [columns], 0 for a column that is not in the vocabulary
+    num_known:        distinct genes of the file that are in the vocabulary
+    num_unknown:      distinct genes of the file that are not
+    num_blank:        columns without an id, dropped
+    num_repeated:     columns beyond the first of their gene, whose counts are summed
+    """
+
+    token_of_column: np.ndarray
+    location: str
+    num_known: int
+    num_unknown: int
+    num_blank: int
+    num_repeated: int
+    num_mapped_symbols: int
+
+    @property
+    def overlap(self) -> float:
+        """Share of the file's distinct genes that the vocabulary knows."""
+        return self.num_known / max(1, self.num_known + self.num_unknown)
+
+
+def map_genes(
+    genes: GeneIds, vocabulary: Vocabulary, source: str, allow_low_overlap: bool = False
+) -> GeneMap:
+    """The tokens of a file's genes. Raises DataError where too few are in the vocabulary."""
+    tokens = vocabulary.token_ids
+    token_of_column = np.array([tokens.get(gene, 0) for gene in genes.ids], dtype=np.int32)
+    distinct = {gene for gene in genes.ids if gene}
+    num_known = sum(gene in tokens for gene in distinct)
+    gene_map = GeneMap(
+        token_of_column,
+        genes.location,
+        num_known,
+        len(distinct) - num_known,
+        genes.num_blank,
+        len(genes.ids) - genes.num_blank - len(distinct),
+        genes.num_mapped_symbols,
+    )
+    if num_known == 0 or (gene_map.overlap < MIN_OVERLAP and not allow_low_overlap):
+        raise DataError(_overlap_message(genes, distinct, gene_map, vocabulary, source))
+    return gene_map
+
+
+def _overlap_message(
+    genes: GeneIds, distinct: set[str], gene_map: GeneMap, vocabulary: Vocabulary, source: str
+) -> str:
+    unknown = sorted(gene for gene in distinct if gene not in vocabulary.token_ids)
+    allow = "" if gene_map.num_known == 0 else ", or --allow-low-overlap if so few genes are meant"
+    return (
+        f"{source}: {gene_map.num_known:,} of {len(distinct):,} genes ({gene_map.overlap:.1%}) are "
+        f"in the vocabulary, at least {MIN_OVERLAP:.0%} must be. Gene ids of the file "
+        f"(var {genes.location}): {', '.join(unknown[:3]) or 'all blank'}; of the vocabulary: "
+        f"{', '.join(vocabulary.feature_ids[:3])}. Remedy: give the file's var a column "
+        "`feature_id` or `ensembl_id` with ids of the vocabulary's kind, or --symbols FILE with "
+        f"symbol -> id{allow}."
+    )
+
+
+def load_symbols(path: str | Path) -> dict[str, str]:
+    """{symbol: gene id} from a file (see parse_symbols). DataError if it cannot be read."""
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
+    return parse_symbols(raw, path)
+
+
+def parse_symbols(raw: bytes, path: str | Path) -> dict[str, str]:
+    """{symbol: gene id} of JSON ({symbol: id}) or a GENCODE table (lines `id,symbol,...`).
+
+    Either may be gzipped. Of a symbol that several ids carry in a table, the first stands.
+    path: for messages. Raises DataError if there is no symbol in it.
+    """
+    try:
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: the table of symbols cannot be read: {error}.") from error
+    is_json = text.lstrip()[:1] == "{"
+    symbols = _parse_json_symbols(text, path) if is_json else _parse_gencode(text)
+    if not symbols:
+        raise DataError(
+            f"{path}: no symbol with an Ensembl id found. Remedy: JSON {{symbol: id}}, or lines "
+            "`id,symbol,...` as in GENCODE's table of genes."
+        )
+    return symbols
+
+
+def _parse_json_symbols(text: str, path: str | Path) -> dict[str, str]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}.") from error
+    if not all(isinstance(gene, str) for gene in content.values()):
+        raise DataError(f"{path}: must be {{symbol: id}}, both text.")
+    return {symbol: clean_id(gene) for symbol, gene in content.items() if clean_id(gene)}
+
+
+def _parse_gencode(text: str) -> dict[str, str]:
+    symbols: dict[str, str] = {}
+    for row in csv.reader(io.StringIO(text)):
+        if len(row) > 1 and is_ensembl_id(row[0]) and row[1]:
+            symbols.setdefault(row[1], clean_id(row[0]))
+    return symbols

@@ -1,0 +1,30 @@
+"""How every command ends: the exit code, and a user's error as one message (floor 1)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from geneformer_mcore.errors import GeneformerError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED_BY_KEY = 130
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Runs `main` and ends the process with its exit code (None counts as 0).
+
+    A GeneformerError becomes its message on stderr and exit code 2, without a traceback; anything
+    else is a defect of ours and keeps its traceback (exit code 1).
+    """
+    try:
+        code = main() or 0
+    except GeneformerError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED_BY_KEY
+    raise SystemExit(code)

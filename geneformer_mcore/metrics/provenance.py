@@ -1,0 +1,67 @@
+"""Where a number was measured: machine, versions, commit. Beside every result that is kept."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geneformer_mcore import backends
+
+PROJECT = Path(__file__).resolve().parents[2]
+GIB = 2**30
+
+
+def provenance() -> dict[str, Any]:
+    """{"machine": text, "versions": {package: version}, "commit": hash or "unknown"}.
+
+    The commit ends in "+changes" where the work tree differs from it: such a number cannot be had
+    again from the repository alone. No path and no host name is in it.
+    """
+    versions = {"python": platform.python_version()} | backends.describe()
+    return {"machine": machine(), "versions": versions, "commit": commit()}
+
+
+def machine() -> str:
+    """Processor, cores usable by this process, memory, GPUs."""
+    cores = len(os.sched_getaffinity(0))
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return f"{_processor()}, {cores} cores, {memory_gib:.0f} GiB, {_accelerators()}"
+
+
+def commit() -> str:
+    """Hash of the project's commit, 12 digits."""
+    known = _git("rev-parse", "--short=12", "HEAD")
+    if not known:
+        return "unknown"
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return f"{known}+changes" if changes else known
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the project; empty if there is no git, or no repository."""
+    try:
+        answer = subprocess.run(
+            ["git", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return answer.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _accelerators() -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f"{count} x {torch.cuda.get_device_name(0)}" if count else "no GPU"

@@ -1,0 +1,199 @@
+"""Where the numbers go: console, log.txt, metrics.jsonl, TensorBoard. Rank 0 only.
+
+                  .-> metrics.jsonl   one JSON object per line, flushed
+    record ------ +-> tensorboard/    train/*, val/*, perf/*
+                  '-> progress line --> console (rewritten in place on a terminal)
+    message ------------------------'-> log.txt (every printed line, with the time)
+
+After a restart from step k, what an earlier start wrote about later steps is removed from
+metrics.jsonl and hidden in TensorBoard: those steps are done again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+
+from geneformer_mcore.errors import ConfigError
+
+TENSORBOARD_TAGS = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "lr": "train/lr",
+    "val_loss": "val/loss",
+    "val_loss_cell_mean": "val/loss_cell_mean",
+    "cells_per_s": "perf/cells_per_s",
+    "tokens_per_s": "perf/tokens_per_s",
+    "tflops_padded_equivalent": "perf/tflops_padded_equivalent",
+    "tflops_executed": "perf/tflops_executed",
+    "mfu": "perf/mfu",
+    "data_wait_fraction": "perf/data_wait_fraction",
+    "step_s": "perf/step_s",
+}
+"""Key of a record -> name of the curve."""
+
+CLEAR_LINE = "\r\x1b[K"
+
+
+class Sinks:
+    """Writes every record and message to all places. Raises ConfigError where it cannot.
+
+    run_dir       folder of the run, made if it is not there
+    total_steps   where the run ends, for the progress line
+    resume_step   the step it goes on from; 0 for a new run
+    config_text   the run's config.yaml, shown in TensorBoard
+    tty           whether the console rewrites lines; None asks it
+    stream        the console
+    clock         seconds, for the ETA
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        resume_step: int = 0,
+        config_text: str = "",
+        tty: bool | None = None,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total_steps = total_steps
+        self._start_step = resume_step
+        self._stream = sys.stdout if stream is None else stream
+        self._tty = self._stream.isatty() if tty is None else tty
+        self._progress_shown = False
+        self._clock = clock
+        self._started = clock()
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            drop_later_steps(run_dir / "metrics.jsonl", resume_step)
+            self._metrics = (run_dir / "metrics.jsonl").open("a")
+            self._log = (run_dir / "log.txt").open("a")
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir: {error.filename} cannot be written ({error.strerror}). "
+                "Remedy: another run.dir, or space and permission there."
+            ) from None
+        self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=resume_step + 1)
+        self._tensorboard.add_text("config", f"```yaml\n{config_text}\n```", resume_step)
+        self._tensorboard.flush()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """A record of Meter, or of a validation: a dict with `step` and either `loss` or
+        `val_loss`. Numbers that are not finite become null in metrics.jsonl."""
+        clean = {key: _finite_or_none(value) for key, value in record.items()}
+        self._metrics.write(json.dumps(clean) + "\n")
+        self._metrics.flush()
+        for key, tag in TENSORBOARD_TAGS.items():
+            if clean.get(key) is not None:
+                self._tensorboard.add_scalar(tag, clean[key], clean["step"])
+        # A killed run must not lose its last minutes: records are seconds apart at least.
+        self._tensorboard.flush()
+        if "val_loss" in clean:
+            self.message(self._validation_line(clean))
+        else:
+            self._progress(self._progress_line(clean))
+
+    def message(self, text: str) -> None:
+        """Prints `text` on a line of its own, and into log.txt."""
+        if self._progress_shown:
+            # Step back over the progress line; the next record shows it again.
+            self._stream.write(CLEAR_LINE)
+            self._progress_shown = False
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+        self._to_log(text)
+
+    def close(self) -> None:
+        """Ends the progress line and closes the files."""
+        if self._progress_shown:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._progress_shown = False
+        for sink in (self._metrics, self._log, self._tensorboard):
+            sink.close()
+
+    def _progress(self, line: str) -> None:
+        if self._tty:
+            self._stream.write(CLEAR_LINE + line)
+            self._progress_shown = True
+        else:
+            self._stream.write(f"{line}\n")
+        self._stream.flush()
+        self._to_log(line)
+
+    def _to_log(self, text: str) -> None:
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        self._log.write("".join(f"{now} {line}\n" for line in text.splitlines() or [""]))
+        self._log.flush()
+
+    def _progress_line(self, record: dict[str, Any]) -> str:
+        loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
+        return (
+            f"{self._step_of(record)}  loss {loss}  {record['cells_per_s']:,.1f} cells/s  "
+            f"{record['tokens_per_s']:,.0f} tokens/s  ETA {self._eta(record['step'])}"
+        )
+
+    def _validation_line(self, record: dict[str, Any]) -> str:
+        loss = "-" if record["val_loss"] is None else f"{record['val_loss']:.4f}"
+        return f"{self._step_of(record)}  validation loss {loss}"
+
+    def _step_of(self, record: dict[str, Any]) -> str:
+        return f"step {record['step']:{len(str(self.total_steps))}}/{self.total_steps}"
+
+    def _eta(self, step: int) -> str:
+        """Time left if the rest goes as this start has gone so far, validation and saving too."""
+        done = step - self._start_step
+        if done <= 0:
+            return "-"
+        seconds = (self._clock() - self._started) / done * (self.total_steps - step)
+        return duration(seconds)
+
+
+def duration(seconds: float) -> str:
+    """`7 s` as 0:07, an hour as 1:00:00, two days as 2d 0:00:00."""
+    days, rest = divmod(round(seconds), 86_400)
+    hours, rest = divmod(rest, 3600)
+    minutes, rest = divmod(rest, 60)
+    clock = f"{hours}:{minutes:02}:{rest:02}" if days or hours else f"{minutes}:{rest:02}"
+    return f"{days}d {clock}" if days else clock
+
+
+def drop_later_steps(path: Path, step: int) -> None:
+    """Removes from a metrics.jsonl the lines after `step`, and one that a kill cut short.
+
+    The file is replaced in one move: a kill in between leaves the old or the new one.
+    """
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if _step_in(line) <= step]
+    part = path.with_suffix(".part")
+    with part.open("w") as file:
+        file.writelines(f"{line}\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _step_in(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for half a line."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _finite_or_none(value: Any) -> Any:
+    # JSON has no NaN and no infinity; Python would write them all the same.
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,129 @@
+"""How much arithmetic the model is, and how many parameters it has: closed formulas.
+
+    per cell of n tokens, m of them predicted, vocabulary V, 2 FLOPs per multiply-add:
+
+    linear      L (8 n h^2 + 4 n h f)     query, key, value, projection; both feed-forward matrices
+    attention   4 L h n^2                 QK^T and the weighted sum of values; bidirectional, so the
+                                          whole square counts, not half of it
+    head        2 m h^2                   the dense layer before the vocabulary
+    vocabulary  2 m h V                   the tied output projection
+
+    training = 3 x forward (the backward pass multiplies twice per forward multiplication)
+
+Two numbers come of it, and every report names which one it shows:
+
+- padded-equivalent: what the cells would cost if each had seq_length tokens, all predicted. A unit
+  of throughput, comparable with published figures of Geneformer; it may pass the chip's peak.
+- executed: real tokens, real lengths in the square, predicted positions only. The one for MFU.
+
+Not counted, as is customary: softmax, norms, activations, dropout, the embedding, the optimizer,
+recomputation. V is the real vocabulary: the rows that pad it to a round number do no useful work.
+Pure Python on ints, so exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TRAIN_OVER_FORWARD = 3
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers that fix the model's size: L, h, f, V of the formulas."""
+
+    num_layers: int
+    """L, transformer layers."""
+    hidden_size: int
+    """h, width of the residual stream."""
+    ffn_hidden_size: int
+    """f, width inside the feed-forward blocks."""
+    vocabulary_size: int
+    """V, tokens, specials included."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a number of cells consist of, as far as arithmetic is concerned."""
+
+    tokens: int
+    """Sum of n over the cells, [CLS] included."""
+    sum_squared_lengths: int
+    """Sum of n^2 over the cells: attention stays within a cell, also when cells are packed."""
+    num_predicted: int
+    """Sum of m over the cells: positions whose gene is predicted."""
+
+
+def padded_work(seq_length: int, cells: int = 1) -> Work:
+    """`cells` cells of `seq_length` tokens each, all positions predicted."""
+    return Work(cells * seq_length, cells * seq_length**2, cells * seq_length)
+
+
+@dataclass(frozen=True)
+class FlopBreakdown:
+    """FLOPs by where they are spent."""
+
+    linear: int
+    attention: int
+    head: int
+    vocabulary: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.linear + self.attention + self.head + self.vocabulary
+
+
+def forward_breakdown(shape: ModelShape, work: Work) -> FlopBreakdown:
+    """FLOPs of one forward pass over `work`, by part."""
+    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    return FlopBreakdown(
+        linear=shape.num_layers * (8 * hidden**2 + 4 * hidden * ffn) * work.tokens,
+        attention=shape.num_layers * 4 * hidden * work.sum_squared_lengths,
+        head=2 * hidden**2 * work.num_predicted,
+        vocabulary=2 * hidden * shape.vocabulary_size * work.num_predicted,
+    )
+
+
+def forward_flops(shape: ModelShape, work: Work) -> int:
+    """FLOPs of one forward pass over `work`."""
+    return forward_breakdown(shape, work).total
+
+
+def train_flops(shape: ModelShape, work: Work) -> int:
+    """FLOPs of one forward and backward pass over `work`: 3 x forward."""
+    return TRAIN_OVER_FORWARD * forward_flops(shape, work)
+
+
+def padded_equivalent_flops(shape: ModelShape, seq_length: int, cells: int = 1) -> int:
+    """Training FLOPs of `cells` cells, counted as if each were full and predicted everywhere."""
+    return train_flops(shape, padded_work(seq_length, cells))
+
+
+def executed_flops(shape: ModelShape, work: Work) -> int:
+    """Training FLOPs that `work` truly needs. The numerator of MFU."""
+    return train_flops(shape, work)
+
+
+def num_parameters(shape: ModelShape, seq_length: int) -> int:
+    """Trainable parameters of the whole model with learned positions up to `seq_length`.
+
+    The output projection is the word embedding's matrix and counts once; there are no token types,
+    no pooler, no norm after the embedding.
+    """
+    hidden, vocabulary = shape.hidden_size, shape.vocabulary_size
+    norm = 2 * hidden
+    embedding = (vocabulary + seq_length) * hidden
+    head = _dense(hidden, hidden) + norm + vocabulary
+    return embedding + shape.num_layers * _layer_parameters(shape) + norm + head
+
+
+def _layer_parameters(shape: ModelShape) -> int:
+    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    attention = _dense(hidden, 3 * hidden) + _dense(hidden, hidden)
+    feed_forward = _dense(hidden, ffn) + _dense(ffn, hidden)
+    return attention + feed_forward + 2 * (2 * hidden)
+
+
+def _dense(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs

@@ -1,0 +1,83 @@
+"""The inputs' obs columns as Arrow columns of one type each, the same in every file.
+
+obs of each file  ->  kind of each column: whole number | number | truth | text
+                  ->  one kind over all files (text where they disagree)  ->  columns of a block
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import pandas as pd
+import pyarrow as pa
+
+from geneformer_mcore.store.layout import OBS_COLUMNS
+
+RESERVED = frozenset({*OBS_COLUMNS, "soma_joinid"})
+"""Columns that the store itself fills; an input's column of that name is not kept as a label."""
+
+INTEGER, NUMBER, TRUTH, TEXT = pa.int64(), pa.float64(), pa.bool_(), pa.large_string()
+
+
+def label_kinds(obs: pd.DataFrame) -> dict[str, pa.DataType]:
+    """{column: its Arrow type} of the columns of `obs` that can be kept as labels.
+
+    Left out: the store's own columns, names SOMA keeps for itself, and columns of lists or objects
+    that are no text.
+    """
+    kinds = {}
+    for name in obs.columns:
+        if not isinstance(name, str) or not name or name in RESERVED or name.startswith("soma_"):
+            continue
+        kind = _kind(obs[name])
+        if kind is not None:
+            kinds[name] = kind
+    return kinds
+
+
+def _kind(column: pd.Series) -> pa.DataType | None:
+    try:
+        found = pa.Array.from_pandas(column).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+        return None
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if pa.types.is_boolean(found):
+        return TRUTH
+    if pa.types.is_integer(found):
+        return NUMBER if pa.types.is_uint64(found) else INTEGER
+    if pa.types.is_floating(found):
+        return NUMBER
+    if pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_null(found):
+        return TEXT
+    return TEXT if pa.types.is_temporal(found) else None
+
+
+def unify_kinds(kinds_of_files: Iterable[Mapping[str, pa.DataType]]) -> dict[str, pa.DataType]:
+    """{column: type} over all files, by name: whole numbers give way to numbers, all to text."""
+    unified: dict[str, pa.DataType] = {}
+    for kinds in kinds_of_files:
+        for name, kind in kinds.items():
+            before = unified.get(name, kind)
+            if before != kind:
+                kind = NUMBER if {before, kind} == {INTEGER, NUMBER} else TEXT
+            unified[name] = kind
+    return dict(sorted(unified.items()))
+
+
+def label_columns(obs: pd.DataFrame, kinds: Mapping[str, pa.DataType]) -> dict[str, pa.Array]:
+    """One Arrow array per column of `kinds`; missing values, and all of a missing column, null."""
+    return {
+        name: _convert(obs[name], kind) if name in obs.columns else pa.nulls(len(obs), kind)
+        for name, kind in kinds.items()
+    }
+
+
+def _convert(column: pd.Series, kind: pa.DataType) -> pa.Array:
+    array = pa.Array.from_pandas(column)
+    if isinstance(array, pa.ChunkedArray):
+        array = array.combine_chunks()
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    # A whole number beyond 2^53 may be rounded where its column holds numbers.
+    return array.cast(kind, safe=kind != NUMBER)

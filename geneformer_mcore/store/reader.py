@@ -1,0 +1,133 @@
+"""Reading a store: opened once, verified cheaply, then rows by number.
+
+TokenStore.open(path)  ->  manifest, row counts, vocabulary hash agree  ->  read(start, stop)
+                                                                        ->  RaggedCells
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from geneformer_mcore.cells.vocabulary import Vocabulary
+from geneformer_mcore.contracts import RaggedCells
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.store.content_hash import text_buffers
+from geneformer_mcore.store.layout import OBS, TOKENS, VOCABULARY_FILE, Manifest
+from geneformer_mcore.store.soma_io import SomaReader
+
+_KEYS_PER_PART = 65_536
+
+
+class TokenStore:
+    """A store open for reading (a contracts.TokenSource); pickled by its path, opened anew there.
+
+    path:        its folder
+    manifest:    what it holds
+    vocabulary:  its genes and medians
+
+    Cells come as they are stored, up to the store's seq_length: cutting them shorter is the feed's.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Opens and verifies what is cheap to verify; DataError, with a remedy, if it fails.
+
+        Verified: manifest and vocabulary are there and sound, and both data frames hold as many
+        rows as the manifest says. Every value is checked against its checksum when it is read.
+        """
+        self.path = Path(path)
+        self.manifest = Manifest.load(self.path)
+        self.vocabulary = Vocabulary.load(self.path / VOCABULARY_FILE)
+        if self.vocabulary.checksum != self.manifest.vocabulary_hash:
+            raise DataError(
+                f"{self.path}: the manifest is of vocabulary {self.manifest.vocabulary_hash[:12]}, "
+                f"{VOCABULARY_FILE} is {self.vocabulary.checksum[:12]}. Remedy: build the store "
+                "again; never exchange its vocabulary."
+            )
+        self._soma = SomaReader(self.path)
+        self._keys: dict[int, np.ndarray] = {}
+        for name in (TOKENS, OBS):
+            self._check_count(name)
+
+    @classmethod
+    def open(cls, path: str | Path) -> TokenStore:
+        """The store at `path`, verified as far as is cheap (see __init__)."""
+        return cls(path)
+
+    def rows(self, split: str) -> tuple[int, int]:
+        """(start, stop) of the rows of "train", "validation" or "test"."""
+        try:
+            start, stop = self.manifest.rows[split]
+        except KeyError:
+            raise DataError(
+                f"{self.path}: no split {split!r}; there are {', '.join(self.manifest.rows)}."
+            ) from None
+        return start, stop
+
+    def read(self, start: int, stop: int) -> RaggedCells:
+        """Rows start..stop-1 in row order; DataError if a checksum does not hold.
+
+        Spans of 512 rows and more are fast: a query costs about two milliseconds by itself.
+        """
+        self._check_span(start, stop)
+        if start == stop:
+            empty = np.empty(0, np.uint16)
+            return RaggedCells(empty, np.zeros(1, np.int64), np.empty(0, np.uint64))
+        column = self._soma.read(TOKENS, start, stop, [TOKENS])[TOKENS].combine_chunks()
+        array = column.chunk(0) if hasattr(column, "chunk") else column
+        byte_offsets, raw = text_buffers(array)
+        if byte_offsets[-1] % 2 or np.any(byte_offsets & 1):
+            raise DataError(f"{self.path}: a cell's tokens are not whole uint16 numbers.")
+        tokens_T = raw.view("<u2").astype(np.uint16, copy=False)
+        return RaggedCells(tokens_T, byte_offsets >> 1, self._read_keys(start, stop))
+
+    def _read_keys(self, start: int, stop: int) -> np.ndarray:
+        """uint64 [stop - start]. Read in large parts that are kept, 8 bytes per cell of the store:
+        a second query per span would cost as much again as reading its tokens."""
+        parts = []
+        for part in range(start // _KEYS_PER_PART, (stop - 1) // _KEYS_PER_PART + 1):
+            first = part * _KEYS_PER_PART
+            if part not in self._keys:
+                last = min(first + _KEYS_PER_PART, len(self))
+                column = self._soma.read(OBS, first, last, ["cell_key"])["cell_key"]
+                self._keys[part] = column.to_numpy()
+            parts.append(self._keys[part][max(0, start - first) : stop - first])
+        return np.concatenate(parts)
+
+    def close(self) -> None:
+        """Closes the store's files."""
+        self._soma.close()
+
+    def __enter__(self) -> TokenStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return self.manifest.cells
+
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
+        return TokenStore, (self.path,)
+
+    def _check_count(self, name: str) -> None:
+        found = self._soma.count(name)
+        if found != self.manifest.cells:
+            raise DataError(
+                f"{self.path}: {name} holds {found:,} rows, the manifest says "
+                f"{self.manifest.cells:,}. Remedy: files are missing; copy the store again, or "
+                "build it again."
+            )
+
+    def _check_span(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= len(self):
+            raise DataError(
+                f"{self.path}: rows {start} to {stop} asked for, there are 0 to {len(self)}."
+            )

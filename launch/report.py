@@ -1,0 +1,37 @@
+"""What came of a run: a short table, and its loss curve as RUN_DIR/loss.png.
+
+    python launch/report.py RUN_DIR [--json OUT]
+
+Ends with the exit code of the run itself, which torchrun turns into 1: 0 finished, 75 interrupted
+and saved, 2 wrong settings or data, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from geneformer_mcore.commands import run
+from geneformer_mcore.downstream import loss_plot, report
+
+
+def main() -> int:
+    """Reads the arguments, prints the table, writes the plot and, if asked for, the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path, help="the run's folder, run.dir of its config")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers here")
+    arguments = parser.parse_args()
+    results = report.load(arguments.run_dir)
+    plot = arguments.run_dir / "loss.png" if results.train.steps else None
+    if plot is not None:
+        loss_plot.save(results, plot)
+    print(report.text(results, plot))
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(report.as_json(results), indent=1) + "\n")
+    return results.exit_code
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,55 @@
+"""The package and what it needs. Exact versions, for a repeatable set-up: requirements.lock."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "geneformer_mcore/__init__.py").read_text())
+assert VERSION is not None
+
+setup(
+    name="geneformer_mcore",
+    version=VERSION.group(1),
+    description="Pretraining of Geneformer, a BERT over ranked genes of cells, on Megatron-Core",
+    license="Apache-2.0",
+    packages=find_packages(include=["geneformer_mcore", "geneformer_mcore.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.10",
+        # Exact: the device layer and the optimizer work around faults of this very release.
+        "megatron-core==0.16.1",
+        "numpy",
+        "omegaconf",
+        "pyyaml",
+        # megatron-core's checkpoints hang without it, and it does not say so.
+        "psutil",
+        "tensorboard",
+        "anndata",
+        "h5py",
+        "scipy",
+        "pandas",
+        "pyarrow",
+        "numba",
+        "tiledbsoma",
+        "matplotlib",
+    ],
+    extras_require={
+        # NVIDIA's apex is used where it is found, and is in no list: `apex` on PyPI is another
+        # project (see geneformer_mcore/backends.py).
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "nvidia-dali-cuda130"],
+        "eval": ["scanpy", "scikit-learn"],
+        "census": ["cellxgene-census"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "pre-commit",
+            # The demo's cells lie in its wheel.
+            "scanpy",
+        ],
+    },
+)

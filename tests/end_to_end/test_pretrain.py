@@ -1,0 +1,219 @@
+"""launch/pretrain.py as a user meets it: it trains, stops, goes on, and answers mistakes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+STEPS = 14
+SETTINGS = (
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=64",
+    "model.num_attention_heads=2",
+    "data.seq_length=128",
+    "data.span_cells=16",
+    "train.precision=fp32",
+    "train.micro_batch_size=8",
+    "train.global_batch_size=16",
+    f"train.steps={STEPS}",
+    "train.validate_every_steps=7",
+    "metrics.log_every_steps=1",
+    "checkpoint.save_every_steps=4",
+)
+
+
+def command(repository: Path, store: Path, run: Path, *more: str) -> list[str]:
+    script = str(repository / "launch" / "pretrain.py")
+    return [sys.executable, script, f"data.store={store}", f"run.dir={run}", *SETTINGS, *more]
+
+
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=200, check=False)
+
+
+def stop_after(step: int, number: signal.Signals, run: Path, *arguments: str) -> int:
+    """Starts, sends the signal once `step` is in metrics.jsonl, and returns the exit code."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while last_step(run) < step:
+        assert process.poll() is None, "it ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+def records(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def last_step(run: Path) -> int:
+    return max((record["step"] for record in records(run)), default=0)
+
+
+def outcome(run: Path) -> dict:
+    return json.loads((run / "outcome.json").read_text())
+
+
+KEPT = ("step", "loss", "grad_norm", "lr", "cells_seen", "tokens_seen", "val_loss")
+
+
+def trace(run: Path) -> list[dict]:
+    return [{key: record[key] for key in KEPT if key in record} for record in records(run)]
+
+
+@pytest.fixture(scope="module")
+def finished(repository: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    ended = start(*command(repository, store, run))
+    assert ended.returncode == 0, ended.stderr
+    return run
+
+
+def test_the_run_folder_holds_what_it_should(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "log.txt",
+        "outcome.json",
+        "baselines.json",
+    }
+    assert outcome(finished) == {
+        "outcome": "finished",
+        "exit_code": 0,
+        "step": STEPS,
+        "reason": f"all {STEPS} steps done",
+        "restart": 0,
+    }
+    checkpoints = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert checkpoints == ["step_0000000012", "step_0000000014"]
+
+
+def test_the_metrics_are_complete_and_the_loss_falls(finished: Path) -> None:
+    lines = records(finished)
+    training = [line for line in lines if "loss" in line]
+    validation = [line for line in lines if "val_loss" in line]
+    assert [line["step"] for line in training] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in validation] == [7, 14]
+    assert set(training[0]) >= {
+        "loss",
+        "grad_norm",
+        "lr",
+        "cells_seen",
+        "tokens_seen",
+        "cells_per_s",
+        "tokens_per_s",
+        "tflops_padded_equivalent",
+        "tflops_executed",
+        "mfu",
+        "data_wait_fraction",
+    }
+    assert training[-1]["cells_seen"] == STEPS * 16
+    assert training[-1]["loss"] < training[0]["loss"]
+
+
+def test_a_run_interrupted_and_killed_goes_on_as_if_nothing_had_happened(
+    repository: Path, store: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "disturbed"
+    again = command(repository, store, run)
+    assert stop_after(2, signal.SIGTERM, run, *again) == 75
+    ended = outcome(run)
+    assert (ended["outcome"], ended["exit_code"]) == ("interrupted", 75)
+    assert "SIGTERM" in ended["reason"]
+    assert stop_after(10, signal.SIGKILL, run, *again) == -signal.SIGKILL
+    assert outcome(run)["exit_code"] == 1
+    last = start(*again)
+    assert last.returncode == 0, last.stderr
+    assert "continues from" in last.stdout
+    assert outcome(run)["restart"] == 2
+    assert trace(run) == trace(finished)
+
+
+def test_a_finished_run_says_so(repository: Path, store: Path, finished: Path) -> None:
+    before = trace(finished)
+    ended = start(*command(repository, store, finished))
+    assert ended.returncode == 0
+    assert "the run is finished" in ended.stdout
+    assert trace(finished) == before
+
+
+def test_two_ranks_go_on_from_one_ranks_checkpoint(
+    repository: Path, store: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Elastic: another layout continues with the same cells; torchrun as the README types it."""
+    run = tmp_path / "elastic"
+    one = command(repository, store, run, "train.max_minutes=1000")
+    assert stop_after(5, signal.SIGUSR1, run, *one) == 75
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    two = start(*torchrun, "--nproc_per_node=2", *one[1:])
+    assert two.returncode == 0, two.stderr
+    resumed = int(two.stdout.split("continues from")[1].split("(step ")[1].split(",")[0])
+    same = [line for line in records(finished) if "loss" in line]
+    other = [line for line in records(run) if "loss" in line]
+    assert [line["tokens_seen"] for line in other] == [line["tokens_seen"] for line in same]
+    assert [line["loss"] for line in other[:resumed]] == [line["loss"] for line in same[:resumed]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train.stepss=3",), "Did you mean `train.steps`?"),
+        (("model.num_attention_heads=3",), "model.hidden_size (32) must be a multiple"),
+        (("data.store=nowhere",), "nowhere"),
+        (("data.seq_length=4096",), "data.seq_length (4096)"),
+    ],
+)
+def test_mistakes_get_one_message_and_exit_code_2(
+    repository: Path, store: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    ended = start(*command(repository, store, tmp_path / "run", *arguments))
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_changed_settings_are_refused_with_both_values(
+    repository: Path, store: Path, finished: Path
+) -> None:
+    ended = start(*command(repository, store, finished, "train.seed=7", "train.steps=20"))
+    assert ended.returncode == 2
+    assert "train.seed: 1234 -> 7" in ended.stderr
+    assert outcome(finished)["exit_code"] == 2
+    assert "train.seed" in outcome(finished)["reason"]
+
+
+def test_without_a_demo_store_make_demo_is_named(repository: Path, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, str(repository / "launch" / "pretrain.py")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 2
+    assert "make demo" in ended.stderr
+
+
+def test_a_dry_run_shows_the_plan_and_touches_nothing(
+    repository: Path, store: Path, tmp_path: Path
+) -> None:
+    ended = start(*command(repository, store, tmp_path / "run", "--dry-run"))
+    assert ended.returncode == 0
+    assert "num_layers: 2" in ended.stdout
+    assert "# micro_batches: 2" in ended.stdout
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,102 @@
+"""Each third-party package comes in by few doors, so that it can be replaced, or be absent."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.rules.sources import (
+    LIBRARY,
+    ROOT,
+    command_files,
+    imports_of,
+    is_type_checking,
+    library_files,
+    name_of,
+    package_of,
+    tree_of,
+)
+
+DOORS = {
+    "tiledbsoma": ({"store"}, 2),
+    "anndata": ({"cells"}, 2),
+    "h5py": ({"cells"}, 2),
+    "omegaconf": ({"config"}, 2),
+    "transformer_engine": ({"parallel", "model", "optim"}, 2),
+    "apex": ({"parallel", "model", "optim"}, 2),
+    "nvidia": ({"feed"}, 2),
+    "megatron": ({"parallel", "model", "optim", "checkpoint", "train"}, 14),
+    "matplotlib": ({"downstream"}, 1),
+    "torch.utils.tensorboard": ({"metrics"}, 1),
+    "scanpy": ({"downstream"}, 2),
+}
+"""Package -> (packages of the library that may import it, in how many modules at most)."""
+
+TFLOPS_NEEDS = {"torch", "megatron", "numpy", "omegaconf", "yaml", "geneformer_mcore"}
+"""What benchmarks/tflops.py may need besides the standard library: a GPU machine may have no more.
+(yaml comes with omegaconf.)"""
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_door(door: str) -> None:
+    packages, most = DOORS[door]
+    users = [path for path in library_files() if _imports(path, door)]
+    strangers = [name_of(path) for path in users if package_of(path) not in packages]
+    assert not strangers, f"{door} may be imported in {packages} only"
+    assert len(users) <= most, [name_of(path) for path in users]
+
+
+def test_commands_keep_away_from_torch_distributed_in_data_prep() -> None:
+    for path in command_files():
+        if path.parent.name == "data_prep":
+            for door in ("torch.distributed", "megatron"):
+                assert not _imports(path, door), f"{name_of(path)} imports {door}"
+
+
+def test_tflops_runs_with_four_packages() -> None:
+    benchmark = ROOT / "benchmarks" / "tflops.py"
+    needed = {name.split(".")[0] for name in _reachable(benchmark)}
+    third_party = needed - set(sys.stdlib_module_names)
+    assert third_party <= TFLOPS_NEEDS, third_party - TFLOPS_NEEDS
+
+
+def _imports(path: Path, door: str) -> bool:
+    return any(name == door or name.startswith(f"{door}.") for name in imports_of(tree_of(path)))
+
+
+def _reachable(start: Path) -> set[str]:
+    """Names imported when `start` is run: by itself, and by modules of ours it leads to."""
+    found: set[str] = set()
+    waiting = [start]
+    seen = set()
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        names = set(_imported_at_start(path))
+        found |= names
+        waiting += [file for name in names for file in _files_of(name)]
+    return found
+
+
+def _imported_at_start(path: Path) -> list[str]:
+    # What stands inside a function is imported only when that is called.
+    tree = tree_of(path)
+    statements = [node for node in tree.body if not is_type_checking(node)]
+    lazy = (ast.FunctionDef, ast.ClassDef)
+    return [name for node in statements if not isinstance(node, lazy) for name in imports_of(node)]
+
+
+def _files_of(name: str) -> list[Path]:
+    """The files Python runs to import the dotted name, if it is ours: packages' __init__ first."""
+    parts = name.split(".")
+    if parts[0] != "geneformer_mcore":
+        return []
+    folders = [LIBRARY.joinpath(*parts[1:n]) for n in range(1, len(parts) + 1)]
+    candidates = [folder / "__init__.py" for folder in folders]
+    candidates += [folder.with_suffix(".py") for folder in folders]
+    return [path for path in candidates if path.is_file()]

@@ -1,0 +1,184 @@
+"""Counts of h5ad files: found in their places, streamed in blocks, refused when they are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from geneformer_mcore.cells.counts import CountsFile
+from geneformer_mcore.errors import DataError
+from tests.small_cells import gene_id, random_counts, write_h5ad
+
+
+@pytest.fixture
+def counts(rng: np.random.Generator) -> sparse.csr_matrix:
+    return random_counts(rng, num_cells=23, num_genes=40)
+
+
+def dense_of(file: CountsFile, num_rows: int) -> np.ndarray:
+    rows = []
+    for block in file.blocks(num_rows):
+        assert block.start == sum(map(len, rows))
+        shape = (len(block), file.num_columns)
+        rows.append(sparse.csr_matrix((block.data, block.indices, block.indptr), shape).toarray())
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csc_matrix, lambda m: m.toarray()])
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int32, np.int64, np.uint16])
+@pytest.mark.parametrize("num_rows", [1, 7, 100])
+def test_blocks_are_the_matrix(
+    tmp_path: Path, counts: sparse.csr_matrix, form: type, kind: type, num_rows: int
+) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", form(counts.astype(kind)))
+    with CountsFile(path) as file:
+        assert (file.num_cells, file.num_columns) == counts.shape
+        assert file.cell_ids[:2] == ["c0", "c1"]
+        np.testing.assert_array_equal(dense_of(file, num_rows), counts.toarray())
+
+
+def test_any_rows_can_be_read(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    with CountsFile(write_h5ad(tmp_path / "a.h5ad", counts)) as file:
+        block = file.read_rows(5, 9)
+        assert block.start == 5
+        assert block.data.tolist() == counts[5:9].data.tolist()
+        assert [len(b) for b in file.blocks(4, start=3, stop=13)] == [4, 4, 2]
+
+
+def test_order_of_places(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    raw = anndata.AnnData(counts * 2, var=pd.DataFrame(index=[f"r{i}" for i in range(40)]))
+    data = anndata.AnnData(counts, layers={"counts": counts * 3, "other": counts * 4})
+    data.raw = raw
+    data.write_h5ad(tmp_path / "all.h5ad")
+    del data.layers["counts"]
+    data.write_h5ad(tmp_path / "raw.h5ad")
+    found = {}
+    for name, layer in (("all", None), ("raw", None), ("all", "other"), ("all", "X")):
+        with CountsFile(tmp_path / f"{name}.h5ad", layer) as file:
+            ratio = file.read_rows(0, 23).data.sum() / counts.sum()
+            found[name, layer] = (file.location, ratio, file.gene_columns()["index"][0])
+    assert found == {
+        ("all", None): ("layers/counts", 3, "0"),
+        ("raw", None): ("raw.X", 2, "r0"),
+        ("all", "other"): ("layers/other", 4, "0"),
+        ("all", "X"): ("X", 1, "0"),
+    }
+
+
+def test_place_of_normalised_values_is_passed_over(
+    tmp_path: Path, counts: sparse.csr_matrix
+) -> None:
+    data = anndata.AnnData(counts)
+    data.raw = anndata.AnnData(sparse.csr_matrix(np.log1p(counts.toarray() * 0.37)))
+    data.write_h5ad(tmp_path / "a.h5ad")
+    with CountsFile(tmp_path / "a.h5ad") as file:
+        assert (file.location, file.passed_over) == ("X", ("raw.X",))
+
+
+def test_damaged_count_is_not_passed_over(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    layer = counts.copy()
+    layer.data[3] = -1
+    path = write_h5ad(tmp_path / "a.h5ad", counts, layers={"counts": layer})
+    with CountsFile(path) as file, pytest.raises(DataError, match="layers/counts must hold counts"):
+        file.read_rows(0, 23)
+
+
+@pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [(-1.0, "negative"), (np.nan, "NaN"), (np.inf, "infinite"), (1.5, "not a whole number")],
+)
+def test_value_that_is_no_count_is_named(
+    tmp_path: Path, counts: sparse.csr_matrix, form: type, value: float, why: str
+) -> None:
+    wrong = counts.toarray()
+    wrong[17, 31] = value
+    path = write_h5ad(tmp_path / "a.h5ad", form(wrong))
+    with CountsFile(path) as file, pytest.raises(DataError) as error:
+        list(file.blocks(5))
+    message = str(error.value)
+    for part in ("a.h5ad", "row 17", "cell c17", gene_id(31), f"{value:g}", why, "Remedy"):
+        assert part in message
+
+
+def test_scaled_counts_pass_only_when_allowed(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", counts * 0.3)
+    with CountsFile(path) as file, pytest.raises(DataError, match=r"layers\[.counts.\]"):
+        file.read_rows(0, 23)
+    with CountsFile(path, allow_normalised=True) as file:
+        assert file.read_rows(0, 23).data.sum() == pytest.approx(counts.sum() * 0.3)
+    negative = write_h5ad(tmp_path / "b.h5ad", counts * -0.3)
+    with (
+        CountsFile(negative, allow_normalised=True) as file,
+        pytest.raises(DataError, match="negative"),
+    ):
+        file.read_rows(0, 23)
+
+
+def test_missing_layer_names_those_there_are(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", counts, layers={"spliced": counts})
+    with pytest.raises(DataError, match=r"layers/nascent.*spliced"):
+        CountsFile(path, "nascent")
+
+
+def test_files_that_are_none(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    whole = write_h5ad(tmp_path / "a.h5ad", counts).read_bytes()
+    for name, raw in (("empty", b""), ("text", b"cells"), ("cut", whole[: len(whole) // 2])):
+        path = tmp_path / f"{name}.h5ad"
+        path.write_bytes(raw)
+        with pytest.raises(DataError, match=f"{name}.h5ad: not a whole HDF5"):
+            CountsFile(path)
+    with pytest.raises(DataError, match="no such file"):
+        CountsFile(tmp_path / "missing.h5ad")
+    with h5py.File(tmp_path / "other.h5ad", "w") as file:
+        file["matrix"] = [1, 2, 3]
+    with pytest.raises(DataError, match="no matrix in"):
+        CountsFile(tmp_path / "other.h5ad")
+
+
+def test_file_without_cells_or_genes(tmp_path: Path) -> None:
+    for shape in ((0, 3), (3, 0)):
+        path = write_h5ad(tmp_path / "a.h5ad", sparse.csr_matrix(shape, dtype=np.float32))
+        with pytest.raises(DataError, match=f"{shape[0]} cells x {shape[1]} genes"):
+            CountsFile(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "place", "value", "message"),
+    [
+        ("indptr", 3, 10**6, "index"),
+        ("indptr", -1, 5, "index"),
+        ("indices", 4, 40, "column 40 of 40"),
+        ("indices", 4, -1, "column -1 of 40"),
+    ],
+)
+def test_damaged_index_is_refused(
+    tmp_path: Path, counts: sparse.csr_matrix, part: str, place: int, value: int, message: str
+) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", counts)
+    with h5py.File(path, "r+") as file:
+        values = file["X"][part][:]
+        values[place] = value
+        file["X"][part][:] = values
+
+    def read_all() -> None:
+        with CountsFile(path) as opened:
+            list(opened.blocks())
+
+    with pytest.raises(DataError, match=message):
+        read_all()
+
+
+def test_input_is_not_modified(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", counts)
+    before = path.read_bytes()
+    path.chmod(0o444)
+    with CountsFile(path) as file:
+        list(file.blocks())
+    assert path.read_bytes() == before

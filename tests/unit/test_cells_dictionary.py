@@ -1,0 +1,133 @@
+"""Geneformer's dictionaries come in; code in a pickle does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from geneformer_mcore.cells.dictionary import import_dictionary, read_dictionary
+from geneformer_mcore.errors import DataError
+
+MEDIANS = {"ENSG00000000001": 2.5, "ENSG00000000003": 0.5, "ENSG00000000002": 1.0}
+TOKENS = {"<pad>": 0, "<mask>": 1, **{f"ENSG0000000000{i}": i + 1 for i in (1, 2, 3)}}
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return self.function, self.arguments
+
+
+def dump(path: Path, content: object, protocol: int = 4) -> Path:
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    return path
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("kind", [float, np.float64, np.float32, np.int64])
+def test_pickle_of_numbers(tmp_path: Path, protocol: int, kind: type) -> None:
+    content = OrderedDict((gene, kind(median * 2)) for gene, median in MEDIANS.items())
+    read = read_dictionary(dump(tmp_path / "m.pkl", content, protocol))
+    assert read == {gene: median * 2 for gene, median in MEDIANS.items()}
+    assert {type(value) for value in read.values()} <= {int, float}
+
+
+def test_big_endian_scalar(tmp_path: Path) -> None:
+    content = {"a": np.array([1.5], dtype=">f8")[0], "b": np.dtype(">f4").type(2.5)}
+    assert read_dictionary(dump(tmp_path / "m.pkl", content)) == {"a": 1.5, "b": 2.5}
+
+
+def test_json_and_pickle_give_the_same_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text(json.dumps(MEDIANS))
+    from_json = import_dictionary(tmp_path / "m.json")
+    tokens = dump(tmp_path / "t.pkl", TOKENS)
+    assert from_json == import_dictionary(dump(tmp_path / "m.pkl", MEDIANS), tokens)
+    assert from_json.medians == (2.5, 1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        lambda mark: Hostile(os.system, f"touch {mark}"),
+        lambda mark: Hostile(eval, f"open({str(mark)!r}, 'w')"),
+        lambda mark: Hostile(open, str(mark), "w"),
+        lambda mark: Hostile(np.fromfile, str(mark)),
+        lambda mark: Hostile(getattr, "text", "upper"),
+    ],
+)
+def test_hostile_pickle_is_refused_and_does_nothing(tmp_path: Path, hostile: object) -> None:
+    mark = tmp_path / "mark"
+    path = dump(tmp_path / "m.pkl", {"ENSG00000000001": hostile(mark)})  # type: ignore[operator]
+    with pytest.raises(DataError, match=r"refused as a pickle.*asks for"):
+        import_dictionary(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"a": np.array([1.0])},
+        {"a": np.datetime64("2020-01-01")},
+        {"a": np.str_("text")},
+        {"a": object},
+        {"a": 1 + 2j},
+    ],
+)
+def test_other_types_are_refused(tmp_path: Path, content: object) -> None:
+    with pytest.raises(DataError, match="refused as a pickle"):
+        read_dictionary(dump(tmp_path / "m.pkl", content))
+
+
+@pytest.mark.parametrize("raw", [b"", b"\x80", b"not a pickle", b"{broken", b"\x80\x04K\x01."])
+def test_damaged_file_is_refused(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "m.pkl"
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=r"m\.pkl"):
+        read_dictionary(path)
+
+
+@pytest.mark.parametrize(
+    ("medians", "message"),
+    [
+        ({"a": "high"}, "must be a number"),
+        ({"a": True}, "must be a number"),
+        ({"a": float("nan")}, "above 0"),
+        ({"a": 0}, "above 0"),
+        ({}, "no gene"),
+        ({1: 2.0}, "keys are gene ids"),
+        (["a"], "keys are gene ids"),
+    ],
+)
+def test_wrong_medians(tmp_path: Path, medians: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        import_dictionary(dump(tmp_path / "m.pkl", medians))
+
+
+def test_tokens_choose_the_genes_and_must_follow_their_order(tmp_path: Path) -> None:
+    medians = dump(tmp_path / "m.pkl", MEDIANS)
+    fewer = {gene: token for gene, token in TOKENS.items() if token != 3}
+    kept = import_dictionary(medians, dump(tmp_path / "fewer.pkl", fewer))
+    assert kept.feature_ids == ("ENSG00000000001", "ENSG00000000003")
+    swapped = {**TOKENS, "ENSG00000000001": 3, "ENSG00000000002": 2}
+    with pytest.raises(DataError, match="must follow the sorted gene ids"):
+        import_dictionary(medians, dump(tmp_path / "swapped.pkl", swapped))
+    more = {**TOKENS, "ENSG00000000009": 9}
+    with pytest.raises(DataError, match="1 of 4 genes have no median"):
+        import_dictionary(medians, dump(tmp_path / "more.pkl", more))
+
+
+def test_real_medians(shared_data: Path) -> None:
+    vocabulary = import_dictionary(shared_data / "dicts" / "gc30m_gene_medians.json")
+    assert vocabulary.size == 25_429
+    assert vocabulary.feature_ids[0] == "ENSG00000000003"
+    assert vocabulary.medians_of_token[5] == 2.001186019549122

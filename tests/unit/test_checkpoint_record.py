@@ -1,0 +1,79 @@
+"""What may change between two starts of a run, and what may not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from geneformer_mcore.checkpoint.record import RECORD, Record, check_continues
+from geneformer_mcore.config import load
+from geneformer_mcore.errors import CheckpointError
+
+
+def text(*overrides: str) -> str:
+    return load(None, overrides)[1]
+
+
+RECORDED = Record(
+    step=5,
+    cells_seen=80,
+    meters={"cells_seen": 80},
+    config=text(),
+    vocabulary="v",
+    content="c",
+    layout={"tensor": 1},
+    versions={"torch": "2"},
+)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "parallel.tensor=2",
+        "train.micro_batch_size=8",
+        "train.steps=7",
+        "train.max_minutes=3",
+        "metrics.log_every_steps=1",
+        "checkpoint.save_every_steps=9",
+        "data.prefetch_steps=0",
+        "data.store=elsewhere",
+        "run.dir=elsewhere",
+    ],
+)
+def test_may_differ(override: str) -> None:
+    check_continues(RECORDED, text(override), "v", "c")
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("train.seed=7", "train.seed: 1234 -> 7"),
+        ("train.global_batch_size=64", "train.global_batch_size: 2048 -> 64"),
+        ("optim.lr=0.5", "optim.lr: 0.001 -> 0.5"),
+        ("model.num_layers=2", "model.num_layers: 6 -> 2"),
+        ("data.seq_length=16", "data.seq_length: 2048 -> 16"),
+        ("train.precision=fp32", "train.precision: bf16 -> fp32"),
+    ],
+)
+def test_must_not_differ_and_both_values_are_shown(override: str, shown: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        check_continues(RECORDED, text(override), "v", "c")
+    assert shown in str(caught.value)
+
+
+def test_other_data_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"content hash of data\.store: c -> other"):
+        check_continues(RECORDED, RECORDED.config, "v", "other")
+    with pytest.raises(CheckpointError, match="vocabulary checksum: v -> other"):
+        check_continues(RECORDED, RECORDED.config, "other", "c")
+
+
+def test_round_trip_and_unknown_format(tmp_path: Path) -> None:
+    RECORDED.save(tmp_path)
+    assert Record.load(tmp_path) == RECORDED
+    fields = json.loads((tmp_path / RECORD).read_text())
+    (tmp_path / RECORD).write_text(json.dumps(fields | {"format_version": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        Record.load(tmp_path)

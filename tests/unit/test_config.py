@@ -1,0 +1,114 @@
+"""Settings: merging, mistakes named all at once, and the plan that follows from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from geneformer_mcore.config import Config, load, plan
+from geneformer_mcore.config.sections import Activation
+from geneformer_mcore.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def config(*overrides: str) -> Config:
+    return load(None, overrides)[0]
+
+
+def test_arguments_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "some.yaml"
+    file.write_text("model: {num_layers: 3, activation: gelu}\ntrain: {seed: 5}\n")
+    merged, text = load(file, ["train.seed=6", "optim.lr=1e-4"])
+    assert merged.model.num_layers == 3
+    assert merged.model.activation is Activation.gelu
+    assert merged.train.seed == 6
+    assert merged.optim.lr == 1e-4
+    assert yaml.safe_load(text)["model"]["activation"] == "gelu"
+
+
+def test_all_mistakes_are_named_at_once_with_the_nearest_key() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config("train.stepss=3", "optim.lr=fast", "nonsense", "model.activation=tanh")
+    message = str(caught.value)
+    assert "Did you mean `train.steps`?" in message
+    assert "'fast'" in message
+    assert "`nonsense`" in message
+    assert "relu, gelu, gelu_tanh" in message
+
+
+def test_ranges_are_checked_all_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(config("optim.lr=-1", "train.steps=0", "data.mask_fractions=[0.5,0.5,0.5]"), 1)
+    message = str(caught.value)
+    assert "optim.lr must be within 0..10, and is -1.0" in message
+    assert "train.steps must be at least 1, and is 0" in message
+    assert "sum to 1" in message
+
+
+def test_nan_is_out_of_range() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        plan(config("optim.lr=.nan"), 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "numbers"),
+    [
+        (("parallel.tensor=3",), 3, "model.num_attention_heads (4)"),
+        (("parallel.pipeline=4",), 4, "4 x 1 = 4"),
+        (("parallel.tensor=2",), 3, "number of ranks (3)"),
+        (("train.global_batch_size=100",), 1, "32 x 1 = 32"),
+        (("parallel.sequence=true",), 1, "parallel.tensor > 1"),
+        (("parallel.virtual_pipeline=2",), 1, "parallel.pipeline > 1"),
+        (
+            ("parallel.pipeline=2", "parallel.virtual_pipeline=3", "train.global_batch_size=32"),
+            2,
+            "micro batches per step (1",
+        ),
+    ],
+)
+def test_impossible_layouts_are_refused_with_their_factors(
+    overrides: tuple[str, ...], world_size: int, numbers: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(config(*overrides), world_size)
+    assert numbers in str(caught.value)
+
+
+def test_the_plan_of_the_card() -> None:
+    card, _ = load(CONFIGS / "geneformer_106m.yaml")
+    made = plan(card, 128)
+    assert (made.data_parallel, made.micro_batches) == (128, 1)
+    assert made.warmup_steps == 1154
+    assert made.hold_steps == 5772
+
+
+def test_the_10m_recipe_is_the_defaults() -> None:
+    card, _ = load(CONFIGS / "geneformer_10m.yaml")
+    default = Config()
+    assert (card.model, card.optim, card.train) == (default.model, default.optim, default.train)
+
+
+def test_secrets_are_not_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "/secret/place")
+    merged, text = load(None, ["run.dir=${oc.env:PLACE}/run"])
+    assert merged.run.dir == "/secret/place/run"
+    assert "/secret/place" not in text
+    assert "${oc.env:PLACE}/run" in text
+
+
+@pytest.mark.parametrize(
+    "content", ["[1, 2]", "a: [", "!!python/object/apply:os.system ['true']", "\x00"]
+)
+def test_a_file_that_is_no_plain_mapping_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load(file)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
+        load("nowhere.yaml")

@@ -1,0 +1,234 @@
+"""Order, masks and batches as pure functions: no ranks, no threads, no store."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from geneformer_mcore.contracts import CLS, MASK, NUM_SPECIALS, PAD, RaggedCells
+from geneformer_mcore.feed.batch import make_batch, padded_length, truncate
+from geneformer_mcore.feed.control import ShuffledGenes
+from geneformer_mcore.feed.loader import Feed, Share
+from geneformer_mcore.feed.masks import Masking
+from geneformer_mcore.feed.order import Order
+
+VOCABULARY = 300
+MASKING = Masking(0.15, (0.8, 0.02, 0.18), VOCABULARY, seed=1)
+
+
+class Cells:
+    """Cells whose tokens say who they are: key k has k % 50 + 2 tokens, genes k % 200 + 5, ..."""
+
+    def __init__(self, num_cells: int) -> None:
+        self.num_cells = num_cells
+        self.reads: list[tuple[int, int]] = []
+
+    def read(self, start: int, stop: int) -> RaggedCells:
+        self.reads.append((start, stop))
+        return ragged([cell(key) for key in range(start, stop)], np.arange(start, stop))
+
+
+def cell(key: int) -> np.ndarray:
+    genes = (np.arange(key % 50 + 1) * 7 + key) % (VOCABULARY - NUM_SPECIALS) + NUM_SPECIALS
+    return np.concatenate([[CLS], genes]).astype(np.uint16)
+
+
+def ragged(cells: list[np.ndarray], keys: np.ndarray) -> RaggedCells:
+    offsets = np.concatenate([[0], np.cumsum([len(c) for c in cells])]).astype(np.int64)
+    return RaggedCells(np.concatenate(cells), offsets, keys.astype(np.uint64))
+
+
+def feed(source: Cells, rank: int = 0, size: int = 1, batch: int = 24, **changes: int) -> Feed:
+    order = Order(0, source.num_cells, span_cells=8, window_spans=3, seed=7)
+    share = Share(batch, changes.get("micro", batch // size), rank, size)
+    return Feed(source, order, MASKING, share, changes.get("seq_length", 64), pad_multiple=16)
+
+
+@pytest.mark.parametrize("num_cells", [1, 7, 8, 9, 100, 1000])
+def test_each_epoch_sees_each_cell_once_in_an_order_of_its_own(num_cells: int) -> None:
+    order = Order(5, num_cells, span_cells=8, window_spans=3, seed=7)
+    rows, epochs = order.rows(0, 3 * num_cells)
+    for epoch in range(3):
+        seen = rows[epochs == epoch]
+        assert sorted(seen) == list(range(5, 5 + num_cells))
+    if num_cells > 50:
+        assert (rows[epochs == 0] != rows[epochs == 1]).mean() > 0.9
+
+
+def test_the_order_can_be_asked_from_anywhere() -> None:
+    order = Order(0, 100, span_cells=8, window_spans=3, seed=7)
+    whole, _ = order.rows(0, 500)
+    for start, stop in itertools.pairwise([0, 1, 17, 99, 100, 101, 333, 500]):
+        assert np.array_equal(order.rows(start, stop)[0], whole[start:stop])
+
+
+def test_the_order_is_the_seeds() -> None:
+    orders = [Order(0, 1000, 8, 3, seed).rows(0, 1000)[0] for seed in (7, 7, 8)]
+    assert np.array_equal(orders[0], orders[1])
+    assert not np.array_equal(orders[0], orders[2])
+
+
+def test_the_order_never_changes() -> None:
+    """A golden, because the order is part of every checkpoint's meaning: another one would break
+    exact resume. It is what this very line gave at version 0.1.0; print it to make it again."""
+    assert Order(0, 20, 4, 2, 7).rows(0, 20)[0].tolist() == GOLDEN_ORDER
+
+
+def test_masks_never_change() -> None:
+    """A golden as above, for the places selected in one cell and what is shown there."""
+    seen, selected = MASKING.apply(ragged([cell(49)], np.array([49])), np.array([3]))
+    places = np.flatnonzero(selected)
+    assert places.tolist() == GOLDEN_PLACES
+    assert seen[places].tolist() == GOLDEN_SHOWN
+
+
+def test_masks_depend_on_seed_epoch_and_cell_and_on_nothing_else() -> None:
+    cells = [cell(k) for k in (49, 30, 49)]
+    keys = np.array([49, 30, 49])
+    together = MASKING.apply(ragged(cells, keys), np.array([0, 0, 0]))
+    alone = MASKING.apply(ragged(cells[1:2], keys[1:2]), np.array([0]))
+    part = slice(len(cells[0]), len(cells[0]) + len(cells[1]))
+    assert np.array_equal(together[0][part], alone[0])
+    assert np.array_equal(together[1][part], alone[1])
+    first, last = together[1][: len(cells[0])], together[1][-len(cells[2]) :]
+    assert np.array_equal(first, last), "the same cell in the same epoch"
+    other_epoch = MASKING.apply(ragged(cells[:1], keys[:1]), np.array([1]))[1]
+    other_key = MASKING.apply(ragged(cells[:1], keys[1:2]), np.array([0]))[1]
+    other_seed = Masking(0.15, MASKING.fractions, VOCABULARY, 2).apply(
+        ragged(cells[:1], keys[:1]), np.array([0])
+    )[1]
+    for other in (other_epoch, other_key, other_seed):
+        assert not np.array_equal(first, other)
+
+
+def test_mask_statistics_are_the_cards() -> None:
+    genes = np.arange(NUM_SPECIALS, VOCABULARY, dtype=np.uint16)
+    cells = [np.concatenate([[CLS], genes]).astype(np.uint16)] * 2000
+    block = ragged(cells, np.arange(2000))
+    seen, selected = MASKING.apply(block, np.zeros(2000, np.int64))
+    true, shown = block.tokens_T[selected], seen[selected]
+    num_genes = 2000 * len(genes)
+    assert selected.sum() / num_genes == pytest.approx(0.15, abs=0.002)
+    assert (shown == MASK).mean() == pytest.approx(0.80, abs=0.006)
+    assert (shown == true).mean() == pytest.approx(0.18, abs=0.006)
+    random = shown[(shown != MASK) & (shown != true)]
+    assert len(random) / len(shown) == pytest.approx(0.02, abs=0.003)
+    assert random.min() >= NUM_SPECIALS, "specials are never shown as a random gene"
+    assert len(np.unique(random)) > 0.9 * len(genes), "uniform over all genes"
+    assert np.array_equal(seen[~selected], block.tokens_T[~selected])
+    assert not selected[block.offsets[:-1]].any(), "[CLS] is never selected"
+
+
+def test_validation_positions_are_those_that_validation_masks() -> None:
+    source = Cells(30)
+    labels, places = MASKING.validation_positions(source.read(0, 30))
+    batches = [b for start in (0, 24) for b in feed(source).validation_step(start)]
+    asked = sorted(label for b in batches for label in b.labels_M.tolist())
+    assert asked == sorted(labels.tolist())
+    assert places.min() >= 1
+
+
+def test_validation_sees_each_cell_once_and_pads_with_idle_ones() -> None:
+    predicted = np.zeros(30)
+    for start in (0, 24):
+        for batch in feed(Cells(30)).validation_step(start):
+            assert batch.tokens_BS.shape[0] == 24
+            cells, counts = np.unique(
+                batch.selected_M // batch.tokens_BS.shape[1], return_counts=True
+            )
+            np.add.at(predicted, batch.keys_B[cells].astype(int), counts)
+    block = Cells(30).read(0, 30)
+    _, selected = MASKING.apply(block, np.full(30, 2**62))
+    assert np.array_equal(predicted, np.add.reduceat(selected, block.offsets[:-1]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_a_global_batch_is_the_same_whatever_the_ranks(size: int) -> None:
+    def contents(rank: int, of: int, position: int) -> list[tuple]:
+        return [
+            (int(key), tokens[: int(n)].tolist())
+            for batch in feed(Cells(100), rank, of).step(position)
+            for key, tokens, n in zip(
+                batch.keys_B, batch.tokens_BS.numpy(), batch.lengths_B, strict=True
+            )
+        ]
+
+    for position in (0, 24, 96, 120):  # 96 straddles two epochs
+        dealt = [item for rank in range(size) for item in contents(rank, size, position)]
+        assert sorted(dealt) == sorted(contents(0, 1, position))
+
+
+def test_a_batch_holds_its_cells_and_labels() -> None:
+    block = ragged([cell(k) for k in (3, 40)], np.array([3, 40]))
+    batch = make_batch(block, np.zeros(2, np.int64), np.array([False, False]), MASKING, 48)
+    flat = batch.tokens_BS.flatten()
+    assert batch.lengths_B.tolist() == [5, 42]
+    assert (batch.tokens_BS[0, 5:] == PAD).all()
+    assert batch.num_tokens == 47
+    truth = np.full(2 * 48, PAD)
+    truth[:5], truth[48 : 48 + 42] = cell(3), cell(40)
+    assert batch.labels_M.tolist() == truth[batch.selected_M].tolist()
+    unselected = np.setdiff1d(np.arange(96), batch.selected_M)
+    assert np.array_equal(flat[unselected], truth[unselected])
+
+
+def test_truncation_keeps_the_first_tokens() -> None:
+    block = ragged([cell(k) for k in (3, 40, 20)], np.array([3, 40, 20]))
+    short = truncate(block, 10)
+    assert short.lengths.tolist() == [5, 10, 10]
+    assert np.array_equal(short.tokens_T[5:15], cell(40)[:10])
+    assert truncate(block, 64) is block
+
+
+def test_padded_length() -> None:
+    assert padded_length(65, 64, 2048) == 128
+    assert padded_length(64, 64, 2048) == 64
+    assert padded_length(5, 0, 2048) == 2048
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 4])
+def test_the_prefetch_thread_changes_nothing_and_ends(prefetch: int) -> None:
+    steps = feed(Cells(100)).steps(48, prefetch)
+    keys = [next(steps)[0].keys_B.tolist() for _ in range(6)]
+    steps.close()  # type: ignore[attr-defined]
+    direct = [feed(Cells(100)).step(48 + 24 * i)[0].keys_B.tolist() for i in range(6)]
+    assert keys == direct
+
+
+def test_an_error_while_reading_reaches_the_consumer() -> None:
+    class Broken(Cells):
+        def read(self, start: int, stop: int) -> RaggedCells:
+            raise OSError("the disk is gone")
+
+    steps = feed(Broken(100)).steps(0, prefetch=2)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(steps)
+
+
+def test_spans_are_read_whole_and_once_per_epoch() -> None:
+    source = Cells(100)
+    steps = feed(source).steps(0, prefetch=0)
+    for _ in range(4):
+        next(steps)
+    assert all(start % 8 == 0 and stop - start in (8, 4) for start, stop in source.reads)
+    assert len(source.reads) == len(set(source.reads))
+
+
+def test_the_control_shuffles_genes_within_each_cell() -> None:
+    source = Cells(60)
+    plain, shuffled = source.read(40, 60), ShuffledGenes(source, seed=1).read(40, 60)
+    assert np.array_equal(plain.offsets, shuffled.offsets)
+    for start, stop in itertools.pairwise(plain.offsets):
+        assert shuffled.tokens_T[start] == CLS
+        assert sorted(plain.tokens_T[start:stop]) == sorted(shuffled.tokens_T[start:stop])
+    assert (plain.tokens_T != shuffled.tokens_T).mean() > 0.8
+    part = ShuffledGenes(source, seed=1).read(45, 46)
+    first = plain.offsets[5]
+    assert np.array_equal(part.tokens_T, shuffled.tokens_T[first : first + len(part.tokens_T)])
+
+
+GOLDEN_ORDER = [6, 7, 4, 12, 13, 5, 15, 14, 16, 8, 19, 18, 17, 11, 9, 10, 2, 1, 0, 3]
+GOLDEN_PLACES = [1, 3, 4, 10, 11, 13, 19, 29, 40, 49]
+GOLDEN_SHOWN = [1, 1, 195, 117, 124, 1, 1, 1, 32, 1]

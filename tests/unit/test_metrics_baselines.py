@@ -1,0 +1,121 @@
+"""The baselines on cells whose distribution is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from geneformer_mcore.contracts import CLS, NUM_SPECIALS, RaggedCells
+from geneformer_mcore.metrics import baselines
+
+VOCABULARY = 60
+
+
+def cells_of(rows: list[np.ndarray]) -> RaggedCells:
+    """Cells with the given genes, [CLS] put before each."""
+    tokens = np.concatenate([np.concatenate([[CLS], row]) for row in rows]).astype(np.uint16)
+    offsets = np.concatenate([[0], np.cumsum([len(row) + 1 for row in rows])]).astype(np.int64)
+    return RaggedCells(tokens, offsets, np.arange(len(rows), dtype=np.uint64))
+
+
+def ranked_cells(rng: np.random.Generator, count: int, genes: int = 40) -> RaggedCells:
+    """Cells in which gene g tends to stand at rank g: rank = place of g + noise."""
+    places = np.arange(genes) + rng.normal(0, 3, (count, genes))
+    return cells_of([NUM_SPECIALS + np.argsort(row) for row in places])
+
+
+def masked(cells: RaggedCells) -> tuple[np.ndarray, np.ndarray]:
+    """Every gene of the cells as something to guess: labels and positions."""
+    starts = np.repeat(cells.offsets[:-1], cells.lengths)
+    positions = np.arange(len(cells.tokens_T)) - starts
+    genes = positions > 0
+    return cells.tokens_T[genes].astype(np.int64), positions[genes]
+
+
+def test_the_unigram_is_a_distribution_over_genes() -> None:
+    train = cells_of([np.array([5, 6, 7]), np.array([5, 6]), np.array([5])])
+    log_probabilities = baselines.unigram(train, VOCABULARY, alpha=0.5)
+    smoothed = 6 + 0.5 * (VOCABULARY - NUM_SPECIALS)
+    assert np.exp(log_probabilities).sum() == pytest.approx(1)
+    assert np.exp(log_probabilities[5:9]) * smoothed == pytest.approx([3.5, 2.5, 1.5, 0.5])
+    assert np.all(np.isneginf(log_probabilities[:NUM_SPECIALS])), "a special is never to be guessed"
+
+
+def test_every_bin_is_a_distribution_over_genes(rng) -> None:
+    train = ranked_cells(rng, 50)
+    table = baselines.gene_given_rank(train, VOCABULARY, *masked(ranked_cells(rng, 20)))
+    every_gene = np.arange(NUM_SPECIALS, VOCABULARY)
+    for position in (1, 17, 40, 5000):
+        places = np.full(len(every_gene), position)
+        assert np.exp(table.log_probabilities(every_gene, places)).sum() == pytest.approx(1)
+
+
+def test_counts_are_those_of_each_position() -> None:
+    train = cells_of([np.array([5, 6, 7]), np.array([6, 5])])
+    table = baselines.gene_given_rank(train, VOCABULARY, np.array([5]), np.array([1]))
+    finest = baselines._finest(train, VOCABULARY, alpha=1.0)
+    assert finest.edges_K.tolist() == [1, 2, 3]
+    assert finest.counts_KV[:, 5:8].tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+    assert finest.counts_KV.sum() == 5, "[CLS] is not counted"
+    assert table.counts_KV.sum() == 5
+
+
+def test_counting_in_blocks_changes_nothing(rng, monkeypatch) -> None:
+    train = ranked_cells(rng, 30)
+    at_once = baselines._finest(train, VOCABULARY, alpha=1.0)
+    monkeypatch.setattr(baselines, "COUNTED_AT_ONCE", 7)
+    in_blocks = baselines._finest(train, VOCABULARY, alpha=1.0)
+    assert np.array_equal(at_once.counts_KV, in_blocks.counts_KV)
+
+
+def test_bins_grow_with_the_rank() -> None:
+    edges = baselines._bin_edges(2047)
+    widths = np.diff(edges)
+    assert edges[0] == 1
+    assert edges[-1] <= 2047
+    assert widths[0] == 1
+    assert np.all(np.diff(widths) >= 0)
+    assert widths[-1] > 40
+    assert len(edges) < 200
+
+
+def test_rank_tells_much_where_genes_have_their_rank(rng) -> None:
+    labels, positions = masked(ranked_cells(rng, 100))
+    scores = baselines.score(ranked_cells(rng, 400), VOCABULARY, labels, positions)
+    # 40 genes, each as frequent as the other.
+    assert scores["unigram"] == pytest.approx(np.log(40), abs=0.01)
+    # The rank of a gene is about normal around its own place: the entropy of the place given the
+    # rank, ln(sigma sqrt(2 pi e)), at the sigma of 3.
+    assert scores["gene_given_rank"] == pytest.approx(
+        np.log(3 * np.sqrt(2 * np.pi * np.e)), abs=0.2
+    )
+
+
+def test_rank_tells_nothing_where_genes_have_none(rng) -> None:
+    def shuffled(count: int) -> RaggedCells:
+        return cells_of([rng.permutation(40) + NUM_SPECIALS for _ in range(count)])
+
+    labels, positions = masked(shuffled(100))
+    scores = baselines.score(shuffled(400), VOCABULARY, labels, positions)
+    assert scores["gene_given_rank"] == pytest.approx(scores["unigram"], abs=0.02)
+
+
+def test_only_the_first_cells_are_counted(rng) -> None:
+    train = ranked_cells(rng, 100)
+    labels, positions = masked(ranked_cells(rng, 20))
+    scores = baselines.score(train, VOCABULARY, labels, positions, max_cells=10)
+    assert scores["cells"] == 10
+    assert scores["masked_tokens"] == len(labels)
+    first = train.take(np.arange(10))
+    assert scores == baselines.score(first, VOCABULARY, labels, positions)
+
+
+def test_a_gene_never_seen_in_training_has_a_finite_loss() -> None:
+    train = cells_of([np.array([5, 6, 7])])
+    scores = baselines.score(train, VOCABULARY, np.array([50]), np.array([2000]))
+    assert np.isfinite(scores["unigram"])
+    assert np.isfinite(scores["gene_given_rank"])
+
+
+def test_cross_entropy_of_a_fair_coin() -> None:
+    assert baselines.cross_entropy(np.log([0.5, 0.5, 0.5])) == pytest.approx(np.log(2))

@@ -1,0 +1,266 @@
+"""A run's folder as a table, as JSON, as a plot; and the README's tables from such JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from geneformer_mcore.downstream import loss_plot, report
+from geneformer_mcore.errors import DataError
+
+CONFIG = """
+data: {seq_length: 256}
+model: {num_layers: 2, hidden_size: 64}
+parallel: {tensor: 1}
+train: {steps: 40, global_batch_size: 32, precision: fp32}
+"""
+BASELINES = {"unigram": 6.0, "gene_given_rank": 4.5, "cells": 500, "masked_tokens": 9000}
+FINISHED = {"outcome": "finished", "exit_code": 0, "step": 40, "reason": "done", "restart": 0}
+SAVED = {"outcome": "interrupted", "exit_code": 75, "step": 20, "reason": "SIGTERM", "restart": 1}
+
+
+def training(step: int) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": 7.0 - step / 20,
+        "cells_per_s": 100.0 if step == 10 else 400.0,
+        "tokens_per_s": 40_000.0,
+        "tflops_padded_equivalent": 0.02,
+        "tflops_executed": 0.01,
+        "mfu": 0.125,
+        "data_wait_fraction": 0.05,
+        "step_s": 0.5,
+    }
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished run of 40 steps."""
+    folder = tmp_path / "demo_run"
+    (folder / "checkpoints" / "step_0000000020").mkdir(parents=True)
+    (folder / "checkpoints" / "step_0000000040").mkdir()
+    (folder / "checkpoints" / ".staging_step_0000000041").mkdir()
+    records = [training(step) for step in (10, 20, 30, 40)]
+    records.insert(2, {"step": 20, "val_loss": 5.5, "val_loss_cell_mean": 5.4})
+    records.append({"step": 40, "val_loss": 4.75, "val_loss_cell_mean": 4.7})
+    lines = [json.dumps(record) for record in records]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "config.yaml").write_text(CONFIG)
+    (folder / "baselines.json").write_text(json.dumps(BASELINES))
+    (folder / "outcome.json").write_text(json.dumps(FINISHED))
+    (folder / "log.txt").write_text(
+        "2024-05-30T12:00:00+00:00 started\n  not a time\n2024-05-30T12:00:45+00:00 done\n"
+    )
+    return folder
+
+
+def command(repository: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(repository / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_numbers_are_those_of_the_folder(run_dir) -> None:
+    results = report.load(run_dir)
+    assert (results.step, results.total_steps, results.exit_code) == (40, 40, 0)
+    assert (results.train.last, results.validation.last) == (5.0, 4.75)
+    assert results.val_loss_cell_mean == 4.7
+    assert results.rates["cells_per_s"] == 400, "the median: the slow start does not count"
+    assert results.train_s == 40 * 0.5
+    assert results.wall_s == 45
+    assert results.checkpoint == run_dir / "checkpoints" / "step_0000000040"
+
+
+def test_the_table_sets_losses_beside_baselines(run_dir) -> None:
+    table = report.text(report.load(run_dir), run_dir / "loss.png")
+    assert "step 40 of 40" in table
+    assert "4.7500" in table
+    assert "6.0000   baseline; validation is 1.250 below" in table
+    assert "4.5000   baseline; validation is 0.250 ABOVE" in table
+    assert "400.0" in table
+    assert "0.02 padded-equivalent, 0.01 executed" in table
+    assert "12.5%" in table
+    assert "20 s in training steps of 45 s in all" in table
+    for place in ("step_0000000040", "tensorboard", "loss.png"):
+        assert str(run_dir / "checkpoints" / place) in table or str(run_dir / place) in table
+    assert "NOT FINISHED" not in table
+
+
+def test_an_interrupted_run_says_so(run_dir) -> None:
+    (run_dir / "outcome.json").write_text(json.dumps(SAVED))
+    table = report.text(report.load(run_dir))
+    assert "NOT FINISHED" in table
+    assert "exit code 75: SIGTERM" in table
+    assert f"run.dir={run_dir} continues it" in table
+
+
+def test_a_killed_run_is_a_defect(run_dir) -> None:
+    (run_dir / "outcome.json").unlink()
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 50, "lo')
+    results = report.load(run_dir)
+    assert results.exit_code == 1
+    assert results.step == 40
+    assert "killed, or still runs" in report.text(results)
+
+
+def test_a_run_that_was_refused_has_no_table_of_dashes(tmp_path) -> None:
+    refused = FINISHED | {"outcome": "refused", "exit_code": 2, "step": 0, "reason": "no store"}
+    (tmp_path / "outcome.json").write_text(json.dumps(refused))
+    table = report.text(report.load(tmp_path))
+    assert table.splitlines()[-1].endswith("exit code 2: no store")
+
+
+def test_a_run_without_validation_or_baselines(run_dir) -> None:
+    (run_dir / "baselines.json").unlink()
+    (run_dir / "metrics.jsonl").write_text(json.dumps(training(10)) + "\n")
+    results = report.load(run_dir)
+    assert "validation           -" in report.text(results)
+    loss_plot.save(results, run_dir / "loss.png")
+
+
+@pytest.mark.parametrize("content", [None, "notes.txt"])
+def test_a_folder_that_is_no_run_is_refused(tmp_path, content: str | None) -> None:
+    folder = tmp_path / "other"
+    if content is not None:
+        folder.mkdir()
+        (folder / content).write_text("")
+    with pytest.raises(DataError, match=r"give the run\.dir of a run"):
+        report.load(folder)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("baselines.json", "JSON"), ("config.yaml", "YAML")])
+def test_a_damaged_file_is_named(run_dir, name: str, kind: str) -> None:
+    (run_dir / name).write_text('{"unigram": [')
+    with pytest.raises(DataError, match=rf"{name} is not {kind}"):
+        report.load(run_dir)
+
+
+def test_the_plot_is_a_picture_of_all_curves(run_dir, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(loss_plot.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    loss_plot.save(report.load(run_dir), run_dir / "loss.png")
+    (axes,) = drawn[0].axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == [
+        "baseline: unigram (6.00)",
+        "baseline: gene given rank (4.50)",
+        "training",
+        "validation (last 4.75)",
+    ]
+    assert axes.get_xlabel() == "optimizer step"
+    assert "nats" in axes.get_ylabel()
+    validation = axes.get_lines()[-1]
+    assert validation.get_xdata().tolist() == [20, 40]
+    assert validation.get_ydata().tolist() == [5.5, 4.75]
+
+
+def test_the_command_writes_both_files_and_ends_with_the_runs_code(repository, run_dir) -> None:
+    (run_dir / "outcome.json").write_text(json.dumps(SAVED))
+    out = run_dir / "kept" / "numbers.json"
+    done = command(repository, "launch/report.py", str(run_dir), "--json", str(out))
+    assert done.returncode == 75, done.stderr
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    kept = json.loads(out.read_text())
+    assert kept["run"] == "demo_run"
+    assert (kept["val_loss"], kept["baselines"]["unigram"]) == (4.75, 6.0)
+    assert kept["curves"]["validation"] == {"steps": [20, 40], "losses": [5.5, 4.75]}
+    assert {"machine", "versions", "commit"} <= set(kept)
+    assert str(run_dir.parent) not in out.read_text(), "no path of one machine is kept"
+
+
+def test_the_command_refuses_without_a_traceback(repository, tmp_path) -> None:
+    done = command(repository, "launch/report.py", str(tmp_path / "none"))
+    assert done.returncode == 2
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+TABLE_README = """# Title
+<!-- table: demo -->
+old
+<!-- end table -->
+between
+<!-- table: real_job -->
+<!-- end table -->
+<!-- table: tflops -->
+<!-- end table -->
+end
+"""
+TFLOPS = {
+    "rows": [
+        {
+            "model": "10M",
+            "precision": "fp32",
+            "micro_batch": 2,
+            "seq_length": 2048,
+            "step_s": 6.4321,
+            "cells_per_s": 0.312,
+            "tokens_per_s": 412.3,
+            "tflops_padded_equivalent": 0.0613,
+            "tflops_executed": 0.0271,
+            "mfu": None,
+        }
+    ],
+    "machine": "a laptop",
+    "versions": {"torch": "2.13.0", "apex": "absent"},
+    "commit": "0123456789ab",
+}
+
+
+@pytest.fixture
+def readme(tmp_path: Path, run_dir: Path) -> list[str]:
+    """Arguments of readme_tables.py: a README and results with one run and one benchmark."""
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "demo.json").write_text(json.dumps(report.as_json(report.load(run_dir))))
+    (results / "tflops_cpu.json").write_text(json.dumps(TFLOPS))
+    (tmp_path / "README.md").write_text(TABLE_README)
+    return ["--readme", str(tmp_path / "README.md"), "--results", str(results)]
+
+
+def test_readme_tables_are_filled_from_the_measurements(repository, tmp_path, readme) -> None:
+    before = command(repository, "benchmarks/readme_tables.py", "--check", *readme)
+    assert before.returncode == 1
+    assert "-old" in before.stderr
+    assert (tmp_path / "README.md").read_text() == TABLE_README, "a check changes nothing"
+    assert command(repository, "benchmarks/readme_tables.py", *readme).returncode == 0
+    filled = (tmp_path / "README.md").read_text()
+    assert "| **validation loss** | **4.750** |" in filled
+    assert "| baseline: unigram | 6.000 |" in filled
+    assert "| **validation loss** | **not measured** |" not in filled
+    assert "| cells/s | not measured | not measured |" in filled, "the real job is not there"
+    assert (
+        "| a laptop | 10M | fp32 | 2 | 2,048 | 6.43 | 0.312 | 412 | 0.0613 | 0.0271 "
+        "| not measured |" in filled
+    )
+    assert "torch 2.13.0; commit 0123456789ab" in filled
+    assert "apex" not in filled.split("torch 2.13.0; commit 0123456789ab")[0].splitlines()[-1]
+    assert filled.startswith("# Title\n")
+    assert "\nbetween\n" in filled
+    assert command(repository, "benchmarks/readme_tables.py", "--check", *readme).returncode == 0
+
+
+def test_a_changed_number_in_the_readme_is_found(repository, tmp_path, readme) -> None:
+    command(repository, "benchmarks/readme_tables.py", *readme)
+    page = tmp_path / "README.md"
+    page.write_text(page.read_text().replace("4.750", "2.340"))
+    checked = command(repository, "benchmarks/readme_tables.py", "--check", *readme)
+    assert checked.returncode == 1
+    assert "-| **validation loss** | **2.340** |" in checked.stderr
+    assert "+| **validation loss** | **4.750** |" in checked.stderr
+
+
+def test_an_unknown_table_is_refused(repository, tmp_path, readme) -> None:
+    (tmp_path / "README.md").write_text("<!-- table: demmo -->\n<!-- end table -->\n")
+    refused = command(repository, "benchmarks/readme_tables.py", *readme)
+    assert refused.returncode == 2
+    assert "no table is called demmo; there are demo, real_job, tflops" in refused.stderr

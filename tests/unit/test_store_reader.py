@@ -1,0 +1,332 @@
+"""Reading a store: the right rows, fast to open, damage seen, never a wrong cell."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+import tiledbsoma
+
+from geneformer_mcore.cells.vocabulary import Vocabulary
+from geneformer_mcore.contracts import RaggedCells
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.store import reader, soma_io
+from geneformer_mcore.store.check import check_store
+from geneformer_mcore.store.keys import cell_keys
+from geneformer_mcore.store.layout import Manifest
+from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.store.split import RandomSplit
+from geneformer_mcore.store.writer import StoreWriter
+from tests.small_cells import vocabulary_of
+
+NUM_CELLS, NUM_GENES, SEQ_LENGTH = 3000, 500, 64
+
+
+def add_cells(writer: StoreWriter, cells: list[list[int]], first: int = 0) -> None:
+    """Cells as given token lists, called c<first>, ..."""
+    ids = [f"c{first + i}" for i in range(len(cells))]
+    lengths = np.array([len(cell) for cell in cells], dtype=np.int32)
+    columns = {
+        "tokens": pa.array([np.array(cell, "<u2").tobytes() for cell in cells], pa.large_binary()),
+        "cell_id": pa.array(ids),
+        "dataset_id": pa.array(["d"] * len(cells)),
+        "cell_key": pa.array(cell_keys("d", ids)),
+        "n_counts": pa.array(lengths * 2.0),
+        "n_genes": pa.array(lengths - 1),
+        "n_tokens": pa.array(lengths),
+        "number": pa.array(range(first, first + len(cells)), pa.int64()),
+    }
+    writer.add(pa.table(columns))
+
+
+def write_store(path: Path, cells: list[list[int]]) -> Manifest:
+    kinds = {"number": pa.int64()}
+    vocabulary = vocabulary_of(NUM_GENES)
+    with StoreWriter(
+        path, vocabulary, SEQ_LENGTH, RandomSplit(0.1, 0.05), kinds, len(cells)
+    ) as writer:
+        add_cells(writer, cells)
+        return writer.finish([], {})
+
+
+@pytest.fixture(scope="module")
+def cells() -> list[list[int]]:
+    """Cell i starts with two genes that spell i, so that a misaligned read shows."""
+    rng = np.random.default_rng(9)
+    made = []
+    for number in range(NUM_CELLS):
+        high, low = 5 + number // 100, 105 + number % 100
+        rest = 205 + rng.permutation(NUM_GENES - 205)[: rng.integers(0, SEQ_LENGTH - 3)]
+        made.append([0, high, low, *rest.tolist()])
+    return made
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory, cells: list[list[int]]) -> Path:
+    path = tmp_path_factory.mktemp("stores") / "store"
+    write_store(path, cells)
+    return path
+
+
+@pytest.fixture
+def copy(tmp_path: Path, path: Path) -> Path:
+    return Path(shutil.copytree(path, tmp_path / "copy"))
+
+
+def numbers_of(block: RaggedCells) -> list[int]:
+    starts = block.offsets[:-1]
+    return ((block.tokens_T[starts + 1] - 5) * 100 + block.tokens_T[starts + 2] - 105).tolist()
+
+
+def test_all_rows(path: Path, cells: list[list[int]]) -> None:
+    with TokenStore.open(path) as store:
+        block = store.read(0, len(store))
+        numbers = numbers_of(block)
+    assert sorted(numbers) == list(range(NUM_CELLS))
+    assert numbers != sorted(numbers)
+    assert block.tokens_T.dtype == np.uint16
+    assert (block.offsets.dtype, block.offsets[0]) == (np.int64, 0)
+    assert block.tokens_T.tolist() == [token for number in numbers for token in cells[number]]
+    ids = [f"c{number}" for number in numbers]
+    np.testing.assert_array_equal(block.keys_N, cell_keys("d", ids))
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 1), (0, 512), (1000, 1030), (1023, 1025), (2999, 3000), (17, 2900)]
+)
+def test_spans_agree_with_the_whole(
+    path: Path, start: int, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_KEYS_PER_PART", 700)
+    with TokenStore.open(path) as store:
+        whole = store.read(0, len(store)).take(np.arange(start, stop))
+        span = store.read(start, stop)
+    np.testing.assert_array_equal(span.tokens_T, whole.tokens_T)
+    np.testing.assert_array_equal(span.offsets, whole.offsets)
+    np.testing.assert_array_equal(span.keys_N, whole.keys_N)
+
+
+def test_span_of_no_rows_and_beyond(path: Path) -> None:
+    with TokenStore.open(path) as store:
+        assert len(store.read(5, 5)) == 0
+        for start, stop in ((-1, 5), (0, NUM_CELLS + 1), (6, 5)):
+            with pytest.raises(DataError, match="rows"):
+                store.read(start, stop)
+
+
+def test_rows_of_splits(path: Path) -> None:
+    with TokenStore.open(path) as store:
+        spans = [store.rows(split) for split in ("train", "validation", "test")]
+        assert spans[0][0] == 0
+        assert [spans[0][1], spans[1][1]] == [spans[1][0], spans[2][0]]
+        assert spans[2][1] == NUM_CELLS
+        with pytest.raises(DataError, match=r"no split 'dev'.*train, validation, test"):
+            store.rows("dev")
+
+
+def test_pickled_by_its_path(path: Path) -> None:
+    with TokenStore.open(path) as store:
+        raw = pickle.dumps(store)
+        assert len(raw) < 1000
+        expected = store.read(3, 9)
+    with pickle.loads(raw) as again:
+        np.testing.assert_array_equal(again.read(3, 9).tokens_T, expected.tokens_T)
+
+
+def test_few_threads(path: Path) -> None:
+    with TokenStore.open(path) as store:
+        store.read(0, NUM_CELLS)
+        assert psutil.Process().num_threads() < 64
+    settings = soma_io.soma_context().tiledb_config
+    assert settings["sm.compute_concurrency_level"] == "2"
+    assert soma_io.soma_context() is soma_io.soma_context()
+
+
+def test_forked_child_is_told_instead_of_hanging(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soma_io.soma_context()
+    monkeypatch.setattr("os.getpid", lambda: -5)
+    with pytest.raises(DataError, match="spawn"):
+        TokenStore.open(path)
+
+
+# Damage
+
+
+def data_files(store: Path, frame: str) -> list[Path]:
+    return sorted((store / frame / "__fragments").rglob("*.tdb"))
+
+
+def flip(path: Path, byte: int, bit: int = 0) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[byte] ^= 1 << bit
+    path.write_bytes(raw)
+
+
+def outcome(store_path: Path, expected: RaggedCells) -> str:
+    """ "refused", "as before" or "wrong": what a reader of all rows gets."""
+    try:
+        with TokenStore.open(store_path) as store:
+            block = store.read(0, NUM_CELLS)
+    except DataError as error:
+        return "refused" if "Remedy" in str(error) else "refused without a remedy"
+    names = ("tokens_T", "offsets", "keys_N")
+    same = all(np.array_equal(getattr(block, n), getattr(expected, n)) for n in names)
+    return "as before" if same else "wrong"
+
+
+def test_flipped_bits_are_never_a_wrong_cell(copy: Path, path: Path) -> None:
+    rng = np.random.default_rng(3)
+    with TokenStore.open(path) as store:
+        whole = store.read(0, NUM_CELLS)
+    num_seen = 0
+    files = [file for frame in ("tokens", "obs") for file in data_files(copy, frame)]
+    files = [file for file in files if file.stat().st_size]
+    for file in rng.choice(np.array(files, dtype=object), 40):
+        byte, bit = int(rng.integers(file.stat().st_size)), int(rng.integers(8))
+        flip(file, byte, bit)
+        problems, found = check_store(copy), outcome(copy, whole)
+        assert found in ("refused", "as before"), (file, byte, bit)
+        assert problems or found == "as before"
+        num_seen += bool(problems)
+        flip(file, byte, bit)
+    # All but those in unused bytes of the fragments' metadata.
+    assert num_seen >= 30
+    assert check_store(copy) == []
+
+
+def test_flip_in_the_tokens_names_the_rows(copy: Path) -> None:
+    largest = max(data_files(copy, "tokens"), key=lambda p: p.stat().st_size)
+    flip(largest, largest.stat().st_size - 2000)
+    with TokenStore.open(copy) as store:
+        store.read(0, 1024)
+        with pytest.raises(DataError, match="rows 2,900 to 2,999 of tokens cannot be read"):
+            store.read(2900, 3000)
+    assert any("cannot be read" in problem for problem in check_store(copy))
+
+
+@pytest.mark.parametrize("frame", ["tokens", "obs"])
+def test_missing_commit_is_seen_at_opening(copy: Path, frame: str) -> None:
+    for commit in (copy / frame / "__commits").iterdir():
+        commit.unlink()
+    with pytest.raises(DataError, match=rf"{frame} holds 0 rows, the manifest says 3,000"):
+        TokenStore.open(copy)
+
+
+@pytest.mark.parametrize("part", ["tokens", "obs", "manifest.json", "vocabulary.json"])
+def test_missing_part_is_seen_at_opening(copy: Path, part: str) -> None:
+    target = copy / part
+    if target.is_dir():
+        shutil.rmtree(target)
+    else:
+        target.unlink()
+    with pytest.raises(DataError, match="Remedy"):
+        TokenStore.open(copy)
+    assert check_store(copy)
+
+
+def test_exchanged_vocabulary_is_seen(copy: Path) -> None:
+    vocabulary = vocabulary_of(NUM_GENES, np.full(NUM_GENES, 3.0))
+    vocabulary.save(copy / "vocabulary.json")
+    with pytest.raises(DataError, match="the manifest is of vocabulary"):
+        TokenStore.open(copy)
+    assert Vocabulary.load(copy / "vocabulary.json") == vocabulary
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("cells", 2999, "checksum"),
+        ("tokens", 0, "checksum"),
+        ("schema_version", 2, "store schema 2"),
+        ("rows", None, "rows missing"),
+    ],
+)
+def test_changed_manifest_is_refused(copy: Path, name: str, value: object, message: str) -> None:
+    content = json.loads((copy / "manifest.json").read_text())
+    content[name] = value
+    if value is None:
+        del content[name]
+    (copy / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        TokenStore.open(copy)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"train": [0, 3000]},
+        {"train": [0, 10], "validation": [11, 20], "test": [20, 3000]},
+        {"train": [0, 10], "validation": [10, 5], "test": [5, 3000]},
+        {"train": [0, 10], "validation": [10, 20], "test": [20, 2000]},
+    ],
+)
+def test_manifest_with_wrong_rows_is_refused(copy: Path, rows: dict[str, list[int]]) -> None:
+    replace(Manifest.load(copy), rows=rows).save(copy)
+    with pytest.raises(DataError, match="damaged manifest"):
+        TokenStore.open(copy)
+
+
+def test_no_folder_or_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for name in ("missing", "file"):
+        with pytest.raises(DataError, match="not a finished store"):
+            TokenStore.open(tmp_path / name)
+
+
+# check_store
+
+
+def test_sound_store_has_no_problems(path: Path) -> None:
+    told = []
+    assert check_store(path, lambda what, done, total: told.append(done)) == []
+    assert told == [NUM_CELLS]
+
+
+@pytest.mark.parametrize(
+    ("cell", "problem"),
+    [
+        ([5, 6], "1 cells do not start with [CLS]"),
+        ([0, 505], "hold token ids beyond the vocabulary"),
+        ([0, 6, 1], "hold special tokens among the genes"),
+        ([0, 6, 7, 6], "hold a gene twice"),
+        ([0], "hold no gene"),
+        ([0, *range(5, 5 + SEQ_LENGTH)], "are longer than seq_length 64"),
+    ],
+)
+def test_unsound_cells_are_found(tmp_path: Path, cell: list[int], problem: str) -> None:
+    write_store(tmp_path / "store", [[0, 9, 8]] * 20 + [cell] + [[0, 5]] * 5)
+    problems = check_store(tmp_path / "store")
+    assert any(problem in text for text in problems), problems
+
+
+def test_rows_changed_behind_the_manifest_are_found(copy: Path) -> None:
+    with tiledbsoma.open(str(copy / "obs"), "w") as obs:
+        table = tiledbsoma.open(str(copy / "obs")).read((slice(7, 7),)).concat()
+        place = table.schema.get_field_index("number")
+        obs.write(table.set_column(place, "number", pa.array([123_456])))
+    with TokenStore.open(copy) as store:
+        assert len(store) == NUM_CELLS
+    assert any("content hash" in problem for problem in check_store(copy))
+
+
+def test_obs_that_does_not_fit_is_found(copy: Path) -> None:
+    with tiledbsoma.open(str(copy / "obs"), "w") as obs:
+        table = tiledbsoma.open(str(copy / "obs")).read((slice(7, 7),)).concat()
+        for name, value in (("n_tokens", 1), ("split", "test"), ("cell_id", "z")):
+            place = table.schema.get_field_index(name)
+            kind = table.schema.field(name).type
+            table = table.set_column(place, name, pa.array([value], kind))
+        obs.write(table)
+    text = "\n".join(check_store(copy))
+    for part in ("another n_tokens", "another split", "cell_key that is not"):
+        assert f"{part}" in text
+    assert "at row 7" in text
