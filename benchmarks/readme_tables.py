@@ -139,6 +139,7 @@ RUN_ROWS: list[tuple[str, Callable[[Measurement], str]]] = [
     ("steps", _steps),
     ("training loss, nats per masked gene", lambda run: _nats(run["train_loss"])),
     ("**validation loss**", lambda run: f"**{_nats(run['val_loss'])}**"),
+    ("control: genes of each cell shuffled", lambda run: _nats(run["val_loss_shuffled_genes"])),
     ("baseline: unigram", lambda run: _baseline(run, "unigram")),
     ("baseline: gene given rank", lambda run: _baseline(run, "gene_given_rank")),
     ("cells/s", lambda run: _number(run["cells_per_s"], ",.1f")),

@@ -61,6 +61,8 @@ class Results:
     validation: Curve
     val_loss_cell_mean: float | None
     """Mean over validation cells of each cell's mean loss, as the model card counts it."""
+    shuffled_loss: float | None
+    """Validation loss with the genes of each cell in a random order; None before the last step."""
     rates: dict[str, float | None]
     """Medians of RATES."""
     baselines: dict[str, Any]
@@ -110,6 +112,7 @@ def load(run_dir: Path) -> Results:
         train=_curve(training, "loss"),
         validation=_curve(validations, "val_loss"),
         val_loss_cell_mean=validations[-1].get("val_loss_cell_mean") if validations else None,
+        shuffled_loss=validations[-1].get("val_loss_shuffled_genes") if validations else None,
         rates={name: _median(training, name) for name in RATES},
         baselines=_json(run_dir / "baselines.json"),
         train_s=_train_seconds(training),
@@ -145,6 +148,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "train_loss": results.train.last,
         "val_loss": results.validation.last,
         "val_loss_cell_mean": results.val_loss_cell_mean,
+        "val_loss_shuffled_genes": results.shuffled_loss,
         "baselines": results.baselines,
         **results.rates,
         "train_s": results.train_s,
@@ -176,6 +180,11 @@ def _loss_lines(results: Results) -> list[str]:
         f"  training             {_number(results.train.last)}   (last log step)",
         f"  validation           {_number(validation)}",
     ]
+    if results.shuffled_loss is not None:
+        lines.append(
+            f"  genes shuffled       {_number(results.shuffled_loss)}   control: validation with "
+            "each cell's genes in a random order"
+        )
     for name, label in (("unigram", "unigram"), ("gene_given_rank", "gene given rank")):
         line = f"  {label:<20} {_number(baselines.get(name))}   baseline"
         if validation is not None and name in baselines:
