@@ -39,9 +39,10 @@ $(INSTALLED):
 	rm -f .venv/installed-*
 	touch $@
 
+# OMP_NUM_THREADS only keeps torchrun from remarking on it: the ranks share the cores by themselves.
 # torchrun turns every exit code into 1: the report ends with the code that the run wrote down.
 demo: env $(STORE)/manifest.json
-	@run=runs/demo_$$(date +%Y%m%d_%H%M%S); status=0; \
+	@export OMP_NUM_THREADS=1; run=runs/demo_$$(date +%Y%m%d_%H%M%S); status=0; \
 	$(BIN)/torchrun --nproc_per_node=2 --standalone --max-restarts=0 \
 	    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=120 \
 	    launch/pretrain.py --config configs/demo.yaml run.dir=$$run || status=$$?; \

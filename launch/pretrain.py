@@ -15,6 +15,7 @@ from pathlib import Path
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import DataError, GeneformerError
+from geneformer_mcore.train.run_folder import DEFECT, WRONG_INPUT, RunFolder
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 EXAMPLE = """example:
@@ -36,8 +37,6 @@ def main() -> int:
     if arguments.dry_run:
         return _dry_run(config, text)
     ignore_known_warnings()
-    from geneformer_mcore.train.run_folder import DEFECT, WRONG_INPUT, RunFolder
-
     folder = RunFolder(config.run.dir)
     try:
         if first:
@@ -45,7 +44,6 @@ def main() -> int:
         code, reason = _train(config, text, folder)
     except GeneformerError as error:
         code, reason = _refuse(error, first), str(error)
-        assert code == WRONG_INPUT
     except BaseException as error:
         traceback.print_exc()
         code, reason = DEFECT, f"{type(error).__name__}: {error}"
@@ -54,7 +52,7 @@ def main() -> int:
     return code
 
 
-def _train(config: settings.Config, text: str, folder) -> tuple[int, str]:  # type: ignore[no-untyped-def]
+def _train(config: settings.Config, text: str, folder: RunFolder) -> tuple[int, str]:
     plan = settings.plan(config, _world_size())
     _demo_store_hint(config)
     # Only now what takes seconds to import: a user's error is answered at once.
@@ -104,7 +102,7 @@ def _world_size() -> int:
 def _refuse(error: GeneformerError, first: bool) -> int:
     if first:
         print(f"error: {error}", file=sys.stderr)
-    return 2
+    return WRONG_INPUT
 
 
 def _arguments() -> argparse.Namespace:

@@ -94,6 +94,11 @@ def _layout(config: Config, world_size: int) -> Iterator[str]:
     yield from _layers(config)
     if parallel.sequence and tensor == 1:
         yield "parallel.sequence=true needs parallel.tensor > 1, and that is 1."
+    if parallel.sequence and config.data.seq_length % tensor:
+        length = config.data.seq_length
+        yield _multiple("data.seq_length", length, "parallel.tensor", tensor) + (
+            " Sequence parallel gives each rank an equal share of the positions."
+        )
     if world_size % (tensor * pipeline):
         yield (
             f"the number of ranks ({world_size}) must be a multiple of parallel.tensor x "

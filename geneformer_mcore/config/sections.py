@@ -166,7 +166,7 @@ class TrainConfig:
     precision: Precision = Precision.bf16
     """bf16 for GPUs since Ampere (and CPUs that have it), fp32 for the others."""
     max_minutes: float = 0.0
-    """Wall-clock limit of this start: save and end with exit code 75. 0 is none."""
+    """Minutes of training after which this start saves and ends with exit code 75. 0 is none."""
     validate_every_steps: int = 1000
     """Steps between validations; the last step always validates. 0 never validates."""
     validate_batches: int = 20

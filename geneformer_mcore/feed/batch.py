@@ -23,10 +23,11 @@ def truncate(cells: RaggedCells, seq_length: int) -> RaggedCells:
 
 
 def padded_length(longest: int, multiple: int, seq_length: int) -> int:
-    """Positions of a padded batch: `longest` rounded up to `multiple`; 0 means seq_length."""
+    """Positions of a padded batch: `longest` rounded up to `multiple` (0: seq_length), and never
+    more than seq_length, for which the model has positions."""
     if multiple == 0:
         return seq_length
-    return -(-longest // multiple) * multiple
+    return min(-(-longest // multiple) * multiple, seq_length)
 
 
 def make_batch(

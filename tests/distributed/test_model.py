@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from geneformer_mcore.config import load
-from geneformer_mcore.model import geneformer, settings
+from geneformer_mcore.model import flops, geneformer, settings
 from geneformer_mcore.parallel import groups
 from tests.distributed import toy
 from tests.distributed.ranks import run_ranks
@@ -139,3 +140,29 @@ def refuse_non_finite() -> tuple[bool, bool]:
 
 def test_a_nan_on_one_rank_updates_no_rank() -> None:
     assert run_ranks(refuse_non_finite, 2) == [(False, True), (False, True)]
+
+
+def counted_and_expected() -> tuple[float, float, float]:
+    run = toy.make("model.attention=plain")
+    shape = flops.ModelShape(4, 32, 64, vocabulary_size=1024)  # padded: that is what is multiplied
+    batch = run.feed.step(0)[0]
+    full = type(batch)(
+        batch.tokens_BS,
+        torch.full_like(batch.lengths_B, batch.tokens_BS.shape[1]),
+        batch.selected_M,
+        batch.labels_M,
+        batch.keys_B,
+    )
+    cells, positions = full.tokens_BS.shape
+    work = flops.Work(cells * positions, cells * positions**2, len(full.labels_M))
+    with FlopCounterMode(display=False) as counter:
+        run.trainable.chunks[0](full).sum().backward()
+    attention = flops.forward_breakdown(shape, work).attention * flops.TRAIN_OVER_FORWARD
+    return counter.get_total_flops(), flops.train_flops(shape, work), attention
+
+
+def test_the_flop_formula_is_what_torch_counts() -> None:
+    """With plain attention: torch counts nothing for fused attention on a CPU."""
+    ((counted, expected, attention),) = run_ranks(counted_and_expected, 1)
+    assert counted == pytest.approx(expected, rel=0.01)
+    assert attention > 0.05 * expected, "attention must weigh enough for the test to see it"

@@ -61,6 +61,11 @@ def test_nan_is_out_of_range() -> None:
         (("parallel.tensor=2",), 3, "number of ranks (3)"),
         (("train.global_batch_size=100",), 1, "32 x 1 = 32"),
         (("parallel.sequence=true",), 1, "parallel.tensor > 1"),
+        (
+            ("parallel.sequence=true", "parallel.tensor=2", "data.seq_length=99"),
+            2,
+            "data.seq_length (99)",
+        ),
         (("parallel.virtual_pipeline=2",), 1, "parallel.pipeline > 1"),
         (
             ("parallel.pipeline=2", "parallel.virtual_pipeline=3", "train.global_batch_size=32"),

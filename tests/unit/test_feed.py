@@ -186,6 +186,7 @@ def test_padded_length() -> None:
     assert padded_length(65, 64, 2048) == 128
     assert padded_length(64, 64, 2048) == 64
     assert padded_length(5, 0, 2048) == 2048
+    assert padded_length(90, 64, 100) == 100, "the model has no more positions"
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])

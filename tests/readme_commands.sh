@@ -1,0 +1,17 @@
+#!/bin/bash
+# Runs every command of the README's bash blocks as typed there, in order, in the project's
+# environment; `make` targets are run by .ci/run itself. Needs what `make demo` leaves behind.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PATH="$PWD/.venv/bin:$PATH"
+rm -rf build/mine runs/mine runs/demo
+
+mapfile -t commands < <(sed -n '/^```bash$/,/^```$/p' README.md | grep -Ev '^(```|make |#|$)')
+if ((${#commands[@]} < 5)); then
+    echo 'README.md: too few commands found; has its form changed?' >&2
+    exit 1
+fi
+for command in "${commands[@]}"; do
+    printf '\n$ %s\n' "$command"
+    bash -euo pipefail -c "$command"
+done
