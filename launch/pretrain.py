@@ -47,8 +47,7 @@ def main() -> int:
     except BaseException as error:
         traceback.print_exc()
         code, reason = DEFECT, f"{type(error).__name__}: {error}"
-    if first and folder.path.is_dir():
-        folder.close(code, reason)
+    folder.close(code, reason)
     return code
 
 

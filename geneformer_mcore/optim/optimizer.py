@@ -48,6 +48,7 @@ def wrap(stages: list[Geneformer], optim: OptimConfig) -> Trainable:
         DistributedDataParallel(config, ddp, stage, disable_bucketing=number > 0)
         for number, stage in enumerate(stages)
     ]
+    _count_padding(chunks)
     settings = _optimizer_config(optim, config.params_dtype)
     optimizer = get_megatron_optimizer(
         settings,
@@ -59,6 +60,20 @@ def wrap(stages: list[Geneformer], optim: OptimConfig) -> Trainable:
     config.finalize_model_grads_func = finalize_model_grads
     give_states(optimizer)
     return Trainable(chunks, optimizer)
+
+
+def _count_padding(chunks: list[DistributedDataParallel]) -> None:
+    """Makes the buckets of the gradient buffers count their padding as their own.
+
+    Megatron-Core 0.16.1 gathers the optimizer's state without the padding between buckets, and then
+    cuts it at offsets with that padding: with two buckets, as the tied embedding's under pipeline
+    parallelism, a checkpoint would silently hold moments and fp32 weights from the wrong places.
+    """
+    for chunk in chunks:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
+            buffer.numel_unpadded = buffer.numel
 
 
 def _optimizer_config(optim: OptimConfig, dtype: torch.dtype) -> OptimizerConfig:

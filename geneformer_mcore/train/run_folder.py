@@ -44,6 +44,7 @@ class RunFolder:
         self.baselines = self.path / "baselines.json"
         self.step = 0
         self._restart = 0
+        self._is_open = False
 
     def open(self) -> None:
         """Makes the folder and clears the outcome: until `close`, it says that this start was
@@ -53,6 +54,7 @@ class RunFolder:
             previous = self._previous()
             self._restart = previous.get("restart", -1) + 1
             self._write(Outcome("running", DEFECT, 0, "not ended by itself", self._restart))
+            self._is_open = True
         except OSError as error:
             raise ConfigError(
                 f"run.dir ({self.path}) must be a folder that can be written: {error.strerror}. "
@@ -60,9 +62,10 @@ class RunFolder:
             ) from None
 
     def close(self, exit_code: int, reason: str) -> None:
-        """Writes how this start ended, atomically."""
-        name = _NAMES[exit_code]
-        self._write(Outcome(name, exit_code, self.step, reason, self._restart))
+        """Writes how this start ended, atomically. Does nothing on ranks that did not open it."""
+        if self._is_open:
+            name = _NAMES[exit_code]
+            self._write(Outcome(name, exit_code, self.step, reason, self._restart))
 
     def write_config(self, text: str) -> None:
         """Keeps the merged settings beside the results."""
