@@ -8,7 +8,9 @@ from typing import NoReturn
 
 from geneformer_mcore.errors import GeneformerError
 
-EXIT_USER_ERROR = 2
+FINISHED, DEFECT, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 75
+"""Exit codes: finished; a defect, hang or lost rank; the user's to mend; saved, start me again."""
+EXIT_USER_ERROR = WRONG_INPUT
 EXIT_INTERRUPTED_BY_KEY = 130
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
+from geneformer_mcore.commands import DEFECT, FINISHED, WRONG_INPUT
 from geneformer_mcore.errors import DataError, GeneformerError
-from geneformer_mcore.train.run_folder import DEFECT, WRONG_INPUT, RunFolder
+from geneformer_mcore.train.interruption import Interruption
+from geneformer_mcore.train.run_folder import RunFolder
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 EXAMPLE = """example:
@@ -28,43 +30,53 @@ exit codes (also in RUN/outcome.json, since torchrun turns all but 0 into 1):
 
 
 def main() -> int:
+    """Ends with the exit code of the run, which rank 0 also writes into outcome.json."""
     arguments = _arguments()
-    first = os.environ.get("RANK", "0") == "0"
+    file, overrides = arguments.config or DEMO, arguments.settings
     try:
-        config, text = settings.load(arguments.config or DEMO, arguments.settings)
+        config, text = settings.load(file, overrides)
+        plan = settings.plan(config, _environment("WORLD_SIZE", 1))
     except GeneformerError as error:
-        return _refuse(error, first)
+        return _refuse_settings(error, settings.run_dir(file, overrides))
     if arguments.dry_run:
-        return _dry_run(config, text)
+        return _show(text, plan)
+    interruption = Interruption()
     ignore_known_warnings()
     folder = RunFolder(config.run.dir)
     try:
-        if first:
+        if _environment("RANK", 0) == 0:
             folder.open()
-        code, reason = _train(config, text, folder)
+        code, reason = _train(config, text, plan, folder, interruption)
     except GeneformerError as error:
-        code, reason = _refuse(error, first), str(error)
+        code, reason = WRONG_INPUT, str(error)
+        _complain(error)
     except BaseException as error:
-        traceback.print_exc()
         code, reason = DEFECT, f"{type(error).__name__}: {error}"
+        traceback.print_exc()
     folder.close(code, reason)
     return code
 
 
-def _train(config: settings.Config, text: str, folder: RunFolder) -> tuple[int, str]:
-    plan = settings.plan(config, _world_size())
+def _train(
+    config: settings.Config,
+    text: str,
+    plan: settings.Plan,
+    folder: RunFolder,
+    interruption: Interruption,
+) -> tuple[int, str]:
     _demo_store_hint(config)
     # Only now what takes seconds to import: a user's error is answered at once.
     from geneformer_mcore.parallel import device, groups
     from geneformer_mcore.train import loop, setup
 
+    interruption.limit(config.train.max_minutes)
     store = setup.open_store(config)
     here = device.start()
     topology = groups.start(here, config.parallel)
     run = setup.prepare(config, text, plan, folder, store, here, topology)
     folder.step = run.step
     try:
-        code, reason = loop.train(run)
+        code, reason = loop.train(run, interruption)
     finally:
         if run.sinks is not None:
             run.sinks.close()
@@ -81,27 +93,36 @@ def _demo_store_hint(config: settings.Config) -> None:
         )
 
 
-def _dry_run(config: settings.Config, text: str) -> int:
-    try:
-        plan = settings.plan(config, _world_size())
-    except GeneformerError as error:
-        return _refuse(error, os.environ.get("RANK", "0") == "0")
-    if os.environ.get("RANK", "0") == "0":
+def _show(text: str, plan: settings.Plan) -> int:
+    if _environment("RANK", 0) == 0:
         print(text, end="")
         for name, value in vars(plan).items():
             print(f"# {name}: {value}")
-    return 0
+    return FINISHED
 
 
-def _world_size() -> int:
-    """Ranks that torchrun started; 1 for a plain `python`."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _refuse(error: GeneformerError, first: bool) -> int:
-    if first:
-        print(f"error: {error}", file=sys.stderr)
+def _refuse_settings(error: GeneformerError, run_dir: str) -> int:
+    """A run that is there already must not keep the outcome of its last start."""
+    _complain(error)
+    if _environment("RANK", 0) == 0 and Path(run_dir).is_dir():
+        try:
+            folder = RunFolder(run_dir)
+            folder.open()
+            folder.close(WRONG_INPUT, str(error))
+        except GeneformerError:
+            pass  # in use, or not to be written: the first message is the one that matters
     return WRONG_INPUT
+
+
+def _complain(error: GeneformerError) -> None:
+    """Once per machine: what only one machine meets, such as a bad copy of a store, is seen too."""
+    if _environment("LOCAL_RANK", 0) == 0:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def _environment(name: str, default: int) -> int:
+    """What torchrun says; the default for a plain `python`."""
+    return int(os.environ.get(name, default))
 
 
 def _arguments() -> argparse.Namespace:

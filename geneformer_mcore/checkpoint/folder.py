@@ -57,11 +57,10 @@ def commit(staging: Path, root: Path, step: int) -> Path:
 
 
 def steps(root: Path) -> list[int]:
-    """Steps that have a complete checkpoint folder, ascending. They are not verified."""
+    """Steps that have a checkpoint folder, ascending. They are not verified."""
     if not root.is_dir():
         return []
-    matches = [(_STEP.fullmatch(path.name), path) for path in root.iterdir()]
-    return sorted(int(m[1]) for m, path in matches if m and (path / MANIFEST).is_file())
+    return sorted(int(m[1]) for m in (_STEP.fullmatch(path.name) for path in root.iterdir()) if m)
 
 
 def verify(folder: Path) -> None:
@@ -83,8 +82,12 @@ def verify(folder: Path) -> None:
 
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, or None, and a line for each damaged one, which is set
-    aside under another name."""
+    """The newest checkpoint that verifies, or None if there never was one, and a line for each
+    damaged one, which is set aside under another name.
+
+    Raises CheckpointError if there are checkpoints and none of them verifies: to begin again at
+    step 0 would throw away what may yet be mended.
+    """
     messages = []
     for step in reversed(steps(root)):
         folder = step_folder(root, step)
@@ -94,9 +97,16 @@ def newest_good(root: Path) -> tuple[Path | None, list[str]]:
             aside = root / f"damaged_{folder.name}"
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-            messages.append(f"{error} It is now {aside.name}; the one before it is tried.")
+            messages.append(f"{error} It is now called {aside.name}.")
         else:
             return folder, messages
+    damaged = sorted(path.name for path in root.glob("damaged_step_*"))
+    if damaged:
+        raise CheckpointError(
+            f"{root} holds {len(damaged)} checkpoint(s), and none is as it was written: "
+            f"{', '.join(damaged)}. Put a good copy back as step_NNNNNNNNNN, or start a new run "
+            "with another run.dir."
+        )
     return None, messages
 
 

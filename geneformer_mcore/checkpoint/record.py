@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from geneformer_mcore.config import Config
 from geneformer_mcore.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -30,15 +33,29 @@ _SECTIONS_MAY_DIFFER = frozenset({"run", "parallel", "metrics", "checkpoint"})
 
 
 @dataclass(frozen=True)
+class Identity:
+    """What makes two starts the same run.
+
+    config:        all settings, YAML text, interpolations as written
+    hidden:        setting -> digest of its value, where config shows an interpolation instead
+    vocabulary:    checksum of the vocabulary
+    content:       content hash of the token store
+    """
+
+    config: str
+    hidden: dict[str, str]
+    vocabulary: str
+    content: str
+
+
+@dataclass(frozen=True)
 class Record:
     """The part of a checkpoint that is no tensor.
 
     step:          updates made
     cells_seen:    position in the stream of training cells; the whole state of the data
     meters:        running sums of what is logged, as plain numbers
-    config:        all settings of the run that wrote it, YAML text
-    vocabulary:    checksum of the vocabulary
-    content:       content hash of the token store
+    identity:      of the run that wrote it
     layout:        ranks per kind of parallelism; random states can be restored into the same one
     versions:      of the packages that wrote it
     """
@@ -46,9 +63,7 @@ class Record:
     step: int
     cells_seen: int
     meters: dict[str, Any]
-    config: str
-    vocabulary: str
-    content: str
+    identity: Identity
     layout: dict[str, int]
     versions: dict[str, str]
     format_version: int = FORMAT_VERSION
@@ -67,26 +82,45 @@ class Record:
                 f"{folder} has checkpoint format {version}, and this version reads "
                 f"{FORMAT_VERSION}. Continue it with the version that wrote it."
             )
-        return Record(**fields)
+        return Record(**fields | {"identity": Identity(**fields["identity"])})
 
 
-def check_continues(record: Record, config: str, vocabulary: str, content: str) -> None:
+def hidden_values(config: Config, text: str) -> dict[str, str]:
+    """Digests of the values behind interpolations such as ${oc.env:SEED}: enough to see that one
+    has changed, without writing it down."""
+    written = _flat(text)
+    values = {
+        f"{section.name}.{key}": value
+        for section in fields_of(config)
+        for key, value in vars(getattr(config, section.name)).items()
+    }
+    return {
+        key: hashlib.sha256(repr(values[key]).encode()).hexdigest()[:16]
+        for key, shown in written.items()
+        if "${" in str(shown)
+    }
+
+
+def check_continues(record: Record, now: Identity) -> None:
     """Raises CheckpointError that shows both values of everything that must not have changed.
 
     May differ: the layout (parallel.*), micro batch, steps, time limit, padding, prefetch, what is
     logged, validated and kept and how often, and where the same store lies.
     """
+    before = record.identity
     problems = []
-    if record.vocabulary != vocabulary:
-        problems.append(f"vocabulary checksum: {record.vocabulary} -> {vocabulary}")
-    if record.content != content:
-        problems.append(f"content hash of data.store: {record.content} -> {content}")
-    before, now = _flat(record.config), _flat(config)
-    for key in sorted(before.keys() | now.keys()):
+    if before.vocabulary != now.vocabulary:
+        problems.append(f"vocabulary checksum: {before.vocabulary} -> {now.vocabulary}")
+    if before.content != now.content:
+        problems.append(f"content hash of data.store: {before.content} -> {now.content}")
+    was, shown = _flat(before.config), _flat(now.config)
+    for key in sorted(was.keys() | shown.keys()):
         if key.split(".")[0] in _SECTIONS_MAY_DIFFER or key in _MAY_DIFFER:
             continue
-        if before.get(key) != now.get(key):
-            problems.append(f"{key}: {before.get(key)} -> {now.get(key)}")
+        if was.get(key) != shown.get(key):
+            problems.append(f"{key}: {was.get(key)} -> {shown.get(key)}")
+        elif before.hidden.get(key) != now.hidden.get(key):
+            problems.append(f"{key}: {shown[key]} has another value now")
     if problems:
         raise CheckpointError(
             f"the run folder holds a checkpoint of step {record.step} that these settings would "

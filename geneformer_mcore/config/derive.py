@@ -54,11 +54,16 @@ def _ranges(config: Config) -> Iterator[str]:
             bound = f"at least {low}" if high == _MANY else f"within {low}..{high}"
             yield f"{name} must be {bound}, and is {value}."
     fractions = config.data.mask_fractions
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
+    # Written so that NaN fails too.
+    shares = len(fractions) == 3 and all(0 <= share <= 1 for share in fractions)
+    if not shares or not abs(sum(fractions) - 1) <= 1e-9:
         yield (
             "data.mask_fractions are three shares that sum to 1 ([MASK], random gene, unchanged), "
             f"and are {list(fractions)}."
         )
+    for name, path in (("run.dir", config.run.dir), ("data.store", config.data.store)):
+        if not path.strip():
+            yield f"{name} must name a folder, and is empty."
     optim = config.optim
     if optim.min_lr > optim.lr:
         yield f"optim.min_lr ({optim.min_lr}) must not exceed optim.lr ({optim.lr})."

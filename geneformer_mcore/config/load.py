@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from geneformer_mcore.config.sections import Config
+from geneformer_mcore.config.sections import Activation, Config
 from geneformer_mcore.errors import ConfigError
 
 
@@ -39,11 +40,21 @@ def dump(config: Config | DictConfig) -> str:
     return OmegaConf.to_yaml(node, resolve=False)
 
 
+def run_dir(file: str | Path | None, overrides: Sequence[str]) -> str:
+    """run.dir as far as it can be told, even of settings that `load` refuses."""
+    found = [
+        values["run.dir"]
+        for _, values in [*_file_values(file, []), *_argument_values(overrides, [])]
+        if isinstance(values.get("run.dir"), str)
+    ]
+    return found[-1] if found else Config().run.dir
+
+
 def _file_values(file: str | Path | None, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
     if file is None:
         return []
     try:
-        values = yaml.safe_load(Path(file).read_text()) or {}
+        values = _StrictLoader(Path(file).read_text()).get_single_data() or {}
     except OSError as error:
         problems.append(f"cannot read the config file {file}: {error.strerror}.")
         return []
@@ -53,16 +64,29 @@ def _file_values(file: str | Path | None, problems: list[str]) -> list[tuple[str
     if not isinstance(values, dict):
         problems.append(f"{file}: a config file is a mapping of sections, as in configs/demo.yaml.")
         return []
-    return [(f"{file}: {key}", {key: value}) for key, value in _leaves(values)]
+    return [(f"{file}", {key: value}) for key, value in _leaves(values)]
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+class _StrictLoader(yaml.SafeLoader):
+    """Plain YAML in which no key comes twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{', '.join(twice)} is set twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _leaves(values: dict[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
     leaves: list[tuple[str, Any]] = []
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             leaves += _leaves(value, f"{name}.")
-        elif value is not None or prefix:
+        elif value or name not in _sections():  # an empty section says nothing
             leaves.append((name, value))
     return leaves
 
@@ -77,7 +101,8 @@ def _argument_values(
             problems.append(f"`{argument}`: settings are written section.key=value.")
             continue
         try:
-            found.append((f"`{argument}`", {key: yaml.safe_load(text)}))
+            # Nothing after the sign is the empty text, not YAML's null.
+            found.append((f"`{argument}`", {key: yaml.safe_load(text) if text else ""}))
         except yaml.YAMLError:
             problems.append(f"`{argument}`: the value is not valid YAML.")
     return found
@@ -93,24 +118,42 @@ def _merge(merged: DictConfig, origin: str, values: dict[str, Any], problems: li
             continue
         try:
             OmegaConf.update(merged, key, _number(merged, key, value))
-        except OmegaConfBaseException as error:
-            problems.append(f"{origin}: {str(error).splitlines()[0]}")
+        except OmegaConfBaseException:
+            problems.append(f"{origin}: {key} takes {_wanted(key)}, and got {value!r}.")
 
 
 def _number(merged: DictConfig, key: str, value: Any) -> Any:
-    # YAML 1.1 reads 1e-3 (no dot) as a string: people write learning rates that way.
-    if isinstance(value, str) and isinstance(OmegaConf.select(merged, key), float):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    # YAML 1.1 reads 1e-3 (no dot) as a string: people write learning rates and steps that way.
+    default = OmegaConf.select(merged, key)
+    if not isinstance(default, int | float) or isinstance(default, bool):
+        return value
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    whole = isinstance(default, int) and isinstance(number, float) and number.is_integer()
+    return int(number) if whole else number
+
+
+def _wanted(key: str) -> str:
+    """What kind of value a setting takes, in words."""
+    section, name = key.split(".")
+    default = getattr(getattr(Config(), section), name)
+    if isinstance(default, Enum) or default is None:
+        choices = type(default) if isinstance(default, Enum) else Activation
+        return f"one of {', '.join(choice.value for choice in choices)}"
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return kinds.get(type(default), "a list of numbers such as [0.8, 0.1, 0.1]")
+
+
+def _sections() -> list[str]:
+    return list(vars(Config()))
 
 
 def _known_keys() -> list[str]:
-    sections = OmegaConf.to_container(OmegaConf.structured(Config), enum_to_str=True)
-    assert isinstance(sections, dict)
-    return [f"{section!s}.{key}" for section, keys in sections.items() for key in keys]
+    return [
+        f"{section}.{key}" for section in _sections() for key in vars(getattr(Config(), section))
+    ]
 
 
 def _resolved(merged: DictConfig) -> Config:

@@ -15,6 +15,7 @@ from geneformer_mcore.backends import describe
 from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.checkpoint import state
 from geneformer_mcore.checkpoint.record import Record
+from geneformer_mcore.commands import FINISHED, INTERRUPTED
 from geneformer_mcore.config.sections import NonFinite
 from geneformer_mcore.contracts import Batch
 from geneformer_mcore.feed.loader import Feed
@@ -22,7 +23,6 @@ from geneformer_mcore.optim.schedule import learning_rate
 from geneformer_mcore.parallel import collectives
 from geneformer_mcore.train.evaluate import evaluate
 from geneformer_mcore.train.interruption import Interruption
-from geneformer_mcore.train.run_folder import FINISHED, INTERRUPTED
 from geneformer_mcore.train.setup import Run
 from geneformer_mcore.train.step import StepResult, Totals, train_step
 
@@ -31,30 +31,38 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient was NaN or infinite and the settings say to stop. No weight changed."""
 
 
-def train(run: Run) -> tuple[int, str]:
+def train(run: Run, interruption: Interruption) -> tuple[int, str]:
     """Runs to the last step, or until asked to stop. Returns the exit code and the reason."""
     config, steps = run.config, run.config.train.steps
     if run.step >= steps:
         reason = f"the run is finished: it has made {run.step} of {steps} steps"
         run.say(reason)
         return FINISHED, reason
-    interruption = Interruption(config.train.max_minutes)
     feed = run.feed.steps(run.cells_seen, config.data.prefetch_steps)
-    with closing(interruption), closing(feed):  # type: ignore[type-var]
+    saved_at = run.step
+    with closing(feed):  # type: ignore[type-var]
         while run.step < steps:
+            stop = collectives.any_rank(interruption.reason is not None, run.device)
+            if stop:
+                if run.step > saved_at:
+                    save(run)
+                return INTERRUPTED, _interrupted(run, interruption)
             result = _step(run, feed)
             if _due(run.step, config.metrics.log_every_steps, steps):
                 _log(run, result)
             if _due(run.step, config.train.validate_every_steps, steps):
                 _validate(run)
-            stop = interruption.agreed(run.device)
-            if stop or _due(run.step, config.checkpoint.save_every_steps, steps, always_last=True):
+            if _due(run.step, config.checkpoint.save_every_steps, steps, always_last=True):
                 save(run)
-            if stop and run.step < steps:
-                reason = f"{interruption.reason}; saved at step {run.step} of {steps}"
-                run.say(f"interrupted by {reason}; the same command continues")
-                return INTERRUPTED, reason
+                saved_at = run.step
     return FINISHED, f"all {steps} steps done"
+
+
+def _interrupted(run: Run, interruption: Interruption) -> str:
+    asked = interruption.reason or "another rank was asked to stop"
+    reason = f"{asked}; saved at step {run.step} of {run.config.train.steps}"
+    run.say(f"interrupted by {reason}; the same command continues")
+    return reason
 
 
 def _due(step: int, every: int, steps: int, always_last: bool = False) -> bool:
@@ -158,9 +166,7 @@ def _record(run: Run, meters: dict) -> Record:
         step=run.step,
         cells_seen=run.cells_seen,
         meters=meters,
-        config=run.config_text,
-        vocabulary=run.store.vocabulary.checksum,
-        content=run.store.manifest.content_hash,
+        identity=run.identity(),
         layout=run.layout(),
         versions=describe(),
     )

@@ -5,16 +5,15 @@ config.yaml  metrics.jsonl  tensorboard/  checkpoints/  log.txt  outcome.json  b
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from geneformer_mcore.commands import DEFECT, FINISHED, INTERRUPTED, WRONG_INPUT
 from geneformer_mcore.errors import ConfigError
-
-FINISHED, INTERRUPTED, WRONG_INPUT, DEFECT = 0, 75, 2, 1
-"""Exit codes: finished; saved, start me again; the user's to mend; a defect, hang or lost rank."""
 
 _NAMES = {
     FINISHED: "finished",
@@ -41,20 +40,27 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
-        self.baselines = self.path / "baselines.json"
         self.step = 0
         self._restart = 0
-        self._is_open = False
+        self._lock: IO[str] | None = None
 
     def open(self) -> None:
-        """Makes the folder and clears the outcome: until `close`, it says that this start was
-        killed, which is what is true if `close` is never reached."""
+        """Makes the folder, takes its lock and clears the outcome: until `close`, that says that
+        this start was killed, which is what is true if `close` is never reached.
+
+        Raises ConfigError if the folder cannot be used, or another start is using it.
+        """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            previous = self._previous()
-            self._restart = previous.get("restart", -1) + 1
+            for folder in (self.path, self.checkpoints, self.path / "tensorboard"):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.path / ".lock")
+            self._restart = self._previous().get("restart", -1) + 1
             self._write(Outcome("running", DEFECT, 0, "not ended by itself", self._restart))
-            self._is_open = True
+        except BlockingIOError:
+            raise ConfigError(
+                f"another start of the run in {self.path} is still going, and two would spoil each "
+                "other's checkpoints. Wait for it, stop it, or choose another run.dir."
+            ) from None
         except OSError as error:
             raise ConfigError(
                 f"run.dir ({self.path}) must be a folder that can be written: {error.strerror}. "
@@ -63,13 +69,19 @@ class RunFolder:
 
     def close(self, exit_code: int, reason: str) -> None:
         """Writes how this start ended, atomically. Does nothing on ranks that did not open it."""
-        if self._is_open:
-            name = _NAMES[exit_code]
-            self._write(Outcome(name, exit_code, self.step, reason, self._restart))
+        if self._lock is not None:
+            name, line = _NAMES[exit_code], " ".join(reason.split())[:1000]
+            self._write(Outcome(name, exit_code, self.step, line, self._restart))
+            self._lock.close()
+            self._lock = None
 
     def write_config(self, text: str) -> None:
         """Keeps the merged settings beside the results."""
         _replace(self.path / "config.yaml", text)
+
+    def write_baselines(self, text: str) -> None:
+        """Keeps what the loss is to be compared with."""
+        _replace(self.path / "baselines.json", text)
 
     def _previous(self) -> dict[str, Any]:
         try:
@@ -80,6 +92,17 @@ class RunFolder:
 
     def _write(self, outcome: Outcome) -> None:
         _replace(self.path / "outcome.json", json.dumps(asdict(outcome), indent=1) + "\n")
+
+
+def _locked(path: Path) -> IO[str]:
+    """The file, locked until it is closed or this process ends, however it ends."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def _replace(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,10 +16,15 @@ import torch
 from geneformer_mcore import backends
 from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.checkpoint import state
-from geneformer_mcore.checkpoint.record import Record, check_continues
+from geneformer_mcore.checkpoint.record import (
+    Identity,
+    Record,
+    check_continues,
+    hidden_values,
+)
 from geneformer_mcore.config import Config, Plan
 from geneformer_mcore.contracts import TokenSource, padded_vocabulary_size
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.errors import CheckpointError, DataError
 from geneformer_mcore.feed.batch import truncate
 from geneformer_mcore.feed.control import ShuffledGenes
 from geneformer_mcore.feed.loader import Feed, Share
@@ -70,6 +76,15 @@ class Run:
         """A line on the console and in log.txt, from rank 0."""
         if self.sinks is not None:
             self.sinks.message(message)
+
+    def identity(self) -> Identity:
+        """What a start must have in common with the checkpoint it continues."""
+        return Identity(
+            config=self.config_text,
+            hidden=hidden_values(self.config, self.config_text),
+            vocabulary=self.store.vocabulary.checksum,
+            content=self.store.manifest.content_hash,
+        )
 
     def layout(self) -> dict[str, int]:
         """What random states depend on."""
@@ -187,17 +202,11 @@ def _meter(config: Config, store: TokenStore, device: torch.device, topology: To
 
 def _restore(run: Run) -> None:
     """Continues from the newest checkpoint that verifies, if there is one."""
-    found: tuple[str | None, list[str]] = (None, [])
-    if run.is_first_rank:
-        newest, found_messages = checkpoints.newest_good(run.folder.checkpoints)
-        found = (newest.name if newest else None, found_messages)
-    name, run.messages = collectives.from_first_rank(found)
-    if name is None:
+    source = _newest_checkpoint(run)
+    if source is None:
         return
-    source = run.folder.checkpoints / name
     record = Record.load(source)
-    manifest = run.store.manifest
-    check_continues(record, run.config_text, run.store.vocabulary.checksum, manifest.content_hash)
+    check_continues(record, run.identity())
     same_layout = record.layout == run.layout()
     state.load(run.trainable, source, run.topology.rank if same_layout else None)
     run.step, run.cells_seen = record.step, record.cells_seen
@@ -208,17 +217,38 @@ def _restore(run: Run) -> None:
     )
 
 
+def _newest_checkpoint(run: Run) -> Path | None:
+    """The checkpoint to continue from. Rank 0 looks; all ranks get its answer, or its error."""
+    found: tuple[str | None, list[str], str] = (None, [], "")
+    if run.is_first_rank:
+        try:
+            newest, damaged = checkpoints.newest_good(run.folder.checkpoints)
+            found = (newest.name if newest else None, damaged, "")
+        except CheckpointError as error:
+            found = (None, [], str(error))
+    name, run.messages, problem = collectives.from_first_rank(found)
+    if problem:
+        raise CheckpointError(problem)
+    return run.folder.checkpoints / name if name else None
+
+
 def _write_baselines(run: Run) -> None:
-    """Scores the two baselines on the very positions that validation asks for, once per run."""
-    if run.validation is None or run.folder.baselines.exists():
+    """Scores the two baselines on the very positions that validation asks for."""
+    if run.validation is None:
         return
     train = run.feed.order
     first, last = train.first_row, train.first_row + min(train.num_cells, BASELINE_CELLS)
     seen = truncate(run.store.read(first, last), run.config.data.seq_length)
     held_out = run.validation.validation_cells(run.config.train.validate_batches)
     labels, places = run.validation.masking.validation_positions(held_out)
+    if len(labels) == 0:
+        raise DataError(
+            f"validation would predict no gene in its {len(held_out)} cell(s) with "
+            f"data.mask_probability={run.config.data.mask_probability}. Raise that or "
+            "train.validate_batches, or set train.validate_every_steps=0."
+        )
     scores = baselines.score(seen, run.store.vocabulary.size, labels, places)
-    run.folder.baselines.write_text(json.dumps(scores, indent=1) + "\n")
+    run.folder.write_baselines(json.dumps(scores, indent=1) + "\n")
 
 
 def _announce(run: Run) -> None:

@@ -100,7 +100,7 @@ def run_schedule(
     local = torch.zeros(6, dtype=torch.float64, device=batches[0].tokens_BS.device)
     for sums in reported:
         local += sums
-    # The one wait for the device in a step: all ranks must know whether to update.
+    # Waits for the device, as the gradient norm does: every rank must know whether to update.
     loss_sum, predicted, cell_mean_sum, *counts = sum_of_losses(local, topology).tolist()
     return Totals(loss_sum, round(predicted), cell_mean_sum, *(round(count) for count in counts))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,8 +25,9 @@ SETTINGS = (
     "train.global_batch_size=16",
     f"train.steps={STEPS}",
     "train.validate_every_steps=7",
-    "metrics.log_every_steps=1",
-    "checkpoint.save_every_steps=4",
+    # A checkpoint at step 3 or 9 holds half a logging window.
+    "metrics.log_every_steps=2",
+    "checkpoint.save_every_steps=3",
 )
 
 
@@ -106,7 +108,7 @@ def test_the_metrics_are_complete_and_the_loss_falls(finished: Path) -> None:
     lines = records(finished)
     training = [line for line in lines if "loss" in line]
     validation = [line for line in lines if "val_loss" in line]
-    assert [line["step"] for line in training] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in training] == list(range(2, STEPS + 1, 2))
     assert [line["step"] for line in validation] == [7, 14]
     assert set(training[0]) >= {
         "loss",
@@ -131,15 +133,16 @@ def test_a_run_interrupted_and_killed_goes_on_as_if_nothing_had_happened(
     run = tmp_path / "disturbed"
     again = command(repository, store, run)
     assert stop_after(2, signal.SIGTERM, run, *again) == 75
+    assert stop_after(4, signal.SIGINT, run, *again) == 75
     ended = outcome(run)
     assert (ended["outcome"], ended["exit_code"]) == ("interrupted", 75)
-    assert "SIGTERM" in ended["reason"]
+    assert "SIGINT" in ended["reason"]
     assert stop_after(10, signal.SIGKILL, run, *again) == -signal.SIGKILL
     assert outcome(run)["exit_code"] == 1
     last = start(*again)
     assert last.returncode == 0, last.stderr
     assert "continues from" in last.stdout
-    assert outcome(run)["restart"] == 2
+    assert outcome(run)["restart"] == 3
     assert trace(run) == trace(finished)
 
 
@@ -152,20 +155,42 @@ def test_a_finished_run_says_so(repository: Path, store: Path, finished: Path) -
 
 
 def test_two_ranks_go_on_from_one_ranks_checkpoint(
-    repository: Path, store: Path, finished: Path, tmp_path: Path
+    repository: Path, store: Path, tmp_path: Path
 ) -> None:
-    """Elastic: another layout continues with the same cells; torchrun as the README types it."""
-    run = tmp_path / "elastic"
-    one = command(repository, store, run, "train.max_minutes=1000")
-    assert stop_after(5, signal.SIGUSR1, run, *one) == 75
+    """Elastic: another layout continues with the same cells and losses, under torchrun."""
+    still = ("model.hidden_dropout=0", "model.attention_dropout=0", "train.validate_every_steps=0")
+    whole, run = tmp_path / "whole", tmp_path / "elastic"
+    assert start(*command(repository, store, whole, *still)).returncode == 0
+    one = command(repository, store, run, *still)
+    assert stop_after(4, signal.SIGUSR1, run, *one) == 75
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    two = start(*torchrun, "--nproc_per_node=2", *one[1:])
+    two = start(*torchrun, "--nproc_per_node=2", *one[1:], "parallel.tensor=2")
     assert two.returncode == 0, two.stderr
-    resumed = int(two.stdout.split("continues from")[1].split("(step ")[1].split(",")[0])
-    same = [line for line in records(finished) if "loss" in line]
-    other = [line for line in records(run) if "loss" in line]
-    assert [line["tokens_seen"] for line in other] == [line["tokens_seen"] for line in same]
-    assert [line["loss"] for line in other[:resumed]] == [line["loss"] for line in same[:resumed]]
+    assert "its layout was" in two.stdout
+    expected, seen = records(whole), records(run)
+    assert [line["tokens_seen"] for line in seen] == [line["tokens_seen"] for line in expected]
+    losses = [line["loss"] for line in expected]
+    assert [line["loss"] for line in seen] == pytest.approx(losses, rel=1e-4)
+
+
+def test_a_second_start_on_the_same_folder_is_refused(
+    repository: Path, store: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    again = command(repository, store, run, "train.steps=100000", "train.validate_every_steps=0")
+    process = subprocess.Popen(again, stdout=subprocess.DEVNULL)
+    try:
+        while last_step(run) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        second = start(*again)
+        assert second.returncode == 2
+        assert "another start" in second.stderr
+        assert outcome(run)["outcome"] == "running"
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(timeout=60) == 75
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize(
@@ -175,6 +200,7 @@ def test_two_ranks_go_on_from_one_ranks_checkpoint(
         (("model.num_attention_heads=3",), "model.hidden_size (32) must be a multiple"),
         (("data.store=nowhere",), "nowhere"),
         (("data.seq_length=4096",), "data.seq_length (4096)"),
+        (("data.mask_probability=1e-6",), "would predict no gene"),
     ],
 )
 def test_mistakes_get_one_message_and_exit_code_2(
@@ -194,6 +220,22 @@ def test_changed_settings_are_refused_with_both_values(
     assert "train.seed: 1234 -> 7" in ended.stderr
     assert outcome(finished)["exit_code"] == 2
     assert "train.seed" in outcome(finished)["reason"]
+    assert start(*command(repository, store, finished, "train.stepss=3")).returncode == 2
+    assert "train.stepss" in outcome(finished)["reason"], "no outcome of an earlier start is left"
+
+
+def test_damaged_checkpoints_do_not_start_the_run_anew(
+    repository: Path, store: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for record in run.glob("checkpoints/*/record.json"):
+        record.write_text(record.read_text() + " ")
+    before = trace(run)
+    ended = start(*command(repository, store, run))
+    assert ended.returncode == 2
+    assert "none is as it was written" in ended.stderr
+    assert trace(run) == before, "nothing is lost"
 
 
 def test_without_a_demo_store_make_demo_is_named(repository: Path, tmp_path: Path) -> None:

@@ -71,6 +71,15 @@ def test_the_newest_that_verifies_wins_and_the_damaged_one_is_set_aside(
     assert folder.newest_good(tmp_path) == (good, [])
 
 
+def test_if_none_verifies_nothing_is_begun_anew(tmp_path: Path) -> None:
+    damage_byte(write(tmp_path, 5))
+    delete_file(write(tmp_path, 7))
+    (tmp_path / "step_0000000009").mkdir()  # not even a manifest
+    for _ in range(2):  # nor at the next start
+        with pytest.raises(CheckpointError, match="3 checkpoint"):
+            folder.newest_good(tmp_path)
+
+
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     assert folder.newest_good(tmp_path / "nowhere") == (None, [])
 

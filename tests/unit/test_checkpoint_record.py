@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from geneformer_mcore.checkpoint.record import RECORD, Record, check_continues
+from geneformer_mcore.checkpoint.record import (
+    RECORD,
+    Identity,
+    Record,
+    check_continues,
+    hidden_values,
+)
 from geneformer_mcore.config import load
 from geneformer_mcore.errors import CheckpointError
 
@@ -20,9 +27,7 @@ RECORDED = Record(
     step=5,
     cells_seen=80,
     meters={"cells_seen": 80},
-    config=text(),
-    vocabulary="v",
-    content="c",
+    identity=Identity(text(), {}, "v", "c"),
     layout={"tensor": 1},
     versions={"torch": "2"},
 )
@@ -43,7 +48,7 @@ RECORDED = Record(
     ],
 )
 def test_may_differ(override: str) -> None:
-    check_continues(RECORDED, text(override), "v", "c")
+    check_continues(RECORDED, Identity(text(override), {}, "v", "c"))
 
 
 @pytest.mark.parametrize(
@@ -59,15 +64,15 @@ def test_may_differ(override: str) -> None:
 )
 def test_must_not_differ_and_both_values_are_shown(override: str, shown: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        check_continues(RECORDED, text(override), "v", "c")
+        check_continues(RECORDED, Identity(text(override), {}, "v", "c"))
     assert shown in str(caught.value)
 
 
 def test_other_data_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"content hash of data\.store: c -> other"):
-        check_continues(RECORDED, RECORDED.config, "v", "other")
+        check_continues(RECORDED, replace(RECORDED.identity, content="other"))
     with pytest.raises(CheckpointError, match="vocabulary checksum: v -> other"):
-        check_continues(RECORDED, RECORDED.config, "other", "c")
+        check_continues(RECORDED, replace(RECORDED.identity, vocabulary="other"))
 
 
 def test_round_trip_and_unknown_format(tmp_path: Path) -> None:
@@ -77,3 +82,15 @@ def test_round_trip_and_unknown_format(tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text(json.dumps(fields | {"format_version": 99}))
     with pytest.raises(CheckpointError, match="format 99"):
         Record.load(tmp_path)
+
+
+def test_a_value_behind_an_interpolation_must_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    def identity(seed: str) -> Identity:
+        monkeypatch.setenv("RUN_SEED", seed)
+        config, written = load(None, ["train.seed=${oc.decode:${oc.env:RUN_SEED}}"])
+        return Identity(written, hidden_values(config, written), "v", "c")
+
+    recorded = replace(RECORDED, identity=identity("1"))
+    check_continues(recorded, identity("1"))
+    with pytest.raises(CheckpointError, match=r"train\.seed: .* has another value now"):
+        check_continues(recorded, identity("2"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from geneformer_mcore.config import Config, load, plan
+from geneformer_mcore.config import Config, load, plan, run_dir
 from geneformer_mcore.config.sections import Activation
 from geneformer_mcore.errors import ConfigError
 
@@ -34,9 +34,9 @@ def test_all_mistakes_are_named_at_once_with_the_nearest_key() -> None:
         config("train.stepss=3", "optim.lr=fast", "nonsense", "model.activation=tanh")
     message = str(caught.value)
     assert "Did you mean `train.steps`?" in message
-    assert "'fast'" in message
+    assert "optim.lr takes a number, and got 'fast'" in message
     assert "`nonsense`" in message
-    assert "relu, gelu, gelu_tanh" in message
+    assert "model.activation takes one of relu, gelu, gelu_tanh, and got 'tanh'" in message
 
 
 def test_ranges_are_checked_all_at_once() -> None:
@@ -48,9 +48,14 @@ def test_ranges_are_checked_all_at_once() -> None:
     assert "sum to 1" in message
 
 
-def test_nan_is_out_of_range() -> None:
-    with pytest.raises(ConfigError, match=r"optim\.lr"):
-        plan(config("optim.lr=.nan"), 1)
+@pytest.mark.parametrize(
+    "override",
+    ["optim.lr=.nan", "data.mask_fractions=[.nan,0.5,0.5]", "run.dir=", "data.store=' '"],
+)
+def test_what_is_no_number_or_no_name_is_out_of_range(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(config(override), 1)
+    assert override.split("=")[0] in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +110,19 @@ def test_secrets_are_not_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["[1, 2]", "a: [", "!!python/object/apply:os.system ['true']", "\x00"]
+    "content",
+    [
+        "[1, 2]",
+        "a: [",
+        "!!python/object/apply:os.system ['true']",
+        "\x00",
+        "trian: {}",
+        "trian:",
+        "train: {steps: 3, steps: 4}",
+        "train: 5",
+        "train: {steps: }",
+        "data: {mask_fractions: 0.5}",
+    ],
 )
 def test_a_file_that_is_no_plain_mapping_is_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "bad.yaml"
@@ -117,3 +134,25 @@ def test_a_file_that_is_no_plain_mapping_is_refused(tmp_path: Path, content: str
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
         load("nowhere.yaml")
+
+
+def test_numbers_may_be_written_as_people_write_them() -> None:
+    merged = config("train.steps=1e3", "optim.lr=1e-3", "train.max_minutes=5")
+    assert (merged.train.steps, merged.optim.lr, merged.train.max_minutes) == (1000, 1e-3, 5.0)
+    for wrong in ("train.steps=1.5", "train.steps=null", "parallel.sequence=3x"):
+        with pytest.raises(ConfigError, match="takes"):
+            config(wrong)
+
+
+def test_an_empty_section_and_an_optional_null_are_fine(tmp_path: Path) -> None:
+    file = tmp_path / "some.yaml"
+    file.write_text("train:\nmodel: {head_activation: null}\n")
+    assert load(file)[0] == Config()
+
+
+def test_the_run_folder_is_known_even_of_refused_settings(tmp_path: Path) -> None:
+    file = tmp_path / "some.yaml"
+    file.write_text("run: {dir: from_file}\ntrain: {stepss: 3}\n")
+    assert run_dir(file, ["optim.lr=x"]) == "from_file"
+    assert run_dir(file, ["run.dir=typed", "nonsense"]) == "typed"
+    assert run_dir(tmp_path / "nowhere.yaml", []) == Config().run.dir

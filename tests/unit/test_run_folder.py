@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from geneformer_mcore.commands import FINISHED, INTERRUPTED, WRONG_INPUT
 from geneformer_mcore.errors import ConfigError
-from geneformer_mcore.train.run_folder import FINISHED, INTERRUPTED, RunFolder
+from geneformer_mcore.train.run_folder import RunFolder
 
 
 def outcome(path: Path) -> dict:
@@ -34,12 +35,40 @@ def test_an_end_is_written_and_starts_are_counted(tmp_path: Path) -> None:
     assert (outcome(run.path)["restart"], outcome(run.path)["exit_code"]) == (1, 0)
 
 
-def test_after_a_kill_it_does_not_claim_success(tmp_path: Path) -> None:
+def test_until_it_ends_it_does_not_claim_success(tmp_path: Path) -> None:
     first = RunFolder(tmp_path)
     first.open()
     first.close(FINISHED, "done")
-    RunFolder(tmp_path).open()  # and then nothing more
+    killed = RunFolder(tmp_path)
+    killed.open()
     assert outcome(tmp_path)["exit_code"] == 1
+    killed.close(FINISHED, "done")
+
+
+def test_two_starts_cannot_share_a_folder(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    first.open()
+    with pytest.raises(ConfigError, match="another start"):
+        second.open()
+    second.close(WRONG_INPUT, "refused")
+    assert outcome(tmp_path)["outcome"] == "running", "the first one's outcome is left alone"
+    first.close(FINISHED, "done")
+    second.open()
+    second.close(FINISHED, "done")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard"])
+def test_files_in_the_place_of_its_folders(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(ConfigError, match="File exists"):
+        RunFolder(tmp_path).open()
+
+
+def test_the_reason_is_one_line(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.open()
+    run.close(WRONG_INPUT, "first\n  second\n")
+    assert outcome(tmp_path)["reason"] == "first second"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
