@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Builds the store and prints what became of each file."""
     arguments = _parse()
-    from geneformer_mcore.cells.corpus import InputOptions, build_vocabulary
+    from geneformer_mcore.cells.corpus import InputOptions, build_vocabulary, describe_other_ids
     from geneformer_mcore.cells.genes import load_symbols
     from geneformer_mcore.cells.vocabulary import Vocabulary
     from geneformer_mcore.store.ingest import build_store
@@ -72,6 +73,10 @@ def main() -> None:
         vocabulary = Vocabulary.load(arguments.vocabulary)
     else:
         vocabulary = build_vocabulary(arguments.inputs, options)
+        options = options.with_own_vocabulary()
+        warning = describe_other_ids(vocabulary)
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
     with ProgressLine("cells") as progress:
         manifest = build_store(
             arguments.inputs,

@@ -122,16 +122,16 @@ def make_demo(source: Path, symbols: dict[str, str]) -> tuple[anndata.AnnData, f
 def main() -> None:
     """Writes the demo's h5ad and says what it holds."""
     arguments = _parse()
+    from geneformer_mcore.cells.output import check_output, whole_file
+
+    check_output(arguments.out, overwrite=True)
     cells, distance = make_demo(find_cells(), read_gencode(Path(arguments.gencode)))
-    out = Path(arguments.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    cells.write_h5ad(partial, compression="gzip")
-    partial.replace(out)
+    with whole_file(arguments.out) as partial:
+        cells.write_h5ad(partial, compression="gzip")
     with_id = int((cells.var["feature_id"] != "").sum())
     print(
-        f"{out}: {cells.n_obs} cells x {cells.n_vars} genes, counts within {distance:.2f} of whole "
-        f"numbers; {with_id} of {cells.n_vars} symbols have an Ensembl id"
+        f"{arguments.out}: {cells.n_obs} cells x {cells.n_vars} genes, counts within "
+        f"{distance:.2f} of whole numbers; {with_id} of {cells.n_vars} symbols have an Ensembl id"
     )
 
 

@@ -24,6 +24,9 @@ def _parse() -> argparse.Namespace:
         "--symbols", help="{symbol: gene id} JSON or GENCODE csv, to name the genes"
     )
     parser.add_argument("--out", required=True, help="the vocabulary to write (JSON)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace another file that is there"
+    )
     return parser.parse_args()
 
 
@@ -32,13 +35,17 @@ def main() -> None:
     arguments = _parse()
     from geneformer_mcore.cells.dictionary import import_dictionary
     from geneformer_mcore.cells.genes import load_symbols
+    from geneformer_mcore.cells.output import check_output
 
+    check_output(arguments.out, overwrite=True)
     names: dict[str, str] = {}
     if arguments.symbols:
         for symbol, gene in load_symbols(arguments.symbols).items():
             names.setdefault(gene, symbol)
     vocabulary = import_dictionary(arguments.medians, arguments.tokens, names)
-    vocabulary.save(arguments.out)
+    if not vocabulary.is_saved(arguments.out):
+        check_output(arguments.out, arguments.overwrite)
+        vocabulary.save(arguments.out)
     print(
         f"{arguments.out}: {len(vocabulary.feature_ids):,} genes, {vocabulary.size:,} tokens with "
         f"the specials, checksum {vocabulary.checksum[:12]}"

@@ -6,7 +6,7 @@ files  ->  genes of each, all of one kind of id?  ->  medians over all cells  ->
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from geneformer_mcore.cells.counts import CountsFile
@@ -24,16 +24,26 @@ class InputOptions:
     symbols:            {symbol: gene id} for files that name genes by symbol
     allow_normalised:   counts need not be whole numbers (they may be scaled per cell)
     allow_low_overlap:  files with under 10 % of their genes in the vocabulary are taken too
+    allow_no_overlap:   so are files with none of their genes in it
     """
 
     layer: str | None = None
     symbols: Mapping[str, str] = field(default_factory=dict)
     allow_normalised: bool = False
     allow_low_overlap: bool = False
+    allow_no_overlap: bool = False
 
     def open(self, path: str | Path) -> CountsFile:
         """The file `path`, open as these options say."""
         return CountsFile(path, self.layer, self.allow_normalised)
+
+    def with_own_vocabulary(self) -> InputOptions:
+        """The same for a vocabulary that was made from these very files.
+
+        It holds the genes that their cells express, so how many of a file's genes it holds says
+        nothing of whether the ids of both are of one kind.
+        """
+        return replace(self, allow_low_overlap=True, allow_no_overlap=True)
 
 
 def find_genes(
@@ -62,6 +72,22 @@ def build_vocabulary(paths: Sequence[str | Path], options: InputOptions) -> Voca
                 names.setdefault(gene, name)
             collector.add(counts.blocks(), genes.ids)
     return collector.vocabulary(names)
+
+
+def describe_other_ids(vocabulary: Vocabulary) -> str | None:
+    """What to tell of a vocabulary most of whose ids are no Ensembl ids; None if most are.
+
+    They are genes like others, of any species; but symbols make for a vocabulary of its own.
+    """
+    ids = vocabulary.feature_ids
+    others = [gene for gene in ids if not is_ensembl_id(gene)]
+    if len(others) * 2 <= len(ids):
+        return None
+    return (
+        f"{len(others):,} of {len(ids):,} gene ids look like symbols, not like Ensembl ids "
+        f"({', '.join(others[:3])}): they are taken as they are, and go only with files that name "
+        "genes alike. Remedy, if ids are meant: --symbols FILE with symbol -> id."
+    )
 
 
 def _ensembl_share(genes: GeneIds) -> float:

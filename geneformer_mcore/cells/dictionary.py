@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def read_dictionary(path: str | Path) -> dict[str, Any]:
 def _parse_json(raw: bytes, path: Path) -> Any:
     try:
         return json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON: {error}.") from error
 
 
@@ -138,13 +139,19 @@ def _check_medians(content: dict[str, Any], path: str | Path) -> dict[str, float
     for gene, median in content.items():
         if isinstance(median, bool) or not isinstance(median, int | float):
             raise DataError(f"{path}: the median of {gene} must be a number, not {median!r}.")
+        if isinstance(median, int) and abs(median) > sys.float_info.max:
+            # Not shown: Python refuses to print whole numbers of some length.
+            raise DataError(
+                f"{path}: the median of {gene} is a whole number of {median.bit_length():,} bits, "
+                f"and must be below {sys.float_info.max:.3g}. Remedy: mend it, or leave it out."
+            )
     return {gene: float(median) for gene, median in content.items()}
 
 
 def _genes_in_token_order(content: dict[str, Any], path: str | Path) -> list[str]:
     genes = {gene: token for gene, token in content.items() if gene not in PUBLISHED_SPECIALS}
-    if not all(isinstance(token, int) for token in genes.values()):
-        raise DataError(f"{path}: token ids must be whole numbers.")
+    if not all(isinstance(token, int) and 0 <= token < 2**63 for token in genes.values()):
+        raise DataError(f"{path}: token ids must be whole numbers from 0 to 2^63 - 1.")
     ordered = sorted(genes, key=lambda gene: genes[gene])
     if ordered != sorted(genes):
         at = next(

@@ -121,9 +121,17 @@ class GeneMap:
 
 
 def map_genes(
-    genes: GeneIds, vocabulary: Vocabulary, source: str, allow_low_overlap: bool = False
+    genes: GeneIds,
+    vocabulary: Vocabulary,
+    source: str,
+    allow_low_overlap: bool = False,
+    allow_no_overlap: bool = False,
 ) -> GeneMap:
-    """The tokens of a file's genes. Raises DataError where too few are in the vocabulary."""
+    """The tokens of a file's genes. Raises DataError where too few are in the vocabulary.
+
+    allow_low_overlap:  under 10 % may be
+    allow_no_overlap:   none may be; a file whose columns have no ids at all is refused even so
+    """
     tokens = vocabulary.token_ids
     token_of_column = np.array([tokens.get(gene, 0) for gene in genes.ids], dtype=np.int32)
     distinct = {gene for gene in genes.ids if gene}
@@ -137,7 +145,8 @@ def map_genes(
         len(genes.ids) - genes.num_blank - len(distinct),
         genes.num_mapped_symbols,
     )
-    if num_known == 0 or (gene_map.overlap < MIN_OVERLAP and not allow_low_overlap):
+    is_none, is_low = num_known == 0, 0 < gene_map.overlap < MIN_OVERLAP
+    if not distinct or (is_none and not allow_no_overlap) or (is_low and not allow_low_overlap):
         raise DataError(_overlap_message(genes, distinct, gene_map, vocabulary, source))
     return gene_map
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from geneformer_mcore.cells.output import whole_file
 from geneformer_mcore.contracts import NUM_SPECIALS, SPECIAL_TOKENS
 from geneformer_mcore.errors import DataError
 
@@ -86,16 +86,17 @@ class Vocabulary:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON, to a temporary file first, so that no half a vocabulary is ever found."""
-        path = Path(path)
+        """Writes JSON, whole or not at all. Raises DataError if it cannot be written."""
         text = json.dumps(self._content() | {"checksum": self.checksum}, indent=0)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as partial:
             partial.write_text(text + "\n")
-            os.replace(partial, path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot write the vocabulary: {error.strerror}.") from error
+
+    def is_saved(self, path: str | Path) -> bool:
+        """Whether `path` holds this very vocabulary."""
+        try:
+            return Vocabulary.load(path) == self
+        except DataError:
+            return False
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:

@@ -135,7 +135,8 @@ def inspect_sources(
 def _inspect(path: Path, vocabulary: Vocabulary, options: InputOptions) -> Source:
     with options.open(path) as counts:
         genes = find_genes(counts, options, known=vocabulary.token_ids)
-        gene_map = map_genes(genes, vocabulary, str(path), options.allow_low_overlap)
+        allowed = options.allow_low_overlap, options.allow_no_overlap
+        gene_map = map_genes(genes, vocabulary, str(path), *allowed)
         _check_names(counts)
         return Source(path, counts.num_cells, label_kinds(counts.obs), gene_map)
 

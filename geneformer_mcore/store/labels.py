@@ -16,18 +16,23 @@ from geneformer_mcore.store.layout import OBS_COLUMNS
 RESERVED = frozenset({*OBS_COLUMNS, "soma_joinid"})
 """Columns that the store itself fills; an input's column of that name is not kept as a label."""
 
+RESERVED_PREFIXES = ("soma_", "__")
+"""Columns so named are refused by SOMA and by TileDB."""
+
 INTEGER, NUMBER, TRUTH, TEXT = pa.int64(), pa.float64(), pa.bool_(), pa.large_string()
 
 
 def label_kinds(obs: pd.DataFrame) -> dict[str, pa.DataType]:
     """{column: its Arrow type} of the columns of `obs` that can be kept as labels.
 
-    Left out: the store's own columns, names SOMA keeps for itself, and columns of lists or objects
-    that are no text.
+    Left out: the store's own columns, names SOMA and TileDB keep for themselves, and columns of
+    lists or objects that are no text.
     """
     kinds = {}
     for name in obs.columns:
-        if not isinstance(name, str) or not name or name in RESERVED or name.startswith("soma_"):
+        if not isinstance(name, str) or not name or name in RESERVED:
+            continue
+        if name.startswith(RESERVED_PREFIXES):
             continue
         kind = _kind(obs[name])
         if kind is not None:

@@ -10,6 +10,7 @@ the tables they come in, and the number of buckets, leave no trace.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -77,7 +78,11 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         self._staged.__enter__()
         folder = self._staged.path / "buckets"
-        self._buckets = Buckets(folder, self._num_cells, self._cells_per_bucket)
+        try:
+            self._buckets = Buckets(folder, self._num_cells, self._cells_per_bucket)
+        except OSError:
+            self._staged.__exit__(*sys.exc_info())
+            raise
         return self
 
     def __exit__(
@@ -137,6 +142,7 @@ class StoreWriter:
     def _write_rows(self, store: Path, num_cells: int, progress: Progress) -> tuple[int, str]:
         """(token ids written, content hash)."""
         obs_columns = {**OBS_COLUMNS, **self._labels}
+        self._staged.check_room()
         writer = SomaWriter(store, num_cells, obs_columns)
         hasher = ContentHash()
         row = num_tokens = 0

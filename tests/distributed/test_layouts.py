@@ -21,7 +21,8 @@ LAYOUTS = {
     "pp2-interleaved": (2, "parallel.pipeline=2", "parallel.virtual_pipeline=2"),
     "tp2-pp2": (4, "parallel.tensor=2", "parallel.pipeline=2"),
     "tp2-dp2": (4, "parallel.tensor=2"),
-    "recompute": (1, "parallel.recompute=full"),
+    "recompute-all": (1, "parallel.recompute=full"),
+    "recompute-attention": (1, "parallel.recompute=selective"),
 }
 
 

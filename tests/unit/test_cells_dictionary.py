@@ -101,6 +101,8 @@ def test_damaged_file_is_refused(tmp_path: Path, raw: bytes) -> None:
     [
         ({"a": "high"}, "must be a number"),
         ({"a": True}, "must be a number"),
+        ({"a": 10**400}, "1,329 bits"),
+        ({"a": -(10**5000)}, "must be below"),
         ({"a": float("nan")}, "above 0"),
         ({"a": 0}, "above 0"),
         ({}, "no gene"),
@@ -111,6 +113,20 @@ def test_damaged_file_is_refused(tmp_path: Path, raw: bytes) -> None:
 def test_wrong_medians(tmp_path: Path, medians: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         import_dictionary(dump(tmp_path / "m.pkl", medians))
+
+
+def test_numbers_beyond_all_bounds_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text('{"a": 1' + 400 * "0" + "}")
+    with pytest.raises(
+        DataError, match=r"m\.json: the median of a is a whole number of 1,329 bits"
+    ):
+        import_dictionary(tmp_path / "m.json")
+    (tmp_path / "deep.json").write_text(100_000 * '{"a":')
+    with pytest.raises(DataError, match="not valid JSON"):
+        import_dictionary(tmp_path / "deep.json")
+    tokens = dump(tmp_path / "t.pkl", {**TOKENS, "ENSG00000000001": 10**5000})
+    with pytest.raises(DataError, match=r"from 0 to 2\^63"):
+        import_dictionary(dump(tmp_path / "m.pkl", MEDIANS), tokens)
 
 
 def test_tokens_choose_the_genes_and_must_follow_their_order(tmp_path: Path) -> None:

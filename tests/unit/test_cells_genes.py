@@ -92,6 +92,14 @@ def test_low_overlap_is_refused_unless_allowed() -> None:
     assert map_genes(enough, vocabulary_of(3), "a.h5ad").overlap == 0.1
 
 
+def test_no_overlap_may_be_allowed_but_ids_there_must_be() -> None:
+    none = GeneIds(("TP53", ""), "index")
+    found = map_genes(none, vocabulary_of(3), "a.h5ad", True, allow_no_overlap=True)
+    assert (found.num_known, found.num_unknown, found.num_blank) == (0, 1, 1)
+    with pytest.raises(DataError, match=r"0 of 0 genes.*all blank"):
+        map_genes(GeneIds(("", ""), "index"), vocabulary_of(3), "a.h5ad", True, True)
+
+
 def test_symbol_tables(tmp_path: Path) -> None:
     table = "ENSG00000290825.1,DDX11L16,2,1396,lncRNA\nENSG00000223972,WASH7P,6,632,x\n"
     table += "ENSG00000310526,WASH7P,1,1226,lncRNA\nENSG00000000001,,1,1,x\n"

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from geneformer_mcore.cells.corpus import InputOptions, build_vocabulary
+from geneformer_mcore.cells.corpus import InputOptions, build_vocabulary, describe_other_ids
 from geneformer_mcore.cells.medians import MedianCollector
+from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.errors import DataError
 from tests.small_cells import block_of, gene_id, random_counts, write_h5ad
 
@@ -63,6 +64,23 @@ def test_vocabulary_of_files(tmp_path: Path, rng: np.random.Generator) -> None:
     assert dict(zip(vocabulary.feature_ids, vocabulary.medians, strict=True)) == expected
     assert vocabulary.names == tuple(symbols)
     assert build_vocabulary([second, first], InputOptions()) == vocabulary
+
+
+def test_other_ids_are_told_but_taken(tmp_path: Path, rng: np.random.Generator) -> None:
+    counts = random_counts(rng, 30, 4, density=0.9)
+    ids = ["TP53", "YAL001C", "FBgn0000001", gene_id(1)]
+    file = write_h5ad(tmp_path / "a.h5ad", counts, gene_ids=ids)
+    vocabulary = build_vocabulary([file], InputOptions())
+    assert set(vocabulary.feature_ids) == set(ids)
+    told = describe_other_ids(vocabulary)
+    assert told is not None
+    assert "3 of 4 gene ids look like symbols" in told
+    assert "(FBgn0000001, TP53, YAL001C)" in told
+    assert "--symbols FILE" in told
+    mostly = Vocabulary.from_medians({gene_id(1): 1.0, gene_id(2): 1.0, "TP53": 1.0})
+    assert describe_other_ids(mostly) is None
+    mouse = Vocabulary.from_medians({"ENSMUSG00000059552": 1.0})
+    assert describe_other_ids(mouse) is None
 
 
 def test_ids_of_two_kinds_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:

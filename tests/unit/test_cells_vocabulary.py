@@ -94,7 +94,7 @@ def test_ids_must_be_unique_sorted_and_there(ids: tuple[str, ...]) -> None:
 
 def test_unwritable_place_is_a_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot write"):
+    with pytest.raises(DataError, match="cannot be written"):
         vocabulary_of(2).save(tmp_path / "file" / "v.json")
 
 

@@ -236,6 +236,17 @@ def test_dataset_id_column_names_the_dataset(tmp_path: Path, counts: sparse.csr_
         assert dataset_ids(opened) == [*names[:-1], "a"]
 
 
+def test_columns_with_reserved_names_are_left_out_and_reported(
+    tmp_path: Path, counts: sparse.csr_matrix
+) -> None:
+    reserved = {name: range(20) for name in ("__x", "soma_x", "n_genes")}
+    file = write_h5ad(tmp_path / "a.h5ad", counts[:20], obs={**reserved, "_x": range(20)})
+    manifest = build_store([file], tmp_path / "store", vocabulary_of(NUM_GENES))
+    assert manifest.sources[0]["obs_columns_left_out"] == list(reserved)
+    assert list(manifest.labels) == ["_x"]
+    assert check_store(tmp_path / "store") == []
+
+
 def test_duplicate_cells_are_refused(tmp_path: Path, counts: sparse.csr_matrix) -> None:
     within = write_h5ad(tmp_path / "a.h5ad", counts[:3], cell_ids=["x", "y", "z"])
     same = {"dataset_id": ["d"] * 3}

