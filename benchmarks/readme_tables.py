@@ -110,7 +110,7 @@ def _steps(run: Measurement) -> str:
 
 
 def _baseline(run: Measurement, name: str) -> str:
-    return _nats(run["baselines"].get(name))
+    return _nats((run["baselines"] or {}).get(name))
 
 
 def _both_tflops(run: Measurement) -> str:

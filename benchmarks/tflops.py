@@ -10,24 +10,34 @@ megatron-core, numpy and omegaconf, nothing else.
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # In place of this folder, where a tokenize.py would hide Python's own: the project, since a GPU
+    # machine may lack the install.
+    sys.path.remove(sys.path[0])
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a GPU machine may lack the install
-
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.commands import run
-from geneformer_mcore.config import Config, load
+from geneformer_mcore.config import Config, load, plan
 from geneformer_mcore.contracts import NUM_SPECIALS, RaggedCells
+from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.metrics import kept
+
+if TYPE_CHECKING:
+    from geneformer_mcore.train.step import Totals
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 25_429
@@ -41,8 +51,9 @@ MFU                       executed TFLOPS / {peak:.3g} TFLOPS, the fastest matri
                           precision measured here just now
 FLOPs                     3 x [L (8nh^2 + 4nhf) + 4Lhn^2 + 2mh^2 + 2mhV] per cell of n tokens, m
                           predicted, V = 25,429; 2 per multiply-add; recomputation not counted
-rates                     from the median of {steps} steps after {warmup} unmeasured ones; a step is
-                          forward, backward, clipping and AdamW on one micro batch
+rates                     mean work of {steps} steps after {warmup} unmeasured ones, over the median
+                          time of one: wait for data, forward, backward, clipping and AdamW on one
+                          micro batch
 """
 
 COLUMNS = (
@@ -83,9 +94,19 @@ class MadeUpCells:
         return RaggedCells(tokens.ravel(), offsets, rows.astype(np.uint64))
 
 
+@dataclass(frozen=True)
+class Step:
+    """One measured step. step_s includes data_wait_s."""
+
+    step_s: float
+    data_wait_s: float
+    totals: Totals
+
+
 def main() -> int:
     """Measures every asked-for setting and prints the table."""
     arguments = _arguments()
+    check(arguments)
     ignore_known_warnings()
     import torch
 
@@ -95,32 +116,68 @@ def main() -> int:
     from geneformer_mcore.parallel import device, groups
 
     here = device.start()
-    on_gpu = here.type == "cuda"
-    models = [arguments.model] if arguments.model else (["10m", "106m"] if on_gpu else ["10m"])
-    first = _config(arguments, models[0], on_gpu, None)
-    groups.start(here, first.parallel)
-    peak = measured_peak(here, settings.DTYPES[first.train.precision])
+    configs = _configs(arguments, here.type == "cuda")
+    groups.start(here, configs[0][1].parallel)
+    peak = measured_peak(here, settings.DTYPES[configs[0][1].train.precision])
     rows = []
-    for model in models:
-        for dropout in _dropouts(arguments, on_gpu):
-            config = _config(arguments, model, on_gpu, dropout)
-            rows.append(_measure(config, model, arguments, here, peak))
-            print(_table(rows[-1:], header=len(rows) == 1), flush=True)
+    for model, config in configs:
+        steps = list(_steps(config, arguments, here))[arguments.warmup :]
+        rows.append(row(config, model, steps, here, peak))
+        print(_table(rows[-1:], header=len(rows) == 1), flush=True)
     groups.stop()
     how = {"steps": arguments.steps, "warmup": arguments.warmup, "peak": peak / 1e12}
     print(HOW.format(seq_length=arguments.seq_length, **how))
     where = provenance()
     print(f"{where['machine']}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, **how, **where}, indent=1) + "\n")
+        kept.save(arguments.json, {"rows": rows, **how, **where})
     return 0
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError that names every argument by which nothing can be measured, and
+    DataError if the results could not be written. The settings have a check of their own."""
+    ranges = (
+        ("--steps", arguments.steps, 1),
+        ("--warmup", arguments.warmup, 0),
+        ("--micro-batch", arguments.micro_batch, 1),
+        ("--length", arguments.length, 2),
+    )
+    problems = [
+        f"{name} must be at least {low}, and is {value}."
+        for name, value, low in ranges
+        if value is not None and value < low
+    ]
+    if arguments.length is not None and arguments.length > arguments.seq_length:
+        problems.append(
+            f"--length ({arguments.length}) must not exceed --seq-length ({arguments.seq_length})."
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if arguments.json:
+        kept.check_place(arguments.json)
+
+
+def _configs(arguments: argparse.Namespace, on_gpu: bool) -> list[tuple[str, Config]]:
+    """(model, settings) of every line of the table, all checked before the first is measured."""
+    models = [arguments.model] if arguments.model else (["10m", "106m"] if on_gpu else ["10m"])
+    configs = [
+        (model, _config(arguments, model, on_gpu, dropout))
+        for model in models
+        for dropout in _dropouts(arguments, on_gpu)
+    ]
+    for _, config in configs:
+        plan(config, world_size=1)
+    return configs
 
 
 def _config(
     arguments: argparse.Namespace, model: str, on_gpu: bool, dropout: float | None
 ) -> Config:
     """The card's settings with what this machine and the arguments change."""
-    micro = arguments.micro_batch or ({"10m": 32, "106m": 16}[model] if on_gpu else 1)
+    micro = arguments.micro_batch
+    if micro is None:
+        micro = {"10m": 32, "106m": 16}[model] if on_gpu else 1
     changes = [
         f"train.precision={arguments.precision or ('bf16' if on_gpu else 'fp32')}",
         f"train.micro_batch_size={micro}",
@@ -140,52 +197,49 @@ def _dropouts(arguments: argparse.Namespace, on_gpu: bool) -> list[float | None]
     return [None] if on_gpu else [None, 0.0]
 
 
-def _measure(
-    config: Config, model: str, arguments: argparse.Namespace, here: Any, peak: float
-) -> dict[str, Any]:
+def row(config: Config, model: str, steps: list[Step], here: Any, peak: float) -> dict[str, Any]:
+    """A line of the table: the mean work of `steps` over their median time.
+
+    The median, because one slow moment says nothing of the code; the mean of the work, because
+    cells of one length still differ in how many genes are predicted.
+    """
     from geneformer_mcore.metrics.meter import Meter
     from geneformer_mcore.model import attention
     from geneformer_mcore.model.flops import ModelShape
+    from geneformer_mcore.train.step import Totals
 
-    shape = config.model
-    meter = Meter(
-        ModelShape(shape.num_layers, shape.hidden_size, shape.ffn_hidden_size, VOCABULARY),
-        config.data.seq_length,
-        1,
-        peak,
-    )
-    measured = list(_steps(config, arguments, here))[arguments.warmup :]
-    step_s = statistics.median(seconds for seconds, _, _ in measured)
-    wait_s = statistics.median(waited for _, waited, _ in measured)
-    totals = measured[-1][2]
+    shape, train = config.model, config.train
+    size = ModelShape(shape.num_layers, shape.hidden_size, shape.ffn_hidden_size, VOCABULARY)
+    meter = Meter(size, config.data.seq_length, 1, peak)
+    totals = sum((step.totals for step in steps), Totals())
+    cells = len(steps) * train.global_batch_size
     meter.add(
         loss_sum=totals.loss_sum,
         num_predicted=totals.num_predicted,
-        cells=config.train.global_batch_size,
+        cells=cells,
         tokens=totals.num_tokens,
         sum_squared_lengths=totals.sum_squared_lengths,
-        data_wait_s=wait_s,
-        step_s=step_s,
+        data_wait_s=len(steps) * statistics.median(step.data_wait_s for step in steps),
+        step_s=len(steps) * statistics.median(step.step_s for step in steps),
+        steps=len(steps),
     )
-    rates = meter.record(step=len(measured), grad_norm=0.0, lr=config.optim.lr)
-    kept = ("cells_per_s", "tokens_per_s", "mfu", "data_wait_fraction", "step_s")
+    rates = meter.record(step=len(steps), grad_norm=0.0, lr=config.optim.lr)
+    shown = ("cells_per_s", "tokens_per_s", "mfu", "data_wait_fraction", "step_s")
     return {
         "model": model,
-        "precision": config.train.precision.value,
+        "precision": train.precision.value,
         "attention": attention.choose(shape, here).value,
         "attention_dropout": shape.attention_dropout,
-        "micro_batch": config.train.micro_batch_size,
+        "micro_batch": train.micro_batch_size,
         "seq_length": config.data.seq_length,
-        "tokens_per_cell": totals.num_tokens / config.train.global_batch_size,
-        **{name: rates[name] for name in kept},
+        "tokens_per_cell": totals.num_tokens / cells,
+        **{name: rates[name] for name in shown},
         **{name: rates[name] for name in rates if name.startswith("tflops")},
     }
 
 
-def _steps(
-    config: Config, arguments: argparse.Namespace, here: Any
-) -> Iterator[tuple[float, float, Any]]:
-    """(seconds, seconds waiting for data, totals) of each step, the unmeasured ones first."""
+def _steps(config: Config, arguments: argparse.Namespace, here: Any) -> Iterator[Step]:
+    """Every step, the unmeasured ones first."""
     from geneformer_mcore.feed.loader import Feed, Share
     from geneformer_mcore.feed.masks import Masking
     from geneformer_mcore.feed.order import Order
@@ -213,7 +267,7 @@ def _steps(
             waited = time.perf_counter() - began
             result = train_step(trainable, batches, config.optim.lr, topology)
             # train_step has read the loss: the device is done with all but AdamW's last kernels.
-            yield time.perf_counter() - began, waited, result.totals
+            yield Step(time.perf_counter() - began, waited, result.totals)
 
 
 def _table(rows: list[dict[str, Any]], header: bool) -> str:

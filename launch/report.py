@@ -9,11 +9,11 @@ and saved, 2 wrong settings or data, 1 anything else.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from geneformer_mcore.commands import run
-from geneformer_mcore.downstream import loss_plot, report
+from geneformer_mcore.downstream import loss_plot, report, results
+from geneformer_mcore.metrics import kept
 
 
 def main() -> int:
@@ -22,15 +22,14 @@ def main() -> int:
     parser.add_argument("run_dir", type=Path, help="the run's folder, run.dir of its config")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers here")
     arguments = parser.parse_args()
-    results = report.load(arguments.run_dir)
-    plot = arguments.run_dir / "loss.png" if results.train.steps else None
+    found = results.load(arguments.run_dir)
+    plot = arguments.run_dir / "loss.png" if found.train.steps else None
+    print(report.text(found, plot))
     if plot is not None:
-        loss_plot.save(results, plot)
-    print(report.text(results, plot))
+        loss_plot.save(found, plot)
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report.as_json(results), indent=1) + "\n")
-    return results.exit_code
+        kept.save(arguments.json, report.as_json(found))
+    return found.exit_code
 
 
 if __name__ == "__main__":

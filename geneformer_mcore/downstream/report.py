@@ -1,123 +1,19 @@
-"""A finished or stopped run in one short table.
+"""A finished or stopped run in one short table, or as JSON to keep.
 
-    config.yaml  metrics.jsonl  baselines.json  outcome.json  log.txt  ->  Results  ->  text, JSON
+    Results (results.py)  ->  text, JSON
 
 The plot of the same numbers: loss_plot.py.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.commands import FINISHED, INTERRUPTED
+from geneformer_mcore.downstream.results import BASELINES, Results
 from geneformer_mcore.metrics.provenance import provenance
-
-FINISHED = 0
-INTERRUPTED = 75
-DEFECT = 1
-
-RATES = (
-    "cells_per_s",
-    "tokens_per_s",
-    "tflops_padded_equivalent",
-    "tflops_executed",
-    "mfu",
-    "data_wait_fraction",
-)
-"""Keys of metrics.jsonl of which the report shows the median over the log steps: one slow moment,
-such as the first step's, does not move it."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Losses in nats against the step, None where a step predicted nothing."""
-
-    steps: list[int]
-    losses: list[float | None]
-
-    @property
-    def last(self) -> float | None:
-        """The last loss there is."""
-        return next((loss for loss in reversed(self.losses) if loss is not None), None)
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a run's folder says. Losses in nats per masked gene, times in seconds."""
-
-    run_dir: Path
-    config: dict[str, Any]
-    """The sections of config.yaml."""
-    outcome: dict[str, Any]
-    """outcome.json; where there is none, an outcome that says so."""
-    train: Curve
-    validation: Curve
-    val_loss_cell_mean: float | None
-    """Mean over validation cells of each cell's mean loss, as the model card counts it."""
-    shuffled_loss: float | None
-    """Validation loss with the genes of each cell in a random order; None before the last step."""
-    rates: dict[str, float | None]
-    """Medians of RATES."""
-    baselines: dict[str, Any]
-    """baselines.json: unigram, gene_given_rank in nats; empty if the run made none."""
-    train_s: float
-    """Spent in training steps, without validation and saving."""
-    wall_s: float | None
-    """From the first to the last line of log.txt, pauses between starts included."""
-
-    @property
-    def exit_code(self) -> int:
-        """The run's own, which torchrun does not hand on."""
-        return int(self.outcome["exit_code"])
-
-    @property
-    def step(self) -> int:
-        """The last step that was logged."""
-        return self.train.steps[-1] if self.train.steps else 0
-
-    @property
-    def total_steps(self) -> int | None:
-        """Steps that were asked for."""
-        return self.config.get("train", {}).get("steps")
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The newest checkpoint's folder."""
-        found = sorted((self.run_dir / "checkpoints").glob("step_" + "[0-9]" * 10))
-        return found[-1] if found else None
-
-
-def load(run_dir: Path) -> Results:
-    """Reads a run's folder. Raises DataError if there is none, or it holds nothing of a run."""
-    if not run_dir.is_dir():
-        raise DataError(f"{run_dir} is not a folder: give the run.dir of a run.")
-    if not any((run_dir / name).exists() for name in ("outcome.json", "metrics.jsonl")):
-        raise DataError(
-            f"{run_dir} holds neither outcome.json nor metrics.jsonl: give the run.dir of a run."
-        )
-    records = _records(run_dir / "metrics.jsonl")
-    training = [record for record in records if "loss" in record]
-    validations = [record for record in records if "val_loss" in record]
-    return Results(
-        run_dir=run_dir,
-        config=_yaml(run_dir / "config.yaml"),
-        outcome=_outcome(run_dir / "outcome.json"),
-        train=_curve(training, "loss"),
-        validation=_curve(validations, "val_loss"),
-        val_loss_cell_mean=validations[-1].get("val_loss_cell_mean") if validations else None,
-        shuffled_loss=validations[-1].get("val_loss_shuffled_genes") if validations else None,
-        rates={name: _median(training, name) for name in RATES},
-        baselines=_json(run_dir / "baselines.json"),
-        train_s=_train_seconds(training),
-        wall_s=_wall_seconds(run_dir / "log.txt"),
-    )
 
 
 def text(results: Results, plot: Path | None = None) -> str:
@@ -174,7 +70,7 @@ def _ending(results: Results) -> str:
 
 
 def _loss_lines(results: Results) -> list[str]:
-    baselines, validation = results.baselines, results.validation.last
+    validation = results.validation.last
     lines = [
         "loss                   nats per masked gene",
         f"  training             {_number(results.train.last)}   (last log step)",
@@ -185,12 +81,18 @@ def _loss_lines(results: Results) -> list[str]:
             f"  genes shuffled       {_number(results.shuffled_loss)}   control: validation with "
             "each cell's genes in a random order"
         )
-    for name, label in (("unigram", "unigram"), ("gene_given_rank", "gene given rank")):
-        line = f"  {label:<20} {_number(baselines.get(name))}   baseline"
-        if validation is not None and name in baselines:
-            line += f"; validation is {_difference(validation, baselines[name])}"
-        lines.append(line)
+    for name, label in zip(BASELINES, ("unigram", "gene given rank"), strict=True):
+        lines.append(f"  {label:<20} {_baseline(results.baselines, name, validation)}")
     return lines
+
+
+def _baseline(baselines: dict[str, Any] | None, name: str, validation: float | None) -> str:
+    if baselines is None:
+        return "-   not readable (baselines.json)"
+    line = f"{_number(baselines.get(name))}   baseline"
+    if validation is None or name not in baselines:
+        return line
+    return f"{line}; validation is {_difference(validation, baselines[name])}"
 
 
 def _speed_lines(results: Results) -> list[str]:
@@ -214,68 +116,3 @@ def _number(value: float | None, form: str = ".4f") -> str:
 
 def _difference(loss: float, baseline: float) -> str:
     return f"{abs(loss - baseline):.3f} {'below' if loss < baseline else 'ABOVE'}"
-
-
-def _curve(records: list[dict[str, Any]], name: str) -> Curve:
-    return Curve([record["step"] for record in records], [record[name] for record in records])
-
-
-def _median(records: list[dict[str, Any]], name: str) -> float | None:
-    values = [record[name] for record in records if record.get(name) is not None]
-    return statistics.median(values) if values else None
-
-
-def _train_seconds(records: list[dict[str, Any]]) -> float:
-    """Sum over the records of seconds per step x steps since the record before."""
-    previous, seconds = 0, 0.0
-    for record in records:
-        seconds += record.get("step_s", 0.0) * (record["step"] - previous)
-        previous = record["step"]
-    return seconds
-
-
-def _wall_seconds(path: Path) -> float | None:
-    times = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            times.append(datetime.fromisoformat(line.partition(" ")[0]))
-        except ValueError:
-            continue
-    return (times[-1] - times[0]).total_seconds() if times else None
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; half a line, as a kill leaves it, is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
-    return records
-
-
-def _outcome(path: Path) -> dict[str, Any]:
-    found = _json(path)
-    if "exit_code" in found:
-        return found
-    reason = "it left no outcome.json: it was killed, or still runs"
-    return {"outcome": "unknown", "exit_code": DEFECT, "reason": reason}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        raise DataError(f"{path} is not JSON: it was damaged after the run wrote it.") from None
-    return found if isinstance(found, dict) else {}
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text()) if path.exists() else {}
-    except yaml.YAMLError:
-        raise DataError(f"{path} is not YAML: it was damaged after the run wrote it.") from None
-    return found if isinstance(found, dict) else {}

@@ -82,7 +82,9 @@ class Meter:
         cells, tokens        [CLS] counted, padding not
         sum_squared_lengths  sum over cells of (tokens of the cell)^2
         data_wait_s          seconds of step_s in which the step waited for its batch
-        step_s               seconds from the start of the step to the start of the next one
+        step_s               seconds of the step: the wait for its batch, forward, backward and
+                             update; what comes between steps (logging, validation, saving) is not
+                             in it, nor in the rates
         """
         window = self._window
         window.steps += steps

@@ -56,6 +56,9 @@ def wrap(stages: list[Geneformer], optim: OptimConfig) -> Trainable:
         config_overrides=matrices_only_decay(settings),
         use_gloo_process_groups=False,
     )
+    for group in optimizer.param_groups:
+        # Megatron only notes here which parameters decay; its own scheduler would act on it.
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     give_states(optimizer)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 
+import pytest
+
+from tests.rules.readings import Settings, settings_read
 from tests.rules.sources import LIBRARY, command_files, library_files, tree_of
 
 SECTIONS = LIBRARY / "config" / "sections.py"
@@ -21,14 +24,77 @@ def test_every_setting_has_a_docstring() -> None:
 
 
 def test_every_setting_is_read() -> None:
-    read = _attributes_read()
-    unread = [
-        f"{section.name}.{name}"
-        for section in _sections()
-        for name, _ in _fields(section)
-        if name not in read
-    ]
-    assert not unread, f"dead settings: {unread}"
+    settings = Settings.of(tree_of(SECTIONS))
+    assert len(settings.names()) > 40
+    read = {name for tree in _acting_trees() for name in settings_read(tree, settings)}
+    dead = settings.names() - read
+    assert not dead, f"dead settings: {sorted(dead)}"
+
+
+EXAMPLE = Settings.of(
+    ast.parse(
+        """
+class OptimConfig:
+    lr: float = 1.0
+    clip: float = 1.0
+class TrainConfig:
+    steps: int = 1
+class Config:
+    optim: OptimConfig
+    train: TrainConfig
+"""
+    )
+)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "x = config.optim.lr",
+        "def f(run):\n    return run.config.optim.lr",
+        "def f(config):\n    optim = config.optim\n    return optim.lr",
+        "def f(run):\n    train, o = run.config.train, run.config.optim\n    return o.lr",
+        "def f(settings: Config):\n    return settings.optim.lr",
+        "def f(o: OptimConfig):\n    return o.lr",
+        "def f(*, o: sections.OptimConfig):\n    def g():\n        return o.lr\n    return g",
+        "class A:\n    def f(self):\n        return self.config.optim.lr",
+        "def f():\n    config, text = load()\n    return config.optim.lr",
+    ],
+)
+def test_a_reading_is_found(code: str) -> None:
+    assert settings_read(ast.parse(code), EXAMPLE) == {"optim.lr"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "x = schedule.lr",
+        "x = optim.lr",
+        "x = config.train.lr",
+        "x = config.schedule.lr",
+        "def f(model):\n    return model.lr",
+        "def f(optim: OptimConfig):\n    optim = optim.groups\n    return optim.lr",
+        "def f(o: OptimConfig):\n    pass\ndef g(o):\n    return o.lr",
+        "config.optim.lr = 3",
+        "print(f'{config.optim.lr}')",
+        "x = 'optim.lr'",
+    ],
+)
+def test_what_only_looks_like_a_reading_is_not_one(code: str) -> None:
+    assert not settings_read(ast.parse(code), EXAMPLE)
+
+
+def test_a_dead_setting_would_be_found() -> None:
+    """Settings nobody reads, named like attributes that the library does read of other objects."""
+    text = SECTIONS.read_text()
+    for name in ("step", "rank", "num_cells"):
+        assert f".{name}" in (LIBRARY / "train" / "setup.py").read_text()
+        text = text.replace(
+            "    clip: float = 1.0\n", f"    {name}: int = 1\n    clip: float = 1.0\n"
+        )
+    settings = Settings.of(ast.parse(text))
+    read = {name for tree in _acting_trees() for name in settings_read(tree, settings)}
+    assert settings.names() - read == {"optim.step", "optim.rank", "optim.num_cells"}
 
 
 def _sections() -> list[ast.ClassDef]:
@@ -60,22 +126,14 @@ def _is_docstring(node: ast.stmt | None) -> bool:
     )
 
 
-def _attributes_read() -> set[str]:
-    """Names read as `.name` by code that acts on them. Checking a range is not acting, so of
-    config/ only `plan` itself counts."""
-    trees: list[ast.AST] = [
-        tree_of(path)
-        for path in [*library_files(), *command_files()]
-        if path.parent.name != "config"
-    ]
-    trees += [
+def _acting_trees() -> list[ast.AST]:
+    """The code that acts on settings. Checking a range is not acting, so of config/ only `plan`
+    itself counts, and no benchmark does."""
+    commands = [path for path in command_files() if path.parent.name != "benchmarks"]
+    library = [path for path in library_files() if path.parent.name != "config"]
+    (plan,) = (
         node
         for node in tree_of(DERIVE).body
         if isinstance(node, ast.FunctionDef) and node.name == "plan"
-    ]
-    return {
-        node.attr
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-    }
+    )
+    return [plan, *(tree_of(path) for path in [*library, *commands])]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from geneformer_mcore.downstream import loss_plot, report
+from geneformer_mcore.downstream import loss_plot, report, results
 from geneformer_mcore.errors import DataError
 
 CONFIG = """
@@ -69,18 +69,18 @@ def command(repository: Path, script: str, *arguments: str) -> subprocess.Comple
 
 
 def test_numbers_are_those_of_the_folder(run_dir) -> None:
-    results = report.load(run_dir)
-    assert (results.step, results.total_steps, results.exit_code) == (40, 40, 0)
-    assert (results.train.last, results.validation.last) == (5.0, 4.75)
-    assert results.val_loss_cell_mean == 4.7
-    assert results.rates["cells_per_s"] == 400, "the median: the slow start does not count"
-    assert results.train_s == 40 * 0.5
-    assert results.wall_s == 45
-    assert results.checkpoint == run_dir / "checkpoints" / "step_0000000040"
+    found = results.load(run_dir)
+    assert (found.step, found.total_steps, found.exit_code) == (40, 40, 0)
+    assert (found.train.last, found.validation.last) == (5.0, 4.75)
+    assert found.val_loss_cell_mean == 4.7
+    assert found.rates["cells_per_s"] == 400, "the median: the slow start does not count"
+    assert found.train_s == 40 * 0.5
+    assert found.wall_s == 45
+    assert found.checkpoint == run_dir / "checkpoints" / "step_0000000040"
 
 
 def test_the_table_sets_losses_beside_baselines(run_dir) -> None:
-    table = report.text(report.load(run_dir), run_dir / "loss.png")
+    table = report.text(results.load(run_dir), run_dir / "loss.png")
     assert "step 40 of 40" in table
     assert "4.7500" in table
     assert "6.0000   baseline; validation is 1.250 below" in table
@@ -96,7 +96,7 @@ def test_the_table_sets_losses_beside_baselines(run_dir) -> None:
 
 def test_an_interrupted_run_says_so(run_dir) -> None:
     (run_dir / "outcome.json").write_text(json.dumps(SAVED))
-    table = report.text(report.load(run_dir))
+    table = report.text(results.load(run_dir))
     assert "NOT FINISHED" in table
     assert "exit code 75: SIGTERM" in table
     assert f"run.dir={run_dir} continues it" in table
@@ -106,25 +106,25 @@ def test_a_killed_run_is_a_defect(run_dir) -> None:
     (run_dir / "outcome.json").unlink()
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 50, "lo')
-    results = report.load(run_dir)
-    assert results.exit_code == 1
-    assert results.step == 40
-    assert "killed, or still runs" in report.text(results)
+    found = results.load(run_dir)
+    assert found.exit_code == 1
+    assert found.step == 40
+    assert "killed, or still runs" in report.text(found)
 
 
 def test_a_run_that_was_refused_has_no_table_of_dashes(tmp_path) -> None:
     refused = FINISHED | {"outcome": "refused", "exit_code": 2, "step": 0, "reason": "no store"}
     (tmp_path / "outcome.json").write_text(json.dumps(refused))
-    table = report.text(report.load(tmp_path))
+    table = report.text(results.load(tmp_path))
     assert table.splitlines()[-1].endswith("exit code 2: no store")
 
 
 def test_a_run_without_validation_or_baselines(run_dir) -> None:
     (run_dir / "baselines.json").unlink()
     (run_dir / "metrics.jsonl").write_text(json.dumps(training(10)) + "\n")
-    results = report.load(run_dir)
-    assert "validation           -" in report.text(results)
-    loss_plot.save(results, run_dir / "loss.png")
+    found = results.load(run_dir)
+    assert "validation           -" in report.text(found)
+    loss_plot.save(found, run_dir / "loss.png")
 
 
 @pytest.mark.parametrize("content", [None, "notes.txt"])
@@ -134,20 +134,55 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, content: str | None) -> No
         folder.mkdir()
         (folder / content).write_text("")
     with pytest.raises(DataError, match=r"give the run\.dir of a run"):
-        report.load(folder)
+        results.load(folder)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("baselines.json", "JSON"), ("config.yaml", "YAML")])
+@pytest.mark.parametrize(("name", "kind"), [("outcome.json", "JSON"), ("config.yaml", "YAML")])
 def test_a_damaged_file_is_named(run_dir, name: str, kind: str) -> None:
     (run_dir / name).write_text('{"unigram": [')
     with pytest.raises(DataError, match=rf"{name} is not {kind}"):
-        report.load(run_dir)
+        results.load(run_dir)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "outcome.json", "config.yaml", "log.txt"])
+def test_a_folder_in_a_files_place_is_named(run_dir, name: str) -> None:
+    (run_dir / name).unlink()
+    (run_dir / name).mkdir()
+    with pytest.raises(DataError, match=rf"{name} cannot be read \(Is a directory\)"):
+        results.load(run_dir)
+
+
+@pytest.mark.parametrize("content", ['{"unigram": 6.0, "gene_gi', '{"unigram": "six"}', None])
+def test_baselines_that_cannot_be_read_do_not_end_the_report(run_dir, content: str | None) -> None:
+    place = run_dir / "baselines.json"
+    place.unlink()
+    place.write_text(content) if content else place.mkdir()
+    found = results.load(run_dir)
+    table = report.text(found)
+    assert "unigram              -   not readable (baselines.json)" in table
+    assert "gene given rank      -   not readable (baselines.json)" in table
+    assert "validation           4.7500" in table
+    assert report.as_json(found)["baselines"] is None
+    loss_plot.save(found, run_dir / "loss.png")
+
+
+def test_metrics_cut_within_a_character_are_read_up_to_there(run_dir) -> None:
+    with (run_dir / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 50, "loss": "\xe2\x82')
+    (run_dir / "config.yaml").write_text(CONFIG + "checkpoint:\n")
+    assert results.load(run_dir).step == 40
+
+
+@pytest.mark.parametrize("content", ['{"exit_code": 0}', '{"exit_code": "?", "reason": ""}', "[]"])
+def test_half_an_outcome_is_none(run_dir, content: str) -> None:
+    (run_dir / "outcome.json").write_text(content)
+    assert results.load(run_dir).exit_code == 1
 
 
 def test_the_plot_is_a_picture_of_all_curves(run_dir, monkeypatch) -> None:
     drawn = []
     monkeypatch.setattr(loss_plot.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    loss_plot.save(report.load(run_dir), run_dir / "loss.png")
+    loss_plot.save(results.load(run_dir), run_dir / "loss.png")
     (axes,) = drawn[0].axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == [
@@ -182,6 +217,22 @@ def test_the_command_refuses_without_a_traceback(repository, tmp_path) -> None:
     assert done.returncode == 2
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("place", ["metrics.jsonl/numbers.json", "checkpoints"])
+def test_the_command_names_the_place_it_cannot_write_to(repository, run_dir, place: str) -> None:
+    done = command(repository, "launch/report.py", str(run_dir), "--json", str(run_dir / place))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {run_dir / place} cannot be written")
+    assert len(done.stderr.splitlines()) == 1
+    assert "validation           4.7500" in done.stdout, "the table is shown all the same"
+
+
+def test_a_plot_that_cannot_be_written_is_one_message(repository, run_dir) -> None:
+    (run_dir / "loss.png").mkdir()
+    done = command(repository, "launch/report.py", str(run_dir))
+    assert done.returncode == 2
+    assert done.stderr == f"error: the plot {run_dir}/loss.png cannot be written: Is a directory.\n"
 
 
 TABLE_README = """# Title
@@ -219,12 +270,12 @@ TFLOPS = {
 @pytest.fixture
 def readme(tmp_path: Path, run_dir: Path) -> list[str]:
     """Arguments of readme_tables.py: a README and results with one run and one benchmark."""
-    results = tmp_path / "results"
-    results.mkdir()
-    (results / "demo.json").write_text(json.dumps(report.as_json(report.load(run_dir))))
-    (results / "tflops_cpu.json").write_text(json.dumps(TFLOPS))
+    kept = tmp_path / "results"
+    kept.mkdir()
+    (kept / "demo.json").write_text(json.dumps(report.as_json(results.load(run_dir))))
+    (kept / "tflops_cpu.json").write_text(json.dumps(TFLOPS))
     (tmp_path / "README.md").write_text(TABLE_README)
-    return ["--readme", str(tmp_path / "README.md"), "--results", str(results)]
+    return ["--readme", str(tmp_path / "README.md"), "--results", str(kept)]
 
 
 def test_readme_tables_are_filled_from_the_measurements(repository, tmp_path, readme) -> None:
