@@ -1,12 +1,12 @@
-"""What every test stands on: the order of tests, quiet threads, data that may be missing."""
+"""What every test stands on: quiet threads, properties that repeat, data that may be missing."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# Before numpy and torch are imported by any test: a parent with an OpenMP pool of several threads
-# cannot fork the ranks of a distributed test, they hang.
+# Before numpy and torch are imported by any test, and inherited by the process that the ranks of a
+# distributed test are forked from: with an OpenMP pool of several threads there, they would hang.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
@@ -14,23 +14,10 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-FIRST = ("tests/rules", "tests/distributed")
-"""Folders whose tests run first, in this order. The forking ones must: once a process has used
-tiledbsoma, a child forked from it hangs."""
 
 # The machine's speed must not decide whether a property holds, and a failure must come again.
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("ours")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Stable sort: the folders of FIRST, then the rest as collected."""
-    items.sort(key=lambda item: _place(item.path))
-
-
-def _place(path: Path) -> int:
-    name = path.relative_to(REPOSITORY).as_posix()
-    return next((i for i, folder in enumerate(FIRST) if name.startswith(folder)), len(FIRST))
 
 
 @pytest.fixture(scope="session")
