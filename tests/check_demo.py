@@ -3,8 +3,8 @@
     .venv/bin/python tests/check_demo.py
 
 It must install nothing, train from step 0 in a run folder of its own, and end with a validation
-loss at least 0.3 nats below the unigram baseline: exit code 1 and a list if not. It should take under
-3 minutes; more is only remarked on, since machines are noisy.
+loss at least 0.3 nats below the unigram baseline: exit code 1 and a list if not. It should take
+under 3 minutes; more is only remarked on, since machines are noisy.
 """
 
 from __future__ import annotations
