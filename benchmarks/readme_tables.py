@@ -153,6 +153,7 @@ RUN_ROWS: list[tuple[str, Callable[[Measurement], str]]] = [
 TFLOPS_COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
     ("model", lambda row: str(row["model"])),
     ("precision", lambda row: str(row["precision"])),
+    ("attention", lambda row: f"{row['attention']}, dropout {row['attention_dropout']:g}"),
     ("micro batch", lambda row: f"{row['micro_batch']:,}"),
     ("tokens per cell", lambda row: f"{row['seq_length']:,}"),
     ("s per step", lambda row: f"{row['step_s']:.3g}"),

@@ -251,6 +251,8 @@ TFLOPS = {
         {
             "model": "10M",
             "precision": "fp32",
+            "attention": "sdpa",
+            "attention_dropout": 0.0,
             "micro_batch": 2,
             "seq_length": 2048,
             "step_s": 6.4321,
@@ -290,7 +292,7 @@ def test_readme_tables_are_filled_from_the_measurements(repository, tmp_path, re
     assert "| **validation loss** | **not measured** |" not in filled
     assert "| cells/s | not measured | not measured |" in filled, "the real job is not there"
     assert (
-        "| a laptop | 10M | fp32 | 2 | 2,048 | 6.43 | 0.312 | 412 | 0.0613 | 0.0271 "
+        "| a laptop | 10M | fp32 | sdpa, dropout 0 | 2 | 2,048 | 6.43 | 0.312 | 412 | 0.0613 | 0.0271 "
         "| not measured |" in filled
     )
     assert "torch 2.13.0; commit 0123456789ab" in filled
