@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from geneformer_mcore.commands import EXIT_USER_ERROR, run
+from geneformer_mcore.commands import WRONG_INPUT, run
 
 EXAMPLE = """example:
   python data_prep/check_store.py stores/demo
@@ -35,7 +35,7 @@ def main() -> int:
     for problem in problems:
         print(f"problem: {problem}")
     if problems:
-        return EXIT_USER_ERROR
+        return WRONG_INPUT
     manifest = Manifest.load(arguments.store)
     print(
         f"{arguments.store}: sound. {manifest.cells:,} cells, {manifest.tokens:,} tokens, content "

@@ -10,7 +10,6 @@ from geneformer_mcore.errors import GeneformerError
 
 FINISHED, DEFECT, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 75
 """Exit codes: finished; a defect, hang or lost rank; the user's to mend; saved, start me again."""
-EXIT_USER_ERROR = WRONG_INPUT
 EXIT_INTERRUPTED_BY_KEY = 130
 
 
@@ -25,7 +24,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except GeneformerError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
-        code = EXIT_USER_ERROR
+        code = WRONG_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED_BY_KEY

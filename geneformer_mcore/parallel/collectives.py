@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from geneformer_mcore.parallel.groups import Topology
 
@@ -40,8 +39,3 @@ def from_first_rank(value: Any) -> Any:
 def barrier() -> None:
     """Waits until every rank is here."""
     dist.barrier()
-
-
-def data_parallel_group() -> dist.ProcessGroup:
-    """The ranks that hold the same part of the model and see different cells."""
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -30,11 +30,6 @@ class Topology:
     data_size: int
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
-        return self.pipeline_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this rank holds the prediction head, and so knows losses."""
         return self.pipeline_rank == self.pipeline_size - 1

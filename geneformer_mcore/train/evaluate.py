@@ -22,7 +22,7 @@ def evaluate(
     weights, random states and the position in the training data alone."""
     totals = Totals()
     for chunk in trainable.chunks:
-        chunk.eval()
+        chunk.train(mode=False)
     with torch.no_grad():
         for number in range(validation_steps(feed, limit)):
             batches = feed.validation_step(number * feed.share.global_batch_size)
