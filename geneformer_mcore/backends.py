@@ -16,7 +16,9 @@ INSTALL_HINTS = {
     "transformer_engine": 'pip install "geneformer_mcore[gpu]" on a machine with an NVIDIA GPU',
     "apex": "use NVIDIA's PyTorch container, or build NVIDIA's apex from source; "
     "the package called `apex` on PyPI is another project",
+    "nvidia.dali": "pip install nvidia-dali-cuda130, or set data.loader=thread",
     "scanpy": 'pip install "geneformer_mcore[eval]"',
+    "cellxgene_census": 'pip install "geneformer_mcore[census]", or give an Experiment by --uri',
 }
 
 
@@ -24,7 +26,9 @@ def is_available(name: str) -> bool:
     """Whether the package `name` can be imported here. For apex, whether it is NVIDIA's."""
     if name == "apex":
         return _is_nvidia_apex()
-    return find_spec(name) is not None
+    parent = name.rpartition(".")[0]
+    # To look for `nvidia.dali`, Python imports `nvidia`: a bare folder shared by NVIDIA's packages.
+    return (not parent or is_available(parent)) and find_spec(name) is not None
 
 
 def require(name: str) -> None:

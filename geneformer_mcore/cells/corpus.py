@@ -1,19 +1,24 @@
-"""A corpus: several files of counts, how to read them, and the vocabulary they make together.
+"""How the files of a corpus are read, and which gene each of their columns is.
 
-files  ->  genes of each, all of one kind of id?  ->  medians over all cells  ->  Vocabulary
+file | Experiment  +  InputOptions  ->  Counts, open  ->  GeneIds
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from geneformer_mcore.cells.counts import CountsFile
-from geneformer_mcore.cells.genes import GeneIds, find_gene_ids, is_ensembl_id
-from geneformer_mcore.cells.medians import MedianCollector
+from geneformer_mcore.cells import gencode
+from geneformer_mcore.cells.genes import (
+    GeneIds,
+    Table,
+    find_gene_ids,
+    is_ensembl_id,
+    names_as_symbols,
+)
+from geneformer_mcore.cells.inputs import Counts, open_counts
 from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class InputOptions:
 
     layer:              the layer of the counts; None: layers["counts"], raw.X, X, in that order
     symbols:            {symbol: gene id} for files that name genes by symbol
+    default_symbols:    gives such a table where none is given and one is needed, or None
     allow_normalised:   counts need not be whole numbers (they may be scaled per cell)
     allow_low_overlap:  files with under 10 % of their genes in the vocabulary are taken too
     allow_no_overlap:   so are files with none of their genes in it
@@ -32,10 +38,11 @@ class InputOptions:
     allow_normalised: bool = False
     allow_low_overlap: bool = False
     allow_no_overlap: bool = False
+    default_symbols: Table = gencode.default_symbols
 
-    def open(self, path: str | Path) -> CountsFile:
-        """The file `path`, open as these options say."""
-        return CountsFile(path, self.layer, self.allow_normalised)
+    def open(self, source: str | Path) -> Counts:
+        """The counts of a file or SOMA Experiment, open as these options say."""
+        return open_counts(source, self.layer, self.allow_normalised)
 
     def with_own_vocabulary(self) -> InputOptions:
         """The same for a vocabulary that was made from these very files.
@@ -47,31 +54,25 @@ class InputOptions:
 
 
 def find_genes(
-    counts: CountsFile, options: InputOptions, known: Collection[str] | None = None
+    counts: Counts, options: InputOptions, vocabulary: Vocabulary | None = None
 ) -> GeneIds:
-    """The gene id of each column of an open file (see genes.find_gene_ids)."""
-    return find_gene_ids(counts.gene_columns(), known, options.symbols)
+    """The gene id of each column of open counts (see genes.find_gene_ids).
 
-
-def build_vocabulary(paths: Sequence[str | Path], options: InputOptions) -> Vocabulary:
-    """The genes that the cells of these files express, with exact medians over all of them.
-
-    Raises DataError for files that cannot be used, or that name genes by ids of different kinds.
+    Symbols are mapped by options.symbols if given; else by the names of the vocabulary; else, for
+    human genes, by options.default_symbols.
     """
-    if not paths:
-        raise DataError("no input file given. Remedy: name one h5ad file or more.")
-    collector = MedianCollector()
-    names: dict[str, str] = {}
-    ensembl_share: dict[str, float] = {}
-    for path in sorted(map(Path, paths)):
-        with options.open(path) as counts:
-            genes = find_genes(counts, options)
-            ensembl_share[str(path)] = _ensembl_share(genes)
-            _check_one_kind(ensembl_share)
-            for gene, name in zip(genes.ids, counts.gene_names(), strict=True):
-                names.setdefault(gene, name)
-            collector.add(counts.blocks(), genes.ids)
-    return collector.vocabulary(names)
+    tables: dict[str, Table] = {}
+    if vocabulary is not None and not options.symbols:
+        tables["the vocabulary's names"] = lambda: names_as_symbols(vocabulary)
+    if not options.symbols and (vocabulary is None or _is_human(vocabulary)):
+        tables["GENCODE"] = options.default_symbols
+    known = None if vocabulary is None else vocabulary.token_ids
+    return find_gene_ids(counts.gene_columns(), known, options.symbols, tables)
+
+
+def _is_human(vocabulary: Vocabulary) -> bool:
+    ids = vocabulary.feature_ids
+    return sum(gene.startswith("ENSG0") for gene in ids) * 2 >= len(ids)
 
 
 def describe_other_ids(vocabulary: Vocabulary) -> str | None:
@@ -88,19 +89,3 @@ def describe_other_ids(vocabulary: Vocabulary) -> str | None:
         f"({', '.join(others[:3])}): they are taken as they are, and go only with files that name "
         "genes alike. Remedy, if ids are meant: --symbols FILE with symbol -> id."
     )
-
-
-def _ensembl_share(genes: GeneIds) -> float:
-    ids = [gene for gene in genes.ids if gene]
-    return sum(map(is_ensembl_id, ids)) / max(1, len(ids))
-
-
-def _check_one_kind(ensembl_share: Mapping[str, float]) -> None:
-    with_ids = [path for path, share in ensembl_share.items() if share >= 0.5]
-    without = [path for path, share in ensembl_share.items() if share < 0.5]
-    if with_ids and without:
-        raise DataError(
-            f"{without[0]} names {ensembl_share[without[0]]:.0%} of its genes by Ensembl ids, "
-            f"{with_ids[0]} {ensembl_share[with_ids[0]]:.0%}: one vocabulary takes one kind of id. "
-            "Remedy: --symbols FILE with symbol -> id, or give var an `ensembl_id` column."
-        )

@@ -5,10 +5,27 @@ CSR block  ->  is every column one of the file's, every value a count?  ->  the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import numpy as np
 
 from geneformer_mcore.cells.compiled import compiled
 from geneformer_mcore.cells.normalise import CountBlock
+from geneformer_mcore.errors import DataError
+
+READ_FAILURES = (
+    OSError,
+    RuntimeError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    MemoryError,
+)
+"""What h5py raises on a damaged file, by which number or name in it is another one now."""
 
 _NONE = -1
 
@@ -26,22 +43,58 @@ def _first_fault(data: np.ndarray, indices: np.ndarray, num_columns: int, whole:
     return _NONE
 
 
-def first_fault(block: CountBlock, num_columns: int, whole_numbers: bool) -> int | None:
-    """The first entry that is negative, NaN, infinite, not whole (where asked) or off the matrix.
+class Named(Protocol):
+    """What names the place of a fault (see inputs.Counts)."""
 
-    None where there is none. Entries count from the block's first.
+    num_columns: int
+
+    def read_cell_ids(self, start: int, stop: int) -> list[str]: ...
+
+    def gene_columns(self) -> dict[str, Sequence[object]]: ...
+
+
+def check_counts(
+    block: CountBlock, counts: Named, name: str, whole_numbers: bool, layers: Sequence[str]
+) -> None:
+    """Raises DataError with row, cell, gene, value and remedy at the first entry that is no count.
+
+    name:    what the message calls the matrix
+    layers:  those that the remedy offers
     """
-    entry = _first_fault(block.data, block.indices, num_columns, whole_numbers)
-    return None if entry == _NONE else int(entry)
+    entry = _first_fault(block.data, block.indices, counts.num_columns, whole_numbers)
+    if entry == _NONE:
+        return
+    column, value = int(block.indices[entry]), float(block.data[entry])
+    row = block.start + int(np.searchsorted(block.indptr, entry, side="right")) - 1
+    if not 0 <= column < counts.num_columns:
+        raise DataError(
+            f"{name} is damaged: row {row} names column {column} of {counts.num_columns:,}. "
+            "Remedy: get or write the file again."
+        )
+    (cell,) = counts.read_cell_ids(row, row + 1)
+    raise DataError(
+        f"{name} must hold counts, and row {row} (cell {cell}), gene "
+        f"{counts.gene_columns()['index'][column]} holds {value:g}: {_describe(value)}. "
+        f"{_remedy(value, layers)}"
+    )
 
 
-def describe_value(value: float) -> str:
-    """Why `value` is no count: "negative", "NaN", "infinite" or "not a whole number"."""
+def _describe(value: float) -> str:
     if np.isnan(value):
         return "NaN"
     if np.isinf(value):
         return "infinite"
     return "negative" if value < 0 else "not a whole number"
+
+
+def _remedy(value: float, layers: Sequence[str]) -> str:
+    if not np.isfinite(value):
+        return "Remedy: mend the value, or leave the cell out."
+    named = f" (the file has: {', '.join(layers)})" if layers else ""
+    return (
+        'Remedy: put the raw counts into layers["counts"] or raw, or name their layer with '
+        f"--layer{named}. Counts scaled per cell, not logarithms, pass with --allow-normalised."
+    )
 
 
 def looks_normalised(data: np.ndarray) -> bool:

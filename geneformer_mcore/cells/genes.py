@@ -1,7 +1,8 @@
 """Which gene each column of a file is: ids found, cleaned, mapped from symbols, and counted.
 
 var  ->  feature_id | ensembl_id | gene_ids | index  ->  version off, blanks dropped
-     ->  symbol table, if given  ->  token id of each column (0: not in the vocabulary)
+     ->  symbols: a given table | the vocabulary's names | GENCODE, where there are no ids
+     ->  token id of each column (0: not in the vocabulary)
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,12 @@ from geneformer_mcore.errors import DataError
 
 ID_COLUMNS = ("feature_id", "ensembl_id", "gene_ids", "index")
 """Where gene ids are looked for in `var`, in this order; "index" is its row names."""
+
+NAME_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "gene_name")
+"""Where gene names (symbols) are looked for in `var`, in this order; else its row names."""
+
+_ENOUGH = 0.9
+"""Where so much of a column is known by a table, the next one is not asked for."""
 
 BLANKS = frozenset({"", "na", "nan", "n/a", "none", "null", "<na>", "-"})
 MIN_OVERLAP = 0.10
@@ -51,11 +59,16 @@ def is_ensembl_id(gene: str) -> bool:
 
 @dataclass(frozen=True)
 class GeneIds:
-    """The cleaned gene id of every column of a file ("" for none), and where they were found."""
+    """The cleaned gene id of every column of a file ("" for none), and where they were found.
+
+    num_mapped_symbols:  columns whose id is from a table of symbols
+    symbols_from:        which tables: "the given table", "the vocabulary's names", "GENCODE"
+    """
 
     ids: tuple[str, ...]
     location: str
     num_mapped_symbols: int = 0
+    symbols_from: str = ""
 
     @property
     def num_blank(self) -> int:
@@ -63,36 +76,103 @@ class GeneIds:
         return sum(not gene for gene in self.ids)
 
 
+Table = Callable[[], Mapping[str, str] | None]
+"""Gives {symbol: id} when it is asked for; None: there is none at hand."""
+
+
 def find_gene_ids(
     columns: Mapping[str, Sequence[object]],
     known: Collection[str] | None = None,
     symbols: Mapping[str, str] | None = None,
+    tables: Mapping[str, Table] | None = None,
 ) -> GeneIds:
-    """Gene ids from the first of ID_COLUMNS with a gene that is known (else the first there is).
+    """Gene ids from the first of ID_COLUMNS that speaks ids, else by symbols.
+
+    A column speaks ids if at least half of what it holds is known, or has the form of an Ensembl id
+    while at least one is known. Columns of other names come after ID_COLUMNS. Where none does,
+    `tables` are asked in turn, each for what those before leave open, until nearly all of a column
+    is known; then the column with the most known genes is taken, as it is if no table knows more.
 
     columns:  {name: one value per gene} of `var`, "index" always among them
     known:    the ids of the vocabulary; None: whatever has the form of an Ensembl id is known
-    symbols:  {symbol: id}, for those that are not known by themselves
+    symbols:  {symbol: id} that the user gave, for values that are not known by themselves
+    tables:   {where from: table} for files that name genes by symbol
     """
+    ordered = [name for name in (*ID_COLUMNS, *NAME_COLUMNS) if name in columns]
+    ordered += [name for name in columns if name not in ordered]
+    cleaned = {name: [clean_id(gene) for gene in columns[name]] for name in ordered}
+    finder = _Finder(cleaned, known)
+    plain = finder.candidates(symbols or {}, "the given table")
+    speaking = finder.first_speaking(plain)
+    if speaking:
+        return speaking
+    found, table, origins = list(plain), dict(symbols or {}), []
+    for origin, get in () if finder.some_ensembl() else (tables or {}).items():
+        more = get()
+        if not more:
+            continue
+        table = {**more, **table}
+        origins.append(origin)
+        mapped = finder.candidates(table, " and ".join(origins))
+        # Without a vocabulary, a table that does not fit must not throw most genes away.
+        found += [one for one in mapped if known is not None or finder.share_known(one) >= 0.5]
+        if any(finder.share_known(one) >= _ENOUGH for one in mapped):
+            break
+    return max(found, key=finder.num_known)
 
-    def is_known(gene: str) -> bool:
-        return gene in known if known is not None else is_ensembl_id(gene)
 
-    def by_symbol(gene: str) -> str:
-        # Without a vocabulary to tell symbols from ids, an unmapped symbol would become a gene.
-        unmapped = "" if symbols and known is None else gene
-        return (symbols or {}).get(gene, unmapped)
+class _Finder:
+    """What find_gene_ids asks of columns, cleaned, in the order in which they are looked at."""
 
-    candidates = []
-    for location in (name for name in ID_COLUMNS if name in columns):
-        cleaned = [clean_id(gene) for gene in columns[location]]
-        mapped = [gene if is_known(gene) else by_symbol(gene) for gene in cleaned]
-        changed = sum(bool(b) and a != b for a, b in zip(cleaned, mapped, strict=True))
-        candidates.append(GeneIds(tuple(mapped), location, changed))
-    for found in candidates:
-        if any(is_known(gene) for gene in found.ids if gene):
-            return found
-    return candidates[0]
+    def __init__(self, columns: Mapping[str, list[str]], known: Collection[str] | None) -> None:
+        self._columns, self._known = columns, known
+
+    def candidates(self, symbols: Mapping[str, str], origin: str) -> list[GeneIds]:
+        """Every column with its unknown values mapped by `symbols`."""
+        return [self._map(name, symbols, origin) for name in self._columns]
+
+    def first_speaking(self, candidates: Sequence[GeneIds]) -> GeneIds | None:
+        """The first with half its values known; else of Ensembl's form, and one of them known."""
+        half = (one for one in candidates if self.share_known(one) >= 0.5)
+        ensembl = (one for one in candidates if self._is_ensembl(one.location))
+        some = (one for one in ensembl if self.num_known(one))
+        return next(half, None) or next(some, None)
+
+    def some_ensembl(self) -> bool:
+        """Whether at least half of some column has the form of Ensembl ids."""
+        return any(self._is_ensembl(name) for name in self._columns)
+
+    def num_known(self, found: GeneIds) -> int:
+        """Columns whose gene is known."""
+        return sum(self._is_known(gene) for gene in found.ids if gene)
+
+    def share_known(self, found: GeneIds) -> float:
+        """Those, of the columns that were not blank in the file."""
+        return self.num_known(found) / max(1, sum(map(bool, self._columns[found.location])))
+
+    def _map(self, name: str, symbols: Mapping[str, str], origin: str) -> GeneIds:
+        def by_symbol(gene: str) -> str:
+            # Without a vocabulary to tell symbols from ids, an unmapped symbol would become a gene.
+            return symbols.get(gene, "" if symbols and self._known is None else gene)
+
+        genes = self._columns[name]
+        ids = tuple(gene if self._is_known(gene) else by_symbol(gene) for gene in genes)
+        changed = sum(bool(b) and a != b for a, b in zip(genes, ids, strict=True))
+        return GeneIds(ids, name, changed, origin if changed else "")
+
+    def _is_known(self, gene: str) -> bool:
+        return gene in self._known if self._known is not None else is_ensembl_id(gene)
+
+    def _is_ensembl(self, name: str) -> bool:
+        genes = [gene for gene in self._columns[name] if gene]
+        return bool(genes) and sum(map(is_ensembl_id, genes)) * 2 >= len(genes)
+
+
+def names_as_symbols(vocabulary: Vocabulary) -> dict[str, str]:
+    """{name: id} of the vocabulary's names, where a name is one gene's alone and not its id."""
+    times = Counter(vocabulary.names)
+    pairs = zip(vocabulary.names, vocabulary.feature_ids, strict=True)
+    return {name: gene for name, gene in pairs if times[name] == 1 and name != gene}
 
 
 @dataclass(frozen=True)
@@ -156,13 +236,18 @@ def _overlap_message(
 ) -> str:
     unknown = sorted(gene for gene in distinct if gene not in vocabulary.token_ids)
     allow = "" if gene_map.num_known == 0 else ", or --allow-low-overlap if so few genes are meant"
+    mapped = (
+        f", {genes.num_mapped_symbols:,} of them mapped from symbols by {genes.symbols_from}"
+        if genes.num_mapped_symbols
+        else ""
+    )
     return (
         f"{source}: {gene_map.num_known:,} of {len(distinct):,} genes ({gene_map.overlap:.1%}) are "
-        f"in the vocabulary, at least {MIN_OVERLAP:.0%} must be. Gene ids of the file "
+        f"in the vocabulary{mapped}, at least {MIN_OVERLAP:.0%} must be. Gene ids of the file "
         f"(var {genes.location}): {', '.join(unknown[:3]) or 'all blank'}; of the vocabulary: "
         f"{', '.join(vocabulary.feature_ids[:3])}. Remedy: give the file's var a column "
-        "`feature_id` or `ensembl_id` with ids of the vocabulary's kind, or --symbols FILE with "
-        f"symbol -> id{allow}."
+        "`feature_id` or `ensembl_id` with ids of the vocabulary's kind, or a table symbol -> id "
+        f"with --symbols FILE or the variable GENEFORMER_GENCODE{allow}."
     )
 
 

@@ -13,6 +13,9 @@ import numpy as np
 
 from geneformer_mcore.cells.kernels import normalise_rows
 
+BLOCK_ENTRIES = 12 << 20
+"""Entries of a block at most (144 MiB), unless one row alone has more."""
+
 
 @dataclass(frozen=True)
 class CountBlock:

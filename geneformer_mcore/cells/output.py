@@ -50,7 +50,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Raises DataError where writing fails (no right to, no space).
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    # Several processes may write one file: each has a name of its own for the time being.
+    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial

@@ -4,7 +4,7 @@
           -> [CLS] in front -> cut to seq_length
 
 The order is exactly that of a stable float64 sort, ties by token id: genes are sorted by the upper
-22 bits of their float32 values (two passes of a radix sort), then the short runs that those cannot
+18 bits of their float32 values (two passes of a radix sort), then the short runs that those cannot
 tell apart are put in order by (float64 value descending, token id ascending). The bits of positive
 floats order as the floats do, and neither rounding to float32 nor cutting bits off ever swaps two
 values, so nothing else can be out of order.
@@ -22,6 +22,8 @@ from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.errors import DataError
 
 MIN_SEQ_LENGTH = 2
+MAX_SEQ_LENGTH = 65_536
+"""Token ids are 16 bits: no cell has more different ones."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ class RankEncoder:
     """Encodes blocks of counts for one vocabulary and sequence length."""
 
     def __init__(self, vocabulary: Vocabulary, seq_length: int) -> None:
-        """seq_length: tokens per cell at most, [CLS] included, >= 2 (else DataError)."""
-        if seq_length < MIN_SEQ_LENGTH:
+        """seq_length: tokens per cell at most, [CLS] included, 2..65,536 (else DataError)."""
+        if not MIN_SEQ_LENGTH <= seq_length <= MAX_SEQ_LENGTH:
             raise DataError(
-                f"seq_length must be at least {MIN_SEQ_LENGTH} ([CLS] and one gene), not "
-                f"{seq_length}."
+                f"seq_length must be at least {MIN_SEQ_LENGTH} ([CLS] and one gene) and at most "
+                f"{MAX_SEQ_LENGTH:,}, not {seq_length}."
             )
         self.vocabulary = vocabulary
         self.seq_length = seq_length

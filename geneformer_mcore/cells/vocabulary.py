@@ -34,6 +34,8 @@ class Vocabulary:
     feature_ids:  unique gene ids (Ensembl ids for human corpora), sorted
     names:        one name (symbol) per gene, for people; the id itself where none is known
     medians:      one per gene, > 0: the median over a corpus' non-zero count / total * 10,000
+    origin:       how the medians were made, where that is known (plain JSON, see tally.Tally); the
+                  same genes and medians are the same vocabulary, wherever they are from
 
     Raises DataError where one of these does not hold.
     """
@@ -41,6 +43,7 @@ class Vocabulary:
     feature_ids: tuple[str, ...]
     names: tuple[str, ...]
     medians: tuple[float, ...]
+    origin: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for problem in (
@@ -53,7 +56,10 @@ class Vocabulary:
 
     @classmethod
     def from_medians(
-        cls, medians: Mapping[str, float], names: Mapping[str, str] | None = None
+        cls,
+        medians: Mapping[str, float],
+        names: Mapping[str, str] | None = None,
+        origin: Mapping[str, Any] | None = None,
     ) -> Vocabulary:
         """The vocabulary of {gene id: median}; `names` is {gene id: symbol}, where known."""
         ids = tuple(sorted(medians))
@@ -62,6 +68,7 @@ class Vocabulary:
             ids,
             tuple(known.get(gene, gene) for gene in ids),
             tuple(float(medians[gene]) for gene in ids),
+            origin,
         )
 
     @property
@@ -81,13 +88,15 @@ class Vocabulary:
 
     @cached_property
     def checksum(self) -> str:
-        """SHA-256, as hex, of the content in its canonical JSON form (all but the checksum)."""
-        text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256, as hex, of genes, names and medians in their canonical JSON form."""
+        return _checksum(self._content())
 
     def save(self, path: str | Path) -> None:
         """Writes JSON, whole or not at all. Raises DataError if it cannot be written."""
-        text = json.dumps(self._content() | {"checksum": self.checksum}, indent=0)
+        content = self._content() | {"checksum": self.checksum}
+        if self.origin is not None:
+            content["origin"] = {**self.origin, "checksum": _checksum(self.origin)}
+        text = json.dumps(content, indent=0)
         with whole_file(path) as partial:
             partial.write_text(text + "\n")
 
@@ -129,6 +138,11 @@ class Vocabulary:
 
     def __repr__(self) -> str:
         return f"Vocabulary({len(self.feature_ids):,} genes, {self.checksum[:12]})"
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _problem_of_lengths(vocabulary: Vocabulary) -> str | None:
@@ -191,7 +205,25 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path}: not a vocabulary, {', '.join(sorted(missing))} missing. Remedy: import "
             "Geneformer's {id: median} dictionaries with data_prep/import_dictionary.py."
         )
+    strange = set(content) - wanted - {"origin"}
+    if strange:
+        raise DataError(
+            f"{path}: damaged, or of a later version: {', '.join(sorted(strange))} are no parts of "
+            "a vocabulary. Remedy: write it again with this version."
+        )
     return content
+
+
+def _origin_of(content: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    origin = content.get("origin")
+    if origin is None:
+        return None
+    if not isinstance(origin, dict) or origin.pop("checksum", None) != _checksum(origin):
+        raise DataError(
+            f"{path}: what it says of its origin does not fit its checksum: it was changed or "
+            "damaged after it was written. Remedy: write it again with build_vocabulary.py."
+        )
+    return origin
 
 
 def _from_content(content: dict[str, Any], path: Path) -> Vocabulary:
@@ -209,6 +241,7 @@ def _from_content(content: dict[str, Any], path: Path) -> Vocabulary:
     if not all(isinstance(column, list) for column in columns):
         raise DataError(f"{path}: feature_ids, names and medians must be lists.")
     try:
-        return Vocabulary(*(tuple(column) for column in columns))
+        ids, names, medians = (tuple(column) for column in columns)
+        return Vocabulary(ids, names, medians, _origin_of(content, path))
     except DataError as error:
         raise DataError(f"{path}: {error}") from None

@@ -12,6 +12,7 @@ import pytest
 from scipy import sparse
 
 from geneformer_mcore.cells.counts import CountsFile
+from geneformer_mcore.cells.inputs import open_counts
 from geneformer_mcore.errors import DataError
 from tests.small_cells import gene_id, random_counts, write_h5ad
 
@@ -39,7 +40,7 @@ def test_blocks_are_the_matrix(
     path = write_h5ad(tmp_path / "a.h5ad", form(counts.astype(kind)))
     with CountsFile(path) as file:
         assert (file.num_cells, file.num_columns) == counts.shape
-        assert file.cell_ids[:2] == ["c0", "c1"]
+        assert file.read_cell_ids(0, 2) == ["c0", "c1"]
         np.testing.assert_array_equal(dense_of(file, num_rows), counts.toarray())
 
 
@@ -138,8 +139,71 @@ def test_files_that_are_none(tmp_path: Path, counts: sparse.csr_matrix) -> None:
         CountsFile(tmp_path / "missing.h5ad")
     with h5py.File(tmp_path / "other.h5ad", "w") as file:
         file["matrix"] = [1, 2, 3]
-    with pytest.raises(DataError, match="no matrix in"):
+    with pytest.raises(DataError, match=r"no AnnData file: it holds matrix.*write_h5ad"):
         CountsFile(tmp_path / "other.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        del file["X"]
+    with pytest.raises(DataError, match=r"no matrix in layers/counts or raw\.X or X"):
+        CountsFile(tmp_path / "a.h5ad")
+
+
+@pytest.mark.parametrize("name", ["a.zarr/.zgroup", "a.zarr/zarr.json", "a.zarr.zip"])
+def test_zarr_is_refused_with_the_remedy(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+    with pytest.raises(DataError, match=r"read_zarr\(...\).write_h5ad"):
+        open_counts(file if name.endswith("zip") else file.parent)
+
+
+def test_compression_that_is_not_there(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", counts)
+    with h5py.File(path, "r+") as file:
+        data = file["X/data"][:]
+        del file["X/data"]
+        settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        settings.set_chunk((len(data),))
+        settings.set_filter(32015, h5py.h5z.FLAG_OPTIONAL)
+        space = h5py.h5s.create_simple((len(data),))
+        made = h5py.h5d.create(file["X"].id, b"data", h5py.h5t.NATIVE_FLOAT, space, dcpl=settings)
+        made.write_direct_chunk((0,), b"squeezed")
+    with pytest.raises(DataError, match=r"X is compressed by HDF5 filter 32015 .*gzip"):
+        CountsFile(path)
+
+
+def test_datasets_of_cells(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    obs = {"dataset_id": pd.Categorical(["d1", None, ""] + ["d2"] * 20)}
+    with CountsFile(write_h5ad(tmp_path / "mine.h5ad", counts, obs=obs)) as file:
+        assert file.read_dataset_ids(0, 4) == ["d1", "mine", "mine", "d2"]
+    with CountsFile(write_h5ad(tmp_path / "mine.h5ad", counts)) as file:
+        assert file.read_dataset_ids(21, 23) == ["mine", "mine"]
+        assert (file.stem, file.name) == ("mine", str(tmp_path / "mine.h5ad"))
+
+
+def test_fingerprint_is_another_after_a_change(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    found = []
+    for factor in (1, 1, 2):
+        with CountsFile(write_h5ad(tmp_path / "a.h5ad", counts * factor)) as file:
+            found.append(file.fingerprint)
+    assert found[0] != found[1] != found[2]
+    assert set(found[0]) == {"size", "mtime_ns"}
+
+
+def test_raw_of_before_0_7(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", np.log1p(counts.toarray() * 0.3))
+    with h5py.File(path, "r+") as file:
+        file.create_group("raw.X").attrs.update(
+            {"h5sparse_format": "csr", "h5sparse_shape": (23, 40)}
+        )
+        for part in ("data", "indices", "indptr"):
+            file["raw.X"][part] = getattr(counts, part)
+        file["raw.var"] = np.array(
+            [(b"r%d" % i, i) for i in range(40)], [("index", "S4"), ("n", int)]
+        )
+    with CountsFile(path) as opened:
+        assert opened.location == "raw.X"
+        assert opened.gene_columns()["index"][39] == "r39"
+        np.testing.assert_array_equal(dense_of(opened, 7), counts.toarray())
 
 
 def test_file_without_cells_or_genes(tmp_path: Path) -> None:

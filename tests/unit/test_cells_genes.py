@@ -14,7 +14,9 @@ from geneformer_mcore.cells.genes import (
     find_gene_ids,
     load_symbols,
     map_genes,
+    names_as_symbols,
 )
+from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.errors import DataError
 from tests.small_cells import gene_id, vocabulary_of
 
@@ -71,6 +73,87 @@ def test_symbols_are_mapped_where_the_id_is_not_known() -> None:
     assert found.num_mapped_symbols == 1
     without_vocabulary = find_gene_ids(columns, None, symbols)
     assert without_vocabulary.ids == (gene_id(1), gene_id(0), "")
+
+
+def test_a_column_of_another_name_may_hold_the_ids() -> None:
+    columns = {"index": ["TP53", "MYC"], "kind": ["x", "y"], "ENSEMBL": [gene_id(1), gene_id(7)]}
+    assert find_gene_ids(columns, vocabulary_of(3).token_ids).location == "ENSEMBL"
+    assert find_gene_ids(columns).ids == (gene_id(1), gene_id(7))
+
+
+def test_tables_are_asked_only_where_there_are_no_ids() -> None:
+    def forbidden() -> dict[str, str]:
+        raise AssertionError("asked for")
+
+    tables = {"table": forbidden}
+    known = vocabulary_of(3).token_ids
+    few = [gene_id(1), *(gene_id(number) for number in range(100, 120))]
+    assert find_gene_ids({"index": few}, known, tables=tables).ids == tuple(few)
+    assert find_gene_ids({"index": few}, None, tables=tables).ids == tuple(few)
+    others = [gene_id(number) for number in range(100, 104)]
+    assert find_gene_ids({"index": others}, known, tables=tables).ids == tuple(others)
+    mixed = [gene_id(1), gene_id(2), "x", "y", "z"]
+    columns = {"feature_id": [gene_id(1), *others], "index": mixed}
+    assert find_gene_ids(columns, known, tables=tables).location == "feature_id"
+    columns = {"index": ["TP53", "MYC", "ACTB"], "ensembl_id": [gene_id(1), "", gene_id(50)]}
+    assert find_gene_ids(columns, known, tables=tables).location == "ensembl_id"
+
+
+def test_tables_are_asked_in_turn_until_nearly_all_is_known() -> None:
+    known = vocabulary_of(4).token_ids
+    first = {"TP53": gene_id(1)}
+    second = {"TP53": gene_id(0), "MYC": gene_id(2)}
+    asked = []
+
+    def table(name: str, content: dict[str, str] | None) -> dict[str, str] | None:
+        asked.append(name)
+        return content
+
+    tables = {"a": lambda: table("a", first), "b": lambda: table("b", second)}
+    found = find_gene_ids({"index": ["TP53"]}, known, tables=tables)
+    assert (found.ids, found.symbols_from, asked) == ((gene_id(1),), "a", ["a"])
+    found = find_gene_ids({"index": ["TP53", "MYC", "n1"]}, known, tables=tables)
+    assert found.ids == (gene_id(1), gene_id(2), "n1"), "the first table's word stands"
+    assert (found.symbols_from, found.num_mapped_symbols) == ("a and b", 2)
+    none = {"a": lambda: table("a", None)}
+    assert find_gene_ids({"index": ["TP53"]}, known, tables=none).ids == ("TP53",)
+
+
+def test_ids_among_symbols_stay() -> None:
+    tables = {"t": lambda: {"TP53": gene_id(1), "MYC": gene_id(2)}}
+    index = ["TP53", "MYC", gene_id(0), "novel", "other"]
+    found = find_gene_ids({"index": index}, vocabulary_of(4).token_ids, tables=tables)
+    assert found.ids == (gene_id(1), gene_id(2), gene_id(0), "novel", "other")
+
+
+def test_without_a_vocabulary_a_table_that_fits_drops_the_rest_and_one_that_does_not_nothing() -> (
+    None
+):
+    table = {"TP53": gene_id(1), "MYC": gene_id(2)}
+    fits = find_gene_ids({"index": ["TP53", "MYC", "novel"]}, tables={"t": lambda: table})
+    assert fits.ids == (gene_id(1), gene_id(2), "")
+    mouse = find_gene_ids({"index": ["Trp53", "Myc", "MYC"]}, tables={"t": lambda: table})
+    assert mouse.ids == ("Trp53", "Myc", "MYC")
+
+
+def test_symbols_in_a_column_beside_a_meaningless_index() -> None:
+    tables = {"t": lambda: {"TP53": gene_id(1), "MYC": gene_id(2)}}
+    columns = {"index": ["0", "1"], "gene_symbols": ["TP53", "MYC"]}
+    found = find_gene_ids(columns, vocabulary_of(4).token_ids, tables=tables)
+    assert (found.location, found.ids) == ("gene_symbols", (gene_id(1), gene_id(2)))
+
+
+def test_names_of_the_vocabulary_that_are_one_genes_alone() -> None:
+    names = ("TP53", "MYC", "MYC", gene_id(3))
+    vocabulary = Vocabulary(tuple(gene_id(i) for i in range(4)), names, (1.0,) * 4)
+    assert names_as_symbols(vocabulary) == {"TP53": gene_id(0)}
+
+
+def test_refusal_says_how_many_symbols_were_mapped() -> None:
+    ids = GeneIds((gene_id(0), *(f"novel{i}" for i in range(19))), "index", 1, "GENCODE")
+    message = r"1 of 20 genes \(5\.0%\) are in the vocabulary, 1 of them mapped.*by GENCODE"
+    with pytest.raises(DataError, match=message):
+        map_genes(ids, vocabulary_of(3), "a.h5ad")
 
 
 def test_no_overlap_is_refused_with_examples_of_both_sides() -> None:

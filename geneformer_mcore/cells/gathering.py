@@ -1,0 +1,244 @@
+"""Reading a corpus for its vocabulary: every file, every row, in one process or several.
+
+    files  ->  opened, genes named alike?  ->  units of rows  ->  dealt to workers as they ask
+    each worker: rows  ->  its own Tally     all tallies  ->  added  ->  Vocabulary
+
+Processes are spawned, for TileDB does not survive a fork.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from geneformer_mcore.cells.corpus import InputOptions, find_genes
+from geneformer_mcore.cells.tally import (
+    DEFAULT_MEMORY_GB,
+    FileRecord,
+    Tally,
+    check_one_kind,
+    describe_options,
+    ensembl_share,
+    most_values,
+)
+from geneformer_mcore.cells.tally_file import load_tally
+from geneformer_mcore.cells.vocabulary import Vocabulary
+from geneformer_mcore.errors import DataError
+
+ROWS_PER_UNIT = 16_384
+_POLL_S = 0.2
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is done, cells done, cells in all)."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Shows nothing."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows start..stop-1 of one source."""
+
+    source: str
+    start: int
+    stop: int
+
+
+def build_vocabulary(
+    sources: Sequence[str | Path],
+    options: InputOptions,
+    memory_gb: float = DEFAULT_MEMORY_GB,
+    workers: int = 1,
+    progress: Progress = no_progress,
+) -> Vocabulary:
+    """The genes that the cells of these sources express, with medians over all cells (see gather).
+
+    Raises DataError for sources that cannot be used, or that name genes by ids of different kinds.
+    """
+    return gather(sources, options, memory_gb, workers, progress).vocabulary()
+
+
+def gather(
+    sources: Sequence[str | Path],
+    options: InputOptions,
+    memory_gb: float = DEFAULT_MEMORY_GB,
+    workers: int = 1,
+    progress: Progress = no_progress,
+) -> Tally:
+    """What the cells of these files or SOMA Experiments hold.
+
+    memory_gb:  for the values, 10^9 bytes each; where they do not fit, histograms are kept
+    workers:    processes; 1: this one alone
+    Neither `workers` nor the order of `sources` makes any difference to the vocabulary.
+    """
+    if not sources:
+        raise DataError("no input file given. Remedy: name one h5ad file or more.")
+    if workers < 1:
+        raise DataError(f"--workers must be 1 or more, not {workers}.")
+    limit = most_values(memory_gb)
+    units = _inspect(sorted({str(source) for source in sources}), options)
+    if workers == 1 or len(units) == 1:
+        return _gather_here(units, options, limit, progress)
+    whole: Tally | None = None
+    for part in _gather_by_workers(units, options, limit, workers, progress):
+        if whole is None:
+            whole = part
+        else:
+            whole.absorb(part)
+            whole.add_rows(part.files)
+    assert whole is not None
+    return whole
+
+
+def merge_parts(paths: Sequence[str | Path], memory_gb: float = DEFAULT_MEMORY_GB) -> Tally:
+    """The sum of partial files (see tally_file). DataError unless all were read alike."""
+    limit = most_values(memory_gb)
+    whole: Tally | None = None
+    for path in sorted({str(path) for path in paths}):
+        part = load_tally(path, limit)
+        whole = whole or Tally(part.options, limit)
+        if part.options != whole.options:
+            raise DataError(
+                f"{path} was made with {part.options}, the partial files before it with "
+                f"{whole.options}. Remedy: make all with the same --layer, --symbols and "
+                "--allow-normalised."
+            )
+        for file in part.files:
+            whole.add_file(file)
+        whole.absorb(part)
+    if whole is None:
+        raise DataError("no partial file given. Remedy: --merge part1.npz part2.npz ...")
+    return whole
+
+
+def _inspect(sources: Sequence[str], options: InputOptions) -> list[Unit]:
+    """Opens every source, before any is read through; what there is to read."""
+    files, units = [], []
+    for source in sources:
+        with options.open(source) as counts:
+            files.append(FileRecord(source, ensembl_share(find_genes(counts, options).ids)))
+            check_one_kind(files)
+            # One that is cheap in order alone is one worker's, as a whole.
+            step = counts.num_cells if counts.is_sequential else ROWS_PER_UNIT
+            for start in range(0, counts.num_cells, step):
+                units.append(Unit(source, start, min(start + step, counts.num_cells)))
+    return units
+
+
+def _gather_here(
+    units: Sequence[Unit], options: InputOptions, limit: int, progress: Progress
+) -> Tally:
+    tally = Tally(describe_options(options), limit)
+    total = _num_cells(units)
+    for done in _read(iter(units), options, tally):
+        progress("counting", done, total)
+    return tally
+
+
+def _num_cells(units: Sequence[Unit]) -> int:
+    return sum(unit.stop - unit.start for unit in units)
+
+
+def _read(units: Iterator[Unit], options: InputOptions, tally: Tally) -> Iterator[int]:
+    """Reads the units into `tally`; gives the cells read so far, after each block."""
+    done = 0
+    for source, of_source in groupby(units, key=lambda unit: unit.source):
+        with options.open(source) as counts:
+            ids = find_genes(counts, options).ids
+            tally.add_file(FileRecord(source, ensembl_share(ids)))
+            tally.add_names(ids, counts.gene_names())
+            column_places = tally.places(ids)
+            for unit in of_source:
+                for block in counts.blocks(start=unit.start, stop=unit.stop):
+                    tally.add_block(block, column_places)
+                    done += len(block)
+                    yield done
+
+
+@dataclass
+class _Worker:
+    """What a spawned process keeps between its start and its task.
+
+    next_unit, cells, values: shared by all workers
+    """
+
+    units: Sequence[Unit] = ()
+    options: InputOptions = field(default_factory=InputOptions)
+    limit: int = 0
+    next_unit: Any = None
+    cells: Any = None
+    values: Any = None
+
+
+_worker = _Worker()
+
+
+def _start_worker(*fields: Any) -> None:
+    global _worker
+    _worker = _Worker(*fields)
+
+
+def _units_as_asked() -> Iterator[Unit]:
+    while True:
+        number = _take(_worker.next_unit, 1)
+        if number >= len(_worker.units):
+            return
+        yield _worker.units[number]
+
+
+def _take(shared: Any, step: int) -> int:
+    """Adds `step` to a shared number; returns what it was before."""
+    with shared.get_lock():
+        before = int(shared.value)
+        shared.value = before + step
+    return before
+
+
+def _work() -> Tally:
+    tally = Tally(describe_options(_worker.options), _worker.limit)
+    done_before = values_before = 0
+    for done in _read(_units_as_asked(), _worker.options, tally):
+        _take(_worker.cells, done - done_before)
+        new_values = tally.collector.num_values - values_before
+        # What all workers hold together must fit, not what one of them holds.
+        if _take(_worker.values, new_values) + new_values > _worker.limit:
+            tally.collector.give_up_values()
+        done_before, values_before = done, tally.collector.num_values
+    return tally
+
+
+def _gather_by_workers(
+    units: Sequence[Unit], options: InputOptions, limit: int, workers: int, progress: Progress
+) -> Iterator[Tally]:
+    total = _num_cells(units)
+    spawn = multiprocessing.get_context("spawn")
+    workers = min(workers, len(units))
+    next_unit, cells, values = (spawn.Value("q", 0) for _ in range(3))
+    fields = (units, options, limit, next_unit, cells, values)
+    with ProcessPoolExecutor(workers, spawn, _start_worker, fields) as pool:
+        waiting = {pool.submit(_work) for _ in range(workers)}
+        try:
+            while waiting:
+                finished, waiting = wait(waiting, _POLL_S, "FIRST_COMPLETED")
+                progress("counting", int(cells.value), total)
+                yield from map(_result, finished)
+        finally:
+            # After an error nobody begins another unit.
+            _take(next_unit, len(units))
+
+
+def _result(future: Future[Tally]) -> Tally:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process ended without a word, as when memory runs out. Remedy: fewer "
+            "--workers."
+        ) from error
