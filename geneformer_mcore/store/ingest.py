@@ -1,81 +1,56 @@
-"""From files of counts to a store.
+"""From files of counts to a store, by several processes, through any number of kills.
 
-    every file: opened, counts and genes found, names checked   (all problems before any work)
-    then block by block:  counts  ->  rank tokens  ->  cells with a known gene  ->  StoreWriter
+    inputs  ->  looked at, refusals named  ->  units of rows  ->  tokenised, each by one process
+            ->  merged, published          (see sources, plan, tokenise, merge, writer)
 
-A report per source says what went in, what was left out and why.
+An input that cannot be used, or turns out bad on the way, is left out altogether and told of; the
+others are stored. Work that is done stays until the store is there: the same command goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-
-from geneformer_mcore.cells.corpus import InputOptions, find_genes
-from geneformer_mcore.cells.counts import CountsFile
-from geneformer_mcore.cells.genes import GeneMap, map_genes
-from geneformer_mcore.cells.ranks import RankedCells, RankEncoder
+from geneformer_mcore.cells.corpus import InputOptions
+from geneformer_mcore.cells.ranks import RankEncoder
 from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store.buckets import duplicate_error
-from geneformer_mcore.store.keys import cell_keys
-from geneformer_mcore.store.labels import label_columns, label_kinds, unify_kinds
-from geneformer_mcore.store.layout import TOKENS, Manifest
+from geneformer_mcore.store.labels import unify_kinds
+from geneformer_mcore.store.layout import Manifest
+from geneformer_mcore.store.merge import Merge
+from geneformer_mcore.store.plan import Part, Plan, Recipe, Unit, declare, join, make_plan
+from geneformer_mcore.store.progress import Progress, no_progress
+from geneformer_mcore.store.source_report import SourceReport, report_source
+from geneformer_mcore.store.sources import Inspection, Refusal, Source, in_order
 from geneformer_mcore.store.split import RandomSplit, SplitRule
-from geneformer_mcore.store.staging import check_target
-from geneformer_mcore.store.writer import Progress, StoreWriter, no_progress
+from geneformer_mcore.store.staging import StagedFolder
+from geneformer_mcore.store.tokenise import Tokenising, close_inputs
+from geneformer_mcore.store.unit_file import (
+    UnitReport,
+    read_report,
+    remove_others,
+    remove_partial,
+    unit_names,
+)
+from geneformer_mcore.store.workers import Workers
+from geneformer_mcore.store.writer import write_store
 
-EMPTY = "no counts"
-NO_KNOWN_GENE = "no gene of the vocabulary"
+_INPUTS_PER_WORKER, _CELLS_PER_WORKER = 32, 8192
+"""To look at so many inputs, or do so many cells, takes as long as to start a process (1-2 s)."""
 
-
-@dataclass(frozen=True)
-class SourceReport:
-    """What became of one input file; the manifest keeps it.
-
-    cells_in, cells_stored, skipped:  skipped is {reason: cells}
-    genes_*:                          see genes.GeneMap; genes_known are in the vocabulary
-    counts_covered:                   share of all counts that known genes hold
-    cells_cut:                        cells with more known genes than seq_length has room for
-    tokens_mean, tokens_median:       tokens per stored cell, [CLS] included
-    """
-
-    name: str
-    datasets: int
-    counts_location: str
-    passed_over: list[str]
-    gene_ids_location: str
-    genes_known: int
-    genes_unknown: int
-    genes_blank: int
-    genes_repeated: int
-    symbols_mapped: int
-    obs_columns_left_out: list[str]
-    cells_in: int
-    cells_stored: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    counts_covered: float = 0.0
-    cells_cut: int = 0
-    tokens_mean: float = 0.0
-    tokens_median: float = 0.0
+Say = Callable[[str], None]
+"""Called with a line to be told at once."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """An input file that was opened, and found fit to be stored."""
-
-    path: Path
-    num_cells: int
-    kinds: Mapping[str, pa.DataType]
-    gene_map: GeneMap
+def silent(line: str) -> None:
+    """Says nothing."""
 
 
 def build_store(
-    paths: Sequence[str | Path],
+    inputs: Sequence[str | Path],
     out: str | Path,
     vocabulary: Vocabulary,
     seq_length: int = 2048,
@@ -83,186 +58,208 @@ def build_store(
     split_rule: SplitRule | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
+    say: Say = silent,
+    workers: int = 1,
+    strict: bool = False,
 ) -> Manifest:
-    """Builds the store `out` from h5ad files; its rows do not depend on the order of `paths`.
+    """Builds the store `out` from h5ad files and SOMA Experiments, in whatever order they come.
 
     seq_length:  tokens per cell at most, [CLS] included
-    Raises DataError, before any work, with every file that cannot be used; nothing is at `out`
-    unless it returns.
+    workers:     processes at most
+    strict:      an input that cannot be used ends it all, before any work where that can be told
+    Nothing is at `out` unless it returns. The manifest's `refused` names inputs that were left out;
+    DataError if none is left, if two cells of different inputs have one name, or if the disk is
+    full; LostWorkerError if a worker is killed.
     """
-    options = options or InputOptions()
-    encoder = RankEncoder(vocabulary, seq_length)
-    # Refused early if the path is taken, before hours of reading.
-    check_target(out, overwrite)
-    sources = inspect_sources(paths, vocabulary, options)
-    kinds = unify_kinds(source.kinds for source in sources)
-    num_cells = sum(source.num_cells for source in sources)
-    split_rule = split_rule or RandomSplit()
-    with StoreWriter(
-        out, vocabulary, seq_length, split_rule, kinds, num_cells, overwrite
-    ) as writer:
-        reports, done = [], 0
-        for source in sources:
-            ingest = _SourceIngest(source, encoder, options, writer.schema)
-            for cells in ingest.tables():
-                writer.add(cells)
-                progress("tokenising", done + ingest.cells_read, num_cells)
-            done += source.num_cells
-            reports.append(ingest.report())
-        reports.sort(key=lambda report: report.name)
-        return writer.finish(
-            [asdict(report) for report in reports], _sum_skipped(reports), progress
+    recipe = _recipe(vocabulary, seq_length, options, split_rule)
+    with _working(Path(out), overwrite, workers, say) as (staged, processes):
+        remove_partial(staged.units)
+        build = _Build(recipe, staged, processes, strict, progress, say)
+        plan = build.plan(inputs)
+        declare(plan, staged.path)
+        build.tokenise(plan, plan.units)
+        processes.end()  # The merge has use for their memory.
+        sources = build.stored_sources(plan)
+        units = [unit for unit in plan.units if unit.source in sources]
+        remove_others(staged.units, [unit.name for unit in units])
+        merge = Merge(
+            staged.units,
+            {unit.name: build.done[unit.name] for unit in units},
+            plan.num_buckets,
+            unify_kinds(source.kinds for source in sources),
         )
+        reports = [build.report(plan, source) for source in sources]
+        return write_store(staged, merge, recipe, reports, build.refusals, progress)
 
 
-def inspect_sources(
-    paths: Sequence[str | Path], vocabulary: Vocabulary, options: InputOptions
-) -> list[Source]:
-    """Opens every file once. Raises one DataError that names every file at fault."""
-    if not paths:
-        raise DataError("no input file given. Remedy: name one h5ad file or more.")
-    sources, problems = [], []
-    for path in map(Path, paths):
+def tokenise_part(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    part: Part,
+    vocabulary: Vocabulary,
+    seq_length: int = 2048,
+    options: InputOptions | None = None,
+    split_rule: SplitRule | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+    say: Say = silent,
+    workers: int = 1,
+    strict: bool = False,
+) -> list[Refusal]:
+    """Does one part of the units of the store `out`, beside processes that do the others.
+
+    `build_store` with the same arguments takes them from there. Returns the inputs that this part
+    found to be of no use; see build_store for the rest. DataError if another part was asked for
+    with other inputs or options.
+    """
+    recipe = _recipe(vocabulary, seq_length, options, split_rule)
+    with _working(Path(out), overwrite, workers, say, part) as (staged, processes):
+        build = _Build(recipe, staged, processes, strict, progress, say)
+        plan = build.plan(inputs)
+        join(plan, staged.path)
+        build.tokenise(plan, part.of(plan.units))
+        return build.refusals
+
+
+def _recipe(
+    vocabulary: Vocabulary,
+    seq_length: int,
+    options: InputOptions | None,
+    split_rule: SplitRule | None,
+) -> Recipe:
+    RankEncoder(vocabulary, seq_length)
+    return Recipe(vocabulary, seq_length, options or InputOptions(), split_rule or RandomSplit())
+
+
+@contextmanager
+def _working(
+    out: Path, overwrite: bool, workers: int, say: Say, part: Part | None = None
+) -> Iterator[tuple[StagedFolder, Workers]]:
+    """The folder and the processes of a build, both given back at the end."""
+    name = None if part is None else str(part)
+    with StagedFolder(out, overwrite, name) as staged, Workers(workers) as processes:
         try:
-            sources.append(_inspect(path, vocabulary, options))
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError("\n".join(problems))
-    return sources
-
-
-def _inspect(path: Path, vocabulary: Vocabulary, options: InputOptions) -> Source:
-    with options.open(path) as counts:
-        genes = find_genes(counts, options, known=vocabulary.token_ids)
-        allowed = options.allow_low_overlap, options.allow_no_overlap
-        gene_map = map_genes(genes, vocabulary, str(path), *allowed)
-        _check_names(counts)
-        return Source(path, counts.num_cells, label_kinds(counts.obs), gene_map)
-
-
-def dataset_ids(counts: CountsFile) -> list[str]:
-    """The dataset of each cell: obs' `dataset_id`, where there is one, else the file's name."""
-    stem = counts.path.name.removesuffix(".h5ad")
-    if "dataset_id" not in counts.obs:
-        return [stem] * counts.num_cells
-    column = counts.obs["dataset_id"]
-    missing = column.isna()
-    return [stem if absent else str(name) for name, absent in zip(column, missing, strict=True)]
-
-
-def _check_names(counts: CountsFile) -> None:
-    names = list(zip(dataset_ids(counts), counts.cell_ids, strict=True))
-    if len(set(names)) == len(names):
-        return
-    seen: set[tuple[str, str]] = set()
-    for name in names:
-        if name in seen:
-            raise DataError(f"{counts.path}: {duplicate_error(*name)}")
-        seen.add(name)
-
-
-class _SourceIngest:
-    """One file on its way into a store, and the numbers of its report."""
-
-    def __init__(
-        self, source: Source, encoder: RankEncoder, options: InputOptions, schema: pa.Schema
-    ) -> None:
-        self._source, self._encoder, self._options = source, encoder, options
-        self._schema = schema
-        self.cells_read = 0
-        self._lengths: list[np.ndarray] = []
-        self._skipped: dict[str, int] = {}
-        self._counts = self._known_counts = 0.0
-        self._cells_cut = 0
-
-    def tables(self) -> Iterator[pa.Table]:
-        """The cells to store, a table per block."""
-        with self._options.open(self._source.path) as counts:
-            self._describe(counts)
-            datasets = dataset_ids(counts)
-            for block in counts.blocks():
-                rows = slice(block.start, block.start + len(block))
-                ranked = self._encoder.encode(block, self._source.gene_map.token_of_column)
-                kept_N = self._count(ranked)
-                table = self._table(counts, rows, ranked, datasets[rows])
-                self.cells_read += len(block)
-                yield table if kept_N.all() else table.filter(pa.array(kept_N))
-
-    def _describe(self, counts: CountsFile) -> None:
-        kept = set(self._source.kinds)
-        genes = self._source.gene_map
-        self._report = SourceReport(
-            name=counts.path.name,
-            datasets=len(set(dataset_ids(counts))),
-            counts_location=counts.location,
-            passed_over=list(counts.passed_over),
-            gene_ids_location=genes.location,
-            genes_known=genes.num_known,
-            genes_unknown=genes.num_unknown,
-            genes_blank=genes.num_blank,
-            genes_repeated=genes.num_repeated,
-            symbols_mapped=genes.num_mapped_symbols,
-            obs_columns_left_out=[str(name) for name in counts.obs if name not in kept],
-            cells_in=counts.num_cells,
-        )
-
-    def _count(self, ranked: RankedCells) -> np.ndarray:
-        """bool [N], the cells to keep; adds the block to the report's numbers."""
-        is_empty_N = ranked.n_genes_N == 0
-        kept_N = ranked.n_known_N > 0
-        for reason, number in (
-            (EMPTY, int(is_empty_N.sum())),
-            (NO_KNOWN_GENE, int((~kept_N & ~is_empty_N).sum())),
-        ):
+            yield staged, processes
+        except BaseException:
+            number = len(unit_names(staged.units))
             if number:
-                self._skipped[reason] = self._skipped.get(reason, 0) + number
-        self._counts += float(ranked.n_counts_N.sum())
-        self._known_counts += float(ranked.known_counts_N.sum())
-        self._cells_cut += int((ranked.n_known_N > self._encoder.seq_length - 1).sum())
-        self._lengths.append(np.diff(ranked.offsets)[kept_N])
-        return kept_N
+                say(f"{number} finished units of work stay in {staged.path}: start the same again.")
+            raise
+        finally:
+            close_inputs()
 
-    def _table(
-        self, counts: CountsFile, rows: slice, ranked: RankedCells, datasets: list[str]
-    ) -> pa.Table:
-        cell_ids = counts.cell_ids[rows]
-        columns = {
-            TOKENS: _token_column(ranked),
-            "cell_id": pa.array(cell_ids, pa.large_string()),
-            "dataset_id": pa.array(datasets, pa.large_string()),
-            "cell_key": pa.array(cell_keys(datasets, cell_ids)),
-            "n_counts": pa.array(ranked.n_counts_N),
-            "n_genes": pa.array(ranked.n_genes_N),
-            "n_tokens": pa.array(np.diff(ranked.offsets).astype(np.int32)),
-        }
-        labels = {name: self._schema.field(name).type for name in self._schema.names}
-        labels = {name: kind for name, kind in labels.items() if name not in columns}
-        return pa.table({**columns, **label_columns(counts.obs.iloc[rows], labels)})
 
-    def report(self) -> SourceReport:
-        """The report, once all tables were taken."""
-        lengths = np.concatenate(self._lengths)
-        return replace(
-            self._report,
-            cells_stored=len(lengths),
-            skipped=self._skipped,
-            counts_covered=self._known_counts / self._counts if self._counts else 0.0,
-            cells_cut=self._cells_cut,
-            tokens_mean=float(lengths.mean()) if len(lengths) else 0.0,
-            tokens_median=float(np.median(lengths)) if len(lengths) else 0.0,
+@dataclass
+class _Build:
+    """One run over the units of a store, or over a part of them.
+
+    done:      {name of a unit: its report}
+    refusals:  inputs that are left out
+    """
+
+    recipe: Recipe
+    staged: StagedFolder
+    workers: Workers
+    strict: bool
+    progress: Progress
+    say: Say
+    done: dict[str, UnitReport] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def plan(self, inputs: Sequence[str | Path]) -> Plan:
+        """Looks at all inputs. DataError if none can be used, or one cannot and must."""
+        names = in_order(inputs)
+        found: dict[str, Source | DataError] = {}
+        recipe = self.recipe
+        look = Inspection(recipe.vocabulary, recipe.options, recipe.split_rule)
+        for name, outcome in self.workers.run(look, names, most=len(names) // _INPUTS_PER_WORKER):
+            found[name] = outcome
+            self.progress("looking at inputs", len(found), len(names))
+        sources = [source for name in names if isinstance(source := found[name], Source)]
+        faults = {name: str(found[name]) for name in names if isinstance(found[name], DataError)}
+        if not sources:
+            raise DataError("\n".join(faults.values()))
+        self._check_strict(*faults.values())
+        self._refuse(faults)
+        return make_plan(self.recipe, sources, self.refusals)
+
+    def tokenise(self, plan: Plan, units: Sequence[Unit]) -> None:
+        """Does all `units` but those of inputs that turn out bad, and those that are there."""
+        there = {unit for unit in units if read_report(self.staged.units, unit.name)}
+        if there:
+            self.say(f"continues: {len(there)} of {len(units)} units of work are there")
+        told = _CellsTold(units, there, self.progress)
+        faults: dict[str, tuple[int, str]] = {}
+        work = Tokenising(self.recipe, plan.num_buckets, self.staged.units)
+
+        def is_wanted(unit: Unit) -> bool:
+            return unit.source.name not in faults
+
+        most = sum(map(len, units)) // _CELLS_PER_WORKER
+        for unit, outcome in self.workers.run(work, units, told.add, is_wanted, most, _chain):
+            told.finish(unit)
+            if isinstance(outcome, DataError):
+                # Of several faults of an input the first is told, whichever was found first.
+                fault = unit.index, str(outcome)
+                faults[unit.source.name] = min(fault, faults.get(unit.source.name, fault))
+                self._check_strict(str(outcome))
+            else:
+                self.done[unit.name] = outcome
+                self._estimate(units)
+        self._refuse({name: reason for name, (_, reason) in sorted(faults.items())})
+
+    def _refuse(self, reasons: dict[str, str]) -> None:
+        self.refusals += [Refusal(name, reason) for name, reason in reasons.items()]
+        for reason in reasons.values():
+            self.say(f"refused: {reason}")
+
+    def _check_strict(self, *reasons: str) -> None:
+        if self.strict and reasons:
+            raise DataError("\n".join(reasons))
+
+    def _estimate(self, units: Sequence[Unit]) -> None:
+        """How much room all units and their rows will take, judged by those that are done."""
+        num_bytes = sum(report.num_bytes for report in self.done.values())
+        num_cells = sum(report.cells_in for report in self.done.values())
+        total = sum(map(len, units))
+        self.staged.bytes_needed = 2 * num_bytes * total // num_cells
+
+    def stored_sources(self, plan: Plan) -> list[Source]:
+        """The inputs whose cells are stored, in order; DataError if there is none."""
+        refused = {refusal.name for refusal in self.refusals}
+        stored = [source for source in plan.sources if source.name not in refused]
+        if not stored:
+            raise DataError("\n".join(refusal.reason for refusal in self.refusals))
+        return stored
+
+    def report(self, plan: Plan, source: Source) -> SourceReport:
+        """What became of one of them."""
+        return report_source(
+            source, [self.done[unit.name] for unit in plan.units if unit.source is source]
         )
 
 
-def _token_column(ranked: RankedCells) -> pa.LargeBinaryArray:
-    tokens = ranked.tokens_T.astype("<u2", copy=False)
-    buffers = [None, pa.py_buffer(ranked.offsets * 2), pa.py_buffer(tokens)]
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(ranked), buffers)
+def _chain(unit: Unit) -> str | None:
+    return unit.source.address if unit.source.is_sequential else None
 
 
-def _sum_skipped(reports: Sequence[SourceReport]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for report in reports:
-        for reason, number in report.skipped.items():
-            total[reason] = total.get(reason, 0) + number
-    return total
+class _CellsTold:
+    """How many cells are done, over all units: those that were there from the start."""
+
+    def __init__(self, units: Sequence[Unit], there: set[Unit], progress: Progress) -> None:
+        self._total = sum(map(len, units))
+        self._of_unit = {unit: len(unit) for unit in there}
+        self._there, self._progress = there, progress
+        self._tell()
+
+    def add(self, unit: Unit, cells: int) -> None:
+        if unit not in self._there:
+            self._of_unit[unit] = self._of_unit.get(unit, 0) + cells
+            self._tell()
+
+    def finish(self, unit: Unit) -> None:
+        self._of_unit[unit] = len(unit)
+        self._tell()
+
+    def _tell(self) -> None:
+        self._progress("tokenising", sum(self._of_unit.values()), self._total)

@@ -1,7 +1,7 @@
 """The inputs' obs columns as Arrow columns of one type each, the same in every file.
 
-obs of each file  ->  kind of each column: whole number | number | truth | text
-                  ->  one kind over all files (text where they disagree)  ->  columns of a block
+obs of a file  ->  kind of each column: whole number | number | truth | text  ->  columns of a block
+               ->  one kind over all files (text where they disagree)  ->  columns of the store
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 import pandas as pd
 import pyarrow as pa
 
-from geneformer_mcore.store.layout import OBS_COLUMNS
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.store.layout import OBS_COLUMNS, TOKENS
 
-RESERVED = frozenset({*OBS_COLUMNS, "soma_joinid"})
+RESERVED = frozenset({*OBS_COLUMNS, TOKENS, "soma_joinid"})
 """Columns that the store itself fills; an input's column of that name is not kept as a label."""
 
 RESERVED_PREFIXES = ("soma_", "__")
@@ -70,12 +71,23 @@ def unify_kinds(kinds_of_files: Iterable[Mapping[str, pa.DataType]]) -> dict[str
     return dict(sorted(unified.items()))
 
 
-def label_columns(obs: pd.DataFrame, kinds: Mapping[str, pa.DataType]) -> dict[str, pa.Array]:
-    """One Arrow array per column of `kinds`; missing values, and all of a missing column, null."""
-    return {
-        name: _convert(obs[name], kind) if name in obs.columns else pa.nulls(len(obs), kind)
-        for name, kind in kinds.items()
-    }
+def label_columns(
+    obs: pd.DataFrame, kinds: Mapping[str, pa.DataType], rows: str
+) -> dict[str, pa.Array]:
+    """One Arrow array per column of `kinds`, all of which are in `obs`; missing values are null.
+
+    rows: what a message calls them. Raises DataError where values are not of their column's kind.
+    """
+    columns = {}
+    for name, kind in kinds.items():
+        try:
+            columns[name] = _convert(obs[name], kind)
+        except (KeyError, pa.ArrowException) as error:
+            raise DataError(
+                f"{rows}: obs column {name!r} holds other values than {kind} ({error}). Remedy: "
+                "give the column one kind of value, or remove it."
+            ) from error
+    return columns
 
 
 def _convert(column: pd.Series, kind: pa.DataType) -> pa.Array:
@@ -84,5 +96,21 @@ def _convert(column: pd.Series, kind: pa.DataType) -> pa.Array:
         array = array.combine_chunks()
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    # A whole number beyond 2^53 may be rounded where its column holds numbers.
     return array.cast(kind, safe=kind != NUMBER)
+
+
+def unify_labels(cells: pa.Table, kinds: Mapping[str, pa.DataType]) -> pa.Table:
+    """The table with exactly the label columns of `kinds` behind its others, as these kinds.
+
+    A column that the table lacks is null. A whole number beyond 2^53 may be rounded where its
+    column holds numbers.
+    """
+    own = [name for name in cells.column_names if name in RESERVED]
+    unified = cells.select(own)
+    for name, kind in kinds.items():
+        if name in cells.column_names:
+            column = cells[name].cast(kind, safe=kind != NUMBER)
+        else:
+            column = pa.nulls(len(cells), kind)
+        unified = unified.append_column(name, column)
+    return unified

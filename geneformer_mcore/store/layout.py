@@ -13,15 +13,15 @@ soma_joinid is one cell.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.store.sealed_json import checksum_of
 from geneformer_mcore.store.split import SPLITS
 
 SCHEMA_VERSION = 1
@@ -57,6 +57,8 @@ class Manifest:
     sources:           one report per input file (see ingest.SourceReport)
     skipped:           {reason: cells}, over all sources
     versions:          {package: version} that wrote the store
+    refused:           inputs that were given and could not be used: [{"name", "reason"}]
+    files:             {path in the folder: [bytes, SHA-256]} of all files but the manifest itself
     """
 
     cells: int
@@ -70,12 +72,14 @@ class Manifest:
     sources: list[dict[str, Any]]
     skipped: dict[str, int]
     versions: dict[str, str]
+    refused: list[dict[str, str]] = field(default_factory=list)
+    files: dict[str, list[Any]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def save(self, folder: str | Path) -> None:
         """Writes manifest.json, with a checksum of itself, into the store's folder."""
         content = asdict(self)
-        text = json.dumps(content | {"checksum": _checksum(content)}, indent=2)
+        text = json.dumps(content | {"checksum": checksum_of(content)}, indent=2)
         (Path(folder) / MANIFEST_FILE).write_text(text + "\n")
 
     @classmethod
@@ -89,23 +93,20 @@ class Manifest:
                 f"{path}: store schema {version!r}, this version reads {SCHEMA_VERSION}. Remedy: "
                 "build the store again with data_prep/build_store.py."
             )
-        wanted = {field.name for field in fields(cls)}
+        # What has a default came in later: stores that were there before do without it.
+        optional = {item.name for item in fields(cls) if item.default_factory is not MISSING}
+        wanted = {item.name for item in fields(cls)} - optional
         missing = sorted((wanted | {"checksum"}) - set(content))
         if missing:
             raise _damaged(path, f"{', '.join(missing)} missing")
         found = content.pop("checksum")
-        if found != _checksum(content):
+        if found != checksum_of(content):
             raise _damaged(path, "its content does not fit its checksum, it was changed since")
-        manifest = cls(**{name: content[name] for name in wanted})
+        manifest = cls(**{name: content[name] for name in (wanted | optional) & set(content)})
         problem = _problem(manifest)
         if problem:
             raise _damaged(path, problem)
         return manifest
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Reading a store: opened once, verified cheaply, then rows by number.
 
-TokenStore.open(path)  ->  manifest, row counts, vocabulary hash agree  ->  read(start, stop)
-                                                                        ->  RaggedCells
+TokenStore.open(path)  ->  manifest, files, row counts, vocabulary agree  ->  read(start, stop)
+                                                                          ->  RaggedCells
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.contracts import RaggedCells
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.store.content_hash import text_buffers
+from geneformer_mcore.store.files import find_changes
 from geneformer_mcore.store.layout import OBS, TOKENS, VOCABULARY_FILE, Manifest
 from geneformer_mcore.store.soma_io import SomaReader
 
 _KEYS_PER_PART = 65_536
+_MOST_TOLD = 5
 
 
 class TokenStore:
@@ -34,11 +36,13 @@ class TokenStore:
     def __init__(self, path: str | Path) -> None:
         """Opens and verifies what is cheap to verify; DataError, with a remedy, if it fails.
 
-        Verified: manifest and vocabulary are there and sound, and both data frames hold as many
-        rows as the manifest says. Every value is checked against its checksum when it is read.
+        Verified: manifest and vocabulary are there and sound, no file is missing, added, cut or
+        (but for tiles) changed, and both data frames hold as many rows as the manifest says. Every
+        value is checked against its checksum when it is read.
         """
         self.path = Path(path)
         self.manifest = Manifest.load(self.path)
+        self._check_files()
         self.vocabulary = Vocabulary.load(self.path / VOCABULARY_FILE)
         if self.vocabulary.checksum != self.manifest.vocabulary_hash:
             raise DataError(
@@ -116,6 +120,20 @@ class TokenStore:
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
         return TokenStore, (self.path,)
+
+    def _check_files(self) -> None:
+        if not self.manifest.files:  # Built before files were listed.
+            return
+        try:
+            changes = find_changes(self.path, self.manifest.files)
+        except OSError as error:
+            changes = [f"{error.filename} cannot be read: {error.strerror}"]
+        if changes:
+            more = f", and {len(changes) - _MOST_TOLD:,} more" if len(changes) > _MOST_TOLD else ""
+            raise DataError(
+                f"{self.path}: {'; '.join(changes[:_MOST_TOLD])}{more}. Remedy: copy the store "
+                "again, or build it again; a store is never changed once it is built."
+            )
 
     def _check_count(self, name: str) -> None:
         found = self._soma.count(name)

@@ -1,6 +1,6 @@
-"""All that touches TileDB-SOMA: one context per process, creating, writing and reading data frames.
+"""What a store does with TileDB-SOMA: creating, writing and reading its data frames.
 
-    SomaWriter: create  ->  write rows in order  ->  consolidate to one fragment  ->  close
+    SomaWriter: create  ->  write rows in order, all into one fragment  ->  close
     SomaReader: open    ->  count  ->  rows a..b as Arrow
 
 Every attribute, offset, validity and dimension passes a SHA-256 filter on its way to disk, so that
@@ -9,7 +9,7 @@ a flipped bit is an error when read and never a wrong cell.
 
 from __future__ import annotations
 
-import os
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import tiledbsoma
+from tiledbsoma._managed_query import ManagedQuery
 
+from geneformer_mcore.cells.soma import soma_context
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.store.layout import OBS, TOKENS
 
@@ -26,33 +28,6 @@ TILE_CAPACITY = 1024
 
 _CHECKSUM = {"_type": "ChecksumSHA256Filter"}
 _TEXT_FILTERS: list[dict[str, Any]] = [{"_type": "ZstdFilter", "level": 3}, _CHECKSUM]
-_THREADS = 2
-_MIB = 1 << 20
-_SETTINGS = {
-    # TileDB starts one thread per core for each of these unless told otherwise.
-    "sm.compute_concurrency_level": str(_THREADS),
-    "sm.io_concurrency_level": str(_THREADS),
-    "soma.compute_concurrency_level": str(_THREADS),
-    "soma.init_buffer_bytes": str(64 * _MIB),
-    # Consolidation takes its buffers out of this; the default of 10 GiB makes it slow and greedy.
-    "sm.mem.total_budget": str(512 * _MIB),
-}
-
-_context: tuple[int, tiledbsoma.SOMATileDBContext] | None = None
-
-
-def soma_context() -> tiledbsoma.SOMATileDBContext:
-    """This process' context. DataError in a child forked after TileDB was used: it would hang."""
-    global _context
-    if _context is None:
-        _context = (os.getpid(), tiledbsoma.SOMATileDBContext(tiledb_config=_SETTINGS))
-    owner, context = _context
-    if owner != os.getpid():
-        raise DataError(
-            "a store cannot be used in a process forked after TileDB was used in its parent: it "
-            "would hang. Remedy: start the process with the method `spawn`, or use a thread."
-        )
-    return context
 
 
 def _create_config(schema: pa.Schema) -> dict[str, Any]:
@@ -73,42 +48,63 @@ def _create_config(schema: pa.Schema) -> dict[str, Any]:
 
 
 class SomaWriter:
-    """Writes both data frames of a new store, rows in ascending order."""
+    """Writes both data frames of a new store, rows in ascending order, one fragment each.
+
+    A context manager; the rows are there once the last of `num_rows` is written, and not before.
+    """
 
     def __init__(self, folder: Path, num_rows: int, obs_columns: dict[str, pa.DataType]) -> None:
         """folder: must not exist as a SOMA object yet; num_rows: rows both frames will have."""
         self._folder = folder
-        columns = {TOKENS: {TOKENS: pa.large_binary()}, OBS: obs_columns}
-        with tiledbsoma.Collection.create(str(folder), context=soma_context()) as collection:
-            for name, fields in columns.items():
-                schema = pa.schema({"soma_joinid": pa.int64(), **fields})
+        self._num_rows = num_rows
+        self._columns = {TOKENS: {TOKENS: pa.large_binary()}, OBS: obs_columns}
+        self._schemas = {
+            name: pa.schema({"soma_joinid": pa.int64(), **fields})
+            for name, fields in self._columns.items()
+        }
+        self._opened = ExitStack()
+        self._queries: dict[str, Any] = {}
+
+    def __enter__(self) -> SomaWriter:
+        address = str(self._folder)
+        with tiledbsoma.Collection.create(address, context=soma_context()) as collection:
+            for name, schema in self._schemas.items():
                 collection.add_new_dataframe(
                     name,
                     schema=schema,
                     index_column_names=["soma_joinid"],
-                    domain=[(0, num_rows - 1)],
+                    domain=[(0, self._num_rows - 1)],
                     platform_config=_create_config(schema),
                 ).close()
+        for name in self._schemas:
+            address = str(self._folder / name)
+            frame = self._opened.enter_context(
+                tiledbsoma.open(address, "w", context=soma_context())
+            )
+            # DataFrame.write makes a fragment per call, which then have to be merged, at the cost
+            # of writing all once more. Its query takes any number of batches (tiledbsoma 2.3.0).
+            self._queries[name] = ManagedQuery(frame)._handle
+            self._queries[name].set_layout(tiledbsoma.pytiledbsoma.ResultOrder.globalorder)
+        return self
 
-    def write(self, start: int, tokens: pa.ChunkedArray, obs: pa.Table) -> None:
-        """Rows start.. of both frames: tokens large_binary, obs without soma_joinid."""
-        rows = pa.array(np.arange(start, start + len(tokens), dtype=np.int64))
-        self._append(TOKENS, pa.table({"soma_joinid": rows, TOKENS: tokens}))
-        self._append(OBS, obs.add_column(0, "soma_joinid", rows))
+    def write(self, start: int, cells: pa.Table) -> None:
+        """Rows start.. of both frames: `tokens` large_binary, and obs' columns."""
+        rows = pa.array(np.arange(start, start + len(cells), dtype=np.int64))
+        is_last = start + len(cells) == self._num_rows
+        cells = cells.append_column("soma_joinid", rows)
+        for name, schema in self._schemas.items():
+            query = self._queries[name]
+            submit = query.submit_and_finalize_batch if is_last else query.submit_batch
+            submit(cells.select(schema.names).cast(schema).combine_chunks().to_batches()[0])
 
-    def _append(self, name: str, table: pa.Table) -> None:
-        with tiledbsoma.open(str(self._folder / name), "w", context=soma_context()) as frame:
-            options = {"tiledb": {"write": {"sort_coords": False}}}
-            frame.write(table.combine_chunks(), platform_config=options)
-
-    def consolidate(self) -> None:
-        """Merges each frame's fragments into one, so that a span of rows is read from one place."""
-        for name in (TOKENS, OBS):
-            with tiledbsoma.open(str(self._folder / name), "w", context=soma_context()) as frame:
-                # tiledbsoma's own write option consolidates metadata and commits alone; only its
-                # handle also merges the fragments (2.3.0).
-                frame._handle.consolidate_and_vacuum(["fragments"])
-                frame._handle.consolidate_and_vacuum(["fragment_meta", "commits"])
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._queries.clear()
+        self._opened.close()
 
 
 class SomaReader:

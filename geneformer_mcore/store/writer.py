@@ -1,171 +1,72 @@
-"""Writing a store: shuffled out of core, hashed, consolidated, and published whole.
+"""The last step: from finished units to a published store.
 
-    CellTable ...  ->  buckets on disk  ->  rows in order  ->  tokens + obs (SOMA), content hash
-                   ->  one fragment each  ->  vocabulary.json, manifest.json  ->  rename
-
-The rows of the finished store are a pure function of the set of cells: the order and the size of
-the tables they come in, and the number of buckets, leave no trace.
+units  ->  rows (see merge)  ->  vocabulary.json, manifest.json  ->  rename
 """
 
 from __future__ import annotations
 
-import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from geneformer_mcore import __version__
-from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store.buckets import CELLS_PER_BUCKET, Buckets
-from geneformer_mcore.store.content_hash import ContentHash
-from geneformer_mcore.store.layout import (
-    OBS_COLUMNS,
-    TOKENS,
-    VOCABULARY_FILE,
-    Manifest,
-)
-from geneformer_mcore.store.soma_io import SomaWriter
-from geneformer_mcore.store.split import SPLITS, SplitRule
+from geneformer_mcore.store.files import describe_files
+from geneformer_mcore.store.layout import VOCABULARY_FILE, Manifest
+from geneformer_mcore.store.merge import Merge
+from geneformer_mcore.store.plan import Recipe
+from geneformer_mcore.store.progress import Progress, no_progress
+from geneformer_mcore.store.source_report import SourceReport, sum_skipped
+from geneformer_mcore.store.sources import Refusal
+from geneformer_mcore.store.split import SPLITS
 from geneformer_mcore.store.staging import StagedFolder
-
-ROWS_PER_WRITE = 16_384
-"""Rows written at a time, or more: a bucket is written whole."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, cells done, cells in all)."""
+from geneformer_mcore.store.unit_file import remove_others
 
 
-def no_progress(what: str, done: int, total: int) -> None:
-    """Says nothing."""
+def write_store(
+    staged: StagedFolder,
+    merge: Merge,
+    recipe: Recipe,
+    reports: Sequence[SourceReport] = (),
+    refusals: Sequence[Refusal] = (),
+    progress: Progress = no_progress,
+) -> Manifest:
+    """Merges all units into the store and publishes it.
 
-
-class StoreWriter:
-    """Writes one store; a context manager. Nothing is at `path` until `finish` returns.
-
-    Cells come as Arrow tables with `schema`: `tokens` (large_binary: little-endian uint16, [CLS]
-    first), obs' own columns except `split`, and the label columns.
+    Raises DataError if there is no cell, or one twice.
     """
-
-    def __init__(
-        self,
-        path: str | Path,
-        vocabulary: Vocabulary,
-        seq_length: int,
-        split_rule: SplitRule,
-        label_kinds: dict[str, pa.DataType],
-        num_cells: int,
-        overwrite: bool = False,
-        cells_per_bucket: int = CELLS_PER_BUCKET,
-    ) -> None:
-        """num_cells: about how many will come, for the number of buckets."""
-        self.vocabulary = vocabulary
-        self.seq_length = seq_length
-        self._split_rule = split_rule
-        self._labels = label_kinds
-        self._num_cells = num_cells
-        self._cells_per_bucket = cells_per_bucket
-        self._staged = StagedFolder(Path(path), overwrite)
-        own = {name: kind for name, kind in OBS_COLUMNS.items() if name != "split"}
-        self.schema = pa.schema({TOKENS: pa.large_binary(), **own, **label_kinds})
-
-    def __enter__(self) -> StoreWriter:
-        self._staged.__enter__()
-        folder = self._staged.path / "buckets"
-        try:
-            self._buckets = Buckets(folder, self._num_cells, self._cells_per_bucket)
-        except OSError:
-            self._staged.__exit__(*sys.exc_info())
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._staged.__exit__(kind, error, trace)
-
-    def add(self, cells: pa.Table) -> None:
-        """Takes in cells, in any order. Their split is assigned here."""
-        cells = cells.select(self.schema.names).cast(self.schema)
-        keys_N = cells["cell_key"].to_numpy()
-        codes = self._split_rule.assign(keys_N, cells["dataset_id"].to_pylist())
-        self._buckets.add(cells, codes)
-
-    def finish(
-        self,
-        sources: Sequence[dict[str, Any]],
-        skipped: dict[str, int],
-        progress: Progress = no_progress,
-    ) -> Manifest:
-        """Writes all rows and publishes the store. DataError if there is no cell, or one twice."""
-        num_cells = sum(self._buckets.cells_of_split.values())
-        if num_cells == 0:
-            raise DataError(
-                f"no cell is left to store; skipped: {skipped or 'none'}. Remedy: check that the "
-                "inputs hold counts of genes that are in the vocabulary."
-            )
-        folder = self._staged.path
-        store = folder / "store"
-        num_tokens, content_hash = self._write_rows(store, num_cells, progress)
-        # The collection becomes the staged folder itself: its members are named relative to it.
-        shutil.rmtree(folder / "buckets")
-        for item in store.iterdir():
-            item.rename(folder / item.name)
-        store.rmdir()
-        manifest = Manifest(
-            cells=num_cells,
-            tokens=num_tokens,
-            rows=_row_ranges(self._buckets.cells_of_split),
-            seq_length=self.seq_length,
-            content_hash=content_hash,
-            vocabulary_hash=self.vocabulary.checksum,
-            labels={name: str(kind) for name, kind in self._labels.items()},
-            split=self._split_rule.describe(),
-            sources=list(sources),
-            skipped=skipped,
-            versions=_versions(),
+    skipped = sum_skipped(report.skipped for report in reports)
+    cells_of_split = merge.cells_of_split
+    if not sum(cells_of_split.values()):
+        remove_others(staged.units, [])
+        raise DataError(
+            f"no cell is left to store; skipped: {skipped or 'none'}. Remedy: check that the "
+            "inputs hold counts of genes that are in the vocabulary."
         )
-        self.vocabulary.save(folder / VOCABULARY_FILE)
-        manifest.save(folder)
-        self._staged.publish()
-        return manifest
-
-    def _write_rows(self, store: Path, num_cells: int, progress: Progress) -> tuple[int, str]:
-        """(token ids written, content hash)."""
-        obs_columns = {**OBS_COLUMNS, **self._labels}
-        self._staged.check_room()
-        writer = SomaWriter(store, num_cells, obs_columns)
-        hasher = ContentHash()
-        row = num_tokens = 0
-        for cells in _gathered(self._buckets.sorted_tables()):
-            hasher.update(cells)
-            writer.write(row, cells[TOKENS], cells.select(list(obs_columns)))
-            row += len(cells)
-            num_tokens += int(np.sum(cells["n_tokens"].to_numpy(), dtype=np.int64))
-            progress("writing rows", row, num_cells)
-        writer.consolidate()
-        return num_tokens, hasher.hexdigest()
-
-
-def _gathered(tables: Iterator[tuple[str, pa.Table]]) -> Iterator[pa.Table]:
-    """The tables with their split as a column, small ones joined: each write makes a fragment."""
-    held: list[pa.Table] = []
-    for split, cells in tables:
-        held.append(cells.append_column("split", pa.array([split] * len(cells), pa.large_string())))
-        if sum(map(len, held)) >= ROWS_PER_WRITE:
-            yield pa.concat_tables(held)
-            held = []
-    if held:
-        yield pa.concat_tables(held)
+    # Rows take no more room than units, whose text is not compressed.
+    staged.check_room(sum(unit.num_bytes for unit in merge.units.values()))
+    content_hash = merge.write_rows(staged.store, progress)
+    recipe.vocabulary.save(staged.store / VOCABULARY_FILE)
+    manifest = Manifest(
+        cells=sum(cells_of_split.values()),
+        tokens=sum(unit.tokens for unit in merge.units.values()),
+        rows=_row_ranges(cells_of_split),
+        seq_length=recipe.seq_length,
+        content_hash=content_hash,
+        vocabulary_hash=recipe.vocabulary.checksum,
+        labels={name: str(kind) for name, kind in merge.kinds.items()},
+        split=recipe.split_rule.describe(),
+        sources=[asdict(report) for report in reports],
+        skipped=skipped,
+        versions=_versions(),
+        refused=[refusal.describe() for refusal in refusals],
+        files=describe_files(staged.store),
+    )
+    manifest.save(staged.store)
+    staged.publish()
+    return manifest
 
 
 def _row_ranges(cells_of_split: dict[str, int]) -> dict[str, list[int]]:

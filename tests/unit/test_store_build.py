@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -15,19 +14,15 @@ import pytest
 import tiledbsoma
 from scipy import sparse
 
-from geneformer_mcore.cells.corpus import InputOptions
-from geneformer_mcore.cells.counts import CountsFile
 from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store.buckets import Buckets
+from geneformer_mcore.store import buckets, ingest, merge, plan, tokenise
 from geneformer_mcore.store.check import check_store
-from geneformer_mcore.store.ingest import build_store, dataset_ids
+from geneformer_mcore.store.ingest import build_store
 from geneformer_mcore.store.keys import cell_keys, order_keys
 from geneformer_mcore.store.layout import Manifest
-from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.split import SPLITS, RandomSplit
 from geneformer_mcore.store.staging import StagedFolder
-from geneformer_mcore.store.writer import StoreWriter
 from tests.small_cells import gene_id, plain_tokens, random_counts, vocabulary_of, write_h5ad
 
 NUM_GENES = 60
@@ -141,6 +136,12 @@ def test_manifest_and_report(store: Path, vocabulary: Vocabulary) -> None:
     ]
     assert first["tokens_mean"] == pytest.approx(np.mean(lengths))
     assert first["tokens_median"] == np.median(lengths)
+    assert first["tokens_p5"] == np.quantile(lengths, 0.05, method="inverted_cdf")
+    assert first["lengths"] == {
+        "bin_tokens": 1,
+        "cells": np.bincount(lengths, minlength=11).tolist(),
+    }
+    assert manifest.refused == []
     assert manifest.labels == {"age": "int64", "cell_type": "large_string", "quality": "double"}
     assert len(tokens) == 300
 
@@ -168,25 +169,29 @@ def test_every_column_has_a_checksum(store: Path) -> None:
             assert text.count("CHECKSUM_SHA256") == fields + 2
 
 
+@pytest.mark.parametrize("workers", [1, 3])
 def test_content_depends_on_the_cells_alone(
     tmp_path: Path,
     store: Path,
-    counts: sparse.csr_matrix,
     vocabulary: Vocabulary,
     files: list[Path],
     monkeypatch: pytest.MonkeyPatch,
+    workers: int,
 ) -> None:
-    # Files the other way round, blocks of 7 rows, buckets of 40 cells, 11 held, 50 written at once.
-    monkeypatch.setattr("geneformer_mcore.store.buckets.CELLS_HELD", 11)
-    monkeypatch.setattr(StoreWriter.__init__, "__defaults__", (False, 40))
-    monkeypatch.setattr("geneformer_mcore.store.writer.ROWS_PER_WRITE", 50)
-    original = CountsFile.blocks
-    monkeypatch.setattr(CountsFile, "blocks", lambda self: original(self, 7))
+    # Files the other way round, units of 13 rows, buckets of 40 cells, 11 rows written at once.
+    monkeypatch.setattr(plan, "LEAST_ROWS_PER_UNIT", 13)
+    monkeypatch.setattr(plan, "MOST_ROWS_PER_UNIT", 13)
+    monkeypatch.setattr(buckets, "CELLS_PER_BUCKET", 40)
+    monkeypatch.setattr(merge, "ROWS_PER_WRITE", 11)
+    monkeypatch.setattr(merge, "_FILES_KEPT_OPEN", 2)
+    monkeypatch.setattr(tokenise, "ROWS_PER_BLOCK", 7)
+    monkeypatch.setattr(ingest, "_CELLS_PER_WORKER", 1)
     other = tmp_path / "other"
-    build_store(files[::-1], other, vocabulary, seq_length=10, split_rule=SPLIT)
-    assert Manifest.load(other) == Manifest.load(store)
-    for ours, theirs in zip(frames(other), frames(store), strict=True):
-        assert ours.equals(theirs)
+    build_store(files[::-1], other, vocabulary, seq_length=10, split_rule=SPLIT, workers=workers)
+    ours, theirs = Manifest.load(other), Manifest.load(store)
+    assert replace(ours, files={}) == replace(theirs, files={})
+    for one, two in zip(frames(other), frames(store), strict=True):
+        assert one.equals(two)
 
 
 def test_content_hash_sees_labels_and_tokens(
@@ -232,8 +237,6 @@ def test_dataset_id_column_names_the_dataset(tmp_path: Path, counts: sparse.csr_
     _, obs = frames(tmp_path / "store")
     assert sorted(obs["dataset_id"].to_pylist()) == ["a", *["d1"] * 10, *["d2"] * 9]
     assert manifest.sources[0]["datasets"] == 3
-    with InputOptions().open(file) as opened:
-        assert dataset_ids(opened) == [*names[:-1], "a"]
 
 
 def test_columns_with_reserved_names_are_left_out_and_reported(
@@ -255,9 +258,15 @@ def test_duplicate_cells_are_refused(tmp_path: Path, counts: sparse.csr_matrix) 
     second = write_h5ad(tmp_path / "n" / "c.h5ad", counts[:3], obs=same, cell_ids=["u", "v", "y"])
     with pytest.raises(DataError, match="two cells are called 'y' in dataset 'd'"):
         build_store([within, first, second], tmp_path / "store", vocabulary_of(NUM_GENES))
+    # The work that is done is of use without one of them.
+    assert os.listdir(tmp_path / ".store.staging") != []
+    told: list[str] = []
+    manifest = build_store(
+        [within, second], tmp_path / "store", vocabulary_of(NUM_GENES), say=told.append
+    )
+    assert (manifest.cells, told) == (6, ["continues: 2 of 2 units of work are there"])
+    shutil.rmtree(tmp_path / "store")
     doubled = write_h5ad(tmp_path / "d.h5ad", counts[:3], cell_ids=["x", "y", "x_"])
-    with InputOptions().open(doubled) as opened:
-        assert opened.cell_ids == ["x", "y", "x_"]
     with h5py.File(doubled, "r+") as file:
         index = file["obs"].attrs["_index"]
         file["obs"][index][2] = "x"
@@ -265,44 +274,6 @@ def test_duplicate_cells_are_refused(tmp_path: Path, counts: sparse.csr_matrix) 
         build_store([doubled], tmp_path / "store", vocabulary_of(NUM_GENES))
     assert not (tmp_path / "store").exists()
     assert not list(tmp_path.glob(".*"))
-
-
-def test_two_cells_may_share_a_key_but_not_their_names(tmp_path: Path) -> None:
-    def table(names: list[str]) -> pa.Table:
-        return pa.table(
-            {
-                "cell_key": pa.array([7] * len(names), pa.uint64()),
-                "dataset_id": ["d"] * len(names),
-                "cell_id": names,
-            }
-        )
-
-    zeros = np.zeros(3, np.int8)
-    orders = []
-    for number, names in enumerate((["b", "a", "c"], ["c", "b", "a"])):
-        buckets = Buckets(tmp_path / str(number), 3)
-        buckets.add(table(names), zeros)
-        orders.append([t["cell_id"].to_pylist() for _, t in buckets.sorted_tables()])
-    assert orders == [[["a", "b", "c"]]] * 2
-    buckets = Buckets(tmp_path / "2", 3)
-    buckets.add(table(["a", "b", "a"]), zeros)
-    with pytest.raises(DataError, match="'a' in dataset 'd'"):
-        list(buckets.sorted_tables())
-
-
-def test_all_bad_files_are_named_before_any_work(tmp_path: Path, files: list[Path]) -> None:
-    (tmp_path / "text.h5ad").write_text("cells")
-    symbols = write_h5ad(
-        tmp_path / "symbols.h5ad", sparse.csr_matrix(np.ones((2, 2))), gene_ids=["TP53", "MYC"]
-    )
-    inputs = [files[0], tmp_path / "text.h5ad", symbols, tmp_path / "missing.h5ad"]
-    with pytest.raises(DataError) as error:
-        build_store(inputs, tmp_path / "store", vocabulary_of(NUM_GENES))
-    for name in ("text.h5ad", "symbols.h5ad", "missing.h5ad"):
-        assert name in str(error.value)
-    assert files[0].name not in str(error.value)
-    with pytest.raises(DataError, match="no input file"):
-        build_store([], tmp_path / "store", vocabulary_of(NUM_GENES))
 
 
 def test_existing_path_is_kept_unless_it_is_a_store_to_replace(
@@ -327,59 +298,10 @@ def test_existing_path_is_kept_unless_it_is_a_store_to_replace(
 
 def test_second_writer_is_refused(tmp_path: Path) -> None:
     with StagedFolder(tmp_path / "store") as first:
-        (first.path / "file").write_text("x")
+        (first.units / "file").write_text("x")
         with pytest.raises(DataError, match="another process is writing it"):
             StagedFolder(tmp_path / "store").__enter__()
-        assert (first.path / "file").exists()
-
-
-KILLED = """
-import sys
-from pathlib import Path
-from geneformer_mcore.store import writer
-from geneformer_mcore.store.ingest import build_store
-from tests.small_cells import vocabulary_of
-
-stage, out, *files = sys.argv[1:]
-
-def wait(*arguments):
-    print("here", flush=True)
-    sys.stdin.read()
-
-if stage == "rows":
-    writer.SomaWriter.write = wait
-elif stage == "consolidate":
-    writer.SomaWriter.consolidate = wait
-else:
-    writer.StagedFolder.publish = wait
-build_store(files, out, vocabulary_of(60), seq_length=10)
-"""
-
-
-@pytest.mark.parametrize("stage", ["rows", "consolidate", "publish"])
-def test_kill_leaves_nothing_and_a_second_run_works(
-    tmp_path: Path, files: list[Path], store: Path, stage: str, repository: Path
-) -> None:
-    target = tmp_path / "store"
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, stage, str(target), *map(str, files)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=repository,
-        env={**os.environ, "PYTHONPATH": str(repository)},
-    )
-    with child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"here\n"
-        child.send_signal(signal.SIGKILL)
-    assert not target.exists()
-    assert (tmp_path / ".store.staging").exists()
-    if stage != "publish":
-        with pytest.raises(DataError, match="not a finished store"):
-            TokenStore.open(tmp_path / ".store.staging")
-    manifest = build_store(files, target, vocabulary_of(NUM_GENES), seq_length=10, split_rule=SPLIT)
-    assert manifest.content_hash == Manifest.load(store).content_hash
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+        assert (first.units / "file").exists()
 
 
 def test_progress_is_told(tmp_path: Path, files: list[Path]) -> None:
@@ -390,9 +312,11 @@ def test_progress_is_told(tmp_path: Path, files: list[Path]) -> None:
         vocabulary_of(NUM_GENES),
         progress=lambda what, done, total: told.append((what, done, total)),
     )
-    assert [(done, total) for what, done, total in told if what == "tokenising"] == [
-        (180, 300),
-        (300, 300),
-    ]
-    assert told[-1] == ("writing rows", 300, 300)
+    seen: dict[str, list[tuple[int, int]]] = {}
+    for what, done, total in told:
+        seen.setdefault(what, []).append((done, total))
+    assert list(seen) == ["looking at inputs", "tokenising", "writing rows"]
+    assert seen["looking at inputs"] == [(1, 2), (2, 2)]
+    assert sorted(set(seen["tokenising"])) == [(0, 300), (180, 300), (300, 300)]
+    assert seen["writing rows"][-1] == (300, 300)
     assert tuple(Manifest.load(tmp_path / "store").rows) == SPLITS

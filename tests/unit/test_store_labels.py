@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pytest
 
+from geneformer_mcore.errors import DataError
 from geneformer_mcore.store.labels import (
     INTEGER,
     NUMBER,
@@ -14,6 +16,7 @@ from geneformer_mcore.store.labels import (
     label_columns,
     label_kinds,
     unify_kinds,
+    unify_labels,
 )
 
 
@@ -33,6 +36,7 @@ def test_kinds() -> None:
             "lists": [[1], [2], [3]],
             "mixed": [1, "a", (2,)],
             "n_counts": [1, 2, 3],
+            "tokens": [1, 2, 3],
             "split": ["x"] * 3,
             "soma_x": [1, 2, 3],
             "__x": [1, 2, 3],
@@ -53,7 +57,7 @@ def test_kinds() -> None:
         "nothing": TEXT,
         "day": TEXT,
     }
-    columns = label_columns(obs, kinds)
+    columns = label_columns(obs, kinds, "rows")
     assert {name: column.type for name, column in columns.items()} == kinds
     assert columns["type"].to_pylist() == ["a", None, "b"]
     assert columns["year"].to_pylist() == [2001, 2002, 2001]
@@ -70,8 +74,16 @@ def test_files_that_disagree() -> None:
         ]
     )
     assert kinds == {"a": NUMBER, "b": TEXT, "c": TEXT, "d": TEXT}
-    columns = label_columns(pd.DataFrame({"a": [1], "b": [2], "d": [True]}), kinds)
-    assert columns["a"].to_pylist() == [1.0]
-    assert columns["b"].to_pylist() == ["2"]
-    assert columns["c"] == pa.nulls(1, TEXT)
-    assert columns["d"].to_pylist() == ["true"]
+    obs = pd.DataFrame({"a": [1], "b": [2], "d": [True]})
+    cells = pa.table({"cell_id": ["x"], **label_columns(obs, label_kinds(obs), "rows")})
+    unified = unify_labels(cells, kinds)
+    assert unified.schema == pa.schema({"cell_id": pa.string(), **kinds})
+    assert unified.to_pylist() == [{"cell_id": "x", "a": 1.0, "b": "2", "c": None, "d": "true"}]
+
+
+def test_values_of_another_kind_are_refused() -> None:
+    obs = pd.DataFrame({"age": ["one", "two"]})
+    with pytest.raises(DataError, match=r"rows 0 to 1: obs column 'age' holds other .*int64"):
+        label_columns(obs, {"age": INTEGER}, "rows 0 to 1")
+    with pytest.raises(DataError, match="'year'"):
+        label_columns(obs, {"year": TEXT}, "rows 0 to 1")

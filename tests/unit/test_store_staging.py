@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store import staging
+from geneformer_mcore.store import lock, plan, staging
 from geneformer_mcore.store.check import check_store
 from geneformer_mcore.store.ingest import build_store
 from geneformer_mcore.store.layout import MANIFEST_FILE, Manifest
@@ -45,7 +46,7 @@ def publish(
 ) -> None:
     """Writes a store "new" and publishes it, after `meanwhile`."""
     with StagedFolder(target, overwrite) as staged:
-        fill(staged.path, "new")
+        fill(staged.store, "new")
         meanwhile()
         staged.publish()
 
@@ -53,7 +54,7 @@ def publish(
 def break_off(target: Path, error: Exception) -> None:
     """Writes half a store."""
     with StagedFolder(target, overwrite=True) as staged:
-        fill(staged.path, "new")
+        fill(staged.store, "new")
         raise error
 
 
@@ -97,7 +98,8 @@ def test_a_store_moved_aside_by_a_killed_writer_is_put_back(tmp_path: Path) -> N
     target = tmp_path / "store"
     fill(target, "old")
     target.rename(tmp_path / ".store.replaced")
-    fill(tmp_path / ".store.staging", "new")
+    (tmp_path / ".store.staging").mkdir()
+    fill(tmp_path / ".store.staging" / "store", "new")
     with pytest.raises(DataError, match=r"which is now back.*--overwrite"):
         StagedFolder(target).__enter__()
     assert content(target) == "old"
@@ -124,7 +126,7 @@ def test_a_rename_that_fails_leaves_the_old_store(
     rename = os.rename
 
     def fail(source: Path, to: Path) -> None:
-        if source.name == ".store.staging":
+        if source.name == "store" and to == target:
             raise PermissionError(errno.EACCES, "Permission denied")
         rename(source, to)
 
@@ -148,15 +150,17 @@ def test_a_place_where_no_store_can_be_is_refused_early(
 LIMITED = """
 import resource, sys
 from geneformer_mcore.commands import run
-from geneformer_mcore.store import buckets, writer
+from geneformer_mcore.store import ingest, merge, plan, tokenise, writer
 from data_prep.build_store import main
 
+plan.LEAST_ROWS_PER_UNIT = 50
 stage, limit = sys.argv.pop(1), int(sys.argv.pop(1))
 owner, name = {
-    "buckets": (buckets.Buckets, "__init__"),
-    "rows": (writer.SomaWriter, "write"),
-    "consolidate": (writer.SomaWriter, "consolidate"),
-    "manifest": (writer, "_versions"),
+    "first unit": (tokenise, "write_cells"),
+    "later unit": (ingest._Build, "_estimate"),
+    "frames": (merge.SomaWriter, "__enter__"),
+    "rows": (merge.SomaWriter, "write"),
+    "manifest": (writer, "describe_files"),
 }[stage]
 original = getattr(owner, name)
 
@@ -169,15 +173,22 @@ run(main)
 """
 
 
-@pytest.mark.parametrize("stage", ["buckets", "rows", "consolidate", "manifest"])
-def test_no_room_ends_with_two_and_one_message(
-    tmp_path: Path, file: Path, stage: str, repository: Path
+@pytest.mark.parametrize(
+    ("stage", "units"), [("first unit", 0), ("later unit", 1), ("frames", 4), ("rows", 4)]
+)
+def test_no_room_ends_with_two_and_work_is_kept(
+    tmp_path: Path,
+    file: Path,
+    stage: str,
+    units: int,
+    repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     target = tmp_path / "store"
     before = build_store([file], target, vocabulary_of(NUM_GENES))
     vocabulary_of(NUM_GENES).save(tmp_path / "v.json")
     names = sorted(os.listdir(tmp_path))
-    arguments = ["--out", target, "--overwrite", "--vocabulary", "v.json", file]
+    arguments = ["--out", target, "--overwrite", "--vocabulary", "v.json", "--workers", 1, file]
     result = subprocess.run(
         [sys.executable, "-c", LIMITED, stage, "1000", *map(str, arguments)],
         cwd=tmp_path,
@@ -187,20 +198,36 @@ def test_no_room_ends_with_two_and_one_message(
         check=False,
     )
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
-    assert result.stderr.startswith(f"error: {target}: there is no room for the store: File too")
-    assert "bytes were written and are removed again" in result.stderr
-    assert "Remedy: make room" in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert sorted(os.listdir(tmp_path)) == names
+    *told, error = result.stderr.splitlines()
+    assert error.startswith(f"error: {target}: there is no room for the store: File too large.")
+    assert "what was at this path before is as it was. Remedy: make room" in error
     assert Manifest.load(target) == before
     assert check_store(target) == []
+    if not units:
+        assert "is not known yet, no unit of work is done; nothing of it is left" in error
+        assert not told
+        assert sorted(os.listdir(tmp_path)) == names
+        return
+    assert "bytes are free now, about " in error
+    assert "are needed: a quota or ulimit -f is in the way; finished units stay in " in error
+    kept = (
+        f"{units} finished units of work stay in {tmp_path}/.store.staging: start the same again."
+    )
+    assert told == [kept]
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, ".store.staging"])
+    lines: list[str] = []
+    monkeypatch.setattr(plan, "LEAST_ROWS_PER_UNIT", 50)
+    again = build_store([file], target, vocabulary_of(NUM_GENES), overwrite=True, say=lines.append)
+    assert lines == [f"continues: {units} of 4 units of work are there"]
+    assert again.content_hash == before.content_hash
+    assert sorted(os.listdir(tmp_path)) == names
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_every_kind_of_full_disk_is_told(tmp_path: Path, code: int) -> None:
     quoted = RuntimeError(f"IO Error: Cannot write; POSIX write error:{os.strerror(code)}")
     for error in (OSError(code, os.strerror(code)), quoted):
-        with pytest.raises(DataError, match=f"{os.strerror(code)}. 3 bytes"):
+        with pytest.raises(DataError, match=f"{os.strerror(code)}. [0-9,]+ bytes are free now"):
             break_off(tmp_path / "store", error)
     assert os.listdir(tmp_path) == []
 
@@ -210,6 +237,127 @@ def test_an_all_but_full_disk_never_reaches_tiledb(
 ) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=4096)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: free)
-    with pytest.raises(DataError, match=r"No space left on device.*4,096 are free now"):
+    with pytest.raises(DataError, match=r"No space left on device\. 4,096 bytes are free") as error:
         build_store([file], tmp_path / "store", vocabulary_of(NUM_GENES))
-    assert os.listdir(tmp_path) == ["a.h5ad"]
+    unit = next((tmp_path / ".store.staging" / "units").glob("*.arrows"))
+    # The unit is there, its rows take as much again, and a mebibyte must stay free.
+    missing = unit.stat().st_size + (1 << 20) - 4096
+    told = int(str(error.value).split("about ")[1].split()[0].replace(",", ""))
+    assert missing - 8192 < told <= missing
+    assert not (tmp_path / "store").exists()
+
+
+# Locks, and what a kill after publishing leaves
+
+
+def hold(path: Path, part: str | None = None) -> StagedFolder:
+    return StagedFolder(path, part=part).__enter__()
+
+
+def test_parts_share_the_folder_and_a_whole_build_does_not(tmp_path: Path) -> None:
+    target = tmp_path / "store"
+    parts = [hold(target, "0/3"), hold(target, "1/3")]
+    with pytest.raises(DataError, match="another process is doing part 1/3 of it now"):
+        hold(target, "1/3")
+    with pytest.raises(DataError, match="another process is writing it now"):
+        hold(target)
+    parts.append(hold(target, "2/3"))
+    (parts[0].units / "x.json").write_text("{}")
+    for part in parts:
+        part.__exit__(None, None, None)
+    whole = hold(target)
+    assert (whole.units / "x.json").exists()
+    with pytest.raises(DataError, match="another process is writing it now"):
+        hold(target, "0/3")
+    whole.__exit__(None, None, None)
+
+
+def test_a_part_that_fails_clears_nothing_of_others(tmp_path: Path) -> None:
+    target = tmp_path / "store"
+    other = hold(target, "0/2")
+    with pytest.raises(RuntimeError), StagedFolder(target, part="1/2"):
+        raise RuntimeError
+    (other.units / "x").write_text("")
+    other.__exit__(None, None, None)
+    with pytest.raises(RuntimeError), StagedFolder(target, part="1/2"):
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_on_a_folder_that_was_cleared_meanwhile_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "store"
+    flock, cleared = lock.fcntl.flock, []
+
+    def clear_first(descriptor: int, kind: int) -> None:
+        if not cleared:
+            cleared.append(shutil.rmtree(tmp_path / ".store.staging"))
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(lock.fcntl, "flock", clear_first)
+    first = hold(target)
+    with pytest.raises(DataError, match="another process is writing it now"):
+        hold(target)
+    assert cleared
+    first.__exit__(None, None, None)
+
+
+def test_what_a_writer_left_that_was_killed_after_publishing_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "store"
+    with monkeypatch.context() as killed:
+        killed.setattr(staging.shutil, "rmtree", lambda *_, **__: None)
+        publish(target)
+    (tmp_path / ".store.staging" / "units" / "x.json").write_text("{}")
+    # Of another store by that name it is not known whether it is finished.
+    sound = (target / MANIFEST_FILE).read_text()
+    fill(target, "another")
+    with pytest.raises(DataError, match="exists already"):
+        check_target(target, overwrite=False)
+    assert sorted(os.listdir(tmp_path)) == [".store.staging", "store"]
+    fill(target, sound)
+    with pytest.raises(DataError, match="exists already"):
+        check_target(target, overwrite=False)
+    assert os.listdir(tmp_path) == ["store"]
+
+
+@pytest.mark.parametrize("after", range(5))
+def test_a_kill_while_the_rest_is_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    target, removed = tmp_path / "store", []
+
+    def killed(original: Callable[..., object]) -> Callable[..., object]:
+        def remove(path: Path, *arguments: object, **options: object) -> object:
+            if ".staging" in str(path) and path.name != "store":
+                removed.append(path)
+                if len(removed) > after:
+                    raise SystemError("killed")
+            return original(path, *arguments, **options)
+
+        return remove
+
+    with monkeypatch.context() as patch, StagedFolder(target) as staged:
+        fill(staged.store, "new")
+        (staged.units / "x.json").write_text("{}")
+        patch.setattr(staging.shutil, "rmtree", killed(shutil.rmtree))
+        patch.setattr(Path, "unlink", killed(Path.unlink))
+        patch.setattr(Path, "rmdir", killed(Path.rmdir))
+        with suppress(SystemError):
+            staged.publish()
+    assert content(target) == "new"
+    with pytest.raises(DataError, match="exists already"):
+        check_target(target, overwrite=False)
+    assert os.listdir(tmp_path) == ["store"]
+
+
+def test_units_outlive_an_error_and_the_store_in_the_making_does_not(tmp_path: Path) -> None:
+    target = tmp_path / "store"
+    staged = hold(target)
+    (staged.units / "x.json").write_text("{}")
+    fill(staged.store, "half")
+    staged.__exit__(RuntimeError, RuntimeError(), None)
+    assert sorted(os.listdir(tmp_path / ".store.staging")) == ["lock", "units"]
+    assert not target.exists()

@@ -1,0 +1,116 @@
+"""From the files of all units to the rows of a store, bucket after bucket.
+
+    one bucket of every unit  ->  label columns made alike  ->  sorted, no cell twice  ->  + split
+                              ->  tokens and obs (SOMA), content hash
+
+The rows are a pure function of the set of cells: how they were cut into units leaves no trace. A
+thread gathers and sorts a bucket while the one before it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.store.buckets import sorted_cells
+from geneformer_mcore.store.content_hash import ContentHash
+from geneformer_mcore.store.labels import unify_labels
+from geneformer_mcore.store.layout import OBS_COLUMNS, TOKENS
+from geneformer_mcore.store.progress import Progress
+from geneformer_mcore.store.soma_io import SomaWriter
+from geneformer_mcore.store.split import SPLITS
+from geneformer_mcore.store.unit_file import UnitReader, UnitReport
+
+ROWS_PER_WRITE = 8192
+_FILES_KEPT_OPEN = 256
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What is merged: finished units in `folder`, and how their cells are laid.
+
+    units:  {name: report}, of at least one cell together
+    kinds:  {label column: its type} of the store
+    """
+
+    folder: Path
+    units: Mapping[str, UnitReport]
+    num_buckets: int
+    kinds: Mapping[str, pa.DataType]
+
+    @property
+    def cells_of_split(self) -> dict[str, int]:
+        """Cells by split."""
+        return {
+            split: sum(unit.cells_of_split[split] for unit in self.units.values())
+            for split in SPLITS
+        }
+
+    def write_rows(self, store: Path, progress: Progress) -> str:
+        """Writes tokens and obs of a new store; its content hash.
+
+        Raises DataError if two cells have the same dataset_id and cell_id.
+        """
+        num_cells = sum(self.cells_of_split.values())
+        hasher, row = ContentHash(), 0
+        with SomaWriter(store, num_cells, {**OBS_COLUMNS, **self.kinds}) as writer:
+            for cells in _one_ahead(self._tables()):
+                for start in range(0, len(cells), ROWS_PER_WRITE):
+                    part = cells.slice(start, ROWS_PER_WRITE)
+                    hasher.update(part)
+                    writer.write(row, part)
+                    row += len(part)
+                    progress("writing rows", row, num_cells)
+        return hasher.hexdigest()
+
+    def _tables(self) -> Generator[pa.Table, None, None]:
+        """The store's rows in order, a table per bucket, each in one chunk."""
+        with ExitStack() as stack:
+            readers = []
+            for place, (name, report) in enumerate(self.units.items()):
+                if report.cells_stored:
+                    reader = UnitReader(self.folder, name, report, place < _FILES_KEPT_OPEN)
+                    stack.callback(reader.close)
+                    readers.append(reader)
+            for code in range(len(SPLITS) * self.num_buckets):
+                cells = self._gather(readers, code)
+                if len(cells):
+                    split = SPLITS[code // self.num_buckets]
+                    cells = sorted_cells(cells)
+                    column = pa.array([split] * len(cells), OBS_COLUMNS["split"])
+                    yield cells.append_column("split", column)
+
+    def _gather(self, readers: Sequence[UnitReader], code: int) -> pa.Table:
+        # Units of sources with the same columns are joined first: most are, and casts cost time.
+        batches: dict[pa.Schema, list[pa.RecordBatch]] = {}
+        for reader in readers:
+            try:
+                batch = reader.read(code)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise DataError(
+                    f"{reader.path}: cannot be read: {error}. Remedy: start the command again, the "
+                    "unit is then done once more."
+                ) from error
+            if len(batch):
+                batches.setdefault(reader.schema, []).append(batch)
+        tables = [
+            unify_labels(pa.Table.from_batches(parts), self.kinds) for parts in batches.values()
+        ]
+        if not tables:
+            return pa.table({TOKENS: pa.array([], pa.large_binary())})
+        return pa.concat_tables(tables).combine_chunks()
+
+
+def _one_ahead(tables: Generator[pa.Table, None, None]) -> Iterator[pa.Table]:
+    """The same tables, each made while the one before it is used."""
+    with closing(tables), ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, tables, None)
+        while (table := coming.result()) is not None:
+            coming = thread.submit(next, tables, None)
+            yield table

@@ -1,0 +1,176 @@
+"""The file of a finished unit of work: its cells by bucket, and what is told of them.
+
+    cells, laid by bucket  ->  NAME.arrows: one Arrow record batch per bucket  ->  NAME.json: where
+    each batch lies, SHA-256 of the file, the unit's share of the report
+
+The name is a digest of all that the cells depend on, so a file is good for any build that asks for
+it. The JSON is written last: a unit without one, or whose file does not fit it, is done again.
+`.arrows` is a plain Arrow IPC stream, and batches are also read one by one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from geneformer_mcore.store.sealed_json import read_sealed, write_sealed
+
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """What is in a unit's file, and what became of its rows.
+
+    offsets:          byte at which each bucket's batch starts, then where the last one ends
+    cells_of_split:   cells in the file, by split
+    tokens:           token ids of them all
+    skipped:          {reason: cells} of the others
+    counts, known_counts:  sum of all counts read; of those the genes of the vocabulary hold
+    cells_cut:        cells with more known genes than seq_length has room for
+    lengths:          cells in the file by number of tokens, 0 .. seq_length
+    datasets:         names of data sets, sorted
+    """
+
+    sha256: str
+    offsets: list[int]
+    cells_in: int
+    cells_of_split: dict[str, int]
+    tokens: int
+    skipped: dict[str, int]
+    counts: float
+    known_counts: float
+    cells_cut: int
+    lengths: list[int]
+    datasets: list[str]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file of cells."""
+        return self.offsets[-1] + len(_END_OF_STREAM)
+
+    @property
+    def cells_stored(self) -> int:
+        """Cells in the file."""
+        return sum(self.cells_of_split.values())
+
+
+def write_cells(
+    folder: Path, name: str, cells: pa.Table, starts: np.ndarray
+) -> tuple[str, list[int]]:
+    """Writes the file of cells; (its SHA-256, its offsets), see UnitReport.
+
+    cells: in one chunk, laid by bucket; starts: int64 [buckets + 1], the first row of each.
+    """
+    digest, offsets = hashlib.sha256(), []
+    partial = folder / f".{name}.{os.uname().nodename}.{os.getpid()}.partial"
+    with partial.open("wb") as file:
+
+        def write(part: pa.Buffer | bytes) -> None:
+            digest.update(part)
+            file.write(part)
+
+        write(cells.schema.serialize())
+        batch = pa.RecordBatch.from_struct_array(cells.to_struct_array().combine_chunks())
+        # A slice of no rows would be written with all offsets of its text (pyarrow 26).
+        empty = pa.RecordBatch.from_pylist([], cells.schema).serialize()
+        for start, stop in pairwise(starts.tolist()):
+            offsets.append(file.tell())
+            write(batch.slice(start, stop - start).serialize() if stop > start else empty)
+        offsets.append(file.tell())
+        write(_END_OF_STREAM)
+    os.replace(partial, folder / f"{name}.arrows")
+    return digest.hexdigest(), offsets
+
+
+def write_report(folder: Path, name: str, report: UnitReport) -> None:
+    """Declares the unit finished. To be called after `write_cells`."""
+    write_sealed(folder / f"{name}.json", asdict(report))
+
+
+def read_report(folder: Path, name: str) -> UnitReport | None:
+    """The report of a unit that is there in full length; None if it must be done (again)."""
+    content = read_sealed(folder / f"{name}.json")
+    if content is None or set(content) != {field.name for field in fields(UnitReport)}:
+        return None
+    report = UnitReport(**content)
+    try:
+        size = (folder / f"{name}.arrows").stat().st_size
+    except OSError:
+        return None
+    return report if size == report.num_bytes else None
+
+
+def read_sound_report(folder: Path, name: str) -> UnitReport | None:
+    """The same, of a unit whose cells fit their checksum too: reads all of its file."""
+    report = read_report(folder, name)
+    if report is None:
+        return None
+    digest = hashlib.sha256()
+    try:
+        with (folder / f"{name}.arrows").open("rb") as file:
+            while part := file.read(_READ_BYTES):
+                digest.update(part)
+    except OSError:
+        return None
+    return report if digest.hexdigest() == report.sha256 else None
+
+
+class UnitReader:
+    """Batches of a finished unit's file, by bucket."""
+
+    def __init__(self, folder: Path, name: str, report: UnitReport, keep_open: bool) -> None:
+        """keep_open: between reads, which saves time and costs one of the open files allowed."""
+        self.path = folder / f"{name}.arrows"
+        self._offsets = np.array(report.offsets, np.int64)
+        self._keep_open = keep_open
+        self._descriptor = -1
+        self.schema = pa.ipc.read_schema(pa.py_buffer(self._read(0, report.offsets[0])))
+
+    def read(self, bucket: int) -> pa.RecordBatch:
+        """The cells of one bucket (split * num_buckets + bucket); ValueError if it is damaged."""
+        start, stop = self._offsets[bucket : bucket + 2].tolist()
+        batch = pa.ipc.read_record_batch(pa.py_buffer(self._read(start, stop)), self.schema)
+        return batch
+
+    def _read(self, start: int, stop: int) -> bytes:
+        if self._descriptor < 0:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            return os.pread(self._descriptor, stop - start, start)
+        finally:
+            if not self._keep_open:
+                self.close()
+
+    def close(self) -> None:
+        """Closes the file; it is opened again where needed."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def unit_names(folder: Path) -> list[str]:
+    """Names of the units that are declared finished in `folder`."""
+    return [path.stem for path in folder.glob("*.json")]
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what killed writers left."""
+    for path in folder.glob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
+def remove_others(folder: Path, names: Sequence[str]) -> None:
+    """Removes all files of units but those of `names`."""
+    wanted = {f"{name}{suffix}" for name in names for suffix in (".arrows", ".json")}
+    for path in folder.iterdir():
+        if path.name not in wanted:
+            path.unlink(missing_ok=True)

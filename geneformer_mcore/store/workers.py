@@ -1,0 +1,254 @@
+"""Worker processes that do one job at a time, and whose end is never a riddle.
+
+    jobs, in order  ->  the next free process  ->  (job, outcome), as they are done
+                                               ->  how far each is, meanwhile
+
+Processes are spawned (a fork after TileDB was used would hang), live from job to job, and end with
+the process that started them, however that ends. One that is killed is told of by its job.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+import pyarrow as pa
+
+from geneformer_mcore.errors import DataError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Tell = Callable[[int], None]
+"""Called by a work with how many more cells are done."""
+
+_STOP_S = 5.0
+
+
+class Work(Protocol):
+    """What is done with a job: anything picklable that can be called so."""
+
+    def __call__(self, job: Any, tell: Tell) -> Any:
+        """Does it. A DataError is an outcome of the job; anything else ends all work."""
+        ...
+
+
+class LostWorkerError(Exception):
+    """A worker process ended in the middle of a job. Its message says of which, and how."""
+
+
+class Workers:
+    """Up to `number` processes; a context manager. With one, all is done in this very process."""
+
+    def __init__(self, number: int) -> None:
+        if number < 1:
+            raise DataError(f"there must be at least 1 worker, not {number}.")
+        self.number = number
+        self._processes: list[_Worker] = []
+
+    def run(
+        self,
+        work: Work,
+        jobs: Sequence[Job],
+        tell: Callable[[Job, int], None] = lambda job, cells: None,
+        is_wanted: Callable[[Job], bool] = lambda job: True,
+        most: int | None = None,
+        chain: Callable[[Job], str | None] = lambda job: None,
+    ) -> Iterator[tuple[Job, Any]]:
+        """(job, what `work` returned, or its DataError), as they are done; begun in order.
+
+        tell:       called with a job and how many more of its cells are done
+        is_wanted:  asked before a job is begun; those that are not are left out
+        most:       processes that are worth their start here
+        chain:      jobs with a name in common are done by one process, in their order
+        Raises LostWorkerError if a process is killed, and whatever else an error in a job was.
+        """
+        number = min(self.number, len(jobs), self.number if most is None else most)
+        if number <= 1:
+            for job in jobs:
+                if is_wanted(job):
+                    yield job, _outcome(work, job, partial(tell, job))
+            return
+        yield from self._run_apart(number, work, _Queue(jobs, is_wanted, chain), tell)
+
+    def _run_apart(
+        self,
+        number: int,
+        work: Work,
+        queue: _Queue,
+        tell: Callable[[Any, int], None],
+    ) -> Iterator[tuple[Any, Any]]:
+        while len(self._processes) < number:
+            self._processes.append(_Worker())
+        free = self._processes[:number]
+        for process in free:
+            process.send(work)
+        busy: dict[Any, tuple[_Worker, Any]] = {}
+        while True:
+            for process in list(free):
+                job = queue.next_for(process)
+                if job is not None:
+                    free.remove(process)
+                    busy[process.connection] = process, job
+                    process.begin(job)
+            if not busy:
+                return
+            for connection in wait(list(busy)):
+                process, job = busy[connection]
+                kind, value = process.answer()
+                if kind == "tell":
+                    tell(job, value)
+                    continue
+                del busy[connection]
+                free.append(process)
+                yield job, _checked(kind, value)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.end(at_once=error is not None)
+
+    def end(self, at_once: bool = False) -> None:
+        """Ends all processes: when they are done, or `at_once`. The next run starts new ones."""
+        for process in self._processes:
+            process.stop(at_once)
+        self._processes = []
+
+
+class _Queue:
+    """Jobs that wait for a process, in order."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Any],
+        is_wanted: Callable[[Any], bool],
+        chain: Callable[[Any], str | None],
+    ) -> None:
+        self._waiting = list(jobs)
+        self._is_wanted, self._chain = is_wanted, chain
+        self._owners: dict[str, _Worker] = {}
+
+    def next_for(self, process: _Worker) -> Any:
+        """The first job that this process may do, taken off the queue; None if there is none."""
+        self._waiting = [job for job in self._waiting if self._is_wanted(job)]
+        for place, job in enumerate(self._waiting):
+            name = self._chain(job)
+            if name is None or self._owners.setdefault(name, process) is process:
+                return self._waiting.pop(place)
+        return None
+
+
+class _Worker:
+    """One process, seen from its parent."""
+
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self._process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._job: Any = None
+
+    def send(self, work: Work) -> None:
+        self._send(("work", work))
+
+    def begin(self, job: Any) -> None:
+        self._job = job
+        self._send(("job", job))
+
+    def _send(self, message: tuple[str, Any]) -> None:
+        try:
+            self.connection.send(message)
+        except OSError as error:
+            raise self._lost() from error
+
+    def answer(self) -> tuple[str, Any]:
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._lost() from error
+
+    def stop(self, at_once: bool) -> None:
+        self.connection.close()
+        if at_once:
+            self._process.terminate()
+        self._process.join(_STOP_S)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+
+    def _lost(self) -> LostWorkerError:
+        self._process.join(_STOP_S)
+        code = self._process.exitcode
+        how = f"with exit code {code}"
+        if code is not None and code < 0:
+            how = f"by signal {-code} ({signal.Signals(-code).name})"
+        hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+        what = "before its first job" if self._job is None else f"in the middle of {self._job}"
+        return LostWorkerError(f"a worker process was ended {how}{hint}, {what}.")
+
+
+def _serve(connection: Connection) -> None:
+    """A worker process: jobs come in until the connection is closed."""
+    # An interrupt from the keyboard reaches all processes: the parent ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    pa.set_cpu_count(1)
+    work: Any = None
+    while True:
+        try:
+            kind, value = connection.recv()
+        except (EOFError, OSError):
+            return
+        if kind == "work":
+            work = value
+            continue
+        try:
+            connection.send(_answer(work, value, lambda cells: connection.send(("tell", cells))))
+        except BrokenPipeError:
+            return
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _answer(work: Work, job: Any, tell: Tell) -> tuple[str, Any]:
+    try:
+        return "outcome", _outcome(work, job, tell)
+    except OSError as error:
+        return "error", OSError(error.errno, error.strerror, error.filename)
+    except BaseException:
+        return "failed", traceback.format_exc()
+
+
+def _outcome(work: Work, job: Any, tell: Tell) -> Any:
+    try:
+        return work(job, tell)
+    except DataError as error:
+        return error
+
+
+def _checked(kind: str, value: Any) -> Any:
+    if kind == "error":
+        raise value
+    if kind == "failed":
+        raise RuntimeError(f"a defect in a worker process:\n{value}")
+    return value

@@ -1,0 +1,168 @@
+"""From a Census to a store that is split by data set, by the commands a user types."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+from geneformer_mcore.cells.vocabulary import Vocabulary
+from geneformer_mcore.commands import INTERRUPTED, WRONG_INPUT
+from geneformer_mcore.store.layout import OBS
+from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.store.soma_io import SomaReader
+from geneformer_mcore.store.split_table import SplitTable
+from tests.small_cells import gene_id, random_counts
+from tests.small_experiment import write_experiment
+
+SIZES = {"a": 300, "b": 40, "c": 40, "d": 20, "whole": 30}
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def command(repository: Path, tmp_path: Path) -> Command:
+    def call(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "error", repository / f"data_prep/{name}.py"]
+            + [str(argument) for argument in arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(repository)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return call
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    """Five data sets, of which `d` alone has its tissue, and every tenth cell is of a disease."""
+    rng = np.random.default_rng(0)
+    cells = {
+        name: anndata.AnnData(
+            random_counts(rng, size, 30, density=0.5),
+            obs=pd.DataFrame(
+                {
+                    "disease": ["cancer" if place % 10 == 9 else "normal" for place in range(size)],
+                    "tissue_general": "eye" if name == "d" else "gut",
+                },
+                index=[f"{name}{place}" for place in range(size)],
+            ),
+            var=pd.DataFrame(index=[gene_id(place) for place in range(30)]),
+        )
+        for name, size in SIZES.items()
+    }
+    return write_experiment(tmp_path / "census", cells)
+
+
+def done(result: subprocess.CompletedProcess[str]) -> str:
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_from_the_census_to_a_store(command: Command, address: str, tmp_path: Path) -> None:
+    listed = done(
+        command(
+            "download_census", "--out", "d", "--uri", address, "--cells-per-unit", 100, "--list"
+        )
+    )
+    assert listed.splitlines()[:2] == [
+        "a.0000.h5ad\ta\t100\t0\t110",
+        "a.0001.h5ad\ta\t100\t111\t221",
+    ]
+    for part in ("0/2", "1/2"):
+        told = done(command("download_census", "--out", "d", "--part", part))
+        assert "0 failed, 0 not begun" in told
+    assert "387 cells of 5 data sets in 7 files, all whole" in done(
+        command("download_census", "--out", "d", "--check")
+    )
+    units = sorted((tmp_path / "d").glob("*.h5ad"))
+
+    split = ("make_split", "d", "--out", "split.json", "--held-out-fraction", 0.25)
+    told = done(command(*split, "--test-dataset", "whole"))
+    assert "held-out: 2 data sets, 72 cells (18.60%): b, c" in told
+    assert "test: 1 data sets, 27 cells (6.98%): whole" in told
+    assert "all 1 assay and 2 tissue_general in training" in told
+
+    done(command("build_vocabulary", "--partial", "p0.npz", *units[::2]))
+    done(command("build_vocabulary", "--partial", "p1.npz", "--workers", 2, *units[1::2]))
+    done(command("build_vocabulary", "--out", "merged.json", "--merge", "p0.npz", "p1.npz"))
+    done(command("build_vocabulary", "--out", "v.json", *units))
+    assert (tmp_path / "merged.json").read_bytes() == (tmp_path / "v.json").read_bytes()
+    assert len(Vocabulary.load(tmp_path / "v.json").feature_ids) == 30
+
+    store = ("build_store", "--vocabulary", "v.json", "--split", "split.json", "--out")
+    assert command(*store, "s", *units).returncode == 0
+    expected = SplitTable.load(tmp_path / "split.json")
+    with TokenStore.open(tmp_path / "s") as opened, SomaReader(tmp_path / "s") as reader:
+        assert opened.manifest.split == expected.describe()
+        obs = reader.read(OBS, 0, len(opened), ["dataset_id", "cell_key", "split"]).to_pandas()
+    assert len(obs) == 387
+    found = {name: set(rows["split"]) for name, rows in obs.groupby("dataset_id")}
+    held_out = {"validation", "test"}
+    assert found == {
+        "a": {"train"},
+        "b": held_out,
+        "c": held_out,
+        "d": {"train"},
+        "whole": {"test"},
+    }
+
+
+@pytest.mark.slow
+def test_errors_end_as_they_should(command: Command, address: str, tmp_path: Path) -> None:
+    arguments = ("download_census", "--out", "d", "--uri", address)
+    done(command(*arguments))
+    path = tmp_path / "d/b.h5ad"
+    path.write_bytes(path.read_bytes()[:-1])
+    checked = command("download_census", "--out", "d", "--check")
+    assert checked.returncode == WRONG_INPUT
+    assert checked.stdout.startswith("problem: d/b.h5ad: ")
+    assert "1 files fetched, 4 were there" in done(command(*arguments))
+
+    for result, message in (
+        (command(*arguments, "--filter", ""), "of another selection"),
+        (command("download_census", "--out", "e", "--uri", "nowhere"), "cannot be opened"),
+        (command("download_census", "--out", "d", "--part", "2/2"), "0 <= I < N"),
+        (command("make_split", "d", "--out", "s.json"), "Remedy: --held-out-fraction 0.0"),
+        (command("make_split", "d", "--out", "s.json", "--test-dataset", "x"), "are not there: x"),
+        (command("make_split", "d", "--out", "s.json", "--test-dataset", "d"), "no other data set"),
+        (command("make_split", "nowhere.csv", "--out", "s.json"), "there is no such file"),
+        (command("build_vocabulary", "--out", "v.json", "--merge", path), "not a whole partial"),
+        (command("build_vocabulary", "--out", "v.json"), "name one h5ad file or more"),
+        (command("build_vocabulary", "--out", "v.json", path, "--merge", path), "--merge takes"),
+    ):
+        assert result.returncode == WRONG_INPUT, message
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+    assert not [name for name in ("e", "s.json", "v.json") if (tmp_path / name).exists()]
+
+
+def test_a_network_that_is_not_there_ends_with_75(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In place of Amazon's servers, a port of this machine on which nothing listens.
+    monkeypatch.setenv("TILEDB_VFS_S3_ENDPOINT_OVERRIDE", "127.0.0.1:9")
+    monkeypatch.setenv("TILEDB_VFS_S3_CONNECT_MAX_TRIES", "1")
+    result = command(
+        *("download_census", "--out", "d", "--attempts", 2, "--uri", "s3://bucket/census")
+    )
+    assert result.returncode == INTERRUPTED
+    assert result.stderr.startswith("warning: the plan: s3://bucket/census: ")
+    assert "failed 2 times" in result.stderr
+    assert "Remedy: start the same command again" in result.stderr
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("name", ["download_census", "make_split", "build_vocabulary"])
+def test_help_holds_an_example(command: Command, name: str) -> None:
+    assert f"example:\n  python data_prep/{name}.py" in done(command(name, "--help"))

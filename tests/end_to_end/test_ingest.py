@@ -1,0 +1,460 @@
+"""build_store.py as a user meets it: bad inputs, parts, killed workers, killed builds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import psutil
+import pytest
+
+from geneformer_mcore.store.check import check_store
+from geneformer_mcore.store.layout import Manifest
+from geneformer_mcore.store.split_table import SplitTable
+from tests.small_cells import random_counts, vocabulary_of, write_h5ad
+
+NUM_GENES, NUM_CELLS = 400, 9000
+NUM_KILLS = int(os.environ.get("GENEFORMER_KILLS", "6"))
+
+SMALL_UNITS = """
+import sys
+from geneformer_mcore.commands import run
+from geneformer_mcore.store import ingest, plan
+from data_prep.build_store import main
+
+plan.LEAST_ROWS_PER_UNIT = plan.MOST_ROWS_PER_UNIT = 500
+ingest._CELLS_PER_WORKER = 1
+if __name__ == "__main__":
+    run(main)
+"""
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a.h5ad, b.h5ad, v.json and the command with units of 500 rows, build.py."""
+    folder = tmp_path_factory.mktemp("inputs")
+    counts = random_counts(np.random.default_rng(4), NUM_CELLS, NUM_GENES)
+    write_h5ad(folder / "a.h5ad", counts[:4000], obs={"age": range(4000)})
+    write_h5ad(folder / "b.h5ad", counts[4000:], obs={"kind": ["x"] * (NUM_CELLS - 4000)})
+    vocabulary_of(NUM_GENES).save(folder / "v.json")
+    (folder / "build.py").write_text(SMALL_UNITS)
+    return folder
+
+
+@pytest.fixture
+def command(inputs: Path, tmp_path: Path, repository: Path) -> Command:
+    """Runs build.py in a folder of its own, with two workers unless said otherwise."""
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            words(inputs, *arguments),
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(repository)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return call
+
+
+def words(inputs: Path, *arguments: object) -> list[str]:
+    given = ["-W", "error", inputs / "build.py", "--vocabulary", inputs / "v.json"]
+    return [sys.executable, *map(str, given), "--workers", "2", *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def clean_hash(inputs: Path, tmp_path_factory: pytest.TempPathFactory, repository: Path) -> str:
+    """The content of a build that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("clean")
+    subprocess.run(
+        words(inputs, "--out", "s", inputs / "a.h5ad", inputs / "b.h5ad"),
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        check=True,
+        capture_output=True,
+    )
+    assert check_store(folder / "s") == []
+    return Manifest.load(folder / "s").content_hash
+
+
+def damage(source: Path, target: Path) -> Path:
+    """A copy whose row 3,900 holds -1: the file opens, and turns out bad near its end."""
+    shutil.copy(source, target)
+    with h5py.File(target, "r+") as file:
+        file["X"]["data"][file["X"]["indptr"][3900]] = -1
+    return target
+
+
+def test_bad_inputs_are_left_out_and_named_first_and_last(
+    command: Command, inputs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.h5ad").write_text("cells")
+    (tmp_path / "empty.h5ad").write_text("")
+    whole = (inputs / "b.h5ad").read_bytes()
+    (tmp_path / "cut.h5ad").write_bytes(whole[: len(whole) // 2])
+    damage(inputs / "a.h5ad", tmp_path / "negative.h5ad")
+    bad = ["text.h5ad", "empty.h5ad", "cut.h5ad", "negative.h5ad", "missing.h5ad"]
+    result = command("--out", "s", bad[0], inputs / "a.h5ad", *bad[1:])
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    at_once = [line for line in result.stderr.splitlines() if line.startswith("refused: ")]
+    assert len(at_once) == 5
+    head, *named = result.stderr.splitlines()[-6:]
+    assert head == "error: 5 of 6 inputs are not in the store:"
+    assert sorted(line.removeprefix("refused: ") for line in at_once) == sorted(
+        line.strip() for line in named
+    )
+    for name in bad:
+        assert sum(name in line for line in named) == 1
+    assert re.search(r"negative\.h5ad.*row 3900 .*-1: negative", result.stderr)
+    manifest = Manifest.load(tmp_path / "s")
+    assert sorted(item["name"] for item in manifest.refused) == sorted(bad)
+    assert manifest.cells == 4000
+    assert [source["name"] for source in manifest.sources] == ["a.h5ad"]
+    assert check_store(tmp_path / "s") == []
+    # The bad ones have left no trace in the rows.
+    alone = command("--out", "alone", inputs / "a.h5ad")
+    assert alone.returncode == 0
+    assert Manifest.load(tmp_path / "alone").content_hash == manifest.content_hash
+
+
+def test_strict_and_no_good_input_make_no_store(
+    command: Command, inputs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.h5ad").write_text("cells")
+    damage(inputs / "a.h5ad", tmp_path / "negative.h5ad")
+    good = inputs / "b.h5ad"
+    for arguments in (
+        ("--strict", "text.h5ad", good),
+        ("--strict", "negative.h5ad", good),
+        ("text.h5ad",),
+        ("negative.h5ad", "text.h5ad"),
+    ):
+        result = command("--out", "s", *arguments)
+        assert result.returncode == 2
+        assert re.search(r"^error: .*(text|negative)\.h5ad", result.stderr, re.MULTILINE)
+        assert "Traceback" not in result.stderr
+        assert not (tmp_path / "s").exists()
+
+
+def test_without_a_vocabulary_bad_inputs_are_left_out_too(
+    inputs: Path, tmp_path: Path, repository: Path
+) -> None:
+    (tmp_path / "text.h5ad").write_text("cells")
+    damage(inputs / "a.h5ad", tmp_path / "negative.h5ad")
+
+    def build(out: str, *files: object) -> int:
+        given = [repository / "data_prep" / "build_store.py", "--out", out, *files]
+        return subprocess.run(
+            [sys.executable, *map(str, given)], cwd=tmp_path, capture_output=True, check=False
+        ).returncode
+
+    assert build("s", "text.h5ad", "negative.h5ad", inputs / "b.h5ad") == 2
+    assert build("alone", inputs / "b.h5ad") == 0
+    found, expected = Manifest.load(tmp_path / "s"), Manifest.load(tmp_path / "alone")
+    assert found.content_hash == expected.content_hash
+    assert found.vocabulary_hash == expected.vocabulary_hash
+    assert len(found.refused) == 2
+
+
+def test_a_split_by_data_set(command: Command, inputs: Path, tmp_path: Path) -> None:
+    roles, cells = {"a": "train", "b": "test"}, {"a": 4000, "b": 5000}
+    SplitTable("card", 0, 0.5, roles, cells, {}).save(tmp_path / "split.json")
+    SplitTable("card", 0, 0.5, {"b": "test"}, {"b": 5000}, {}).save(tmp_path / "less.json")
+    files = (inputs / "a.h5ad", inputs / "b.h5ad")
+    assert command("--out", "s", "--split", "split.json", *files).returncode == 0
+    rows = {"train": [0, 4000], "validation": [4000, 4000], "test": [4000, 9000]}
+    assert Manifest.load(tmp_path / "s").rows == rows
+    assert check_store(tmp_path / "s") == []
+    # A data set without a role is told of before any work.
+    less = command("--out", "t", "--split", "less.json", *files)
+    assert less.returncode == 2
+    assert re.search(r"refused: \S+/a\.h5ad: the split names 1 data sets, and ", less.stderr)
+    assert Manifest.load(tmp_path / "t").rows["test"] == [0, 5000]
+
+
+def test_parts_at_once_then_the_whole(
+    command: Command, inputs: Path, tmp_path: Path, repository: Path, clean_hash: str
+) -> None:
+    files = (inputs / "a.h5ad", inputs / "b.h5ad")
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    parts = [
+        subprocess.Popen(
+            words(inputs, "--out", "s", "--part", f"{part}/3", *files),
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for part in (0, 2)
+    ]
+    for part in parts:
+        assert "is done" in part.communicate()[0]
+        assert part.returncode == 0
+    assert not (tmp_path / "s").exists()
+    other = command("--out", "s", "--part", "1/3", "--seq-length", 99, *files)
+    assert other.returncode == 2
+    assert "the parts done so far were asked for otherwise: seq_length differ" in other.stderr
+    whole = command("--out", "s", *files[::-1])
+    assert whole.returncode == 0
+    assert "continues: 12 of 18 units of work are there" in whole.stderr
+    assert Manifest.load(tmp_path / "s").content_hash == clean_hash
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--part", "3/3"), "0 <= I < N"),
+        (("--part", "x"), "0 <= I < N"),
+        (("--part", "0/2", "--report", "r"), "--report goes with"),
+        (("--workers", "0"), "at least 1 worker"),
+        (("--split", "missing.json"), "missing.json: there is no such file"),
+        (("--report", "/proc/x"), "/proc/x/report.json: cannot be written"),
+    ],
+)
+def test_options_that_make_no_sense(
+    command: Command, inputs: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = command("--out", "s", *arguments, inputs / "a.h5ad")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_part_needs_a_vocabulary(inputs: Path, tmp_path: Path, repository: Path) -> None:
+    given = [repository / "data_prep" / "build_store.py", "--out", "s", "--part", "0/2", "a.h5ad"]
+    result = subprocess.run(
+        [sys.executable, *map(str, given)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "--part needs --vocabulary" in result.stderr
+
+
+def test_report(command: Command, inputs: Path, tmp_path: Path) -> None:
+    result = command("--out", "s", "--report", "r", inputs / "a.h5ad", inputs / "b.h5ad")
+    assert result.returncode == 0, result.stderr
+    assert "report: r/report.md" in result.stdout
+    assert {path.name for path in (tmp_path / "r").iterdir()} == {
+        "report.json",
+        "report.md",
+        "lengths_a.png",
+        "lengths_b.png",
+    }
+    content = json.loads((tmp_path / "r/report.json").read_text())
+    for source in content["sources"]:
+        assert sum(source["lengths"]["cells"]) == source["cells_stored"]
+    text = (tmp_path / "r/report.md").read_text()
+    assert "| a.h5ad | 4,000 | 4,000 | 0 | 400 of 400 (100.0%) |" in text
+    assert "![b.h5ad](lengths_b.png)" in text
+    assert (tmp_path / "r/lengths_a.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Kills
+
+
+def start(inputs: Path, folder: Path, repository: Path) -> subprocess.Popen[str]:
+    """The build in a process group of its own."""
+    return subprocess.Popen(
+        words(inputs, "--out", "s", inputs / "a.h5ad", inputs / "b.h5ad"),
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+EVENTS = ("unit", "store", "manifest", "published")
+"""What is waited for before a kill: a few more units, or a step of the merge and of publishing."""
+
+
+def files_of_units(folder: Path) -> set[Path]:
+    """Files of units, half written ones too, that are there now."""
+    return set((folder / ".s.staging" / "units").glob("[!.]*")) | set(
+        (folder / ".s.staging" / "units").glob(".*.partial")
+    )
+
+
+def stage(folder: Path, before: set[Path]) -> str:
+    """How far a build is that found the files `before`."""
+    staging = folder / ".s.staging"
+    if (folder / "s").exists():
+        return "publish" if staging.exists() else "published"
+    if (staging / "published").exists():
+        return "publish"
+    if (staging / "store").exists():
+        return "merge"
+    return "units" if files_of_units(folder) - before else "start"
+
+
+def wait_for_event(folder: Path, process: subprocess.Popen[str], rng: np.random.Generator) -> str:
+    """Waits for a random instant of a build, or its end; the stage it is in."""
+    before, staging = files_of_units(folder), folder / ".s.staging"
+    event = rng.choice(EVENTS, p=(0.6, 0.2, 0.1, 0.1))
+    files = int(rng.integers(1, 37))
+    reached = {
+        # The last units may be there already: then it is a step later.
+        "unit": lambda: (
+            len(files_of_units(folder) - before) >= files or (staging / "store").exists()
+        ),
+        "store": lambda: (staging / "store").exists(),
+        "manifest": lambda: (staging / "store" / "manifest.json").exists(),
+        "published": lambda: (staging / "published").exists(),
+    }[event]
+    if rng.random() < 0.1:
+        time.sleep(rng.uniform(0, 2))
+    else:
+        while process.poll() is None and not reached():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1))
+    return stage(folder, before)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_at_random_instants_it_ends_as_if_it_had_not_been(
+    inputs: Path, tmp_path: Path, repository: Path, clean_hash: str
+) -> None:
+    """GENEFORMER_KILLS=50 for more than the usual few; `-s` tells where they fell."""
+    rng = np.random.default_rng(time.time_ns())
+    fell: Counter[str] = Counter()
+    while fell.total() < NUM_KILLS:
+        process = start(inputs, tmp_path, repository)
+        # Every third build goes through, so that kills meet what earlier ones left, and an end.
+        if fell.total() % 3 or rng.random() < 0.5:
+            where = wait_for_event(tmp_path, process, rng)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                fell[where] += 1
+        told = process.communicate()[1]
+        if not (tmp_path / "s").exists():
+            assert process.returncode == -signal.SIGKILL, told
+            continue
+        assert check_store(tmp_path / "s") == []
+        assert Manifest.load(tmp_path / "s").content_hash == clean_hash
+        # A kill after the store had its name leaves its units: the next command clears them.
+        again = start(inputs, tmp_path, repository)
+        assert "s: exists already" in again.communicate()[1]
+        assert os.listdir(tmp_path) == ["s"]
+        shutil.rmtree(tmp_path / "s")
+    print(f"\nkills fell: {dict(fell)}")
+    inside = sum(fell[where] for where in ("units", "merge", "publish"))
+    assert inside >= 0.3 * NUM_KILLS or NUM_KILLS < 10, fell
+    last = start(inputs, tmp_path, repository)
+    told = last.communicate()[1]
+    assert last.returncode == 0, told
+    assert Manifest.load(tmp_path / "s").content_hash == clean_hash
+    assert check_store(tmp_path / "s") == []
+    assert os.listdir(tmp_path) == ["s"]
+
+
+def test_a_killed_worker_is_named_by_its_unit_and_a_second_run_goes_on(
+    inputs: Path, tmp_path: Path, repository: Path, clean_hash: str
+) -> None:
+    process = start(inputs, tmp_path, repository)
+    wait_for_a_unit(tmp_path)
+    workers = [child for child in psutil.Process(process.pid).children() if is_worker(child)]
+    workers[0].kill()
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert re.search(
+        r"error: a worker process was ended by signal 9 \(SIGKILL\), as the system does when "
+        r"memory runs out, in the middle of rows [\d,]+ to [\d,]+ of \S+[ab]\.h5ad\. Remedy: ",
+        told,
+    ), told
+    assert "Traceback" not in told
+    assert not (tmp_path / "s").exists()
+    # The other worker is gone too.
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+    again = start(inputs, tmp_path, repository)
+    told = again.communicate()[1]
+    assert again.returncode == 0, told
+    assert re.search(r"continues: \d+ of 18 units of work are there", told)
+    assert Manifest.load(tmp_path / "s").content_hash == clean_hash
+
+
+def test_an_interrupt_from_the_keyboard_ends_all_and_keeps_the_work(
+    inputs: Path, tmp_path: Path, repository: Path
+) -> None:
+    process = start(inputs, tmp_path, repository)
+    wait_for_a_unit(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, told
+    assert re.search(r"\d+ finished units of work stay in \.s\.staging", told)
+    assert told.endswith("interrupted\n")
+    assert "Traceback" not in told
+    assert sorted(os.listdir(tmp_path / ".s.staging")) == ["lock", "plan.json", "units"]
+
+
+def wait_for_a_unit(folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not any(folder.glob(".s.staging/units/*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_workers_end_with_a_killed_parent(inputs: Path, tmp_path: Path, repository: Path) -> None:
+    process = start(inputs, tmp_path, repository)
+    deadline = time.monotonic() + 60
+    workers: list[psutil.Process] = []
+    while time.monotonic() < deadline and len(workers) < 2:
+        workers = [c for c in psutil.Process(process.pid).children() if is_worker(c)]
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_damaged_units_are_done_again(
+    command: Command, inputs: Path, tmp_path: Path, clean_hash: str
+) -> None:
+    files = (inputs / "a.h5ad", inputs / "b.h5ad")
+    assert command("--out", "s", "--part", "0/1", *files).returncode == 0
+    units = sorted((tmp_path / ".s.staging" / "units").glob("*.arrows"))
+    assert len(units) == 18
+    raw = bytearray(units[0].read_bytes())
+    raw[len(raw) // 2] ^= 1
+    units[0].write_bytes(raw)
+    units[1].write_bytes(units[1].read_bytes()[:-100])
+    units[2].unlink()
+    report = units[3].with_suffix(".json")
+    report.write_text(report.read_text().replace('"cells_cut": 0', '"cells_cut": 1'))
+    units[4].with_suffix(".json").unlink()
+    (units[0].parent / f".{units[5].stem}.other.99.partial").write_text("half")
+    whole = command("--out", "s", *files)
+    assert whole.returncode == 0
+    # The flipped bit shows when the file is read; the others at once.
+    assert "continues: 14 of 18 units of work are there" in whole.stderr
+    manifest = Manifest.load(tmp_path / "s")
+    assert manifest.content_hash == clean_hash
+    assert [source["cells_cut"] for source in manifest.sources] == [0, 0]
+    assert os.listdir(tmp_path) == ["s"]

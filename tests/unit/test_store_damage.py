@@ -1,0 +1,154 @@
+"""Damage to any file of a store is seen: no flipped bit, missing, cut or added file is read over.
+
+GENEFORMER_FLIPS=200 pytest tests/unit/test_store_damage.py -k flip     more flips than usual
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiledbsoma
+
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.store.check import check_store
+from geneformer_mcore.store.files import list_files
+from geneformer_mcore.store.reader import TokenStore
+from tests.small_store import write_small_store
+
+NUM_CELLS, NUM_GENES, SEQ_LENGTH = 1500, 400, 48
+NUM_FLIPS = int(os.environ.get("GENEFORMER_FLIPS", "60"))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(1)
+    cells = [
+        [0, *(5 + rng.permutation(NUM_GENES)[: rng.integers(1, SEQ_LENGTH)]).tolist()]
+        for _ in range(NUM_CELLS)
+    ]
+    path = tmp_path_factory.mktemp("stores") / "store"
+    write_small_store(path, cells, NUM_GENES, SEQ_LENGTH)
+    return path
+
+
+@pytest.fixture
+def copy(tmp_path: Path, path: Path) -> Path:
+    return Path(shutil.copytree(path, tmp_path / "copy"))
+
+
+def read_all(path: Path) -> tuple[object, ...]:
+    """All that a training run reads of a store."""
+    with TokenStore.open(path) as store:
+        block = store.read(0, len(store))
+        arrays = (block.tokens_T, block.offsets, block.keys_N)
+        manifest = store.manifest
+        return (*(array.tobytes() for array in arrays), manifest, store.vocabulary.checksum)
+
+
+def read_obs(path: Path) -> list[dict[str, object]]:
+    with tiledbsoma.open(str(path / "obs")) as obs:
+        return obs.read().concat().to_pylist()
+
+
+def refusal(path: Path) -> str:
+    """What reading all of it is refused with; "" if it is not."""
+    try:
+        read_all(path)
+    except DataError as error:
+        return str(error) if "Remedy" in str(error) else ""
+    return ""
+
+
+def test_no_flipped_bit_is_read_over(copy: Path, path: Path) -> None:
+    rng = np.random.default_rng(3)
+    expected, expected_obs = read_all(path), read_obs(path)
+    files = [copy / "manifest.json", *list_files(copy).values()]
+    files = [file for file in files if file.stat().st_size]
+    sizes = np.array([file.stat().st_size for file in files], float)
+    seen: Counter[str] = Counter()
+    for number in range(NUM_FLIPS):
+        # In turn: any byte of the store, any file of it, so that small ones have their share.
+        place = rng.choice(len(files), p=sizes / sizes.sum() if number % 2 else None)
+        file, byte, bit = files[place], int(rng.integers(sizes[place])), int(rng.integers(8))
+        sound = file.read_bytes()
+        flipped = bytearray(sound)
+        flipped[byte] ^= 1 << bit
+        file.write_bytes(flipped)
+        problems = check_store(copy)
+        where = (file.relative_to(copy), byte, bit)
+        # The trainer reads tokens, keys, manifest and vocabulary: those are right, or refused.
+        assert refusal(copy) or read_all(copy) == expected, where
+        if not problems:
+            assert read_all(copy) == expected, where
+            assert read_obs(copy) == expected_obs, where
+        seen["refused" if problems else "harmless"] += 1
+        file.write_bytes(sound)
+    assert seen["refused"] >= 0.9 * NUM_FLIPS, seen
+    assert check_store(copy) == []
+
+
+@pytest.mark.parametrize("part", ["tokens", "obs"])
+def test_every_file_is_missed(copy: Path, part: str) -> None:
+    for name, file in list_files(copy).items():
+        if not name.startswith(part):
+            continue
+        away = copy.parent / "away"
+        file.rename(away)
+        assert f"{name} is missing" in refusal(copy)
+        assert f"{name} is missing" in check_store(copy)[0]
+        away.rename(file)
+    assert check_store(copy) == []
+
+
+def test_every_cut_file_is_seen(copy: Path) -> None:
+    for name, file in list_files(copy).items():
+        sound = file.read_bytes()
+        if not sound:
+            continue
+        file.write_bytes(sound[:-1])
+        assert f"{name} has {len(sound) - 1:,} bytes of {len(sound):,}" in refusal(copy)
+        assert check_store(copy)
+        file.write_bytes(sound)
+
+
+def test_a_manifest_of_no_use_is_refused(copy: Path) -> None:
+    manifest = copy / "manifest.json"
+    sound = manifest.read_bytes()
+    for damaged in (b"", sound[: len(sound) // 2], b"[]", b"\xff" + sound):
+        manifest.write_bytes(damaged)
+        assert "damaged manifest" in refusal(copy)
+        assert check_store(copy)
+
+
+@pytest.mark.parametrize("frame", ["tokens", "obs"])
+def test_an_uncommitted_or_added_fragment_is_seen(copy: Path, frame: str) -> None:
+    folder = copy / frame / "__fragments"
+    fragment = next(folder.iterdir())
+    added = fragment.with_name(fragment.name.replace("_22", "0_22"))
+    shutil.copytree(fragment, added)
+    assert f"{frame}/__fragments/{added.name}/" in refusal(copy)
+    assert "is not of the store" in check_store(copy)[0]
+    commit = next((copy / frame / "__commits").iterdir())
+    shutil.copy(commit, commit.with_name(f"{added.name}.wrt"))
+    assert "is not of the store" in refusal(copy)
+
+
+def test_an_added_row_is_seen(copy: Path) -> None:
+    with tiledbsoma.open(str(copy / "tokens"), "w") as frame:
+        row = tiledbsoma.open(str(copy / "tokens")).read((slice(7, 7),)).concat()
+        frame.write(row)
+    assert "is not of the store" in refusal(copy)
+    assert check_store(copy)
+
+
+def test_a_file_that_cannot_be_read_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "tokens/x")
+
+    monkeypatch.setattr("geneformer_mcore.store.reader.find_changes", fail)
+    assert "tokens/x cannot be read: Permission denied" in refusal(copy)

@@ -1,0 +1,112 @@
+"""Worker processes: every job done once, in spite of errors told as what they are."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.store.workers import LostWorkerError, Workers
+
+
+@dataclass(frozen=True)
+class Doing:
+    """Doubles a number; some have another fate."""
+
+    fates: dict[int, str]
+
+    def __call__(self, job: int, tell: Callable[[int], None]) -> tuple[int, int]:
+        fate = self.fates.get(job)
+        if fate == "data":
+            raise DataError(f"{job} is wrong")
+        if fate == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
+        if fate == "defect":
+            raise ZeroDivisionError("a defect of ours")
+        if fate == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fate == "exit":
+            os._exit(7)
+        if fate == "slow":
+            time.sleep(0.5)
+        tell(job)
+        tell(1)
+        return 2 * job, os.getpid()
+
+
+@pytest.mark.parametrize(("number", "most"), [(1, None), (3, None), (3, 2), (3, 0)])
+def test_every_job_once(number: int, most: int | None) -> None:
+    told: dict[int, int] = {}
+
+    def tell(job: int, cells: int) -> None:
+        told[job] = told.get(job, 0) + cells
+
+    with Workers(number) as workers:
+        for first in (0, 100):  # Processes live from one work to the next.
+            jobs = range(first, first + 20)
+            work = Doing({first: "slow", first + 3: "data"})
+            outcomes = dict(workers.run(work, jobs, tell, most=most))
+            assert sorted(outcomes) == list(jobs)
+            assert str(outcomes.pop(first + 3)) == f"{first + 3} is wrong"
+            assert all(result == 2 * job for job, (result, _) in outcomes.items())
+            processes = {process for _, process in outcomes.values()}
+            expected = number if most is None else max(1, most)
+            assert len(processes) == expected
+            assert (os.getpid() in processes) == (expected == 1)
+    assert told == {job: job + 1 for job in (*range(20), *range(100, 120)) if job not in (3, 103)}
+
+
+def test_jobs_that_are_not_wanted_any_more_are_left_out() -> None:
+    done: list[int] = []
+    for number in (1, 2):
+        with Workers(number) as workers:
+            outcomes = workers.run(Doing({}), range(9), is_wanted=lambda job: job % 3 != 0)
+            done += sorted(job for job, _ in outcomes)
+    assert done == [1, 2, 4, 5, 7, 8] * 2
+
+
+def test_a_chain_is_done_by_one_process_in_order() -> None:
+    def chain(job: int) -> str | None:
+        return None if job % 4 == 0 else f"chain {job % 4}"
+
+    order: list[int] = []
+    with Workers(3) as workers:
+        outcomes: dict[int, tuple[int, int]] = {}
+        for job, outcome in workers.run(Doing({1: "slow", 4: "slow"}), range(40), chain=chain):
+            outcomes[job] = outcome
+            order.append(job)
+    assert sorted(outcomes) == list(range(40))
+    for number in (1, 2, 3):
+        jobs = [job for job in order if job % 4 == number]
+        assert jobs == sorted(jobs)
+        assert len({outcomes[job][1] for job in jobs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("fate", "kind", "message"),
+    [
+        ("killed", LostWorkerError, r"ended by signal 9 \(SIGKILL\), as .*, in the middle of 5\."),
+        ("exit", LostWorkerError, r"ended with exit code 7, in the middle of 5\."),
+        ("defect", RuntimeError, "(?s)a defect in a worker process.*ZeroDivisionError: a defect"),
+        ("full", OSError, "No space left on device: 'file'"),
+    ],
+)
+def test_what_ends_all_work(fate: str, kind: type[Exception], message: str) -> None:
+    def run() -> None:
+        with Workers(2) as workers:
+            for _ in workers.run(Doing({5: fate}), range(10)):
+                pass
+
+    with pytest.raises(kind, match=message):
+        run()
+
+
+def test_no_worker_is_no_number() -> None:
+    with pytest.raises(DataError, match="at least 1 worker, not 0"):
+        Workers(0)
