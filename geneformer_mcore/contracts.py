@@ -10,8 +10,9 @@ Shape legend, used as suffixes of tensor names throughout:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -55,25 +56,45 @@ class RaggedCells:
         """int64 [N], tokens of each cell, [CLS] included."""
         return np.diff(self.offsets)
 
-    def take(self, rows: np.ndarray) -> RaggedCells:
-        """The cells `rows` (int [N']), in that order, as a new block."""
-        lengths = self.lengths[rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        # Index of every wanted token: its cell's old start plus its place within the cell.
-        shift = np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
-        return RaggedCells(
-            self.tokens_T[np.arange(offsets[-1]) + shift], offsets, self.keys_N[rows]
+    def first(self, number: int) -> RaggedCells:
+        """The first `number` cells, or all if there are fewer."""
+        number = min(number, len(self))
+        offsets = self.offsets[: number + 1]
+        return RaggedCells(self.tokens_T[: offsets[-1]], offsets, self.keys_N[:number])
+
+
+@dataclass(frozen=True)
+class CellViews:
+    """Tokenised cells that lie anywhere in one array, which holds others too.
+
+    tokens_T:   uint16, cell i is tokens_T[starts_N[i] : starts_N[i] + lengths_N[i]], [CLS] first
+    starts_N:   int64 [N]
+    lengths_N:  int64 [N]; a cell cut short is one whose length is less than it was
+    keys_N:     uint64 [N], the `cell_key` of each cell
+
+    The array may be used again for other cells once the views were worked on: nothing that lasts
+    longer than a step may be made of views, but of `ragged()`.
+    """
+
+    tokens_T: np.ndarray
+    starts_N: np.ndarray
+    lengths_N: np.ndarray
+    keys_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys_N)
+
+    def part(self, cells: slice) -> CellViews:
+        """Those of `cells`."""
+        return CellViews(
+            self.tokens_T, self.starts_N[cells], self.lengths_N[cells], self.keys_N[cells]
         )
 
-    @staticmethod
-    def concatenate(blocks: list[RaggedCells]) -> RaggedCells:
-        """The cells of all blocks, one after the other."""
-        lengths = np.concatenate([block.lengths for block in blocks])
-        return RaggedCells(
-            np.concatenate([block.tokens_T for block in blocks]),
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            np.concatenate([block.keys_N for block in blocks]),
-        )
+    def ragged(self) -> RaggedCells:
+        """The same cells, copied and laid end to end."""
+        offsets = np.concatenate([[0], np.cumsum(self.lengths_N)]).astype(np.int64)
+        shift = np.repeat(self.starts_N - offsets[:-1], self.lengths_N)
+        return RaggedCells(self.tokens_T[np.arange(offsets[-1]) + shift], offsets, self.keys_N)
 
 
 class TokenSource(Protocol):
@@ -84,11 +105,20 @@ class TokenSource(Protocol):
         ...
 
 
+@runtime_checkable
+class RandomAccess(TokenSource, Protocol):
+    """A source from which single cells cost no more than neighbouring ones: memory, a flat file."""
+
+    def views(self, rows: np.ndarray) -> CellViews:
+        """The cells of `rows` (int64 [N]), in that order."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro batch, ready for the model.
 
-    tokens_BS:   int64, masked token ids, [PAD] after the last token of a cell
+    tokens_BS:   int32, masked token ids, [PAD] after the last token of a cell
     lengths_B:   int64, tokens of each cell, [CLS] included
     selected_M:  int64, flat places `b * S + s` of the positions to predict, ascending
     labels_M:    int64, the true token ids at those places
@@ -108,10 +138,23 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        return Batch(
-            self.tokens_BS.to(device, non_blocking=True),
-            self.lengths_B.to(device, non_blocking=True),
-            self.selected_M.to(device, non_blocking=True),
-            self.labels_M.to(device, non_blocking=True),
-            self.keys_B,
-        )
+        return self._with(tensor.to(device, non_blocking=True) for tensor in self._tensors())
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies by itself; a batch that is
+        on a GPU stays there."""
+        if self.tokens_BS.is_cuda:
+            return self
+        return self._with(tensor.pin_memory() for tensor in self._tensors())
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tells the allocator that `stream` works on this batch."""
+        for tensor in self._tensors():
+            tensor.record_stream(stream)
+
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.tokens_BS, self.lengths_B, self.selected_M, self.labels_M
+
+    def _with(self, tensors: Iterable[torch.Tensor]) -> Batch:
+        tokens_BS, lengths_B, selected_M, labels_M = tensors
+        return Batch(tokens_BS, lengths_B, selected_M, labels_M, self.keys_B)

@@ -67,13 +67,13 @@ def _train(
     _demo_store_hint(config)
     # Only now what takes seconds to import: a user's error is answered at once.
     from geneformer_mcore.parallel import device, groups
-    from geneformer_mcore.train import loop, setup
+    from geneformer_mcore.train import data, loop, setup
 
     interruption.limit(config.train.max_minutes)
-    store = setup.open_store(config)
+    cells = data.open_cells(config)
     here = device.start()
     topology = groups.start(here, config.parallel)
-    run = setup.prepare(config, text, plan, folder, store, here, topology)
+    run = setup.prepare(config, text, plan, folder, cells, here, topology)
     folder.step = run.step
     try:
         code, reason = loop.train(run, interruption)

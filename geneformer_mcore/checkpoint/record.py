@@ -14,7 +14,7 @@ import yaml
 from geneformer_mcore.config import Config
 from geneformer_mcore.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECORD = "record.json"
 
 _MAY_DIFFER = frozenset(
@@ -25,6 +25,10 @@ _MAY_DIFFER = frozenset(
         "train.validate_every_steps",
         "train.validate_batches",
         "data.store",
+        "data.vocabulary",
+        "data.split",
+        "data.cache_dir",
+        "data.loader",
         "data.prefetch_steps",
         "data.pad_multiple",
     }
@@ -105,7 +109,7 @@ def check_continues(record: Record, now: Identity) -> None:
     """Raises CheckpointError that shows both values of everything that must not have changed.
 
     May differ: the layout (parallel.*), micro batch, steps, time limit, padding, prefetch, what is
-    logged, validated and kept and how often, and where the same store lies.
+    logged, validated and kept and how often, the loader, and where the same cells lie.
     """
     before = record.identity
     problems = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from geneformer_mcore.config.sections import Config, Precision
+from geneformer_mcore.config.sections import Config, Precision, Source
 from geneformer_mcore.errors import ConfigError
 
 
@@ -64,6 +64,7 @@ def _ranges(config: Config) -> Iterator[str]:
     for name, path in (("run.dir", config.run.dir), ("data.store", config.data.store)):
         if not path.strip():
             yield f"{name} must name a folder, and is empty."
+    yield from _source(config)
     optim = config.optim
     if optim.min_lr > optim.lr:
         yield f"optim.min_lr ({optim.min_lr}) must not exceed optim.lr ({optim.lr})."
@@ -72,6 +73,28 @@ def _ranges(config: Config) -> Iterator[str]:
             f"optim.warmup_fraction ({optim.warmup_fraction}) + optim.hold_fraction "
             f"({optim.hold_fraction}) must not exceed 1."
         )
+
+
+def _source(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.source is Source.counts:
+        if not data.vocabulary:
+            yield (
+                "data.source=counts needs data.vocabulary, and that is empty: name a vocabulary "
+                "file (data_prep/build_vocabulary.py makes one)."
+            )
+        if data.cache_dir:
+            yield (
+                f"data.cache_dir ({data.cache_dir}) is for copies of token stores, and data.source "
+                "is counts: leave it empty, or build a store."
+            )
+        return
+    for name, value in (("vocabulary", data.vocabulary), ("split", data.split)):
+        if value:
+            yield (
+                f"data.{name} ({value}) is for data.source=counts, and that is tokens: a token "
+                "store brings its own, so leave it empty."
+            )
 
 
 def _model(config: Config) -> Iterator[str]:

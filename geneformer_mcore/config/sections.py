@@ -19,6 +19,20 @@ class Activation(Enum):
     gelu_tanh = "gelu_tanh"
 
 
+class Source(Enum):
+    """What `data.store` holds: tokenised cells, or counts that are tokenised as they are read."""
+
+    tokens = "tokens"
+    counts = "counts"
+
+
+class Loader(Enum):
+    """What makes batches of cells; both make the same ones."""
+
+    thread = "thread"
+    dali = "dali"
+
+
 class Attention(Enum):
     """Which code computes softmax(QK)V."""
 
@@ -63,7 +77,24 @@ class DataConfig:
     """Which cells are seen, and in which form."""
 
     store: str = "build/demo/store"
-    """Token store made by data_prep/build_store.py."""
+    """Token store made by data_prep/build_store.py. With source=counts: an h5ad file, a SOMA
+    Experiment (folder or URI), a folder of h5ad files, or several of these with commas between."""
+    source: Source = Source.tokens
+    """tokens: a token store, the fast way. counts: raw counts, tokenised while training; needs
+    `vocabulary`. Cells and masks are the same, their order is another (see feed/counts_source.py);
+    spans are then at least 4096 cells."""
+    vocabulary: str = ""
+    """Vocabulary file for source=counts; a token store brings its own."""
+    split: str = ""
+    """split.json (data_prep/make_split.py) for source=counts; empty: 5 % validation and 5 % test
+    at random, as build_store.py does. A token store is split already."""
+    cache_dir: str = ""
+    """Folder on the node's own disk for a flat copy of the token store, about 3 GB per million
+    cells, made by the first run that names it: reading is several times faster. Nodes wait for
+    each other `parallel.timeout_s` seconds at most, so copying must take less. Empty: none."""
+    loader: Loader = Loader.thread
+    """thread: batches are made by the prefetch thread. dali: NVIDIA DALI pads and masks them, on
+    the GPU where there is one; on a CPU it is slow."""
     seq_length: int = 2048
     """Tokens per cell at most, [CLS] included. Below the store's length cells are truncated."""
     mask_probability: float = 0.15
@@ -71,10 +102,12 @@ class DataConfig:
     mask_fractions: list[float] = field(default_factory=lambda: [0.80, 0.02, 0.18])
     """Of the selected: shares shown as [MASK], as a random gene, unchanged. Sum 1. The card's
     mixture; BERT's is 0.8, 0.1, 0.1."""
-    span_cells: int = 512
+    span_cells: int = 1024
     """Neighbouring cells of the store that are read together. Part of the order of cells."""
     window_spans: int = 32
-    """Spans shuffled into each other. Memory per rank: about twice this many spans."""
+    """Spans shuffled into each other. Memory per rank: about twice this many spans of 2 bytes x
+    seq_length x span_cells, more if a global batch needs more windows than two; data-parallel
+    ranks share a window's spans among them."""
     prefetch_steps: int = 4
     """Global batches prepared ahead by the one prefetch thread; 0 prepares them in line."""
     pad_multiple: int = 64

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from geneformer_mcore.contracts import RaggedCells, TokenSource
+from geneformer_mcore.feed.batch import truncate
 from geneformer_mcore.feed.masks import mix, mix_scalar
 
 
@@ -16,13 +17,15 @@ class ShuffledGenes:
     """A source whose cells hold the genes of `source`'s, [CLS] first, the others shuffled by
     (seed, cell_key). Implements contracts.TokenSource."""
 
-    def __init__(self, source: TokenSource, seed: int) -> None:
+    def __init__(self, source: TokenSource, seed: int, seq_length: int) -> None:
+        """seq_length: to which cells are cut first, so that only genes a model sees take part."""
         self.source = source
         self.seed = seed
+        self.seq_length = seq_length
 
     def read(self, start: int, stop: int) -> RaggedCells:
         """Rows start..stop-1, shuffled within each cell."""
-        cells = self.source.read(start, stop)
+        cells = truncate(self.source.read(start, stop), self.seq_length)
         cell_T = np.repeat(np.arange(len(cells)), cells.lengths)
         stream_N = mix(cells.keys_N ^ mix_scalar(self.seed))
         place_T = np.arange(len(cell_T)) - cells.offsets[:-1][cell_T]

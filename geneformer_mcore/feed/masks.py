@@ -8,6 +8,7 @@ block of cells in a dozen numpy calls.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,14 +45,29 @@ class Masking:
         lengths = cells.lengths
         first_T = np.repeat(cells.offsets[:-1], lengths)
         place_T = (np.arange(len(cells.tokens_T)) - first_T).astype(np.uint64)
-        stream_N = mix(mix(cells.keys_N ^ mix_scalar(self.seed)) + epochs_N.astype(np.uint64))
-        bits_T = mix(np.repeat(stream_N, lengths) + place_T * _GOLDEN)
+        bits_T = mix(np.repeat(self.streams(cells.keys_N, epochs_N), lengths) + place_T * _GOLDEN)
         selected_T = _unit(bits_T) < self.probability
         selected_T[cells.offsets[:-1]] = False  # [CLS]
         seen_T = cells.tokens_T.copy()
         here = np.flatnonzero(selected_T)
         seen_T[here] = self._shown(bits_T[here], cells.tokens_T[here])
         return seen_T, selected_T
+
+    def streams(self, keys_N: np.ndarray, epochs_N: np.ndarray) -> np.ndarray:
+        """uint64 [N], where the random bits of each cell come from: bits of its place i are
+        `mix(stream + i * 0x9E3779B97F4A7C15)`."""
+        return mix(mix(keys_N ^ mix_scalar(self.seed)) + epochs_N.astype(np.uint64))
+
+    def bounds(self) -> tuple[np.uint64, np.uint64, np.uint64]:
+        """What 53 random bits must stay below: to be selected; then, to be shown as [MASK]; else,
+        to be shown as a random gene."""
+        masked, random, _unchanged = self.fractions
+        shares = (self.probability, masked, masked + random)
+        # x * 2^-53 < p exactly where the whole number x < ceil(p * 2^53).
+        selected_below, masked_below, random_below = (
+            np.uint64(math.ceil(share * 2.0**53)) for share in shares
+        )
+        return selected_below, masked_below, random_below
 
     def validation_positions(self, cells: RaggedCells) -> tuple[np.ndarray, np.ndarray]:
         """What validation asks for in `cells`: int64 [M] true token ids and int64 [M] their places

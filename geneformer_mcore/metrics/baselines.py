@@ -109,7 +109,7 @@ def score(
     Of `train` the first `max_cells` are counted (rows of a store are shuffled, so they are a fair
     sample): 50,000 cells fix 25,000 genes well, and take seconds and a few hundred MB.
     """
-    sample = train if len(train) <= max_cells else train.take(np.arange(max_cells))
+    sample = train.first(max_cells)
     by_alpha = {
         alpha: cross_entropy(unigram(sample, vocabulary_size, alpha)[labels_M]) for alpha in ALPHAS
     }

@@ -85,7 +85,7 @@ class Geneformer(megatron_bert.BertModel):
         embedded = None
         if self.pre_process:
             embedded = self.embedding(
-                input_ids=batch.tokens_BS, position_ids=places_S.expand_as(batch.tokens_BS)
+                input_ids=batch.tokens_BS.long(), position_ids=places_S.expand_as(batch.tokens_BS)
             )
         return self.encoder(hidden_states=embedded, attention_mask=padding_B11S)
 

@@ -19,6 +19,7 @@ from geneformer_mcore.commands import FINISHED, INTERRUPTED
 from geneformer_mcore.config.sections import NonFinite
 from geneformer_mcore.contracts import Batch
 from geneformer_mcore.feed.loader import Feed
+from geneformer_mcore.feed.transfer import steps_on_device
 from geneformer_mcore.optim.schedule import learning_rate
 from geneformer_mcore.parallel import collectives
 from geneformer_mcore.train.evaluate import evaluate
@@ -38,7 +39,8 @@ def train(run: Run, interruption: Interruption) -> tuple[int, str]:
         reason = f"the run is finished: it has made {run.step} of {steps} steps"
         run.say(reason)
         return FINISHED, reason
-    feed = run.feed.steps(run.cells_seen, config.data.prefetch_steps)
+    prefetch = config.data.prefetch_steps
+    feed = steps_on_device(run.feed, run.cells_seen, prefetch, run.device)
     saved_at = run.step
     with closing(feed):  # type: ignore[type-var]
         while run.step < steps:
@@ -72,7 +74,7 @@ def _due(step: int, every: int, steps: int, always_last: bool = False) -> bool:
 
 def _step(run: Run, feed: Iterator[list[Batch]]) -> StepResult:
     began = time.perf_counter()
-    batches = [batch.to(run.device) for batch in next(feed)]
+    batches = next(feed)
     waited = time.perf_counter() - began
     result = train_step(run.trainable, batches, _learning_rate(run), run.topology)
     if not result.updated:

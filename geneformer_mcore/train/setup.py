@@ -1,6 +1,6 @@
 """From settings to everything the loop needs: the one place that sees all parts.
 
-store -> feeds        config -> model -> weights -> optimizer        checkpoint -> state
+cells -> feeds        config -> model -> weights -> optimizer        checkpoint -> state
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from geneformer_mcore import backends
@@ -23,13 +22,10 @@ from geneformer_mcore.checkpoint.record import (
     hidden_values,
 )
 from geneformer_mcore.config import Config, Plan
-from geneformer_mcore.contracts import TokenSource, padded_vocabulary_size
+from geneformer_mcore.contracts import padded_vocabulary_size
 from geneformer_mcore.errors import CheckpointError, DataError
 from geneformer_mcore.feed.batch import truncate
-from geneformer_mcore.feed.control import ShuffledGenes
-from geneformer_mcore.feed.loader import Feed, Share
-from geneformer_mcore.feed.masks import Masking
-from geneformer_mcore.feed.order import Order
+from geneformer_mcore.feed.loader import Feed
 from geneformer_mcore.metrics import baselines
 from geneformer_mcore.metrics.ceiling import measured_peak
 from geneformer_mcore.metrics.meter import Meter
@@ -39,7 +35,8 @@ from geneformer_mcore.model.flops import ModelShape
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.parallel import collectives, groups
 from geneformer_mcore.parallel.groups import Topology
-from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.train import data
+from geneformer_mcore.train.data import Cells
 from geneformer_mcore.train.run_folder import RunFolder
 
 BASELINE_CELLS = 20_000
@@ -56,7 +53,7 @@ class Run:
     folder: RunFolder
     device: torch.device
     topology: Topology
-    store: TokenStore
+    cells: Cells
     trainable: optim.Trainable
     feed: Feed
     validation: Feed | None
@@ -82,8 +79,8 @@ class Run:
         return Identity(
             config=self.config_text,
             hidden=hidden_values(self.config, self.config_text),
-            vocabulary=self.store.vocabulary.checksum,
-            content=self.store.manifest.content_hash,
+            vocabulary=self.cells.vocabulary.checksum,
+            content=self.cells.content_hash,
         )
 
     def layout(self) -> dict[str, int]:
@@ -97,33 +94,12 @@ class Run:
         }
 
 
-def open_store(config: Config) -> TokenStore:
-    """The token store of a run. Raises DataError if it does not suit the settings."""
-    store = TokenStore.open(config.data.store)
-    longest = store.manifest.seq_length
-    if config.data.seq_length > longest:
-        raise DataError(
-            f"data.seq_length ({config.data.seq_length}) exceeds the {longest} tokens to which "
-            f"{store.path} cut its cells. Lower it, or build the store again with a longer "
-            "--seq-length."
-        )
-    if _count(store, "train") == 0:
-        raise DataError(f"{store.path} has no training cells, so there is nothing to train on.")
-    if config.train.validate_every_steps and _count(store, "validation") == 0:
-        raise DataError(
-            f"{store.path} has no validation cells, and train.validate_every_steps is "
-            f"{config.train.validate_every_steps}. Set it to 0, or build the store with a "
-            "--validation-fraction."
-        )
-    return store
-
-
 def prepare(
     config: Config,
     config_text: str,
     plan: Plan,
     folder: RunFolder,
-    store: TokenStore,
+    cells: Cells,
     device: torch.device,
     topology: Topology,
 ) -> Run:
@@ -133,7 +109,7 @@ def prepare(
         torch.use_deterministic_algorithms(True)
     groups.seed_dropout(config.train.seed, topology)
     validates = config.train.validate_every_steps > 0
-    shuffled = ShuffledGenes(store, config.train.seed)
+    held_out = data.validation_feeds(config, cells, topology, device) if validates else (None, None)
     run = Run(
         config=config,
         config_text=config_text,
@@ -141,12 +117,12 @@ def prepare(
         folder=folder,
         device=device,
         topology=topology,
-        store=store,
-        trainable=_trainable(config, store, device),
-        feed=_feed(config, store, store, "train", topology),
-        validation=_feed(config, store, store, "validation", topology) if validates else None,
-        control=_feed(config, store, shuffled, "validation", topology) if validates else None,
-        meter=_meter(config, store, device, topology),
+        cells=cells,
+        trainable=_trainable(config, cells, device),
+        feed=data.feed(config, cells, topology, device),
+        validation=held_out[0],
+        control=held_out[1],
+        meter=_meter(config, cells, device, topology),
     )
     _restore(run)
     if run.is_first_rank:
@@ -157,44 +133,21 @@ def prepare(
     return run
 
 
-def _trainable(config: Config, store: TokenStore, device: torch.device) -> optim.Trainable:
+def _trainable(config: Config, cells: Cells, device: torch.device) -> optim.Trainable:
     core = settings.transformer_config(
         config.model, config.parallel, config.train.precision, device
     )
-    size = store.vocabulary.size
+    size = cells.vocabulary.size
     stages = geneformer.build(config.model, core, device, size, config.data.seq_length)
     for stage in stages:
         initial_weights.fill(stage, config.train.seed)
     return optim.wrap(stages, config.optim)
 
 
-def _feed(
-    config: Config, store: TokenStore, source: TokenSource, split: str, topology: Topology
-) -> Feed:
-    """The cells of a split, read from `source`: the store, or a view of it."""
-    data, train = config.data, config.train
-    start, stop = store.rows(split)
-    masked, random, kept = data.mask_fractions
-    return Feed(
-        source,
-        Order(start, stop - start, data.span_cells, data.window_spans, train.seed),
-        Masking(data.mask_probability, (masked, random, kept), store.vocabulary.size, train.seed),
-        Share(
-            train.global_batch_size,
-            train.micro_batch_size,
-            topology.data_rank,
-            topology.data_size,
-        ),
-        data.seq_length,
-        # Under sequence parallel every tensor rank takes an equal share of the positions.
-        int(np.lcm(data.pad_multiple, config.parallel.tensor)),
-    )
-
-
-def _meter(config: Config, store: TokenStore, device: torch.device, topology: Topology) -> Meter:
+def _meter(config: Config, cells: Cells, device: torch.device, topology: Topology) -> Meter:
     model = config.model
     shape = ModelShape(
-        model.num_layers, model.hidden_size, model.ffn_hidden_size, store.vocabulary.size
+        model.num_layers, model.hidden_size, model.ffn_hidden_size, cells.vocabulary.size
     )
     peak = measured_peak(device, settings.DTYPES[config.train.precision])
     return Meter(shape, config.data.seq_length, topology.world_size, peak)
@@ -238,7 +191,7 @@ def _write_baselines(run: Run) -> None:
         return
     train = run.feed.order
     first, last = train.first_row, train.first_row + min(train.num_cells, BASELINE_CELLS)
-    seen = truncate(run.store.read(first, last), run.config.data.seq_length)
+    seen = truncate(run.cells.source.read(first, last), run.config.data.seq_length)
     held_out = run.validation.validation_cells(run.config.train.validate_batches)
     labels, places = run.validation.masking.validation_positions(held_out)
     if len(labels) == 0:
@@ -247,18 +200,18 @@ def _write_baselines(run: Run) -> None:
             f"data.mask_probability={run.config.data.mask_probability}. Raise that or "
             "train.validate_batches, or set train.validate_every_steps=0."
         )
-    scores = baselines.score(seen, run.store.vocabulary.size, labels, places)
+    scores = baselines.score(seen, run.cells.vocabulary.size, labels, places)
     run.folder.write_baselines(json.dumps(scores, indent=1) + "\n")
 
 
 def _announce(run: Run) -> None:
     """Says what runs, on what, with which kernels."""
-    config, store = run.config, run.store
+    config, cells = run.config, run.cells
     layout = ", ".join(f"{kind} {size}" for kind, size in run.layout().items())
     run.say(
-        f"{config.data.store}: {_count(store, 'train')} training cells, "
-        f"{_count(store, 'validation')} validation cells, {store.vocabulary.size} tokens "
-        f"(embedding {padded_vocabulary_size(store.vocabulary.size)} rows)"
+        f"{cells.name}: {cells.count('train')} training cells, "
+        f"{cells.count('validation')} validation cells, {cells.vocabulary.size} tokens "
+        f"(embedding {padded_vocabulary_size(cells.vocabulary.size)} rows)"
     )
     run.say(
         f"{run.topology.world_size} rank(s) on {run.device.type} ({layout}), "
@@ -270,8 +223,3 @@ def _announce(run: Run) -> None:
     run.say(", ".join(f"{name} {version}" for name, version in backends.describe().items()))
     for message in run.messages:
         run.say(message)
-
-
-def _count(store: TokenStore, split: str) -> int:
-    start, stop = store.rows(split)
-    return stop - start

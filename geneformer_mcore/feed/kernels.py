@@ -1,0 +1,126 @@
+"""The compiled loops of the feed: cells masked, padded and put into a batch in one go.
+
+    cells wherever they lie --fill_batch--> padded tokens with masks, selected places, labels
+
+What they compute is defined by `masks.Masking.apply` and `batch.make_batch_plainly`, the same in
+numpy, against which they are tested bit by bit. numba's cache on disk looks at one file, so what
+is compiled together lies together.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from geneformer_mcore.cells.compiled import compiled
+from geneformer_mcore.contracts import MASK, NUM_SPECIALS, PAD
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_UNIT = 2.0**-53
+
+
+@compiled
+def copy_cut(
+    tokens_T: np.ndarray, offsets: np.ndarray, longest: int, out_tokens_T: np.ndarray
+) -> None:
+    """Lays cells (see contracts.RaggedCells) end to end, at most `longest` tokens of each."""
+    written = 0
+    for cell in range(len(offsets) - 1):
+        start = offsets[cell]
+        length = min(offsets[cell + 1] - start, longest)
+        for k in range(length):
+            out_tokens_T[written + k] = tokens_T[start + k]
+        written += length
+
+
+@compiled
+def _mix(x: np.uint64) -> np.uint64:
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+@compiled
+def _select(bits_S: np.ndarray, below: np.uint64, places_M: np.ndarray) -> int:
+    """The places, 0 ([CLS]) apart, whose bits stay below a bound; how many there are."""
+    # Without branches, for selected places come at random: what is not kept is overwritten next.
+    # Unsigned, for an index that may be negative costs a test.
+    n = np.uint64(0)
+    for i in range(np.uint64(1), np.uint64(len(bits_S))):
+        places_M[n] = i
+        n += np.uint64((bits_S[i] >> np.uint64(11)) < below)
+    return int(n)
+
+
+@compiled
+def _show(
+    bits_M: np.ndarray,
+    masked_below: np.uint64,
+    random_below: np.uint64,
+    num_genes: int,
+    shown_M: np.ndarray,
+) -> None:
+    """What is shown at selected places with these bits: [MASK], a random gene, or -1: unchanged."""
+    for k in range(len(bits_M)):
+        action = _mix(bits_M[k] ^ _MIX_1) >> np.uint64(11)
+        unit = np.float64(_mix(bits_M[k] ^ _MIX_2) >> np.uint64(11)) * _UNIT
+        gene = np.int32(NUM_SPECIALS) + np.int32(unit * num_genes)
+        changed = np.int32(MASK) if action < masked_below else gene
+        shown_M[k] = changed if action < random_below else np.int32(-1)
+
+
+@compiled
+def fill_batch(
+    tokens_T: np.ndarray,
+    starts_N: np.ndarray,
+    lengths_N: np.ndarray,
+    stream_N: np.ndarray,
+    idle_N: np.ndarray,
+    selected_below: np.uint64,
+    masked_below: np.uint64,
+    random_below: np.uint64,
+    num_genes: int,
+    tokens_BS: np.ndarray,
+    selected_M: np.ndarray,
+    labels_M: np.ndarray,
+) -> int:
+    """Fills a micro batch; returns M, the number of selected places.
+
+    tokens_T, starts_N, lengths_N:  the cells (see contracts.CellViews)
+    stream_N:   uint64 [B], the cells' random streams (masks.Masking.streams)
+    *_below:    bounds on 53 random bits: a probability p is ceil(p * 2^53)
+    tokens_BS:  int32 [B, S] to fill; selected_M, labels_M: int64, room for every token
+    """
+    num_positions = tokens_BS.shape[1]
+    bits = np.empty(num_positions, np.uint64)
+    places = np.empty(num_positions + 1, np.int32)
+    chosen = np.empty(num_positions, np.uint64)
+    shown = np.empty(num_positions, np.int32)
+    m = 0
+    for b in range(len(starts_N)):
+        length = lengths_N[b]
+        cell = tokens_T[starts_N[b] : starts_N[b] + length]
+        row = tokens_BS[b]
+        # Plain loops over one thing each: these the compiler turns into SIMD.
+        for i in range(len(cell)):
+            row[i] = cell[i]
+        row[length:] = PAD
+        if idle_N[b]:
+            continue
+        for i in range(len(cell)):
+            bits[i] = _mix(stream_N[b] + np.uint64(i) * _GOLDEN)
+        n = _select(bits[:length], selected_below, places)
+        for k in range(n):
+            chosen[k] = bits[np.uint64(places[k])]
+        _show(chosen[:n], masked_below, random_below, num_genes, shown)
+        selected, labels = selected_M[m : m + n], labels_M[m : m + n]
+        for k in range(n):
+            place = np.uint64(places[k])
+            token = row[place]
+            labels[k] = token
+            row[place] = shown[k] if shown[k] >= 0 else token
+            selected[k] = b * num_positions + np.int64(places[k])
+        m += n
+    return m

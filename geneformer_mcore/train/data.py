@@ -1,0 +1,182 @@
+"""From settings to cells: what is read, where from, in which order.
+
+data.source=tokens: token store  [-> flat copy in data.cache_dir]  ->  Cells  ->  feeds
+data.source=counts: h5ad files, SOMA Experiments + data.vocabulary ->  Cells  ->  feeds
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from geneformer_mcore.cells.vocabulary import Vocabulary
+from geneformer_mcore.config import Config
+from geneformer_mcore.config.sections import Loader, Source
+from geneformer_mcore.contracts import TokenSource
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.feed.batch import BatchMaker, make_batch
+from geneformer_mcore.feed.control import ShuffledGenes
+from geneformer_mcore.feed.loader import Feed, Share
+from geneformer_mcore.feed.masks import Masking
+from geneformer_mcore.feed.order import Order
+from geneformer_mcore.parallel.groups import Topology
+from geneformer_mcore.store import flat
+from geneformer_mcore.store.progress import ProgressLine
+from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.store.split import RandomSplit, SplitRule
+
+
+@dataclass(frozen=True)
+class Cells:
+    """All cells of a run, numbered, and the source to read them from.
+
+    rows:        {split: (start, stop)}
+    seq_length:  tokens to which the source has cut its cells
+    span_cells, window_spans:  how far neighbouring cells are shuffled (see feed.order)
+    """
+
+    name: str
+    vocabulary: Vocabulary
+    content_hash: str
+    rows: dict[str, tuple[int, int]]
+    seq_length: int
+    source: TokenSource
+    span_cells: int
+    window_spans: int
+
+    def count(self, split: str) -> int:
+        """Cells of a split."""
+        start, stop = self.rows[split]
+        return stop - start
+
+
+def open_cells(config: Config) -> Cells:
+    """The cells of a run; the flat copy is made here if one is asked for and not there.
+
+    Raises DataError if they do not suit the settings.
+    """
+    cells = _counts(config) if config.data.source is Source.counts else _store(config)
+    if cells.count("train") == 0:
+        raise DataError(f"{cells.name} has no training cells, so there is nothing to train on.")
+    if config.train.validate_every_steps and cells.count("validation") == 0:
+        raise DataError(
+            f"{cells.name} has no validation cells, and train.validate_every_steps is "
+            f"{config.train.validate_every_steps}. Set it to 0, or build the store with a "
+            "--validation-fraction."
+        )
+    return cells
+
+
+def _store(config: Config) -> Cells:
+    data = config.data
+    store = TokenStore.open(data.store)
+    manifest = store.manifest
+    if data.seq_length > manifest.seq_length:
+        raise DataError(
+            f"data.seq_length ({data.seq_length}) exceeds the {manifest.seq_length} tokens to "
+            f"which {store.path} cut its cells. Lower it, or build the store again with a longer "
+            "--seq-length."
+        )
+    source: TokenSource = store
+    if data.cache_dir:
+        with ProgressLine("cells") as progress:
+            source = flat.ensure(
+                store, manifest.content_hash, manifest.tokens, data.cache_dir, progress.update
+            )
+    return Cells(
+        name=data.store,
+        vocabulary=store.vocabulary,
+        content_hash=manifest.content_hash,
+        rows={split: store.rows(split) for split in manifest.rows},
+        seq_length=manifest.seq_length,
+        source=source,
+        span_cells=data.span_cells,
+        window_spans=data.window_spans,
+    )
+
+
+def _counts(config: Config) -> Cells:
+    # Only here: who reads tokens needs none of what reads counts.
+    from geneformer_mcore.feed.counts_source import MIN_SPAN_CELLS, CountsSource, find_inputs
+    from geneformer_mcore.store.split import SPLITS
+
+    data = config.data
+    vocabulary = Vocabulary.load(data.vocabulary)
+    source = CountsSource(find_inputs(data.store), vocabulary, data.seq_length, _split(config))
+    span_cells = max(data.span_cells, MIN_SPAN_CELLS)
+    return Cells(
+        name=source.name,
+        vocabulary=vocabulary,
+        content_hash=source.content_hash,
+        rows={split: source.rows(split) for split in SPLITS},
+        seq_length=data.seq_length,
+        source=source,
+        span_cells=span_cells,
+        # As many cells as with shorter spans: memory stays what it was.
+        window_spans=max(1, data.window_spans * data.span_cells // span_cells),
+    )
+
+
+def _split(config: Config) -> SplitRule:
+    if not config.data.split:
+        return RandomSplit()
+    from geneformer_mcore.store.split_table import SplitTable
+
+    return SplitTable.load(config.data.split)
+
+
+def feed(config: Config, cells: Cells, topology: Topology, device: torch.device) -> Feed:
+    """This rank's training cells."""
+    return _feed(config, cells, "train", cells.source, topology, _maker(config, device))
+
+
+def validation_feeds(
+    config: Config, cells: Cells, topology: Topology, device: torch.device
+) -> tuple[Feed, Feed]:
+    """This rank's held-out cells, and the same with their genes shuffled, as a control."""
+    shuffled = ShuffledGenes(cells.source, config.train.seed, config.data.seq_length)
+    maker = _maker(config, device)
+    return (
+        _feed(config, cells, "validation", cells.source, topology, maker),
+        _feed(config, cells, "validation", shuffled, topology, maker),
+    )
+
+
+def _feed(
+    config: Config,
+    cells: Cells,
+    split: str,
+    source: TokenSource,
+    topology: Topology,
+    maker: BatchMaker,
+) -> Feed:
+    data, train = config.data, config.train
+    start, stop = cells.rows[split]
+    # Validation reads few cells, again and again: span by span, not a window of many at once.
+    window_spans = cells.window_spans if split == "train" else 1
+    masked, random, kept = data.mask_fractions
+    return Feed(
+        source,
+        Order(start, stop - start, cells.span_cells, window_spans, train.seed),
+        Masking(data.mask_probability, (masked, random, kept), cells.vocabulary.size, train.seed),
+        Share(
+            train.global_batch_size,
+            train.micro_batch_size,
+            topology.data_rank,
+            topology.data_size,
+        ),
+        data.seq_length,
+        # Under sequence parallel every tensor rank takes an equal share of the positions.
+        int(np.lcm(data.pad_multiple, config.parallel.tensor)),
+        maker,
+    )
+
+
+def _maker(config: Config, device: torch.device) -> BatchMaker:
+    if config.data.loader is Loader.thread:
+        return make_batch
+    from geneformer_mcore.feed.dali import DaliBatches
+
+    return DaliBatches(device)

@@ -1,0 +1,154 @@
+"""Cells tokenised on the fly: the very cells of a token store, in another order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+from scipy import sparse
+
+from geneformer_mcore.cells.vocabulary import Vocabulary
+from geneformer_mcore.contracts import CLS
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.feed import counts_source
+from geneformer_mcore.feed.counts_source import CountsSource, find_inputs
+from geneformer_mcore.feed.loader import Feed, Share
+from geneformer_mcore.feed.masks import Masking
+from geneformer_mcore.feed.order import Order
+from geneformer_mcore.store.ingest import build_store
+from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.store.split import SPLITS, RandomSplit
+from tests.unit.test_feed_stream import sights
+
+GENES = [f"ENSG{number:011d}" for number in range(60)]
+VOCABULARY = Vocabulary.from_medians({gene: 1.0 + i / 7 for i, gene in enumerate(GENES[:50])})
+SEQ_LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three data sets; in the second, row 7 has genes that the vocabulary does not know, alone."""
+    folder = tmp_path_factory.mktemp("counts")
+    rng = np.random.default_rng(3)
+    paths = []
+    for name, num_cells in (("b", 90), ("a", 130), ("c", 41)):
+        counts = rng.poisson(1.2, (num_cells, 60)).astype(np.float32)
+        if name == "a":
+            counts[7, :50], counts[7, 50:] = 0, 3
+        data = ad.AnnData(sparse.csr_matrix(counts))
+        data.var_names, data.obs_names = GENES, [f"{name}{i}" for i in range(num_cells)]
+        paths.append(str(folder / f"{name}.h5ad"))
+        data.write_h5ad(paths[-1], compression="gzip")
+    return paths
+
+
+@pytest.fixture
+def source(files: list[str]) -> CountsSource:
+    return CountsSource(files, VOCABULARY, SEQ_LENGTH, RandomSplit(0.2, 0.1))
+
+
+@pytest.fixture(scope="module")
+def store(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    out = tmp_path_factory.mktemp("built") / "store"
+    build_store(files, out, VOCABULARY, SEQ_LENGTH, split_rule=RandomSplit(0.2, 0.1))
+    return TokenStore.open(out)
+
+
+def cells_of(source: CountsSource | TokenStore, split: str) -> dict[int, list[int]]:
+    start, stop = source.rows(split)
+    block = source.read(start, stop)
+    parts = np.split(block.tokens_T, block.offsets[1:-1])
+    return {int(key): part.tolist() for key, part in zip(block.keys_N, parts, strict=True)}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_cells_are_those_of_the_store(source: CountsSource, store: TokenStore, split: str) -> None:
+    ours, stored = cells_of(source, split), cells_of(store, split)
+    unknown = {key: tokens for key, tokens in ours.items() if tokens == [CLS]}
+    assert {key: tokens for key, tokens in ours.items() if key not in unknown} == stored
+    assert len(unknown) == (1 if split == _split_of_the_unknown(source) else 0)
+    assert len(stored) > 10
+
+
+def _split_of_the_unknown(source: CountsSource) -> str:
+    return next(split for split in SPLITS if [CLS] in cells_of(source, split).values())
+
+
+def test_the_stream_shows_the_same_cells_under_the_same_masks(
+    source: CountsSource, store: TokenStore
+) -> None:
+    def epoch(cells: CountsSource | TokenStore) -> dict[int, bytes]:
+        start, stop = cells.rows("train")
+        masking = Masking(0.15, (0.8, 0.02, 0.18), VOCABULARY.size, 5)
+        share = Share(1, 1, 0, 1)
+        each = Feed(cells, Order(start, stop - start, 16, 2, 9), masking, share, SEQ_LENGTH, 8)
+        seen = [s for i in range(stop - start) for batch in each.step(i) for s in sights(batch)]
+        assert len(dict(seen)) == len(seen), "each cell once"
+        return dict(seen)
+
+    ours, stored = epoch(source), epoch(store)
+    assert {key: ours[key] for key in stored} == stored
+    assert len(ours) - len(stored) <= 1
+
+
+def test_any_span_is_that_part_of_the_whole(
+    source: CountsSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = source.read(0, len(source))
+    monkeypatch.setattr(counts_source, "_ROWS_PER_READ", 13)
+    for start, stop in ((0, 1), (5, 40), (100, 190), (0, len(source)), (17, 17)):
+        part = source.read(start, stop)
+        first, last = whole.offsets[start], whole.offsets[stop]
+        assert np.array_equal(part.tokens_T, whole.tokens_T[first:last])
+        assert np.array_equal(part.offsets, whole.offsets[start : stop + 1] - first)
+        assert np.array_equal(part.keys_N, whole.keys_N[start:stop])
+
+
+def test_the_order_of_inputs_leaves_no_trace(files: list[str], source: CountsSource) -> None:
+    other = CountsSource(files[::-1], VOCABULARY, SEQ_LENGTH, RandomSplit(0.2, 0.1))
+    assert other.content_hash == source.content_hash
+    assert np.array_equal(other.read(0, 50).tokens_T, source.read(0, 50).tokens_T)
+
+
+def test_the_content_hash_knows_cells_split_length_and_vocabulary(
+    files: list[str], source: CountsSource
+) -> None:
+    split = RandomSplit(0.2, 0.1)
+    fewer_genes = Vocabulary.from_medians(dict.fromkeys(GENES[:40], 2.0))
+    others = [
+        CountsSource(files[:2], VOCABULARY, SEQ_LENGTH, split),
+        CountsSource(files, VOCABULARY, SEQ_LENGTH, RandomSplit(0.1, 0.1)),
+        CountsSource(files, VOCABULARY, 16, split),
+        CountsSource(files, fewer_genes, SEQ_LENGTH, split),
+    ]
+    assert len({each.content_hash for each in [source, *others]}) == 5
+
+
+def test_a_cell_given_twice_is_refused(files: list[str], tmp_path: Path) -> None:
+    twin = tmp_path / "a.h5ad"
+    twin.write_bytes(Path(files[1]).read_bytes())
+    with pytest.raises(DataError, match="130 cells have the dataset and the name of another one"):
+        CountsSource([*files, str(twin)], VOCABULARY, SEQ_LENGTH, RandomSplit())
+
+
+def test_what_a_store_setting_names(files: list[str], tmp_path: Path) -> None:
+    folder = str(Path(files[0]).parent)
+    assert find_inputs(folder) == sorted(files)
+    assert find_inputs(f"{files[0]}, {files[2]}") == [files[0], files[2]]
+    assert find_inputs("s3://bucket/experiment") == ["s3://bucket/experiment"]
+    assert find_inputs(f"{files[0]},") == [files[0]], "a comma at the end names nothing"
+    assert find_inputs(str(tmp_path)) == [str(tmp_path)], "taken for an Experiment"
+
+
+def test_other_counts_of_the_same_cells_are_told_apart(files: list[str], tmp_path: Path) -> None:
+    changed = tmp_path / "c.h5ad"
+    data = ad.read_h5ad(files[2])
+    data.X.data = data.X.data[::-1].copy()
+    data.write_h5ad(changed)
+    before, after = (
+        CountsSource([name], VOCABULARY, SEQ_LENGTH, RandomSplit()).content_hash
+        for name in (files[2], str(changed))
+    )
+    assert before != after

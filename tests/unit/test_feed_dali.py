@@ -1,0 +1,259 @@
+"""DALI's batches are the default ones, and it is DALI that makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nvidia.dali import Pipeline
+
+from geneformer_mcore import backends, commands
+from geneformer_mcore.contracts import CLS, MASK, NUM_SPECIALS, Batch, CellViews
+from geneformer_mcore.errors import MissingBackendError
+from geneformer_mcore.feed import batch as batch_module
+from geneformer_mcore.feed import kernels
+from geneformer_mcore.feed.batch import BatchMaker, make_batch, make_batch_plainly
+from geneformer_mcore.feed.dali import DaliBatches
+from geneformer_mcore.feed.dali_pipeline import MaskingPipeline
+from geneformer_mcore.feed.loader import Feed, Share
+from geneformer_mcore.feed.masks import VALIDATION_EPOCH, Masking
+from geneformer_mcore.feed.order import Order
+from tests.unit.identified_cells import MASKING, Cells
+
+CPU = torch.device("cpu")
+MASKINGS = (
+    MASKING,
+    Masking(0.15, (0.8, 0.02, 0.18), 25_429, seed=2**40 + 1),
+    Masking(0.5, (1 / 3, 1 / 3, 1 / 3), NUM_SPECIALS + 1, seed=3),
+)
+
+
+@pytest.fixture(scope="module")
+def dali() -> DaliBatches:
+    """One maker for many batches, as in a run."""
+    return DaliBatches(CPU)
+
+
+def scattered(rng: np.random.Generator, lengths: list[int], vocabulary_size: int) -> CellViews:
+    """Random cells of these lengths, in one array that cannot be written to, as a mapped file: the
+    last comes first, and other tokens lie between them."""
+    lengths_N = np.array(lengths, dtype=np.int64)
+    starts_N = np.cumsum(lengths_N[::-1] + 3)[::-1] - lengths_N
+    tokens_T = rng.integers(NUM_SPECIALS, vocabulary_size, int(starts_N[0]) + lengths[0])
+    tokens_T = tokens_T.astype(np.uint16)
+    tokens_T[starts_N] = CLS
+    tokens_T.flags.writeable = False
+    keys_N = rng.integers(0, 2**64, len(lengths), dtype=np.uint64)
+    return CellViews(tokens_T, starts_N, lengths_N, keys_N)
+
+
+def assert_equal(ours: Batch, expected: Batch) -> None:
+    for name in ("tokens_BS", "lengths_B", "selected_M", "labels_M"):
+        mine, theirs = getattr(ours, name), getattr(expected, name)
+        assert mine.dtype == theirs.dtype, name
+        assert mine.shape == theirs.shape, name
+        assert torch.equal(mine, theirs), name
+    assert ours.keys_B.dtype == expected.keys_B.dtype
+    assert np.array_equal(ours.keys_B, expected.keys_B)
+
+
+def same_of(maker: BatchMaker, lengths: list[int], masking: Masking, num_positions: int) -> Batch:
+    """A batch of random cells, all of which count, after it was found equal to the default's."""
+    rng = np.random.default_rng(sum(lengths))
+    cells = scattered(rng, lengths, masking.vocabulary_size)
+    asked = (cells, np.arange(len(lengths)), np.zeros(len(lengths), bool), masking, num_positions)
+    made = maker(*asked)
+    assert_equal(made, make_batch_plainly(*asked))
+    return made
+
+
+@given(data=st.data())
+def test_any_batch_is_the_default_one(dali: DaliBatches, data: st.DataObject) -> None:
+    """Cells, epochs, idle cells, masks and the number of positions change from call to call."""
+    size = data.draw(st.sampled_from([1, 2, 7]))
+    lengths = data.draw(st.lists(st.integers(1, 130), min_size=size, max_size=size))
+    epoch = st.sampled_from([0, 1, 1000, VALIDATION_EPOCH])
+    epochs_N = np.array(data.draw(st.lists(epoch, min_size=size, max_size=size)))
+    idle_N = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+    masking = data.draw(st.sampled_from(MASKINGS))
+    num_positions = max(lengths) + data.draw(st.integers(0, 70))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    cells = scattered(rng, lengths, masking.vocabulary_size)
+    expected = make_batch_plainly(cells, epochs_N, idle_N, masking, num_positions)
+    assert_equal(dali(cells, epochs_N, idle_N, masking, num_positions), expected)
+
+
+@pytest.mark.parametrize("vocabulary_size", [NUM_SPECIALS + 1, 25_429, 2**16 - 1])
+def test_every_random_gene_is_the_default_one(vocabulary_size: int) -> None:
+    """100,000 products that must be rounded alike before they are cut to whole numbers."""
+    everything = Masking(1.0, (0.0, 1.0, 0.0), vocabulary_size, seed=5)
+    made = same_of(DaliBatches(CPU), [2048] * 49, everything, 2048)
+    assert len(made.labels_M) == 49 * 2047
+    shown = made.tokens_BS[:, 1:]
+    assert NUM_SPECIALS <= shown.min() <= shown.max() < vocabulary_size
+
+
+@pytest.mark.parametrize(
+    ("probability", "fractions"),
+    [(0.0, (0.8, 0.1, 0.1)), (1.0, (1.0, 0.0, 0.0)), (1.0, (0.0, 0.0, 1.0))],
+)
+def test_the_ends_of_the_settings(probability: float, fractions: tuple) -> None:
+    masking = Masking(probability, fractions, 300, seed=1)
+    made = same_of(DaliBatches(CPU), [1, 40, 64], masking, 64)
+    assert len(made.labels_M) == probability * (0 + 39 + 63)
+    assert (made.tokens_BS == MASK).sum() == fractions[0] * len(made.labels_M)
+
+
+def test_more_positions_than_a_pipeline_has_room_for(dali: DaliBatches) -> None:
+    for num_positions in (5000, 64, 2048, 2049):
+        same_of(dali, [num_positions, 3], MASKING, num_positions)
+
+
+def test_batches_stay_what_they_were(dali: DaliBatches) -> None:
+    """DALI uses its memory again, for the next batch."""
+    kept, copies = [], []
+    for longest in range(40, 80):
+        kept.append(same_of(dali, [longest, 5], MASKING, 80))
+        copies.append(kept[-1].tokens_BS.clone())
+    assert all(torch.equal(batch.tokens_BS, copy) for batch, copy in zip(kept, copies, strict=True))
+
+
+def test_threads_may_share_a_maker(dali: DaliBatches) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        for _ in threads.map(lambda n: same_of(dali, [n, 9], MASKING, 100), range(10, 90)):
+            pass
+
+
+def feed_of(maker: BatchMaker, seq_length: int, data_size: int = 1) -> Feed:
+    order = Order(0, 100, span_cells=8, window_spans=3, seed=7)
+    share = Share(24, micro_batch_size=4, data_rank=data_size - 1, data_size=data_size)
+    return Feed(Cells(100), order, MASKING, share, seq_length, 8, maker)
+
+
+@pytest.mark.parametrize(("seq_length", "data_size"), [(64, 1), (20, 1), (64, 3)])
+def test_a_feed_of_dali_is_the_default_feed(
+    dali: DaliBatches, seq_length: int, data_size: int
+) -> None:
+    """Over three epochs, by a prefetch thread, while this thread validates with the same maker, as
+    in training. Cells have up to 51 tokens."""
+    ours, default = (feed_of(maker, seq_length, data_size) for maker in (dali, make_batch))
+    held_out, default_held_out = (
+        feed_of(maker, seq_length, data_size) for maker in (dali, make_batch)
+    )
+    steps, expected = ours.steps(0, prefetch=2), default.steps(0, prefetch=0)
+    widths = set()
+    for number in range(13):
+        start = 24 * (number % 5)
+        made = held_out.validation_step(start) + next(steps)
+        wanted = default_held_out.validation_step(start) + next(expected)
+        for mine, theirs in zip(made, wanted, strict=True):
+            assert_equal(mine, theirs)
+            widths.add(mine.tokens_BS.shape[1])
+    steps.close()  # type: ignore[attr-defined]
+    assert max(widths) == min(seq_length, 56)
+    assert len(widths) > 1 or seq_length == 20
+
+
+def test_it_is_dali_that_masks_and_pads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any code of ours that could do it, the batch is the same; and it is one run of a
+    pipeline, whose operators are DALI's own."""
+    rng = np.random.default_rng(1)
+    asked = (scattered(rng, [30, 7], 300), np.zeros(2, int), np.zeros(2, bool), MASKING, 32)
+    expected = make_batch_plainly(*asked)
+    runs = []
+
+    def spied(pipeline: Pipeline, *args: object, **inputs: object) -> object:
+        runs.append((pipeline, inputs))
+        return run(pipeline, *args, **inputs)
+
+    def forbidden(*args: object) -> None:
+        raise AssertionError("a loop of ours was used")
+
+    run = Pipeline.run
+    monkeypatch.setattr(Pipeline, "run", spied)
+    monkeypatch.setattr(Masking, "apply", forbidden)
+    monkeypatch.setattr(kernels, "fill_batch", forbidden)
+    for name in ("make_batch", "make_batch_plainly", "_make_compiled"):
+        monkeypatch.setattr(batch_module, name, forbidden)
+    assert_equal(DaliBatches(CPU)(*asked), expected)
+
+    ((pipeline, inputs),) = runs
+    assert [cell.tolist() for cell in inputs["tokens"]] == [
+        asked[0].part(slice(i, i + 1)).ragged().tokens_T.tolist() for i in range(2)
+    ]
+    operators = pipeline.serialize()
+    for operator in (b"mul(", b"bitxor(", b"rshift(", b"lt(", b"floor(", b"Pad", b"Slice"):
+        assert operator in operators, operator
+    for foreign in (b"PythonFunction", b"NumbaFunc", b"DLTensor"):
+        assert foreign not in operators, foreign
+
+
+def test_without_dalis_run_there_is_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **inputs: object) -> None:
+        raise RuntimeError("the pipeline did not run")
+
+    monkeypatch.setattr(Pipeline, "run", broken)
+    with pytest.raises(RuntimeError, match="did not run"):
+        same_of(DaliBatches(CPU), [5], MASKING, 8)
+
+
+def test_with_a_gpu_all_but_the_inputs_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from the graph, which can be drawn up without a GPU."""
+    outputs: list = []
+    monkeypatch.setattr(Pipeline, "set_outputs", lambda _pipeline, *nodes: outputs.extend(nodes))
+    MaskingPipeline(4, 64, MASKING, device_id=0, num_threads=1)
+    operators = _operators(outputs)
+    on_cpu = {operator.name for operator in operators if operator.outputs[0].device == "cpu"}
+    inputs = {"tokens", "streams", "idle", "num_positions"}
+    assert inputs < on_cpu
+    # What else: how long each cell is, by which the places are cut; and one flag per cell.
+    assert len(on_cpu - inputs) == 2
+    assert len(operators) > 50
+
+
+def _operators(outputs: list) -> set:
+    found, waiting = set(), [node.source for node in outputs]
+    while waiting:
+        operator = waiting.pop()
+        if operator not in found:
+            found.add(operator)
+            waiting += [node.source for node in operator.inputs]
+    return found
+
+
+def test_a_batch_on_a_gpu_is_not_pinned() -> None:
+    """torch refuses to pin what is there."""
+    there = SimpleNamespace(
+        is_cuda=True
+    )  # a tensor on a GPU cannot be pinned, and has no such call
+    batch = Batch(there, there, there, there, np.zeros(1, np.uint64))  # type: ignore[arg-type]
+    assert batch.pinned() is batch
+
+
+@pytest.fixture
+def without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec: Callable = backends.find_spec
+    monkeypatch.setattr(
+        backends, "find_spec", lambda name: None if name == "nvidia.dali" else find_spec(name)
+    )
+
+
+@pytest.mark.usefixtures("without_dali")
+def test_a_missing_dali_is_the_users_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(MissingBackendError, match="pip install nvidia-dali-cuda130"):
+        DaliBatches(CPU)
+    with pytest.raises(SystemExit) as ended:
+        commands.run(lambda: DaliBatches(CPU) and 0)
+    assert ended.value.code == commands.WRONG_INPUT == 2
+    assert "data.loader=thread" in capsys.readouterr().err
+
+
+def test_a_part_of_a_missing_package_is_missing() -> None:
+    """Python's own look for it would raise ModuleNotFoundError."""
+    assert not backends.is_available("no_such_package_of_nvidia.dali")

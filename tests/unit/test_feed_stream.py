@@ -1,0 +1,230 @@
+"""The stream of batches: one and the same over ranks, prefetching, sources, stops and restarts."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geneformer_mcore.contracts import Batch, RaggedCells, TokenSource
+from geneformer_mcore.feed.batch import make_batch, make_batch_plainly
+from geneformer_mcore.feed.loader import Feed, Share
+from geneformer_mcore.feed.masks import Masking
+from geneformer_mcore.feed.order import Order
+from geneformer_mcore.store import flat
+from tests.unit.identified_cells import MASKING, Cells, cell, feed, ragged, true_tokens, views
+
+BATCH = 24
+NUM_CELLS = 500
+SIZES = (1, 2, 3, 4, 8)
+
+
+def sights(batch: Batch) -> Iterator[tuple[int, bytes]]:
+    """(key, all that is seen of the cell and asked of it) of every cell of a batch."""
+    num_positions = batch.tokens_BS.shape[1]
+    cells, places = batch.selected_M.numpy() // num_positions, batch.selected_M % num_positions
+    for b, key in enumerate(batch.keys_B.tolist()):
+        length = int(batch.lengths_B[b])
+        tokens = batch.tokens_BS[b, :length].numpy().astype("<i8")
+        asked = [places.numpy()[cells == b], batch.labels_M.numpy()[cells == b]]
+        yield key, tokens.tobytes() + b"|" + np.stack(asked).tobytes()
+
+
+def stream_hash(source: TokenSource, size: int, prefetch: int, steps: int = 45) -> str:
+    """Of the cells and masks of all ranks, step after step, in the order of the global batch."""
+    order = Order(0, NUM_CELLS, span_cells=8, window_spans=3, seed=7)
+    feeds = [
+        Feed(source, order, MASKING, Share(BATCH, BATCH // size, rank, size), 64, 16)
+        for rank in range(size)
+    ]
+    digest = hashlib.sha256()
+    streams = [each.steps(0, prefetch) for each in feeds]
+    for _ in range(steps):
+        dealt = [list(sights(next(stream)[0])) for stream in streams]
+        for i in range(BATCH):
+            key, seen = dealt[i % size][i // size]
+            digest.update(key.to_bytes(8, "little") + seen)
+    for stream in streams:
+        stream.close()  # type: ignore[attr-defined]
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def truth() -> str:
+    return stream_hash(Cells(NUM_CELLS), 1, 0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("prefetch", [0, 1, 4])
+def test_one_stream_over_ranks_and_prefetching(truth: str, size: int, prefetch: int) -> None:
+    assert stream_hash(Cells(NUM_CELLS), size, prefetch) == truth
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_flat_copy_gives_the_same_stream(truth: str, size: int, tmp_path) -> None:
+    copy = flat.ensure(Cells(NUM_CELLS), "c" * 64, 10**5, tmp_path)
+    assert stream_hash(copy, size, 2) == truth
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_stops_and_restarts_continue_exactly(data: st.DataObject) -> None:
+    """Stops at random steps, each time going on with another number of ranks: the cells of every
+    global batch are those of the run that never stopped."""
+    source, undisturbed = Cells(NUM_CELLS), feed(Cells(NUM_CELLS))
+    position = 0
+    for _ in range(data.draw(st.integers(1, 4))):
+        size, steps = data.draw(st.sampled_from(SIZES)), data.draw(st.integers(0, 3))
+        feeds = [feed(source, rank, size) for rank in range(size)]
+        position += BATCH * data.draw(st.integers(0, 30))
+        for _ in range(steps):
+            dealt = sorted(s for f in feeds for batch in f.step(position) for s in sights(batch))
+            whole = sorted(s for batch in undisturbed.step(position) for s in sights(batch))
+            assert dealt == whole
+            position += BATCH
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_each_epoch_sees_each_cell_once_with_its_own_tokens(size: int) -> None:
+    """Over all ranks, from steps that straddle epochs; tokens are told apart from masks by the
+    labels, which put back what was hidden."""
+    num_cells = BATCH * 21 - 5
+    feeds = [feed(Cells(num_cells), rank, size) for rank in range(size)]
+    order, seen = feeds[0].order, []
+    for step in range(2 * 21):
+        _, epochs = order.rows(step * BATCH, (step + 1) * BATCH)
+        for rank, each in enumerate(feeds):
+            (batch,) = each.step(step * BATCH)
+            tokens = batch.tokens_BS.flatten().clone()
+            tokens[batch.selected_M] = batch.labels_M.int()
+            rows = tokens.view_as(batch.tokens_BS)
+            for row, n, key in zip(rows, batch.lengths_B, batch.keys_B.tolist(), strict=True):
+                assert row[: int(n)].tolist() == true_tokens(key)
+            seen += list(zip(epochs[rank::size].tolist(), batch.keys_B.tolist(), strict=True))
+    assert len(set(seen)) == len(seen)
+    assert {key for epoch, key in seen if epoch == 0} == set(range(num_cells))
+
+
+def test_the_masks_of_a_cell_change_from_epoch_to_epoch() -> None:
+    alike, order = 0, feed(Cells(NUM_CELLS)).order
+    first = dict(s for step in range(21) for b in feed(Cells(NUM_CELLS)).step(step * 24)
+                 for s in sights(b))  # fmt: skip
+    assert order.num_cells == NUM_CELLS
+    second = dict(s for step in range(21, 42) for b in feed(Cells(NUM_CELLS)).step(step * 24)
+                  for s in sights(b))  # fmt: skip
+    long = [key for key in first.keys() & second.keys() if key % 50 > 30]
+    alike = sum(first[key] == second[key] for key in long)
+    assert len(long) > 100
+    assert alike == 0
+
+
+@pytest.mark.parametrize(("size", "spans_per_window"), [(1, 8), (2, 4), (4, 2), (8, 1), (3, 8)])
+def test_a_rank_reads_only_the_spans_it_meets(size: int, spans_per_window: int) -> None:
+    """Of every full window of eight spans; no span twice in an epoch, but by ranks that share it
+    (three ranks share all)."""
+    sources = [Cells(16 * 64) for _ in range(size)]
+    order = Order(0, 16 * 64, span_cells=16, window_spans=8, seed=3)
+    for rank, source in enumerate(sources):
+        each = Feed(source, order, MASKING, Share(24, 24 // size, rank, size), 64, 16)
+        for step in range(16 * 64 // 24):
+            each.step(step * 24)
+        assert len(source.reads) == len(set(source.reads)) == 8 * spans_per_window
+
+
+def test_a_batch_mixes_as_many_spans_as_a_window_holds() -> None:
+    order = Order(0, 64 * 64, span_cells=64, window_spans=16, seed=3)
+    rows, _ = order.rows(0, 64 * 64)
+    spans = (rows // 64).reshape(-1, 32)
+    assert min(len(np.unique(batch)) for batch in spans) == 16
+    # Within a span cells come in no order: neighbours are as far apart as chance makes them.
+    steps = np.abs(np.diff(rows[:1024].reshape(64, 16)[:, 0]))
+    assert 64 / 3 * 0.7 < steps.mean() < 64 / 3 * 1.3
+
+
+def test_a_batch_larger_than_several_windows_is_whole() -> None:
+    """More spans at once than two windows hold: the pool grows, and gives the same cells."""
+    source = Cells(200)
+    order = Order(0, 200, span_cells=8, window_spans=1, seed=5)
+    each = Feed(source, order, MASKING, Share(72, 72, 0, 1), 64, 16)
+    seen = [key for step in range(3) for b in each.step(step * 72) for key in b.keys_B.tolist()]
+    assert seen == order.rows(0, 216)[0].tolist()
+    assert {key: s for b in each.step(0) for key, s in sights(b)} == {
+        key: s for b in feed(source, batch=200).step(0) for key, s in sights(b) if key in seen[:72]
+    }
+
+
+def test_cells_are_cut_to_seq_length_wherever_they_come_from(tmp_path) -> None:
+    copy = flat.ensure(Cells(NUM_CELLS), "d" * 64, 10**5, tmp_path)
+    order = Order(0, NUM_CELLS, 8, 3, 7)
+    share = Share(BATCH, BATCH, 0, 1)
+    short, from_copy = (
+        Feed(source, order, MASKING, share, 20, 4) for source in (Cells(NUM_CELLS), copy)
+    )
+    for step in range(4):
+        (one,), (other,) = short.step(step * BATCH), from_copy.step(step * BATCH)
+        assert int(one.lengths_B.max()) == 20
+        assert list(sights(one)) == list(sights(other))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=12),
+    seed=st.integers(0, 2**63 - 1),
+    probability=st.sampled_from([1e-6, 0.15, 0.5, 1.0]),
+    fractions=st.sampled_from([(0.8, 0.02, 0.18), (0.8, 0.1, 0.1), (1.0, 0.0, 0.0), (0, 0, 1.0)]),
+    data=st.data(),
+)
+def test_compiled_batches_are_the_plain_ones(
+    lengths: list[int],
+    seed: int,
+    probability: float,
+    fractions: tuple[float, float, float],
+    data: st.DataObject,
+) -> None:
+    rng = np.random.default_rng(seed)
+    cells = [rng.integers(5, 25_429, length).astype(np.uint16) for length in lengths]
+    block = views(ragged(cells, rng.integers(0, 2**63, len(cells))))
+    epochs = rng.integers(0, 2**40, len(cells))
+    idle = np.array(data.draw(st.lists(st.booleans(), min_size=len(cells), max_size=len(cells))))
+    masking = Masking(probability, fractions, 25_429, seed)
+    positions = max(lengths) + data.draw(st.integers(0, 20))
+    made, plain = (
+        make(block, epochs, idle, masking, positions) for make in (make_batch, make_batch_plainly)
+    )
+    for name in ("tokens_BS", "lengths_B", "selected_M", "labels_M"):
+        ours, truth = getattr(made, name), getattr(plain, name)
+        assert ours.dtype == truth.dtype
+        assert ours.tolist() == truth.tolist(), name
+    assert np.array_equal(made.keys_B, plain.keys_B)
+
+
+def test_a_cell_of_cls_alone_is_asked_nothing() -> None:
+    block = views(ragged([np.zeros(1, np.uint16), cell(40)], np.array([1, 40])))
+    always = Masking(1.0, (1.0, 0.0, 0.0), 300, 1)
+    batch = make_batch(block, np.zeros(2, np.int64), np.zeros(2, bool), always, 48)
+    assert batch.selected_M.tolist() == list(range(49, 48 + 42))
+
+
+def test_without_numba_the_feed_is_the_same(truth: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("batch", "spans"):
+        monkeypatch.setattr(f"geneformer_mcore.feed.{module}.is_available", lambda name: False)
+    assert stream_hash(Cells(NUM_CELLS), 2, 0) == truth
+
+
+def test_an_error_of_the_source_comes_through_and_ends_the_thread() -> None:
+    class Breaks(Cells):
+        def read(self, start: int, stop: int) -> RaggedCells:
+            if start >= 96:
+                raise OSError("cut off")
+            return super().read(start, stop)
+
+    steps = feed(Breaks(NUM_CELLS)).steps(0, 2)
+    with pytest.raises(OSError, match="cut off"):
+        list(itertools.islice(steps, 21))
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
