@@ -1,6 +1,6 @@
-"""Fills the tables of README.md from the measurements in benchmarks/results.
+"""Fills the tables of README.md and docs/*.md from the measurements in benchmarks/results.
 
-    python benchmarks/readme_tables.py            rewrites README.md
+    python benchmarks/readme_tables.py            rewrites them
     python benchmarks/readme_tables.py --check    changes nothing; exit code 1 and a diff
 
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`. What was not measured says
@@ -9,13 +9,19 @@ so: no number gets in by hand.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # In place of this folder, where tokenize.py hides Python's own: the project.
+    sys.path.remove(sys.path[0])
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import argparse
 import difflib
 import json
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from geneformer_mcore.commands import run
@@ -29,24 +35,34 @@ Measurement = dict[str, Any]
 
 
 def main() -> int:
-    """Rewrites or checks the README."""
+    """Rewrites or checks the pages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="fail if README.md would change")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="fail if a page would change")
+    parser.add_argument("--readme", type=Path, nargs="+", default=_pages(), metavar="PAGE")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
-    before = arguments.readme.read_text()
-    after = filled(before, arguments.results)
-    if not arguments.check:
-        arguments.readme.write_text(after)
-        return 0
+    status = 0
+    for page in arguments.readme:
+        before = page.read_text()
+        after = filled(before, arguments.results)
+        if not arguments.check:
+            page.write_text(after)
+        elif before != after:
+            _show_difference(page.name, before, after)
+            status = 1
+    return status
+
+
+def _pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _show_difference(name: str, before: str, after: str) -> None:
     diff = difflib.unified_diff(
-        before.splitlines(), after.splitlines(), "README.md", "README.md as measured", lineterm=""
+        before.splitlines(), after.splitlines(), name, f"{name} as measured", lineterm=""
     )
-    difference = "\n".join(diff)
-    if difference:
-        print(f"{difference}\nrun: python benchmarks/readme_tables.py", file=sys.stderr)
-    return 1 if difference else 0
+    print("\n".join(diff), file=sys.stderr)
+    print("run: python benchmarks/readme_tables.py", file=sys.stderr)
 
 
 def filled(readme: str, results: Path) -> str:
@@ -55,7 +71,7 @@ def filled(readme: str, results: Path) -> str:
     def table(match: re.Match[str]) -> str:
         opening, name, closing = match.groups()
         if name not in TABLES:
-            raise DataError(f"README.md: no table is called {name}; there are {', '.join(TABLES)}.")
+            raise DataError(f"no table is called {name}; there are {', '.join(TABLES)}.")
         return f"{opening}{TABLES[name](results)}\n{closing}"
 
     return BLOCK.sub(table, readme)
@@ -94,6 +110,96 @@ def tflops(results: Path) -> str:
     head = ["machine", *(label for label, _ in TFLOPS_COLUMNS)]
     rows = rows or [[NOT_MEASURED, *("" for _ in TFLOPS_COLUMNS)]]
     return _markdown(head, rows, found, with_machine=False)
+
+
+def tokenize(results: Path) -> str:
+    """results/tokenize.json of benchmarks/tokenize.py."""
+    found = _read(results / "tokenize.json")
+    head = ["tokeniser, one core", "cells/s", "ours is", "cells that differ from exact"]
+    rows = _tokeniser_rows(found) if found else [[NOT_MEASURED, "", "", ""]]
+    return _markdown(head, rows, [found])
+
+
+def _tokeniser_rows(found: Measurement) -> list[list[str]]:
+    ours = found["rows"][0]["cells_per_s"]
+    return [
+        [
+            row["name"],
+            f"{row['cells_per_s']:,.0f}",
+            f"{ours / row['cells_per_s']:.2f} x",
+            f"{row['cells_that_differ']:,} of {found['cells']:,}",
+        ]
+        for row in found["rows"]
+    ]
+
+
+def ingest(results: Path) -> str:
+    """results/ingest.json of benchmarks/ingest.py."""
+    found = _read(results / "ingest.json")
+    head = ["cells", "wall time", "cells/s", "CPU time", "memory of all processes, PSS", "store"]
+    if not found:
+        return _markdown(head, [[NOT_MEASURED, *("" for _ in head[1:])]], [])
+    rows = [
+        [
+            f"{row['cells']:,}",
+            f"{row['seconds']:.1f} s",
+            f"{row['cells_per_s']:,}",
+            f"{row['cpu_s']:.1f} s",
+            f"{row['peak_pss_gb']:.2f} GB",
+            f"{row['store_bytes'] / 1e6:,.0f} MB",
+        ]
+        for row in found["runs"]
+    ]
+    far = found["extrapolation"]
+    rows.append(
+        [f"{far['census']:,}, {far['cores']} cores: estimate", f"{far['minutes']:.0f} min"]
+        + [""] * 4
+    )
+    return _markdown(head, rows, [found])
+
+
+def loader_counts(results: Path) -> str:
+    """The peers that give raw counts, of results/loader.json of benchmarks/loader.py."""
+    return _loader(results, "counts")
+
+
+def loader_tokens(results: Path) -> str:
+    """All that give padded batches of tokens."""
+    return _loader(results, "tokens")
+
+
+def loader_goals(results: Path) -> str:
+    """The ratios and limits of results/loader.json, each with its bar."""
+    found = _read(results / "loader.json")
+    rows = [
+        [
+            goal["what"],
+            _number(goal["value"], ".3g"),
+            f"{'<' if goal['at_most'] else '>='} {goal['bar']:g} {goal['unit']}",
+            {True: "yes", False: "**no**", None: NOT_MEASURED}[goal["met"]],
+        ]
+        for goal in (found["goals"] if found else ())
+    ]
+    head = ["", "found", "bar", "met"]
+    return _markdown(head, rows or [["", NOT_MEASURED, "", ""]], [found])
+
+
+def _loader(results: Path, table: str) -> str:
+    found = _read(results / "loader.json")
+    rows = [
+        [row["label"], row["peer"] or "-", *_loader_numbers(row)]
+        for row in (found["rows"] if found else ())
+        if row["table"] == table
+    ]
+    head = ["loader", "peer", *(label for label, _ in LOADER_COLUMNS)]
+    rows = rows or [[NOT_MEASURED, *("" for _ in head[1:])]]
+    return _markdown(head, rows, [found])
+
+
+def _loader_numbers(row: Measurement) -> list[str]:
+    if row["not_measured"]:
+        return [f"{NOT_MEASURED}: {row['not_measured']}", *("" for _ in LOADER_COLUMNS[1:])]
+    return [show(row) for _, show in LOADER_COLUMNS]
 
 
 def _model(run: Measurement) -> str:
@@ -164,7 +270,25 @@ TFLOPS_COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
     ("MFU", lambda row: _share(row["mfu"])),
 ]
 
-TABLES: dict[str, Callable[[Path], str]] = {"demo": demo, "real_job": real_job, "tflops": tflops}
+LOADER_COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
+    ("cells/s", lambda row: f"{row['cells_per_s']:,.0f}"),
+    ("first batch, s", lambda row: f"{row['first_batch_s']:.2f}"),
+    ("memory, MiB", lambda row: f"{row['peak_mib']:,.0f}"),
+    ("mixed, 1 = uniform", lambda row: f"{row['shuffle']['blocks']:.2f}"),
+    ("each cell once", lambda row: "yes" if row["shuffle"]["each_once"] else "**no**"),
+    ("epoch 2 differs", lambda row: "yes" if row["shuffle"]["epochs_differ"] else "**no**"),
+]
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "demo": demo,
+    "real_job": real_job,
+    "tflops": tflops,
+    "ingest": ingest,
+    "tokenize": tokenize,
+    "loader_counts": loader_counts,
+    "loader_tokens": loader_tokens,
+    "loader_goals": loader_goals,
+}
 
 
 def _markdown(

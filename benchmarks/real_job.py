@@ -10,11 +10,16 @@ results/real_job_*.json in about 20 minutes on two CPU cores. The data are not p
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Not this folder, where tokenize.py hides Python's own.
+    sys.path.remove(sys.path[0])
+
 import argparse
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "real_job"

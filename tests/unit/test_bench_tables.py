@@ -1,0 +1,85 @@
+"""README's tables of tokenisers and loaders, out of what the benchmarks keep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import readme_tables
+
+WHERE = {"machine": "a machine", "versions": {"python": "3.11.7"}, "commit": "abc"}
+TOKENISERS = {
+    "cells": 90,
+    "rows": [
+        {"name": "ours", "cells_per_s": 60_000.0, "cells_that_differ": 0},
+        {"name": "theirs", "cells_per_s": 8_000.0, "cells_that_differ": 7},
+    ],
+}
+MEASURED = {
+    "label": "ours, SOMA token store",
+    "table": "tokens",
+    "peer": "",
+    "not_measured": None,
+    "cells_per_s": 123_456.0,
+    "first_batch_s": 0.25,
+    "peak_mib": 700.4,
+    "shuffle": {"blocks": 0.98, "each_once": True, "epochs_differ": False},
+}
+LOADERS = {
+    "rows": [
+        MEASURED,
+        {
+            "label": "scdl",
+            "table": "counts",
+            "peer": "bionemo-scdl 0.1.3",
+            "not_measured": "it is not there",
+        },
+    ],
+    "goals": [
+        {"what": "a / b", "value": 16.0, "bar": 15, "unit": "x", "at_most": False, "met": True},
+        {"what": "c", "value": 3.0, "bar": 2, "unit": "s", "at_most": True, "met": False},
+        {"what": "d / e", "value": None, "bar": 5, "unit": "x", "at_most": False, "met": None},
+    ],
+}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    (tmp_path / "tokenize.json").write_text(json.dumps(TOKENISERS | WHERE))
+    (tmp_path / "loader.json").write_text(json.dumps(LOADERS | WHERE))
+    return tmp_path
+
+
+def filled(name: str, results: Path) -> list[str]:
+    text = f"<!-- table: {name} -->\nold\n<!-- end table -->\n"
+    return readme_tables.filled(text, results).splitlines()
+
+
+def test_tokenisers(results: Path) -> None:
+    lines = filled("tokenize", results)
+    assert "| ours | 60,000 | 1.00 x | 0 of 90 |" in lines
+    assert "| theirs | 8,000 | 7.50 x | 7 of 90 |" in lines
+
+
+def test_loaders_stand_in_the_table_of_their_kind(results: Path) -> None:
+    tokens, counts = filled("loader_tokens", results), filled("loader_counts", results)
+    line = "| ours, SOMA token store | - | 123,456 | 0.25 | 700 | 0.98 | yes | **no** |"
+    assert line in tokens
+    assert line not in counts
+    assert "| scdl | bionemo-scdl 0.1.3 | not measured: it is not there |  |  |  |  |  |" in counts
+
+
+def test_goals_show_their_bar_and_whether_it_is_met(results: Path) -> None:
+    lines = filled("loader_goals", results)
+    assert "| a / b | 16 | >= 15 x | yes |" in lines
+    assert "| c | 3 | < 2 s | **no** |" in lines
+    assert "| d / e | not measured | >= 5 x | not measured |" in lines
+
+
+@pytest.mark.parametrize("name", ["tokenize", "loader_counts", "loader_tokens", "loader_goals"])
+def test_without_results_they_say_so(tmp_path: Path, name: str) -> None:
+    table = "\n".join(filled(name, tmp_path))
+    assert "not measured" in table
+    assert "old" not in table
