@@ -41,6 +41,13 @@ setup(
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "nvidia-dali-cuda130"],
         "eval": ["scanpy", "scikit-learn"],
         "census": ["cellxgene-census"],
+        # The loaders that benchmarks/loader.py measures beside ours, as they were measured.
+        "bench": [
+            "tiledbsoma-ml==0.1.0",
+            "scDataset==0.3.0",
+            "bionemo-scdl==0.1.3",
+            "datasets==5.2.0",
+        ],
         "dev": [
             "pytest",
             "pytest-timeout",
@@ -48,6 +55,8 @@ setup(
             "ruff",
             "mypy",
             "pre-commit",
+            # Its pipelines run on a CPU too, and are tested there.
+            "nvidia-dali-cuda130",
             # The demo's cells lie in its wheel.
             "scanpy",
         ],

@@ -21,15 +21,16 @@ from tests.rules.sources import (
 )
 
 DOORS = {
-    "tiledbsoma": ({"store"}, 2),
+    "tiledbsoma": ({"cells", "store"}, 3),
     "anndata": ({"cells"}, 2),
-    "h5py": ({"cells"}, 2),
+    "cellxgene_census": ({"cells"}, 1),
+    "h5py": ({"cells"}, 3),
     "omegaconf": ({"config"}, 2),
     "transformer_engine": ({"parallel", "model", "optim"}, 2),
     "apex": ({"parallel", "model", "optim"}, 2),
-    "nvidia": ({"feed"}, 2),
+    "nvidia": ({"feed"}, 1),
     "megatron": ({"parallel", "model", "optim", "checkpoint", "train"}, 14),
-    "matplotlib": ({"downstream"}, 1),
+    "matplotlib": ({"downstream"}, 2),
     "torch.utils.tensorboard": ({"metrics"}, 1),
     "scanpy": ({"downstream"}, 2),
 }
