@@ -43,6 +43,8 @@ CELLS_OF_SET = 50_000
 SETS = (1, 2, 4)
 ROWS_PER_WRITE = 4096
 SAMPLE_S = 0.1
+LEAST_S = 0.1
+"""What build_store.py rounds its times to: a phase is said to have taken so long at least."""
 CENSUS_CELLS, NODE_CORES = 23_600_000, 64
 
 HOW = """
@@ -190,18 +192,15 @@ def _measure(
     told = process.stdout.read()
     if process.returncode:
         raise DataError(f"build_store.py ended with {process.returncode}.")
-    phases = {
-        what: float(found.group(1)) if (found := re.search(rf"{what} ([\d.]+)", told)) else 0.0
-        for what in ("tokenising", "writing rows")
-    }
+    tokenising_s, writing_s = (_phase_s(what, told) for what in ("tokenising", "writing rows"))
     manifest = json.loads((store / "manifest.json").read_text())
     return {
         "cells": manifest["cells"],
         "seconds": round(seconds, 2),
         "cells_per_s": round(manifest["cells"] / seconds),
         "cpu_s": round(_children_cpu_s() - cpu_s, 2),
-        "tokenising_s": phases["tokenising"],
-        "writing_s": phases["writing rows"],
+        "tokenising_s": tokenising_s,
+        "writing_s": writing_s,
         "peak_pss_gb": round(peaks["pss"] / 1e9, 3),
         "peak_rss_gb": round(peaks["rss"] / 1e9, 3),
         "input_bytes": sum(file.stat().st_size for file in files),
@@ -209,6 +208,13 @@ def _measure(
         "tokens": manifest["tokens"],
         "content_hash": manifest["content_hash"],
     }
+
+
+def _phase_s(what: str, told: str) -> float:
+    """Seconds of a phase, of which build_store.py told as `what 12.3`."""
+    found = re.search(rf"{what} ([\d.]+)", told)
+    assert found, told
+    return max(LEAST_S, float(found.group(1)))
 
 
 def _children_cpu_s() -> float:

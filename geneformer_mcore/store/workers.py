@@ -14,8 +14,9 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
@@ -159,7 +160,8 @@ class _Worker:
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
+        with _interrupts_kept_back():
+            self._process.start()
         theirs.close()
         self._job: Any = None
 
@@ -202,10 +204,22 @@ class _Worker:
         return LostWorkerError(f"a worker process was ended {how}{hint}, {what}.")
 
 
+@contextmanager
+def _interrupts_kept_back() -> Iterator[None]:
+    """Processes started in here never see an interrupt from the keyboard, not even in the second
+    in which they import what they need: it reaches all processes, and the parent ends the others.
+    """
+    # Started here and now: it would let interrupts through again (Python 3.11).
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(connection: Connection) -> None:
     """A worker process: jobs come in until the connection is closed."""
-    # An interrupt from the keyboard reaches all processes: the parent ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     pa.set_cpu_count(1)
     work: Any = None

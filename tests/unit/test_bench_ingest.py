@@ -60,6 +60,12 @@ def test_extrapolation_divides_what_the_cores_share() -> None:
     assert result["growth"] == {"cells": 4, "seconds": 4, "memory_pss": 1.2, "store_bytes": 4}
 
 
+def test_a_phase_that_is_rounded_to_nothing_took_a_tenth_of_a_second() -> None:
+    told = "5.0 s (looking at inputs 0.1, tokenising 4.2, writing rows 0.0)"
+    assert ingest._phase_s("tokenising", told) == 4.2
+    assert ingest._phase_s("writing rows", told) == 0.1
+
+
 def test_memory_is_summed_over_all_processes() -> None:
     hold = "b = bytearray(60_000_000); print(flush=True); input()"
     parent = (

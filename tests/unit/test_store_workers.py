@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
+import psutil
 import pytest
 
 from geneformer_mcore.errors import DataError
@@ -105,6 +108,29 @@ def test_what_ends_all_work(fate: str, kind: type[Exception], message: str) -> N
 
     with pytest.raises(kind, match=message):
         run()
+
+
+def test_an_interrupt_from_the_keyboard_reaches_no_worker_not_even_as_it_starts() -> None:
+    done = threading.Event()
+
+    def interrupt() -> None:
+        while not done.wait(0.002):
+            for child in psutil.Process().children():
+                with suppress(psutil.Error):  # just gone
+                    # Python's own tracker of resources is no worker.
+                    if "spawn_main" in " ".join(child.cmdline()):
+                        child.send_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with Workers(2) as workers:
+            outcomes = dict(workers.run(Doing({}), range(4)))
+    finally:
+        done.set()
+        thread.join()
+    assert {job: result for job, (result, _) in outcomes.items()} == {0: 0, 1: 2, 2: 4, 3: 6}
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_no_worker_is_no_number() -> None:
