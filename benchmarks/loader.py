@@ -6,7 +6,7 @@
 
 Two tables: raw counts out, and padded batches of the same tokens. Each contestant reads the same
 cells in a format of its own, which is made in DIR once. All take turns, several times, each turn in
-a process of its own: open, read whole epochs for three seconds or more. The page cache is warm.
+a process of its own: open, read whole epochs for eight seconds or more. The page cache is warm.
 Cells are checked by their sums in one more epoch of the first turn. Peers come with
 
     pip install -c requirements.lock -e ".[bench]"
@@ -204,7 +204,7 @@ def _conditions(about: dict[str, Any], runs: int) -> str:
     return (
         f"{about['cells']:,} cells x {about['genes']:,} genes, {about['nonzeros_per_cell']:,.0f} "
         f"non-zeros and {about['tokens_per_cell']:,.0f} tokens per cell; batches of {BATCH_SIZE}; "
-        f"whole epochs for 3 s or more, opening included, median of {runs} turns; local files, "
+        f"whole epochs for 8 s or more, opening included, median of {runs} turns; local files, "
         f"page cache warm.\n{LEGEND}"
     )
 

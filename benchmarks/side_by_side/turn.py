@@ -1,7 +1,7 @@
 """One turn of one contestant, in a process of its own: rate, first batch, memory, order.
 
 open on 128 cells, one epoch (imports, compilation)
-  ->  clock: open, whole epochs until three seconds are over  ->  peak memory
+  ->  clock: open, whole epochs until eight seconds are over  ->  peak memory
   ->  if asked: one more epoch, every cell checked
 """
 
@@ -24,7 +24,7 @@ from geneformer_mcore.errors import DataError
 
 MIB = 2**20
 _SAMPLING_S = 0.2
-MIN_S = 3.0
+MIN_S = 8.0
 """Short epochs are repeated until so much time has passed: else opening is all that is measured."""
 
 

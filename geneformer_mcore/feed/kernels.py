@@ -76,7 +76,9 @@ def fill_batch(
     tokens_T: np.ndarray,
     starts_N: np.ndarray,
     lengths_N: np.ndarray,
-    stream_N: np.ndarray,
+    keys_N: np.ndarray,
+    epochs_N: np.ndarray,
+    seed_bits: np.uint64,
     idle_N: np.ndarray,
     selected_below: np.uint64,
     masked_below: np.uint64,
@@ -89,7 +91,7 @@ def fill_batch(
     """Fills a micro batch; returns M, the number of selected places.
 
     tokens_T, starts_N, lengths_N:  the cells (see contracts.CellViews)
-    stream_N:   uint64 [B], the cells' random streams (masks.Masking.streams)
+    keys_N, epochs_N, seed_bits:    what the cells' random streams are of (masks.Masking.streams)
     *_below:    bounds on 53 random bits: a probability p is ceil(p * 2^53)
     tokens_BS:  int32 [B, S] to fill; selected_M, labels_M: int64, room for every token
     """
@@ -109,8 +111,9 @@ def fill_batch(
         row[length:] = PAD
         if idle_N[b]:
             continue
+        stream = _mix(_mix(keys_N[b] ^ seed_bits) + np.uint64(epochs_N[b]))
         for i in range(len(cell)):
-            bits[i] = _mix(stream_N[b] + np.uint64(i) * _GOLDEN)
+            bits[i] = _mix(stream + np.uint64(i) * _GOLDEN)
         n = _select(bits[:length], selected_below, places)
         for k in range(n):
             chosen[k] = bits[np.uint64(places[k])]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -56,7 +57,12 @@ class Masking:
     def streams(self, keys_N: np.ndarray, epochs_N: np.ndarray) -> np.ndarray:
         """uint64 [N], where the random bits of each cell come from: bits of its place i are
         `mix(stream + i * 0x9E3779B97F4A7C15)`."""
-        return mix(mix(keys_N ^ mix_scalar(self.seed)) + epochs_N.astype(np.uint64))
+        return mix(mix(keys_N ^ self.seed_bits) + epochs_N.astype(np.uint64))
+
+    @cached_property
+    def seed_bits(self) -> np.uint64:
+        """The seed, mixed."""
+        return mix_scalar(self.seed)
 
     def bounds(self) -> tuple[np.uint64, np.uint64, np.uint64]:
         """What 53 random bits must stay below: to be selected; then, to be shown as [MASK]; else,
