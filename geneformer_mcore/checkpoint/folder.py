@@ -2,7 +2,10 @@
 
     checkpoints/.staging_step_0000000100/   being written
     checkpoints/step_0000000100/            complete: manifest.json names every file's size and hash
+    checkpoints/.replaced_step_0000000100/  an earlier one of that step, until the new one is there
+    checkpoints/.removed_step_0000000100/   being removed
     checkpoints/damaged_step_0000000100/    failed verification, set aside, never read again
+    checkpoints/latest                      the newest one's name, for people: nothing relies on it
 
 A folder has its final name only once everything in it is on the disk, so a kill at any instant
 leaves the earlier checkpoints as they were.
@@ -11,15 +14,18 @@ leaves the earlier checkpoints as they were.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from geneformer_mcore.errors import CheckpointError
+from geneformer_mcore.store.sealed_json import read_sealed, write_sealed
 
 MANIFEST = "manifest.json"
+LATEST = "latest"
 _STEP = re.compile(r"step_(\d{10})")
 
 
@@ -31,29 +37,55 @@ def step_folder(root: Path, step: int) -> Path:
 def make_staging(root: Path, step: int) -> Path:
     """An empty folder to write the checkpoint of `step` into. Leftovers of kills are removed."""
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".*_step_*"):
-        shutil.rmtree(leftover)
+    clear(root)
     staging = root / f".staging_step_{step:010d}"
     staging.mkdir()
     return staging
 
 
+def clear(root: Path) -> None:
+    """Removes what is no checkpoint: leftovers of a kill, a save that failed."""
+    _put_back(root)
+    for leftover in root.glob(".*_step_*"):
+        shutil.rmtree(leftover)
+
+
 def commit(staging: Path, root: Path, step: int) -> Path:
     """Makes the staging folder the checkpoint of `step`, on the disk before it has the name."""
     files = {
-        str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.relative_to(staging).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": _sha256(path),
+        }
         for path in sorted(staging.rglob("*"))
         if path.is_file()
     }
-    (staging / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+    write_sealed(staging / MANIFEST, {"step": step, "files": files})
     for path in [*staging.rglob("*"), staging]:
         _fsync(path)
     final = step_folder(root, step)
+    replaced = root / f".replaced_{final.name}"
     if final.exists():  # the same step again, after an earlier end at it
-        remove(final)
+        final.rename(replaced)
     staging.rename(final)
     _fsync(root)
+    shutil.rmtree(replaced, ignore_errors=True)
+    _point(root, final.name)
     return final
+
+
+def _point(root: Path, name: str) -> None:
+    pointer = root / f".{LATEST}"
+    pointer.write_text(name + "\n")
+    pointer.replace(root / LATEST)
+
+
+def _put_back(root: Path) -> None:
+    """Gives a checkpoint its name back that a killed save had moved aside for a newer one."""
+    for replaced in root.glob(".replaced_step_*"):
+        final = root / replaced.name.removeprefix(".replaced_")
+        if not final.exists():
+            replaced.rename(final)
 
 
 def steps(root: Path) -> list[int]:
@@ -65,13 +97,9 @@ def steps(root: Path) -> list[int]:
 
 def verify(folder: Path) -> None:
     """Raises CheckpointError naming the first file that is missing or not as it was written."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}.") from None
-    for name, expected in files.items():
+    for name, expected in _files(folder):
         path = folder / name
-        if not path.is_file():
+        if not path.is_file() or path.is_symlink():
             raise CheckpointError(f"{path} is missing from the checkpoint.")
         size = path.stat().st_size
         if size != expected["bytes"] or _sha256(path) != expected["sha256"]:
@@ -79,6 +107,25 @@ def verify(folder: Path) -> None:
                 f"{path} is damaged: {size} bytes where {expected['bytes']} were written, "
                 "or other bytes than were written."
             )
+
+
+def _files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, size and hash) of every file of a checkpoint, as its manifest says.
+
+    Raises CheckpointError if the manifest is not as it was written, is of another step, or names
+    files elsewhere.
+    """
+    path = folder / MANIFEST
+    manifest = read_sealed(path)
+    if manifest is None:
+        raise CheckpointError(f"{path} is missing or damaged.")
+    if step_folder(folder.parent, manifest["step"]).name != folder.name:
+        raise CheckpointError(f"{path} is of step {manifest['step']}, and the folder is not.")
+    for name, expected in manifest["files"].items():
+        parts = PurePosixPath(name).parts
+        if PurePosixPath(name).is_absolute() or ".." in parts or (folder / parts[0]).is_symlink():
+            raise CheckpointError(f"{path} names {name}, which is no file of this folder.")
+        yield name, expected
 
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
@@ -89,6 +136,7 @@ def newest_good(root: Path) -> tuple[Path | None, list[str]]:
     step 0 would throw away what may yet be mended.
     """
     messages = []
+    _put_back(root)
     for step in reversed(steps(root)):
         folder = step_folder(root, step)
         try:
@@ -110,10 +158,11 @@ def newest_good(root: Path) -> tuple[Path | None, list[str]]:
     return None, messages
 
 
-def retain(root: Path, keep_last: int, keep_every: int) -> None:
-    """Removes all but the newest `keep_last` and the multiples of `keep_every` (0: none)."""
+def retain(root: Path, keep_last: int, keep_every: int, best: int | None = None) -> None:
+    """Removes all but the newest `keep_last`, the multiples of `keep_every` (0: none), and the one
+    of step `best`."""
     for step in steps(root)[:-keep_last]:
-        if not (keep_every and step % keep_every == 0):
+        if step != best and not (keep_every and step % keep_every == 0):
             remove(step_folder(root, step))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from geneformer_mcore.config import Config
 from geneformer_mcore.errors import CheckpointError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 RECORD = "record.json"
 
 _MAY_DIFFER = frozenset(
@@ -24,6 +25,11 @@ _MAY_DIFFER = frozenset(
         "train.max_minutes",
         "train.validate_every_steps",
         "train.validate_batches",
+        # What ends a run at a bad step is what its next start must be able to change.
+        "train.non_finite",
+        "train.max_skips",
+        "train.spike_sigma",
+        "train.spike_window",
         "data.store",
         "data.vocabulary",
         "data.split",
@@ -62,6 +68,8 @@ class Record:
     identity:      of the run that wrote it
     layout:        ranks per kind of parallelism; random states can be restored into the same one
     versions:      of the packages that wrote it
+    guard:         updates left out, and the recent values by which spikes are judged
+    val_loss:      nats per predicted gene, if this very step validated
     """
 
     step: int
@@ -70,6 +78,8 @@ class Record:
     identity: Identity
     layout: dict[str, int]
     versions: dict[str, str]
+    guard: dict[str, Any]
+    val_loss: float | None = None
     format_version: int = FORMAT_VERSION
 
     def save(self, folder: Path) -> None:
@@ -79,7 +89,7 @@ class Record:
     @staticmethod
     def load(folder: Path) -> Record:
         """Reads it back. Raises CheckpointError for a format this version does not know."""
-        fields = json.loads((folder / RECORD).read_text())
+        fields = _read(folder)
         version = fields.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(
@@ -87,6 +97,23 @@ class Record:
                 f"{FORMAT_VERSION}. Continue it with the version that wrote it."
             )
         return Record(**fields | {"identity": Identity(**fields["identity"])})
+
+
+def best_step(steps: Iterable[int], folder_of: Callable[[int], Path]) -> int | None:
+    """The step whose checkpoint has the lowest validation loss; None if none has one."""
+    losses = {}
+    for step in steps:
+        try:
+            loss = _read(folder_of(step))["val_loss"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged: its turn comes when it is verified
+        if loss is not None:
+            losses[step] = loss
+    return min(losses, key=lambda step: losses[step], default=None)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / RECORD).read_text())
 
 
 def hidden_values(config: Config, text: str) -> dict[str, str]:

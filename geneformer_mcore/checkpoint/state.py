@@ -18,6 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from geneformer_mcore.checkpoint import plain_metadata
 from geneformer_mcore.errors import CheckpointError
 from geneformer_mcore.optim import optimizer as optim
 
@@ -27,45 +28,116 @@ _METADATA = {
     # The one format of the sharded optimizer that loads under another layout.
     "distrib_optim_sharding_type": "fully_reshardable",
 }
+_EXTRA_STATE = "_extra_state"
+"""What Megatron's linears keep for fp8: nothing here, and in files it would be a pickle."""
+
+
+class Snapshot:
+    """The state of this moment on this rank, on its way into `folder`.
+
+        Snapshot(...)   all ranks together: who writes what  ->  num_bytes
+        write()         each by itself, in any thread        ->  files, on the disk
+        describe()      all together, once all have written  ->  torch's .metadata
+    """
+
+    def __init__(
+        self, trainable: optim.Trainable, folder: Path, rank: int, training_goes_on: bool
+    ) -> None:
+        """training_goes_on: while `write` runs, so that what is on the CPU must be copied."""
+        self._folder, self._rank = folder, rank
+        with _written_by_this_process():
+            self._request = dist_checkpointing.save(
+                _description(trainable, is_loading=False), str(folder), async_sharded_save=True
+            )
+        # From a GPU this copies to the machine's memory; on a CPU it gives the tensors themselves.
+        buckets = self._request.preload_fn() if self._request.preload_fn else []
+        if training_goes_on and not torch.cuda.is_available():
+            buckets = [_copied(bucket) for bucket in buckets]
+        self._buckets = buckets
+        self._random_states = _random_states()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors that this rank writes."""
+        return sum(
+            tensor.numel() * tensor.itemsize
+            for _, _, (_, tensors) in self._buckets
+            for _, tensor in tensors
+        )
+
+    def write(self) -> None:
+        """Writes this rank's files. Raises OSError where they cannot be."""
+        _write_random_states(self._random_states, self._folder, self._rank)
+        if self._request.async_fn is not None:
+            results = self._request.async_fn_args[2]
+            self._request.async_fn(self._rank, self._buckets, results)
+            self._buckets = []
+            # Megatron's writer hands errors on: look at them here, where the caller can tell.
+            outcome = results.get_nowait()
+            if isinstance(outcome, Exception):
+                raise outcome
+            results.put(outcome)
+
+    def describe(self) -> None:
+        """Writes which part of which tensor lies in which file."""
+        for finish in self._request.finalize_fns:
+            finish()
+
+
+def _copied(bucket: tuple) -> tuple:
+    path, key, (objects, tensors) = bucket
+    return path, key, (objects, [(item, tensor.clone()) for item, tensor in tensors])
 
 
 def save(trainable: optim.Trainable, folder: Path, rank: int) -> None:
-    """Writes this rank's part into `folder`; all ranks call it together."""
-    with _written_by_this_process():
-        dist_checkpointing.save(_description(trainable, is_loading=False), str(folder))
-    _save_random_states(folder, rank)
+    """Writes this rank's part into `folder` now; all ranks call it together."""
+    snapshot = Snapshot(trainable, folder, rank, training_goes_on=False)
+    snapshot.write()
+    torch.distributed.barrier()
+    snapshot.describe()
 
 
 def load(trainable: optim.Trainable, folder: Path, rank: int | None) -> None:
     """Fills weights, moments and steps from `folder`, whatever layout wrote it; with `rank`, this
-    rank's random states too (the layout must be the one that wrote them)."""
-    state = dist_checkpointing.load(_description(trainable, is_loading=True), str(folder))
+    rank's random states too (the layout must be the one that wrote them).
+
+    Raises CheckpointError if `folder` holds anything that is no tensor (see plain_metadata).
+    """
+    with plain_metadata.read_by_torch():
+        state = dist_checkpointing.load(_description(trainable, is_loading=True), str(folder))
     for number, stage in enumerate(trainable.stages):
-        stage.load_state_dict(state[f"model{number}"])
+        missing, unexpected = stage.load_state_dict(state[f"model{number}"], strict=False)
+        assert not unexpected
+        assert all(name.endswith(_EXTRA_STATE) for name in missing), missing
     optim.load_states(trainable.optimizer, state["optimizer"])
     if rank is not None:
         _load_random_states(folder, rank)
 
 
 def _description(trainable: optim.Trainable, is_loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {
-        f"model{number}": stage.sharded_state_dict(metadata=dict(_METADATA))
-        for number, stage in enumerate(trainable.stages)
-    }
+    state: dict[str, Any] = {}
+    for number, stage in enumerate(trainable.stages):
+        entries = stage.sharded_state_dict(metadata=dict(_METADATA))
+        state[f"model{number}"] = {
+            name: entry for name, entry in entries.items() if not name.endswith(_EXTRA_STATE)
+        }
     state["optimizer"] = trainable.optimizer.sharded_state_dict(
         state, is_loading=is_loading, metadata=dict(_METADATA)
     )
     return state
 
 
-def _save_random_states(folder: Path, rank: int) -> None:
+def _random_states() -> dict[str, np.ndarray]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     for name, tracked in get_cuda_rng_tracker().get_states().items():
         states[f"tracker:{name}"] = tracked
+    return {name: state.numpy().copy() for name, state in states.items()}
+
+
+def _write_random_states(arrays: dict[str, np.ndarray], folder: Path, rank: int) -> None:
     (folder / "random").mkdir(exist_ok=True)
-    arrays = {name: state.numpy() for name, state in states.items()}
     np.savez(_random_file(folder, rank), **arrays)  # type: ignore[arg-type]
 
 

@@ -122,6 +122,8 @@ def _layout(config: Config, world_size: int) -> Iterator[str]:
     yield from _layers(config)
     if parallel.sequence and tensor == 1:
         yield "parallel.sequence=true needs parallel.tensor > 1, and that is 1."
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        yield "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true."
     if parallel.sequence and config.data.seq_length % tensor:
         length = config.data.seq_length
         yield _multiple("data.seq_length", length, "parallel.tensor", tensor) + (
@@ -207,9 +209,13 @@ _RANGES = (
     ("train.max_minutes", 0, 10**6),
     ("train.validate_every_steps", 0, _MANY),
     ("train.validate_batches", 1, _MANY),
+    ("train.spike_sigma", 0, 1e6),
+    ("train.spike_window", 8, 1_000_000),
+    ("train.max_skips", 0, _MANY),
     ("metrics.log_every_steps", 1, _MANY),
     ("checkpoint.save_every_steps", 0, _MANY),
     ("checkpoint.keep_last", 1, 1_000_000),
     ("checkpoint.keep_every", 0, _MANY),
+    ("checkpoint.deadline_s", 1, 86_400),
 )
 """(setting, smallest, largest) of every number."""

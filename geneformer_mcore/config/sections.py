@@ -156,8 +156,16 @@ class ParallelConfig:
     """Split what lies between the shared matrices along the sequence; needs tensor > 1."""
     recompute: Recompute = Recompute.none
     """selective: attention; full: whole layers."""
+    overlap_grad_reduce: bool = False
+    """Add up gradients over data-parallel ranks while the backward pass goes on. Pays on GPUs with
+    several data-parallel ranks; takes memory for a second set of buckets in flight."""
+    overlap_param_gather: bool = False
+    """Collect updated weights from data-parallel ranks during the next forward pass, layer by
+    layer, instead of right after the update. Needs overlap_grad_reduce."""
     timeout_s: int = 600
-    """Seconds a rank waits for another one before the job is ended."""
+    """Seconds in which every rank must get on with something (a step, a batch of validation, the
+    next cells) before the job is ended with exit code 1, naming the rank that stands still. Saving
+    has a limit of its own, checkpoint.deadline_s."""
 
 
 @dataclass
@@ -207,7 +215,16 @@ class TrainConfig:
     deterministic: bool = False
     """Allow deterministic kernels only. On a GPU that costs speed; a CPU is bitwise anyway."""
     non_finite: NonFinite = NonFinite.stop
-    """stop: end the run with exit code 1 before the weights change. skip: leave out that update."""
+    """stop: end the run with exit code 1 before the weights change. skip: leave out that update,
+    and write the step and its cells into skipped.jsonl."""
+    spike_sigma: float = 0.0
+    """Leave out an update whose loss or gradient norm lies more than so many standard deviations
+    above the mean of the last `spike_window` updates. 0 leaves out none."""
+    spike_window: int = 128
+    """Updates by which a spike is judged; none is called one before so many were made."""
+    max_skips: int = 10
+    """Updates that may be left out in a row, for whatever reason; one more ends the run with exit
+    code 1."""
 
 
 @dataclass
@@ -228,6 +245,14 @@ class CheckpointConfig:
     """Newest checkpoints that are kept."""
     keep_every: int = 0
     """Also keep every checkpoint whose step is a multiple of this. 0 keeps none of them."""
+    keep_best: bool = True
+    """Also keep the one with the lowest validation loss, among those of steps that validated."""
+    asynchronous: bool = False
+    """Go on training while a copy of weights and moments is written. Takes their size once more in
+    the memory of the machine (12 to 18 bytes per parameter, shared among the ranks)."""
+    deadline_s: int = 600
+    """Seconds in which a checkpoint must be written, else the run ends with exit code 1: a disk
+    that answers no more must not hang it. Give torchrun as much as --shutdown-timeout."""
 
 
 @dataclass

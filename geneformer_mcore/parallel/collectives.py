@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,9 +25,28 @@ def sum_of_losses(values: torch.Tensor, topology: Topology) -> torch.Tensor:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether any rank says yes; every rank gets the same answer."""
-    answer = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-    return bool(answer.item())
+    return any_rank_each([flag], device)[0]
+
+
+def any_rank_each(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """`any_rank` of several questions, for the price of one."""
+    answers = torch.tensor([int(flag) for flag in flags], device=device)
+    dist.all_reduce(answers, op=dist.ReduceOp.MAX)
+    return [bool(answer) for answer in answers.tolist()]
+
+
+def total(number: int, device: torch.device) -> int:
+    """The sum of the ranks' numbers, on every rank."""
+    answer = torch.tensor([number], dtype=torch.int64, device=device)
+    dist.all_reduce(answer)
+    return int(answer.item())
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """Every rank's `value` (small, picklable), in order of rank, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_first_rank(value: Any) -> Any:

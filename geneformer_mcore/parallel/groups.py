@@ -5,7 +5,9 @@ torchrun environment -> init_process_group (gloo or nccl) -> tp x pp x dp groups
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,6 +17,11 @@ from megatron.core import parallel_state, tensor_parallel
 from torch._C._distributed_c10d import HashStore
 
 from geneformer_mcore.config.sections import ParallelConfig
+from geneformer_mcore.parallel.watch import Watch
+
+BACKSTOP_S = 3600.0
+"""After which a collective gives up by itself. It is the watch that ends a job in time, with limits
+that depend on what is being done, and says why: a collective only says that it waited."""
 
 
 @dataclass(frozen=True)
@@ -35,29 +42,44 @@ class Topology:
         return self.pipeline_rank == self.pipeline_size - 1
 
 
-def start(device: torch.device, parallel: ParallelConfig) -> Topology:
+def start(
+    device: torch.device, parallel: ParallelConfig, watch: Watch, backstop_s: float = BACKSTOP_S
+) -> Topology:
     """Joins the other ranks and builds all groups. Call once, after `config.plan` agreed.
 
-    Raises whatever torch.distributed raises when the others do not come within
-    `parallel.timeout_s` seconds.
+    `watch` looks out from here on: whoever does not come within `parallel.timeout_s` seconds is
+    named, and the job ends. On one machine nothing of this listens to others.
     """
-    timeout = timedelta(seconds=parallel.timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:  # one process, without torchrun: nothing to meet, nothing to listen on
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-    return build_groups(parallel)
+    if "RANK" not in os.environ:  # one process, without torchrun: nothing to meet
+        store, rank, world_size = HashStore(), 0, 1
+    else:
+        limit = timedelta(seconds=parallel.timeout_s)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+    _stay_on_this_machine(world_size)
+    if world_size > 1:
+        watch.join(store.clone(), rank, world_size)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=backstop_s)
+    )
+    return build_groups(parallel, backstop_s)
 
 
-def build_groups(parallel: ParallelConfig) -> Topology:
+def _stay_on_this_machine(world_size: int) -> None:
+    """On one machine gloo and NCCL talk over the loopback interface, unless told otherwise."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == world_size and sys.platform == "linux":
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
+
+
+def build_groups(parallel: ParallelConfig, backstop_s: float = BACKSTOP_S) -> Topology:
     """Megatron's groups over an initialised torch.distributed, in its order tp - dp - pp."""
     chunks = parallel.virtual_pipeline
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-        distributed_timeout_minutes=max(1, round(parallel.timeout_s / 60)),
+        distributed_timeout_minutes=math.ceil(backstop_s / 60),
         create_gloo_process_groups=False,
     )
     return topology()

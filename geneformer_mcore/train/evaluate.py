@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from geneformer_mcore.feed.loader import Feed
@@ -16,15 +18,24 @@ def validation_steps(feed: Feed, limit: int) -> int:
 
 
 def evaluate(
-    trainable: Trainable, feed: Feed, limit: int, topology: Topology, device: torch.device
+    trainable: Trainable,
+    feed: Feed,
+    limit: int,
+    topology: Topology,
+    device: torch.device,
+    begun: Callable[[], None] = lambda: None,
 ) -> Totals:
     """Sums of losses over the first `limit` global batches of `feed`, each cell once. Leaves
-    weights, random states and the position in the training data alone."""
+    weights, random states and the position in the training data alone.
+
+    begun: called before every batch
+    """
     totals = Totals()
     for chunk in trainable.chunks:
         chunk.train(mode=False)
     with torch.no_grad():
         for number in range(validation_steps(feed, limit)):
+            begun()
             batches = feed.validation_step(number * feed.share.global_batch_size)
             on_device = [batch.to(device) for batch in batches]
             totals += run_schedule(trainable.chunks, on_device, topology, forward_only=True)

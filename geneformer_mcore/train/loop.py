@@ -10,13 +10,11 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 
 from geneformer_mcore.backends import describe
-from geneformer_mcore.checkpoint import folder as checkpoints
-from geneformer_mcore.checkpoint import state
 from geneformer_mcore.checkpoint.record import Record
 from geneformer_mcore.commands import FINISHED, INTERRUPTED
-from geneformer_mcore.config.sections import NonFinite
 from geneformer_mcore.contracts import Batch
 from geneformer_mcore.feed.loader import Feed
 from geneformer_mcore.feed.transfer import steps_on_device
@@ -27,13 +25,14 @@ from geneformer_mcore.train.interruption import Interruption
 from geneformer_mcore.train.setup import Run
 from geneformer_mcore.train.step import StepResult, Totals, train_step
 
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient was NaN or infinite and the settings say to stop. No weight changed."""
+_WATCH_LATER_S = 5.0
 
 
 def train(run: Run, interruption: Interruption) -> tuple[int, str]:
-    """Runs to the last step, or until asked to stop. Returns the exit code and the reason."""
+    """Runs to the last step, or until asked to stop. Returns the exit code and the reason.
+
+    Raises SkippedTooOftenError, SaveDeadlineError or CheckpointError if it can do neither.
+    """
     config, steps = run.config, run.config.train.steps
     if run.step >= steps:
         reason = f"the run is finished: it has made {run.step} of {steps} steps"
@@ -44,20 +43,32 @@ def train(run: Run, interruption: Interruption) -> tuple[int, str]:
     saved_at = run.step
     with closing(feed):  # type: ignore[type-var]
         while run.step < steps:
-            stop = collectives.any_rank(interruption.reason is not None, run.device)
-            if stop:
+            if _agreed_to_stop(run, interruption):
                 if run.step > saved_at:
-                    save(run)
+                    _save(run)
+                _finish_saving(run)
                 return INTERRUPTED, _interrupted(run, interruption)
             result = _step(run, feed)
+            val_loss = None
             if _due(run.step, config.metrics.log_every_steps, steps):
                 _log(run, result)
             if _due(run.step, config.train.validate_every_steps, steps):
-                _validate(run)
+                val_loss = _validate(run)
             if _due(run.step, config.checkpoint.save_every_steps, steps, always_last=True):
-                save(run)
+                _save(run, val_loss)
                 saved_at = run.step
+        _finish_saving(run)
     return FINISHED, f"all {steps} steps done"
+
+
+def _agreed_to_stop(run: Run, interruption: Interruption) -> bool:
+    """Whether any rank was asked to stop; takes a checkpoint that is being written a step on."""
+    run.watch.doing("agreeing whether to go on", run.step)
+    asked = interruption.reason is not None
+    stop, busy = collectives.any_rank_each([asked, run.saver.is_busy], run.device)
+    if run.saver.is_going_on and not busy:
+        run.saver.proceed()
+    return stop
 
 
 def _interrupted(run: Run, interruption: Interruption) -> str:
@@ -74,11 +85,16 @@ def _due(step: int, every: int, steps: int, always_last: bool = False) -> bool:
 
 def _step(run: Run, feed: Iterator[list[Batch]]) -> StepResult:
     began = time.perf_counter()
+    run.watch.doing("waiting for the next cells", run.step)
     batches = next(feed)
     waited = time.perf_counter() - began
-    result = train_step(run.trainable, batches, _learning_rate(run), run.topology)
-    if not result.updated:
-        _refuse(run, result, batches)
+    run.watch.doing("forward, backward and update", run.step)
+    lr = _learning_rate(run)
+    result = train_step(run.trainable, batches, lr, run.topology, run.guard.reason)
+    if result.updated:
+        run.guard.made(result.totals.loss, result.grad_norm)
+    else:
+        _leave_out(run, result)
     run.step += 1
     run.folder.step = run.step
     cells = run.config.train.global_batch_size
@@ -103,27 +119,43 @@ def _learning_rate(run: Run, step: int | None = None) -> float:
     return learning_rate(step, config.train.steps, plan.warmup_steps, plan.hold_steps, config.optim)
 
 
-def _refuse(run: Run, result: StepResult, batches: list[Batch]) -> None:
-    first_keys = [int(key) for batch in batches for key in batch.keys_B][:8]
+def _leave_out(run: Run, result: StepResult) -> None:
+    """Tells of an update that was not made. Raises SkippedTooOftenError if that was one too many."""
+    first, size = run.cells_seen, run.config.train.global_batch_size
     what = (
-        f"step {run.step + 1}: loss {result.totals.loss}, gradient norm {result.grad_norm}; "
-        f"no weight was changed. Position {run.cells_seen}, first cell keys {first_keys}"
+        f"step {run.step + 1}: {result.left_out}; loss {result.totals.loss}, gradient norm "
+        f"{result.grad_norm}; no weight was changed. Cells {first} to {first + size - 1} of the "
+        "stream"
     )
-    if run.config.train.non_finite is NonFinite.stop:
-        raise NonFiniteError(f"{what}. train.non_finite=skip would leave out such steps.")
-    run.say(f"skipped {what}")
+    if run.is_first_rank:
+        rows, epochs = run.feed.order.rows(first, first + size)
+        run.folder.write_skipped(
+            {
+                "step": run.step + 1,
+                "reason": result.left_out,
+                "loss": str(result.totals.loss),
+                "grad_norm": str(result.grad_norm),
+                "position": first,
+                "epoch": int(epochs[0]),
+                "cells": run.cells.names(rows),
+            }
+        )
+        what += f", named in {run.folder.path / 'skipped.jsonl'}"
+    run.guard.left_out(what, result.is_finite)
+    run.say(f"left out {what}")
 
 
 def _log(run: Run, result: StepResult) -> None:
     lr = _learning_rate(run, run.step - 1)
     record = run.meter.record(step=run.step, grad_norm=result.grad_norm, lr=lr)
     if run.sinks is not None:
-        run.sinks.write(record)
+        run.sinks.write(record | {"skipped_updates": run.guard.skipped})
 
 
-def _validate(run: Run) -> None:
+def _validate(run: Run) -> float | None:
+    """The validation loss, nats per predicted gene; None if the run does not validate."""
     if run.validation is None:
-        return
+        return None
     totals = _evaluate(run, run.validation)
     assert not math.isnan(totals.loss), "validation predicted nothing"
     record = {
@@ -137,38 +169,40 @@ def _validate(run: Run) -> None:
         record["val_loss_shuffled_genes"] = _evaluate(run, run.control).loss
     if run.sinks is not None:
         run.sinks.write(record)
+    return totals.loss
 
 
 def _evaluate(run: Run, feed: Feed) -> Totals:
     limit = run.config.train.validate_batches
-    return evaluate(run.trainable, feed, limit, run.topology, run.device)
+    begun = partial(run.watch.doing, "validating", run.step)
+    return evaluate(run.trainable, feed, limit, run.topology, run.device, begun)
 
 
-def save(run: Run) -> None:
-    """Writes and commits a checkpoint of this moment; all ranks call it together."""
-    root = run.folder.checkpoints
-    staging = root / f".staging_step_{run.step:010d}"
-    if run.is_first_rank:
-        staging = checkpoints.make_staging(root, run.step)
-    collectives.barrier()
-    state.save(run.trainable, staging, run.topology.rank)
-    meters = run.meter.state_dict()
-    collectives.barrier()
-    if run.is_first_rank:
-        _record(run, meters).save(staging)
-        final = checkpoints.commit(staging, root, run.step)
-        keep = run.config.checkpoint
-        checkpoints.retain(root, keep.keep_last, keep.keep_every)
-        run.say(f"saved {final}")
-    collectives.barrier()
+def _save(run: Run, val_loss: float | None = None) -> None:
+    """Begins a checkpoint of this moment, and writes it unless that is done asynchronously."""
+    _watch_saving(run)
+    run.saver.begin(run.trainable, _record(run, val_loss))
 
 
-def _record(run: Run, meters: dict) -> Record:
+def _finish_saving(run: Run) -> None:
+    _watch_saving(run)
+    run.saver.finish()
+
+
+def _watch_saving(run: Run) -> None:
+    # The saver keeps to the limit by itself, and says so; the watch is there for a rank that cannot.
+    limit_s = run.config.checkpoint.deadline_s + _WATCH_LATER_S
+    run.watch.doing("saving a checkpoint", run.step, limit_s)
+
+
+def _record(run: Run, val_loss: float | None) -> Record:
     return Record(
         step=run.step,
         cells_seen=run.cells_seen,
-        meters=meters,
+        meters=run.meter.state_dict(),
         identity=run.identity(),
         layout=run.layout(),
         versions=describe(),
+        guard=run.guard.state_dict(),
+        val_loss=val_loss,
     )

@@ -1,6 +1,7 @@
 """The folder of a run: where everything lies, and how the last start of it ended.
 
 config.yaml  metrics.jsonl  tensorboard/  checkpoints/  log.txt  outcome.json  baselines.json
+skipped.jsonl (updates that were left out, if any)
 """
 
 from __future__ import annotations
@@ -8,12 +9,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from geneformer_mcore.commands import DEFECT, FINISHED, INTERRUPTED, WRONG_INPUT
 from geneformer_mcore.errors import ConfigError
+
+_TAKE_OVER_S = 2.0
+"""How long a killed process may take to give its lock back."""
 
 _NAMES = {
     FINISHED: "finished",
@@ -75,6 +80,19 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    def take_over(self, exit_code: int, reason: str, step: int) -> None:
+        """Writes how this start ended in place of rank 0, which is lost: for the first rank that is
+        left. Does nothing while rank 0 still holds the folder."""
+        deadline = time.monotonic() + _TAKE_OVER_S
+        while self._lock is None and time.monotonic() < deadline:
+            try:
+                self._lock = _locked(self.path / ".lock")
+            except OSError:
+                time.sleep(0.1)
+        if self._lock is not None:
+            self.step, self._restart = step, self._previous().get("restart", 0)
+            self.close(exit_code, reason)
+
     def write_config(self, text: str) -> None:
         """Keeps the merged settings beside the results."""
         _replace(self.path / "config.yaml", text)
@@ -82,6 +100,11 @@ class RunFolder:
     def write_baselines(self, text: str) -> None:
         """Keeps what the loss is to be compared with."""
         _replace(self.path / "baselines.json", text)
+
+    def write_skipped(self, record: dict[str, Any]) -> None:
+        """Adds a line on an update that was left out."""
+        with (self.path / "skipped.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def _previous(self) -> dict[str, Any]:
         try:

@@ -21,6 +21,7 @@ from geneformer_mcore.checkpoint.record import (
     check_continues,
     hidden_values,
 )
+from geneformer_mcore.checkpoint.saving import Saver
 from geneformer_mcore.config import Config, Plan
 from geneformer_mcore.contracts import padded_vocabulary_size
 from geneformer_mcore.errors import CheckpointError, DataError
@@ -35,8 +36,10 @@ from geneformer_mcore.model.flops import ModelShape
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.parallel import collectives, groups
 from geneformer_mcore.parallel.groups import Topology
+from geneformer_mcore.parallel.watch import Watch
 from geneformer_mcore.train import data
 from geneformer_mcore.train.data import Cells
+from geneformer_mcore.train.guard import Guard
 from geneformer_mcore.train.run_folder import RunFolder
 
 BASELINE_CELLS = 20_000
@@ -59,6 +62,9 @@ class Run:
     validation: Feed | None
     control: Feed | None
     meter: Meter
+    guard: Guard
+    saver: Saver
+    watch: Watch
     step: int = 0
     cells_seen: int = 0
     messages: list[str] = field(default_factory=list)
@@ -102,8 +108,10 @@ def prepare(
     cells: Cells,
     device: torch.device,
     topology: Topology,
+    watch: Watch,
 ) -> Run:
     """Builds the model, restores the newest checkpoint if there is one, opens the logs."""
+    watch.doing("building the model")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -123,8 +131,13 @@ def prepare(
         validation=held_out[0],
         control=held_out[1],
         meter=_meter(config, cells, device, topology),
+        guard=Guard(config.train),
+        saver=Saver(folder.checkpoints, config.checkpoint, topology.rank, device, lambda line: run.say(line)),
+        watch=watch,
     )
+    watch.doing("looking for a checkpoint", limit_s=config.checkpoint.deadline_s)
     _restore(run)
+    watch.doing("opening the logs")
     if run.is_first_rank:
         _write_baselines(run)
         folder.write_config(config_text)
@@ -164,6 +177,7 @@ def _restore(run: Run) -> None:
     state.load(run.trainable, source, run.topology.rank if same_layout else None)
     run.step, run.cells_seen = record.step, record.cells_seen
     run.meter.load_state_dict(record.meters)
+    run.guard.load_state_dict(record.guard)
     run.messages.append(
         f"continues from {source} (step {record.step}, {record.cells_seen} cells seen)"
         + ("" if same_layout else f"; its layout was {record.layout}: dropout is seeded anew")

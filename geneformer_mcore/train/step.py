@@ -1,7 +1,7 @@
 """One optimizer step on this rank's micro batches.
 
 zero gradients -> Megatron's schedule (loss sum, token count) -> gradients / global count
-               -> non-finite? refuse -> clip -> AdamW
+               -> a reason to leave the update out? -> clip -> AdamW
 """
 
 from __future__ import annotations
@@ -56,29 +56,52 @@ class Totals:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. updated is False if a non-finite value kept the weights as they were."""
+    """What one step did. left_out: why no weight was changed, or "" if the update was made."""
 
     totals: Totals
     grad_norm: float
-    updated: bool
+    left_out: str = ""
+
+    @property
+    def updated(self) -> bool:
+        """Whether the weights were changed."""
+        return not self.left_out
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient norm are numbers."""
+        return math.isfinite(self.totals.loss_sum) and math.isfinite(self.grad_norm)
+
+
+def only_finite(loss: float, grad_norm: float) -> str:
+    """The least that an update asks for: a reason to leave it out, or ""."""
+    finite = math.isfinite(grad_norm) and (math.isfinite(loss) or grad_norm == 0)
+    return "" if finite else "not finite"
 
 
 def train_step(
-    trainable: optim.Trainable, batches: list[Batch], lr: float, topology: Topology
+    trainable: optim.Trainable,
+    batches: list[Batch],
+    lr: float,
+    topology: Topology,
+    reason_to_skip: Callable[[float, float], str] = only_finite,
 ) -> StepResult:
-    """Forward, backward and update over all micro batches of this rank, in step with the others."""
+    """Forward, backward and update over all micro batches of this rank, in step with the others.
+
+    reason_to_skip: called with loss and gradient norm, which are the same on every rank; with any
+    answer but "" no weight changes.
+    """
     for chunk in trainable.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     trainable.optimizer.zero_grad()
     totals = run_schedule(trainable.chunks, batches, topology, forward_only=False)
     grad_norm = optim.gradient_norm(trainable.optimizer)
-    # Both are the same on every rank, so all ranks decide alike.
-    updated = math.isfinite(totals.loss_sum) and math.isfinite(grad_norm)
-    if updated:
+    left_out = reason_to_skip(totals.loss, grad_norm)
+    if not left_out:
         optim.set_learning_rate(trainable.optimizer, lr)
         optim.update(trainable, grad_norm)
-    return StepResult(totals, grad_norm, updated)
+    return StepResult(totals, grad_norm, left_out)
 
 
 def run_schedule(

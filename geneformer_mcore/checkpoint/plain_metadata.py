@@ -1,0 +1,108 @@
+"""Reading torch's description of a checkpoint without running what may be hidden in it.
+
+    .metadata (a pickle)  ->  an unpickler that builds descriptions of tensors only
+                          ->  names of files that lie in the checkpoint  ->  torch's reader
+
+torch.distributed.checkpoint keeps in a pickle which part of which tensor lies in which file, and
+reads it with `pickle.load`, which runs whatever a pickle asks for. Objects other than tensors it
+would read so too: ours have none, and a checkpoint that has some is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import filesystem, planner
+from torch.distributed.checkpoint import metadata as descriptions
+
+from geneformer_mcore.errors import CheckpointError
+
+METADATA = ".metadata"
+
+_HARMLESS = frozenset(
+    (kind.__module__, kind.__qualname__)
+    for kind in (
+        descriptions.Metadata,
+        descriptions.MetadataIndex,
+        descriptions.StorageMeta,
+        descriptions.TensorStorageMetadata,
+        descriptions.TensorProperties,
+        descriptions._MEM_FORMAT_ENCODING,
+        descriptions.ChunkStorageMetadata,
+        filesystem._StorageInfo,
+        planner.SavePlan,
+        planner.WriteItem,
+        planner.WriteItemType,
+        planner.TensorWriteData,
+        torch.serialization._get_layout,
+    )
+) | {("torch", "Size")}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds descriptions of tensors, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _HARMLESS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def load(folder: Path) -> descriptions.Metadata:
+    """The description of the checkpoint in `folder`. Raises CheckpointError for one that is no
+    plain description of tensors in files of that very folder."""
+    path = folder / METADATA
+    try:
+        with path.open("rb") as file:
+            metadata = _PlainUnpickler(file).load()
+        _check(metadata, folder)
+    except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(_refusal(path, str(error))) from None
+    except (AttributeError, IndexError, ImportError) as error:
+        raise CheckpointError(_refusal(path, f"{type(error).__name__}: {error}")) from None
+    return metadata
+
+
+def _check(metadata: Any, folder: Path) -> None:
+    if not isinstance(metadata, descriptions.Metadata):
+        raise ValueError("it describes no checkpoint")
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, descriptions.TensorStorageMetadata):
+            raise ValueError(f"{key} is no tensor")
+    here = {path.name for path in folder.iterdir()}
+    for place in metadata.storage_data.values():
+        if place.relative_path not in here:
+            raise ValueError(f"{place.relative_path!r} is no file of it")
+
+
+def _refusal(path: Path, why: str) -> str:
+    return (
+        f"{path} is not what this program writes: {why}. It is not read, as reading it could run "
+        "code. Take a checkpoint from a source that you trust."
+    )
+
+
+@contextlib.contextmanager
+def read_by_torch() -> Iterator[None]:
+    """In here torch's readers load descriptions by `load`."""
+    theirs = FileSystemReader.read_metadata
+
+    def read_metadata(reader: FileSystemReader, *_args: Any, **_kwargs: Any) -> Any:
+        metadata = load(Path(reader.path))
+        if metadata.storage_meta is None:
+            metadata.storage_meta = descriptions.StorageMeta()
+        metadata.storage_meta.load_id = reader.load_id
+        return metadata
+
+    FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        FileSystemReader.read_metadata = theirs  # type: ignore[method-assign]
