@@ -10,7 +10,9 @@ import argparse
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
@@ -18,6 +20,9 @@ from geneformer_mcore.commands import DEFECT, FINISHED, WRONG_INPUT
 from geneformer_mcore.errors import DataError, GeneformerError
 from geneformer_mcore.train.interruption import Interruption
 from geneformer_mcore.train.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from geneformer_mcore.parallel.watch import LostRankError, Watch
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 EXAMPLE = """example:
@@ -42,19 +47,39 @@ def main() -> int:
         return _show(text, plan)
     interruption = Interruption()
     ignore_known_warnings()
+    # Only now what takes a second to import: a wrong setting is answered at once.
+    from geneformer_mcore.parallel.watch import LostRankError, Watch
+
     folder = RunFolder(config.run.dir)
+    watch = Watch(config.parallel.timeout_s, partial(_end_lost, folder))
     try:
         if _environment("RANK", 0) == 0:
             folder.open()
-        code, reason = _train(config, text, plan, folder, interruption)
+        with watch:
+            code, reason = _train(config, text, plan, folder, interruption, watch)
     except GeneformerError as error:
         code, reason = WRONG_INPUT, str(error)
         _complain(error)
+    except LostRankError as error:
+        code, reason = error.code, str(error)
+        _tell_of_loss(folder, error)
     except BaseException as error:
         code, reason = DEFECT, f"{type(error).__name__}: {error}"
         traceback.print_exc()
     folder.close(code, reason)
     return code
+
+
+def _end_lost(folder: RunFolder, loss: LostRankError) -> None:
+    """Ends this process, whose main thread waits for a rank that will not come."""
+    _tell_of_loss(folder, loss)
+    os._exit(loss.code)
+
+
+def _tell_of_loss(folder: RunFolder, loss: LostRankError) -> None:
+    if loss.tell:
+        print(f"error: {loss}", file=sys.stderr, flush=True)
+        folder.take_over(loss.code, str(loss), loss.step)
 
 
 def _train(
@@ -63,6 +88,7 @@ def _train(
     plan: settings.Plan,
     folder: RunFolder,
     interruption: Interruption,
+    watch: Watch,
 ) -> tuple[int, str]:
     _demo_store_hint(config)
     # Only now what takes seconds to import: a user's error is answered at once.
@@ -72,8 +98,10 @@ def _train(
     interruption.limit(config.train.max_minutes)
     cells = data.open_cells(config)
     here = device.start()
-    topology = groups.start(here, config.parallel)
-    run = setup.prepare(config, text, plan, folder, cells, here, topology)
+    watch.doing("meeting the other ranks")
+    backstop_s = 60 + config.parallel.timeout_s + config.checkpoint.deadline_s
+    topology = groups.start(here, config.parallel, watch, backstop_s)
+    run = setup.prepare(config, text, plan, folder, cells, here, topology, watch)
     folder.step = run.step
     try:
         code, reason = loop.train(run, interruption)

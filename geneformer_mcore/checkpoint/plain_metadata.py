@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import filesystem, planner
 from torch.distributed.checkpoint import metadata as descriptions
 
 from geneformer_mcore.errors import CheckpointError
 
+FileSystemReader = filesystem.FileSystemReader
 METADATA = ".metadata"
 
 _HARMLESS = frozenset(
@@ -101,7 +101,7 @@ def read_by_torch() -> Iterator[None]:
         metadata.storage_meta.load_id = reader.load_id
         return metadata
 
-    FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
+    FileSystemReader.read_metadata = read_metadata  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:

@@ -133,7 +133,9 @@ class Saver:
     def _check_room(self, needed: int) -> None:
         free = shutil.disk_usage(self._root).free
         if free < needed:
-            missing = f"it takes about {needed:,} bytes, {free:,} are free, {needed - free:,} missing"
+            missing = (
+                f"it takes about {needed:,} bytes, {free:,} are free, {needed - free:,} missing"
+            )
             raise OSError(errno.ENOSPC, missing)
 
     def _by_first_rank(self, do: Callable[[], object]) -> None:

@@ -35,9 +35,9 @@ _EXTRA_STATE = "_extra_state"
 class Snapshot:
     """The state of this moment on this rank, on its way into `folder`.
 
-        Snapshot(...)   all ranks together: who writes what  ->  num_bytes
-        write()         each by itself, in any thread        ->  files, on the disk
-        describe()      all together, once all have written  ->  torch's .metadata
+    Snapshot(...)   all ranks together: who writes what  ->  num_bytes
+    write()         each by itself, in any thread        ->  files, on the disk
+    describe()      all together, once all have written  ->  torch's .metadata
     """
 
     def __init__(

@@ -101,6 +101,16 @@ class CountsSource:
         lengths = np.concatenate([lengths for _, lengths in blocks])
         return RaggedCells(tokens_T, np.concatenate([[0], np.cumsum(lengths)]), keys_N)
 
+    def cell_ids(self, rows: np.ndarray) -> list[str]:
+        """The names of the cells of `rows` (int64 [N], any order), one read each: for messages."""
+        names = []
+        for cell in self._cells[rows].tolist():
+            number = int(np.searchsorted(self._first_cell, cell, side="right")) - 1
+            place = cell - int(self._first_cell[number])
+            with self._lock:
+                names += self._inputs[number].counts.read_cell_ids(place, place + 1)
+        return names
+
     def close(self) -> None:
         """Closes the inputs."""
         for each in self._inputs:

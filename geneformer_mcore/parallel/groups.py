@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.rendezvous import rendezvous
 
 from geneformer_mcore.config.sections import ParallelConfig
 from geneformer_mcore.parallel.watch import Watch
@@ -43,24 +44,31 @@ class Topology:
 
 
 def start(
-    device: torch.device, parallel: ParallelConfig, watch: Watch, backstop_s: float = BACKSTOP_S
+    device: torch.device,
+    parallel: ParallelConfig,
+    watch: Watch | None = None,
+    backstop_s: float = BACKSTOP_S,
 ) -> Topology:
     """Joins the other ranks and builds all groups. Call once, after `config.plan` agreed.
 
-    `watch` looks out from here on: whoever does not come within `parallel.timeout_s` seconds is
-    named, and the job ends. On one machine nothing of this listens to others.
+    watch: looks out from here on; whoever does not come within `parallel.timeout_s` seconds is
+    named then, and the job ends. On one machine nothing of this listens to other machines.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" not in os.environ:  # one process, without torchrun: nothing to meet
         store, rank, world_size = HashStore(), 0, 1
     else:
         limit = timedelta(seconds=parallel.timeout_s)
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        store, rank, world_size = next(rendezvous("env://", timeout=limit))
+        if watch is not None and world_size > 1:
+            watch.join(store.clone(), rank, world_size)
     _stay_on_this_machine(world_size)
-    if world_size > 1:
-        watch.join(store.clone(), rank, world_size)
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=backstop_s)
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=backstop_s),
     )
     return build_groups(parallel, backstop_s)
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from geneformer_mcore.commands import DEFECT, WRONG_INPUT
 
@@ -64,9 +65,9 @@ class Verdict:
 class RollCall:
     """The store's part that ranks use to find out whom they lost."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
         """store: a connection of its own, as another thread uses it."""
-        self._store = dist.PrefixStore("roll_call", store)
+        self._store = PrefixStore("roll_call", store)
         self._rank, self._world_size = rank, world_size
         self._host = socket.gethostname()
         where = json.dumps([self._host, os.getpid()])

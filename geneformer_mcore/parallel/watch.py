@@ -15,25 +15,43 @@ from collections.abc import Callable
 from types import TracebackType
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
-from geneformer_mcore.parallel.roll_call import Answer, RollCall, Verdict, judge
+from geneformer_mcore.commands import DEFECT, WRONG_INPUT
+from geneformer_mcore.errors import GeneformerError
+from geneformer_mcore.parallel.roll_call import ANSWER_S, Answer, RollCall, Verdict, judge
 
 _LOOK_S = 0.5
 _SHOW_S = 2.0
 """How long a rank whose neighbours are to speak waits before it ends itself."""
+_JUDGED_S = ANSWER_S + 5.0
+
+
+class LostRankError(RuntimeError):
+    """The job lost a rank; the message says which, at which step, and what it was doing.
+
+    code:  the exit code that the job ends with
+    tell:  whether this rank is the one to tell of it: the first that is left
+    step:  updates made here
+    """
+
+    def __init__(self, verdict: Verdict, tell: bool, step: int) -> None:
+        super().__init__(verdict.message)
+        self.code, self.tell, self.step = verdict.code, tell, step
 
 
 class Watch:
     """What this rank is doing, and since when; a context manager, within which the lookout runs.
 
-    Used without a store (one rank, tests) it only keeps to the limit.
+    An error that leaves the context is told to the other ranks. If it only says that contact with
+    them was lost, it leaves as a LostRankError that says to whom, and why.
     """
 
-    def __init__(self, limit_s: float, on_loss: Callable[[Verdict, bool], None]) -> None:
+    def __init__(self, limit_s: float, on_loss: Callable[[LostRankError], None]) -> None:
         """limit_s: seconds that one thing may take.
 
-        on_loss: called by the lookout when the job is lost while the main thread is stuck, with the
-        verdict and whether this rank is the one to tell it; must end the process.
+        on_loss: called by the lookout when the job is lost while the main thread is stuck; must end
+        the process.
         """
         self._limit_s = limit_s
         self._on_loss = on_loss
@@ -42,11 +60,11 @@ class Watch:
         self._roll: RollCall | None = None
         self._world_size = 1
         self._failure: Answer | None = None
-        self._verdict: Verdict | None = None
+        self._loss: LostRankError | None = None
         self._wake, self._ended, self._judged = (threading.Event() for _ in range(3))
         self._thread = threading.Thread(target=self._look_out, name="lookout", daemon=True)
 
-    def join(self, store: dist.Store, rank: int, world_size: int) -> None:
+    def join(self, store: Store, rank: int, world_size: int) -> None:
         """From now on ranks look out for each other, by a store in which they all meet."""
         self._world_size = world_size
         self._roll = RollCall(store, rank, world_size)
@@ -59,20 +77,6 @@ class Watch:
         self._allowed_s = limit_s or self._limit_s
         self._doing, self._since = what, time.monotonic()
 
-    def explain(self, error: BaseException, code: int, at_fault: bool) -> Verdict | None:
-        """For a main thread that is about to end by `error`: what the ranks found out together.
-
-        at_fault: whether the error arose here, and is not that another rank is gone. None if there
-        is no other rank, or nothing could be found out.
-        """
-        if self._roll is None:
-            return None
-        text = f"{type(error).__name__}: {error}" if code == 1 else str(error)
-        self._failure = self._answer(text, code, at_fault)
-        self._wake.set()
-        self._judged.wait(15)
-        return self._verdict
-
     def __enter__(self) -> Watch:
         self._thread.start()
         return self
@@ -83,11 +87,27 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        loss = None
+        if error is not None and self._roll is not None:
+            loss = self._explain(error)
         self._ended.set()
         self._wake.set()
         self._thread.join(_SHOW_S)
+        if loss is not None:
+            raise loss from error
 
-    def _answer(self, failed: str = "", code: int = 1, at_fault: bool = False) -> Answer:
+    def _explain(self, error: BaseException) -> LostRankError | None:
+        """Tells the others of `error`; what it comes of, if not of this rank."""
+        at_fault = not _is_loss_of_contact(error)
+        is_users = isinstance(error, GeneformerError)
+        text = str(error) if is_users else f"{type(error).__name__}: {error}"
+        code = WRONG_INPUT if is_users else DEFECT
+        self._failure = self._answer(text, code, at_fault)
+        self._wake.set()
+        self._judged.wait(_JUDGED_S)
+        return None if at_fault else self._loss
+
+    def _answer(self, failed: str = "", code: int = DEFECT, at_fault: bool = False) -> Answer:
         for_s = time.monotonic() - self._since
         return Answer(self._doing, round(for_s, 1), self._step, failed, code, at_fault)
 
@@ -108,8 +128,7 @@ class Watch:
     def _settle(self) -> None:
         roll = self._roll
         if roll is None:
-            verdict = judge({0: self._answer()}, 1, self._allowed_s)
-            self._finish(verdict, speaks=True)
+            self._finish(judge({0: self._answer()}, 1, self._allowed_s), tell=True)
             return
         roll.answer(self._failure or self._answer())
         roll.call()
@@ -117,13 +136,22 @@ class Watch:
         roll.kill_lost_neighbours(answers)
         self._finish(judge(answers, self._world_size, self._allowed_s), roll.speaks(answers))
 
-    def _finish(self, verdict: Verdict, speaks: bool) -> None:
-        self._verdict = verdict
+    def _finish(self, verdict: Verdict, tell: bool) -> None:
+        self._loss = LostRankError(verdict, tell, self._step)
         self._judged.set()
         if self._failure:
             return  # the main thread ends by itself, and tells
-        # It may be about to: when a rank dies, the others' collectives fail at about that time.
-        if not speaks:
+        if not tell:
+            # Its error may be about to come: when a rank dies, collectives fail at about that time.
             time.sleep(_SHOW_S)
         if not self._failure and not self._ended.is_set():
-            self._on_loss(verdict, speaks)
+            self._on_loss(self._loss)
+
+
+def _is_loss_of_contact(error: BaseException) -> bool:
+    """Whether an error says no more than that another rank cannot be reached, as gloo and NCCL put
+    it: their errors have no type of their own."""
+    marks = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
+    )

@@ -20,6 +20,7 @@ from geneformer_mcore.store.layout import OBS, TOKENS, VOCABULARY_FILE, Manifest
 from geneformer_mcore.store.soma_io import SomaReader
 
 _KEYS_PER_PART = 65_536
+_ROWS_PER_NAME_READ = 1024
 _MOST_TOLD = 5
 
 
@@ -86,6 +87,16 @@ class TokenStore:
             raise DataError(f"{self.path}: a cell's tokens are not whole uint16 numbers.")
         tokens_T = raw.view("<u2").astype(np.uint16, copy=False)
         return RaggedCells(tokens_T, byte_offsets >> 1, self._read_keys(start, stop))
+
+    def cell_ids(self, rows: np.ndarray) -> list[str]:
+        """The names of the cells of `rows` (int64 [N], any order), as their inputs have them."""
+        names: dict[int, str] = {}
+        for part in np.unique(rows // _ROWS_PER_NAME_READ).tolist():
+            first = part * _ROWS_PER_NAME_READ
+            last = min(first + _ROWS_PER_NAME_READ, len(self))
+            column = self._soma.read(OBS, first, last, ["cell_id"])["cell_id"].to_pylist()
+            names |= {row: column[row - first] for row in rows[rows // _ROWS_PER_NAME_READ == part]}
+        return [names[row] for row in rows]
 
     def _read_keys(self, start: int, stop: int) -> np.ndarray:
         """uint64 [stop - start]. Read in large parts that are kept, 8 bytes per cell of the store:

@@ -6,6 +6,7 @@ data.source=counts: h5ad files, SOMA Experiments + data.vocabulary ->  Cells  ->
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,7 @@ class Cells:
     rows:        {split: (start, stop)}
     seq_length:  tokens to which the source has cut its cells
     span_cells, window_spans:  how far neighbouring cells are shuffled (see feed.order)
+    names:       the cell ids of any rows (int64 [N])
     """
 
     name: str
@@ -45,6 +47,7 @@ class Cells:
     source: TokenSource
     span_cells: int
     window_spans: int
+    names: Callable[[np.ndarray], list[str]]
 
     def count(self, split: str) -> int:
         """Cells of a split."""
@@ -94,6 +97,7 @@ def _store(config: Config) -> Cells:
         source=source,
         span_cells=data.span_cells,
         window_spans=data.window_spans,
+        names=store.cell_ids,
     )
 
 
@@ -116,6 +120,7 @@ def _counts(config: Config) -> Cells:
         span_cells=span_cells,
         # As many cells as with shorter spans: memory stays what it was.
         window_spans=max(1, data.window_spans * data.span_cells // span_cells),
+        names=source.cell_ids,
     )
 
 

@@ -53,9 +53,7 @@ class Guard:
 
     def __post_init__(self) -> None:
         window = self.settings.spike_window
-        self._recent = {
-            name: _Recent(deque(maxlen=window)) for name in ("loss", "gradient norm")
-        }
+        self._recent = {name: _Recent(deque(maxlen=window)) for name in ("loss", "gradient norm")}
 
     def reason(self, loss: float, grad_norm: float) -> str:
         """Why the update of a step with these numbers must not be made; "" if it may.
@@ -98,7 +96,7 @@ class Guard:
             raise SkippedTooOftenError(f"{what}. train.non_finite=skip would leave out such steps.")
         if self.in_a_row > self.settings.max_skips:
             raise SkippedTooOftenError(
-                f"{what}. It is the {self.in_a_row}th in a row, and train.max_skips is "
+                f"{what}. It is number {self.in_a_row} in a row, and train.max_skips is "
                 f"{self.settings.max_skips}."
             )
 

@@ -120,7 +120,7 @@ def _learning_rate(run: Run, step: int | None = None) -> float:
 
 
 def _leave_out(run: Run, result: StepResult) -> None:
-    """Tells of an update that was not made. Raises SkippedTooOftenError if that was one too many."""
+    """Tells of an update that was not made; SkippedTooOftenError if that was one too many."""
     first, size = run.cells_seen, run.config.train.global_batch_size
     what = (
         f"step {run.step + 1}: {result.left_out}; loss {result.totals.loss}, gradient norm "
@@ -190,7 +190,7 @@ def _finish_saving(run: Run) -> None:
 
 
 def _watch_saving(run: Run) -> None:
-    # The saver keeps to the limit by itself, and says so; the watch is there for a rank that cannot.
+    # The saver keeps to the limit by itself, and says so; the watch is for a rank that cannot.
     limit_s = run.config.checkpoint.deadline_s + _WATCH_LATER_S
     run.watch.doing("saving a checkpoint", run.step, limit_s)
 

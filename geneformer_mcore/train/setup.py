@@ -132,7 +132,9 @@ def prepare(
         control=held_out[1],
         meter=_meter(config, cells, device, topology),
         guard=Guard(config.train),
-        saver=Saver(folder.checkpoints, config.checkpoint, topology.rank, device, lambda line: run.say(line)),
+        saver=Saver(
+            folder.checkpoints, config.checkpoint, topology.rank, device, lambda line: run.say(line)
+        ),
         watch=watch,
     )
     watch.doing("looking for a checkpoint", limit_s=config.checkpoint.deadline_s)

@@ -30,6 +30,7 @@ RECORDED = Record(
     identity=Identity(text(), {}, "v", "c"),
     layout={"tensor": 1},
     versions={"torch": "2"},
+    guard={"skipped": 0},
 )
 
 
@@ -42,6 +43,8 @@ RECORDED = Record(
         "train.max_minutes=3",
         "metrics.log_every_steps=1",
         "checkpoint.save_every_steps=9",
+        "train.non_finite=skip",
+        "train.max_skips=3",
         "data.prefetch_steps=0",
         "data.store=elsewhere",
         "run.dir=elsewhere",

@@ -1,0 +1,91 @@
+"""Which updates are left out, and when that ends a run."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from geneformer_mcore.config.sections import NonFinite, TrainConfig
+from geneformer_mcore.train.guard import Guard, SkippedTooOftenError
+
+
+def guard(**settings: object) -> Guard:
+    return Guard(TrainConfig(**settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad_norm", "reason"),
+    [
+        (6.0, 1.0, ""),
+        (math.nan, 0.0, ""),  # nothing predicted anywhere: no loss, and a gradient of zero
+        (math.nan, 1.0, "the loss is not finite"),
+        (math.inf, 1.0, "the loss is not finite"),
+        (6.0, math.nan, "the gradient norm is not finite"),
+        (6.0, math.inf, "the gradient norm is not finite"),
+    ],
+)
+def test_what_is_not_finite_is_left_out(loss: float, grad_norm: float, reason: str) -> None:
+    assert guard().reason(loss, grad_norm) == reason
+
+
+def filled(sigma: float = 4.0, window: int = 10) -> Guard:
+    """Losses 6 +- 0.1, norms 1 +- 0.1, both with a standard deviation of 0.1."""
+    made = guard(spike_sigma=sigma, spike_window=window)
+    for number in range(window):
+        sign = -1 if number % 2 else 1
+        assert made.reason(60.0, 1.0) == "", "no spike before the window is full"
+        made.made(6 + sign * 0.1, 1 + sign * 0.1)
+    return made
+
+
+def test_a_spike_is_what_lies_far_above_the_recent_mean() -> None:
+    made = filled()
+    assert made.reason(6.39, 1.39) == ""
+    assert "the loss is a spike, 4.1 standard deviations above" in made.reason(6.41, 1.0)
+    assert "the gradient norm is a spike, 10.0 standard" in made.reason(6.0, 2.0)
+    assert made.reason(1.0, 0.0) == "", "what is low is no spike"
+    assert filled(sigma=0).reason(600.0, 100.0) == ""
+
+
+def test_what_was_left_out_does_not_move_the_window() -> None:
+    made = filled()
+    for _ in range(5):
+        assert made.reason(9.0, 1.0)
+        made.left_out("step 3", is_finite=True)
+    assert made.reason(6.0, 1.0) == ""
+    assert (made.skipped, made.in_a_row) == (5, 5)
+    made.made(6.0, 1.0)
+    assert (made.skipped, made.in_a_row) == (5, 0)
+
+
+def test_the_policy_stop_ends_the_run_at_once() -> None:
+    with pytest.raises(SkippedTooOftenError, match=r"step 3\. train\.non_finite=skip would"):
+        guard(non_finite=NonFinite.stop).left_out("step 3", is_finite=False)
+    guard(non_finite=NonFinite.stop).left_out("step 3", is_finite=True)  # a spike
+
+
+def test_skips_in_a_row_are_bounded() -> None:
+    made = guard(non_finite=NonFinite.skip, max_skips=2)
+    for _ in range(3):
+        made.left_out("a", is_finite=False)
+        made.left_out("b", is_finite=False)
+        made.made(6.0, 1.0)
+    made.left_out("a", is_finite=False)
+    made.left_out("b", is_finite=False)
+    with pytest.raises(SkippedTooOftenError, match=r"c\. It is number 3 in a row.*max_skips is 2"):
+        made.left_out("c", is_finite=False)
+    assert made.skipped == 9
+
+
+def test_its_state_goes_through_json() -> None:
+    made = filled()
+    made.left_out("step 3", is_finite=True)
+    again = guard(spike_sigma=4.0, spike_window=10)
+    again.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert again.state_dict() == made.state_dict()
+    assert again.reason(6.41, 1.0) == made.reason(6.41, 1.0) != ""
+    shorter = guard(spike_sigma=4.0, spike_window=8)
+    shorter.load_state_dict(made.state_dict())
+    assert shorter.state_dict()["recent"]["loss"] == made.state_dict()["recent"]["loss"][2:]
