@@ -55,7 +55,7 @@ $(INSTALLED): | $(EMPTY)
 demo: env $(STORE)/manifest.json
 	@export OMP_NUM_THREADS=1; run=runs/demo_$$(date +%Y%m%d_%H%M%S)_$$$$; status=0; \
 	mkdir -p runs; mkdir $$run; \
-	$(BIN)/torchrun --nproc_per_node=2 --standalone --max-restarts=0 \
+	$(BIN)/torchrun --nproc_per_node=2 --rdzv-backend=loopback --max-restarts=0 \
 	    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=120 \
 	    launch/pretrain.py --config configs/demo.yaml run.dir=$$run || status=$$?; \
 	$(BIN)/python launch/report.py $$run || exit $$?; \

@@ -35,6 +35,8 @@ setup(
         "tiledbsoma",
         "matplotlib",
     ],
+    # torchrun finds its backends so.
+    entry_points={"torchrun.handlers": ["loopback = geneformer_mcore.parallel.loopback:handler"]},
     extras_require={
         # NVIDIA's apex is used where it is found, and is in no list: `apex` on PyPI is another
         # project (see geneformer_mcore/backends.py).

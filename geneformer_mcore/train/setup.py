@@ -31,7 +31,7 @@ from geneformer_mcore.metrics import baselines
 from geneformer_mcore.metrics.ceiling import measured_peak
 from geneformer_mcore.metrics.meter import Meter
 from geneformer_mcore.metrics.sinks import Sinks
-from geneformer_mcore.model import attention, geneformer, initial_weights, settings
+from geneformer_mcore.model import attention, attention_check, geneformer, initial_weights, settings
 from geneformer_mcore.model.flops import ModelShape
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.parallel import collectives, groups
@@ -137,6 +137,7 @@ def prepare(
         ),
         watch=watch,
     )
+    _check_attention(run)
     watch.doing("looking for a checkpoint", limit_s=config.checkpoint.deadline_s)
     _restore(run)
     watch.doing("opening the logs")
@@ -157,6 +158,15 @@ def _trainable(config: Config, cells: Cells, device: torch.device) -> optim.Trai
     for stage in stages:
         initial_weights.fill(stage, config.train.seed)
     return optim.wrap(stages, config.optim)
+
+
+def _check_attention(run: Run) -> None:
+    """Raises ConfigError if the chosen attention does not compute what it should."""
+    worst = max(attention_check.check(stage, run.device) for stage in run.trainable.stages)
+    chosen = attention.choose(run.config.model, run.device).value
+    run.messages.append(
+        f"attention {chosen}: within {worst:.1g} of the plain computation, gradients included"
+    )
 
 
 def _meter(config: Config, cells: Cells, device: torch.device, topology: Topology) -> Meter:
@@ -195,7 +205,8 @@ def _newest_checkpoint(run: Run) -> Path | None:
             found = (newest.name if newest else None, damaged, "")
         except CheckpointError as error:
             found = (None, [], str(error))
-    name, run.messages, problem = collectives.from_first_rank(found)
+    name, damaged, problem = collectives.from_first_rank(found)
+    run.messages += damaged
     if problem:
         raise CheckpointError(problem)
     return run.folder.checkpoints / name if name else None

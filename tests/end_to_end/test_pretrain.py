@@ -101,7 +101,8 @@ def test_the_run_folder_holds_what_it_should(finished: Path) -> None:
         "restart": 0,
     }
     checkpoints = sorted(path.name for path in (finished / "checkpoints").iterdir())
-    assert checkpoints == ["step_0000000012", "step_0000000014"]
+    # The best of those that validated is the last one.
+    assert checkpoints == ["latest", "step_0000000012", "step_0000000014"]
 
 
 def test_the_metrics_are_complete_and_the_loss_falls(finished: Path) -> None:
