@@ -84,13 +84,14 @@ def is_network_fault(error: BaseException, by_text: bool = True) -> bool:
     return False
 
 
-def _is_lack_of_memory(error: Any) -> bool:
+def _is_lack_of_memory(error: BaseException) -> bool:
     if not isinstance(error, MemoryError):
         return getattr(error, "errno", None) == errno.ENOMEM or "bad_alloc" in str(error)
+    array: Any = error
     if not hasattr(error, "shape"):
         return True
     # numpy's: an array beyond all memory there is comes of a damaged size.
-    wanted = math.prod(error.shape) * error.dtype.itemsize
+    wanted = math.prod(array.shape) * array.dtype.itemsize
     return wanted <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
