@@ -252,7 +252,7 @@ def _arguments() -> argparse.Namespace:
     add("--medians", type=Path, help="{gene id: median} of the vocabulary; default: the cells'")
     add("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(CONTESTANTS)}")
     add("--json", type=Path, metavar="OUT", help="write the rows here too")
-    add("--png", type=Path, metavar="OUT", help="draw the rates here")
+    add("--png", type=Path, metavar="OUT", help="draw the rates here (.png, .svg)")
     add("--turn", help=argparse.SUPPRESS)
     add("--prepare", help=argparse.SUPPRESS)
     add("--check", action="store_true", help=argparse.SUPPRESS)

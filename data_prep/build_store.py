@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from geneformer_mcore.commands import DEFECT, FINISHED, WRONG_INPUT, run
+from geneformer_mcore.commands import FINISHED, WRONG_INPUT, run
 
 if TYPE_CHECKING:
     from geneformer_mcore.cells.vocabulary import Vocabulary
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 EXAMPLE = """example:
   python data_prep/build_store.py --out stores/mine --vocabulary vocabulary.json a.h5ad b.h5ad
 
-Without --vocabulary, the genes and their medians are those of the inputs. Counts are looked for in
-layers["counts"], raw.X and X; gene ids in var's feature_id, ensembl_id, gene_ids and index. Where
-there are symbols alone, they are mapped by --symbols, else by the vocabulary's names and GENCODE's
-table, which is fetched once; the variable GENEFORMER_GENCODE names another, or "off".
+Without --vocabulary, the genes and their medians are those of the inputs: exact while all values
+fit into --memory-gb, and within 0.1 % of exact beyond (see build_vocabulary.py).
+
+Counts are looked for in layers["counts"], raw.X and X; gene ids in var's feature_id, ensembl_id,
+gene_ids and index. Where there are symbols alone, they are mapped by --symbols, else by the
+vocabulary's names and GENCODE's table, which is fetched once; the variable GENEFORMER_GENCODE names
+another, or "off".
 
 An input that cannot be read, or holds what is no count anywhere, is left out altogether: it is
 named at once, the others are stored, the manifest and the last lines on stderr name it again, and
@@ -32,7 +35,8 @@ A build that was killed goes on where it was: start the same command again. Fini
 part, and the same command without --part put them together:
   sbatch --array=0-7 --wrap 'python data_prep/build_store.py ... --part $SLURM_ARRAY_TASK_ID/8'
 
-Ends with 0; 2 if an input or an option is wrong; 1 if a worker was killed or for a defect of ours.
+Ends with 0; 2 if an input or an option is wrong, or a disk is full; 75 if a network failed, 1 if a
+worker was killed or memory ran out (start it again: what is done is kept) or for a defect of ours.
 """
 
 
@@ -55,6 +59,12 @@ def _parse() -> argparse.Namespace:
     add("--test-fraction", type=float, default=0.05, help="of the cells, at random")
     add("--split", metavar="split.json", help="by data set instead (make_split.py makes one)")
     add("--workers", type=int, help="processes at most (default: one per core)")
+    add(
+        "--memory-gb",
+        type=float,
+        default=1.0,
+        help="for values while the inputs' own vocabulary is made, in 10^9 bytes (default 1)",
+    )
     add("--part", metavar="I/N", help="do part I of N (from 0), and no store; needs --vocabulary")
     add("--report", metavar="DIR", help="write report.json, report.md and plots (default: none)")
     add("--strict", action="store_true", help="no store unless every input can be used")
@@ -81,22 +91,13 @@ def main() -> int:
     """Builds the store, or does a part of it, and prints what became of each input."""
     arguments = _parse()
     from geneformer_mcore.store.staging import check_target
-    from geneformer_mcore.store.workers import LostWorkerError
 
     check_target(arguments.out, arguments.overwrite)
     if arguments.report:
         from geneformer_mcore.downstream.store_report import check_folder
 
         check_folder(arguments.report)
-    try:
-        return _build(arguments)
-    except LostWorkerError as error:
-        print(
-            f"error: {error} Remedy: start the same command again; if memory is short, with fewer "
-            "--workers.",
-            file=sys.stderr,
-        )
-        return DEFECT
+    return _build(arguments)
 
 
 def _build(arguments: argparse.Namespace) -> int:
@@ -170,7 +171,12 @@ def _vocabulary(
     if arguments.vocabulary:
         return Vocabulary.load(arguments.vocabulary)
     vocabulary = vocabulary_of_inputs(
-        arguments.inputs, options, workers, arguments.strict, progress.update
+        arguments.inputs,
+        options,
+        workers,
+        arguments.strict,
+        progress.update,
+        arguments.memory_gb,
     )
     warning = describe_other_ids(vocabulary)
     if warning:

@@ -55,10 +55,11 @@ def _parse() -> argparse.Namespace:
 def main() -> int:
     """Plans, and lists, checks or fetches what is planned."""
     arguments = _parse()
+    from geneformer_mcore.errors import NetworkError
     from geneformer_mcore.store.census_units import Fetching, fetch_units
     from geneformer_mcore.store.plan import Part
     from geneformer_mcore.store.progress import ProgressLine
-    from geneformer_mcore.store.retry import NetworkError, Retry
+    from geneformer_mcore.store.retry import Retry
 
     folder = Path(arguments.out)
     retry = Retry(arguments.attempts)

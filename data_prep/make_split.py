@@ -19,7 +19,8 @@ EXAMPLE = """example:
 
 A table (CSV, TSV or Parquet) has the columns dataset_id, assay, tissue_general and a row per cell,
 or n_cells of each row. Whatever is held out, every assay and every tissue_general stays in
-training. A store keeps the split that it was built with: build it again to change it.
+training; --policy card ends with 2 if that cannot be seen to, or no data set is left for test. A
+store keeps the split that it was built with: build it again to change it.
 """
 
 
@@ -52,6 +53,12 @@ def _parse() -> argparse.Namespace:
         choices=("refuse", "train"),
         help="a data set of a store that is not among these (default: refuse)",
     )
+    add(
+        "--allow-incomplete",
+        action="store_true",
+        help="let --policy card split what lacks assay or tissue_general, or has no data set to "
+        "spare for test alone",
+    )
     add("--overwrite", action="store_true", help="replace a file that is there")
     return parser.parse_args()
 
@@ -65,12 +72,6 @@ def main() -> None:
 
     check_output(arguments.out, arguments.overwrite)
     table = read_dataset_table(arguments.sources)
-    for column, source in table.missing.items():
-        print(
-            f"warning: {source} has no column {column}: that its cells' values of it stay in "
-            "training is not seen to.",
-            file=sys.stderr,
-        )
     split = make_split(
         table,
         arguments.policy,
@@ -79,7 +80,14 @@ def main() -> None:
         arguments.test_dataset,
         arguments.validation_share,
         arguments.unlisted,
+        arguments.allow_incomplete,
     )
+    for column, source in table.missing.items():
+        print(
+            f"warning: {source} has no column {column}: that its cells' values of it stay in "
+            "training is not seen to.",
+            file=sys.stderr,
+        )
     split.save(arguments.out)
     _print_report(arguments.out, table, split)
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from geneformer_mcore.errors import GeneformerError
+from geneformer_mcore.errors import GeneformerError, LostWorkerError, NetworkError
 
 FINISHED, DEFECT, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 75
 """Exit codes: finished; a defect, hang or lost rank; the user's to mend; saved, start me again."""
@@ -16,16 +16,23 @@ EXIT_INTERRUPTED_BY_KEY = 130
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main` and ends the process with its exit code (None counts as 0).
 
-    A GeneformerError becomes its message on stderr and exit code 2, without a traceback; anything
-    else is a defect of ours and keeps its traceback (exit code 1).
+    A GeneformerError becomes its message on stderr and exit code 2 (a NetworkError: 75), without a
+    traceback; so does a LostWorkerError, with exit code 1. Anything else is a defect of ours and
+    keeps its traceback (exit code 1).
     """
     try:
         code = main() or 0
-    except GeneformerError as error:
+    except (GeneformerError, LostWorkerError) as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
-        code = WRONG_INPUT
+        code = _code_of(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED_BY_KEY
     raise SystemExit(code)
+
+
+def _code_of(error: GeneformerError | LostWorkerError) -> int:
+    if isinstance(error, NetworkError):
+        return INTERRUPTED
+    return DEFECT if isinstance(error, LostWorkerError) else WRONG_INPUT

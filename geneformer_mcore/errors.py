@@ -1,7 +1,7 @@
 """What a user can do wrong, as exceptions of ours (floor 0).
 
 Every message states the rule, the numbers that broke it, and the remedy. Commands print it without
-a traceback and end with exit code 2; `assert` is kept for our own invariants.
+a traceback and end with exit code 2 (see commands.run); `assert` is kept for our own invariants.
 """
 
 
@@ -15,6 +15,23 @@ class ConfigError(GeneformerError):
 
 class DataError(GeneformerError):
     """A file of counts, a vocabulary or a token store is missing, damaged or does not fit."""
+
+
+class OutsideError(DataError):
+    """What an input is read through failed (a disk, a limit), not the input: nothing may be
+    concluded of it, least of all that it can be left out."""
+
+
+class NetworkError(OutsideError):
+    """A network failed to the last attempt: the same command may well do, started again."""
+
+
+class LostWorkerError(Exception):
+    """A worker process was killed, or memory ran out: no wrong input, and no defect of ours."""
+
+
+AGAIN = "Remedy: start the same command again; if memory is short, with fewer --workers."
+"""The remedy of a LostWorkerError."""
 
 
 class CheckpointError(GeneformerError):

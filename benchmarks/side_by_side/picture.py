@@ -27,6 +27,7 @@ def save_bars(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     heights = [len(bars) + 1.5 for bars in panels.values()]
     figure, all_axes = pyplot.subplots(
@@ -43,7 +44,10 @@ def save_bars(
         drawn = axes.barh([label for label, _, _ in ordered], rates, color=colours)
         axes.bar_label(drawn, [f"{rate:,.0f}" for rate in rates], padding=3, fontsize=8)
         axes.set_xscale("log")
-        axes.set_xlim(right=max(rates) * 3)
+        axes.set_xlim(min(rates) / 2, max(rates) * 3)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:,.0f}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(title, loc="left", fontsize=10)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)

@@ -23,6 +23,7 @@ from geneformer_mcore.cells.genes import NAME_COLUMNS
 from geneformer_mcore.cells.matrix import StoredMatrix, is_matrix, open_matrix
 from geneformer_mcore.cells.normalise import CountBlock
 from geneformer_mcore.cells.obs import StoredFrame
+from geneformer_mcore.cells.outside import raise_if_outside
 from geneformer_mcore.errors import DataError
 
 ROWS_PER_BLOCK = 4096
@@ -61,6 +62,7 @@ class CountsFile:
             raise
         except READ_FAILURES as error:
             self.close()
+            raise_if_outside(self.name, error)
             raise DataError(
                 f"{self.path}: cannot be read as an AnnData file: {error}. Remedy: check that it "
                 "is whole, and that anndata.read_h5ad opens it."
@@ -183,6 +185,7 @@ class CountsFile:
         try:
             yield
         except READ_FAILURES as error:
+            raise_if_outside(self._title, error)
             raise DataError(
                 f"{self._title}: rows {start} to {stop - 1} cannot be read: {error}. Remedy: "
                 "the file is truncated or damaged; get it again."
@@ -232,6 +235,7 @@ def _open_hdf5(path: Path) -> h5py.File:
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file. Remedy: check the path.") from None
     except OSError as error:
+        raise_if_outside(str(path), error)
         size = path.stat().st_size if path.is_file() else 0
         raise DataError(
             f"{path}: not a whole HDF5 (h5ad) file ({size:,} bytes): {error}. Remedy: get it "

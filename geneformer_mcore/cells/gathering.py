@@ -9,15 +9,18 @@ Processes are spawned, for TileDB does not survive a fork.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import groupby
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from geneformer_mcore.cells.corpus import InputOptions, find_genes
+from geneformer_mcore.cells.spawned import describe_end, end_with_parent, interrupts_kept_back
 from geneformer_mcore.cells.tally import (
     DEFAULT_MEMORY_GB,
     FileRecord,
@@ -29,10 +32,15 @@ from geneformer_mcore.cells.tally import (
 )
 from geneformer_mcore.cells.tally_file import load_tally
 from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.errors import DataError, LostWorkerError
 
 ROWS_PER_UNIT = 16_384
 _POLL_S = 0.2
+_STOP_S = 5.0
+_AGAIN = (
+    "Remedy: start the same command again; if memory is short, with fewer --workers or less "
+    "--memory-gb."
+)
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, cells done, cells in all)."""
@@ -77,6 +85,8 @@ def gather(
     memory_gb:  for the values, 10^9 bytes each; where they do not fit, histograms are kept
     workers:    processes; 1: this one alone
     Neither `workers` nor the order of `sources` makes any difference to the vocabulary.
+    Raises DataError for sources that cannot be used; LostWorkerError if a worker is killed or
+    memory runs out.
     """
     if not sources:
         raise DataError("no input file given. Remedy: name one h5ad file or more.")
@@ -137,8 +147,11 @@ def _gather_here(
 ) -> Tally:
     tally = Tally(describe_options(options), limit)
     total = _num_cells(units)
-    for done in _read(iter(units), options, tally):
-        progress("counting", done, total)
+    try:
+        for done in _read(iter(units), options, tally):
+            progress("counting", done, total)
+    except MemoryError as error:
+        raise _short_of_memory(error) from error
     return tally
 
 
@@ -181,6 +194,12 @@ _worker = _Worker()
 
 
 def _start_worker(*fields: Any) -> None:
+    # The pool keeps both ends of its queue in every worker: none is told by a pipe that closes.
+    end_with_parent()
+    _become_worker(*fields)
+
+
+def _become_worker(*fields: Any) -> None:
     global _worker
     _worker = _Worker(*fields)
 
@@ -223,22 +242,43 @@ def _gather_by_workers(
     next_unit, cells, values = (spawn.Value("q", 0) for _ in range(3))
     fields = (units, options, limit, next_unit, cells, values)
     with ProcessPoolExecutor(workers, spawn, _start_worker, fields) as pool:
-        waiting = {pool.submit(_work) for _ in range(workers)}
+        others = set(multiprocessing.active_children())
+        processes: set[BaseProcess] = set()
         try:
+            with interrupts_kept_back():
+                waiting = {pool.submit(_work) for _ in range(workers)}
+                processes |= set(multiprocessing.active_children()) - others
             while waiting:
                 finished, waiting = wait(waiting, _POLL_S, "FIRST_COMPLETED")
                 progress("counting", int(cells.value), total)
                 yield from map(_result, finished)
-        finally:
-            # After an error nobody begins another unit.
-            _take(next_unit, len(units))
+        except BrokenProcessPool as error:
+            raise _lost(processes) from error
+        except BaseException:
+            # The pool would wait until they have read all they are at, which is of no use now.
+            for process in processes:
+                process.terminate()
+            raise
 
 
 def _result(future: Future[Tally]) -> Tally:
     try:
         return future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process ended without a word, as when memory runs out. Remedy: fewer "
-            "--workers."
-        ) from error
+    except MemoryError as error:
+        raise _short_of_memory(error) from error
+
+
+def _short_of_memory(error: MemoryError) -> LostWorkerError:
+    why = f"there is not enough memory ({error or 'Python has none left'})"
+    return LostWorkerError(f"{why}, while the vocabulary was counted. {_AGAIN}")
+
+
+def _lost(processes: set[BaseProcess]) -> LostWorkerError:
+    """What ended the first of them; the pool ends the others by SIGTERM."""
+    for process in processes:
+        process.join(_STOP_S)
+    codes = {process.exitcode for process in processes} - {None, 0, -signal.SIGTERM}
+    how = describe_end(codes.pop()) if codes else "without a word"
+    return LostWorkerError(
+        f"a worker process was ended {how}, while the vocabulary was counted. {_AGAIN}"
+    )

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from geneformer_mcore.cells.faults import READ_FAILURES
+from geneformer_mcore.cells.outside import raise_if_outside
 from geneformer_mcore.errors import DataError
 
 MAX_CATEGORIES = 10_000
@@ -110,6 +111,7 @@ class StoredFrame:
         try:
             yield
         except READ_FAILURES as error:
+            raise_if_outside(self.name, error)
             raise DataError(
                 f"{self.name}: {what}: {error}. Remedy: the file is damaged; get it again."
             ) from error

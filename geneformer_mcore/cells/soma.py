@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlparse
 
 import tiledbsoma
 
+from geneformer_mcore.cells.outside import raise_if_outside
 from geneformer_mcore.errors import DataError
 
 _THREADS = 2
@@ -90,7 +91,9 @@ def open_experiment(address: str) -> Any:
 
 
 def unreadable(name: str, what: str, error: Exception) -> DataError:
-    """The error for a SOMA object that fails when it is read."""
+    """The error for a SOMA object that fails when it is read. Raises another one at once if that is
+    no fault of the object's (see outside)."""
+    raise_if_outside(name, error)
     reason = str(error).split("\n")[0]
     return DataError(
         f"{name}: {what}: {reason}. Remedy: check the address and the filter; get a damaged copy "

@@ -14,6 +14,7 @@ import io
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from geneformer_mcore.cells.grouping import count_rows, place_entries
 from geneformer_mcore.cells.normalise import BLOCK_ENTRIES, CountBlock
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.errors import OutsideError
 
 _RECORD = np.dtype([("row", np.int32), ("column", np.int32), ("value", np.float64)])
 
@@ -81,7 +82,7 @@ class TurnedMatrix:
         return number is None or number * _RECORD.itemsize > IN_MEMORY_BYTES
 
     def read_rows(self, start: int, stop: int) -> CountBlock:
-        """Rows start..stop-1, values not checked. DataError if there is no room to turn it."""
+        """Rows start..stop-1, values not checked. OutsideError if there is no room to turn it."""
         return self._rows().read(start, stop)
 
     def fitting(self, start: int, stop: int) -> int:
@@ -175,17 +176,23 @@ def _turn(columns: ByColumns, name: str) -> _Turned:
     nexts = turned.indptr[turned.bounds[:-1]]
     try:
         for entries in columns.entries(BATCH_ENTRIES):
-            _append(entries, range_of_row, nexts, turned.file, name)
+            _append(entries, range_of_row, nexts, turned.file, size, name)
     except BaseException:
-        turned.file.close()
+        with suppress(OSError):  # Of a full disk once more.
+            turned.file.close()
         raise
     return turned
 
 
 def _append(
-    entries: Entries, range_of_row: np.ndarray, nexts: np.ndarray, file: BinaryIO, name: str
+    entries: Entries,
+    range_of_row: np.ndarray,
+    nexts: np.ndarray,
+    file: BinaryIO,
+    size: int,
+    name: str,
 ) -> None:
-    """Writes entries to their ranges' next places, which move on. DataError if it cannot."""
+    """Writes entries to their ranges' next places, which move on. OutsideError if it cannot."""
     ranges = range_of_row[entries.rows]
     order = np.argsort(ranges, kind="stable")  # By its digits: numpy does so up to 16 bits.
     counts = np.bincount(ranges, minlength=len(nexts))
@@ -197,21 +204,31 @@ def _append(
         for number in np.flatnonzero(counts):
             file.seek(int(nexts[number]) * _RECORD.itemsize)
             file.write(records[starts[number] : starts[number + 1]].tobytes())
+        file.flush()
     except OSError as error:
-        raise DataError(
-            f"{name} lies by columns and is turned in {tempfile.gettempdir()}, which failed: "
-            f"{error.strerror}. Remedy: make room, or name another folder with the variable TMPDIR."
-        ) from error
+        raise _no_room(size, name, str(error.strerror)) from error
     nexts += counts
 
 
 def _file_of(size: int, name: str) -> BinaryIO:
-    folder = tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise DataError(
-            f"{name} lies by columns (CSC) and is turned on disk, which takes {size / 1e9:,.1f} GB "
-            f"of {folder}; {free / 1e9:,.1f} GB are free there. Remedy: make room, name another "
-            "folder with the variable TMPDIR, or write the matrix as CSR."
-        )
-    return tempfile.TemporaryFile(dir=folder)
+    try:
+        folder = tempfile.gettempdir()
+        if shutil.disk_usage(folder).free >= size:
+            return tempfile.TemporaryFile(dir=folder)
+    except OSError as error:
+        raise _no_room(size, name, str(error.strerror)) from error
+    raise _no_room(size, name, "there is too little room")
+
+
+def _no_room(size: int, name: str, why: str) -> OutsideError:
+    """size: bytes that the whole file takes"""
+    try:
+        folder = tempfile.gettempdir()
+        free = f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB are free there"
+    except OSError:
+        folder, free = "a folder for temporary files", "none can be written to"
+    return OutsideError(
+        f"{name} lies by columns (CSC) and is turned on disk, which takes {size / 1e9:,.1f} GB of "
+        f"{folder} and failed: {why}; {free}. Remedy: make room, name another folder with the "
+        "variable TMPDIR, or write the matrix as CSR; then start the same command again."
+    )

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,6 +43,12 @@ compressed file, costs the same for one cell as for thousands."""
 _ROWS_PER_READ = 4096
 _NAMES_PER_READ = 65_536
 _PROBES, _ROWS_PER_PROBE = 8, 64
+
+_OPTION = re.compile(r"(?<![^\s(])--[a-z]")
+_REMEDY = (
+    "Options that begin with -- are those of data_prep/build_store.py: build a store with it from "
+    "these inputs and data.vocabulary, and train with data.source=tokens data.store=STORE."
+)
 
 
 class CountsSource:
@@ -68,7 +76,9 @@ class CountsSource:
         self._encoder = RankEncoder(vocabulary, seq_length)
         # Reading may come from the prefetch thread and from validation at the same time.
         self._lock = threading.Lock()
-        self._inputs = sorted((_Input(name, vocabulary, options) for name in inputs), key=_order)
+        with _naming_the_command():
+            opened = [_Input(name, vocabulary, options) for name in inputs]
+        self._inputs = sorted(opened, key=_order)
         self._first_cell = np.cumsum([0, *(each.counts.num_cells for each in self._inputs)])
         keys = np.concatenate([each.keys_N for each in self._inputs])
         _check_distinct(keys, self.name)
@@ -92,7 +102,7 @@ class CountsSource:
         # Within a split cells ascend as they lie in the inputs.
         borders = [start, *(int(s) for s in self._stops if start < s < stop), stop]
         parts = [self._cells[a:b] for a, b in pairwise(borders)]
-        with self._lock:
+        with self._lock, _naming_the_command():
             blocks = [block for cells in parts for block in self._blocks(cells)]
         keys_N = self._keys[start:stop]
         if not blocks:
@@ -126,7 +136,8 @@ class CountsSource:
     def _hash(self, codes: np.ndarray) -> str:
         """Which cells, in which splits, from inputs of which form: not where they lie."""
         digest = hashlib.sha256(self._keys.astype("<u8").tobytes() + codes.tobytes())
-        forms = [each.form() for each in self._inputs]
+        with _naming_the_command():
+            forms = [each.form() for each in self._inputs]
         digest.update(json.dumps([self.vocabulary.checksum, self.seq_length, forms]).encode())
         return digest.hexdigest()
 
@@ -180,6 +191,18 @@ class _Input:
             ranked = encoder.encode(block, self._token_of_column)
             yield ranked.tokens_T, np.diff(ranked.offsets)
             done = stop
+
+
+@contextmanager
+def _naming_the_command() -> Iterator[None]:
+    """What is wrong with an input is told with the options of data_prep/, which a setting of a run
+    has no place for: a DataError leaves with where they belong."""
+    try:
+        yield
+    except DataError as error:
+        if not _OPTION.search(str(error)):
+            raise
+        raise DataError(f"{error} {_REMEDY}") from error
 
 
 def _take_rows(block: CountBlock, rows: np.ndarray) -> CountBlock:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from geneformer_mcore.cells.census import fetch_cells
 from geneformer_mcore.cells.output import whole_file
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.errors import DataError, NetworkError
 from geneformer_mcore.store.census_plan import CensusPlan, CensusUnit
 from geneformer_mcore.store.lock import FolderLock
 from geneformer_mcore.store.progress import Progress, no_progress
-from geneformer_mcore.store.retry import NetworkError, Retry
+from geneformer_mcore.store.retry import Retry
 from geneformer_mcore.store.sealed_json import checksum_of, read_sealed, write_sealed
 from geneformer_mcore.store.workers import Workers
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from geneformer_mcore.cells.corpus import InputOptions
 from geneformer_mcore.cells.ranks import RankEncoder
 from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.errors import DataError, OutsideError
 from geneformer_mcore.store.labels import unify_kinds
 from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.store.merge import Merge
@@ -69,7 +69,8 @@ def build_store(
     strict:      an input that cannot be used ends it all, before any work where that can be told
     Nothing is at `out` unless it returns. The manifest's `refused` names inputs that were left out;
     DataError if none is left, if two cells of different inputs have one name, or if the disk is
-    full; LostWorkerError if a worker is killed.
+    full; OutsideError if a network or a disk failed while an input was read; LostWorkerError if a
+    worker is killed or memory runs out. Units that are done stay for the next call.
     """
     recipe = _recipe(vocabulary, seq_length, options, split_rule)
     with _working(Path(out), overwrite, workers, say) as (staged, processes):
@@ -173,6 +174,7 @@ class _Build:
         recipe = self.recipe
         look = Inspection(recipe.vocabulary, recipe.options, recipe.split_rule)
         for name, outcome in self.workers.run(look, names, most=len(names) // _INPUTS_PER_WORKER):
+            _check_inside(outcome)
             found[name] = outcome
             self.progress("looking at inputs", len(found), len(names))
         sources = [source for name in names if isinstance(source := found[name], Source)]
@@ -197,6 +199,7 @@ class _Build:
 
         most = sum(map(len, units)) // _CELLS_PER_WORKER
         for unit, outcome in self.workers.run(work, units, told.add, is_wanted, most, _chain):
+            _check_inside(outcome)
             told.finish(unit)
             if isinstance(outcome, DataError):
                 # Of several faults of an input the first is told, whichever was found first.
@@ -237,6 +240,12 @@ class _Build:
         return report_source(
             source, [self.done[unit.name] for unit in plan.units if unit.source is source]
         )
+
+
+def _check_inside(outcome: object) -> None:
+    """Raises an outcome that says nothing of the input: without it, the store would lack cells."""
+    if isinstance(outcome, OutsideError):
+        raise outcome
 
 
 def _chain(unit: Unit) -> str | None:

@@ -13,10 +13,13 @@ from pathlib import Path
 from geneformer_mcore.cells.corpus import InputOptions
 from geneformer_mcore.cells.gathering import build_vocabulary
 from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.errors import DataError, OutsideError
 from geneformer_mcore.store.progress import Progress, no_progress
 from geneformer_mcore.store.sources import in_order
 from geneformer_mcore.store.workers import Workers
+
+DEFAULT_MEMORY_GB = 1.0
+"""For values: with the processes around them a build stays under 2 GB."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,14 @@ def vocabulary_of_inputs(
     workers: int = 1,
     strict: bool = False,
     progress: Progress = no_progress,
+    memory_gb: float = DEFAULT_MEMORY_GB,
 ) -> Vocabulary:
     """Genes and medians of all inputs that can be used (see gathering.build_vocabulary).
 
-    strict: an input that cannot be used is an error
-    Raises DataError if none is left, or if inputs name genes by ids of different kinds.
+    strict:     an input that cannot be used is an error
+    memory_gb:  for values (see gathering.gather)
+    Raises DataError if none is left, or if inputs name genes by ids of different kinds, and
+    OutsideError or LostWorkerError for what is no fault of an input's.
     """
     names = in_order(inputs)
     with Workers(workers) as processes:
@@ -51,16 +57,23 @@ def vocabulary_of_inputs(
         if not good or (strict and faults):
             raise DataError("\n".join(faults))
         try:
-            return build_vocabulary(good, options, workers=workers, progress=progress)
+            return build_vocabulary(good, options, memory_gb, workers, progress)
+        except OutsideError:
+            raise
         except DataError:
             left, faults = _try(processes, good, Trial(options, whole=True))
             if strict or not left or not faults:
                 raise
-    return build_vocabulary(left, options, workers=workers, progress=progress)
+    return build_vocabulary(left, options, memory_gb, workers, progress)
 
 
 def _try(processes: Workers, names: Sequence[str], trial: Trial) -> tuple[list[str], list[str]]:
-    """(inputs that passed, what is wrong with the others), both in order."""
-    outcomes = dict(processes.run(trial, names, most=None if trial.whole else len(names) // 32))
+    """(inputs that passed, what is wrong with the others), both in order. Raises OutsideError."""
+    outcomes: dict[str, DataError | None] = {}
+    most = None if trial.whole else len(names) // 32
+    for name, outcome in processes.run(trial, names, most=most):
+        if isinstance(outcome, OutsideError):
+            raise outcome
+        outcomes[name] = outcome
     good = [name for name in names if outcomes[name] is None]
     return good, [str(outcomes[name]) for name in names if outcomes[name] is not None]

@@ -7,31 +7,16 @@ work  ->  fails as networks do?  ->  wait 2, 4, 8, ... s  ->  work again  ->  it
 from __future__ import annotations
 
 import random
-import re
-import socket
 import sys
 import time
-import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.cells.outside import is_network_fault
+from geneformer_mcore.errors import DataError, NetworkError
 
 Result = TypeVar("Result")
-
-_REMOTE = re.compile(
-    r"curl|HTTP[^0-9-]*(-1|429|5\d\d)|timed? ?out|connection|network|slow ?down", re.IGNORECASE
-)
-"""TileDB has no error of its own for a network that fails: the message alone tells. A 403 or 404 is
-no fault of the network's."""
-
-
-_OF_NETWORKS = (ConnectionError, TimeoutError, socket.gaierror, urllib.error.URLError)
-
-
-class NetworkError(DataError):
-    """What was tried failed to the last, and nothing is wrong with what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +58,3 @@ class Retry:
 def _reason(error: Exception) -> str:
     # Its remedy is for what the user can mend.
     return str(error).split("\n")[0].split(" Remedy:")[0].rstrip(".")
-
-
-def is_network_fault(error: BaseException) -> bool:
-    """Whether an error, or one that it comes of, is such as networks make."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, _OF_NETWORKS):
-            return True
-        # A message of ours quotes paths and filters, which may hold any word; an error that has a
-        # number is this machine's own.
-        is_local = isinstance(found, DataError) or getattr(found, "errno", None) is not None
-        if not is_local and _REMOTE.search(str(found)):
-            return True
-        found = found.__cause__
-    return False

@@ -4,11 +4,12 @@
                   ->  train | held out (its cells dealt to validation and test) | test
 
 card:            data sets in a random order, by a hash of seed and id; one of those held out is
-                 kept whole for test (the model card of Geneformer)
+                 kept whole for test (the model card of Geneformer), unless others are named for it
 smallest-first:  the smallest data sets first (NVIDIA's way)
 
 Both hold out at most the given share of the cells, and never the last data set in training of an
-assay or a tissue.
+assay or a tissue. `card` refuses a corpus of which that cannot be told, or that leaves no data set
+for test, unless it shall take it as it is (allow_incomplete).
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ def make_split(
     test_datasets: Sequence[str] = (),
     validation_share: float = 0.5,
     unlisted: str = REFUSE,
+    allow_incomplete: bool = False,
 ) -> SplitTable:
     """The split of a corpus by `policy` (see choose_roles and SplitTable)."""
-    roles = choose_roles(table, policy, held_out_fraction, seed, test_datasets)
+    roles = choose_roles(table, policy, held_out_fraction, seed, test_datasets, allow_incomplete)
     known = {label for dataset in table.datasets for label in _labels(dataset)}
     labels = {column: sum(found == column for found, _ in known) for column in COVERED}
     cells = {dataset.dataset_id: dataset.cells for dataset in table.datasets}
@@ -50,14 +52,19 @@ def choose_roles(
     held_out_fraction: float,
     seed: int = 0,
     test_datasets: Sequence[str] = (),
+    allow_incomplete: bool = False,
 ) -> dict[str, str]:
     """{dataset_id: role} of every data set of the table; depends on nothing but the arguments.
 
     held_out_fraction:  of the cells of all data sets but `test_datasets`, the most to hold out
     test_datasets:      whole data sets for test alone, beside that share
+    allow_incomplete:   of `card`: cells may lack a covered column, and none may be for test alone
     Raises DataError where nothing can be held out, or training would lack an assay or a tissue.
     """
     _check_arguments(table, policy, held_out_fraction, test_datasets)
+    is_strict = policy == CARD and not allow_incomplete
+    if is_strict and table.missing:
+        raise DataError(_missing_message(table))
     named = [dataset for dataset in table.datasets if dataset.dataset_id in set(test_datasets)]
     rest = [dataset for dataset in table.datasets if dataset.dataset_id not in set(test_datasets)]
     coverage = _Coverage(table.datasets)
@@ -75,6 +82,8 @@ def choose_roles(
     whole_test = [dataset.dataset_id for dataset in named]
     if policy == CARD and not named and len(held_out) > 1:
         whole_test = [held_out[0].dataset_id]
+    if is_strict and not whole_test:
+        raise DataError(_no_test_message(rest, held_out[0], most_cells))
     roles = {dataset.dataset_id: TRAIN for dataset in table.datasets}
     roles |= {dataset.dataset_id: HELD_OUT for dataset in held_out}
     return roles | dict.fromkeys(whole_test, TEST)
@@ -137,6 +146,24 @@ def _check_arguments(
             f"{', '.join(unknown[:3])}; there are {len(known):,}: {', '.join(known[:3])}, ... "
             "Remedy: check the ids."
         )
+
+
+def _missing_message(table: DatasetTable) -> str:
+    lacking = ", ".join(f"{source} has no {column}" for column, source in table.missing.items())
+    return (
+        f"the policy card keeps every {' and '.join(COVERED)} of the {table.cells:,} cells in "
+        f"training, and {len(table.missing)} of these {len(COVERED)} columns cannot be seen to: "
+        f"{lacking}. Remedy: give obs the columns, leave the source out, or --allow-incomplete."
+    )
+
+
+def _no_test_message(rest: Sequence[Dataset], only: Dataset, most_cells: int) -> str:
+    return (
+        "the policy card keeps one data set of those held out whole for test, beside another for "
+        f"validation, and of {len(rest):,} data sets only 1 can be held out ({only.dataset_id}, "
+        f"{only.cells:,} of {most_cells:,} cells that may be). Remedy: name a --test-dataset, a "
+        "larger --held-out-fraction, or --allow-incomplete for a split without a test-only one."
+    )
 
 
 def _nothing_message(

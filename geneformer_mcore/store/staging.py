@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from geneformer_mcore.cells.output import check_place
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.errors import DataError, OutsideError
 from geneformer_mcore.store.layout import MANIFEST_FILE
 from geneformer_mcore.store.lock import FolderLock
 
@@ -140,7 +140,9 @@ class StagedFolder:
         if error is None:
             self._lock.release()
             return
-        why = next((reason for reason in _FULL if reason in str(error)), None)
+        # One of these is of another folder, and says so.
+        is_other = isinstance(error, OutsideError)
+        why = next((each for each in _FULL if each in str(error) and not is_other), None)
         used = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
         self._clear()
         if why:

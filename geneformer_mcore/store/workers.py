@@ -9,14 +9,10 @@ the process that started them, however that ends. One that is killed is told of 
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context, parent_process, resource_tracker
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
@@ -24,7 +20,8 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.cells.spawned import describe_end, end_with_parent, interrupts_kept_back
+from geneformer_mcore.errors import AGAIN, DataError, LostWorkerError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -40,10 +37,6 @@ class Work(Protocol):
     def __call__(self, job: Any, tell: Tell) -> Any:
         """Does it. A DataError is an outcome of the job; anything else ends all work."""
         ...
-
-
-class LostWorkerError(Exception):
-    """A worker process ended in the middle of a job. Its message says of which, and how."""
 
 
 class Workers:
@@ -70,7 +63,8 @@ class Workers:
         is_wanted:  asked before a job is begun; those that are not are left out
         most:       processes that are worth their start here
         chain:      jobs with a name in common are done by one process, in their order
-        Raises LostWorkerError if a process is killed, and whatever else an error in a job was.
+        Raises LostWorkerError if a process is killed or memory runs out, and whatever else an
+        error in a job was.
         """
         number = min(self.number, len(jobs), self.number if most is None else most)
         if number <= 1:
@@ -160,7 +154,7 @@ class _Worker:
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
-        with _interrupts_kept_back():
+        with interrupts_kept_back():
             self._process.start()
         theirs.close()
         self._job: Any = None
@@ -196,31 +190,13 @@ class _Worker:
     def _lost(self) -> LostWorkerError:
         self._process.join(_STOP_S)
         code = self._process.exitcode
-        how = f"with exit code {code}"
-        if code is not None and code < 0:
-            how = f"by signal {-code} ({signal.Signals(-code).name})"
-        hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
         what = "before its first job" if self._job is None else f"in the middle of {self._job}"
-        return LostWorkerError(f"a worker process was ended {how}{hint}, {what}.")
-
-
-@contextmanager
-def _interrupts_kept_back() -> Iterator[None]:
-    """Processes started in here never see an interrupt from the keyboard, not even in the second
-    in which they import what they need: it reaches all processes, and the parent ends the others.
-    """
-    # Started here and now: it would let interrupts through again (Python 3.11).
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return LostWorkerError(f"a worker process was ended {describe_end(code)}, {what}. {AGAIN}")
 
 
 def _serve(connection: Connection) -> None:
     """A worker process: jobs come in until the connection is closed."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     pa.set_cpu_count(1)
     work: Any = None
     while True:
@@ -237,18 +213,13 @@ def _serve(connection: Connection) -> None:
             return
 
 
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
 def _answer(work: Work, job: Any, tell: Tell) -> tuple[str, Any]:
     try:
         return "outcome", _outcome(work, job, tell)
     except OSError as error:
         return "error", OSError(error.errno, error.strerror, error.filename)
+    except LostWorkerError as error:
+        return "error", error
     except BaseException:
         return "failed", traceback.format_exc()
 
@@ -258,6 +229,9 @@ def _outcome(work: Work, job: Any, tell: Tell) -> Any:
         return work(job, tell)
     except DataError as error:
         return error
+    except MemoryError as error:
+        why = f"there is not enough memory ({error or 'Python has none left'})"
+        raise LostWorkerError(f"{why}, in the middle of {job}. {AGAIN}") from error
 
 
 def _checked(kind: str, value: Any) -> Any:

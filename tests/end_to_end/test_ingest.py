@@ -28,13 +28,22 @@ NUM_GENES, NUM_CELLS = 400, 9000
 NUM_KILLS = int(os.environ.get("GENEFORMER_KILLS", "6"))
 
 SMALL_UNITS = """
-import sys
+import sys, time
+from pathlib import Path
 from geneformer_mcore.commands import run
-from geneformer_mcore.store import ingest, plan
+from geneformer_mcore.store import ingest, plan, tokenise
 from data_prep.build_store import main
 
 plan.LEAST_ROWS_PER_UNIT = plan.MOST_ROWS_PER_UNIT = 500
 ingest._CELLS_PER_WORKER = 1
+write_report = tokenise.write_report
+
+def write_report_and_stay(*arguments):
+    write_report(*arguments)
+    while Path("stay").exists():
+        time.sleep(0.01)
+
+tokenise.write_report = write_report_and_stay
 if __name__ == "__main__":
     run(main)
 """
@@ -269,7 +278,7 @@ def test_report(command: Command, inputs: Path, tmp_path: Path) -> None:
     assert (tmp_path / "r/lengths_a.png").read_bytes().startswith(b"\x89PNG")
 
 
-# Kills
+# Kills. Where there is a file `stay`, workers stay in the middle of a unit that they have written.
 
 
 def start(inputs: Path, folder: Path, repository: Path) -> subprocess.Popen[str]:
@@ -372,9 +381,10 @@ def test_killed_at_random_instants_it_ends_as_if_it_had_not_been(
 def test_a_killed_worker_is_named_by_its_unit_and_a_second_run_goes_on(
     inputs: Path, tmp_path: Path, repository: Path, clean_hash: str
 ) -> None:
+    (tmp_path / "stay").touch()
     process = start(inputs, tmp_path, repository)
-    wait_for_a_unit(tmp_path)
-    workers = [child for child in psutil.Process(process.pid).children() if is_worker(child)]
+    wait_for_units(tmp_path)
+    workers = workers_of(process)
     workers[0].kill()
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 1
@@ -387,41 +397,48 @@ def test_a_killed_worker_is_named_by_its_unit_and_a_second_run_goes_on(
     assert not (tmp_path / "s").exists()
     # The other worker is gone too.
     assert not psutil.wait_procs(workers, timeout=10)[1]
+    (tmp_path / "stay").unlink()
     again = start(inputs, tmp_path, repository)
     told = again.communicate()[1]
     assert again.returncode == 0, told
-    assert re.search(r"continues: \d+ of 18 units of work are there", told)
+    assert "continues: 2 of 18 units of work are there" in told
     assert Manifest.load(tmp_path / "s").content_hash == clean_hash
 
 
 def test_an_interrupt_from_the_keyboard_ends_all_and_keeps_the_work(
     inputs: Path, tmp_path: Path, repository: Path
 ) -> None:
+    (tmp_path / "stay").touch()
     process = start(inputs, tmp_path, repository)
-    wait_for_a_unit(tmp_path)
+    wait_for_units(tmp_path)
     os.killpg(process.pid, signal.SIGINT)
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 130, told
-    assert re.search(r"\d+ finished units of work stay in \.s\.staging", told)
+    assert "2 finished units of work stay in .s.staging" in told
     assert told.endswith("interrupted\n")
     assert "Traceback" not in told
     assert sorted(os.listdir(tmp_path / ".s.staging")) == ["lock", "plan.json", "units"]
 
 
-def wait_for_a_unit(folder: Path) -> None:
+def wait_for_units(folder: Path) -> None:
+    """Until both workers have written one."""
     deadline = time.monotonic() + 120
-    while not any(folder.glob(".s.staging/units/*.json")):
+    while len(list(folder.glob(".s.staging/units/*.json"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    workers = [child for child in psutil.Process(process.pid).children() if is_worker(child)]
+    assert len(workers) == 2
+    return workers
+
+
 def test_workers_end_with_a_killed_parent(inputs: Path, tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "stay").touch()
     process = start(inputs, tmp_path, repository)
-    deadline = time.monotonic() + 60
-    workers: list[psutil.Process] = []
-    while time.monotonic() < deadline and len(workers) < 2:
-        workers = [c for c in psutil.Process(process.pid).children() if is_worker(c)]
-        time.sleep(0.01)
+    wait_for_units(tmp_path)
+    workers = workers_of(process)
     process.kill()
     process.communicate()
     assert not psutil.wait_procs(workers, timeout=20)[1]

@@ -9,25 +9,30 @@ import pytest
 
 from tests.end_to_end.test_pretrain import command, outcome, start, stop_after, trace
 
+STEPS = 28
+"""After the seventh come 21 steps, seven checkpoints and three validations: a signal that is sent
+then cannot come too late."""
+
 
 @pytest.fixture(scope="module")
 def undisturbed(repository: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("sources") / "store"
-    ended = start(*command(repository, store, run))
+    ended = start(*command(repository, store, run, f"train.steps={STEPS}"))
     assert ended.returncode == 0, ended.stderr
     return run
 
 
 @pytest.fixture(scope="module")
 def from_counts(store: Path) -> tuple[str, ...]:
-    return ("data.source=counts", f"data.vocabulary={store / 'vocabulary.json'}")
+    vocabulary = store / "vocabulary.json"
+    return ("data.source=counts", f"data.vocabulary={vocabulary}", f"train.steps={STEPS}")
 
 
 def test_a_run_may_go_on_from_a_flat_copy_or_through_dali(
     repository: Path, store: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     run, cache = tmp_path / "run", tmp_path / "cache"
-    begin = command(repository, store, run)
+    begin = command(repository, store, run, f"train.steps={STEPS}")
     assert stop_after(3, signal.SIGTERM, run, *begin) == 75
     assert stop_after(7, signal.SIGTERM, run, *begin, f"data.cache_dir={cache}") == 75
     assert len(list(cache.glob("*/tokens.bin"))) == 1
@@ -57,7 +62,7 @@ def test_a_run_does_not_go_on_from_other_cells(
     from_counts: tuple[str, ...],
 ) -> None:
     before = trace(undisturbed)
-    ended = start(*command(repository, h5ad, undisturbed, *from_counts, "train.steps=20"))
+    ended = start(*command(repository, h5ad, undisturbed, *from_counts))
     assert ended.returncode == 2
     assert "data.source: tokens -> counts" in ended.stderr
     assert "content hash of data.store" in ended.stderr

@@ -55,9 +55,23 @@ def test_extrapolation_divides_what_the_cores_share() -> None:
     assert (found["per_core"], found["merge"]) == (4000, 20_000)
     assert found["tokenise_s"] == round(23_600_000 / (4000 * 64))
     assert found["merge_s"] == 1180
-    assert found["minutes"] == round((23_600_000 / 256_000 + 1180) / 60, 1)
+    # Units of 16,384 rows, a power of two of buckets of at most 32,768 cells for each split.
+    assert found["pieces"] == 1441 * 3 * 1024
+    pieces_s = 1441 * 3072 * 50e-6
+    assert found["minutes"] == round((23_600_000 / 256_000 + 1180 + pieces_s) / 60, 1)
     assert found["read_gb_per_s"] == 0.26
     assert result["growth"] == {"cells": 4, "seconds": 4, "memory_pss": 1.2, "store_bytes": 4}
+
+
+def test_goals_are_of_the_largest_run_and_of_growth() -> None:
+    runs = [run_of(50_000), run_of(200_000, seconds=60.0, peak_pss_gb=2.5)]
+    rate, memory, time_growth, memory_growth = ingest._goals(runs)
+    assert (rate.value, rate.met) == (4000, False)
+    assert (memory.value, memory.met) == (2.5, False)
+    assert time_growth.value == pytest.approx(1.2)
+    assert time_growth.met is False
+    assert memory_growth.value == 5
+    assert all(goal.met for goal in ingest._goals([run_of(50_000, cells_per_s=5000)] * 2))
 
 
 def test_a_phase_that_is_rounded_to_nothing_took_a_tenth_of_a_second() -> None:
@@ -101,4 +115,5 @@ def test_small_run(tmp_path: Path, repository: Path) -> None:
     assert all(run["peak_rss_gb"] > 0.05 and run["cpu_s"] > 0 for run in content["runs"])
     assert {"machine", "versions", "commit"} <= set(content)
     assert "1,200 cells" in result.stdout
+    assert "ingest of 1,200 cells: " in result.stdout
     assert not (tmp_path / "work").exists()

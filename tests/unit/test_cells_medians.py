@@ -274,7 +274,7 @@ def test_workers_share_the_room_for_values(
     for held_by_others, is_exact in ((0, True), (1_000, False)):
         shared = [Value("q", number) for number in (0, 0, held_by_others)]
         monkeypatch.setattr(gathering, "_worker", gathering._Worker())
-        gathering._start_worker(units, InputOptions(), 1_000, *shared)
+        gathering._become_worker(units, InputOptions(), 1_000, *shared)
         tally = gathering._work()
         assert (tally.cells, tally.collector.is_exact) == (30, is_exact)
         assert shared[1].value == 30

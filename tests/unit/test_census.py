@@ -17,12 +17,13 @@ import pytest
 
 from geneformer_mcore.cells import census
 from geneformer_mcore.cells.census import CARD_FILTER, Release, find_release
-from geneformer_mcore.errors import DataError, MissingBackendError
+from geneformer_mcore.cells.outside import is_network_fault
+from geneformer_mcore.errors import DataError, MissingBackendError, NetworkError
 from geneformer_mcore.store import census_units
 from geneformer_mcore.store.census_plan import CensusPlan, Selection, make_plan, prepare_plan
 from geneformer_mcore.store.census_units import Fetching, fetch_units, find_missing
 from geneformer_mcore.store.dataset_table import read_dataset_table
-from geneformer_mcore.store.retry import NetworkError, Retry, is_network_fault
+from geneformer_mcore.store.retry import Retry
 from tests.small_cells import gene_id, random_counts
 from tests.small_experiment import write_experiment
 

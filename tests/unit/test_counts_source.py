@@ -152,3 +152,36 @@ def test_other_counts_of_the_same_cells_are_told_apart(files: list[str], tmp_pat
         for name in (files[2], str(changed))
     )
     assert before != after
+
+
+@pytest.mark.parametrize(
+    ("counts", "genes", "option"),
+    [
+        (np.full((5, 60), 1.5, np.float32), GENES, "--layer"),
+        (np.ones((5, 60), np.float32), [f"SYM{i}" for i in range(60)], "--symbols"),
+        (np.ones((5, 60), np.float32), GENES[:1] + [f"ENSG9{i}" for i in range(59)], "--allow-low"),
+    ],
+)
+def test_options_that_a_run_does_not_have_are_told_with_their_command(
+    tmp_path: Path, counts: np.ndarray, genes: list[str], option: str
+) -> None:
+    data = ad.AnnData(sparse.csr_matrix(counts))
+    data.var_names, data.obs_names = genes, [f"c{i}" for i in range(5)]
+    data.write_h5ad(tmp_path / "x.h5ad")
+    remedy = r"data_prep/build_store\.py.*data\.source=tokens data\.store=STORE\.$"
+    with pytest.raises(DataError, match=rf"{option}.*{remedy}"):
+        CountsSource([str(tmp_path / "x.h5ad")], VOCABULARY, SEQ_LENGTH, RandomSplit())
+    # What no option mends is left as it is.
+    with pytest.raises(DataError, match=r"no such file\. Remedy: check the path\.$"):
+        CountsSource([str(tmp_path / "none.h5ad")], VOCABULARY, SEQ_LENGTH, RandomSplit())
+
+
+def test_a_value_that_is_met_in_the_middle_of_a_run_is_told_so_too(tmp_path: Path) -> None:
+    counts = np.ones((2000, 60), np.float32)
+    counts[100, 3] = 0.5  # Not among the rows that are looked at when it is opened.
+    data = ad.AnnData(sparse.csr_matrix(counts))
+    data.var_names, data.obs_names = GENES, [f"c{i}" for i in range(2000)]
+    data.write_h5ad(tmp_path / "x.h5ad")
+    source = CountsSource([str(tmp_path / "x.h5ad")], VOCABULARY, SEQ_LENGTH, RandomSplit())
+    with pytest.raises(DataError, match=r"row 100 .*--layer.*data_prep/build_store\.py"):
+        source.read(0, len(source))

@@ -277,3 +277,36 @@ def test_other_cells_than_the_demo_s_are_refused() -> None:
     )
     assert counts.toarray().tolist() == [[1, 2, 0], [4, 0, 1]]
     assert distance < 1e-9
+
+
+def test_memory_for_the_inputs_own_vocabulary(command, tmp_path: Path) -> None:
+    write_h5ad(tmp_path / "a.h5ad", random_counts(np.random.default_rng(0), 20, 10))
+    for memory_gb, method in (("1e-7", "histograms"), ("0.1", "exact")):
+        result = command("build_store", "--out", method, "--memory-gb", memory_gb, "a.h5ad")
+        assert (result.returncode, result.stderr) == (0, "")
+        origin = Vocabulary.load(tmp_path / method / "vocabulary.json").origin
+        assert origin is not None
+        assert origin["method"] == method
+    refused = command("build_store", "--out", "s", "--memory-gb", "0", "a.h5ad")
+    assert refused.returncode == 2
+    assert "--memory-gb must be above 0" in refused.stderr
+
+
+def test_a_split_by_the_card_is_whole_or_allowed_not_to_be(command, tmp_path: Path) -> None:
+    lines = {"a": 800, "b": 90, "c": 90}
+    text = "".join(f"{name},10x,{cells}\n" for name, cells in lines.items())
+    (tmp_path / "t.csv").write_text("dataset_id,assay,n_cells\n" + text)
+    (tmp_path / "two.csv").write_text("dataset_id,assay,tissue_general,n_cells\na,x,y,9\nb,x,y,1\n")
+    for table, message in (
+        ("t.csv", "t.csv has no tissue_general. Remedy"),
+        ("two.csv", "of 2 data sets only 1 can be held out (b, 1 of 1 cells that may be). Remedy"),
+    ):
+        split = ("make_split", table, "--held-out-fraction", 0.19, "--out", f"{table}.json")
+        refused = command(*split)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert "--allow-incomplete" in refused.stderr
+        assert not (tmp_path / f"{table}.json").exists()
+        allowed = command(*split, "--allow-incomplete")
+        assert allowed.returncode == 0
+        assert ("no column tissue_general" in allowed.stderr) == (table == "t.csv")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import psutil
 import pytest
 
-from geneformer_mcore.errors import DataError
-from geneformer_mcore.store.workers import LostWorkerError, Workers
+from geneformer_mcore.errors import DataError, LostWorkerError
+from geneformer_mcore.store.workers import Workers
 
 
 @dataclass(frozen=True)
