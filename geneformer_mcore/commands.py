@@ -25,14 +25,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except (GeneformerError, LostWorkerError) as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
-        code = _code_of(error)
+        code = exit_code_of(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED_BY_KEY
     raise SystemExit(code)
 
 
-def _code_of(error: GeneformerError | LostWorkerError) -> int:
+def exit_code_of(error: GeneformerError | LostWorkerError) -> int:
+    """The code that a command ends with by `error`."""
     if isinstance(error, NetworkError):
         return INTERRUPTED
     return DEFECT if isinstance(error, LostWorkerError) else WRONG_INPUT

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import DEFECT, FINISHED, WRONG_INPUT
+from geneformer_mcore.commands import DEFECT, FINISHED, WRONG_INPUT, exit_code_of
 from geneformer_mcore.errors import DataError, GeneformerError
 from geneformer_mcore.train.interruption import Interruption
 from geneformer_mcore.train.run_folder import RunFolder
@@ -58,7 +58,7 @@ def main() -> int:
         with watch:
             code, reason = _train(config, text, plan, folder, interruption, watch)
     except GeneformerError as error:
-        code, reason = WRONG_INPUT, str(error)
+        code, reason = exit_code_of(error), str(error)
         _complain(error)
     except LostRankError as error:
         code, reason = error.code, str(error)

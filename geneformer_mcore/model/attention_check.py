@@ -53,7 +53,7 @@ def _compared(
     padding_B11S: torch.Tensor,
 ) -> float:
     plain_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    plain_SBD = _plain(*plain_inputs, padding_B11S)
+    plain_SBD = _plain(plain_inputs, padding_B11S)
     # What comes out at padding is never looked at.
     real_SB1 = ~padding_B11S[:, 0, 0].T[..., None]
     found = [context_SBD.double() * real_SB1]
@@ -76,11 +76,9 @@ def _compared(
     return worst
 
 
-def _plain(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding_B11S: torch.Tensor
-) -> torch.Tensor:
-    """[S, B, heads * width] of tensors [S, B, heads, width]."""
-    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+def _plain(inputs: list[torch.Tensor], padding_B11S: torch.Tensor) -> torch.Tensor:
+    """[S, B, heads * width] of query, key and value, each [S, B, heads, width]."""
+    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in inputs)
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     scores = scores.masked_fill(padding_B11S, float("-inf"))
     return (scores.softmax(-1) @ value).permute(2, 0, 1, 3).flatten(2)

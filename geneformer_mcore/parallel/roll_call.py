@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from geneformer_mcore.commands import DEFECT, WRONG_INPUT
+from geneformer_mcore.commands import DEFECT
 
 ANSWER_S = 4.0
 """Every rank looks for a call each second: one that has not answered by then is lost."""
@@ -122,9 +122,9 @@ def judge(answers: Mapping[int, Answer], world_size: int, limit_s: float) -> Ver
     at_fault = {rank: each for rank, each in answers.items() if each.at_fault}
     if at_fault:
         # A mistake of the user's is told as one, also by the ranks that did not meet it.
-        codes = {each.code for each in at_fault.values()}
-        if codes == {WRONG_INPUT}:
-            return Verdict(WRONG_INPUT, next(iter(at_fault.values())).failed)
+        first = min(at_fault.items())[1]
+        if {each.code for each in at_fault.values()} == {first.code} != {DEFECT}:
+            return Verdict(first.code, first.failed)
         return Verdict(DEFECT, _listed("the job failed", at_fault))
     lost = sorted(set(range(world_size)) - answers.keys())
     if lost:

@@ -17,7 +17,7 @@ from types import TracebackType
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from geneformer_mcore.commands import DEFECT, WRONG_INPUT
+from geneformer_mcore.commands import DEFECT, exit_code_of
 from geneformer_mcore.errors import GeneformerError
 from geneformer_mcore.parallel.roll_call import ANSWER_S, Answer, RollCall, Verdict, judge
 
@@ -99,9 +99,9 @@ class Watch:
     def _explain(self, error: BaseException) -> LostRankError | None:
         """Tells the others of `error`; what it comes of, if not of this rank."""
         at_fault = not _is_loss_of_contact(error)
-        is_users = isinstance(error, GeneformerError)
-        text = str(error) if is_users else f"{type(error).__name__}: {error}"
-        code = WRONG_INPUT if is_users else DEFECT
+        text, code = f"{type(error).__name__}: {error}", DEFECT
+        if isinstance(error, GeneformerError):
+            text, code = str(error), exit_code_of(error)
         self._failure = self._answer(text, code, at_fault)
         self._wake.set()
         self._judged.wait(_JUDGED_S)
