@@ -52,7 +52,10 @@ class Saver:
         say: Callable[[str], None],
     ) -> None:
         """root: the folder of checkpoints; say: called with a line to be told."""
-        self._root, self._settings = root, settings
+        self._root = root
+        self._asynchronous, self._deadline_s = settings.asynchronous, settings.deadline_s
+        self._keep_last, self._keep_every = settings.keep_last, settings.keep_every
+        self._keep_best = settings.keep_best
         self._rank, self._device, self._say = rank, device, say
         self._step = 0
         self._began = 0.0
@@ -70,7 +73,7 @@ class Saver:
         too long."""
         if self._thread is None or not self._thread.is_alive():
             return False
-        limit = self._settings.deadline_s
+        limit = self._deadline_s
         if time.monotonic() - self._began > limit:
             raise SaveDeadlineError(
                 f"the checkpoint of step {self._step} was not written within {limit} s "
@@ -86,13 +89,12 @@ class Saver:
         self._step, self._began = record.step, time.monotonic()
         staging = self._root / f".staging_step_{record.step:010d}"
         self._by_first_rank(lambda: checkpoints.make_staging(self._root, record.step))
-        asynchronous = self._settings.asynchronous
-        self._snapshot = Snapshot(trainable, staging, self._rank, asynchronous)
+        self._snapshot = Snapshot(trainable, staging, self._rank, self._asynchronous)
         needed = collectives.total(self._snapshot.num_bytes, self._device) + _SPARE_BYTES
         self._by_first_rank(lambda: self._check_room(needed))
         self._by_first_rank(lambda: record.save(staging))
         self._thread = _Caught(self._snapshot.write)
-        if not asynchronous:
+        if not self._asynchronous:
             self.finish()
 
     def proceed(self) -> None:
@@ -120,15 +122,15 @@ class Saver:
                 self.proceed()
 
     def _commit(self) -> None:
-        root, keep = self._root, self._settings
+        root = self._root
         staging = root / f".staging_step_{self._step:010d}"
         checkpoints.commit(staging, root, self._step)
         best = None
-        if keep.keep_best:
+        if self._keep_best:
             best = best_step(
                 checkpoints.steps(root), lambda step: checkpoints.step_folder(root, step)
             )
-        checkpoints.retain(root, keep.keep_last, keep.keep_every, best)
+        checkpoints.retain(root, self._keep_last, self._keep_every, best)
 
     def _check_room(self, needed: int) -> None:
         free = shutil.disk_usage(self._root).free

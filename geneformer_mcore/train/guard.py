@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from geneformer_mcore.config.sections import NonFinite, TrainConfig
@@ -38,7 +38,6 @@ class _Recent:
         return (value - mean) / max(math.sqrt(variance), 1e-12 * max(1.0, abs(mean)))
 
 
-@dataclass
 class Guard:
     """Judges steps; a state of a few numbers, which a checkpoint holds.
 
@@ -46,13 +45,13 @@ class Guard:
     in_a_row: of these, how many since the last one that was made
     """
 
-    settings: TrainConfig
-    skipped: int = 0
-    in_a_row: int = 0
-    _recent: dict[str, _Recent] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        window = self.settings.spike_window
+    def __init__(self, settings: TrainConfig) -> None:
+        self.skipped = 0
+        self.in_a_row = 0
+        self._spike_sigma = settings.spike_sigma
+        self._stops = settings.non_finite is NonFinite.stop
+        self._max_skips = settings.max_skips
+        window = settings.spike_window
         self._recent = {name: _Recent(deque(maxlen=window)) for name in ("loss", "gradient norm")}
 
     def reason(self, loss: float, grad_norm: float) -> str:
@@ -65,7 +64,7 @@ class Guard:
             # A batch in which nothing is predicted has no loss, and a gradient of zero.
             if not math.isfinite(value) and not (name == "loss" and grad_norm == 0):
                 return f"the {name} is not finite"
-        return self._spike(found) if self.settings.spike_sigma else ""
+        return self._spike(found) if self._spike_sigma else ""
 
     def _spike(self, found: dict[str, float]) -> str:
         for name, value in found.items():
@@ -73,7 +72,7 @@ class Guard:
             if not recent.is_full or not math.isfinite(value):
                 continue
             sigmas = recent.sigmas_above(value)
-            if sigmas > self.settings.spike_sigma:
+            if sigmas > self._spike_sigma:
                 return (
                     f"the {name} is a spike, {sigmas:.1f} standard deviations above the mean of "
                     f"the last {len(recent.values)} updates"
@@ -92,12 +91,12 @@ class Guard:
         settings want the run to end at this one."""
         self.skipped += 1
         self.in_a_row += 1
-        if not is_finite and self.settings.non_finite is NonFinite.stop:
+        if not is_finite and self._stops:
             raise SkippedTooOftenError(f"{what}. train.non_finite=skip would leave out such steps.")
-        if self.in_a_row > self.settings.max_skips:
+        if self.in_a_row > self._max_skips:
             raise SkippedTooOftenError(
                 f"{what}. It is number {self.in_a_row} in a row, and train.max_skips is "
-                f"{self.settings.max_skips}."
+                f"{self._max_skips}."
             )
 
     def state_dict(self) -> dict[str, Any]:
