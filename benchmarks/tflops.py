@@ -254,7 +254,7 @@ def _steps(config: Config, arguments: argparse.Namespace, here: Any) -> Iterator
     stages = geneformer.build(config.model, core, here, VOCABULARY, config.data.seq_length)
     for stage in stages:
         initial_weights.fill(stage, config.train.seed)
-    trainable = optim.wrap(stages, config.optim)
+    trainable = optim.wrap(stages, config.optim, config.parallel)
     cells = MadeUpCells(arguments.length or config.data.seq_length)
     batch = config.train.global_batch_size
     masking = Masking(config.data.mask_probability, (0.8, 0.02, 0.18), VOCABULARY, 1)

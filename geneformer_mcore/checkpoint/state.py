@@ -45,6 +45,7 @@ class Snapshot:
     ) -> None:
         """training_goes_on: while `write` runs, so that what is on the CPU must be copied."""
         self._folder, self._rank = folder, rank
+        trainable.complete_weights()
         with _written_by_this_process():
             self._request = dist_checkpointing.save(
                 _description(trainable, is_loading=False), str(folder), async_sharded_save=True

@@ -23,11 +23,13 @@ def fill(stage: MegatronModule, seed: int) -> None:
     """Overwrites all parameters of a stage in place. Call before the optimizer copies them."""
     num_layers = stage.config.num_layers
     with torch.no_grad():
-        for entry in _sharded_parameters(stage):
-            entry.data.copy_(_slice(entry, _draw(entry, seed, num_layers)))
+        for entry in sharded_parameters(stage):
+            entry.data.copy_(slice_of(entry, _draw(entry, seed, num_layers)))
 
 
-def _sharded_parameters(stage: MegatronModule) -> list[ShardedTensor]:
+def sharded_parameters(stage: MegatronModule) -> list[ShardedTensor]:
+    """The parameters of a stage, each with its name, shape and offset in the whole model. `data` is
+    the parameter's own memory."""
     metadata = {"non_homogeneous_layers": True}  # the layer's number is part of the name
     entries = stage.sharded_state_dict(metadata=metadata).values()
     parameters = {parameter.data_ptr() for parameter in stage.parameters()}
@@ -51,7 +53,8 @@ def _draw(entry: ShardedTensor, seed: int, num_layers: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator) * std
 
 
-def _slice(entry: ShardedTensor, whole: torch.Tensor) -> torch.Tensor:
+def slice_of(entry: ShardedTensor, whole: torch.Tensor) -> torch.Tensor:
+    """The part of the whole parameter that `entry` holds: a view of entry.local_shape."""
     assert entry.prepend_axis_num == 0
     for axis, (start, length) in enumerate(
         zip(entry.global_offset, entry.local_shape, strict=True)

@@ -8,6 +8,7 @@ The distributed optimizer is used on one rank too: one code path, one checkpoint
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,13 @@ from megatron.core.optimizer import get_standard_config_overrides as matrices_on
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from geneformer_mcore.config.sections import OptimConfig
+from geneformer_mcore.config.sections import OptimConfig, ParallelConfig
 from geneformer_mcore.model.geneformer import Geneformer
+
+_OVERLAPPED_BUCKETS = 4
+"""Parts of a stage whose gradients travel one by one while the backward pass goes on. Megatron's
+own measure, 40 million weights a bucket, would leave a model of 10 million with a single one, sent
+when the backward pass is over."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +43,30 @@ class Trainable:
         """The stages inside the wrappers."""
         return [chunk.module for chunk in self.chunks]
 
+    def complete_weights(self) -> None:
+        """Collects updated weights that are still with other data-parallel ranks; all ranks call
+        it together, before weights are read by anything but a forward pass."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
-def wrap(stages: list[Geneformer], optim: OptimConfig) -> Trainable:
+
+def wrap(stages: list[Geneformer], optim: OptimConfig, parallel: ParallelConfig) -> Trainable:
     """Call after the initial weights are in place: the optimizer copies them to fp32."""
     config = stages[0].config
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=-(-_num_weights(stages) // _OVERLAPPED_BUCKETS),  # without overlap one bucket
     )
     chunks = [
         DistributedDataParallel(config, ddp, stage, disable_bucketing=number > 0)
         for number, stage in enumerate(stages)
     ]
     _count_padding(chunks)
+    _overlap(chunks, parallel)
     settings = _optimizer_config(optim, config.params_dtype)
     optimizer = get_megatron_optimizer(
         settings,
@@ -63,6 +81,43 @@ def wrap(stages: list[Geneformer], optim: OptimConfig) -> Trainable:
     config.finalize_model_grads_func = finalize_model_grads
     give_states(optimizer)
     return Trainable(chunks, optimizer)
+
+
+def _num_weights(stages: list[Geneformer]) -> int:
+    return sum(weights.numel() for stage in stages for weights in stage.parameters())
+
+
+def _overlap(chunks: list[DistributedDataParallel], parallel: ParallelConfig) -> None:
+    """Tells Megatron's schedules when gradients may travel, and the head to wait for its weights.
+
+    A schedule takes one function where there is one chunk, and a list where there are several.
+    """
+    config = chunks[0].config
+    if parallel.overlap_grad_reduce:
+        # Only the last micro batch of a step may start the sum over data-parallel ranks.
+        config.no_sync_func = _per_chunk([chunk.no_sync for chunk in chunks])
+        # Stages behind the first have idle time at the end of a step: they start it there.
+        config.grad_sync_func = _per_chunk([chunk.start_grad_sync for chunk in chunks])
+    if parallel.overlap_param_gather:
+        for chunk in chunks:
+            if chunk.module.post_process:
+                chunk.module.lm_head.register_forward_pre_hook(_output_weights_ready(chunk))
+
+
+def _per_chunk(functions: list[Callable]) -> Callable | list[Callable]:
+    return functions[0] if len(functions) == 1 else functions
+
+
+def _output_weights_ready(chunk: DistributedDataParallel) -> Callable[..., None]:
+    """Megatron waits for a module's weights when the module is called. The output layer never is:
+    `Geneformer.logits` multiplies by its weights itself, and on the last of several stages would
+    silently use those of the step before."""
+
+    def hook(*_arguments: object) -> None:
+        for weights in chunk.module.output_layer.parameters():
+            chunk.param_to_bucket_group[weights].finish_param_sync()
+
+    return hook
 
 
 def _count_padding(chunks: list[DistributedDataParallel]) -> None:

@@ -157,7 +157,7 @@ def _trainable(config: Config, cells: Cells, device: torch.device) -> optim.Trai
     stages = geneformer.build(config.model, core, device, size, config.data.seq_length)
     for stage in stages:
         initial_weights.fill(stage, config.train.seed)
-    return optim.wrap(stages, config.optim)
+    return optim.wrap(stages, config.optim, config.parallel)
 
 
 def _check_attention(run: Run) -> None:

@@ -90,7 +90,7 @@ def make(*overrides: str) -> Toy:
     plan(config, torch.distributed.get_world_size())
     topology = groups.build_groups(config.parallel)
     groups.seed_dropout(config.train.seed, topology)
-    trainable = optim.wrap(stages(config), config.optim)
+    trainable = optim.wrap(stages(config), config.optim, config.parallel)
     return Toy(config, topology, trainable, feed(config, topology))
 
 

@@ -1,0 +1,116 @@
+"""Loss curves: plain PyTorch's, and those of a layout from the seed and from a checkpoint.
+
+The plain loop is Reference in fp64 with torch's AdamW, clipping by the global norm and a constant
+learning rate; it shares initial weights, cells and masks with the layouts, and no code of training.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from geneformer_mcore.checkpoint import state
+from tests.distributed import toy
+from tests.distributed.parity import LAYOUTS
+from tests.distributed.ranks import run_ranks
+from tests.reference import Reference
+
+STEPS, SAVED_AT = 100, 50
+SAVERS = ("tp2 pp2 dp1", "tp1 pp1 dp2")
+"""Who writes the checkpoints that the others load."""
+LIMIT_S = 280
+
+
+def plain(steps: int = STEPS) -> list[float]:
+    """Nats per predicted gene at each step of the plain loop."""
+    (losses,) = run_ranks(_plain, 1, steps, timeout_s=LIMIT_S)
+    return losses
+
+
+def from_seed(name: str, steps: int = STEPS) -> list[float]:
+    """The same of a layout."""
+    ranks, settings = LAYOUTS[name]
+    return _same_everywhere(run_ranks(_from_seed, ranks, steps, *settings, timeout_s=LIMIT_S))
+
+
+def save(name: str, folder: Path, step: int = SAVED_AT) -> None:
+    """A checkpoint of a layout after `step` steps from the seed, in the new folder `folder`."""
+    ranks, settings = LAYOUTS[name]
+    run_ranks(_save, ranks, str(folder), step, *settings, timeout_s=LIMIT_S)
+
+
+def from_checkpoint(name: str, folder: Path, saved_at: int = SAVED_AT) -> list[float]:
+    """Losses of the steps from `saved_at` to STEPS of a layout that loads `folder`."""
+    ranks, settings = LAYOUTS[name]
+    return _same_everywhere(
+        run_ranks(_from_checkpoint, ranks, str(folder), saved_at, *settings, timeout_s=LIMIT_S)
+    )
+
+
+def saver_for(name: str) -> str:
+    """The layout whose checkpoint `name` loads: never its own."""
+    return next(saver for saver in SAVERS if saver != name)
+
+
+def largest_difference(losses: list[float], expected: list[float]) -> float:
+    """The largest relative difference at any step; NaN if there is one."""
+    seen, wanted = torch.tensor(losses).double(), torch.tensor(expected).double()
+    assert seen.shape == wanted.shape
+    return float(((seen - wanted) / wanted).abs().max())
+
+
+def _same_everywhere(losses: list[list[float]]) -> list[float]:
+    assert all(each == losses[0] for each in losses), "every rank knows the same losses"
+    return losses[0]
+
+
+def _plain(steps: int) -> list[float]:
+    run = toy.make()
+    (stage,) = run.trainable.stages
+    reference = Reference(dict(stage.named_parameters()), 4, toy.VOCABULARY)
+    optim, size = run.config.optim, run.config.train.global_batch_size
+    weights = list(reference.w.values())
+    adam = torch.optim.AdamW(
+        [
+            {"params": [w for w in weights if w.dim() > 1], "weight_decay": optim.weight_decay},
+            {"params": [w for w in weights if w.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+    )
+    losses = []
+    for step in range(steps):
+        batches = run.feed.step(step * size)
+        adam.zero_grad()
+        sums = [
+            reference.loss_sum(b.tokens_BS, b.lengths_B, b.selected_M, b.labels_M) for b in batches
+        ]
+        loss = torch.stack(sums).sum() / sum(len(batch.labels_M) for batch in batches)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, optim.clip)
+        adam.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _from_seed(steps: int, *settings: str) -> list[float]:
+    return [result.totals.loss for result in toy.make(*settings).steps(steps)]
+
+
+def _save(folder: str, step: int, *settings: str) -> None:
+    run = toy.make(*settings)
+    run.steps(step)
+    if run.topology.rank == 0:
+        Path(folder).mkdir()
+    torch.distributed.barrier()
+    state.save(run.trainable, Path(folder), run.topology.rank)
+
+
+def _from_checkpoint(folder: str, saved_at: int, *settings: str) -> list[float]:
+    run = toy.make("train.seed=99", *settings)  # its own weights must not matter
+    state.load(run.trainable, Path(folder), None)
+    run.feed = toy.feed(toy.load(None, [*toy.SETTINGS, *settings])[0], run.topology)
+    run.position = saved_at * run.config.train.global_batch_size
+    return [result.totals.loss for result in run.steps(STEPS - saved_at)]

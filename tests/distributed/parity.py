@@ -1,0 +1,303 @@
+"""How far a layout is from plain PyTorch: logits, every gradient, the gradient norm.
+
+    one rank -> weights -> Reference (fp64) -> logits, gradients of the global batch = the truth
+    each rank -> same weights, Megatron's schedule -> its slices, as training has them -> errors
+
+Nothing here trusts another run of our own: what is compared with is tests/reference.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from geneformer_mcore.contracts import Batch
+from geneformer_mcore.model.geneformer import Geneformer
+from geneformer_mcore.model.initial_weights import sharded_parameters, slice_of
+from geneformer_mcore.optim import optimizer as optim
+from geneformer_mcore.train.step import Totals, run_schedule
+from tests.distributed import toy
+from tests.distributed.ranks import run_ranks
+from tests.reference import Reference
+
+SPREAD = 8.0
+"""Initial weights are so small that most mistakes would hide below 1e-5: make them larger."""
+
+GRAD_OVERLAP = "parallel.overlap_grad_reduce=true"
+OVERLAP = (GRAD_OVERLAP, "parallel.overlap_param_gather=true")
+TP2, PP2 = "parallel.tensor=2", "parallel.pipeline=2"
+INTERLEAVED = (PP2, "parallel.virtual_pipeline=2")
+SEQUENCE = (TP2, "parallel.sequence=true")
+
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "tp1 pp1 dp1": (1, ()),
+    "tp2 pp1 dp1": (2, (TP2,)),
+    "tp1 pp2 dp1": (2, (PP2,)),
+    "tp2 pp2 dp1": (4, (TP2, PP2)),
+    "tp1 pp1 dp2": (2, ()),
+    "tp1 pp2 dp2": (4, (PP2,)),
+    "tp2 pp1 dp2": (4, (TP2,)),
+    "pp2 interleaved": (2, INTERLEAVED),
+    "tp2 sequence": (2, SEQUENCE),
+    "tp2 pp2 sequence": (4, (*SEQUENCE, PP2)),
+    "pp4": (4, ("parallel.pipeline=4",)),
+    "tp4": (4, ("parallel.tensor=4",)),
+    "dp4": (4, ()),
+    "dp2 grad overlap": (2, (GRAD_OVERLAP,)),
+    "dp2 overlap": (2, OVERLAP),
+    "pp2 dp2 overlap": (4, (PP2, *OVERLAP)),
+    "pp2 interleaved dp2 overlap": (4, (*INTERLEAVED, *OVERLAP)),
+}
+"""Name -> (ranks, settings)."""
+
+Change = Callable[[list[Batch], int], list[Batch]]
+"""What is done to the micro batches of the data-parallel rank whose number is given."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Plain PyTorch's answer in fp64.
+
+    weights:    global key -> the whole parameter, fp32
+    gradients:  global key -> of (sum of losses) / (genes predicted) over the global batch
+    """
+
+    weights: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray]
+    loss: float
+
+    @property
+    def norm(self) -> float:
+        """Global norm of the gradients."""
+        return math.sqrt(sum(float(np.square(each).sum()) for each in self.gradients.values()))
+
+    def reference(self) -> Reference:
+        """The plain model."""
+        weights = {name: torch.from_numpy(weight) for name, weight in self.weights.items()}
+        return Reference(weights, num_heads=4, vocabulary_size=toy.VOCABULARY)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A rank's part of one gradient: where it starts in the whole, and how far it is from it."""
+
+    key: str
+    offset: tuple[int, ...]
+    numel: int
+    squared_error: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one rank found. logits: largest difference; None on ranks that have no logits."""
+
+    totals: Totals
+    logits: float | None
+    slices: list[Slice]
+    norm: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The errors of a layout. logits: absolute; the others relative; gradients: by global key."""
+
+    logits: float
+    gradients: dict[str, float]
+    norm: float
+    loss: float
+
+
+def unchanged(batches: list[Batch], _data_rank: int) -> list[Batch]:
+    """The Change that changes nothing."""
+    return batches
+
+
+def truth(change: Change = unchanged, data_size: int = 1) -> Truth:
+    """Runs the plain model on the global batch, as `data_size` ranks would change it."""
+    (found,) = run_ranks(_truth, 1, change, data_size)
+    return found
+
+
+def parity(name: str, expected: Truth, change: Change = unchanged) -> Parity:
+    """Runs a layout and compares it."""
+    ranks, settings = LAYOUTS[name]
+    seen = run_ranks(_seen, ranks, expected, change, *settings)
+    logits = [each.logits for each in seen if each.logits is not None]
+    assert logits, "no rank had logits"
+    return Parity(
+        logits=_worst(logits),
+        gradients=_gradient_errors(seen, expected),
+        norm=_worst([_relative(each.norm, expected.norm) for each in seen]),
+        loss=_worst([_relative(each.totals.loss, expected.loss) for each in seen]),
+    )
+
+
+def _worst(errors: list[float]) -> float:
+    """The largest; NaN if any is, which Python's max would lose."""
+    return float(np.max(errors, initial=0.0))
+
+
+def _relative(value: float, expected: float) -> float:
+    if math.isnan(expected):  # a loss where nothing is predicted
+        return 0.0 if math.isnan(value) else math.inf
+    return abs(value - expected) / abs(expected) if expected else abs(value)
+
+
+def _gradient_errors(seen: list[Seen], expected: Truth) -> dict[str, float]:
+    """Relative error of each whole gradient; of slices that several ranks hold, the worst counts.
+    Fails if any part of any gradient is on no rank."""
+    worst: dict[tuple[str, tuple[int, ...]], Slice] = {}
+    for part in (part for each in seen for part in each.slices):
+        before = worst.get((part.key, part.offset))
+        # Written so that NaN counts as the worst.
+        if before is None or not part.squared_error <= before.squared_error:
+            worst[part.key, part.offset] = part
+    errors = {}
+    for key, gradient in expected.gradients.items():
+        parts = [part for part in worst.values() if part.key == key]
+        assert sum(part.numel for part in parts) == gradient.size, f"{key} is not whole"
+        error = math.sqrt(sum(part.squared_error for part in parts))
+        norm = float(np.linalg.norm(gradient))
+        errors[key] = error / norm if norm else error
+    assert {key for key, _ in worst} == set(errors)
+    return errors
+
+
+def _truth(change: Change, data_size: int) -> Truth:
+    run = toy.make("train.micro_batch_size=2")
+    enlarge(run)
+    (stage,) = run.trainable.stages
+    weights = {name: weight.detach().numpy() for name, weight in stage.named_parameters()}
+    answer = Truth(weights, {}, 0.0)
+    reference = answer.reference()
+    losses, predicted = [], 0
+    for data_rank in range(data_size):
+        place = replace(run.topology, data_rank=data_rank, data_size=data_size)
+        for batch in change(toy.feed(run.config, place).step(0), data_rank):
+            loss = reference.loss_sum(
+                batch.tokens_BS, batch.lengths_B, batch.selected_M, batch.labels_M
+            )
+            losses.append(loss)
+            predicted += len(batch.labels_M)
+    loss = torch.stack(losses).sum()
+    (loss / max(predicted, 1)).backward()
+    gradients = {name: weight.grad.numpy() for name, weight in reference.w.items()}
+    return Truth(weights, gradients, loss.item() / predicted if predicted else math.nan)
+
+
+def enlarge(run: toy.Toy) -> None:
+    """Larger weights, the same ones in every layout, for parameters and optimizer."""
+    with torch.no_grad():
+        for entry in (e for stage in run.trainable.stages for e in sharded_parameters(stage)):
+            if len(entry.global_shape) > 1:
+                entry.data.mul_(SPREAD)
+                continue
+            seed = int.from_bytes(hashlib.sha256(entry.key.encode()).digest()[:7], "little")
+            draw = torch.Generator().manual_seed(seed)
+            entry.data.add_(slice_of(entry, torch.randn(entry.global_shape, generator=draw)) * 0.1)
+    run.trainable.optimizer.reload_model_params()
+
+
+def _seen(expected: Truth, change: Change, *settings: str) -> Seen:
+    run = toy.make("train.micro_batch_size=2", *settings)
+    enlarge(run)
+    batches = change(run.feed.step(0), run.topology.data_rank)
+    last = run.trainable.stages[-1]
+    recorded = _record_logits(last) if last.post_process else None
+    totals = _run_twice(run, batches)
+    norm = optim.gradient_norm(run.trainable.optimizer)
+    logits = None
+    if recorded is not None:
+        recorded = recorded[-len(batches) :]
+        first = run.topology.tensor_rank * last.output_layer.output_size_per_partition
+        logits = _logits_error(recorded, batches, expected.reference(), first)
+    return Seen(totals, logits, _slices(run.trainable, expected), norm)
+
+
+def _run_twice(run: toy.Toy, batches: list[Batch]) -> Totals:
+    """Forward and backward of the second of two equal steps: in the first Megatron only learns
+    which gradients a bucket waits for, and sends them all at the end."""
+    chunks = run.trainable.chunks
+    for number in range(2):
+        run.trainable.optimizer.zero_grad()
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+            if number and chunk.ddp_config.overlap_param_gather:
+                _forget_others_weights(chunk)
+        totals = run_schedule(chunks, batches, run.topology, forward_only=False)
+    return totals
+
+
+def _forget_others_weights(chunk: torch.nn.Module) -> None:
+    """As after an update: each data-parallel rank knows its share of the weights only. Whoever
+    computes with the rest before it has been collected computes NaN."""
+    for buffer in chunk.buffers:
+        for bucket in buffer.buckets:
+            shares = bucket.param_data.chunk(buffer.data_parallel_group.size())
+            for rank, share in enumerate(shares):
+                if rank != buffer.data_parallel_group.rank():
+                    share.fill_(math.nan)
+
+
+def _record_logits(stage: Geneformer) -> list[torch.Tensor]:
+    recorded: list[torch.Tensor] = []
+    theirs = stage.logits
+
+    def logits(*arguments: torch.Tensor) -> torch.Tensor:
+        answer = theirs(*arguments)
+        recorded.append(answer.detach().clone())
+        return answer
+
+    stage.logits = logits
+    return recorded
+
+
+def _logits_error(
+    recorded: list[torch.Tensor], batches: list[Batch], reference: Reference, first: int
+) -> float:
+    """Largest difference; `first`: the id of the first column that this tensor rank holds."""
+    errors = []
+    for logits_MV, batch in zip(recorded, batches, strict=True):
+        last = min(first + logits_MV.shape[1], toy.VOCABULARY)
+        if len(batch.selected_M) == 0 or last <= first:
+            continue
+        with torch.no_grad():
+            whole = reference.logits(batch.tokens_BS, batch.lengths_B).flatten(0, 1)
+        wanted = whole[batch.selected_M][:, first:last]
+        errors.append(float((logits_MV[:, : last - first] - wanted).abs().max()))
+    return _worst(errors)
+
+
+def _slices(trainable: optim.Trainable, expected: Truth) -> list[Slice]:
+    found = []
+    for chunk in trainable.chunks:
+        _gather_gradients(chunk)
+        gradients = {each.data_ptr(): each.main_grad for each in chunk.module.parameters()}
+        for entry in sharded_parameters(chunk.module):
+            gradient = gradients[entry.data.data_ptr()]
+            wanted = _wanted(entry, expected)
+            error = float((gradient.double() - wanted).square().sum())
+            found.append(Slice(entry.key, tuple(entry.global_offset), wanted.numel(), error))
+    return found
+
+
+def _wanted(entry: ShardedTensor, expected: Truth) -> torch.Tensor:
+    return slice_of(entry, torch.from_numpy(expected.gradients[entry.key]))
+
+
+def _gather_gradients(chunk: torch.nn.Module) -> None:
+    """Completes main_grad: after the sum over data-parallel ranks each has only its share of every
+    bucket, which is all that its part of the optimizer reads."""
+    for buffer in chunk.buffers:
+        for bucket in buffer.buckets:
+            group = buffer.data_parallel_group
+            shares = bucket.grad_data.chunk(group.size())
+            mine = shares[group.rank()].clone()
+            dist.all_gather(list(shares), mine, group=group)

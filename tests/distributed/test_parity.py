@@ -1,0 +1,114 @@
+"""Every layout computes what plain PyTorch computes: logits, gradients, norm, and loss curves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from geneformer_mcore.contracts import Batch
+from tests.distributed import curves, parity
+from tests.distributed.parity import LAYOUTS, Parity, Truth
+
+
+@pytest.fixture(scope="module")
+def truth() -> Truth:
+    return parity.truth()
+
+
+def test_the_truth_is_worth_comparing_with(truth: Truth) -> None:
+    assert set(truth.gradients) == set(truth.weights)
+    assert all(gradient.any() for gradient in truth.gradients.values())
+    assert truth.norm > 1, "enlarged weights should have gradients that mistakes show in"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_one_step(name: str, truth: Truth) -> None:
+    assert_equal(parity.parity(name, truth))
+
+
+def assert_equal(found: Parity) -> None:
+    """To 1e-5: logits absolutely, each gradient and their norm relatively."""
+    assert found.logits <= 1e-5
+    for key, error in found.gradients.items():
+        assert error <= 1e-5, key
+    assert found.norm <= 1e-5
+    assert found.loss <= 1e-6
+
+
+def nothing_on_rank_1(batches: list[Batch], data_rank: int) -> list[Batch]:
+    return [emptied(batch) for batch in batches] if data_rank == 1 else batches
+
+
+def nothing_in_the_first_batch(batches: list[Batch], _data_rank: int) -> list[Batch]:
+    return [emptied(batches[0]), *batches[1:]]
+
+
+def nothing_anywhere(batches: list[Batch], _data_rank: int) -> list[Batch]:
+    return [emptied(batch) for batch in batches]
+
+
+def emptied(batch: Batch) -> Batch:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return replace(batch, selected_M=nothing, labels_M=nothing)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tp1 pp1 dp2", nothing_on_rank_1),
+        ("dp2 overlap", nothing_on_rank_1),
+        ("tp1 pp2 dp2", nothing_on_rank_1),
+        ("tp1 pp2 dp1", nothing_in_the_first_batch),
+        ("tp1 pp1 dp2", nothing_in_the_first_batch),
+    ],
+)
+def test_a_rank_or_batch_in_which_nothing_is_predicted(name: str, change: parity.Change) -> None:
+    expected = parity.truth(change, data_size=2 if "dp2" in name else 1)
+    assert expected.norm > 1
+    assert_equal(parity.parity(name, expected, change))
+
+
+@pytest.mark.parametrize("name", ["tp1 pp1 dp2", "tp1 pp2 dp1", "pp2 dp2 overlap"])
+def test_a_step_in_which_nothing_is_predicted(name: str) -> None:
+    expected = parity.truth(nothing_anywhere)
+    assert math.isnan(expected.loss)
+    assert expected.norm == 0
+    found = parity.parity(name, expected, nothing_anywhere)
+    assert found.norm == 0
+    assert not any(found.gradients.values())
+    assert found.loss == 0, "0 genes have a loss of NaN here and there, and nothing else is NaN"
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[float]:
+    losses = curves.plain()
+    assert losses[-1] < losses[0] - 0.1, "the toy run must learn for this to mean anything"
+    return losses
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("parity")
+    folders = {name: root / str(number) for number, name in enumerate(curves.SAVERS)}
+    for name, folder in folders.items():
+        curves.save(name, folder)
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_losses_of_100_steps(name: str, plain: list[float]) -> None:
+    assert curves.largest_difference(curves.from_seed(name), plain) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_losses_of_50_steps_from_another_layouts_checkpoint(
+    name: str, plain: list[float], checkpoints: dict[str, Path]
+) -> None:
+    losses = curves.from_checkpoint(name, checkpoints[curves.saver_for(name)])
+    assert curves.largest_difference(losses, plain[curves.SAVED_AT :]) <= 1e-4
