@@ -36,6 +36,7 @@ def write_experiment(
     value_type: type = np.float32,
     layer: str = "raw",
     joinids: np.ndarray | None = None,
+    width: int | None = None,
 ) -> str:
     """Writes a Census with one human Experiment to the new folder `path`; returns that one's URI.
 
@@ -44,6 +45,7 @@ def write_experiment(
                        `is_primary_data`, `observation_joinid`, are taken over, others left out
     value_type:        of X's values: float32 as in the Census, or an integer
     joinids:           int64 [cells], ascending; else 0, 1, ...
+    width:             columns that X has room for; else one per gene
     """
     cells = list(adata_by_dataset.values())
     counts = sparse.vstack([sparse.csr_matrix(one.X) for one in cells], format="csr")
@@ -56,7 +58,7 @@ def write_experiment(
     obs["nnz"] = np.diff(counts.indptr).astype(np.int64)
     obs["n_measured_vars"] = np.int64(counts.shape[1])
     frames = {"obs": _table(obs, {*LABELS, "dataset_id"}), "ms/RNA/var": _table(_var(cells[0]))}
-    shape = (int(joinids[-1]) + 1, counts.shape[1])
+    shape = (int(joinids[-1]) + 1, width or counts.shape[1])
     kind = pa.from_numpy_dtype(value_type)
     _create(path, frames, layer, kind, shape)
     # Only now: what is written while its parent is open loses its dictionaries (tiledbsoma 2.3.0).

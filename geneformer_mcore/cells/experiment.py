@@ -46,6 +46,7 @@ class ExperimentCounts:
 
     name:         the address, as given; stem: the last part of it
     location:     "X/LAYER"; passed_over: layers before it whose values are plainly no counts
+    num_columns:  up to the last gene of var; X's shape may be far wider
     """
 
     is_sequential = False
@@ -95,7 +96,14 @@ class ExperimentCounts:
             )
         self._layers = list(measurement["X"]) if "X" in measurement else []
         self.location, self.passed_over, self._matrix = self._find_counts(measurement, layer)
-        self.num_columns = self._matrix.num_columns
+        genes = self._var.joinids(None, None)
+        if not len(genes):
+            raise DataError(
+                f"{self.name}: var names no genes: there is nothing to encode. Remedy: leave it "
+                "out."
+            )
+        # tiledbsoma.io once gave every X room for 2,147,483,646 genes.
+        self.num_columns = min(self._matrix.num_columns, int(genes[-1]) + 1)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def check_counts(
     name:    what the message calls the matrix
     layers:  those that the remedy offers
     """
+    # Compiled loops go by indptr and check no bounds: other memory would be read as counts.
+    assert len(block.data) == len(block.indices) == block.indptr[-1], name
     entry = _first_fault(block.data, block.indices, counts.num_columns, whole_numbers)
     if entry == _NONE:
         return

@@ -7,6 +7,7 @@ Nothing is read as a whole: rows, names and labels come by slices.
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -93,20 +94,36 @@ def open_counts(
     layer, allow_normalised: see counts.CountsFile and experiment.ExperimentCounts.
     Raises DataError if it cannot be used.
     """
-    if "://" not in str(source):
-        if _is_zarr(Path(source)):
-            raise DataError(
-                f"{source}: AnnData as zarr, and h5ad is read. Remedy: write it as h5ad: "
-                "anndata.read_zarr(...).write_h5ad(...)."
-            )
-        if not Path(source).is_dir():
-            return CountsFile(source, layer, allow_normalised)
+    if "://" not in str(source) and not _is_folder(Path(source)):
+        return CountsFile(source, layer, allow_normalised)
     # Only now: tiledbsoma takes a second to import.
     from geneformer_mcore.cells.experiment import ExperimentCounts
 
     return ExperimentCounts(source, layer, allow_normalised)
 
 
-def _is_zarr(path: Path) -> bool:
-    is_zipped = path.is_file() and path.name.endswith((".zarr.zip", ".zarr"))
-    return is_zipped or any((path / name).exists() for name in (".zgroup", "zarr.json"))
+def _is_folder(path: Path) -> bool:
+    """Whether it is one, as Experiments are. DataError for zarr, and where it cannot be told."""
+    try:
+        mode = _mode(path)
+        is_zipped = stat.S_ISREG(mode) and path.name.endswith((".zarr.zip", ".zarr"))
+        if is_zipped or any(_mode(path / name) for name in (".zgroup", "zarr.json")):
+            raise DataError(
+                f"{path}: AnnData as zarr, and h5ad is read. Remedy: write it as h5ad: "
+                "anndata.read_zarr(...).write_h5ad(...)."
+            )
+        return stat.S_ISDIR(mode)
+    except OSError as error:
+        raise DataError(
+            f"{path}: an input must be readable, and it cannot be looked at: {error.strerror}. "
+            "Remedy: check the path, and your right to enter every folder of it."
+        ) from error
+
+
+def _mode(path: Path) -> int:
+    """What kind of thing is there; 0 for nothing. Path's own questions answer no to some errors
+    and raise others, to each version of Python its own."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0

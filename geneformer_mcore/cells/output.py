@@ -14,6 +14,10 @@ from tempfile import TemporaryFile
 from geneformer_mcore.errors import DataError
 
 
+class UnwritableError(DataError):
+    """There is no room for a file, or no right to write it."""
+
+
 def check_output(path: str | Path, overwrite: bool = False) -> None:
     """Raises DataError if no file can be written at `path`, or one is there and must stay."""
     check_place(path)
@@ -47,7 +51,7 @@ def check_place(path: str | Path) -> None:
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Gives a path to write to, which becomes `path` at the end; after an error nothing is left.
 
-    Raises DataError where writing fails (no right to, no space).
+    Raises UnwritableError where writing fails.
     """
     path = Path(path)
     # Several processes may write one file: each has a name of its own for the time being.
@@ -63,8 +67,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def _unwritable(path: Path, error: OSError) -> DataError:
-    return DataError(
+def _unwritable(path: Path, error: OSError) -> UnwritableError:
+    return UnwritableError(
         f"{path}: cannot be written: {error.strerror or error}. Remedy: choose another path, or "
         "make room and give yourself the right to write there."
     )

@@ -82,4 +82,6 @@ class SomaMatrix:
 def _part(places: np.ndarray, columns: np.ndarray, values: np.ndarray) -> Part:
     # Two kinds of value, so that the compiled loops exist in two variants.
     kind = np.float32 if values.dtype == np.float32 else np.float64
+    # What int32 does not hold must not become another column: the highest is none, and refused.
+    columns = np.minimum(columns, np.iinfo(np.int32).max)
     return places.astype(np.int32), columns.astype(np.int32), values.astype(kind)

@@ -120,6 +120,7 @@ class _Turned:
         self.indptr = indptr
         steps = np.arange(0, int(indptr[-1]) + RANGE_ENTRIES, RANGE_ENTRIES)
         firsts = np.searchsorted(indptr, steps, side="right") - 1
+        firsts[0] = 0  # Found is the last of the empty rows that all begin at entry 0.
         self.bounds = np.unique(np.append(np.minimum(firsts, len(indptr) - 1), len(indptr) - 1))
         self.file: BinaryIO = io.BytesIO()
         self._kept: tuple[int, np.ndarray, np.ndarray] | None = None

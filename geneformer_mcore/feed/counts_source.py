@@ -19,7 +19,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -233,6 +233,15 @@ def find_inputs(store: str) -> list[str]:
     a folder of h5ad files, or several of these with commas between. DataError if nothing."""
     found: list[str] = []
     for name in filter(None, (part.strip() for part in store.split(","))):
-        files = sorted(map(str, Path(name).glob("*.h5ad"))) if "://" not in name else []
+        files: list[str] = []
+        if "://" not in name:
+            with suppress(OSError):  # What opens it says what is wrong with it.
+                files = sorted(map(str, Path(name).glob("*.h5ad")))
         found += files or [name]
+    if not found:
+        raise DataError(
+            f"data.store must name cells for data.source=counts, and {store!r} names nothing. "
+            "Remedy: name a file of counts, a SOMA Experiment or a folder of h5ad files; several "
+            "go with commas between."
+        )
     return found

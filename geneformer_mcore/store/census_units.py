@@ -8,14 +8,16 @@ A unit that is missing, cut or changed is fetched again by the next call.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from geneformer_mcore.cells.census import fetch_cells
-from geneformer_mcore.cells.output import whole_file
+from geneformer_mcore.cells.output import UnwritableError, whole_file
 from geneformer_mcore.errors import DataError, NetworkError
 from geneformer_mcore.store.census_plan import CensusPlan, CensusUnit
 from geneformer_mcore.store.lock import FolderLock
@@ -25,6 +27,10 @@ from geneformer_mcore.store.sealed_json import checksum_of, read_sealed, write_s
 from geneformer_mcore.store.workers import Workers
 
 DONE_FOLDER = "done"
+_WRITE_FAILED = "file write failed"
+_HDF5_BYTES = 1 << 20
+"""What HDF5 takes for itself, generously."""
+
 GIVE_UP_AFTER = 3
 """So many units in a row that the network spoils, and no more are begun."""
 
@@ -64,12 +70,19 @@ class Fetching:
                 f"{job.name}: the Census gives {cells.n_obs:,} cells, the plan says "
                 f"{job.cells:,}: it is another one now. Remedy: a new --out."
             )
-        self._write(job, cells.write_h5ad)
+        self._write(job, cells)
 
-    def _write(self, unit: CensusUnit, write: Callable[..., None]) -> None:
+    def _write(self, unit: CensusUnit, cells: Any) -> None:
         path = self.folder / unit.file
         with whole_file(path) as partial:
-            write(partial, compression="lzf")
+            _check_room(partial, cells)
+            try:
+                cells.write_h5ad(partial, compression="lzf")
+            except RuntimeError as error:
+                # HDF5's word for a full disk, where it notices as it closes the file.
+                if _WRITE_FAILED not in str(error):
+                    raise
+                raise OSError(" ".join(str(error).split())) from error
             size, digest = partial.stat().st_size, _digest(partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -114,7 +127,8 @@ def fetch_units(
     part: str | None = None,
     progress: Progress = no_progress,
 ) -> Outcome:
-    """Fetches those of `units` that are not there; a unit's failure does not keep others back.
+    """Fetches those of `units` that are not there. A unit's failure does not keep others back,
+    unless its file cannot be written: no more are begun then, to be downloaded in vain.
 
     part: "I/N", where other processes fetch the other parts; None: no other may be at it.
     """
@@ -136,6 +150,7 @@ def _fetch_missing(
     network: list[str] = []
     wrong: list[str] = []
     in_a_row = fetched = 0
+    is_writable = True
 
     def tell(_: CensusUnit, cells: int) -> None:
         nonlocal done
@@ -143,7 +158,7 @@ def _fetch_missing(
         progress("fetching", done, total)
 
     def is_wanted(_: CensusUnit) -> bool:
-        return in_a_row < GIVE_UP_AFTER
+        return is_writable and in_a_row < GIVE_UP_AFTER
 
     with Workers(workers) as pool:
         for _, result in pool.run(fetching, missing, tell, is_wanted):
@@ -152,12 +167,28 @@ def _fetch_missing(
                 in_a_row += 1
                 continue
             in_a_row = 0
+            is_writable &= not isinstance(result, UnwritableError)
             if isinstance(result, DataError):
                 wrong.append(str(result))
             else:
                 fetched += 1
     not_begun = len(missing) - fetched - len(network) - len(wrong)
     return Outcome(len(units) - len(missing), fetched, not_begun, network, wrong)
+
+
+def _check_room(path: Path, cells: Any) -> None:
+    """Raises OSError if the disk has no room for `cells`, not compressed. To let HDF5 find out may
+    end the process: after a write that fails, it follows stray pointers (seen in version 2.0)."""
+    matrix = cells.X
+    tables = sum(int(table.memory_usage(deep=True).sum()) for table in (cells.obs, cells.var))
+    needed = matrix.data.nbytes + matrix.indices.nbytes + matrix.indptr.nbytes + tables
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, needed + _HDF5_BYTES)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            # This file system cannot reserve room, which says nothing of what there is.
 
 
 def find_missing(

@@ -155,7 +155,18 @@ class FlatCopy:
 
 def _make(source: Copyable, content_hash: str, folder: Path, progress: Progress | None) -> None:
     partial = _partial(folder)
-    partial.mkdir()
+    try:
+        partial.mkdir()
+        _fill(partial, source, content_hash, progress)
+        os.rename(partial, folder)
+    except BaseException:
+        # The disk may be full of it, and no run may ever want this copy again.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _fill(partial: Path, source: Copyable, content_hash: str, progress: Progress | None) -> None:
+    """Writes all files of a copy, the manifest last, down to the disk."""
     num_cells = len(source)
     lengths, sums = [], b""
     with (partial / "tokens.bin").open("wb") as tokens, (partial / "keys.bin").open("wb") as keys:
@@ -181,7 +192,6 @@ def _make(source: Copyable, content_hash: str, folder: Path, progress: Progress 
     write_sealed(partial / _MANIFEST, manifest)
     for path in [*partial.iterdir(), partial]:
         _sync(path)
-    os.rename(partial, folder)
 
 
 def _partial(folder: Path) -> Path:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from data_prep.build_store import main as build_store
+from geneformer_mcore.cells import dense
 from geneformer_mcore.cells.corpus import InputOptions, find_genes
 from geneformer_mcore.cells.genes import map_genes
 from geneformer_mcore.cells.ranks import RankEncoder
@@ -297,6 +298,31 @@ def test_all_of_them_in_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         bounds = zip(read.offsets[:-1], read.offsets[1:], strict=True)
         found = [tuple(read.tokens_T[a:b].tolist()) for a, b in bounds]
     assert sorted(found) == sorted(tuple(cell) for cell in EXPECTED * 5)
+
+
+def test_empty_first_and_last_cells_leave_no_trace_of_the_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a CSR matrix, its CSC twin and its dense one in tall chunks, by one command each."""
+    monkeypatch.setattr(dense, "BAND_BYTES", 100)
+    VOCABULARY.save(tmp_path / "v.json")
+    counts = COUNTS.copy()
+    counts[[0, 1, -2, -1]] = 0
+    hashes = {}
+    for name, form in (("csr", FORMS[0]), ("csc", FORMS[1]), ("tall", FORMS[0])):
+        folder = tmp_path / name
+        folder.mkdir()
+        path = write(folder / "a.h5ad", {"X": form(counts)}, (IDS, {}), PLAIN)
+        if name == "tall":
+            with h5py.File(path, "r+") as file:
+                del file["X"]
+                file.create_dataset("X", data=counts, chunks=(NUM_CELLS, 1))
+        out = folder / "store"
+        assert run_build(monkeypatch, "--out", out, "--vocabulary", tmp_path / "v.json", path) == 0
+        manifest = Manifest.load(out)
+        assert manifest.cells == NUM_CELLS - 4
+        hashes[name] = manifest.content_hash
+    assert len(set(hashes.values())) == 1, hashes
 
 
 REAL = ("heart_san_1k", "lca_lung_1k", "marrow_cd34_palantir", "pbmc3k_labelled", "pbmc3k_raw")

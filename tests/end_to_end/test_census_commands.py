@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,6 +146,23 @@ def test_errors_end_as_they_should(command: Command, address: str, tmp_path: Pat
         assert message in result.stderr
         assert "Traceback" not in result.stderr
     assert not [name for name in ("e", "s.json", "v.json") if (tmp_path / name).exists()]
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_with_2(command: Command, address: str, tmp_path: Path) -> None:
+    """In its place a limit to the size of files, which the command inherits."""
+    arguments = ("download_census", "--out", "d", "--uri", address)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
+    try:
+        ended = command(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ended.returncode == WRONG_INPUT, ended.stderr
+    assert ended.stderr.startswith("error: d/a.h5ad: cannot be written: File too large. Remedy: ")
+    assert len(ended.stderr.splitlines()) == 1
+    assert "0 files fetched, 0 were there, 1 failed, 4 not begun" in ended.stdout
+    assert "5 files fetched" in done(command(*arguments))
 
 
 def test_a_network_that_is_not_there_ends_with_75(

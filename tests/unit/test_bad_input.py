@@ -5,7 +5,9 @@ Each case is a whole h5ad file (or Experiment), spoilt in one way, and given to 
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -279,6 +281,34 @@ def test_refused(build: Callable[..., Outcome], tmp_path: Path, kind: str) -> No
     for part in ["a.h5ad", *parts, "Remedy"]:
         assert re.search(part, ended.error), (part, ended.error)
     assert hash_of(path) == before
+
+
+def test_a_name_longer_than_any_file_s(build: Callable[..., Outcome], tmp_path: Path) -> None:
+    ended = build(tmp_path / ("x" * 300))
+    assert (ended.code, ended.store.exists()) == (2, False)
+    assert "cannot be looked at: File name too long. Remedy: check the path" in ended.error
+    assert "Traceback" not in ended.error
+
+
+def test_a_folder_that_may_not_be_entered(
+    build: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the system tells of it to all but root, who may be running this."""
+    folder, ask = tmp_path / "shut", os.stat
+    folder.mkdir()
+
+    def refuse(path: object, **options: object) -> os.stat_result:
+        if str(path).startswith(f"{folder}/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return ask(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    for path in (folder, folder / "a.h5ad"):
+        ended = build(path)
+        assert (ended.code, ended.store.exists()) == (2, False)
+        assert f"{path}: an input must be readable" in ended.error
+        assert "Permission denied. Remedy: check the path, and your right" in ended.error
+        assert "Traceback" not in ended.error
 
 
 @pytest.mark.parametrize("form", ["csr", "csc"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 
@@ -226,6 +227,43 @@ def test_values_of_any_number(
     write_experiment(tmp_path / "e", {"d1": parts["d1"]}, value_type=kind)
     with ExperimentCounts(tmp_path / "e") as opened:
         np.testing.assert_array_equal(dense_of(opened, 0, 13), parts["d1"].X.toarray())
+
+
+def test_an_x_far_wider_than_var_has_the_genes_of_var(
+    tmp_path: Path, parts: dict[str, anndata.AnnData]
+) -> None:
+    """As tiledbsoma.io made it: a list of so many names would fill the memory."""
+    write_experiment(tmp_path / "e", {"d1": parts["d1"]}, width=2_147_483_646)
+    with ExperimentCounts(tmp_path / "e") as opened:
+        assert opened.num_columns == len(GENES)
+        assert opened.gene_columns()["feature_id"] == GENES
+        np.testing.assert_array_equal(dense_of(opened, 0, 13), parts["d1"].X.toarray())
+
+
+@pytest.mark.parametrize("column", [30, 2**31 - 1, 2**31 + 3, 2**32 + 3])
+def test_a_column_beyond_var_is_refused(
+    tmp_path: Path, parts: dict[str, anndata.AnnData], column: int
+) -> None:
+    """Also one that would be a gene's if its number were cut to 32 bits."""
+    write_experiment(tmp_path / "e", {"d1": parts["d1"]}, width=2**40)
+    entry = {"soma_dim_0": [4], "soma_dim_1": [column], "soma_data": [1.0]}
+    kinds = {"soma_dim_0": pa.int64(), "soma_dim_1": pa.int64(), "soma_data": pa.float32()}
+    with tiledbsoma.open(str(tmp_path / "e" / ORGANISM / "ms/RNA/X/raw"), "w") as matrix:
+        matrix.write(pa.table(entry, schema=pa.schema(kinds)))
+    with (
+        ExperimentCounts(tmp_path / "e") as opened,
+        pytest.raises(DataError, match=r"X/raw is damaged: row 4 names column \d+ of 30\."),
+    ):
+        opened.read_rows(0, 13)
+
+
+def test_a_var_without_genes(tmp_path: Path, parts: dict[str, anndata.AnnData]) -> None:
+    write_experiment(tmp_path / "e", {"d1": parts["d1"]})
+    var = tmp_path / "e" / ORGANISM / "ms/RNA/var"
+    for rows in [*(var / "__fragments").iterdir(), *(var / "__commits").iterdir()]:
+        shutil.rmtree(rows) if rows.is_dir() else rows.unlink()
+    with pytest.raises(DataError, match="var names no genes: there is nothing to encode"):
+        ExperimentCounts(tmp_path / "e")
 
 
 def test_values_that_are_no_counts(tmp_path: Path, parts: dict[str, anndata.AnnData]) -> None:

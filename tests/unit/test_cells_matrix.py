@@ -26,8 +26,9 @@ SHAPE = (41, 23)
 
 @pytest.fixture
 def counts(rng: np.random.Generator) -> np.ndarray:
+    """Rows without an entry are among them: the first two, the last two and one between."""
     found = random_counts(rng, *SHAPE).toarray()
-    found[7] = 0
+    found[[0, 1, 7, 39, 40]] = 0
     return found
 
 
@@ -83,20 +84,31 @@ def test_rows_are_the_matrix(
     matrix.close()
 
 
-@given(ranges=st.integers(1, 400), batch=st.integers(1, 400), seed=st.integers(0, 9))
+@given(
+    ranges=st.integers(1, 400),
+    batch=st.integers(1, 400),
+    seed=st.integers(0, 9),
+    leading=st.integers(0, 3),
+    trailing=st.sampled_from([0, 1, 2, 38, 41]),
+    form=st.sampled_from(["csc", "41x1"]),
+)
 def test_turned_whatever_the_sizes_of_ranges_and_batches(
-    ranges: int, batch: int, seed: int
+    ranges: int, batch: int, seed: int, leading: int, trailing: int, form: str
 ) -> None:
+    """And however many of the first and of the last rows are empty."""
     counts = random_counts(np.random.default_rng(seed), *SHAPE).toarray()
+    counts[:leading] = 0
+    counts[SHAPE[0] - trailing :] = 0
     with (
         pytest.MonkeyPatch.context() as patch,
         h5py.File("memory", "w", driver="core", backing_store=False) as file,
     ):
         patch.setattr(turned, "RANGE_ENTRIES", ranges)
         patch.setattr(turned, "BATCH_ENTRIES", batch)
-        matrix = open_matrix(store(file, counts, "csc"), "X")
-        np.testing.assert_array_equal(rows_of(matrix, 0, 41), counts)
-        np.testing.assert_array_equal(rows_of(matrix, 11, 30), counts[11:30])
+        patch.setattr(dense, "BAND_BYTES", 300)
+        matrix = open_matrix(store(file, counts, form), "X")
+        for start, stop in ((0, 41), (11, 30), (0, 1), (leading, leading + 1), (40, 41)):
+            np.testing.assert_array_equal(rows_of(matrix, start, stop), counts[start:stop])
         matrix.close()
 
 

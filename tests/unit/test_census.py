@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -270,6 +273,92 @@ def test_it_stops_when_the_network_is_gone(
     monkeypatch.setattr(census_units, "fetch_cells", some)
     outcome = fetch_units(Fetching.of(plan, tmp_path / "out", AT_ONCE), plan.units)
     assert (len(outcome.network), outcome.fetched, outcome.not_begun) == (4, 2, 0)
+
+
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, FULL),
+        # As HDF5 2.0 tells of it, of which the rest is left out here.
+        RuntimeError(f"Set slist enabled failed (file write failed: errno = 28, '{FULL}')"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 2])
+def test_it_stops_when_the_disk_is_full(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, place: int
+) -> None:
+    plan, fetched, write = plan_of(address), Failing({}), anndata.AnnData.write_h5ad
+    fetching = Fetching.of(plan, tmp_path / "out", AT_ONCE)
+
+    def fail(cells: anndata.AnnData, path: Path, **options: object) -> None:
+        if fetched.calls > place:
+            path.write_bytes(b"what there was room for")
+            raise failure
+        write(cells, path, **options)
+
+    monkeypatch.setattr(census_units, "fetch_cells", fetched)
+    with monkeypatch.context() as patch:
+        patch.setattr(anndata.AnnData, "write_h5ad", fail)
+        outcome = fetch_units(fetching, plan.units)
+    assert (fetched.calls, outcome.fetched, outcome.network) == (place + 1, place, [])
+    assert (len(outcome.wrong), outcome.not_begun) == (1, 5 - place)
+    assert f"{plan.units[place].file}: cannot be written: " in outcome.wrong[0]
+    assert FULL in outcome.wrong[0]
+    assert "Remedy: choose another path, or make room" in outcome.wrong[0]
+    assert not list((tmp_path / "out").glob(".*"))
+    assert fetch_units(fetching, plan.units).fetched == 6 - place
+
+
+def test_a_full_disk_is_noticed_before_hdf5_writes(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of a full disk, files may not grow beyond 100,000 bytes while one is written. HDF5
+    crashes on that, at the latest when this process ends."""
+    plan, write = plan_of(address), Fetching._write
+
+    def write_limited(*arguments: object) -> None:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            write(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def forbidden(*arguments: object, **options: object) -> None:
+        raise AssertionError("HDF5 was let write")
+
+    monkeypatch.setattr(Fetching, "_write", write_limited)
+    monkeypatch.setattr(anndata.AnnData, "write_h5ad", forbidden)
+    outcome = fetch_units(Fetching.of(plan, tmp_path / "out", AT_ONCE), plan.units)
+    assert (len(outcome.wrong), outcome.not_begun) == (1, 5)
+    assert "a.0000.h5ad: cannot be written: File too large. Remedy: " in outcome.wrong[0]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_file_system_that_cannot_reserve_room(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*arguments: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    plan = plan_of(address)
+    assert fetch_units(Fetching.of(plan, tmp_path / "out", AT_ONCE), plan.units).fetched == 6
+
+
+def test_another_failure_of_hdf5_is_a_defect(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(cells: anndata.AnnData, path: Path, **options: object) -> None:
+        raise RuntimeError("unable to register datatype")
+
+    monkeypatch.setattr(anndata.AnnData, "write_h5ad", fail)
+    plan = plan_of(address)
+    with pytest.raises(RuntimeError, match="unable to register"):
+        fetch_units(Fetching.of(plan, tmp_path / "out", AT_ONCE), plan.units)
 
 
 def test_an_experiment_that_changed_is_noticed(address: str, tmp_path: Path) -> None:

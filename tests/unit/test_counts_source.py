@@ -142,6 +142,18 @@ def test_what_a_store_setting_names(files: list[str], tmp_path: Path) -> None:
     assert find_inputs(str(tmp_path)) == [str(tmp_path)], "taken for an Experiment"
 
 
+@pytest.mark.parametrize("store", [",", "", " , "])
+def test_a_store_setting_that_names_nothing(store: str) -> None:
+    with pytest.raises(DataError, match=r"data\.store must name cells.*names nothing\. Remedy"):
+        find_inputs(store)
+
+
+def test_a_store_setting_that_no_file_system_takes() -> None:
+    (name,) = find_inputs("x" * 300)
+    with pytest.raises(DataError, match="cannot be looked at: File name too long"):
+        CountsSource([name], VOCABULARY, SEQ_LENGTH, RandomSplit())
+
+
 def test_other_counts_of_the_same_cells_are_told_apart(files: list[str], tmp_path: Path) -> None:
     changed = tmp_path / "c.h5ad"
     data = ad.read_h5ad(files[2])

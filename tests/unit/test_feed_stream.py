@@ -9,20 +9,34 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geneformer_mcore.contracts import Batch, RaggedCells, TokenSource
-from geneformer_mcore.feed.batch import make_batch, make_batch_plainly
+from geneformer_mcore.contracts import NUM_SPECIALS, Batch, RaggedCells, TokenSource
+from geneformer_mcore.feed.batch import BatchMaker, make_batch, make_batch_plainly
 from geneformer_mcore.feed.loader import Feed, Share
 from geneformer_mcore.feed.masks import Masking
 from geneformer_mcore.feed.order import Order
 from geneformer_mcore.store import flat
-from tests.unit.identified_cells import MASKING, Cells, cell, feed, ragged, true_tokens, views
+from geneformer_mcore.store.keys import cell_keys
+from geneformer_mcore.store.reader import TokenStore
+from tests.small_store import write_small_store
+from tests.unit.identified_cells import (
+    MASKING,
+    VOCABULARY,
+    Cells,
+    cell,
+    feed,
+    ragged,
+    true_tokens,
+    views,
+)
 
 BATCH = 24
 NUM_CELLS = 500
 SIZES = (1, 2, 3, 4, 8)
+STEPS_PAST_AN_EPOCH = NUM_CELLS // BATCH + 3
 
 
 def sights(batch: Batch) -> Iterator[tuple[int, bytes]]:
@@ -36,11 +50,17 @@ def sights(batch: Batch) -> Iterator[tuple[int, bytes]]:
         yield key, tokens.tobytes() + b"|" + np.stack(asked).tobytes()
 
 
-def stream_hash(source: TokenSource, size: int, prefetch: int, steps: int = 45) -> str:
+def stream_hash(
+    source: TokenSource,
+    size: int,
+    prefetch: int,
+    steps: int = 45,
+    maker: BatchMaker = make_batch,
+) -> str:
     """Of the cells and masks of all ranks, step after step, in the order of the global batch."""
     order = Order(0, NUM_CELLS, span_cells=8, window_spans=3, seed=7)
     feeds = [
-        Feed(source, order, MASKING, Share(BATCH, BATCH // size, rank, size), 64, 16)
+        Feed(source, order, MASKING, Share(BATCH, BATCH // size, rank, size), 64, 16, maker)
         for rank in range(size)
     ]
     digest = hashlib.sha256()
@@ -66,10 +86,58 @@ def test_one_stream_over_ranks_and_prefetching(truth: str, size: int, prefetch: 
     assert stream_hash(Cells(NUM_CELLS), size, prefetch) == truth
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_the_flat_copy_gives_the_same_stream(truth: str, size: int, tmp_path) -> None:
-    copy = flat.ensure(Cells(NUM_CELLS), "c" * 64, 10**5, tmp_path)
-    assert stream_hash(copy, size, 2) == truth
+class Given:
+    """Cells held in memory, row by row (a TokenSource)."""
+
+    def __init__(self, cells: list[np.ndarray], keys_N: np.ndarray) -> None:
+        self.cells, self.keys_N = cells, keys_N
+
+    def read(self, start: int, stop: int) -> RaggedCells:
+        return ragged(self.cells[start:stop], self.keys_N[start:stop])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenStore]:
+    path = tmp_path_factory.mktemp("stream") / "store"
+    cells = [cell(number).tolist() for number in range(NUM_CELLS)]
+    write_small_store(path, cells, VOCABULARY - NUM_SPECIALS, 64)
+    with TokenStore.open(path) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def truth_of_the_store(store: TokenStore) -> str:
+    """By the tokens that the store was made of: of the store, the order of cells alone is used."""
+    number_of = {
+        int(key): number
+        for number, key in enumerate(cell_keys("d", [f"c{i}" for i in range(NUM_CELLS)]))
+    }
+    keys_N = store.read(0, NUM_CELLS).keys_N
+    given = Given([cell(number_of[int(key)]) for key in keys_N], keys_N)
+    return stream_hash(given, 1, 0, STEPS_PAST_AN_EPOCH)
+
+
+@pytest.fixture(scope="module", params=["store", "flat copy", "DALI"])
+def way(
+    request: pytest.FixtureRequest, store: TokenStore, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TokenSource, BatchMaker]:
+    if request.param == "DALI":
+        pytest.importorskip("nvidia.dali")
+        from geneformer_mcore.feed.dali import DaliBatches
+
+        return store, DaliBatches(torch.device("cpu"))
+    if request.param == "flat copy":
+        manifest, cache = store.manifest, tmp_path_factory.mktemp("cache")
+        return flat.ensure(store, manifest.content_hash, manifest.tokens, cache), make_batch
+    return store, make_batch
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_one_stream_over_ranks_and_ways_from_a_store(
+    truth_of_the_store: str, way: tuple[TokenSource, BatchMaker], size: int
+) -> None:
+    source, maker = way
+    assert stream_hash(source, size, 2, STEPS_PAST_AN_EPOCH, maker) == truth_of_the_store
 
 
 @settings(max_examples=200, deadline=None)
@@ -80,7 +148,7 @@ def test_stops_and_restarts_continue_exactly(data: st.DataObject) -> None:
     source, undisturbed = Cells(NUM_CELLS), feed(Cells(NUM_CELLS))
     position = 0
     for _ in range(data.draw(st.integers(1, 4))):
-        size, steps = data.draw(st.sampled_from(SIZES)), data.draw(st.integers(0, 3))
+        size, steps = data.draw(st.sampled_from(SIZES)), data.draw(st.integers(1, 3))
         feeds = [feed(source, rank, size) for rank in range(size)]
         position += BATCH * data.draw(st.integers(0, 30))
         for _ in range(steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 from pathlib import Path
@@ -95,13 +96,37 @@ def test_processes_of_a_node_make_one_copy(tmp_path: Path) -> None:
     assert sorted(bool(number) for number in reads) == [False, False, True]
 
 
-def test_a_copy_that_was_cut_off_is_begun_anew(tmp_path: Path) -> None:
-    class Dies(Cells):
-        def read(self, start: int, stop: int) -> RaggedCells:
-            raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), DataError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_a_copy_that_fails_leaves_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    told: type[BaseException],
+) -> None:
+    """After its first part, which is on the disk by then."""
 
-    with pytest.raises(KeyboardInterrupt):
-        ensure(tmp_path, Dies(NUM_CELLS))
+    class Fails(Cells):
+        def read(self, start: int, stop: int) -> RaggedCells:
+            if start:
+                raise failure
+            return super().read(start, stop)
+
+    monkeypatch.setattr(flat, "_CELLS_PER_READ", flat.BLOCK_CELLS)
+    with pytest.raises(told, match="No space left" if told is DataError else None):
+        ensure(tmp_path, Fails(NUM_CELLS))
+    assert os.listdir(tmp_path) == [f".{HASH[:16]}.lock"]
+
+
+def test_a_copy_that_was_killed_is_begun_anew(tmp_path: Path) -> None:
+    partial = tmp_path / f".{HASH[:16]}.partial"
+    partial.mkdir()
+    (partial / "tokens.bin").write_bytes(b"half")
     assert len(ensure(tmp_path)) == NUM_CELLS
     assert sorted(os.listdir(tmp_path)) == [f".{HASH[:16]}.lock", HASH[:16]]
 
