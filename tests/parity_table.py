@@ -37,7 +37,8 @@ def main() -> None:
     arguments = parser.parse_args()
     where = provenance()  # before anything is written
     truth, plain = parity.truth(), curves.plain()
-    rows = []
+    learnt = {"steps": curves.STEPS, "first_loss": plain[0], "last_loss": plain[-1]}
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
 
         @cache
@@ -57,8 +58,9 @@ def main() -> None:
             }
             rows.append(row)
             print(json.dumps(row), flush=True)
-    learnt = {"steps": curves.STEPS, "first_loss": plain[0], "last_loss": plain[-1]}
-    arguments.json.write_text(json.dumps({"rows": rows, "plain": learnt} | where, indent=1) + "\n")
+            found = {"rows": rows, "plain": learnt} | where
+            # After every layout: what was measured is kept if the rest is interrupted.
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def one_step(name: str, truth: Any) -> dict[str, Any]:

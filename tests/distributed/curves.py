@@ -60,7 +60,7 @@ def saver_for(name: str) -> str:
 
 def largest_difference(losses: list[float], expected: list[float]) -> float:
     """The largest relative difference at any step; NaN if there is one."""
-    seen, wanted = torch.tensor(losses).double(), torch.tensor(expected).double()
+    seen, wanted = (torch.tensor(each, dtype=torch.float64) for each in (losses, expected))
     assert seen.shape == wanted.shape
     return float(((seen - wanted) / wanted).abs().max())
 
