@@ -86,15 +86,12 @@ def demo(results: Path) -> str:
 
 def real_job(results: Path) -> str:
     """The runs on real cells, one column each."""
-    columns = {
-        "10M, the card's settings": _read(results / "real_job_10m.json"),
-        "narrower": _read(results / "real_job_narrow.json"),
-    }
-    found = list(columns.values())
+    files = {"10M, the card's settings": "real_job_10m.json", "narrower": "real_job_narrow.json"}
+    found = [_read(results / name) for name in files.values()]
     rows = [
         [label, *(show(run) if run else NOT_MEASURED for run in found)] for label, show in RUN_ROWS
     ]
-    return _markdown(["real cells", *columns], rows, found)
+    return _markdown(["real cells", *files], rows, found)
 
 
 def tflops(results: Path) -> str:
@@ -182,6 +179,17 @@ def loader_goals(results: Path) -> str:
     ]
     head = ["", "found", "bar", "met"]
     return _markdown(head, rows or [["", NOT_MEASURED, "", ""]], [found])
+
+
+def parity(results: Path) -> str:
+    """results/parity.json of tests/parity_table.py: largest differences from plain PyTorch."""
+    found = _read(results / "parity.json")
+    head = ["layout", "ranks", *PARITY_COLUMNS.values()]
+    rows = [
+        [row["layout"], f"{row['ranks']}", *(f"{row[key]:.1e}" for key in PARITY_COLUMNS)]
+        for row in (found["rows"] if found else ())
+    ]
+    return _markdown(head, rows or [[NOT_MEASURED, *("" for _ in head[1:])]], [found])
 
 
 def _loader(results: Path, table: str) -> str:
@@ -279,6 +287,14 @@ LOADER_COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
     ("epoch 2 differs", lambda row: "yes" if row["shuffle"]["epochs_differ"] else "**no**"),
 ]
 
+PARITY_COLUMNS = {
+    "logits": "logits, absolute",
+    "gradient": "worst gradient",
+    "norm": "gradient norm",
+    "losses_from_seed": "loss, 100 steps from the seed",
+    "losses_from_checkpoint": "loss, 50 steps from another layout's checkpoint",
+}
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "demo": demo,
     "real_job": real_job,
@@ -288,6 +304,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "loader_counts": loader_counts,
     "loader_tokens": loader_tokens,
     "loader_goals": loader_goals,
+    "parity": parity,
 }
 
 

@@ -157,11 +157,11 @@ class ParallelConfig:
     recompute: Recompute = Recompute.none
     """selective: attention; full: whole layers."""
     overlap_grad_reduce: bool = False
-    """Add up gradients over data-parallel ranks while the backward pass goes on. Pays on GPUs with
-    several data-parallel ranks; takes memory for a second set of buckets in flight."""
+    """Add up gradients over data-parallel ranks while the backward pass goes on, in four parts,
+    instead of at its end. Meant for GPUs with several data-parallel ranks."""
     overlap_param_gather: bool = False
-    """Collect updated weights from data-parallel ranks during the next forward pass, layer by
-    layer, instead of right after the update. Needs overlap_grad_reduce."""
+    """Collect updated weights from data-parallel ranks during the next forward pass, part by part,
+    instead of right after the update. Needs overlap_grad_reduce."""
     timeout_s: int = 600
     """Seconds in which every rank must get on with something (a step, a batch of validation, the
     next cells) before the job is ended with exit code 1, naming the rank that stands still. Saving

@@ -43,12 +43,27 @@ LOADERS = {
         {"what": "d / e", "value": None, "bar": 5, "unit": "x", "at_most": False, "met": None},
     ],
 }
+PARITY = {
+    "rows": [
+        {
+            "layout": "tp2 pp2 dp1",
+            "ranks": 4,
+            "logits": 1.94e-6,
+            "gradient": 5.8e-7,
+            "worst_parameter": "a",
+            "norm": 0.0,
+            "losses_from_seed": 2e-5,
+            "losses_from_checkpoint": float("nan"),
+        }
+    ]
+}
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     (tmp_path / "tokenize.json").write_text(json.dumps(TOKENISERS | WHERE))
     (tmp_path / "loader.json").write_text(json.dumps(LOADERS | WHERE))
+    (tmp_path / "parity.json").write_text(json.dumps(PARITY | WHERE))
     return tmp_path
 
 
@@ -78,7 +93,14 @@ def test_goals_show_their_bar_and_whether_it_is_met(results: Path) -> None:
     assert "| d / e | not measured | >= 5 x | not measured |" in lines
 
 
-@pytest.mark.parametrize("name", ["tokenize", "loader_counts", "loader_tokens", "loader_goals"])
+def test_parity(results: Path) -> None:
+    lines = filled("parity", results)
+    assert "| tp2 pp2 dp1 | 4 | 1.9e-06 | 5.8e-07 | 0.0e+00 | 2.0e-05 | nan |" in lines
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenize", "loader_counts", "loader_tokens", "loader_goals", "parity"]
+)
 def test_without_results_they_say_so(tmp_path: Path, name: str) -> None:
     table = "\n".join(filled(name, tmp_path))
     assert "not measured" in table

@@ -1,0 +1,78 @@
+"""Gradients and weights that travel during the passes: complete whenever somebody reads them."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from geneformer_mcore.checkpoint import state
+from geneformer_mcore.train.evaluate import evaluate
+from tests.distributed import toy
+from tests.distributed.parity import INTERLEAVED, OVERLAP, PP2
+from tests.distributed.ranks import run_ranks
+
+LAYOUTS = {
+    "dp2": (2, ()),
+    "pp2 dp2": (4, (PP2,)),
+    "pp2 interleaved dp2": (4, INTERLEAVED),
+}
+
+
+def weights(run: toy.Toy) -> torch.Tensor:
+    """All weights of this rank, end to end."""
+    parts = [w.detach().flatten() for stage in run.trainable.stages for w in stage.parameters()]
+    return torch.cat(parts).clone()
+
+
+def whole(run: toy.Toy) -> bool:
+    """Whether this rank's weights are those of its data-parallel neighbours."""
+    group = run.trainable.chunks[0].dp_group
+    mine = weights(run)
+    theirs = [torch.empty_like(mine) for _ in range(group.size())]
+    torch.distributed.all_gather(theirs, mine, group=group)
+    return all(torch.equal(mine, each) for each in theirs)
+
+
+def seen(folder: str, *settings: str) -> tuple[list[bool], list[float], tuple]:
+    run = toy.make(*OVERLAP, *settings)
+    run.steps(3)
+    wholes = [whole(run)]
+    if run.topology.rank == 0:
+        Path(folder).mkdir()
+    torch.distributed.barrier()
+    state.save(run.trainable, Path(folder), run.topology.rank)
+    wholes.append(whole(run))
+    run.step()
+    validation = astuple(evaluate(run.trainable, run.feed, 2, run.topology, toy.CPU))
+    wholes.append(whole(run))
+    return wholes, [result.totals.loss for result in run.steps(3)], validation
+
+
+def plain(*settings: str) -> tuple[list[float], tuple]:
+    run = toy.make(*settings)
+    run.steps(4)
+    validation = astuple(evaluate(run.trainable, run.feed, 2, run.topology, toy.CPU))
+    return [result.totals.loss for result in run.steps(3)], validation
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weights_are_whole_when_saved_and_when_validated(name: str, tmp_path: Path) -> None:
+    ranks, settings = LAYOUTS[name]
+    (losses, validation), *_ = run_ranks(plain, ranks, *settings)
+    for wholes, losses_here, sums in run_ranks(seen, ranks, str(tmp_path / "step"), *settings):
+        assert wholes == [False, True, True], "after an update, a save, a validation"
+        assert losses_here == pytest.approx(losses, rel=1e-5)
+        assert sums == pytest.approx(validation, rel=1e-5)
+
+
+def buckets(*settings: str) -> int:
+    (chunk,) = toy.make(*settings).trainable.chunks
+    return sum(len(buffer.buckets) for buffer in chunk.buffers)
+
+
+def test_a_small_model_has_several_buckets_to_overlap() -> None:
+    assert run_ranks(buckets, 1, *OVERLAP)[0] >= 3
+    assert run_ranks(buckets, 1) == [1]
