@@ -7,8 +7,10 @@ torchrun [--nproc_per_node=N] launch/pretrain.py [--config FILE] [--dry-run] [se
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+import threading
 import traceback
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from geneformer_mcore.train.run_folder import RunFolder
 if TYPE_CHECKING:
     from geneformer_mcore.parallel.watch import LostRankError, Watch
 
+_LAST_WORDS_S = 4.0
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 EXAMPLE = """example:
   torchrun --nproc_per_node=2 launch/pretrain.py --config configs/geneformer_10m.yaml \\
@@ -66,14 +69,23 @@ def main() -> int:
     except BaseException as error:
         code, reason = DEFECT, f"{type(error).__name__}: {error}"
         traceback.print_exc()
-    folder.close(code, reason)
+    try:
+        folder.close(code, reason)
+    except OSError as error:  # a full disk, one that is read-only now
+        print(f"error: the outcome cannot be written: {error}", file=sys.stderr)
     return code
 
 
 def _end_lost(folder: RunFolder, loss: LostRankError) -> None:
-    """Ends this process, whose main thread waits for a rank that will not come."""
-    _tell_of_loss(folder, loss)
-    os._exit(loss.code)
+    """Ends this process, whose main thread waits for a rank that will not come, or for a disk: that
+    may keep this thread waiting, too."""
+    at_last = threading.Timer(_LAST_WORDS_S, os._exit, [loss.code])
+    at_last.daemon = True
+    at_last.start()
+    try:
+        _tell_of_loss(folder, loss)
+    finally:
+        os._exit(loss.code)
 
 
 def _tell_of_loss(folder: RunFolder, loss: LostRankError) -> None:
@@ -96,6 +108,8 @@ def _train(
     from geneformer_mcore.train import data, loop, setup
 
     interruption.limit(config.train.max_minutes)
+    # Making a flat copy takes as long as it takes; no other rank waits for this one yet.
+    watch.doing("opening the cells", limit_s=math.inf)
     cells = data.open_cells(config)
     here = device.start()
     watch.doing("meeting the other ranks")

@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from geneformer_mcore.config.sections import ParallelConfig
@@ -60,8 +60,11 @@ def start(
     else:
         limit = timedelta(seconds=parallel.timeout_s)
         store, rank, world_size = next(rendezvous("env://", timeout=limit))
+        # Where torchrun restarts ranks, its store may be that of the attempt before.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if watch is not None and world_size > 1:
-            watch.join(store.clone(), rank, world_size)
+            watch.join(PrefixStore(f"watch_{attempt}", store.clone()), rank, world_size)
+        store = PrefixStore(f"attempt_{attempt}", store)
     _stay_on_this_machine(world_size)
     dist.init_process_group(
         backend,

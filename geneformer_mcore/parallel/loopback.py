@@ -32,7 +32,6 @@ class LoopbackRendezvous(RendezvousHandler):
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
         self._store: TCPStore | None = None
-        self._port = 0
 
     def get_backend(self) -> str:
         """The name of this backend."""
@@ -44,19 +43,19 @@ class LoopbackRendezvous(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """The store, made at the first call; rank 0 of 1 agent."""
-        if self._store is None:
-            listener = socket.create_server((_HOST, 0))
-            self._port = listener.getsockname()[1]
-            self._store = TCPStore(
-                _HOST,
-                self._port,
-                is_master=True,
-                timeout=_TIMEOUT,
-                wait_for_workers=False,
-                master_listen_fd=listener.detach(),
-            )
-        where = RendezvousStoreInfo(_HOST, self._port)
+        """A store for this attempt; rank 0 of 1 agent. A restart gets a new one: in the old one lie
+        addresses of ranks that are gone."""
+        listener = socket.create_server((_HOST, 0))
+        port = listener.getsockname()[1]
+        self._store = TCPStore(
+            _HOST,
+            port,
+            is_master=True,
+            timeout=_TIMEOUT,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        where = RendezvousStoreInfo(_HOST, port)
         return RendezvousInfo(PrefixStore(self._run_id, self._store), 0, 1, where)
 
     def is_closed(self) -> bool:

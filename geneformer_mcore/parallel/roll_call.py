@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import socket
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import psutil
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
@@ -26,6 +26,8 @@ from geneformer_mcore.commands import DEFECT
 ANSWER_S = 4.0
 """Every rank looks for a call each second: one that has not answered by then is lost."""
 _LOOK_S = 0.1
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Tells machines of one name apart."""
 _MOST_TOLD = 8
 
 
@@ -69,9 +71,12 @@ class RollCall:
         """store: a connection of its own, as another thread uses it."""
         self._store = PrefixStore("roll_call", store)
         self._rank, self._world_size = rank, world_size
-        self._host = socket.gethostname()
-        where = json.dumps([self._host, os.getpid()])
-        self._store.set(f"where/{rank}", where)
+        self._machine = (
+            f"{socket.gethostname()} {_BOOT_ID.read_text() if _BOOT_ID.exists() else ''}"
+        )
+        process = psutil.Process()
+        where = [self._machine, process.pid, process.create_time()]
+        self._store.set(f"where/{rank}", json.dumps(where))
 
     def call(self) -> None:
         """Asks every rank to answer."""
@@ -105,12 +110,14 @@ class RollCall:
         """Ends the ranks of this machine that gave no answer: one that is stopped, or stuck in the
         kernel, would not heed torchrun's TERM, and keep the job from ending."""
         for rank in set(range(self._world_size)) - answers.keys():
-            with contextlib.suppress(ValueError, ProcessLookupError, dist.DistError):
+            with contextlib.suppress(ValueError, psutil.Error, dist.DistError):
                 if not self._store.check([f"where/{rank}"]):
                     continue
-                host, process = json.loads(self._store.get(f"where/{rank}"))
-                if host == self._host and process != os.getpid():
-                    os.kill(process, signal.SIGKILL)
+                machine, number, began = json.loads(self._store.get(f"where/{rank}"))
+                process = psutil.Process(number) if machine == self._machine else None
+                # Its number may be another process' by now.
+                if process is not None and process.create_time() == began:
+                    process.kill()
 
 
 def judge(answers: Mapping[int, Answer], world_size: int, limit_s: float) -> Verdict:

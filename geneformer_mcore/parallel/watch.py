@@ -25,6 +25,8 @@ _LOOK_S = 0.5
 _SHOW_S = 2.0
 """How long a rank whose neighbours are to speak waits before it ends itself."""
 _JUDGED_S = ANSWER_S + 5.0
+_STORE_S = ANSWER_S + 3.0
+"""After which a roll call is known to have got no answer from the store itself."""
 
 
 class LostRankError(RuntimeError):
@@ -55,7 +57,7 @@ class Watch:
         """
         self._limit_s = limit_s
         self._on_loss = on_loss
-        self._doing, self._since, self._allowed_s = "starting", time.monotonic(), limit_s
+        self._now = ("starting", time.monotonic(), limit_s)
         self._step = 0
         self._roll: RollCall | None = None
         self._world_size = 1
@@ -63,6 +65,7 @@ class Watch:
         self._loss: LostRankError | None = None
         self._wake, self._ended, self._judged = (threading.Event() for _ in range(3))
         self._thread = threading.Thread(target=self._look_out, name="lookout", daemon=True)
+        self._clock = threading.Thread(target=self._keep_time, name="clock", daemon=True)
 
     def join(self, store: Store, rank: int, world_size: int) -> None:
         """From now on ranks look out for each other, by a store in which they all meet."""
@@ -74,11 +77,12 @@ class Watch:
         the usual."""
         if step is not None:
             self._step = step
-        self._allowed_s = limit_s or self._limit_s
-        self._doing, self._since = what, time.monotonic()
+        # One assignment, as the lookout may read at any instant.
+        self._now = (what, time.monotonic(), limit_s or self._limit_s)
 
     def __enter__(self) -> Watch:
         self._thread.start()
+        self._clock.start()
         return self
 
     def __exit__(
@@ -108,17 +112,23 @@ class Watch:
         return None if at_fault else self._loss
 
     def _answer(self, failed: str = "", code: int = DEFECT, at_fault: bool = False) -> Answer:
-        for_s = time.monotonic() - self._since
-        return Answer(self._doing, round(for_s, 1), self._step, failed, code, at_fault)
+        what, since, _ = self._now
+        for_s = round(time.monotonic() - since, 1)
+        return Answer(what, for_s, self._step, failed, code, at_fault)
+
+    def _overdue_s(self) -> float:
+        """By how many seconds the main thread is late; negative if it is not."""
+        _, since, allowed_s = self._now
+        return time.monotonic() - since - allowed_s
 
     def _look_out(self) -> None:
         while not self._ended.is_set():
             self._wake.wait(_LOOK_S)
             if self._ended.is_set():
                 return
-            overdue = time.monotonic() - self._since > self._allowed_s
             try:
-                if self._failure or overdue or (self._roll and self._roll.is_called()):
+                late = self._overdue_s() > 0
+                if self._failure or late or (self._roll and self._roll.is_called()):
                     self._settle()
                     return
             except (dist.DistError, RuntimeError):
@@ -128,13 +138,21 @@ class Watch:
     def _settle(self) -> None:
         roll = self._roll
         if roll is None:
-            self._finish(judge({0: self._answer()}, 1, self._allowed_s), tell=True)
+            self._finish(judge({0: self._answer()}, 1, self._now[2]), tell=True)
             return
         roll.answer(self._failure or self._answer())
         roll.call()
         answers = roll.collect()
         roll.kill_lost_neighbours(answers)
-        self._finish(judge(answers, self._world_size, self._allowed_s), roll.speaks(answers))
+        self._finish(judge(answers, self._world_size, self._now[2]), roll.speaks(answers))
+
+    def _keep_time(self) -> None:
+        """Beside the lookout, which may wait for a store that answers no more: the first node is
+        gone, or its torchrun stopped."""
+        while not self._ended.wait(_LOOK_S):
+            if self._overdue_s() > _STORE_S and not self._judged.is_set():
+                self._finish(judge({0: self._answer()}, 1, self._now[2]), tell=True)
+                return
 
     def _finish(self, verdict: Verdict, tell: bool) -> None:
         self._loss = LostRankError(verdict, tell, self._step)

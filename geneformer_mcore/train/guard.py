@@ -57,19 +57,18 @@ class Guard:
     def reason(self, loss: float, grad_norm: float) -> str:
         """Why the update of a step with these numbers must not be made; "" if it may.
 
-        loss, grad_norm: nats per predicted gene (NaN if none was), before clipping
+        loss, grad_norm: nats per predicted gene (0 if there is none), before clipping
         """
         found = {"loss": loss, "gradient norm": grad_norm}
         for name, value in found.items():
-            # A batch in which nothing is predicted has no loss, and a gradient of zero.
-            if not math.isfinite(value) and not (name == "loss" and grad_norm == 0):
+            if not math.isfinite(value):
                 return f"the {name} is not finite"
         return self._spike(found) if self._spike_sigma else ""
 
     def _spike(self, found: dict[str, float]) -> str:
         for name, value in found.items():
             recent = self._recent[name]
-            if not recent.is_full or not math.isfinite(value):
+            if not recent.is_full:
                 continue
             sigmas = recent.sigmas_above(value)
             if sigmas > self._spike_sigma:

@@ -121,6 +121,7 @@ def _learning_rate(run: Run, step: int | None = None) -> float:
 
 def _leave_out(run: Run, result: StepResult) -> None:
     """Tells of an update that was not made; SkippedTooOftenError if that was one too many."""
+    run.watch.doing("telling of an update that was left out", run.step)
     first, size = run.cells_seen, run.config.train.global_batch_size
     what = (
         f"step {run.step + 1}: {result.left_out}; loss {result.totals.loss}, gradient norm "
@@ -141,6 +142,8 @@ def _leave_out(run: Run, result: StepResult) -> None:
             }
         )
         what += f", named in {run.folder.path / 'skipped.jsonl'}"
+    # If this ends the run, no rank ends before it is told.
+    collectives.barrier()
     run.guard.left_out(what, result.is_finite)
     run.say(f"left out {what}")
 

@@ -75,8 +75,7 @@ class StepResult:
 
 def only_finite(loss: float, grad_norm: float) -> str:
     """The least that an update asks for: a reason to leave it out, or ""."""
-    finite = math.isfinite(grad_norm) and (math.isfinite(loss) or grad_norm == 0)
-    return "" if finite else "not finite"
+    return "" if math.isfinite(grad_norm) and math.isfinite(loss) else "not finite"
 
 
 def train_step(
@@ -97,7 +96,9 @@ def train_step(
     trainable.optimizer.zero_grad()
     totals = run_schedule(trainable.chunks, batches, topology, forward_only=False)
     grad_norm = optim.gradient_norm(trainable.optimizer)
-    left_out = reason_to_skip(totals.loss, grad_norm)
+    # Where nothing is predicted there is no mean, and the sum is 0.
+    loss = totals.loss if totals.num_predicted else totals.loss_sum
+    left_out = reason_to_skip(loss, grad_norm)
     if not left_out:
         optim.set_learning_rate(trainable.optimizer, lr)
         optim.update(trainable, grad_norm)

@@ -19,7 +19,8 @@ def guard(**settings: object) -> Guard:
     ("loss", "grad_norm", "reason"),
     [
         (6.0, 1.0, ""),
-        (math.nan, 0.0, ""),  # nothing predicted anywhere: no loss, and a gradient of zero
+        (0.0, 0.0, ""),  # nothing predicted anywhere
+        (math.nan, 0.0, "the loss is not finite"),
         (math.nan, 1.0, "the loss is not finite"),
         (math.inf, 1.0, "the loss is not finite"),
         (6.0, math.nan, "the gradient norm is not finite"),

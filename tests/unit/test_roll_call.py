@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from torch._C._distributed_c10d import FileStore
 
@@ -77,11 +77,11 @@ def test_a_lost_neighbour_is_ended_and_nobody_else(
     sleepers = [
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)
     ]
-    here = os.getpid
+    process_of = psutil.Process
     for rank, sleeper in enumerate(sleepers):
-        monkeypatch.setattr(os, "getpid", lambda process=sleeper.pid: process)
+        monkeypatch.setattr(psutil, "Process", lambda process=sleeper.pid: process_of(process))
         RollCall(store, rank, 3)
-    monkeypatch.setattr(os, "getpid", here)
+    monkeypatch.setattr(psutil, "Process", process_of)
     mine = RollCall(store, 2, 3)
     mine.kill_lost_neighbours({1: waiting(), 2: waiting()})
     assert sleepers[0].wait(timeout=10) == -9
