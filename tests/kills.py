@@ -16,7 +16,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -73,7 +72,7 @@ def soak(folder: Path, kills: int, ranks: int, steps: int, more: Sequence[str]) 
     settings = [f"data.store={store}", "data.seq_length=32", f"train.steps={steps}"]
     settings += [*SETTINGS, *more]
     undisturbed = folder / "undisturbed"
-    start(undisturbed, ranks, settings).wait()
+    assert start(undisturbed, ranks, settings).wait()
     expected = final_state(undisturbed)
     rng = random.Random(time.time_ns())
     fell: Counter[str] = Counter()
@@ -83,15 +82,16 @@ def soak(folder: Path, kills: int, ranks: int, steps: int, more: Sequence[str]) 
         ended = False
         while fell.total() < kills and not ended:
             before = checkpoints.steps(run / "checkpoints")
+            began = time.time()
             job = start(run, ranks, settings)
             if rng.random() > IN_START:
                 job.wait_for_a_step(run, after=before[-1] if before else 0)
             ended = job.wait(rng.uniform(0, LONGEST_WAIT_S))
             if not ended:
                 job.kill()
-                fell[phase_of(run)] += 1
+                fell[phase_of(run, began)] += 1
             check(run, before)
-        start(run, ranks, settings).wait()
+        assert start(run, ranks, settings).wait()
         assert final_state(run) == expected, "the run ended in another state"
         lives += 1
     return fell
@@ -110,10 +110,12 @@ def _make_store(path: Path) -> None:
     assert os.waitpid(process, 0)[1] == 0
 
 
-def phase_of(run: Path) -> str:
-    """What a run was at when it was killed: save (a staging folder is there), train, or start."""
+def phase_of(run: Path, began: float) -> str:
+    """What a run was at when it was killed: save (a folder in the making, or being removed, that is
+    younger than this start), train, or start."""
     root = run / "checkpoints"
-    if root.is_dir() and any(root.glob(".*_step_*")):
+    unfinished = root.glob(".*_step_*") if root.is_dir() else ()
+    if any(path.stat().st_mtime > began for path in unfinished):
         return "save"
     metrics = run / "metrics.jsonl"
     age_s = time.time() - metrics.stat().st_mtime if metrics.exists() else 1e9
@@ -121,12 +123,20 @@ def phase_of(run: Path) -> str:
 
 
 def check(run: Path, before: Sequence[int]) -> None:
-    """The newest checkpoint is readable, and at least as new as the newest before."""
+    """All checkpoints are readable, and the newest is at least as new as any that was committed."""
     root = run / "checkpoints"
     steps = checkpoints.steps(root)
     for step in steps:
         checkpoints.verify(checkpoints.step_folder(root, step))
-    assert not before or (steps and steps[-1] >= before[-1]), (before, steps)
+    said = [int(line.rsplit("_", 1)[1]) for line in _log(run) if "saved " in line]
+    committed = max([*before, *said], default=0)
+    assert max(steps, default=0) >= committed, (committed, steps)
+
+
+def _log(run: Path) -> list[str]:
+    """Whole lines of log.txt."""
+    path = run / "log.txt"
+    return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 def final_state(run: Path) -> dict[str, str]:
@@ -187,8 +197,8 @@ def _step_of(line: str) -> int:
 
 def start(run: Path, ranks: int, settings: Sequence[str]) -> Job:
     """Starts launch/pretrain.py on `ranks` ranks, forked from here."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    # Below the ports that the system gives out by itself, to gloo among others.
+    port = random.randrange(12_000, 30_000)
     processes: list[int] = []
     for rank in range(ranks):
         process = os.fork()

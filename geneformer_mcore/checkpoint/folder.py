@@ -13,6 +13,7 @@ leaves the earlier checkpoints as they were.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -96,13 +97,14 @@ def steps(root: Path) -> list[int]:
 
 
 def verify(folder: Path) -> None:
-    """Raises CheckpointError naming the first file that is missing or not as it was written."""
+    """Raises CheckpointError naming the first file that is missing, cannot be read off the disk, or
+    is not as it was written; OSError if that cannot be told (no permission, a network)."""
     for name, expected in _files(folder):
         path = folder / name
         if not path.is_file() or path.is_symlink():
             raise CheckpointError(f"{path} is missing from the checkpoint.")
         size = path.stat().st_size
-        if size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        if size != expected["bytes"] or _hash_on_disk(path) != expected["sha256"]:
             raise CheckpointError(
                 f"{path} is damaged: {size} bytes where {expected['bytes']} were written, "
                 "or other bytes than were written."
@@ -116,6 +118,8 @@ def _files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     files elsewhere.
     """
     path = folder / MANIFEST
+    if path.exists():
+        path.read_bytes()  # An error of reading is not for read_sealed, which takes it for damage.
     manifest = read_sealed(path)
     if manifest is None:
         raise CheckpointError(f"{path} is missing or damaged.")
@@ -144,7 +148,7 @@ def newest_good(root: Path) -> tuple[Path | None, list[str]]:
         except CheckpointError as error:
             aside = root / f"damaged_{folder.name}"
             shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+            _rename_aside(folder, aside)
             messages.append(f"{error} It is now called {aside.name}.")
         else:
             return folder, messages
@@ -172,6 +176,25 @@ def remove(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
     shutil.rmtree(gone)
+
+
+def _hash_on_disk(path: Path) -> str:
+    try:
+        return _sha256(path)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise CheckpointError(f"{path} is damaged: its disk cannot read it.") from None
+
+
+def _rename_aside(folder: Path, aside: Path) -> None:
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} is damaged and cannot be set aside as {aside.name}: {error.strerror}. Make "
+            "its folder writable, and start the same command again."
+        ) from None
 
 
 def _sha256(path: Path) -> str:

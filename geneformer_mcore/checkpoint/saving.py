@@ -18,7 +18,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,7 +90,8 @@ class Saver:
         self._step, self._began = record.step, time.monotonic()
         staging = self._root / f".staging_step_{record.step:010d}"
         self._by_first_rank(lambda: checkpoints.make_staging(self._root, record.step))
-        self._snapshot = Snapshot(trainable, staging, self._rank, self._asynchronous)
+        with self._as_users_error():
+            self._snapshot = Snapshot(trainable, staging, self._rank, self._asynchronous)
         needed = collectives.total(self._snapshot.num_bytes, self._device) + _SPARE_BYTES
         self._by_first_rank(lambda: self._check_room(needed))
         self._by_first_rank(lambda: record.save(staging))
@@ -106,9 +108,12 @@ class Saver:
             self._by_first_rank(lambda: checkpoints.clear(self._root))
             raise CheckpointError(self._cannot(failures[0]))
         if self._snapshot is not None:
-            self._snapshot.describe()
+            written = collectives.from_all_ranks(self._snapshot.files)
+            with self._as_users_error():
+                self._snapshot.describe()
             self._snapshot = None
-            self._thread = _Caught(self._commit if self._rank == 0 else _nothing)
+            commit = partial(self._commit, written)
+            self._thread = _Caught(commit if self._rank == 0 else _nothing)
         else:
             self._thread = None
             self._say(f"saved {checkpoints.step_folder(self._root, self._step)}")
@@ -121,9 +126,19 @@ class Saver:
             else:
                 self.proceed()
 
-    def _commit(self) -> None:
+    def _commit(self, written: list[dict[str, int]]) -> None:
+        """written: what each rank has written, by name and size."""
         root = self._root
         staging = root / f".staging_step_{self._step:010d}"
+        for rank, files in enumerate(written):
+            for name, size in files.items():
+                path = staging / name
+                if not path.is_file() or path.stat().st_size != size:
+                    raise OSError(
+                        errno.ENOENT,
+                        f"rank {rank} has written {name}, and rank 0 does not see it: run.dir must "
+                        "be one folder, shared by all nodes",
+                    )
         checkpoints.commit(staging, root, self._step)
         best = None
         if self._keep_best:
@@ -131,6 +146,19 @@ class Saver:
                 checkpoints.steps(root), lambda step: checkpoints.step_folder(root, step)
             )
         checkpoints.retain(root, self._keep_last, self._keep_every, best)
+
+    @contextlib.contextmanager
+    def _as_users_error(self) -> Iterator[None]:
+        """Rank 0 writes small files of its own within calls that all ranks make together: if it
+        cannot, the others are told by the watch, and get its exit code."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(self._cannot(_reason(error))) from error
+        except RuntimeError as error:
+            if "StreamWriter" not in str(error):  # torch's word for a file it cannot write
+                raise
+            raise CheckpointError(self._cannot(str(error))) from error
 
     def _check_room(self, needed: int) -> None:
         free = shutil.disk_usage(self._root).free

@@ -55,6 +55,7 @@ class Snapshot:
         if training_goes_on and not torch.cuda.is_available():
             buckets = [_copied(bucket) for bucket in buckets]
         self._buckets = buckets
+        self._paths = [_random_file(folder, rank), *(Path(path) for path, _, _ in buckets)]
         self._random_states = _random_states()
 
     @property
@@ -65,6 +66,13 @@ class Snapshot:
             for _, _, (_, tensors) in self._buckets
             for _, tensor in tensors
         )
+
+    @property
+    def files(self) -> dict[str, int]:
+        """{name within the folder: bytes} of what this rank has written, as it sees it."""
+        return {
+            path.relative_to(self._folder).as_posix(): path.stat().st_size for path in self._paths
+        }
 
     def write(self) -> None:
         """Writes this rank's files. Raises OSError where they cannot be."""

@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from geneformer_mcore.config.sections import ParallelConfig
@@ -56,7 +56,8 @@ def start(
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" not in os.environ:  # one process, without torchrun: nothing to meet
-        store, rank, world_size = HashStore(), 0, 1
+        store: Store = HashStore()
+        rank, world_size = 0, 1
     else:
         limit = timedelta(seconds=parallel.timeout_s)
         store, rank, world_size = next(rendezvous("env://", timeout=limit))

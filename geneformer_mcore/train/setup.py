@@ -205,6 +205,9 @@ def _newest_checkpoint(run: Run) -> Path | None:
             found = (newest.name if newest else None, damaged, "")
         except CheckpointError as error:
             found = (None, [], str(error))
+        except OSError as error:
+            why = f"the checkpoints in {run.folder.checkpoints} cannot be looked at: {error}"
+            found = (None, [], f"{why}. Mend that, and start the same command again.")
     name, damaged, problem = collectives.from_first_rank(found)
     run.messages += damaged
     if problem:
