@@ -64,7 +64,8 @@ def start(
         # Where torchrun restarts ranks, its store may be that of the attempt before.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if watch is not None and world_size > 1:
-            watch.join(PrefixStore(f"watch_{attempt}", store.clone()), rank, world_size)
+            apart = store.clone()  # type: ignore[attr-defined]
+            watch.join(PrefixStore(f"watch_{attempt}", apart), rank, world_size)
         store = PrefixStore(f"attempt_{attempt}", store)
     _stay_on_this_machine(world_size)
     dist.init_process_group(
