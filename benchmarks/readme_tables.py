@@ -186,7 +186,7 @@ def parity(results: Path) -> str:
     found = _read(results / "parity.json")
     head = ["layout", "ranks", *PARITY_COLUMNS.values()]
     rows = [
-        [row["layout"], f"{row['ranks']}", *(f"{row[key]:.1e}" for key in PARITY_COLUMNS)]
+        [row["layout"], str(row["ranks"]), *(_number(row[key], ".1e") for key in PARITY_COLUMNS)]
         for row in (found["rows"] if found else ())
     ]
     return _markdown(head, rows or [[NOT_MEASURED, *("" for _ in head[1:])]], [found])

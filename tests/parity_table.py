@@ -17,7 +17,6 @@ import argparse
 import json
 import tempfile
 import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,29 +37,34 @@ def main() -> None:
     where = provenance()  # before anything is written
     truth, plain = parity.truth(), curves.plain()
     learnt = {"steps": curves.STEPS, "first_loss": plain[0], "last_loss": plain[-1]}
-    rows: list[dict[str, Any]] = []
+    rows = [one_step(name, truth) for name in arguments.layouts]
+
+    def keep() -> None:
+        found = {"rows": rows, "plain": learnt} | where
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+    keep()
     with tempfile.TemporaryDirectory() as folder:
-
-        @cache
-        def checkpoint(saver: str) -> Path:
-            path = Path(folder) / saver.replace(" ", "_")
-            curves.save(saver, path)
-            return path
-
-        for name in arguments.layouts:
-            row = one_step(name, truth) | {
-                "losses_from_seed": curves.largest_difference(curves.from_seed(name), plain),
-                "losses_from_checkpoint": curves.largest_difference(
-                    curves.from_checkpoint(name, checkpoint(curves.saver_for(name))),
-                    plain[curves.SAVED_AT :],
-                ),
-                "checkpoint_of": curves.saver_for(name),
-            }
-            rows.append(row)
+        for row in rows:
+            row |= losses(row["layout"], plain, Path(folder))
             print(json.dumps(row), flush=True)
-            found = {"rows": rows, "plain": learnt} | where
-            # After every layout: what was measured is kept if the rest is interrupted.
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+            keep()  # curves take minutes: those that were measured outlive an interruption
+
+
+def losses(name: str, plain: list[float], folder: Path) -> dict[str, Any]:
+    """Differences of a layout's loss curves; `folder` holds the checkpoints they start from."""
+    from tests.distributed import curves
+
+    saver = curves.saver_for(name)
+    checkpoint = folder / saver.replace(" ", "_")
+    if not checkpoint.exists():
+        curves.save(saver, checkpoint)
+    goes_on = curves.from_checkpoint(name, checkpoint)
+    return {
+        "losses_from_seed": curves.largest_difference(curves.from_seed(name), plain),
+        "losses_from_checkpoint": curves.largest_difference(goes_on, plain[curves.SAVED_AT :]),
+        "checkpoint_of": saver,
+    }
 
 
 def one_step(name: str, truth: Any) -> dict[str, Any]:
@@ -76,6 +80,8 @@ def one_step(name: str, truth: Any) -> dict[str, Any]:
         "gradient": found.gradients[worst],
         "worst_parameter": worst,
         "norm": found.norm,
+        "losses_from_seed": None,
+        "losses_from_checkpoint": None,
     }
 
 
