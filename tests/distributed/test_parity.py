@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +84,13 @@ def test_a_step_in_which_nothing_is_predicted(name: str) -> None:
     assert found.loss == 0, "0 genes have a loss of NaN here and there, and nothing else is NaN"
 
 
+CURVES = ("tp1 pp1 dp1", "tp2 pp1 dp1", "tp1 pp2 dp1", "tp1 pp1 dp2", "pp2 interleaved")
+"""Layouts whose loss curves are compared in every run of the tests: half a minute each.
+GENEFORMER_CURVES=all takes all of them, as `python -m tests.parity_table` does."""
+if os.environ.get("GENEFORMER_CURVES") == "all":
+    CURVES = tuple(LAYOUTS)
+
+
 @pytest.fixture(scope="module")
 def plain() -> list[float]:
     losses = curves.plain()
@@ -100,13 +108,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", CURVES)
 def test_losses_of_100_steps(name: str, plain: list[float]) -> None:
     assert curves.largest_difference(curves.from_seed(name), plain) <= 1e-4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", CURVES)
 def test_losses_of_50_steps_from_another_layouts_checkpoint(
     name: str, plain: list[float], checkpoints: dict[str, Path]
 ) -> None:
