@@ -250,6 +250,9 @@ def _gather_by_workers(
                 processes |= set(multiprocessing.active_children()) - others
             while waiting:
                 finished, waiting = wait(waiting, _POLL_S, "FIRST_COMPLETED")
+                # The pool begins to look after its latest process when another one is done (3.11).
+                if any(process.exitcode for process in processes):
+                    raise BrokenProcessPool
                 progress("counting", int(cells.value), total)
                 yield from map(_result, finished)
         except BrokenProcessPool as error:
@@ -274,7 +277,9 @@ def _short_of_memory(error: MemoryError) -> LostWorkerError:
 
 
 def _lost(processes: set[BaseProcess]) -> LostWorkerError:
-    """What ended the first of them; the pool ends the others by SIGTERM."""
+    """What ended the first of them; the others are ended by SIGTERM."""
+    for process in processes:
+        process.terminate()
     for process in processes:
         process.join(_STOP_S)
     codes = {process.exitcode for process in processes} - {None, 0, -signal.SIGTERM}
