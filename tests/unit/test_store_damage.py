@@ -21,7 +21,7 @@ from geneformer_mcore.store.reader import TokenStore
 from tests.small_store import write_small_store
 
 NUM_CELLS, NUM_GENES, SEQ_LENGTH = 1500, 400, 48
-NUM_FLIPS = int(os.environ.get("GENEFORMER_FLIPS", "60"))
+NUM_FLIPS = int(os.environ.get("GENEFORMER_FLIPS", "200"))
 
 
 @pytest.fixture(scope="module")
