@@ -38,7 +38,7 @@ def check(stage: Geneformer, device: torch.device) -> float:
     lengths = torch.tensor(_LENGTHS, device=device)
     padding_B11S = (torch.arange(_POSITIONS, device=device) >= lengths[:, None])[:, None, None, :]
     was_training = core.training
-    core.eval()  # no dropout
+    core.train(mode=False)  # no dropout
     with torch.enable_grad():
         mask_type = stage.encoder.layers[0].self_attention.attn_mask_type
         context = core(*inputs, attention_mask=padding_B11S, attn_mask_type=mask_type)
