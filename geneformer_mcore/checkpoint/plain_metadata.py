@@ -4,7 +4,7 @@
                           ->  names of files that lie in the checkpoint  ->  torch's reader
 
 torch.distributed.checkpoint keeps in a pickle which part of which tensor lies in which file, and
-reads it with `pickle.load`, which runs whatever a pickle asks for. Objects other than tensors it
+reads it with Python's own loader, which runs what a pickle asks for. Objects other than tensors it
 would read so too: ours have none, and a checkpoint that has some is refused.
 """
 
