@@ -2,7 +2,8 @@
 
 Shape legend, used as suffixes of tensor names throughout:
 
-    B  cells of a micro batch        S  positions of the padded micro batch, [CLS] included
+    B  cells of a padded micro batch, and 1 for a packed one
+    S  positions of a row of the micro batch, [CLS] included
     H  hidden size                   V  padded vocabulary (this rank's part of it under TP)
     M  selected positions, that is, those whose gene must be predicted
     N  cells of a ragged block       T  tokens of a ragged block, laid end to end
@@ -10,8 +11,8 @@ Shape legend, used as suffixes of tensor names throughout:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
@@ -84,7 +85,7 @@ class CellViews:
     def __len__(self) -> int:
         return len(self.keys_N)
 
-    def part(self, cells: slice) -> CellViews:
+    def part(self, cells: slice | np.ndarray) -> CellViews:
         """Those of `cells`."""
         return CellViews(
             self.tokens_T, self.starts_N[cells], self.lengths_N[cells], self.keys_N[cells]
@@ -106,6 +107,15 @@ class TokenSource(Protocol):
 
 
 @runtime_checkable
+class KnownLengths(TokenSource, Protocol):
+    """A source that knows how long its cells are without reading them."""
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [N], tokens of the cells of `rows` (int64 [N]), [CLS] included."""
+        ...
+
+
+@runtime_checkable
 class RandomAccess(TokenSource, Protocol):
     """A source from which single cells cost no more than neighbouring ones: memory, a flat file."""
 
@@ -116,45 +126,53 @@ class RandomAccess(TokenSource, Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch, ready for the model.
+    """One micro batch, ready for the model: padded, a cell per row, or packed, one row of cells end
+    to end, each of which attends to itself only.
 
-    tokens_BS:   int32, masked token ids, [PAD] after the last token of a cell
-    lengths_B:   int64, tokens of each cell, [CLS] included
+    tokens_BS:   int32, masked token ids, [PAD] after the last token of a cell (packed: of all)
+    lengths_N:   int64, tokens of each cell, [CLS] included
     selected_M:  int64, flat places `b * S + s` of the positions to predict, ascending
     labels_M:    int64, the true token ids at those places
-    keys_B:      uint64 array, the `cell_key` of each cell: for logs, never seen by the model
+    keys_N:      uint64 array, the `cell_key` of each cell: for logs, never seen by the model
+    bounds:      None if padded; packed: int32 [at least N + 1], 0 to S, where cells begin and end.
+                 What is left behind the last cell is cut into pieces like cells, so that attention
+                 leaves no position undefined
+    longest:     tokens of the longest piece between two bounds: an int of the host, for kernels
+                 that want it without waiting for the device
     """
 
     tokens_BS: torch.Tensor
-    lengths_B: torch.Tensor
+    lengths_N: torch.Tensor
     selected_M: torch.Tensor
     labels_M: torch.Tensor
-    keys_B: np.ndarray
+    keys_N: np.ndarray
+    bounds: torch.Tensor | None = None
+    longest: int = 0
 
     @property
     def num_tokens(self) -> int:
         """Real tokens, [CLS] included and padding not."""
-        return int(self.lengths_B.sum())
+        return int(self.lengths_N.sum())
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        return self._with(tensor.to(device, non_blocking=True) for tensor in self._tensors())
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies by itself; a batch that is
         on a GPU stays there."""
-        if self.tokens_BS.is_cuda:
-            return self
-        return self._with(tensor.pin_memory() for tensor in self._tensors())
+        return self if self.tokens_BS.is_cuda else self._with(lambda tensor: tensor.pin_memory())
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tells the allocator that `stream` works on this batch."""
-        for tensor in self._tensors():
+        for tensor in self._tensors().values():
             tensor.record_stream(stream)
 
-    def _tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.tokens_BS, self.lengths_B, self.selected_M, self.labels_M
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        names = ("tokens_BS", "lengths_N", "selected_M", "labels_M", "bounds")
+        found = {name: getattr(self, name) for name in names}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def _with(self, tensors: Iterable[torch.Tensor]) -> Batch:
-        tokens_BS, lengths_B, selected_M, labels_M = tensors
-        return Batch(tokens_BS, lengths_B, selected_M, labels_M, self.keys_B)
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        changed = {name: change(tensor) for name, tensor in self._tensors().items()}
+        return replace(self, **changed)  # type: ignore[arg-type]

@@ -40,21 +40,21 @@ class Reference(torch.nn.Module):
         self.head_activation = head_activation or activation
         self.num_layers = 1 + max(int(n.split(".")[2]) for n in self.w if ".layers." in n)
 
-    def hidden(self, tokens_BS: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+    def hidden(self, tokens_BS: torch.Tensor, lengths_N: torch.Tensor) -> torch.Tensor:
         """[B, S, H] after the final norm."""
         num_positions = tokens_BS.shape[1]
         x = self.w["embedding.word_embeddings.weight"][tokens_BS]
         x = x + self.w["embedding.position_embeddings.weight"][:num_positions]
-        real_BS = torch.arange(num_positions) < lengths_B[:, None]
+        real_BS = torch.arange(num_positions) < lengths_N[:, None]
         for layer in range(self.num_layers):
             name = f"encoder.layers.{layer}"
             x = x + self._attention(self._norm(x, f"{name}.input_layernorm"), real_BS, name)
             x = x + self._mlp(self._norm(x, f"{name}.pre_mlp_layernorm"), f"{name}.mlp")
         return self._norm(x, "encoder.final_layernorm")
 
-    def logits(self, tokens_BS: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens_BS: torch.Tensor, lengths_N: torch.Tensor) -> torch.Tensor:
         """[B, S, vocabulary_size]: real tokens only, padding rows of the embedding left out."""
-        x = self._linear(self.hidden(tokens_BS, lengths_B), "lm_head.dense")
+        x = self._linear(self.hidden(tokens_BS, lengths_N), "lm_head.dense")
         x = self._norm(self.head_activation(x), "lm_head.layer_norm")
         embedding = self.w["embedding.word_embeddings.weight"][: self.vocabulary_size]
         return x @ embedding.T + self.w["output_layer.bias"][: self.vocabulary_size]
@@ -62,12 +62,12 @@ class Reference(torch.nn.Module):
     def loss_sum(
         self,
         tokens_BS: torch.Tensor,
-        lengths_B: torch.Tensor,
+        lengths_N: torch.Tensor,
         selected_M: torch.Tensor,
         labels_M: torch.Tensor,
     ) -> torch.Tensor:
         """Nats, summed over the selected positions."""
-        logits_MV = self.logits(tokens_BS, lengths_B).flatten(0, 1)[selected_M]
+        logits_MV = self.logits(tokens_BS, lengths_N).flatten(0, 1)[selected_M]
         return F.cross_entropy(logits_MV, labels_M, reduction="sum")
 
     def _attention(self, x: torch.Tensor, real_BS: torch.Tensor, name: str) -> torch.Tensor:

@@ -21,6 +21,7 @@ RECORD = "record.json"
 _MAY_DIFFER = frozenset(
     {
         "train.micro_batch_size",
+        "data.tokens_per_micro_batch",
         "train.steps",
         "train.max_minutes",
         "train.validate_every_steps",

@@ -22,7 +22,9 @@ class Plan:
     data_parallel: int
     """Ranks, or groups of ranks, that work on different cells."""
     micro_batches: int
-    """Micro batches per step and data-parallel rank."""
+    """Micro batches per step and data-parallel rank; 0 if packed: as many as the cells fill."""
+    tokens_per_micro_batch: int
+    """Most tokens of a packed micro batch; 0 if cells are padded."""
     warmup_steps: int
     """Steps of linear warm-up."""
     hold_steps: int
@@ -35,14 +37,23 @@ def plan(config: Config, world_size: int) -> Plan:
     if problems:
         raise ConfigError("\n".join(problems))
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    train, optim = config.train, config.optim
+    train, optim, packed = config.train, config.optim, config.data.packing
     return Plan(
         world_size=world_size,
         data_parallel=data_parallel,
-        micro_batches=train.global_batch_size // (train.micro_batch_size * data_parallel),
+        micro_batches=0
+        if packed
+        else train.global_batch_size // (train.micro_batch_size * data_parallel),
+        tokens_per_micro_batch=token_budget(config) if packed else 0,
         warmup_steps=round(optim.warmup_fraction * train.steps),
         hold_steps=round(optim.hold_fraction * train.steps),
     )
+
+
+def token_budget(config: Config) -> int:
+    """Most tokens of a packed micro batch."""
+    padded = config.train.micro_batch_size * config.data.seq_length
+    return config.data.tokens_per_micro_batch or padded
 
 
 def _ranges(config: Config) -> Iterator[str]:
@@ -120,6 +131,7 @@ def _layout(config: Config, world_size: int) -> Iterator[str]:
     if min(tensor, pipeline, chunks, train.micro_batch_size, train.global_batch_size) < 1:
         return  # reported by _ranges
     yield from _layers(config)
+    yield from _packing(config)
     if parallel.sequence and tensor == 1:
         yield "parallel.sequence=true needs parallel.tensor > 1, and that is 1."
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
@@ -135,6 +147,8 @@ def _layout(config: Config, world_size: int) -> Iterator[str]:
             f"parallel.pipeline ({tensor} x {pipeline} = {tensor * pipeline}): start "
             f"{tensor * pipeline} ranks with torchrun --nproc_per_node, or lower one of the two."
         )
+        return
+    if config.data.packing:
         return
     data_parallel = world_size // (tensor * pipeline)
     per_pass = train.micro_batch_size * data_parallel
@@ -152,6 +166,28 @@ def _layout(config: Config, world_size: int) -> Iterator[str]:
             f"the interleaved pipeline needs micro batches per step ({micro_batches} = "
             f"{train.global_batch_size} / {per_pass}) in multiples of parallel.pipeline "
             f"({pipeline})."
+        )
+
+
+def _packing(config: Config) -> Iterator[str]:
+    data, tensor = config.data, config.parallel.tensor
+    budget = data.tokens_per_micro_batch
+    if not data.packing:
+        if budget:
+            yield (
+                f"data.tokens_per_micro_batch ({budget}) is for data.packing=true, and that is "
+                "false: leave it 0, and set train.micro_batch_size."
+            )
+        return
+    if 0 < budget < data.seq_length:
+        yield (
+            f"data.tokens_per_micro_batch ({budget}) must be at least data.seq_length "
+            f"({data.seq_length}), or the longest cells fit nowhere; 0 takes "
+            "train.micro_batch_size x data.seq_length."
+        )
+    if config.parallel.sequence and token_budget(config) % tensor:
+        yield _multiple("data.tokens_per_micro_batch", budget, "parallel.tensor", tensor) + (
+            " Sequence parallel gives each rank an equal share of the positions."
         )
 
 
@@ -183,6 +219,7 @@ _RANGES = (
     ("data.window_spans", 1, 1_000_000),
     ("data.prefetch_steps", 0, 1_000),
     ("data.pad_multiple", 0, 65_536),
+    ("data.tokens_per_micro_batch", 0, 16_777_216),
     ("model.num_layers", 1, 1_000),
     ("model.hidden_size", 1, 65_536),
     ("model.ffn_hidden_size", 1, 1_000_000),

@@ -38,7 +38,9 @@ class Attention(Enum):
 
     auto = "auto"
     te = "te"
+    flash = "flash"
     sdpa = "sdpa"
+    blockwise = "blockwise"
     plain = "plain"
 
 
@@ -110,9 +112,17 @@ class DataConfig:
     ranks share a window's spans among them."""
     prefetch_steps: int = 4
     """Global batches prepared ahead by the one prefetch thread; 0 prepares them in line."""
+    packing: bool = True
+    """Lay cells end to end instead of padding each to the longest: no work on padding, the same
+    losses. Cells attend to themselves only, and every rank gets as much work. Ranks then read the
+    cells of a step from anywhere: with many of them name a `cache_dir`."""
+    tokens_per_micro_batch: int = 0
+    """Tokens of a packed micro batch at most; 0 takes train.micro_batch_size x seq_length, which
+    needs as much memory as a padded one."""
     pad_multiple: int = 64
-    """The micro batches of a step are padded to their longest cell, rounded up to this many
-    tokens; 0 pads to seq_length always."""
+    """The micro batches of a step are padded to the longest cell in them, packed ones to the
+    fullest, rounded up to this many tokens. 0 pads to seq_length always, packed ones to
+    tokens_per_micro_batch: shapes then never change."""
 
 
 @dataclass
@@ -138,8 +148,11 @@ class ModelConfig:
     fp32_residual: bool = True
     """Keep the residual stream in 32 bits under bf16, as the card does."""
     attention: Attention = Attention.auto
-    """auto: Transformer Engine on a GPU that has it, else torch's fused attention, but Megatron's
-    plain one on a CPU with attention dropout, where torch has no fused kernel."""
+    """te: Transformer Engine. flash: the FlashAttention-2 inside torch, for GPUs and 16 bits.
+    sdpa: torch's scaled dot product attention. blockwise: ours, for CPUs, with a fast dropout.
+    plain: Megatron's, every score in memory. auto: on a GPU te, or flash without it, or sdpa in
+    fp32; on a CPU sdpa, or blockwise with attention dropout, for which torch has no fused kernel
+    there."""
 
 
 @dataclass
@@ -199,9 +212,11 @@ class TrainConfig:
     steps: int = 115430
     """Optimizer steps of the whole run, restarts included."""
     micro_batch_size: int = 32
-    """Cells per forward pass and rank."""
+    """Cells per forward pass and rank. With data.packing only the measure of how many tokens a
+    forward pass may hold."""
     global_batch_size: int = 2048
-    """Cells per optimizer step, over all ranks; a multiple of micro_batch_size x data parallel."""
+    """Cells per optimizer step, over all ranks; without data.packing a multiple of
+    micro_batch_size x data parallel."""
     seed: int = 1234
     """Fixes weights, order of cells, masks and dropout."""
     precision: Precision = Precision.bf16

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from geneformer_mcore.backends import require
-from geneformer_mcore.contracts import Batch, CellViews
+from geneformer_mcore.contracts import PAD, Batch, CellViews
+from geneformer_mcore.feed.batch import assembled, make_batch
 from geneformer_mcore.feed.masks import Masking
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _ROOM = 2048
 """Positions that every pipeline has room for: those of the published models."""
+_CELLS_MULTIPLE = 16
 
 
 class DaliBatches:
@@ -49,19 +51,37 @@ class DaliBatches:
         idle_N: np.ndarray,
         masking: Masking,
         num_positions: int,
+        packed: bool = False,
     ) -> Batch:
-        """See batch.BatchMaker."""
-        assert cells.lengths_N.max(initial=0) <= num_positions
+        """See batch.BatchMaker. DALI pads; cells to be packed are taken out of its rows."""
+        longest = int(cells.lengths_N.max(initial=0))
+        assert (cells.lengths_N.sum() if packed else longest) <= num_positions
+        if len(cells) == 0:
+            empty = make_batch(cells, epochs_N, idle_N, masking, num_positions, packed)
+            return empty.to(self._device)
+        padded_to = longest if packed else num_positions
+        # A pipeline is built for a number of cells, and packed batches have any: a few numbers do.
+        asked = np.arange(
+            -(-len(cells) // _CELLS_MULTIPLE) * _CELLS_MULTIPLE if packed else len(cells)
+        )
+        asked[len(cells) :] = 0
         with self._lock, self._beside():
-            pipeline = self._pipeline(len(cells), num_positions, masking)
+            pipeline = self._pipeline(len(asked), padded_to, masking)
             tokens_BS, labels_BS = pipeline.run(
-                _tokens(cells),
-                masking.streams(cells.keys_N, epochs_N),
-                idle_N,
-                num_positions,
+                _tokens(cells.part(asked)),
+                masking.streams(cells.keys_N, epochs_N)[asked],
+                idle_N[asked],
+                padded_to,
                 self._stream,
             )
-            batch = _batch(cells, tokens_BS, labels_BS)
+            # Copied, into memory that torch's allocator knows: DALI's is out of its sight.
+            flat = [
+                _packed(rows_BS, cells.lengths_N, num_positions, filler)
+                if packed
+                else rows_BS.flatten().clone()
+                for rows_BS, filler in ((tokens_BS, PAD), (labels_BS, -1))
+            ]
+            batch = _batch(cells, *flat, num_positions, packed)
             if self._stream is not None:
                 self._stream.synchronize()
         if self._stream is not None:
@@ -94,15 +114,21 @@ def _tokens(cells: CellViews) -> list[np.ndarray]:
     return [cells.tokens_T[start:stop] for start, stop in zip(cells.starts_N, stops_N, strict=True)]
 
 
-def _batch(cells: CellViews, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> Batch:
-    labels = labels_BS.flatten()
+def _packed(
+    rows_BS: torch.Tensor, lengths_N: np.ndarray, num_positions: int, filler: int
+) -> torch.Tensor:
+    """[num_positions]: the first lengths_N of every row, end to end, then `filler`."""
+    first_N = np.arange(len(lengths_N)) * rows_BS.shape[1]
+    shift_N = first_N - (np.cumsum(lengths_N) - lengths_N)
+    where = np.arange(lengths_N.sum()) + np.repeat(shift_N, lengths_N)
+    flat = rows_BS.new_full((num_positions,), filler)
+    flat[: len(where)] = rows_BS.flatten()[torch.from_numpy(where).to(rows_BS.device)]
+    return flat
+
+
+def _batch(
+    cells: CellViews, tokens: torch.Tensor, labels: torch.Tensor, num_positions: int, packed: bool
+) -> Batch:
     # Token ids are not negative, and what stands elsewhere is.
     selected_M = torch.nonzero(labels >= 0).flatten()
-    return Batch(
-        # Cloned, into memory that torch's allocator knows: DALI's is out of its sight.
-        tokens_BS=tokens_BS.clone(),
-        lengths_B=torch.from_numpy(cells.lengths_N).to(tokens_BS.device),
-        selected_M=selected_M,
-        labels_M=labels[selected_M].long(),
-        keys_B=cells.keys_N,
-    )
+    return assembled(cells, tokens, selected_M, labels[selected_M].long(), num_positions, packed)

@@ -84,7 +84,8 @@ def fill_batch(
     masked_below: np.uint64,
     random_below: np.uint64,
     num_genes: int,
-    tokens_BS: np.ndarray,
+    rows: np.ndarray,
+    tokens: np.ndarray,
     selected_M: np.ndarray,
     labels_M: np.ndarray,
 ) -> int:
@@ -93,18 +94,24 @@ def fill_batch(
     tokens_T, starts_N, lengths_N:  the cells (see contracts.CellViews)
     keys_N, epochs_N, seed_bits:    what the cells' random streams are of (masks.Masking.streams)
     *_below:    bounds on 53 random bits: a probability p is ceil(p * 2^53)
-    tokens_BS:  int32 [B, S] to fill; selected_M, labels_M: int64, room for every token
+    rows:       int64 [N + 1], where the row of each cell lies in `tokens` (see batch.rows_of)
+    tokens:     int32, the flattened batch to fill
+    selected_M, labels_M: int64, room for every token
     """
-    num_positions = tokens_BS.shape[1]
-    bits = np.empty(num_positions, np.uint64)
-    places = np.empty(num_positions + 1, np.int32)
-    chosen = np.empty(num_positions, np.uint64)
-    shown = np.empty(num_positions, np.int32)
+    longest = 0
+    for b in range(len(lengths_N)):
+        longest = max(longest, lengths_N[b])
+    bits = np.empty(longest, np.uint64)
+    places = np.empty(longest + 1, np.int32)
+    chosen = np.empty(longest, np.uint64)
+    shown = np.empty(longest, np.int32)
+    if len(starts_N) == 0:
+        tokens[:] = PAD
     m = 0
     for b in range(len(starts_N)):
         length = lengths_N[b]
         cell = tokens_T[starts_N[b] : starts_N[b] + length]
-        row = tokens_BS[b]
+        row = tokens[rows[b] : rows[b + 1]]
         # Plain loops over one thing each: these the compiler turns into SIMD.
         for i in range(len(cell)):
             row[i] = cell[i]
@@ -124,6 +131,6 @@ def fill_batch(
             token = row[place]
             labels[k] = token
             row[place] = shown[k] if shown[k] >= 0 else token
-            selected[k] = b * num_positions + np.int64(places[k])
+            selected[k] = rows[b] + np.int64(places[k])
         m += n
     return m

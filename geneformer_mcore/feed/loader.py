@@ -1,7 +1,10 @@
 """The stream of global batches, dealt to data-parallel ranks, prepared one step ahead or more.
 
-    position -> Order -> rows -> spans read once -> this rank's cells -> micro batches
+    position -> Order -> rows -> this rank's cells -> spans read once -> micro batches
                                                       (one prefetch thread)
+
+    padded: a rank's cells are every d-th, its micro batches the next few of them
+    packed: packing.py deals the whole global batch, by the lengths of its cells
 
 The state is one integer, the position: cells seen since the start of the run.
 """
@@ -17,6 +20,7 @@ from geneformer_mcore.contracts import Batch, CellViews, RaggedCells, RandomAcce
 from geneformer_mcore.feed.batch import BatchMaker, make_batch, padded_length
 from geneformer_mcore.feed.masks import VALIDATION_EPOCH, Masking
 from geneformer_mcore.feed.order import Order, Places
+from geneformer_mcore.feed.packing import pack
 from geneformer_mcore.feed.prefetch import prefetched
 from geneformer_mcore.feed.spans import Spans
 
@@ -25,14 +29,26 @@ from geneformer_mcore.feed.spans import Spans
 class Share:
     """Which part of every global batch a rank works on.
 
-    Cell i of a global batch goes to data-parallel rank i % data_size: a global batch holds the
-    same cells whatever the layout.
+    Padded, cell i of a global batch goes to data-parallel rank i % data_size. A global batch holds
+    the same cells whatever the layout.
     """
 
     global_batch_size: int
     micro_batch_size: int
     data_rank: int
     data_size: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """That cells are packed, and how many fit.
+
+    tokens:    of a micro batch, at most
+    multiple:  micro batches per step and rank come in multiples of this
+    """
+
+    tokens: int
+    multiple: int = 1
 
 
 class Feed:
@@ -47,13 +63,16 @@ class Feed:
         seq_length: int,
         pad_multiple: int,
         maker: BatchMaker = make_batch,
+        budget: Budget | None = None,
     ) -> None:
-        """maker: what makes micro batches of cells; all makers make the same ones."""
+        """maker: what makes micro batches of cells; all makers make the same ones.
+        budget: packs cells; without one they are padded."""
         self.order = order
         self.masking = masking
         self.share = share
         self.seq_length = seq_length
         self.pad_multiple = pad_multiple
+        self.budget = budget
         self._maker = maker
         self._cells: _Direct | Spans
         if isinstance(source, RandomAccess):
@@ -62,25 +81,29 @@ class Feed:
             self._cells = Spans(source, order, seq_length)
 
     def step(self, position: int) -> list[Batch]:
-        """The micro batches of the training batch that starts at `position`, all padded alike."""
+        """The micro batches of the training batch that starts at `position`, all of one shape."""
         places = self.order.places(position, position + self.share.global_batch_size)
-        return self._micro_batches(places, places.epochs, np.zeros(len(places), dtype=bool))
+        if self.budget is not None:
+            return self._packed(places, places.epochs)
+        return self._padded(places, places.epochs, np.zeros(len(places), dtype=bool))
 
     def validation_step(self, position: int) -> list[Batch]:
         """The same for validation: masks are those of VALIDATION_EPOCH, and beyond the last cell
-        the batch is filled up with cells in which nothing is predicted."""
+        a padded batch is filled up with cells in which nothing is predicted."""
         size = self.share.global_batch_size
         places = self.order.places(position, min(position + size, self.order.num_cells))
+        if self.budget is not None:
+            return self._packed(places, np.full(len(places), VALIDATION_EPOCH))
         idle = np.arange(size) >= len(places)
         places = places.take(np.where(idle, 0, np.arange(size)))
-        return self._micro_batches(places, np.full(size, VALIDATION_EPOCH), idle)
+        return self._padded(places, np.full(size, VALIDATION_EPOCH), idle)
 
     def validation_cells(self, limit: int) -> RaggedCells:
         """The cells of the first `limit` validation steps, truncated."""
         num_cells = min(limit * self.share.global_batch_size, self.order.num_cells)
         return self._cells.take(self.order.places(0, num_cells)).ragged()
 
-    def _micro_batches(self, places: Places, epochs: np.ndarray, idle: np.ndarray) -> list[Batch]:
+    def _padded(self, places: Places, epochs: np.ndarray, idle: np.ndarray) -> list[Batch]:
         share = self.share
         mine = slice(share.data_rank, None, share.data_size)
         cells = self._cells.take(places.take(mine))
@@ -91,6 +114,29 @@ class Feed:
         parts = [slice(start, start + size) for start in range(0, len(cells), size)]
         return [
             self._maker(cells.part(part), epochs[part], idle[part], self.masking, num_positions)
+            for part in parts
+        ]
+
+    def _packed(self, places: Places, epochs: np.ndarray) -> list[Batch]:
+        assert self.budget is not None
+        share, budget = self.share, self.budget
+        lengths = self._cells.lengths(places)
+        packing = pack(lengths, budget.tokens, share.data_size, budget.multiple)
+        num_positions = padded_length(packing.most_tokens, self.pad_multiple, budget.tokens)
+        bins = packing.of_rank(share.data_rank, share.data_size)
+        mine = np.concatenate(bins)
+        cells, epochs = self._cells.take(places.take(mine)), epochs[mine]
+        stops = np.cumsum([len(each) for each in bins])
+        parts = [slice(stop - len(each), stop) for stop, each in zip(stops, bins, strict=True)]
+        return [
+            self._maker(
+                cells.part(part),
+                epochs[part],
+                np.zeros(part.stop - part.start, bool),
+                self.masking,
+                num_positions,
+                packed=True,
+            )
             for part in parts
         ]
 
@@ -113,6 +159,10 @@ class _Direct:
     def __init__(self, source: RandomAccess, seq_length: int) -> None:
         self._source = source
         self._seq_length = seq_length
+
+    def lengths(self, places: Places) -> np.ndarray:
+        """int64, tokens of each of the cells at `places`."""
+        return self.take(places).lengths_N
 
     def take(self, places: Places) -> CellViews:
         """The cells at `places`, in that order, at most seq_length tokens of each."""

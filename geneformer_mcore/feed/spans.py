@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from geneformer_mcore.backends import is_available
-from geneformer_mcore.contracts import CellViews, RaggedCells, TokenSource
+from geneformer_mcore.contracts import CellViews, KnownLengths, RaggedCells, TokenSource
 from geneformer_mcore.feed.batch import truncate
 from geneformer_mcore.feed.order import Order, Places
 
@@ -40,6 +40,13 @@ class Spans:
         self._keys = np.empty((0, order.span_cells), np.uint64)
         # A batch may need the spans of a window and those of the next.
         self._add_slots(min(num_spans, 2 * order.window_spans))
+
+    def lengths(self, places: Places) -> np.ndarray:
+        """int64, tokens of each of the cells at `places`: by a source that knows them, or by
+        reading all of these cells, those of other ranks too."""
+        if isinstance(self.source, KnownLengths):
+            return np.minimum(self.source.lengths(places.rows), self.seq_length)
+        return self.take(places).lengths_N
 
     def take(self, places: Places) -> CellViews:
         """The cells at `places`, in that order; the views hold until the next call."""

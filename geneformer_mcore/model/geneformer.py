@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from geneformer_mcore.config.sections import Attention, ModelConfig
 from geneformer_mcore.contracts import Batch, padded_vocabulary_size
+from geneformer_mcore.feed.places import positions_in_cells
 from geneformer_mcore.model import attention, head, settings
 from geneformer_mcore.model.layers import LayerNorm, layer_spec
 
@@ -79,15 +80,17 @@ class Geneformer(megatron_bert.BertModel):
     def encode(self, batch: Batch) -> torch.Tensor:
         """Residual stream [S, B, H] after this stage; normalised after the last one. Under
         sequence parallel S is this rank's share of the positions."""
-        num_positions = batch.tokens_BS.shape[1]
-        places_S = torch.arange(num_positions, device=batch.tokens_BS.device)
-        padding_B11S = (places_S >= batch.lengths_B[:, None])[:, None, None, :]
+        cells = attention.packed_cells(batch)
         embedded = None
         if self.pre_process:
             embedded = self.embedding(
-                input_ids=batch.tokens_BS.long(), position_ids=places_S.expand_as(batch.tokens_BS)
+                input_ids=batch.tokens_BS.long(), position_ids=positions_in_cells(batch)
             )
-        return self.encoder(hidden_states=embedded, attention_mask=padding_B11S)
+        return self.encoder(
+            hidden_states=embedded,
+            attention_mask=padding_mask(batch) if cells is None else None,
+            packed_seq_params=cells,
+        )
 
     def logits(self, hidden_SBH: torch.Tensor, selected_M: torch.Tensor) -> torch.Tensor:
         """fp32 [M, V]: this tensor rank's columns of the gene logits, padding at -inf."""
@@ -105,6 +108,12 @@ class Geneformer(megatron_bert.BertModel):
         return logits_MV.float()
 
 
+def padding_mask(batch: Batch) -> torch.Tensor:
+    """bool [B, 1, 1, S], True at the padding of a padded batch."""
+    places_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
+    return (places_S >= batch.lengths_N[:, None])[:, None, None, :]
+
+
 def build(
     model: ModelConfig,
     config: TransformerConfig,
@@ -117,7 +126,7 @@ def build(
 
     padded_size: rows of the embedding, default `contracts.padded_vocabulary_size`.
     """
-    core = attention.choose(model, device)
+    core = attention.choose(model, device, settings.precision_of(config))
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     rank = parallel_state.get_pipeline_model_parallel_rank()
     chunks = config.virtual_pipeline_model_parallel_size or 1

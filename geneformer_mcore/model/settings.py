@@ -59,6 +59,11 @@ def transformer_config(
     )
 
 
+def precision_of(config: TransformerConfig) -> Precision:
+    """The `train.precision` that a TransformerConfig was made with."""
+    return next(name for name, dtype in DTYPES.items() if dtype is config.params_dtype)
+
+
 def _shape(model: ModelConfig) -> dict:
     return {
         "num_layers": model.num_layers,

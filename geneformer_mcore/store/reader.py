@@ -19,7 +19,8 @@ from geneformer_mcore.store.files import find_changes
 from geneformer_mcore.store.layout import OBS, TOKENS, VOCABULARY_FILE, Manifest
 from geneformer_mcore.store.soma_io import SomaReader
 
-_KEYS_PER_PART = 65_536
+_ROWS_PER_PART = 65_536
+_PART_TYPES = {"cell_key": np.uint64, "n_tokens": np.uint16}
 _ROWS_PER_NAME_READ = 1024
 _MOST_TOLD = 5
 
@@ -52,7 +53,7 @@ class TokenStore:
                 "again; never exchange its vocabulary."
             )
         self._soma = SomaReader(self.path)
-        self._keys: dict[int, np.ndarray] = {}
+        self._parts: dict[tuple[str, int], np.ndarray] = {}
         for name in (TOKENS, OBS):
             self._check_count(name)
 
@@ -98,18 +99,33 @@ class TokenStore:
             names |= {row: column[row - first] for row in rows[rows // _ROWS_PER_NAME_READ == part]}
         return [names[row] for row in rows]
 
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [N], tokens of the cells of `rows` (int64 [N], any order), [CLS] included."""
+        lengths_N = np.empty(len(rows), np.int64)
+        parts_N = rows // _ROWS_PER_PART
+        for part in np.unique(parts_N).tolist():
+            here = parts_N == part
+            lengths_N[here] = self._part("n_tokens", part)[rows[here] - part * _ROWS_PER_PART]
+        return lengths_N
+
     def _read_keys(self, start: int, stop: int) -> np.ndarray:
-        """uint64 [stop - start]. Read in large parts that are kept, 8 bytes per cell of the store:
-        a second query per span would cost as much again as reading its tokens."""
+        """uint64 [stop - start]."""
         parts = []
-        for part in range(start // _KEYS_PER_PART, (stop - 1) // _KEYS_PER_PART + 1):
-            first = part * _KEYS_PER_PART
-            if part not in self._keys:
-                last = min(first + _KEYS_PER_PART, len(self))
-                column = self._soma.read(OBS, first, last, ["cell_key"])["cell_key"]
-                self._keys[part] = column.to_numpy()
-            parts.append(self._keys[part][max(0, start - first) : stop - first])
+        for part in range(start // _ROWS_PER_PART, (stop - 1) // _ROWS_PER_PART + 1):
+            first = part * _ROWS_PER_PART
+            keys = self._part("cell_key", part)
+            parts.append(keys[max(0, start - first) : stop - first])
         return np.concatenate(parts)
+
+    def _part(self, name: str, part: int) -> np.ndarray:
+        """A large part of a column of obs, read once and kept, a few bytes per cell of the store: a
+        second query per span would cost as much again as reading its tokens."""
+        if (name, part) not in self._parts:
+            first = part * _ROWS_PER_PART
+            last = min(first + _ROWS_PER_PART, len(self))
+            column = self._soma.read(OBS, first, last, [name])[name].to_numpy()
+            self._parts[name, part] = column.astype(_PART_TYPES[name], copy=False)
+        return self._parts[name, part]
 
     def close(self) -> None:
         """Closes the store's files."""

@@ -162,8 +162,12 @@ def _trainable(config: Config, cells: Cells, device: torch.device) -> optim.Trai
 
 def _check_attention(run: Run) -> None:
     """Raises ConfigError if the chosen attention does not compute what it should."""
-    worst = max(attention_check.check(stage, run.device) for stage in run.trainable.stages)
-    chosen = attention.choose(run.config.model, run.device).value
+    worst = max(
+        attention_check.check(stage, run.device, run.config.data.packing)
+        for stage in run.trainable.stages
+    )
+    config = run.config
+    chosen = attention.choose(config.model, run.device, config.train.precision).value
     run.messages.append(
         f"attention {chosen}: within {worst:.1g} of the plain computation, gradients included"
     )
@@ -234,6 +238,17 @@ def _write_baselines(run: Run) -> None:
     run.folder.write_baselines(json.dumps(scores, indent=1) + "\n")
 
 
+def _micro_batches(run: Run) -> str:
+    if run.plan.tokens_per_micro_batch:
+        return (
+            f"cells packed into micro batches of at most {run.plan.tokens_per_micro_batch} tokens"
+        )
+    return (
+        f"{run.plan.micro_batches} micro batch(es) of {run.config.train.micro_batch_size} cells "
+        "per step"
+    )
+
+
 def _announce(run: Run) -> None:
     """Says what runs, on what, with which kernels."""
     config, cells = run.config, run.cells
@@ -245,9 +260,9 @@ def _announce(run: Run) -> None:
     )
     run.say(
         f"{run.topology.world_size} rank(s) on {run.device.type} ({layout}), "
-        f"{run.plan.micro_batches} micro batch(es) of {config.train.micro_batch_size} per step, "
+        f"{_micro_batches(run)}, "
         f"precision {config.train.precision.value}, "
-        f"attention {attention.choose(config.model, run.device).value}, "
+        f"attention {attention.choose(config.model, run.device, config.train.precision).value}, "
         f"{torch.get_num_threads()} CPU thread(s) per rank"
     )
     run.say(", ".join(f"{name} {version}" for name, version in backends.describe().items()))

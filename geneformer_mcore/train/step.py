@@ -14,6 +14,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from geneformer_mcore.contracts import Batch
+from geneformer_mcore.feed.places import cells_of
 from geneformer_mcore.model.geneformer import Geneformer
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.parallel.collectives import sum_of_losses
@@ -109,7 +110,7 @@ def run_schedule(
     chunks: list, batches: list[Batch], topology: Topology, forward_only: bool
 ) -> Totals:
     """Megatron's schedule (none, 1F1B or interleaved) over the micro batches of this rank."""
-    num_cells, num_positions = batches[0].tokens_BS.shape
+    num_rows, num_positions = batches[0].tokens_BS.shape
     iterators = [iter(batches) for _ in chunks]
     single = len(chunks) == 1
     reported = get_forward_backward_func()(
@@ -118,7 +119,7 @@ def run_schedule(
         model=chunks[0] if single else chunks,
         num_microbatches=len(batches),
         seq_length=num_positions,
-        micro_batch_size=num_cells,
+        micro_batch_size=num_rows,
         forward_only=forward_only,
     )
     local = torch.zeros(6, dtype=torch.float64, device=batches[0].tokens_BS.device)
@@ -144,14 +145,13 @@ def _forward_step(
 
 def _sums(loss_M: torch.Tensor, batch: Batch) -> torch.Tensor:
     """fp64 [6] in the order of Totals."""
-    num_cells, num_positions = batch.tokens_BS.shape
-    cell_M = batch.selected_M // num_positions
+    cell_M = cells_of(batch, batch.selected_M)
     loss_M = loss_M.double()
-    per_cell = torch.zeros(num_cells, dtype=torch.float64, device=loss_M.device)
+    per_cell = torch.zeros(len(batch.lengths_N), dtype=torch.float64, device=loss_M.device)
     counts = torch.zeros_like(per_cell)
     per_cell.index_add_(0, cell_M, loss_M)
     counts.index_add_(0, cell_M, torch.ones_like(loss_M))
-    lengths = batch.lengths_B.double()
+    lengths = batch.lengths_N.double()
     sums = (
         loss_M.sum(),
         counts.sum(),

@@ -90,7 +90,7 @@ def _plain(steps: int) -> list[float]:
         batches = run.feed.step(step * size)
         adam.zero_grad()
         sums = [
-            reference.loss_sum(b.tokens_BS, b.lengths_B, b.selected_M, b.labels_M) for b in batches
+            reference.loss_sum(b.tokens_BS, b.lengths_N, b.selected_M, b.labels_M) for b in batches
         ]
         loss = torch.stack(sums).sum() / sum(len(batch.labels_M) for batch in batches)
         loss.backward()

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from geneformer_mcore.contracts import Batch
+from geneformer_mcore.contracts import PAD, Batch
+from geneformer_mcore.feed.places import cells_of
 from geneformer_mcore.model.geneformer import Geneformer
 from geneformer_mcore.model.initial_weights import sharded_parameters, slice_of
 from geneformer_mcore.optim import optimizer as optim
@@ -35,6 +36,7 @@ OVERLAP = (GRAD_OVERLAP, "parallel.overlap_param_gather=true")
 TP2, PP2 = "parallel.tensor=2", "parallel.pipeline=2"
 INTERLEAVED = (PP2, "parallel.virtual_pipeline=2")
 SEQUENCE = (TP2, "parallel.sequence=true")
+PACKED = "data.packing=true"
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp1 pp1 dp1": (1, ()),
@@ -54,6 +56,13 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "dp2 overlap": (2, OVERLAP),
     "pp2 dp2 overlap": (4, (PP2, *OVERLAP)),
     "pp2 interleaved dp2 overlap": (4, (*INTERLEAVED, *OVERLAP)),
+    "packed": (1, (PACKED,)),
+    "tp2 sequence packed": (2, (*SEQUENCE, PACKED)),
+    "tp1 pp2 dp2 packed": (4, (PP2, PACKED)),
+    "tp2 pp2 sequence packed": (4, (*SEQUENCE, PP2, PACKED)),
+    "pp2 interleaved packed": (2, (*INTERLEAVED, PACKED)),
+    "dp4 packed": (4, (PACKED,)),
+    "dp2 overlap packed": (2, (*OVERLAP, PACKED)),
 }
 """Name -> (ranks, settings)."""
 
@@ -182,7 +191,7 @@ def _truth(change: Change, data_size: int) -> Truth:
         place = replace(run.topology, data_rank=data_rank, data_size=data_size)
         for batch in change(toy.feed(run.config, place).step(0), data_rank):
             loss = reference.loss_sum(
-                batch.tokens_BS, batch.lengths_B, batch.selected_M, batch.labels_M
+                batch.tokens_BS, batch.lengths_N, batch.selected_M, batch.labels_M
             )
             losses.append(loss)
             predicted += len(batch.labels_M)
@@ -269,10 +278,25 @@ def _logits_error(
         if len(batch.selected_M) == 0 or last <= first:
             continue
         with torch.no_grad():
-            whole = reference.logits(batch.tokens_BS, batch.lengths_B).flatten(0, 1)
-        wanted = whole[batch.selected_M][:, first:last]
+            tokens_BS, selected_M = in_rows(batch)
+            whole = reference.logits(tokens_BS, batch.lengths_N).flatten(0, 1)
+        wanted = whole[selected_M][:, first:last]
         errors.append(float((logits_MV[:, : last - first] - wanted).abs().max()))
     return _worst(errors)
+
+
+def in_rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, selected places) with a row per cell, packed or not: what the plain model takes."""
+    if batch.bounds is None:
+        return batch.tokens_BS, batch.selected_M
+    starts_N = batch.bounds.long()[: len(batch.lengths_N)]
+    rows = [
+        batch.tokens_BS[0, start : start + length]
+        for start, length in zip(starts_N.tolist(), batch.lengths_N.tolist(), strict=True)
+    ]
+    tokens_BS = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+    cell_M = cells_of(batch, batch.selected_M)
+    return tokens_BS, cell_M * tokens_BS.shape[1] + batch.selected_M - starts_N[cell_M]
 
 
 def _slices(trainable: optim.Trainable, expected: Truth) -> list[Slice]:

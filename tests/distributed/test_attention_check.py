@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from geneformer_mcore.errors import ConfigError
-from geneformer_mcore.model import attention_check
+from geneformer_mcore.model import attention, attention_check
 from tests.distributed import toy
 from tests.distributed.ranks import run_ranks
 
 
-def checked(*overrides: str) -> tuple[float, bool]:
+def checked(packed: bool, *overrides: str) -> tuple[float, bool]:
     run = toy.make("model.attention_dropout=0.1", *overrides)
     before = torch.get_rng_state()
-    worst = attention_check.check(run.trainable.stages[0], toy.CPU)
+    worst = attention_check.check(run.trainable.stages[0], toy.CPU, packed)
     core = run.trainable.stages[0].encoder.layers[0].self_attention.core_attention
     return worst, torch.equal(before, torch.get_rng_state()) and core.training
 
 
-@pytest.mark.parametrize("attention", ["plain", "sdpa"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("attention", ["plain", "sdpa", "blockwise"])
 @pytest.mark.parametrize(
     ("world_size", "overrides", "most"),
     [
@@ -29,35 +32,43 @@ def checked(*overrides: str) -> tuple[float, bool]:
     ],
 )
 def test_ours_pass(
-    attention: str, world_size: int, overrides: tuple[str, ...], most: float
+    attention: str, packed: bool, world_size: int, overrides: tuple[str, ...], most: float
 ) -> None:
     for worst, unchanged in run_ranks(
-        checked, world_size, f"model.attention={attention}", *overrides
+        checked, world_size, packed, f"model.attention={attention}", *overrides
     ):
         assert 0 < worst < most
         assert unchanged
 
 
-def spoilt(how: str) -> str:
+def spoilt(how: str, packed: bool) -> str:
     run = toy.make("model.attention=sdpa")
     core = run.trainable.stages[0].encoder.layers[0].self_attention.core_attention
     right = core.forward
+
+    def one_cell(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None, **rest: Any) -> Any:
+        if packed:
+            ends = torch.tensor([0, len(q)], dtype=torch.int32)
+            rest["packed_seq_params"] = attention.packed_pieces(ends, len(q))
+        return right(q, k, v, None, **rest)
+
     spoil = {
-        "scale": lambda q, k, v, **rest: right(q * 1.01, k, v, **rest),
-        "mask": lambda q, k, v, attention_mask, **rest: right(q, k, v, None, **rest),
-        "gradient": lambda q, k, v, **rest: right(q.detach() + 0 * q, k, v, **rest),
-        "nan": lambda q, k, v, **rest: right(q, k, v, **rest) * float("nan"),
+        "scale": lambda q, k, v, m, **rest: right(q * 1.01, k, v, m, **rest),
+        "mask": one_cell,
+        "gradient": lambda q, k, v, m, **rest: right(q.detach() + 0 * q, k, v, m, **rest),
+        "nan": lambda q, k, v, m, **rest: right(q, k, v, m, **rest) * float("nan"),
     }
     core.forward = spoil[how]
     try:
-        attention_check.check(run.trainable.stages[0], toy.CPU)
+        attention_check.check(run.trainable.stages[0], toy.CPU, packed)
     except ConfigError as error:
         return str(error)
     return ""
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("how", ["scale", "mask", "gradient", "nan"])
-def test_what_is_wrong_is_refused(how: str) -> None:
-    (told,) = run_ranks(spoilt, 1, how)
+def test_what_is_wrong_is_refused(how: str, packed: bool) -> None:
+    (told,) = run_ranks(spoilt, 1, how, packed)
     assert "differs from the plain computation" in told
     assert "model.attention=plain" in told

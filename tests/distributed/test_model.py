@@ -148,10 +148,10 @@ def counted_and_expected() -> tuple[float, float, float]:
     batch = run.feed.step(0)[0]
     full = type(batch)(
         batch.tokens_BS,
-        torch.full_like(batch.lengths_B, batch.tokens_BS.shape[1]),
+        torch.full_like(batch.lengths_N, batch.tokens_BS.shape[1]),
         batch.selected_M,
         batch.labels_M,
-        batch.keys_B,
+        batch.keys_N,
     )
     cells, positions = full.tokens_BS.shape
     work = flops.Work(cells * positions, cells * positions**2, len(full.labels_M))

@@ -36,12 +36,12 @@ def compare(*overrides: str) -> dict[str, float]:
     )
     batch = run.feed.step(0)[0]
     logits = stage.logits(stage.encode(batch), batch.selected_M).detach()
-    wanted = reference.logits(batch.tokens_BS, batch.lengths_B).flatten(0, 1)[batch.selected_M]
+    wanted = reference.logits(batch.tokens_BS, batch.lengths_N).flatten(0, 1)[batch.selected_M]
     loss = chunk(batch).sum()
     loss.backward()
     wanted = wanted.detach()
     expected = reference.loss_sum(
-        batch.tokens_BS, batch.lengths_B, batch.selected_M, batch.labels_M
+        batch.tokens_BS, batch.lengths_N, batch.selected_M, batch.labels_M
     )
     expected.backward()
     worst = 0.0
@@ -80,20 +80,20 @@ def idle_cells_and_empty_batches() -> tuple[float, float, int]:
     (stage,) = run.trainable.stages
     batch = run.feed.step(0)[0]
     nothing = torch.zeros(0, dtype=torch.int64)
-    empty = type(batch)(batch.tokens_BS, batch.lengths_B, nothing, nothing, batch.keys_B)
+    empty = type(batch)(batch.tokens_BS, batch.lengths_N, nothing, nothing, batch.keys_N)
     loss = run.trainable.chunks[0](empty).sum()
     loss.backward()
     gradient = max(float(parameter.main_grad.abs().max()) for parameter in stage.parameters())
     # The last validation batch is filled up with cells in which nothing is predicted.
     last = run.feed.order.num_cells // 16 * 16
     filled = run.feed.validation_step(last)
-    cells = {int(k) for b in filled for k, n in zip(b.keys_B, counts(b), strict=True) if n}
+    cells = {int(k) for b in filled for k, n in zip(b.keys_N, counts(b), strict=True) if n}
     return loss.item(), gradient, len(cells)
 
 
 def counts(batch) -> list[int]:  # type: ignore[no-untyped-def]
     cell_M = batch.selected_M // batch.tokens_BS.shape[1]
-    return torch.bincount(cell_M, minlength=len(batch.keys_B)).tolist()
+    return torch.bincount(cell_M, minlength=len(batch.keys_N)).tolist()
 
 
 def test_nothing_to_predict_is_no_special_case() -> None:

@@ -15,6 +15,7 @@ from geneformer_mcore.feed.order import Order
 from geneformer_mcore.model import geneformer, initial_weights, settings
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.parallel import groups
+from geneformer_mcore.train.data import budget
 from geneformer_mcore.train.step import StepResult, train_step
 
 VOCABULARY = 700
@@ -22,6 +23,9 @@ SEQ_LENGTH = 96
 CPU = torch.device("cpu")
 
 SETTINGS = (
+    f"data.seq_length={SEQ_LENGTH}",
+    "data.packing=false",
+    "data.pad_multiple=8",
     "model.num_layers=4",
     "model.hidden_size=32",
     "model.ffn_hidden_size=64",
@@ -115,5 +119,6 @@ def feed(config: Config, topology: groups.Topology) -> Feed:
             train.global_batch_size, train.micro_batch_size, topology.data_rank, topology.data_size
         ),
         SEQ_LENGTH,
-        pad_multiple=8,
+        config.data.pad_multiple,
+        budget=budget(config),
     )

@@ -107,7 +107,7 @@ def test_validation_sees_each_cell_once_and_pads_with_idle_ones() -> None:
             cells, counts = np.unique(
                 batch.selected_M // batch.tokens_BS.shape[1], return_counts=True
             )
-            np.add.at(predicted, batch.keys_B[cells].astype(int), counts)
+            np.add.at(predicted, batch.keys_N[cells].astype(int), counts)
     block = Cells(30).read(0, 30)
     _, selected = MASKING.apply(block, np.full(30, 2**62))
     assert np.array_equal(predicted, np.add.reduceat(selected, block.offsets[:-1]))
@@ -120,7 +120,7 @@ def test_a_global_batch_is_the_same_whatever_the_ranks(size: int) -> None:
             (int(key), tokens[: int(n)].tolist())
             for batch in feed(Cells(100), rank, of).step(position)
             for key, tokens, n in zip(
-                batch.keys_B, batch.tokens_BS.numpy(), batch.lengths_B, strict=True
+                batch.keys_N, batch.tokens_BS.numpy(), batch.lengths_N, strict=True
             )
         ]
 
@@ -133,7 +133,7 @@ def test_a_batch_holds_its_cells_and_labels() -> None:
     block = ragged([cell(k) for k in (3, 40)], np.array([3, 40]))
     batch = make_batch(views(block), np.zeros(2, np.int64), np.array([False, False]), MASKING, 48)
     flat = batch.tokens_BS.flatten()
-    assert batch.lengths_B.tolist() == [5, 42]
+    assert batch.lengths_N.tolist() == [5, 42]
     assert (batch.tokens_BS[0, 5:] == PAD).all()
     assert batch.num_tokens == 47
     truth = np.full(2 * 48, PAD)
@@ -161,9 +161,9 @@ def test_padded_length() -> None:
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
 def test_the_prefetch_thread_changes_nothing_and_ends(prefetch: int) -> None:
     steps = feed(Cells(100)).steps(48, prefetch)
-    keys = [next(steps)[0].keys_B.tolist() for _ in range(6)]
+    keys = [next(steps)[0].keys_N.tolist() for _ in range(6)]
     steps.close()  # type: ignore[attr-defined]
-    direct = [feed(Cells(100)).step(48 + 24 * i)[0].keys_B.tolist() for i in range(6)]
+    direct = [feed(Cells(100)).step(48 + 24 * i)[0].keys_N.tolist() for i in range(6)]
     assert keys == direct
 
 

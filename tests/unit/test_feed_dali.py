@@ -54,13 +54,13 @@ def scattered(rng: np.random.Generator, lengths: list[int], vocabulary_size: int
 
 
 def assert_equal(ours: Batch, expected: Batch) -> None:
-    for name in ("tokens_BS", "lengths_B", "selected_M", "labels_M"):
+    for name in ("tokens_BS", "lengths_N", "selected_M", "labels_M"):
         mine, theirs = getattr(ours, name), getattr(expected, name)
         assert mine.dtype == theirs.dtype, name
         assert mine.shape == theirs.shape, name
         assert torch.equal(mine, theirs), name
-    assert ours.keys_B.dtype == expected.keys_B.dtype
-    assert np.array_equal(ours.keys_B, expected.keys_B)
+    assert ours.keys_N.dtype == expected.keys_N.dtype
+    assert np.array_equal(ours.keys_N, expected.keys_N)
 
 
 def same_of(maker: BatchMaker, lengths: list[int], masking: Masking, num_positions: int) -> Batch:

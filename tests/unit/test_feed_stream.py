@@ -43,8 +43,8 @@ def sights(batch: Batch) -> Iterator[tuple[int, bytes]]:
     """(key, all that is seen of the cell and asked of it) of every cell of a batch."""
     num_positions = batch.tokens_BS.shape[1]
     cells, places = batch.selected_M.numpy() // num_positions, batch.selected_M % num_positions
-    for b, key in enumerate(batch.keys_B.tolist()):
-        length = int(batch.lengths_B[b])
+    for b, key in enumerate(batch.keys_N.tolist()):
+        length = int(batch.lengths_N[b])
         tokens = batch.tokens_BS[b, :length].numpy().astype("<i8")
         asked = [places.numpy()[cells == b], batch.labels_M.numpy()[cells == b]]
         yield key, tokens.tobytes() + b"|" + np.stack(asked).tobytes()
@@ -172,9 +172,9 @@ def test_each_epoch_sees_each_cell_once_with_its_own_tokens(size: int) -> None:
             tokens = batch.tokens_BS.flatten().clone()
             tokens[batch.selected_M] = batch.labels_M.int()
             rows = tokens.view_as(batch.tokens_BS)
-            for row, n, key in zip(rows, batch.lengths_B, batch.keys_B.tolist(), strict=True):
+            for row, n, key in zip(rows, batch.lengths_N, batch.keys_N.tolist(), strict=True):
                 assert row[: int(n)].tolist() == true_tokens(key)
-            seen += list(zip(epochs[rank::size].tolist(), batch.keys_B.tolist(), strict=True))
+            seen += list(zip(epochs[rank::size].tolist(), batch.keys_N.tolist(), strict=True))
     assert len(set(seen)) == len(seen)
     assert {key for epoch, key in seen if epoch == 0} == set(range(num_cells))
 
@@ -220,7 +220,7 @@ def test_a_batch_larger_than_several_windows_is_whole() -> None:
     source = Cells(200)
     order = Order(0, 200, span_cells=8, window_spans=1, seed=5)
     each = Feed(source, order, MASKING, Share(72, 72, 0, 1), 64, 16)
-    seen = [key for step in range(3) for b in each.step(step * 72) for key in b.keys_B.tolist()]
+    seen = [key for step in range(3) for b in each.step(step * 72) for key in b.keys_N.tolist()]
     assert seen == order.rows(0, 216)[0].tolist()
     assert {key: s for b in each.step(0) for key, s in sights(b)} == {
         key: s for b in feed(source, batch=200).step(0) for key, s in sights(b) if key in seen[:72]
@@ -236,7 +236,7 @@ def test_cells_are_cut_to_seq_length_wherever_they_come_from(tmp_path) -> None:
     )
     for step in range(4):
         (one,), (other,) = short.step(step * BATCH), from_copy.step(step * BATCH)
-        assert int(one.lengths_B.max()) == 20
+        assert int(one.lengths_N.max()) == 20
         assert list(sights(one)) == list(sights(other))
 
 
@@ -265,11 +265,11 @@ def test_compiled_batches_are_the_plain_ones(
     made, plain = (
         make(block, epochs, idle, masking, positions) for make in (make_batch, make_batch_plainly)
     )
-    for name in ("tokens_BS", "lengths_B", "selected_M", "labels_M"):
+    for name in ("tokens_BS", "lengths_N", "selected_M", "labels_M"):
         ours, truth = getattr(made, name), getattr(plain, name)
         assert ours.dtype == truth.dtype
         assert ours.tolist() == truth.tolist(), name
-    assert np.array_equal(made.keys_B, plain.keys_B)
+    assert np.array_equal(made.keys_N, plain.keys_N)
 
 
 def test_a_cell_of_cls_alone_is_asked_nothing() -> None:

@@ -81,7 +81,7 @@ def test_all_rows(path: Path, cells: list[list[int]]) -> None:
 def test_spans_agree_with_the_whole(
     path: Path, start: int, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "_KEYS_PER_PART", 700)
+    monkeypatch.setattr(reader, "_ROWS_PER_PART", 700)
     with TokenStore.open(path) as store:
         whole = store.read(0, len(store))
         span = store.read(start, stop)

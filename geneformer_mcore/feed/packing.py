@@ -1,0 +1,99 @@
+"""Which cell of a global batch is packed into which micro batch of which rank.
+
+    lengths of all cells of a global batch
+      -> as few micro batches as the token budget allows, the same number on every rank
+      -> longest cells first, each to the micro batch with the least work so far that has room
+      -> a micro batch number per cell
+
+A pure function of the lengths: every rank computes the whole of it, and a global batch holds the
+same cells whatever the layout. A rank is done when its longest micro batches are, and attention
+grows with the square of a cell's length, so both tokens and squares are made alike.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from geneformer_mcore.errors import DataError
+
+SQUARES_LIKE_TOKENS = 2048.0
+"""Length at which the square term of a cell's cost equals its linear term. By the FLOPs of
+model/flops.py it is 1,345 for the 10M model and 4,770 for the 106M one (head included); one value
+for all, so that a change of the model does not change how cells are packed."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Micro batches of one global batch.
+
+    bins:         for each micro batch of each rank the cells in it, int64, ascending: numbers
+                  within the global batch. Rank r of d works on bins[r], bins[r + d], ...
+    most_tokens:  tokens of the fullest one
+    """
+
+    bins: list[np.ndarray]
+    most_tokens: int
+
+    def of_rank(self, data_rank: int, data_size: int) -> list[np.ndarray]:
+        """The micro batches of a data-parallel rank."""
+        return self.bins[data_rank::data_size]
+
+
+def pack(lengths_N: np.ndarray, budget: int, data_size: int, multiple: int = 1) -> Packing:
+    """Deals cells of `lengths_N` tokens (int64 [N]) to micro batches of at most `budget` tokens.
+
+    data_size:  data-parallel ranks
+    multiple:   every rank gets a multiple of so many micro batches (of the interleaved pipeline)
+
+    Raises DataError if a cell is longer than the budget.
+    """
+    longest = int(lengths_N.max(initial=0))
+    if longest > budget:
+        raise DataError(
+            f"a cell of {longest} tokens does not fit a micro batch of {budget} tokens. Set "
+            "data.tokens_per_micro_batch to data.seq_length or more."
+        )
+    per_round = data_size * multiple
+    rounds = max(1, -(-int(lengths_N.sum()) // (budget * per_round)))
+    while True:
+        bins = _deal(lengths_N, budget, rounds * per_round)
+        if bins is not None:
+            break
+        rounds += 1
+    fullest = max(int(lengths_N[cells].sum()) for cells in bins)
+    return Packing([np.array(sorted(cells), np.int64) for cells in bins], fullest)
+
+
+def _deal(lengths_N: np.ndarray, budget: int, num_bins: int) -> list[list[int]] | None:
+    """Cells of every micro batch; None if they do not fit."""
+    lengths = lengths_N.astype(np.float64)
+    costs = lengths * (1 + lengths / SQUARES_LIKE_TOKENS)
+    # Stable: cells of one length keep their order.
+    order = np.argsort(-lengths_N, kind="stable").tolist()
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    room = [budget] * num_bins
+    heap = [(0.0, number) for number in range(num_bins)]
+    sizes, works = lengths_N.tolist(), costs.tolist()
+    for cell in order:
+        full = []
+        while heap and room[heap[0][1]] < sizes[cell]:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        work, number = heap[0]
+        heapq.heapreplace(heap, (work + works[cell], number))
+        bins[number].append(cell)
+        room[number] -= sizes[cell]
+        for entry in full:
+            heapq.heappush(heap, entry)
+    return bins
+
+
+def imbalance(loads: Sequence[float] | np.ndarray) -> float:
+    """The largest load over the mean load: by how much longer all wait for the slowest."""
+    values = np.asarray(loads, np.float64)
+    return float(values.max() / values.mean())

@@ -1,0 +1,1 @@
+"""softmax(QK)V, one module per way of computing it."""

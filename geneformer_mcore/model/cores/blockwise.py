@@ -1,0 +1,202 @@
+"""Attention with dropout for CPUs: a block of rows at a time, that fits the cache.
+
+    a block of queries -> scores -> softmax -> some dropped -> weighted sum of values
+    backward: the same block again, from query and key, then its gradients
+
+torch's fused CPU attention knows no dropout; what it falls back to writes every score to memory
+several times and draws its random numbers one by one. Here only outputs are kept, and which
+probabilities are dropped is a hash of their place (kernels.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from geneformer_mcore.backends import is_available
+from geneformer_mcore.model.cores.base import cell_by_cell
+from geneformer_mcore.model.cores.sdpa import SdpaAttention
+
+_SCORES_PER_BLOCK = 520_000
+"""2 MB of them, about the second-level cache of a core."""
+
+
+class BlockwiseAttention(SdpaAttention):
+    """torch's attention where nothing is dropped, for there it is fused."""
+
+    def padded(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        padding_B11S: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See CoreAttention."""
+        if self.probability == 0:
+            return super().padded(query, key, value, padding_B11S)
+        num_positions, num_cells = query.shape[:2]
+        lengths = [num_positions] * num_cells
+        if padding_B11S is not None:
+            lengths = (num_positions - padding_B11S[:, 0, 0].sum(-1)).tolist()
+        contexts = []
+        for cell, length in enumerate(lengths):
+            one = self._dropped(*(tensor[:length, cell] for tensor in (query, key, value)))
+            contexts.append(
+                torch.nn.functional.pad(one.flatten(1), (0, 0, 0, num_positions - length))
+            )
+        return torch.stack(contexts, dim=1)
+
+    def packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: PackedSeqParams
+    ) -> torch.Tensor:
+        """See CoreAttention."""
+        if self.probability == 0:
+            return super().packed(query, key, value, cells)
+        return cell_by_cell(query, key, value, cells, self._dropped)
+
+    def _dropped(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """All [n, heads, width]."""
+        # From torch's generator, whose state is in the checkpoint.
+        seed = int(torch.randint(2**32, (), dtype=torch.int64))
+        scale = self.softmax_scale or 1 / math.sqrt(query.shape[-1])
+        return _DroppedAttention.apply(query, key, value, self.probability, seed, scale)
+
+
+class _DroppedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        probability: float,
+        seed: int,
+        scale: float,
+    ) -> torch.Tensor:
+        heads = [_by_head(tensor) for tensor in (query, key, value)]
+        blocks = _Blocks(*heads, probability, seed, scale)
+        context = blocks.forward()
+        ctx.save_for_backward(query, key, value, context)
+        ctx.constants = (probability, seed, scale)
+        return context.transpose(0, 1).to(query.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        *inputs, context = ctx.saved_tensors
+        blocks = _Blocks(*(_by_head(tensor) for tensor in inputs), *ctx.constants)
+        gradients = blocks.backward(context, _by_head(gradient))
+        back = (each.transpose(0, 1).to(gradient.dtype) for each in gradients)
+        return (*back, None, None, None)
+
+
+def _by_head(tensor: torch.Tensor) -> torch.Tensor:
+    """[n, heads, width] -> fp32 [heads, n, width]."""
+    return tensor.transpose(0, 1).float().contiguous()
+
+
+class _Blocks:
+    """One cell's attention. query, key, value: fp32 [heads, n, width]."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        probability: float,
+        seed: int,
+        scale: float,
+    ) -> None:
+        self.query, self.key, self.value = query * scale, key, value
+        self.scale = scale
+        self.below = round(probability * 2**32)
+        # What is kept stands for what was dropped, too.
+        self.enlarged = 2**32 / (2**32 - self.below)
+        self.seed = seed
+
+    def forward(self) -> torch.Tensor:
+        """fp32 [heads, n, width]."""
+        context = torch.empty_like(self.query)
+        for rows, seed in self._rows():
+            probabilities = self._probabilities(rows)
+            drop(probabilities, seed, self.below)
+            context[:, rows] = torch.bmm(probabilities, self.value)
+        return context.mul_(self.enlarged)
+
+    def backward(self, context: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of query, key and value, of those of the context. All fp32 [heads, n, width]"""
+        sums = (gradient * context).sum(-1)
+        gradient = gradient * self.enlarged
+        value_t = self.value.transpose(1, 2)
+        of_query, of_key, of_value = (torch.zeros_like(self.query) for _ in range(3))
+        for rows, seed in self._rows():
+            probabilities = self._probabilities(rows)
+            scores = torch.bmm(gradient[:, rows], value_t)
+            softmax_backward(probabilities, scores, sums[:, rows], seed, self.below)
+            of_value.baddbmm_(probabilities.transpose(1, 2), gradient[:, rows])
+            of_query[:, rows] = torch.bmm(scores, self.key)
+            of_key.baddbmm_(scores.transpose(1, 2), self.query[:, rows])
+        # The query that scores were made of is scaled already.
+        return [of_query.mul_(self.scale), of_key, of_value]
+
+    def _rows(self) -> Iterator[tuple[slice, int]]:
+        """Rows of a block, and the key of its random numbers."""
+        heads, n, _ = self.query.shape
+        step = max(16, _SCORES_PER_BLOCK // (heads * n))
+        for number, start in enumerate(range(0, n, step)):
+            yield slice(start, min(start + step, n)), _key(self.seed, number)
+
+    def _probabilities(self, rows: slice) -> torch.Tensor:
+        """fp32 [heads, rows, n]."""
+        scores = torch.bmm(self.query[:, rows], self.key.transpose(1, 2))
+        return torch.softmax(scores, dim=-1)
+
+
+def _key(seed: int, number: int) -> int:
+    """Keys of the blocks of one cell lie far apart: blocks count on from them."""
+    return int(_mixed(np.array([_mixed(np.array([seed], np.uint32))[0] + np.uint32(number)]))[0])
+
+
+def drop(probabilities: torch.Tensor, key: int, below: int) -> None:
+    """Zeroes values of a contiguous fp32 tensor in place, each with probability below / 2^32, by
+    the hash of its place and `key`."""
+    if is_available("numba"):
+        from geneformer_mcore.model.cores import kernels
+
+        kernels.drop(probabilities.view(-1).numpy(), np.uint32(key), np.uint32(below))
+    else:
+        probabilities.mul_(_kept(probabilities, key, below))
+
+
+def softmax_backward(
+    probabilities: torch.Tensor, gradients: torch.Tensor, sums: torch.Tensor, key: int, below: int
+) -> None:
+    """In place: gradients of the dropped probabilities become those of the scores, probabilities
+    are dropped. Both fp32 [heads, rows, n], contiguous; sums [heads, rows]."""
+    if is_available("numba"):
+        from geneformer_mcore.model.cores import kernels
+
+        flat = (tensor.flatten(0, 1).numpy() for tensor in (probabilities, gradients))
+        rows = sums.flatten().contiguous().numpy()
+        kernels.softmax_backward(*flat, rows, np.uint32(key), np.uint32(below))
+    else:
+        kept = _kept(probabilities, key, below)
+        gradients.mul_(kept).sub_(sums[..., None]).mul_(probabilities)
+        probabilities.mul_(kept)
+
+
+def _kept(values: torch.Tensor, key: int, below: int) -> torch.Tensor:
+    """What kernels.drop leaves, in numpy: bool, of the same shape."""
+    places = np.arange(values.numel(), dtype=np.uint32)
+    return torch.from_numpy(_mixed(places + np.uint32(key)) >= below).view(values.shape)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """kernels._mix in numpy."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x21F0AAAD)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0xD35A2D97)
+    return x ^ (x >> np.uint32(15))
