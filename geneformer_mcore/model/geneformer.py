@@ -74,6 +74,10 @@ class Geneformer(megatron_bert.BertModel):
         hidden_SBH = self.encode(batch)
         if not self.post_process:
             return hidden_SBH
+        return self.loss(hidden_SBH, batch)
+
+    def loss(self, hidden_SBH: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """fp32 [M], nats for every selected gene."""
         logits_MV = self.logits(hidden_SBH, batch.selected_M)
         return tensor_parallel.vocab_parallel_cross_entropy(logits_MV, batch.labels_M)
 

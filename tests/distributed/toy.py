@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from geneformer_mcore.config import Config, load, plan
-from geneformer_mcore.contracts import NUM_SPECIALS, RaggedCells
+from geneformer_mcore.contracts import NUM_SPECIALS, CellViews, RaggedCells
 from geneformer_mcore.feed.loader import Feed, Share
 from geneformer_mcore.feed.masks import Masking
 from geneformer_mcore.feed.order import Order
@@ -122,3 +122,8 @@ def feed(config: Config, topology: groups.Topology) -> Feed:
         config.data.pad_multiple,
         budget=budget(config),
     )
+
+
+def views(cells: RaggedCells) -> CellViews:
+    """The same cells as a BatchMaker takes them."""
+    return CellViews(cells.tokens_T, cells.offsets[:-1], cells.lengths, cells.keys_N)

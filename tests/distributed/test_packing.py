@@ -1,0 +1,161 @@
+"""Packed training is padded training: the same losses and logits, and no look across a border."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from megatron.core import tensor_parallel
+
+from geneformer_mcore.contracts import NUM_SPECIALS, Batch
+from geneformer_mcore.feed.batch import make_batch, padded_length
+from geneformer_mcore.feed.masks import Masking
+from geneformer_mcore.feed.places import positions_in_cells
+from tests.distributed import toy
+from tests.distributed.curves import SMOOTH
+from tests.distributed.parity import PACKED, SEQUENCE, TP2, enlarge
+from tests.distributed.ranks import run_ranks
+
+STEPS = 50
+
+
+def losses(*overrides: str) -> list[float]:
+    return [result.totals.loss for result in toy.make(*SMOOTH, *overrides).steps(STEPS)]
+
+
+@pytest.mark.parametrize("overrides", [(), ("data.tokens_per_micro_batch=104",)])
+def test_losses_of_50_steps(overrides: tuple[str, ...]) -> None:
+    (padded,) = run_ranks(losses, 1)
+    (packed,) = run_ranks(losses, 1, PACKED, *overrides)
+    assert padded[-1] < padded[0] - 0.1
+    assert packed == pytest.approx(padded, rel=1e-4)
+
+
+def logits_by_cell(attention: str, packed: bool) -> dict[int, np.ndarray]:
+    """cell_key -> logits [n, V] at every position."""
+    run = toy.make(f"model.attention={attention}", f"data.packing={str(packed).lower()}")
+    enlarge(run)
+    (stage,) = run.trainable.stages
+    found = {}
+    for batch in run.feed.step(0):
+        places = torch.arange(batch.tokens_BS.numel())
+        with torch.no_grad():
+            logits = stage.logits(stage.encode(batch), places)
+        starts = (
+            torch.arange(len(batch.keys_N)) * batch.tokens_BS.shape[1]
+            if batch.bounds is None
+            else batch.bounds
+        )
+        for key, start, length in zip(batch.keys_N, starts, batch.lengths_N, strict=False):
+            found[int(key)] = logits[start : start + length, : toy.VOCABULARY].numpy()
+    return found
+
+
+@pytest.mark.parametrize("attention", ["plain", "sdpa", "blockwise"])
+def test_logits_of_every_cell(attention: str) -> None:
+    (padded,) = run_ranks(logits_by_cell, 1, "plain", False)
+    (packed,) = run_ranks(logits_by_cell, 1, attention, True)
+    assert packed.keys() == padded.keys()
+    assert len(packed) == 16
+    for key, logits in padded.items():
+        np.testing.assert_allclose(packed[key], logits, rtol=0, atol=1e-5)
+
+
+def with_another_neighbour(attention: str, *overrides: str) -> tuple[bool, bool]:
+    """Whether the logits of all cells but the first, and those of the first, stay the same when
+    every gene of the first is exchanged."""
+    run = toy.make(f"model.attention={attention}", PACKED, *overrides)
+    (stage,) = run.trainable.stages
+    stage.eval()
+    batch = next(batch for batch in run.feed.step(0) if len(batch.lengths_N) > 2)
+    first = int(batch.lengths_N[0])
+    tokens_BS = batch.tokens_BS.clone()
+    genes = tokens_BS[0, 1:first] - NUM_SPECIALS
+    tokens_BS[0, 1:first] = (genes + 17) % (toy.VOCABULARY - NUM_SPECIALS) + NUM_SPECIALS
+    places = torch.arange(tokens_BS.numel())
+    with torch.no_grad():
+        before, after = (
+            stage.logits(stage.encode(each), places)
+            for each in (batch, replace(batch, tokens_BS=tokens_BS))
+        )
+    return torch.equal(before[first:], after[first:]), torch.equal(before[:first], after[:first])
+
+
+@pytest.mark.parametrize("attention", ["plain", "sdpa", "blockwise"])
+def test_no_cell_sees_its_neighbour(attention: str) -> None:
+    assert run_ranks(with_another_neighbour, 1, attention) == [(True, False)]
+
+
+def test_no_cell_sees_its_neighbour_under_tensor_and_sequence_parallel() -> None:
+    assert run_ranks(with_another_neighbour, 2, "sdpa", *SEQUENCE) == [(True, False)] * 2
+
+
+def gradients_in_both_ways(*overrides: str) -> tuple[float, float]:
+    """Largest relative differences of loss and of any gradient between the masked-only head and
+    the full one, on this rank."""
+    run = toy.make(*overrides)
+    enlarge(run)
+    (stage,) = run.trainable.stages
+    batch = run.feed.step(0)[0]
+    whole = torch.arange(batch.tokens_BS.numel())
+    labels = torch.full((len(whole),), NUM_SPECIALS)
+    labels[batch.selected_M] = batch.labels_M
+    found = []
+    for full in (False, True):
+        stage.zero_grad()
+        hidden = stage.encode(batch)
+        if full:
+            every = stage.logits(hidden, whole)
+            loss_M = tensor_parallel.vocab_parallel_cross_entropy(every, labels)[batch.selected_M]
+        else:
+            loss_M = stage.loss(hidden, batch)
+        loss_M.sum().backward()
+        gradients = [weights.main_grad.clone() for weights in stage.parameters()]
+        for weights in stage.parameters():
+            weights.main_grad.zero_()
+        found.append((loss_M.detach(), gradients))
+    (masked, first), (wanted, second) = found
+    return largest([masked], [wanted]), largest(first, second)
+
+
+def largest(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    """Of a rank's part of a gradient that is 0, such as that of the padding of the vocabulary, the
+    absolute difference."""
+    return max(
+        float((mine - theirs).norm() / (theirs.norm() or 1))
+        for mine, theirs in zip(found, wanted, strict=True)
+    )
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [(1, ()), (2, (TP2,)), (2, SEQUENCE), (4, ("parallel.tensor=4",))],
+)
+def test_masked_only_head_is_the_full_head(
+    ranks: int, overrides: tuple[str, ...], packing: str
+) -> None:
+    for loss, gradient in run_ranks(
+        gradients_in_both_ways, ranks, f"data.packing={packing}", *overrides
+    ):
+        assert loss <= 1e-6
+        assert gradient <= 1e-6
+
+
+def test_positions_start_anew_in_every_cell() -> None:
+    batch = packed_batch()
+    places = positions_in_cells(batch)[0]
+    wanted = torch.cat([torch.arange(length) for length in batch.lengths_N])
+    assert torch.equal(places[: len(wanted)], wanted)
+    assert places.max() < toy.SEQ_LENGTH
+
+
+def packed_batch() -> Batch:
+    cells = toy.ToyCells().read(0, 5)
+    views = toy.views(cells)
+    room = padded_length(int(views.lengths_N.sum()), 64, 10_000)
+    masking = Masking(0.15, (0.8, 0.02, 0.18), toy.VOCABULARY, 1)
+    nothing = views.lengths_N * 0
+    return make_batch(views, nothing, nothing.astype(bool), masking, room, packed=True)
