@@ -228,7 +228,7 @@ def row(config: Config, model: str, steps: list[Step], here: Any, peak: float) -
     return {
         "model": model,
         "precision": train.precision.value,
-        "attention": attention.choose(shape, here).value,
+        "attention": attention.choose(shape, here, train.precision).value,
         "attention_dropout": shape.attention_dropout,
         "micro_batch": train.micro_batch_size,
         "seq_length": config.data.seq_length,

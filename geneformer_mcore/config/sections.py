@@ -112,7 +112,7 @@ class DataConfig:
     ranks share a window's spans among them."""
     prefetch_steps: int = 4
     """Global batches prepared ahead by the one prefetch thread; 0 prepares them in line."""
-    packing: bool = True
+    packing: bool = False
     """Lay cells end to end instead of padding each to the longest: no work on padding, the same
     losses. Cells attend to themselves only, and every rank gets as much work. Ranks then read the
     cells of a step from anywhere: with many of them name a `cache_dir`."""

@@ -75,13 +75,11 @@ class DaliBatches:
                 self._stream,
             )
             # Copied, into memory that torch's allocator knows: DALI's is out of its sight.
-            flat = [
-                _packed(rows_BS, cells.lengths_N, num_positions, filler)
-                if packed
-                else rows_BS.flatten().clone()
-                for rows_BS, filler in ((tokens_BS, PAD), (labels_BS, -1))
-            ]
-            batch = _batch(cells, *flat, num_positions, packed)
+            tokens, labels = tokens_BS.flatten().clone(), labels_BS.flatten().clone()
+            if packed:
+                tokens = _packed(tokens, cells.lengths_N, num_positions, PAD)
+                labels = _packed(labels, cells.lengths_N, num_positions, -1)
+            batch = _batch(cells, tokens, labels, num_positions, packed)
             if self._stream is not None:
                 self._stream.synchronize()
         if self._stream is not None:
@@ -115,15 +113,15 @@ def _tokens(cells: CellViews) -> list[np.ndarray]:
 
 
 def _packed(
-    rows_BS: torch.Tensor, lengths_N: np.ndarray, num_positions: int, filler: int
+    rows: torch.Tensor, lengths_N: np.ndarray, num_positions: int, filler: int
 ) -> torch.Tensor:
-    """[num_positions]: the first lengths_N of every row, end to end, then `filler`."""
-    first_N = np.arange(len(lengths_N)) * rows_BS.shape[1]
+    """[num_positions]: of rows padded to the longest, their first lengths_N, then `filler`."""
+    first_N = np.arange(len(lengths_N)) * int(lengths_N.max())
     shift_N = first_N - (np.cumsum(lengths_N) - lengths_N)
     where = np.arange(lengths_N.sum()) + np.repeat(shift_N, lengths_N)
-    flat = rows_BS.new_full((num_positions,), filler)
-    flat[: len(where)] = rows_BS.flatten()[torch.from_numpy(where).to(rows_BS.device)]
-    return flat
+    packed = rows.new_full((num_positions,), filler)
+    packed[: len(where)] = rows[torch.from_numpy(where).to(rows.device)]
+    return packed
 
 
 def _batch(

@@ -72,6 +72,14 @@ def _show(
 
 
 @compiled
+def _largest(numbers_N: np.ndarray) -> int:
+    largest = 0
+    for number in numbers_N:
+        largest = max(largest, number)
+    return largest
+
+
+@compiled
 def fill_batch(
     tokens_T: np.ndarray,
     starts_N: np.ndarray,
@@ -98,9 +106,7 @@ def fill_batch(
     tokens:     int32, the flattened batch to fill
     selected_M, labels_M: int64, room for every token
     """
-    longest = 0
-    for b in range(len(lengths_N)):
-        longest = max(longest, lengths_N[b])
+    longest = _largest(lengths_N)
     bits = np.empty(longest, np.uint64)
     places = np.empty(longest + 1, np.int32)
     chosen = np.empty(longest, np.uint64)

@@ -10,12 +10,12 @@ plain      Megatron-Core's own: every score is a number in memory
 from __future__ import annotations
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from geneformer_mcore import backends
 from geneformer_mcore.config.sections import Attention, ModelConfig, Precision
 from geneformer_mcore.contracts import Batch
 from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.model.cores.base import PackedCells
 from geneformer_mcore.model.cores.blockwise import BlockwiseAttention
 from geneformer_mcore.model.cores.flash import FlashAttention
 from geneformer_mcore.model.cores.plain import PlainAttention
@@ -72,14 +72,14 @@ def core_attention(attention: Attention) -> type[torch.nn.Module]:
     return _CORES[attention]
 
 
-def packed_cells(batch: Batch) -> PackedSeqParams | None:
+def packed_cells(batch: Batch) -> PackedCells | None:
     """Where cells begin and end, in Megatron's words; None if they are padded."""
     return None if batch.bounds is None else packed_pieces(batch.bounds, batch.longest)
 
 
-def packed_pieces(bounds: torch.Tensor, longest: int) -> PackedSeqParams:
+def packed_pieces(bounds: torch.Tensor, longest: int) -> PackedCells:
     """The same of int32 bounds and the length of the longest piece between two of them."""
-    return PackedSeqParams(
+    return PackedCells(
         qkv_format="thd",
         cu_seqlens_q=bounds,
         cu_seqlens_kv=bounds,

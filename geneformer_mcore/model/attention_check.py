@@ -10,6 +10,7 @@ and a gradient norm that explodes after days is how one learns of it.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,9 +51,7 @@ def check(stage: Geneformer, device: torch.device, packed: bool) -> float:
     return _compared(context_BSD, inputs, weight, real_BS.to(device))
 
 
-def _padded(
-    layer: torch.nn.Module, inputs: list[torch.Tensor], real_BS: torch.Tensor
-) -> torch.Tensor:
+def _padded(layer: Any, inputs: list[torch.Tensor], real_BS: torch.Tensor) -> torch.Tensor:
     """What the core attention makes of [B, S, heads, width] each: [B, S, heads * width]."""
     rows = [tensor.transpose(0, 1).contiguous() for tensor in inputs]  # as Megatron lays them
     mask_B11S = ~real_BS[:, None, None, :]
@@ -60,9 +59,7 @@ def _padded(
     return context_SBD.transpose(0, 1)
 
 
-def _packed(
-    layer: torch.nn.Module, inputs: list[torch.Tensor], real_BS: torch.Tensor
-) -> torch.Tensor:
+def _packed(layer: Any, inputs: list[torch.Tensor], real_BS: torch.Tensor) -> torch.Tensor:
     """The same with the cells end to end, and padding behind the last one."""
     bounds, longest = pieces(np.array(_LENGTHS), sum(_LENGTHS) + _PADDING)
     rows = [

@@ -29,7 +29,7 @@ DOORS = {
     "transformer_engine": ({"parallel", "model", "optim"}, 2),
     "apex": ({"parallel", "model", "optim"}, 2),
     "nvidia": ({"feed"}, 1),
-    "megatron": ({"parallel", "model", "optim", "checkpoint", "train"}, 14),
+    "megatron": ({"parallel", "model", "optim", "checkpoint", "train"}, 15),
     "matplotlib": ({"downstream"}, 2),
     "torch.utils.tensorboard": ({"metrics"}, 1),
     "scanpy": ({"downstream"}, 2),

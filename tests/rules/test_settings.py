@@ -128,12 +128,13 @@ def _is_docstring(node: ast.stmt | None) -> bool:
 
 def _acting_trees() -> list[ast.AST]:
     """The code that acts on settings. Checking a range is not acting, so of config/ only `plan`
-    itself counts, and no benchmark does."""
+    and what it computes with count, and no benchmark does."""
     commands = [path for path in command_files() if path.parent.name != "benchmarks"]
     library = [path for path in library_files() if path.parent.name != "config"]
-    (plan,) = (
+    planning = [
         node
         for node in tree_of(DERIVE).body
-        if isinstance(node, ast.FunctionDef) and node.name == "plan"
-    )
-    return [plan, *(tree_of(path) for path in [*library, *commands])]
+        if isinstance(node, ast.FunctionDef) and node.name in ("plan", "token_budget")
+    ]
+    assert len(planning) == 2
+    return [*planning, *(tree_of(path) for path in [*library, *commands])]

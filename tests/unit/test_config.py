@@ -77,6 +77,18 @@ def test_what_is_no_number_or_no_name_is_out_of_range(override: str) -> None:
             2,
             "micro batches per step (1",
         ),
+        (("data.tokens_per_micro_batch=4096",), 1, "tokens_per_micro_batch (4096)"),
+        (("data.packing=true", "data.tokens_per_micro_batch=2047"), 1, "(2047)"),
+        (
+            (
+                "data.packing=true",
+                "data.tokens_per_micro_batch=2049",
+                "parallel.tensor=2",
+                "parallel.sequence=true",
+            ),
+            2,
+            "(2049)",
+        ),
     ],
 )
 def test_impossible_layouts_are_refused_with_their_factors(
@@ -88,9 +100,11 @@ def test_impossible_layouts_are_refused_with_their_factors(
 
 
 def test_the_plan_of_the_card() -> None:
-    card, _ = load(CONFIGS / "geneformer_106m.yaml")
+    card, _ = load(CONFIGS / "geneformer_106m.yaml", ["data.packing=false"])
     made = plan(card, 128)
     assert (made.data_parallel, made.micro_batches) == (128, 1)
+    packed = plan(load(CONFIGS / "geneformer_106m.yaml")[0], 128)
+    assert (packed.micro_batches, packed.tokens_per_micro_batch) == (0, 32_768)
     assert made.warmup_steps == 1154
     assert made.hold_steps == 5772
 

@@ -59,6 +59,10 @@ def assert_equal(ours: Batch, expected: Batch) -> None:
         assert mine.dtype == theirs.dtype, name
         assert mine.shape == theirs.shape, name
         assert torch.equal(mine, theirs), name
+    assert (ours.bounds is None) == (expected.bounds is None)
+    if ours.bounds is not None and expected.bounds is not None:
+        assert torch.equal(ours.bounds, expected.bounds)
+        assert ours.longest == expected.longest
     assert ours.keys_N.dtype == expected.keys_N.dtype
     assert np.array_equal(ours.keys_N, expected.keys_N)
 
@@ -158,6 +162,26 @@ def test_a_feed_of_dali_is_the_default_feed(
     steps.close()  # type: ignore[attr-defined]
     assert max(widths) == min(seq_length, 56)
     assert len(widths) > 1 or seq_length == 20
+
+
+@pytest.mark.parametrize("lengths", [[], [5], [30, 7, 64], [9] * 40])
+@pytest.mark.parametrize("room", [0, 1, 100])
+def test_packed(dali: DaliBatches, lengths: list[int], room: int) -> None:
+    num_positions = sum(lengths) + room
+    if num_positions == 0:
+        return
+    rng = np.random.default_rng(3)
+    cells = scattered(rng, lengths or [3], MASKING.vocabulary_size).part(slice(len(lengths)))
+    idle_N = np.arange(len(lengths)) % 3 == 1
+    asked = (cells, np.arange(len(lengths)), idle_N, MASKING, num_positions)
+    expected = make_batch_plainly(*asked, packed=True)
+    assert_equal(make_batch(*asked, packed=True), expected)
+    assert_equal(dali(*asked, packed=True), expected)
+    assert expected.bounds is not None
+    assert expected.bounds[0] == 0
+    assert expected.bounds[-1] == num_positions
+    assert expected.bounds.diff().min() > 0
+    assert expected.bounds.diff().max() == expected.longest
 
 
 def test_it_is_dali_that_masks_and_pads(monkeypatch: pytest.MonkeyPatch) -> None:

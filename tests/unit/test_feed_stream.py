@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from geneformer_mcore.contracts import NUM_SPECIALS, Batch, RaggedCells, TokenSource
 from geneformer_mcore.feed.batch import BatchMaker, make_batch, make_batch_plainly
-from geneformer_mcore.feed.loader import Feed, Share
+from geneformer_mcore.feed.loader import Budget, Feed, Share
 from geneformer_mcore.feed.masks import Masking
 from geneformer_mcore.feed.order import Order
+from geneformer_mcore.feed.places import cells_of
 from geneformer_mcore.store import flat
 from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.reader import TokenStore
@@ -42,12 +43,14 @@ STEPS_PAST_AN_EPOCH = NUM_CELLS // BATCH + 3
 def sights(batch: Batch) -> Iterator[tuple[int, bytes]]:
     """(key, all that is seen of the cell and asked of it) of every cell of a batch."""
     num_positions = batch.tokens_BS.shape[1]
-    cells, places = batch.selected_M.numpy() // num_positions, batch.selected_M % num_positions
+    tokens = batch.tokens_BS.flatten().numpy().astype("<i8")
+    cells, selected = cells_of(batch, batch.selected_M).numpy(), batch.selected_M.numpy()
     for b, key in enumerate(batch.keys_N.tolist()):
-        length = int(batch.lengths_N[b])
-        tokens = batch.tokens_BS[b, :length].numpy().astype("<i8")
-        asked = [places.numpy()[cells == b], batch.labels_M.numpy()[cells == b]]
-        yield key, tokens.tobytes() + b"|" + np.stack(asked).tobytes()
+        start = b * num_positions if batch.bounds is None else int(batch.bounds[b])
+        here = cells == b
+        asked = [selected[here] - start, batch.labels_M.numpy()[here]]
+        seen = tokens[start : start + int(batch.lengths_N[b])]
+        yield key, seen.tobytes() + b"|" + np.stack(asked).tobytes()
 
 
 def stream_hash(
@@ -84,6 +87,40 @@ def truth() -> str:
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
 def test_one_stream_over_ranks_and_prefetching(truth: str, size: int, prefetch: int) -> None:
     assert stream_hash(Cells(NUM_CELLS), size, prefetch) == truth
+
+
+def steps_of(
+    source: TokenSource, size: int, budget: Budget | None, maker: BatchMaker = make_batch
+) -> Iterator[list[tuple[int, bytes]]]:
+    """The cells and masks of all ranks, step after step, sorted."""
+    order = Order(0, NUM_CELLS, span_cells=8, window_spans=3, seed=7)
+    share = [Share(BATCH, BATCH // size, rank, size) for rank in range(size)]
+    feeds = [Feed(source, order, MASKING, each, 64, 16, maker, budget) for each in share]
+    for position in range(0, 45 * BATCH, BATCH):
+        steps = [feed.step(position) for feed in feeds]
+        assert len({len(batches) for batches in steps}) == 1, "ranks differ in micro batches"
+        batches = list(itertools.chain.from_iterable(steps))
+        assert len({batch.tokens_BS.shape for batch in batches}) == 1
+        yield sorted(itertools.chain.from_iterable(map(sights, batches)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("budget", [Budget(64), Budget(200, multiple=2), Budget(5000)])
+def test_packed_the_cells_of_a_step_are_the_same(size: int, budget: Budget) -> None:
+    cells = Cells(NUM_CELLS)
+    for packed, padded in zip(steps_of(cells, size, budget), steps_of(cells, 1, None), strict=True):
+        assert packed == padded
+
+
+def test_packed_batches_are_full() -> None:
+    order = Order(0, NUM_CELLS, span_cells=8, window_spans=3, seed=7)
+    feed = Feed(Cells(NUM_CELLS), order, MASKING, Share(BATCH, 1, 0, 1), 64, 8, budget=Budget(200))
+    for position in range(0, 10 * BATCH, BATCH):
+        batches = feed.step(position)
+        real = sum(batch.num_tokens for batch in batches)
+        places = sum(batch.tokens_BS.numel() for batch in batches)
+        assert batches[0].tokens_BS.shape[1] <= 200
+        assert real > 0.85 * places
 
 
 class Given:
@@ -130,6 +167,15 @@ def way(
         manifest, cache = store.manifest, tmp_path_factory.mktemp("cache")
         return flat.ensure(store, manifest.content_hash, manifest.tokens, cache), make_batch
     return store, make_batch
+
+
+def test_packed_one_stream_from_every_source(
+    way: tuple[TokenSource, BatchMaker], store: TokenStore
+) -> None:
+    source, maker = way
+    padded = steps_of(store, 1, None)
+    for packed, wanted in zip(steps_of(source, 3, Budget(150), maker), padded, strict=True):
+        assert packed == wanted
 
 
 @pytest.mark.parametrize("size", SIZES)

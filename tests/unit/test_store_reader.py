@@ -91,6 +91,17 @@ def test_spans_agree_with_the_whole(
     np.testing.assert_array_equal(span.keys_N, whole.keys_N[start:stop])
 
 
+def test_lengths_without_reading_tokens(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "_ROWS_PER_PART", 700)
+    with TokenStore.open(path) as store:
+        wanted = store.read(0, len(store)).lengths
+        rows = np.random.default_rng(0).integers(0, NUM_CELLS, 5000)
+        found = store.lengths(rows)
+        assert len(store.lengths(rows[:0])) == 0
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, wanted[rows])
+
+
 def test_span_of_no_rows_and_beyond(path: Path) -> None:
     with TokenStore.open(path) as store:
         assert len(store.read(5, 5)) == 0

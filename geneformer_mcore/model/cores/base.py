@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -19,6 +19,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+PackedCells: TypeAlias = PackedSeqParams
+"""Where the cells of a packed row begin and end."""
 OneCell = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -48,7 +50,7 @@ class CoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedCells | None = None,
     ) -> torch.Tensor:
         """attention_mask: bool [B, 1, 1, S], True = not attended to; None if packed."""
         assert attention_bias is None
@@ -68,7 +70,7 @@ class CoreAttention(MegatronModule):
         raise NotImplementedError
 
     def packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: PackedSeqParams
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: PackedCells
     ) -> torch.Tensor:
         """[S, heads * width]."""
         raise NotImplementedError
@@ -90,7 +92,7 @@ def cell_by_cell(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cells: PackedSeqParams,
+    cells: PackedCells,
     attend: OneCell,
 ) -> torch.Tensor:
     """`attend` for every cell of a packed row: its query, key and value [n, heads, width] give

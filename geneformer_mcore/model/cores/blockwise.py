@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from geneformer_mcore.backends import is_available
-from geneformer_mcore.model.cores.base import cell_by_cell
+from geneformer_mcore.model.cores.base import PackedCells, cell_by_cell
 from geneformer_mcore.model.cores.sdpa import SdpaAttention
 
 _SCORES_PER_BLOCK = 520_000
@@ -52,7 +51,7 @@ class BlockwiseAttention(SdpaAttention):
         return torch.stack(contexts, dim=1)
 
     def packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: PackedSeqParams
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: PackedCells
     ) -> torch.Tensor:
         """See CoreAttention."""
         if self.probability == 0:
@@ -78,8 +77,7 @@ class _DroppedAttention(torch.autograd.Function):
         seed: int,
         scale: float,
     ) -> torch.Tensor:
-        heads = [_by_head(tensor) for tensor in (query, key, value)]
-        blocks = _Blocks(*heads, probability, seed, scale)
+        blocks = _Blocks(_by_head(query), _by_head(key), _by_head(value), probability, seed, scale)
         context = blocks.forward()
         ctx.save_for_backward(query, key, value, context)
         ctx.constants = (probability, seed, scale)
@@ -87,8 +85,8 @@ class _DroppedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
-        *inputs, context = ctx.saved_tensors
-        blocks = _Blocks(*(_by_head(tensor) for tensor in inputs), *ctx.constants)
+        query, key, value, context = ctx.saved_tensors
+        blocks = _Blocks(_by_head(query), _by_head(key), _by_head(value), *ctx.constants)
         gradients = blocks.backward(context, _by_head(gradient))
         back = (each.transpose(0, 1).to(gradient.dtype) for each in gradients)
         return (*back, None, None, None)

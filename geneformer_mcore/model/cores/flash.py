@@ -7,9 +7,8 @@ operator beneath them takes both and has a gradient.
 from __future__ import annotations
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
-from geneformer_mcore.model.cores.base import CoreAttention
+from geneformer_mcore.model.cores.base import CoreAttention, PackedCells
 
 
 class FlashAttention(CoreAttention):
@@ -24,13 +23,13 @@ class FlashAttention(CoreAttention):
     ) -> torch.Tensor:
         """See CoreAttention."""
         num_positions, num_cells = query.shape[:2]
-        rows = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
         bounds = bounds_of(padding_B11S, num_positions, num_cells, query.device)
-        context = self._attend(*rows, bounds, num_positions)
+        query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+        context = self._attend(query, key, value, bounds, num_positions)
         return context.view(num_cells, num_positions, -1).transpose(0, 1)
 
     def packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: PackedSeqParams
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: PackedCells
     ) -> torch.Tensor:
         """See CoreAttention."""
         bounds, longest = cells.cu_seqlens_q, cells.max_seqlen_q

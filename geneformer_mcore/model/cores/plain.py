@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-from geneformer_mcore.model.cores.base import cell_by_cell
+from geneformer_mcore.model.cores.base import PackedCells, cell_by_cell
 
 
 class PlainAttention(DotProductAttention):
@@ -22,7 +21,7 @@ class PlainAttention(DotProductAttention):
         attention_mask: torch.Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedCells | None = None,
     ) -> torch.Tensor:
         """See base.CoreAttention.forward."""
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 
-from geneformer_mcore.model.cores.base import CoreAttention, cell_by_cell
+from geneformer_mcore.model.cores.base import CoreAttention, PackedCells, cell_by_cell
 
 
 class SdpaAttention(CoreAttention):
@@ -25,7 +24,7 @@ class SdpaAttention(CoreAttention):
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: PackedSeqParams
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: PackedCells
     ) -> torch.Tensor:
         """See CoreAttention."""
         return cell_by_cell(query, key, value, cells, self._one_cell)
