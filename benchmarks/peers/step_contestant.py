@@ -77,6 +77,11 @@ class StepContestant(ABC):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
+    @classmethod
+    def leave(cls) -> None:
+        """Gives back what `enter` took."""
+        return
+
     @abstractmethod
     def __init__(self, job: Job, micro_batch: int, here: torch.device) -> None:
         """Builds it on `here`. micro_batch: cells of a forward pass."""

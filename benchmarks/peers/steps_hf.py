@@ -25,7 +25,7 @@ TOKEN_TYPES = 2
 class HFPadded(TorchStep):
     """Every cell padded to the full length, as NVIDIA's own stack does."""
 
-    label = "HF BertForMaskedLM, padded to full length"
+    label = "HF BERT, padded to full length"
     package = "transformers"
 
     @classmethod
@@ -87,7 +87,7 @@ class HFPadded(TorchStep):
 class HFDynamic(HFPadded):
     """Each micro batch padded to its longest cell, as transformers' collators do."""
 
-    label = "HF BertForMaskedLM, dynamic padding"
+    label = "HF BERT, dynamic padding"
 
     def pad_multiple(self) -> int:
         # Tensor cores want multiples of eight; a CPU computes on what is there.
@@ -97,5 +97,5 @@ class HFDynamic(HFPadded):
 class HFGrouped(HFDynamic):
     """Cells sorted by length within the global batch: transformers' group_by_length at its best."""
 
-    label = "HF BertForMaskedLM, dynamic padding, cells grouped by length"
+    label = "HF BERT, dynamic padding, grouped by length"
     by_length = True

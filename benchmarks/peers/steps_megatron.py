@@ -38,6 +38,10 @@ class MegatronStep(StepContestant):
         groups.start(here, ParallelConfig())
         return here
 
+    @classmethod
+    def leave(cls) -> None:
+        groups.stop()
+
     def __init__(self, job: Job, micro_batch: int, here: torch.device) -> None:
         self.config = job.config(*self.changes(job, micro_batch))
         plan(self.config, world_size=1)
@@ -125,7 +129,7 @@ class OursPacked(OursPadded):
 class PlainMegatron(MegatronStep):
     """Megatron-Core's BertModel with its own layers, loss and head, padded to the full length."""
 
-    label = "Megatron-Core BertModel, padded to full length"
+    label = "Megatron-Core BERT, padded to full length"
     package = "megatron-core"
 
     @classmethod

@@ -25,7 +25,7 @@ _ACTIVATIONS = {Activation.relu: "relu", Activation.gelu: "gelu"}
 class TELayers(TorchStep):
     """A stack of te.TransformerLayer with a tied head over all positions."""
 
-    label = "Transformer Engine layers, padded to full length"
+    label = "TE layers, padded to full length"
     package = "transformer-engine"
     about = "TE's attention, bf16 weights and residuals, fused AdamW"
 

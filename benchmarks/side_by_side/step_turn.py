@@ -15,7 +15,6 @@ import torch
 from benchmarks.peers.step_contestant import Job, StepContestant, add
 from benchmarks.side_by_side.step_cells import StepCells
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.model.flops import Work
 
 MIB = 2**20
 
@@ -32,24 +31,33 @@ def take_turn(kind: type[StepContestant], job: Job, micro_batch: int) -> dict[st
     """
     _be_the_first_to_go()
     here = kind.enter()
+    try:
+        return _measured(kind, job, micro_batch, here)
+    finally:
+        kind.leave()
+
+
+def _measured(
+    kind: type[StepContestant], job: Job, micro_batch: int, here: torch.device
+) -> dict[str, Any]:
     before_mib = _forget_peak_mib(here)
     contestant = kind(job, micro_batch, here)
     batches = [contestant.batches(number) for number in range(job.warmup + job.steps)]
     placed = [contestant.placed(each) for each in batches]
     losses, seconds = [], []
     for each in placed:
+        _wait_for(here)
         began = time.perf_counter()
         losses.append(contestant.step(each))
         _wait_for(here)
         seconds.append(time.perf_counter() - began)
-    peak_mib = _peak_mib(here) - before_mib
     if not all(math.isfinite(loss) for loss in losses):
         raise DataError(f"{kind.label}: a loss is not finite ({losses}).")
     return {
         "seconds": seconds[job.warmup :],
         "losses": losses,
         "cells": job.steps * contestant.config.train.global_batch_size,
-        "peak_mib": peak_mib,
+        "peak_mib": _peak_mib(here) - before_mib,
         "about": contestant.about,
     } | _work(contestant, job, batches)
 
@@ -63,11 +71,6 @@ def _work(contestant: StepContestant, job: Job, batches: list) -> dict[str, Any]
         needed.append(cells.needed(number, num_predicted))
         computed.append(contestant.computed(batches[number], needed[-1]))
     return {"needed": vars(add(needed)), "computed": vars(add(computed))}
-
-
-def work_of(turn: dict[str, Any], which: str) -> Work:
-    """ "needed" or "computed" of what `take_turn` returned."""
-    return Work(**turn[which])
 
 
 def _be_the_first_to_go() -> None:

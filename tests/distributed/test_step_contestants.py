@@ -6,6 +6,7 @@ import math
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,11 @@ def on_a_rank(function: Any, *arguments: Any) -> Any:
     return found
 
 
+def changed(job: Job, *changes: str) -> Job:
+    """The same with other settings."""
+    return replace(job, changes=(*job.changes, *changes))
+
+
 def needs(name: str) -> None:
     """Skips the test where the contestant's package is not installed."""
     if name.startswith("hf") and not is_available("transformers"):
@@ -61,10 +67,11 @@ def losses_of(job: Job, name: str) -> list[float]:
     return [one.step(placed) for placed in steps]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", HERE)
-def test_every_contestant_learns(job: Job, name: str) -> None:
+def test_every_contestant_learns(job: Job, name: str, precision: str) -> None:
     needs(name)
-    losses = on_a_rank(losses_of, job, name)
+    losses = on_a_rank(losses_of, changed(job, f"train.precision={precision}"), name)
     assert losses[0] == pytest.approx(math.log(toy.VOCABULARY), abs=0.25)
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < losses[0] - 0.3, losses
@@ -137,8 +144,7 @@ def counted(job: Job, name: str) -> tuple[float, Work, Work]:
 def test_what_is_computed_is_what_torch_counts(job: Job, name: str) -> None:
     """With plain attention: torch counts nothing for fused attention on a CPU."""
     needs(name)
-    plain = ("model.attention=plain", "model.attention_dropout=0.1")  # HF: eager
-    job = Job(job.cells, job.model, (*job.changes, *plain), job.vocabulary_size)
+    job = changed(job, "model.attention=plain", "model.attention_dropout=0.1")  # HF: eager
     total, computed, needed = on_a_rank(counted, job, name)
     assert total == pytest.approx(train_flops(PADDED_SHAPE, computed), rel=0.01)
     attention = flops.forward_breakdown(PADDED_SHAPE, computed).attention * 3

@@ -106,7 +106,7 @@ def test_rows_are_medians_and_ratios_are_of_rounds() -> None:
 
 def test_the_table_shows_who_was_skipped_and_how_the_others_were_set() -> None:
     text = step_rows.table(three_rows())
-    assert "skipped: Megatron-Core BertModel, padded to full length: it failed" in text
+    assert "skipped: Megatron-Core BERT, padded to full length: it failed" in text
     assert "2.00 (1.00..4.00)" in text
     assert "ours, padded: plain" in text
     assert "6.5000" in text
@@ -250,7 +250,7 @@ def test_it_measures_as_typed(repository: Path, job: Job, tmp_path: Path) -> Non
         *("--only", "ours_padded", "megatron", "te_layers"),
     )
     assert ended.returncode == 0, ended.stderr
-    assert "skipped: Transformer Engine layers" in ended.stdout
+    assert "skipped: TE layers" in ended.stdout
     content = json.loads(out.read_text())
     rows = {found["name"]: found for found in content["rows"]}
     assert rows["te_layers"]["not_measured"] == "Transformer Engine needs an NVIDIA GPU"
