@@ -43,12 +43,13 @@ setup(
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "nvidia-dali-cuda130"],
         "eval": ["scanpy", "scikit-learn"],
         "census": ["cellxgene-census"],
-        # The loaders that benchmarks/loader.py measures beside ours, as they were measured.
+        # What benchmarks/loader.py and benchmarks/train_step.py measure beside ours, as measured.
         "bench": [
             "tiledbsoma-ml==0.1.0",
             "scDataset==0.3.0",
             "bionemo-scdl==0.1.3",
             "datasets==5.2.0",
+            "transformers==5.24.0",
         ],
         "dev": [
             "pytest",

@@ -34,15 +34,9 @@ from typing import Any
 from benchmarks.peers.all import CONTESTANTS
 from benchmarks.peers.contestant import BATCH_SIZE, COUNTS, TOKENS, Contestant
 from benchmarks.side_by_side.goals import Goal
-from benchmarks.side_by_side.loader_rows import (
-    LEGEND,
-    NOT_INSTALLED,
-    goals_of,
-    row,
-    table,
-    version_of,
-)
+from benchmarks.side_by_side.loader_rows import LEGEND, goals_of, row, table
 from benchmarks.side_by_side.picture import save_bars
+from benchmarks.side_by_side.versions import NOT_INSTALLED, version_of
 from geneformer_mcore.commands import run
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.metrics import kept

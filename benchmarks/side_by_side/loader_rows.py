@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from benchmarks.peers.all import CONTESTANTS
 from benchmarks.peers.contestant import TOKENS
 from benchmarks.side_by_side.goals import Goal, best, ratio
 from benchmarks.side_by_side.picture import text_table
-
-NOT_INSTALLED = "not installed"
+from benchmarks.side_by_side.versions import version_of
 
 ON_THE_FLY = ("ours_h5ad", "ours_experiment")
 SAME_TOKENS = (
@@ -37,14 +35,6 @@ LEGEND = (
     "all cells.\nmates again: pairs of cells that share a batch in two epochs, 1 = as by chance. "
     "MiB: peak of the process and its workers, mapped files and imports included."
 )
-
-
-def version_of(package: str) -> str:
-    """The installed version of a distribution, or NOT_INSTALLED."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return NOT_INSTALLED
 
 
 def row(name: str, turns: Sequence[dict[str, Any]], not_measured: str | None) -> dict[str, Any]:

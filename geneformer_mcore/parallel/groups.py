@@ -10,6 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,10 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from geneformer_mcore.config.sections import ParallelConfig
-from geneformer_mcore.parallel.watch import Watch
+
+if TYPE_CHECKING:
+    # Only its type: what it needs (psutil) a benchmark on a bare machine need not have.
+    from geneformer_mcore.parallel.watch import Watch
 
 BACKSTOP_S = 3600.0
 """After which a collective gives up by itself. It is the watch that ends a job in time, with limits

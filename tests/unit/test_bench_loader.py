@@ -19,9 +19,10 @@ from benchmarks.peers.masking import IGNORED, masked, sums_of_masked
 from benchmarks.peers.padding import padded, sums_of_padded
 from benchmarks.side_by_side import turn
 from benchmarks.side_by_side.goals import Goal, best, ratio
-from benchmarks.side_by_side.loader_rows import goals_of, row, table, version_of
+from benchmarks.side_by_side.loader_rows import goals_of, row, table
 from benchmarks.side_by_side.prepared import Truth
 from benchmarks.side_by_side.shuffle_quality import quality, two_epochs
+from benchmarks.side_by_side.versions import version_of
 from geneformer_mcore.contracts import MASK, PAD
 from geneformer_mcore.errors import DataError
 

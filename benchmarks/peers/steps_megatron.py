@@ -1,0 +1,208 @@
+"""Contestants on Megatron-Core: ours, padded and packed, and its BertModel as it comes.
+
+All three go through our train_step: Megatron's schedule, its gradient buffers, its AdamW. What
+differs is the model, and the shape of the batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from megatron.core.models.bert import bert_layer_specs
+from megatron.core.models.bert.bert_model import BertModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from benchmarks.peers.step_contestant import NEVER, Job, StepContestant
+from benchmarks.side_by_side.step_cells import StepCells
+from geneformer_mcore import backends
+from geneformer_mcore.config import Config, plan
+from geneformer_mcore.config.sections import DataConfig, ModelConfig, ParallelConfig, Precision
+from geneformer_mcore.contracts import PAD, Batch, padded_vocabulary_size
+from geneformer_mcore.feed.loader import Feed, Share
+from geneformer_mcore.model import attention, geneformer, initial_weights, settings
+from geneformer_mcore.model.flops import Work
+from geneformer_mcore.optim import optimizer as optim
+from geneformer_mcore.parallel import device, groups
+from geneformer_mcore.train.step import train_step
+
+
+class MegatronStep(StepContestant):
+    """A model on Megatron-Core, trained by train.step on the batches of our feed."""
+
+    @classmethod
+    def enter(cls) -> torch.device:
+        """The device, with the layer that lets Megatron-Core use a CPU, and its groups."""
+        here = device.start()
+        groups.start(here, ParallelConfig())
+        return here
+
+    @classmethod
+    def leave(cls) -> None:
+        groups.stop()
+
+    def __init__(self, job: Job, micro_batch: int, here: torch.device) -> None:
+        self.config = job.config(*self.changes(job, micro_batch))
+        plan(self.config, world_size=1)
+        self.here = here
+        self.topology = groups.topology()
+        groups.seed_dropout(self.config.train.seed, self.topology)
+        config = self.config
+        core = settings.transformer_config(
+            config.model, config.parallel, config.train.precision, here
+        )
+        stages = self.stages(core, job.vocabulary_size)
+        self.trainable = optim.wrap(stages, config.optim, config.parallel)
+        self.feed = _feed(config, StepCells.open(job.cells, config, job.vocabulary_size))
+
+    @classmethod
+    def changes(cls, job: Job, micro_batch: int) -> list[str]:
+        """What it sets differently from the job."""
+        return [f"train.micro_batch_size={micro_batch}"]
+
+    def stages(self, core: TransformerConfig, vocabulary_size: int) -> list[Any]:
+        """The model with its initial weights: here, ours."""
+        config = self.config
+        length = config.data.seq_length
+        stages = geneformer.build(config.model, core, self.here, vocabulary_size, length)
+        for stage in stages:
+            initial_weights.fill(stage, config.train.seed)
+        return stages
+
+    def batches(self, number: int) -> list[Batch]:
+        return self.feed.step(number * self.config.train.global_batch_size)
+
+    def placed(self, batches: list[Batch]) -> list[Batch]:
+        return [batch.to(self.here) for batch in batches]
+
+    def step(self, placed: list[Batch]) -> float:
+        result = train_step(self.trainable, placed, self.config.optim.lr, self.topology)
+        return result.totals.loss
+
+
+class OursPadded(MegatronStep):
+    """Ours: only masked positions are predicted."""
+
+    label = "ours, padded"
+
+    @property
+    def about(self) -> str:
+        config = self.config
+        stream = ", 32-bit residuals" if config.train.precision is Precision.bf16 else ""
+        chosen = attention.choose(config.model, self.here).value
+        return f"{chosen} attention, {config.train.precision.value} weights{stream}, {self._rows()}"
+
+    def computed(self, batches: list[Batch], needed: Work) -> Work:
+        padded = super().computed(batches, needed)
+        return Work(padded.tokens, padded.sum_squared_lengths, needed.num_predicted)
+
+    def _rows(self) -> str:
+        return f"padded per step to multiples of {self.config.data.pad_multiple}"
+
+
+class OursPacked(OursPadded):
+    """Ours, cells end to end: a micro batch has room for `micro_batch` cells of full length."""
+
+    label = "ours, packed"
+
+    @classmethod
+    def why_not(cls, job: Job, on_gpu: bool) -> str:
+        known = {field.name for field in fields(DataConfig)}
+        return "" if "packing" in known else "there is no setting data.packing yet"
+
+    @classmethod
+    def changes(cls, job: Job, micro_batch: int) -> list[str]:
+        room = micro_batch * job.config().data.seq_length
+        packed = ["data.packing=true", f"data.tokens_per_micro_batch={room}"]
+        return [*super().changes(job, micro_batch), *packed]
+
+    def computed(self, batches: list[Batch], needed: Work) -> Work:
+        # Attention stays within a cell: its square is that of the cells, not that of the row.
+        tokens = sum(batch.tokens_BS.numel() for batch in batches)
+        return Work(tokens, needed.sum_squared_lengths, needed.num_predicted)
+
+    def _rows(self) -> str:
+        return "packed"
+
+
+class PlainMegatron(MegatronStep):
+    """Megatron-Core's BertModel with its own layers, loss and head, padded to the full length."""
+
+    label = "Megatron-Core BERT, padded to full length"
+    package = "megatron-core"
+
+    @classmethod
+    def changes(cls, job: Job, micro_batch: int) -> list[str]:
+        mine = [*super().changes(job, micro_batch), "data.pad_multiple=0"]
+        # Its layers cast the residual stream down, whatever it is told.
+        is_bf16 = job.config().train.precision is Precision.bf16
+        return [*mine, *(["model.fp32_residual=false"] if is_bf16 else [])]
+
+    def stages(self, core: TransformerConfig, vocabulary_size: int) -> list[Any]:
+        if self.here.type == "cuda":
+            core.bias_dropout_fusion = core.cross_entropy_loss_fusion = True
+        length = self.config.data.seq_length
+        stage = PlainBert(core, self.config.model, _layers(self.here), vocabulary_size, length)
+        stage = stage.to(device=self.here, dtype=core.params_dtype)
+        initial_weights.fill(stage, self.config.train.seed)
+        with torch.no_grad():
+            stage.output_layer.bias[vocabulary_size:] = NEVER
+        return [stage]
+
+    @property
+    def about(self) -> str:
+        is_te = _layers(self.here) is not bert_layer_specs.bert_layer_local_spec
+        layers = "Transformer Engine's layers" if is_te else "its local layers, plain attention"
+        return f"{layers}, {self.config.train.precision.value} weights"
+
+
+class PlainBert(BertModel):
+    """BertModel under the interface of our train_step, with the activation of the card."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        layers: Any,
+        vocabulary_size: int,
+        seq_length: int,
+    ) -> None:
+        super().__init__(
+            config=config,
+            num_tokentypes=0,
+            transformer_layer_spec=layers,
+            vocab_size=padded_vocabulary_size(vocabulary_size),
+            max_sequence_length=seq_length,
+            share_embeddings_and_output_weights=True,
+            add_binary_head=False,
+        )
+        # Its head has a fixed activation, under this name.
+        self.lm_head.gelu = settings.ACTIVATIONS[model.head_activation or model.activation]
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """fp32 [M]: the loss is taken everywhere, and kept where a gene was hidden."""
+        labels_BS = torch.zeros_like(batch.tokens_BS, dtype=torch.int64)
+        labels_BS.view(-1)[batch.selected_M] = batch.labels_M
+        is_real_BS = (batch.tokens_BS != PAD).long()
+        loss_BS, _ = super().forward(batch.tokens_BS.long(), is_real_BS, lm_labels=labels_BS)
+        return loss_BS.flatten().index_select(0, batch.selected_M).float()
+
+
+def _layers(here: torch.device) -> Any:
+    if here.type == "cuda" and backends.is_available("transformer_engine"):
+        return bert_layer_specs.get_bert_layer_with_transformer_engine_spec()
+    return bert_layer_specs.bert_layer_local_spec
+
+
+def _feed(config: Config, cells: StepCells) -> Feed:
+    """The feed of training over the cells that all contestants see."""
+    train = config.train
+    return Feed(
+        cells.source,
+        cells.order,
+        cells.masking,
+        Share(train.global_batch_size, train.micro_batch_size, data_rank=0, data_size=1),
+        config.data.seq_length,
+        config.data.pad_multiple,
+    )

@@ -1,0 +1,254 @@
+#!/usr/bin/env python
+"""How fast a training step is, beside the models a user would otherwise train.
+
+    python benchmarks/train_step.py --cells FLAT_COPY --json out.json
+    python benchmarks/train_step.py --cells a.h5ad b.h5ad --vocabulary gc30m.json [--make]
+
+Every contestant takes full steps (zero gradients, forward, backward, clip to norm 1, AdamW) over
+the same global batches of the same cells, masked alike, with the same sizes and hyperparameters:
+ours, padded and packed; Hugging Face's BertForMaskedLM with dynamic padding, and padded to the full
+length as NVIDIA's stack does; Megatron-Core's own BertModel; on a GPU, Transformer Engine's layers.
+
+BertForMaskedLM is post-LN and has token types, so it is not the same function and its losses are
+its own: layers, widths, vocabulary and FLOPs are equal. Megatron-Core's BertModel is the same
+function as ours, with the same first weights: without dropout its first loss equals ours.
+
+Each takes its turns in a process of its own. First each tries every micro batch and keeps the
+fastest; then all take turns in rounds, A B C A B C. A contestant whose package is not there, or
+that fails, is listed as skipped. BertForMaskedLM comes with
+
+    pip install -c requirements.lock transformers        (version as measured: setup.py, [bench])
+
+A flat copy of tokens (geneformer_mcore/store/flat.py) is a folder: that which pretraining with
+data.cache_dir=DIR makes, or that which is made here of files of counts, through a store, in --work.
+With one, torch, megatron-core, numpy and omegaconf are all that ours needs: carry it to a bare GPU
+machine. The cells' genes must be tokens of a vocabulary of at most 25,429.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # In place of this folder, where a tokenize.py would hide Python's own: the project, since a GPU
+    # machine may lack the install.
+    sys.path.remove(sys.path[0])
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import json
+import subprocess
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.peers.all_steps import NAMES, contestants
+from benchmarks.tflops import CONFIGS, VOCABULARY
+from geneformer_mcore.backends import ignore_known_warnings
+from geneformer_mcore.commands import run
+from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.metrics import kept
+
+if TYPE_CHECKING:
+    from benchmarks.peers.step_contestant import Job
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT_S = 3600
+_JOB, _RESULT = "job.json", "turn.json"
+_ON_CPU: dict[str, Any] = {
+    "precision": "fp32",
+    # torch has no fused attention with dropout on a CPU.
+    "dropout": 0.0,
+    "batch": 16,
+    "micro": (1, 2, 4, 8, 16),
+    "steps": 1,
+}
+_ON_GPU: dict[str, Any] = {
+    "precision": "bf16",
+    "dropout": None,
+    "batch": 512,
+    "micro": (8, 16, 32, 64, 128),
+    "steps": 5,
+}
+
+
+def main() -> int:
+    """Finds or makes the cells, lets all take turns, prints the table; or takes one turn."""
+    arguments = _arguments()
+    ignore_known_warnings()
+    if arguments.turn:
+        return _child(arguments)
+    check(arguments)
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    fill_in(arguments, _ON_GPU if on_gpu else _ON_CPU)
+    job = _job(arguments)
+    if arguments.make:
+        print(f"The flat copy: {job.cells}")
+        return 0
+    kept.save(arguments.work / _JOB, asdict(job))
+    return _measure(arguments, job, on_gpu)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError that names every argument by which nothing can be measured, and DataError
+    if the results could not be written. The settings have a check of their own."""
+    ranges = (
+        ("--rounds", arguments.rounds, 1),
+        ("--steps", arguments.steps, 1),
+        ("--warmup", arguments.warmup, 0),
+        ("--global-batch", arguments.global_batch, 1),
+        *(("--micro-batches", micro, 1) for micro in arguments.micro_batches or ()),
+    )
+    problems = [
+        f"{name} must be at least {low}, and is {value}."
+        for name, value, low in ranges
+        if value is not None and value < low
+    ]
+    unknown = sorted(set(arguments.only or ()) - set(NAMES))
+    if unknown:
+        problems.append(f"--only: no {', '.join(unknown)}; there are {', '.join(NAMES)}.")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    for path in (arguments.json, arguments.work / _JOB):
+        if path:
+            kept.check_place(path)
+
+
+def fill_in(arguments: argparse.Namespace, usual: dict[str, Any]) -> None:
+    """What was not said, as usual on this machine; micro batches that fit into the global batch."""
+    arguments.precision = arguments.precision or usual["precision"]
+    if arguments.attention_dropout is None:
+        arguments.attention_dropout = usual["dropout"]
+    arguments.global_batch = arguments.global_batch or usual["batch"]
+    arguments.steps = arguments.steps or usual["steps"]
+    asked = sorted(set(arguments.micro_batches or usual["micro"]))
+    arguments.micro_batches = [micro for micro in asked if arguments.global_batch % micro == 0]
+    if not arguments.micro_batches:
+        raise ConfigError(
+            f"--global-batch ({arguments.global_batch}) must be a multiple of one of the "
+            f"--micro-batches at least, and those are {asked}."
+        )
+
+
+def _job(arguments: argparse.Namespace) -> Job:
+    from benchmarks.peers.step_contestant import Job
+    from benchmarks.side_by_side import step_cells
+    from geneformer_mcore.config import plan
+
+    changes = [
+        f"train.precision={arguments.precision}",
+        f"train.global_batch_size={arguments.global_batch}",
+        f"train.micro_batch_size={arguments.micro_batches[0]}",
+        f"data.seq_length={arguments.seq_length}",
+    ]
+    if arguments.attention_dropout is not None:
+        changes.append(f"model.attention_dropout={arguments.attention_dropout}")
+    sizes = {"steps": arguments.steps, "warmup": arguments.warmup}
+    plan(Job("", arguments.model, tuple(changes)).config(), world_size=1)
+    found = step_cells.find(arguments.cells)
+    folder = found or step_cells.make(arguments.cells, arguments.vocabulary, arguments.work)
+    step_cells.check(folder, VOCABULARY, arguments.global_batch)
+    return Job(str(folder), arguments.model, tuple(changes), **sizes)
+
+
+def _measure(arguments: argparse.Namespace, job: Job, on_gpu: bool) -> int:
+    from benchmarks.side_by_side import step_rounds, step_rows
+
+    kinds = {
+        name: kind for name, kind in contestants().items() if name in (arguments.only or NAMES)
+    }
+    labels = {name: kind.label for name, kind in kinds.items()}
+    failures = {name: kind.why_not(job, on_gpu) for name, kind in kinds.items()}
+    failures = {name: why for name, why in failures.items() if why}
+    sizes, turn = arguments.micro_batches, partial(_turn, arguments.work)
+    tuning = step_rounds.tune(turn, labels, sizes, failures)
+    micro = {name: step_rounds.fastest(tried, sizes) for name, tried in tuning.items()}
+    turns = step_rounds.all_turns(turn, labels, micro, arguments.rounds, failures)
+    rows = [
+        step_rows.row(
+            *(name, kind, turns[name], micro[name], tuning[name]),
+            not_measured=failures.get(name, ""),
+            shape=job.shape(),
+        )
+        for name, kind in kinds.items()
+    ]
+    step_rows.add_ratios(rows)
+    conditions = _conditions(arguments, job)
+    print(f"\n{step_rows.table(rows)}\n\n{conditions}\n{step_rows.LEGEND}")
+    if arguments.json:
+        from geneformer_mcore.metrics.provenance import provenance
+
+        content = {"rows": rows, "conditions": conditions, "settings": job.changes}
+        kept.save(arguments.json, content | provenance())
+    return 0
+
+
+def _turn(work: Path, name: str, micro: int) -> tuple[dict[str, Any], str]:
+    """(what a turn in a process of its own has found, why it failed)."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--work", str(work)]
+    command += ["--cells", str(work), "--turn", f"{name}:{micro}"]
+    try:
+        ended = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {}, f"not done after {TIMEOUT_S} s"
+    if ended.returncode == 0:
+        return json.loads((work / _RESULT).read_text()), ""
+    if ended.returncode < 0:
+        return {}, f"ended by signal {-ended.returncode}, as by want of memory"
+    lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
+    return {}, lines[-1].replace(str(ROOT), ".")
+
+
+def _child(arguments: argparse.Namespace) -> int:
+    from benchmarks.peers.step_contestant import Job
+    from benchmarks.side_by_side.step_turn import take_turn
+
+    name, _, micro = arguments.turn.partition(":")
+    asked = json.loads((arguments.work / _JOB).read_text())
+    job = Job(**(asked | {"changes": tuple(asked["changes"])}))
+    kept.save(arguments.work / _RESULT, take_turn(contestants()[name], job, int(micro)))
+    return 0
+
+
+def _conditions(arguments: argparse.Namespace, job: Job) -> str:
+    config = job.config()
+    return (
+        f"Model {arguments.model}, {config.train.precision.value}, at most "
+        f"{config.data.seq_length} tokens, hidden dropout {config.model.hidden_dropout}, attention "
+        f"dropout {config.model.attention_dropout}; global batches of {arguments.global_batch} "
+        f"cells; {job.steps} measured step(s) after {job.warmup} unmeasured, median of "
+        f"{arguments.rounds} round(s); micro batch: the fastest of {arguments.micro_batches}."
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--cells", type=Path, nargs="+", required=True, metavar="PATH", help="flat copy, or counts")
+    add("--vocabulary", type=Path, metavar="FILE.json", help="of counts; default: their own genes")
+    add("--work", type=Path, default=ROOT / "build" / "train_step", help="for what is made")
+    add("--make", action="store_true", help="make the flat copy, say where it is, and end")
+    add("--model", choices=CONFIGS, default="10m")
+    add("--precision", choices=["fp32", "bf16"], help="default: bf16 on a GPU, else fp32")
+    add("--attention-dropout", type=float, help="default: the card's on a GPU, else 0")
+    add("--seq-length", type=int, default=2048)
+    add("--global-batch", type=int, metavar="N", help="cells of a step (default: 512 on a GPU, 16)")
+    add("--micro-batches", type=int, nargs="+", metavar="N", help="of which the fastest is kept")
+    add("--rounds", type=int, default=3, help="turns of each (default: 3)")
+    add("--steps", type=int, help="measured steps of a turn (default: 5 on a GPU, 1)")
+    add("--warmup", type=int, default=1, help="unmeasured steps before them")
+    add("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(NAMES)}")
+    add("--json", type=Path, metavar="OUT", help="write the rows here too")
+    add("--turn", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main)
