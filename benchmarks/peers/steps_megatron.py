@@ -6,7 +6,6 @@ differs is the model, and the shape of the batches.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,13 +17,14 @@ from benchmarks.peers.step_contestant import NEVER, Job, StepContestant
 from benchmarks.side_by_side.step_cells import StepCells
 from geneformer_mcore import backends
 from geneformer_mcore.config import Config, plan
-from geneformer_mcore.config.sections import DataConfig, ModelConfig, ParallelConfig, Precision
+from geneformer_mcore.config.sections import ModelConfig, ParallelConfig, Precision
 from geneformer_mcore.contracts import PAD, Batch, padded_vocabulary_size
 from geneformer_mcore.feed.loader import Feed, Share
 from geneformer_mcore.model import attention, geneformer, initial_weights, settings
 from geneformer_mcore.model.flops import Work
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.parallel import device, groups
+from geneformer_mcore.train.budget import budget
 from geneformer_mcore.train.step import train_step
 
 
@@ -90,7 +90,7 @@ class OursPadded(MegatronStep):
     def about(self) -> str:
         config = self.config
         stream = ", 32-bit residuals" if config.train.precision is Precision.bf16 else ""
-        chosen = attention.choose(config.model, self.here).value
+        chosen = attention.choose(config.model, self.here, config.train.precision).value
         return f"{chosen} attention, {config.train.precision.value} weights{stream}, {self._rows()}"
 
     def computed(self, batches: list[Batch], needed: Work) -> Work:
@@ -105,11 +105,6 @@ class OursPacked(OursPadded):
     """Ours, cells end to end: a micro batch has room for `micro_batch` cells of full length."""
 
     label = "ours, packed"
-
-    @classmethod
-    def why_not(cls, job: Job, on_gpu: bool) -> str:
-        known = {field.name for field in fields(DataConfig)}
-        return "" if "packing" in known else "there is no setting data.packing yet"
 
     @classmethod
     def changes(cls, job: Job, micro_batch: int) -> list[str]:
@@ -205,4 +200,5 @@ def _feed(config: Config, cells: StepCells) -> Feed:
         Share(train.global_batch_size, train.micro_batch_size, data_rank=0, data_size=1),
         config.data.seq_length,
         config.data.pad_multiple,
+        budget=budget(config),
     )

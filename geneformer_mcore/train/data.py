@@ -14,13 +14,12 @@ import torch
 
 from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.config import Config
-from geneformer_mcore.config.derive import token_budget
 from geneformer_mcore.config.sections import Loader, Source
 from geneformer_mcore.contracts import TokenSource
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.feed.batch import BatchMaker, make_batch
 from geneformer_mcore.feed.control import ShuffledGenes
-from geneformer_mcore.feed.loader import Budget, Feed, Share
+from geneformer_mcore.feed.loader import Feed, Share
 from geneformer_mcore.feed.masks import Masking
 from geneformer_mcore.feed.order import Order
 from geneformer_mcore.parallel.groups import Topology
@@ -28,6 +27,7 @@ from geneformer_mcore.store import flat
 from geneformer_mcore.store.progress import ProgressLine
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.split import RandomSplit, SplitRule
+from geneformer_mcore.train.budget import budget
 
 
 @dataclass(frozen=True)
@@ -179,15 +179,6 @@ def _feed(
         maker,
         budget(config),
     )
-
-
-def budget(config: Config) -> Budget | None:
-    """How cells are packed; None if they are padded."""
-    if not config.data.packing:
-        return None
-    parallel = config.parallel
-    # The interleaved schedule runs micro batches in groups of as many as there are stages.
-    return Budget(token_budget(config), parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
 
 
 def _maker(config: Config, device: torch.device) -> BatchMaker:

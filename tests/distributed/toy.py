@@ -15,7 +15,7 @@ from geneformer_mcore.feed.order import Order
 from geneformer_mcore.model import geneformer, initial_weights, settings
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.parallel import groups
-from geneformer_mcore.train.data import budget
+from geneformer_mcore.train.budget import budget
 from geneformer_mcore.train.step import StepResult, train_step
 
 VOCABULARY = 700
