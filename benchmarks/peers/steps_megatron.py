@@ -59,7 +59,7 @@ class MegatronStep(StepContestant):
     @classmethod
     def changes(cls, job: Job, micro_batch: int) -> list[str]:
         """What it sets differently from the job."""
-        return [f"train.micro_batch_size={micro_batch}"]
+        return [f"train.micro_batch_size={micro_batch}", "data.packing=false"]
 
     def stages(self, core: TransformerConfig, vocabulary_size: int) -> list[Any]:
         """The model with its initial weights: here, ours."""
