@@ -49,6 +49,8 @@ class Precision(Enum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+    fp16 = "fp16"
+    fp8 = "fp8"
 
 
 class Recompute(Enum):
@@ -154,6 +156,10 @@ class ModelConfig:
     fp32; on a CPU sdpa, or blockwise with attention dropout, for which torch has no fused kernel
     there."""
 
+    compile: bool = False
+    """Compile the elementwise parts of a layer with torch.compile: bias and activation, dropout and
+    residual, norms. Needs a C++ compiler, takes a minute at the start, and draws other dropout."""
+
 
 @dataclass
 class ParallelConfig:
@@ -220,7 +226,10 @@ class TrainConfig:
     seed: int = 1234
     """Fixes weights, order of cells, masks and dropout."""
     precision: Precision = Precision.bf16
-    """bf16 for GPUs since Ampere (and CPUs that have it), fp32 for the others."""
+    """bf16: for GPUs since Ampere, and CPUs that have it. fp32: for the others. fp16: for Volta and
+    Turing; the loss is scaled so that gradients stay in range, and updates whose gradients did not
+    are left out. fp8: bf16 whose matrix products Transformer Engine makes in 8 bits, since Hopper.
+    """
     max_minutes: float = 0.0
     """Minutes of training after which this start saves and ends with exit code 75. 0 is none."""
     validate_every_steps: int = 1000

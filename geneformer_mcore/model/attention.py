@@ -28,6 +28,8 @@ _CORES: dict[Attention, type[torch.nn.Module]] = {
     Attention.plain: PlainAttention,
 }
 
+_WITH_FP8 = (Attention.auto, Attention.te)
+
 
 def choose(model: ModelConfig, device: torch.device, precision: Precision) -> Attention:
     """What `model.attention` means on this machine: never `auto`.
@@ -36,7 +38,12 @@ def choose(model: ModelConfig, device: torch.device, precision: Precision) -> At
     for a kernel that this device or precision does not have.
     """
     asked = model.attention
-    if asked is Attention.te:
+    if precision is Precision.fp8 and (device.type != "cuda" or asked not in _WITH_FP8):
+        raise ConfigError(
+            "train.precision=fp8 needs an NVIDIA GPU and model.attention=te, whose layers multiply "
+            f"in 8 bits, and this is {device.type} with model.attention={asked.value}."
+        )
+    if asked is Attention.te or precision is Precision.fp8:
         backends.require("transformer_engine")
     if asked is Attention.flash and (device.type != "cuda" or precision is Precision.fp32):
         raise ConfigError(

@@ -8,11 +8,13 @@ Megatron's own norm and bias-dropout-add would cast the stream to bf16 after eve
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import transformer_layer
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -22,7 +24,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from geneformer_mcore.config.sections import Attention
+from geneformer_mcore.model import fused
 from geneformer_mcore.model.attention import core_attention
+
+# It remarks on every feed-forward block that is not its own.
+logging.getLogger(transformer_layer.__name__).setLevel(logging.ERROR)
 
 
 class LayerNorm(torch.nn.Module):
@@ -41,6 +47,7 @@ class LayerNorm(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.eps = eps
+        self.norm = fused.chosen(fused.layer_norm, config.bias_dropout_fusion)
         dtype = config.params_dtype
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=dtype, device=device))
@@ -51,30 +58,31 @@ class LayerNorm(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [..., H]. Same shape out."""
-        normed = F.layer_norm(
-            hidden.float(),
-            self.weight.shape,
-            self.weight.float(),
-            self.bias.float(),
-            self.eps,
-        )
-        return normed.to(self.weight.dtype)
+        return self.norm(hidden, self.weight, self.bias, self.eps)
 
 
-def bias_dropout_add(training: bool, fused: bool) -> Callable:
+class FeedForward(MLP):
+    """Megatron's block with the bias and the activation between its matrices in one function."""
+
+    def forward(self, hidden: torch.Tensor, **_nothing: Any) -> tuple[torch.Tensor, Any]:
+        """hidden: [S, B, H]. The same shape, and the bias that is yet to be added."""
+        config = self.config
+        add = fused.chosen(fused.bias_activation, config.bias_dropout_fusion)
+        x, bias = self.linear_fc1(hidden)
+        return self.linear_fc2(add(x, bias, self.activation_func))
+
+
+def bias_dropout_add(training: bool, is_compiled: bool) -> Callable:
     """Megatron's factory interface: returns f((x, bias), residual, probability) -> the new
     residual, in the residual's dtype."""
+    join = fused.chosen(fused.bias_dropout_residual, is_compiled)
 
     def add(
         x_with_bias: tuple[torch.Tensor, torch.Tensor | None],
         residual: torch.Tensor,
         probability: float,
     ) -> torch.Tensor:
-        x, bias = x_with_bias
-        if bias is not None:
-            x = x + bias
-        # fp32 + bf16 is fp32 in torch: this line is what keeps the stream in 32 bits.
-        return residual + F.dropout(x, p=probability, training=training)
+        return join(*x_with_bias, residual, probability, training)
 
     return add
 
@@ -100,7 +108,9 @@ def layer_spec(attention: Attention) -> ModuleSpec:
             ),
             self_attn_bda=bias_dropout_add,
             pre_mlp_layernorm=LayerNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(
+                module=FeedForward, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)
+            ),
             mlp_bda=bias_dropout_add,
         ),
     )

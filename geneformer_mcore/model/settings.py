@@ -28,7 +28,13 @@ ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     Activation.gelu_tanh: partial(F.gelu, approximate="tanh"),
 }
 
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+DTYPES = {
+    Precision.fp32: torch.float32,
+    Precision.bf16: torch.bfloat16,
+    Precision.fp16: torch.float16,
+    Precision.fp8: torch.bfloat16,
+}
+"""Of weights and activations."""
 
 
 def transformer_config(
@@ -41,7 +47,10 @@ def transformer_config(
         **_layout(parallel),
         **_recompute(parallel.recompute),
         params_dtype=dtype,
-        bf16=precision is Precision.bf16,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        # E4M3 forward, E5M2 for gradients, which need the range.
+        fp8="hybrid" if precision is Precision.fp8 else None,
         fp32_residual_connection=model.fp32_residual and dtype != torch.float32,
         # The residual stream travels between stages as it is: bf16 buffers for a fp32 stream would
         # end gloo in C++.
@@ -51,9 +60,10 @@ def transformer_config(
         # global batch: exact with uneven counts per rank.
         calculate_per_token_loss=True,
         use_cpu_initialization=device.type == "cpu",
+        # Not Megatron's kernel: the word by which our layers are told (see fused.py).
+        bias_dropout_fusion=model.compile,
         # Fusions written for causal GPT layers, or that need apex.
         masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
     )
@@ -61,6 +71,8 @@ def transformer_config(
 
 def precision_of(config: TransformerConfig) -> Precision:
     """The `train.precision` that a TransformerConfig was made with."""
+    if config.fp8:
+        return Precision.fp8
     return next(name for name, dtype in DTYPES.items() if dtype is config.params_dtype)
 
 

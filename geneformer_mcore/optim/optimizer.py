@@ -30,6 +30,10 @@ _OVERLAPPED_BUCKETS = 4
 own measure, 40 million weights a bucket, would leave a model of 10 million with a single one, sent
 when the backward pass is over."""
 
+_FIRST_LOSS_SCALE = 2.0**10
+"""By which fp16 losses are multiplied at first; halved when gradients overflow, doubled after 1,000
+updates without. The losses are sums, so their gradients are as large as those of single genes."""
+
 
 @dataclass(frozen=True)
 class Trainable:
@@ -145,6 +149,8 @@ def _optimizer_config(optim: OptimConfig, dtype: torch.dtype) -> OptimizerConfig
         clip_grad=optim.clip,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        initial_loss_scale=_FIRST_LOSS_SCALE,
         use_distributed_optimizer=True,
     )
 

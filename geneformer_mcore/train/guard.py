@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from geneformer_mcore.config.sections import NonFinite, TrainConfig
+from geneformer_mcore.config.sections import NonFinite, Precision, TrainConfig
 
 
 class SkippedTooOftenError(RuntimeError):
@@ -50,6 +50,7 @@ class Guard:
         self.in_a_row = 0
         self._spike_sigma = settings.spike_sigma
         self._stops = settings.non_finite is NonFinite.stop
+        self._is_scaled = settings.precision is Precision.fp16
         self._max_skips = settings.max_skips
         window = settings.spike_window
         self._recent = {name: _Recent(deque(maxlen=window)) for name in ("loss", "gradient norm")}
@@ -85,9 +86,11 @@ class Guard:
             self._recent["loss"].values.append(loss)
             self._recent["gradient norm"].values.append(grad_norm)
 
-    def left_out(self, what: str, is_finite: bool) -> None:
+    def left_out(self, what: str, loss: float, grad_norm: float) -> None:
         """An update was left out, `what` being told of it. Raises SkippedTooOftenError if the
         settings want the run to end at this one."""
+        # An infinite gradient of a scaled loss is how the scale learns that it is too large.
+        is_finite = math.isfinite(loss) and (math.isfinite(grad_norm) or self._is_scaled)
         self.skipped += 1
         self.in_a_row += 1
         if not is_finite and self._stops:

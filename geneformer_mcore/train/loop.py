@@ -144,7 +144,7 @@ def _leave_out(run: Run, result: StepResult) -> None:
         what += f", named in {run.folder.path / 'skipped.jsonl'}"
     # If this ends the run, no rank ends before it is told.
     collectives.barrier()
-    run.guard.left_out(what, result.is_finite)
+    run.guard.left_out(what, result.totals.loss, result.grad_norm)
     run.say(f"left out {what}")
 
 

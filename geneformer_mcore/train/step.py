@@ -68,11 +68,6 @@ class StepResult:
         """Whether the weights were changed."""
         return not self.left_out
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether loss and gradient norm are numbers."""
-        return math.isfinite(self.totals.loss_sum) and math.isfinite(self.grad_norm)
-
 
 def only_finite(loss: float, grad_norm: float) -> str:
     """The least that an update asks for: a reason to leave it out, or ""."""

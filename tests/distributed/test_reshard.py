@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import load as load_tensors
 
 from geneformer_mcore.checkpoint import plain_metadata, state
 from tests.distributed import toy
-from tests.distributed.parity import INTERLEAVED, OVERLAP, PP2, TP2
+from tests.distributed.parity import INTERLEAVED, OVERLAP, PACKED, PP2, SEQUENCE, TP2
 from tests.distributed.ranks import run_ranks
 
 SAVED_AT, CONTINUED = 3, 5
@@ -39,6 +39,9 @@ OTHERS = {
     "pp2 interleaved": (2, INTERLEAVED),
     "pp2 dp2 overlap": (4, (PP2, *OVERLAP)),
     "dp2 overlap": (2, OVERLAP),
+    "packed": (1, (PACKED,)),
+    "tp2 pp2 sequence packed": (4, (*SEQUENCE, PP2, PACKED)),
+    "dp4 packed": (4, (PACKED,)),
 }
 TWO_LAYERS = ("model.num_layers=2",)
 GENTLE = ("optim.lr=1e-4",)
@@ -56,6 +59,10 @@ PAIRS = [
     ("pp2 dp2 overlap", "tp1 pp1 dp1"),
     ("tp2 pp2 dp1", "pp2 dp2 overlap"),
     ("dp2 overlap", "tp2 pp1 dp1"),
+    ("packed", "dp4 packed"),
+    ("dp4 packed", "tp2 pp2 sequence packed"),
+    ("tp2 pp2 sequence packed", "packed"),
+    ("packed", "tp1 pp1 dp1"),
 ]
 """(saver, loader)."""
 

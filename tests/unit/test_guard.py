@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from geneformer_mcore.config.sections import NonFinite, TrainConfig
+from geneformer_mcore.config.sections import NonFinite, Precision, TrainConfig
 from geneformer_mcore.train.guard import Guard, SkippedTooOftenError
 
 
@@ -54,7 +54,7 @@ def test_what_was_left_out_does_not_move_the_window() -> None:
     made = filled()
     for _ in range(5):
         assert made.reason(9.0, 1.0)
-        made.left_out("step 3", is_finite=True)
+        made.left_out("step 3", 6.0, 1.0)
     assert made.reason(6.0, 1.0) == ""
     assert (made.skipped, made.in_a_row) == (5, 5)
     made.made(6.0, 1.0)
@@ -63,26 +63,40 @@ def test_what_was_left_out_does_not_move_the_window() -> None:
 
 def test_the_policy_stop_ends_the_run_at_once() -> None:
     with pytest.raises(SkippedTooOftenError, match=r"step 3\. train\.non_finite=skip would"):
-        guard(non_finite=NonFinite.stop).left_out("step 3", is_finite=False)
-    guard(non_finite=NonFinite.stop).left_out("step 3", is_finite=True)  # a spike
+        guard(non_finite=NonFinite.stop).left_out("step 3", math.nan, 1.0)
+    guard(non_finite=NonFinite.stop).left_out("step 3", 6.0, 1.0)  # a spike
+
+
+def test_an_overflow_of_a_scaled_gradient_is_no_reason_to_stop() -> None:
+    made = guard(non_finite=NonFinite.stop, precision=Precision.fp16, max_skips=2)
+    made.left_out("step 3", 6.0, math.inf)
+    with pytest.raises(SkippedTooOftenError, match="non_finite"):
+        made.left_out("step 4", math.nan, math.inf)
+    made.made(6.0, 1.0)
+    made.left_out("a", 6.0, math.inf)
+    made.left_out("b", 6.0, math.nan)
+    with pytest.raises(SkippedTooOftenError, match="number 3 in a row"):
+        made.left_out("c", 6.0, math.inf)
+    with pytest.raises(SkippedTooOftenError, match="non_finite"):
+        guard(non_finite=NonFinite.stop).left_out("step 3", 6.0, math.inf)
 
 
 def test_skips_in_a_row_are_bounded() -> None:
     made = guard(non_finite=NonFinite.skip, max_skips=2)
     for _ in range(3):
-        made.left_out("a", is_finite=False)
-        made.left_out("b", is_finite=False)
+        made.left_out("a", math.nan, 1.0)
+        made.left_out("b", math.nan, 1.0)
         made.made(6.0, 1.0)
-    made.left_out("a", is_finite=False)
-    made.left_out("b", is_finite=False)
+    made.left_out("a", math.nan, 1.0)
+    made.left_out("b", math.nan, 1.0)
     with pytest.raises(SkippedTooOftenError, match=r"c\. It is number 3 in a row.*max_skips is 2"):
-        made.left_out("c", is_finite=False)
+        made.left_out("c", math.nan, 1.0)
     assert made.skipped == 9
 
 
 def test_its_state_goes_through_json() -> None:
     made = filled()
-    made.left_out("step 3", is_finite=True)
+    made.left_out("step 3", 6.0, 1.0)
     again = guard(spike_sigma=4.0, spike_window=10)
     again.load_state_dict(json.loads(json.dumps(made.state_dict())))
     assert again.state_dict() == made.state_dict()

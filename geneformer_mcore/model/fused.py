@@ -1,0 +1,57 @@
+"""The elementwise parts of a layer: each of them one pass over memory, if they are compiled.
+
+    bias + activation              between the two matrices of a feed-forward block
+    bias + dropout + residual      where a block joins the residual stream, which stays in fp32
+    layer norm                     fp32 in, the parameters' type out
+
+Megatron's own fused kernels know no relu, and cast the residual stream to bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def bias_activation(
+    x: torch.Tensor, bias: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """activation(x + bias); x [..., F], bias [F]."""
+    return activation(x + bias)
+
+
+def bias_dropout_residual(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    probability: float,
+    training: bool,
+) -> torch.Tensor:
+    """residual + dropout(x + bias), in the residual's dtype; all [..., H] but bias [H]."""
+    if bias is not None:
+        x = x + bias
+    # fp32 + bf16 is fp32 in torch: this line is what keeps the stream in 32 bits.
+    return residual + F.dropout(x, p=probability, training=training)
+
+
+def layer_norm(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Normalised in fp32; hidden [..., H] of any dtype, the result in that of the weight [H]."""
+    normed = F.layer_norm(hidden.float(), weight.shape, weight.float(), bias.float(), eps)
+    return normed.to(weight.dtype)
+
+
+def chosen(function: Callable[..., Any], is_compiled: bool) -> Callable[..., Any]:
+    """One of the functions above, or what torch.compile makes of it."""
+    return _compiled(function) if is_compiled else function
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # dynamic: shapes change from step to step.
+    return torch.compile(function, dynamic=True)

@@ -1,0 +1,79 @@
+"""What is not fp32: half precision with a scaled loss, and compiled elementwise parts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from geneformer_mcore.checkpoint import state
+from geneformer_mcore.config.sections import Precision
+from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.model import attention, settings
+from tests.distributed import toy
+from tests.distributed.curves import SMOOTH
+from tests.distributed.ranks import run_ranks
+
+FP16 = "train.precision=fp16"
+
+
+def losses(steps: int, *overrides: str) -> list[float]:
+    return [result.totals.loss for result in toy.make(*SMOOTH, *overrides).steps(steps)]
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_half_precision_learns_as_single_precision_does(packing: str) -> None:
+    (full,) = run_ranks(losses, 1, 30)
+    (half,) = run_ranks(losses, 1, 30, FP16, f"data.packing={packing}")
+    assert half != full
+    assert half == pytest.approx(full, rel=2e-3)
+
+
+def overflows(scale: float, folder: str) -> tuple[list[str], list[float], list[float]]:
+    """Why updates were left out, from a scale that is far too large; the losses of two more steps,
+    and of the same from a checkpoint."""
+    run = toy.make(FP16)
+    (inner,) = run.trainable.optimizer.chained_optimizers
+    inner.grad_scaler._scale.fill_(scale)
+    before = [weights.clone() for weights in run.trainable.stages[0].parameters()]
+    first = run.step()
+    assert all(map(torch.equal, before, run.trainable.stages[0].parameters()))
+    reasons = [first.left_out, *(result.left_out for result in run.steps(20))]
+    Path(folder).mkdir()
+    state.save(run.trainable, Path(folder), 0)
+    position = run.position
+    went_on = [result.totals.loss for result in run.steps(2)]
+    state.load(run.trainable, Path(folder), 0)
+    run.position = position
+    return reasons, went_on, [result.totals.loss for result in run.steps(2)]
+
+
+def test_an_overflow_leaves_the_update_out_and_halves_the_scale(tmp_path: Path) -> None:
+    ((reasons, went_on, again),) = run_ranks(overflows, 1, 2.0**24, str(tmp_path / "step"))
+    assert reasons[0] == "not finite"
+    assert reasons[-1] == ""
+    assert went_on == again, "the scale is part of the checkpoint"
+
+
+@pytest.mark.filterwarnings("ignore:full scope is deprecated")  # Megatron-Core's own default
+def test_eight_bits_need_transformer_engine() -> None:
+    config, _ = toy.load(None, [])
+    for asked in ("auto", "sdpa"):
+        model = toy.load(None, [f"model.attention={asked}"])[0].model
+        with pytest.raises(ConfigError, match=r"fp8 needs an NVIDIA GPU and model\.attention=te"):
+            attention.choose(model, toy.CPU, Precision.fp8)
+    core = settings.transformer_config(config.model, config.parallel, Precision.fp8, toy.CPU)
+    assert settings.precision_of(core) is Precision.fp8
+    assert (core.fp8, core.params_dtype) == ("hybrid", torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_is_the_same_model(precision: str) -> None:
+    asked = (3, f"train.precision={precision}", "model.activation=relu", "data.packing=true")
+    (eager,) = run_ranks(losses, 1, *asked)
+    (compiled,) = run_ranks(losses, 1, *asked, "model.compile=true", timeout_s=280)
+    assert compiled == pytest.approx(eager, rel=1e-5 if precision == "fp32" else 1e-3)
