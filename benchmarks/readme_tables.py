@@ -201,7 +201,7 @@ def _scaling(name: str) -> Callable[[Path], str]:
         if not found:
             return _markdown([NOT_MEASURED], [], [])
         head, rows = pages.TABLES[name](found)
-        how = "Modelled; ranks simulated, loader timed. "
+        how = "Steps are modelled; ranks simulated and the loader timed with the real code. "
         return f"{_markdown(head, rows, [])}\n\n<sub>{how}{_origin(found, True)}</sub>"
 
     return table

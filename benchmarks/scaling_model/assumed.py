@@ -8,6 +8,7 @@ from benchmarks.scaling_model.hardware import GPUS, MODELS
 from benchmarks.scaling_model.lengths import Corpus
 from benchmarks.scaling_model.pages import LABELS
 from benchmarks.scaling_model.speed import MEASURED_CORES, flat_rate, store_rate
+from benchmarks.scaling_model.step import BYTES_PER_GRADIENT, OPTIMIZER_BYTES
 from benchmarks.scaling_model.study import Inputs, real_over_full
 
 _PLAN = "assumed for 8 A100 with NVSwitch and 200 Gbit/s InfiniBand; kept for Hopper"
@@ -64,7 +65,7 @@ def _time(inputs: Inputs) -> list[tuple[str, str, str]]:
         ("all-reduce within a node", f"{network.nvlink_bytes_s / 1e9:g} GB/s per GPU", _PLAN),
         ("all-reduce between nodes", f"{network.ib_bytes_s / 1e9:g} GB/s per GPU", _PLAN),
         ("one hop of a ring", f"{network.latency_s * 1e6:g} us", "a kernel's start and the wire"),
-        ("bytes per gradient", "4", "fp32, summed before the update"),
+        ("bytes per gradient", f"{BYTES_PER_GRADIENT}", "fp32, summed before the update"),
         (
             "backward share that hides it",
             f"{assumed.overlap:g} x {assumed.backward:g}",
@@ -73,7 +74,7 @@ def _time(inputs: Inputs) -> list[tuple[str, str, str]]:
         ("all-reduce never hidden", f"{assumed.least_exposed:.0%}", "the last bucket"),
         (
             "optimizer",
-            f"{assumed.optimizer_s * 1e3:g} ms + 30 bytes per own parameter",
+            f"{assumed.optimizer_s * 1e3:g} ms + {OPTIMIZER_BYTES} bytes per own parameter",
             "estimate, not measured",
         ),
         (

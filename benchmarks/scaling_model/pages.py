@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 from benchmarks.scaling_model.hardware import MODELS
+from benchmarks.scaling_model.speed import ESTIMATE
 
 Table: TypeAlias = tuple[list[str], list[list[str]]]
 
@@ -40,7 +41,7 @@ def steps(found: dict[str, Any]) -> Table:
             f"{row['cells_per_s']:,.0f}",
             f"{row['hours']:.2f} h",
             f"{row['tflops_padded_equivalent']:.0f}",
-            row["cell_source"].partition(":")[0],
+            _origin(row),
         ]
         for row in found["rows"]
         if row["nodes"] == MODELS[row["model"]].nodes
@@ -52,14 +53,15 @@ def nodes(found: dict[str, Any]) -> Table:
     """cells/s against nodes, and how much of linear is left."""
     numbers = sorted({row["nodes"] for row in found["rows"]})
     head = ["GPU", "model", "cells", *(f"{8 * number} GPUs" for number in numbers), "of linear"]
-    lines: dict[tuple[str, ...], list[float]] = {}
+    lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in found["rows"]:
-        lines.setdefault(tuple(_name(row)), []).append(row["cells_per_s"])
-    rows = [
-        [*name, *(f"{rate:,.0f}" for rate in rates), f"{rates[-1] / rates[0] / numbers[-1]:.0%}"]
-        for name, rates in lines.items()
-    ]
-    return head, rows
+        lines.setdefault(tuple(_name(row)), []).append(row)
+    rows = []
+    for name, here in lines.items():
+        rates = [row["cells_per_s"] for row in here]
+        left = f"{rates[-1] / rates[0] / numbers[-1]:.0%}"
+        rows.append([*name, *(f"{rate:,.0f}" for rate in rates), left, _origin(here[0])])
+    return [*head, "speed of the GPU"], rows
 
 
 def balance(found: dict[str, Any]) -> Table:
@@ -98,7 +100,7 @@ def feeding(found: dict[str, Any]) -> Table:
     """One rank's loader, beside the step it must keep up with."""
     head = [
         *("one rank of", "places", "lengths", "packing", "whole step, ms", "in the first epoch"),
-        *("shortest step of these GPUs, ms", "share of it"),
+        *(f"shortest step of these GPUs, ms{_caveat(found)}", "share of it"),
     ]
     rows = []
     for each in found["feeding"]:
@@ -122,7 +124,10 @@ def feeding(found: dict[str, Any]) -> Table:
 def sensitivity(found: dict[str, Any]) -> Table:
     """Milliseconds of a step where one thing is other than assumed; bold: more than 2 % slower."""
     columns = [_name(row) for row in found["sensitivity"][0]["rows"]]
-    head = ["step, ms", *(f"{gpu} {model} {cells}" for gpu, model, cells in columns)]
+    head = [
+        f"step, ms{_caveat(found)}",
+        *(f"{gpu} {model} {cells}" for gpu, model, cells in columns),
+    ]
     usual = {tuple(_name(row)): row["step_s"] for row in found["sensitivity"][0]["rows"]}
     rows = []
     for each in found["sensitivity"]:
@@ -135,7 +140,10 @@ def sensitivity(found: dict[str, Any]) -> Table:
 
 def card(found: dict[str, Any]) -> Table:
     """The card's wall clocks and the model's, on the same number of A100."""
-    head = ["115,430 steps of 2,048 cells", *(_card_name(each) for each in found["card"])]
+    head = [
+        f"115,430 steps of 2,048 cells{_caveat(found)}",
+        *(_card_name(each) for each in found["card"]),
+    ]
 
     def line(name: str, key: str, form: str, factor: float = 1.0) -> list[str]:
         return [name, *(format(each[key] * factor, form) for each in found["card"])]
@@ -171,6 +179,17 @@ def assumptions(found: dict[str, Any]) -> Table:
 
 def _name(row: dict[str, Any]) -> list[str]:
     return [row["gpu"], LABELS[row["model"]], "packed" if row["packed"] else "padded"]
+
+
+def _origin(row: dict[str, Any]) -> str:
+    """Measured, or "estimate, not measured"."""
+    return str(row["cell_source"]).partition(":")[0]
+
+
+def _caveat(found: dict[str, Any]) -> str:
+    """For a table whose lines are of several GPUs."""
+    steps = found.get("rows", [])
+    return f" (GPU: {ESTIMATE})" if any(_origin(row) == ESTIMATE for row in steps) else ""
 
 
 def _card_name(each: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ speeds of GPUs + real lengths dealt to ranks + the loader's seconds + assumption
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,9 +26,11 @@ from benchmarks.scaling_model.hardware import (
 )
 from benchmarks.scaling_model.speed import Speed
 from benchmarks.scaling_model.step import Assumptions, Job, Terms, step
+from geneformer_mcore.config.sections import DataConfig
 from geneformer_mcore.model.flops import padded_equivalent_flops
 
 NODES = (1, 2, 4, 8, 16)
+WINDOW_SPANS = DataConfig().window_spans
 
 
 @dataclass(frozen=True)
@@ -158,13 +161,16 @@ def real_over_full(model: Model, lengths: np.ndarray) -> float:
 def loader_s(
     loader: Loader, global_batch: int, share: float, is_packed: bool, case: Case = AS_ASSUMED
 ) -> float:
-    """Seconds per step of one rank's loader. Packed, a rank's cells come from every span, so from
-    the store each rank reads the spans of the whole global batch; padded, only its own."""
+    """Seconds per step of one rank's loader.
+
+    The store is read by spans. Packed, a rank's cells come from every span of a window, so it reads
+    them all; padded, it meets one of every gcd(spans, ranks) (see feed/order.py)."""
+    met = 1 if is_packed else math.gcd(WINDOW_SPANS, round(global_batch / share))
     seconds = loader.places_s + share / loader.cells_per_s
     if is_packed:
         seconds += loader.whole_batch_s + (loader.sums_s if case.first_epoch else 0.0)
     if case.from_store:
-        seconds += loader.store_cell_s * (global_batch if is_packed else share)
+        seconds += loader.store_cell_s * global_batch / met
     return seconds * case.slower_loader
 
 

@@ -12,16 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import sparse
 
 from benchmarks import readme_tables, scaling
 from benchmarks.scaling_model import deals, lengths, pages, picture, study
-from benchmarks.scaling_model.hardware import GPUS, MODELS, SEQ_LENGTH, Network
+from benchmarks.scaling_model.hardware import GPUS, MODELS, Network
 from benchmarks.scaling_model.speed import Speed, flat_rate, speed
 from benchmarks.scaling_model.step import Assumptions, Job, Terms, all_reduce_s, step
 from geneformer_mcore.errors import ConfigError, DataError
-from geneformer_mcore.model.flops import ModelShape, Work, train_flops
-from tests.small_cells import write_h5ad
 
 LENGTHS = lengths.made_up()
 BALANCED = deals.Deal(np.ones(1), np.ones(1), np.ones(1), 1.004, 1)
@@ -99,7 +96,8 @@ def test_the_loaders_terms() -> None:
     cases = {case.name: case for case in study.CASES}
     from_store = cases["no flat copy: every rank reads the SOMA store"]
     assert study.loader_s(LOADER, 2048, 16, True, from_store) == pytest.approx(packed + 2048e-5)
-    assert study.loader_s(LOADER, 2048, 16, False, from_store) == pytest.approx(padded + 16e-5)
+    # Of 32 spans a rank of 128 meets one, as do three others.
+    assert study.loader_s(LOADER, 2048, 16, False, from_store) == pytest.approx(padded + 64e-5)
     first = cases["first epoch: sums of blocks checked"]
     assert study.loader_s(LOADER, 2048, 16, True, first) == pytest.approx(packed + 7e-3)
     half = cases["loader at half the rate"]
@@ -139,41 +137,6 @@ def test_slower_networks_are_never_faster() -> None:
     assert times[-1] > 2 * times[0]
 
 
-def test_flops_are_linear_in_what_a_cell_is_of() -> None:
-    shape = ModelShape(6, 256, 512, 25_429)
-    costs = deals.Costs.of(shape)
-    by_hand = train_flops(shape, Work(1001, 1001**2, 150))
-    assert costs.of_cells(np.array([1001]))[0] == pytest.approx(by_hand, rel=1e-12)
-
-
-def test_simulated_ranks_are_the_real_packing() -> None:
-    model = MODELS["106m"]
-    steps = list(deals.batches(LENGTHS, 2048, 3, seed=1))
-    packed, dealt = deals.simulate(steps, 128, 16 * SEQ_LENGTH, model)
-    assert packed.tokens.max() <= pages.BAR
-    assert packed.micro_batches == dealt.micro_batches == 1
-    for values, ranks_of in ((dealt.tokens, 1), (dealt.squares, 2)):
-        work = [(cells.astype(float) ** ranks_of).reshape(16, 128).sum(0) for cells in steps]
-        assert values == pytest.approx([load.max() / load.mean() for load in work])
-    assert 1 < packed.factor < 1.02 < 1.1 < dealt.factor
-    assert dealt.factor > dealt.flops.mean() * 0.99
-
-
-def test_full_cells_are_perfectly_balanced() -> None:
-    steps = [np.full(256, SEQ_LENGTH)]
-    for deal in deals.simulate(steps, 16, 16 * SEQ_LENGTH, MODELS["10m"]):
-        assert deal.factor == pytest.approx(1)
-        assert deal.tokens.max() == 1
-
-
-def test_an_epoch_repeats_no_cell() -> None:
-    first, second, third = deals.batches(np.arange(24), 16, 3, seed=0)
-    assert sorted([*first, *second[:8]]) == list(range(24))
-    assert sorted([*second[8:], *third]) == list(range(24))
-    again = next(deals.batches(np.arange(24), 16, 1, seed=0))
-    assert np.array_equal(first, again)
-
-
 def test_measured_speeds_go_before_estimates(tmp_path: Path) -> None:
     usual = {"precision": "bf16", "attention_dropout": 0.1, "seq_length": 2048}
     rows = [
@@ -201,26 +164,6 @@ def test_the_loaders_rate_is_the_measured_one(tmp_path: Path) -> None:
     (tmp_path / "loader.json").write_text(json.dumps(content))
     rate = flat_rate(tmp_path)
     assert [rate.on_cores(cores) for cores in (1, 2, 16)] == [40, 80, 80]
-
-
-def test_lengths_of_counts(tmp_path: Path) -> None:
-    counts = sparse.csr_matrix(np.array([[1, 0, 2], [0, 0, 0], [3, 4, 5]], np.float32))
-    counts.data[0] = 0  # explicit
-    path = write_h5ad(tmp_path / "a.h5ad", counts)
-    found = lengths.corpus([path], None)
-    assert found.lengths.tolist() == [2, 1, 4]
-    assert found.source == "a.h5ad"
-    assert found.as_json()["tokens_mean"] == pytest.approx(7 / 3)
-
-
-def test_without_cells_they_are_made_up_and_it_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lengths, "DEMO_STORE", tmp_path / "none")
-    found = lengths.corpus([], None)
-    assert found.source.startswith("made up")
-    assert 1000 < found.lengths.mean() < 2000
-    assert found.lengths.max() == SEQ_LENGTH
 
 
 def run(root: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -296,8 +239,9 @@ def test_every_term_of_every_step_is_kept(as_typed: tuple[str, dict[str, Any], P
         assert row["cells_per_s"] == pytest.approx(2048 / row["step_s"])
     assert {"machine", "versions", "commit", "assumptions", "corpus"} <= set(found)
     estimates = [row for row in found["rows"] if "not measured" in row["cell_source"]]
-    assert ("estimate, not measured" in console) == bool(estimates)
-    assert all(each["packed"]["tokens_max"] <= pages.BAR for each in found["balance"])
+    lines = [line for line in console.splitlines() if line.endswith("estimate, not measured")]
+    layouts = [row for row in estimates if row["nodes"] == MODELS[row["model"]].nodes]
+    assert len(lines) >= len(layouts) + len(estimates) / len(study.NODES)
 
 
 @pytest.mark.slow
@@ -328,10 +272,8 @@ def test_tables_and_picture_come_of_the_json(
     card = readme_tables.filled("<!-- table: scaling_card -->\n<!-- end table -->\n", folder)
     assert "| card: TFLOPS per GPU, padded-eq. | 4.6 | 9.9 |" in card
     assert "| card: wall clock, hours | 44.3 | 90.9 |" in card
-    drawn = (folder / "scaling.svg").read_bytes()
-    assert b"<svg" in drawn
     picture.save(folder / "again.svg", found)
-    assert (folder / "again.svg").read_bytes() == drawn
+    assert (folder / "again.svg").read_bytes() == (folder / "scaling.svg").read_bytes()
 
 
 def test_without_results_the_tables_say_so(tmp_path: Path) -> None:
