@@ -164,8 +164,8 @@ def card(found: dict[str, Any]) -> Table:
         line("card: cells/s per GPU", "card_cells_per_s_per_gpu", ".1f"),
         line("card: TFLOPS per GPU, padded-eq.", "card_tflops_padded_equivalent", ".1f"),
         ours("model at BioNeMo 2's published speed per GPU, padded", "published"),
-        ours("model, padded", "padded"),
-        ours("model, packed", "packed"),
+        ours(f"model, padded{_caveat(found)}", "padded"),
+        ours(f"model, packed{_caveat(found)}", "packed"),
     ]
 
 
