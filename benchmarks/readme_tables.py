@@ -24,6 +24,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.scaling_model import pages
 from geneformer_mcore.commands import run
 from geneformer_mcore.errors import DataError
 
@@ -192,6 +193,20 @@ def parity(results: Path) -> str:
     return _markdown(head, rows or [[NOT_MEASURED, *("" for _ in head[1:])]], [found])
 
 
+def _scaling(name: str) -> Callable[[Path], str]:
+    """A table of results/scaling.json of benchmarks/scaling.py."""
+
+    def table(results: Path) -> str:
+        found = _read(results / "scaling.json")
+        if not found:
+            return _markdown([NOT_MEASURED], [], [])
+        head, rows = pages.TABLES[name](found)
+        how = "Steps are modelled; ranks simulated and the loader timed with the real code. "
+        return f"{_markdown(head, rows, [])}\n\n<sub>{how}{_origin(found, True)}</sub>"
+
+    return table
+
+
 def _loader(results: Path, table: str) -> str:
     found = _read(results / "loader.json")
     rows = [
@@ -305,6 +320,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "loader_tokens": loader_tokens,
     "loader_goals": loader_goals,
     "parity": parity,
+    **{name: _scaling(name) for name in pages.TABLES},
 }
 
 

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geneformer_mcore.contracts import Batch, CellViews, RaggedCells, RandomAccess, TokenSource
+from geneformer_mcore.contracts import (
+    Batch,
+    CellViews,
+    KnownLengths,
+    RaggedCells,
+    RandomAccess,
+    TokenSource,
+)
 from geneformer_mcore.feed.batch import BatchMaker, make_batch, padded_length
 from geneformer_mcore.feed.masks import VALIDATION_EPOCH, Masking
 from geneformer_mcore.feed.order import Order, Places
@@ -161,7 +168,10 @@ class _Direct:
         self._seq_length = seq_length
 
     def lengths(self, places: Places) -> np.ndarray:
-        """int64, tokens of each of the cells at `places`."""
+        """int64, tokens of each of the cells at `places`: by a source that knows them, so that no
+        rank touches, and verifies, the tokens of other ranks' cells."""
+        if isinstance(self._source, KnownLengths):
+            return np.minimum(self._source.lengths(places.rows), self._seq_length)
         return self.take(places).lengths_N
 
     def take(self, places: Places) -> CellViews:

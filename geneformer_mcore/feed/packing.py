@@ -15,9 +15,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+from geneformer_mcore.backends import is_available
 from geneformer_mcore.errors import DataError
 
 SQUARES_LIKE_TOKENS = 2048.0
@@ -59,38 +61,52 @@ def pack(lengths_N: np.ndarray, budget: int, data_size: int, multiple: int = 1) 
         )
     per_round = data_size * multiple
     rounds = max(1, -(-int(lengths_N.sum()) // (budget * per_round)))
-    while True:
-        bins = _deal(lengths_N, budget, rounds * per_round)
-        if bins is not None:
-            break
+    while (bin_N := _deal(lengths_N, budget, rounds * per_round)) is None:
         rounds += 1
-    fullest = max(int(lengths_N[cells].sum()) for cells in bins)
-    return Packing([np.array(sorted(cells), np.int64) for cells in bins], fullest)
+    # Stable: cells of one micro batch ascend. np.split would take longer than all of the rest.
+    cells = np.argsort(bin_N, kind="stable")
+    stops = np.cumsum(np.bincount(bin_N, minlength=rounds * per_round)).tolist()
+    bins = [cells[start:stop] for start, stop in pairwise([0, *stops])]
+    return Packing(bins, int(np.bincount(bin_N, lengths_N, minlength=1).max()))
 
 
-def _deal(lengths_N: np.ndarray, budget: int, num_bins: int) -> list[list[int]] | None:
-    """Cells of every micro batch; None if they do not fit."""
+def _deal(lengths_N: np.ndarray, budget: int, num_bins: int) -> np.ndarray | None:
+    """int64 [N], the bin of every cell; None if they do not fit."""
     lengths = lengths_N.astype(np.float64)
-    costs = lengths * (1 + lengths / SQUARES_LIKE_TOKENS)
+    costs_N = lengths * (1 + lengths / SQUARES_LIKE_TOKENS)
     # Stable: cells of one length keep their order.
-    order = np.argsort(-lengths_N, kind="stable").tolist()
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    order_N = np.argsort(-lengths_N, kind="stable")
+    if not is_available("numba"):
+        return deal_plainly(lengths_N, costs_N, order_N, budget, num_bins)
+    from geneformer_mcore.feed.packing_kernel import deal
+
+    bin_N = np.empty(len(lengths_N), np.int64)
+    fits = deal(lengths_N.astype(np.int64), costs_N, order_N, budget, num_bins, bin_N)
+    return bin_N if fits else None
+
+
+def deal_plainly(
+    lengths_N: np.ndarray, costs_N: np.ndarray, order_N: np.ndarray, budget: int, num_bins: int
+) -> np.ndarray | None:
+    """The bin of every cell, or None: each cell, in the order of `order_N`, goes to the bin with
+    the least cost so far (of equals, the first) that has room. A tenth as fast as compiled."""
+    bin_N = np.empty(len(lengths_N), np.int64)
     room = [budget] * num_bins
     heap = [(0.0, number) for number in range(num_bins)]
-    sizes, works = lengths_N.tolist(), costs.tolist()
-    for cell in order:
+    sizes, costs = lengths_N.tolist(), costs_N.tolist()
+    for cell in order_N.tolist():
         full = []
         while heap and room[heap[0][1]] < sizes[cell]:
             full.append(heapq.heappop(heap))
         if not heap:
             return None
         work, number = heap[0]
-        heapq.heapreplace(heap, (work + works[cell], number))
-        bins[number].append(cell)
+        heapq.heapreplace(heap, (work + costs[cell], number))
+        bin_N[cell] = number
         room[number] -= sizes[cell]
         for entry in full:
             heapq.heappush(heap, entry)
-    return bins
+    return bin_N
 
 
 def imbalance(loads: Sequence[float] | np.ndarray) -> float:

@@ -81,7 +81,9 @@ def ensure(
 
 
 class FlatCopy:
-    """A flat copy open for reading (contracts.RandomAccess). Raises DataError if it is unsound."""
+    """A flat copy open for reading (contracts.RandomAccess and KnownLengths).
+
+    Raises DataError if it is unsound."""
 
     def __init__(self, folder: str | Path, content_hash: str | None = None) -> None:
         """content_hash: what it must be a copy of; None: whatever it is one of."""
@@ -106,6 +108,10 @@ class FlatCopy:
         starts_N = self._offsets[rows]
         lengths_N = self._offsets[rows + 1] - starts_N
         return CellViews(self._tokens_T, starts_N, lengths_N, self._keys[rows])
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [N], tokens of the cells of `rows` (int64 [N]), no block of which is touched."""
+        return self._offsets[rows + 1] - self._offsets[rows]
 
     def read(self, start: int, stop: int) -> RaggedCells:
         """Rows start..stop-1, sharing the file's memory."""
