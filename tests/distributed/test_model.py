@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from geneformer_mcore.config import load
@@ -102,8 +103,6 @@ def test_bf16_follows_fp32() -> None:
 def same_draws() -> tuple[list[float], list[float]]:
     run = toy.make("parallel.tensor=2")
     shared = torch.rand(4).tolist()
-    from geneformer_mcore.model.attention import get_cuda_rng_tracker
-
     with get_cuda_rng_tracker().fork():
         split = torch.rand(4).tolist()
     assert run.topology.world_size == 2
