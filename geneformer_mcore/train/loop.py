@@ -73,7 +73,10 @@ def _agreed_to_stop(run: Run, interruption: Interruption) -> bool:
 
 def _interrupted(run: Run, interruption: Interruption) -> str:
     asked = interruption.reason or "another rank was asked to stop"
-    reason = f"{asked}; saved at step {run.step} of {run.config.train.steps}"
+    where = f"saved at step {run.step} of {run.config.train.steps}"
+    if run.step == 0:
+        where = "no step was made, so there is nothing to save"
+    reason = f"{asked}; {where}"
     run.say(f"interrupted by {reason}; the same command continues")
     return reason
 
