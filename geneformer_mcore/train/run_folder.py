@@ -1,7 +1,7 @@
 """The folder of a run: where everything lies, and how the last start of it ended.
 
 config.yaml  metrics.jsonl  tensorboard/  checkpoints/  log.txt  outcome.json  baselines.json
-skipped.jsonl (updates that were left out, if any)
+skipped.jsonl (updates that were left out, if any)  profile/ (if train.profile_steps)
 """
 
 from __future__ import annotations
