@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -24,12 +25,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
     except (GeneformerError, LostWorkerError) as error:
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         code = exit_code_of(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED_BY_KEY
     raise SystemExit(code)
+
+
+def tell(line: str) -> None:
+    """Prints to stderr, if that can be written: a full disk must not change how a command ends."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def exit_code_of(error: GeneformerError | LostWorkerError) -> int:

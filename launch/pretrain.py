@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import DEFECT, FINISHED, WRONG_INPUT, exit_code_of
-from geneformer_mcore.errors import DataError, GeneformerError
+from geneformer_mcore.commands import DEFECT, FINISHED, WRONG_INPUT, exit_code_of, tell
+from geneformer_mcore.errors import ConfigError, DataError, GeneformerError
 from geneformer_mcore.train.interruption import Interruption
 from geneformer_mcore.train.run_folder import RunFolder
 
@@ -39,6 +39,7 @@ exit codes (also in RUN/outcome.json, since torchrun turns all but 0 into 1):
 
 def main() -> int:
     """Ends with the exit code of the run, which rank 0 also writes into outcome.json."""
+    interruption = Interruption()
     arguments = _arguments()
     file, overrides = arguments.config or DEMO, arguments.settings
     try:
@@ -48,7 +49,6 @@ def main() -> int:
         return _refuse_settings(error, settings.run_dir(file, overrides))
     if arguments.dry_run:
         return _show(text, plan)
-    interruption = Interruption()
     ignore_known_warnings()
     # Only now what takes a second to import: a wrong setting is answered at once.
     from geneformer_mcore.parallel.watch import LostRankError, Watch
@@ -71,8 +71,9 @@ def main() -> int:
         traceback.print_exc()
     try:
         folder.close(code, reason)
-    except OSError as error:  # a full disk, one that is read-only now
-        print(f"error: the outcome cannot be written: {error}", file=sys.stderr)
+    except ConfigError as error:  # a disk that is read-only now
+        tell(f"outcome.json still says 'running': {error}")
+    interruption.over()
     return code
 
 
@@ -90,7 +91,7 @@ def _end_lost(folder: RunFolder, loss: LostRankError) -> None:
 
 def _tell_of_loss(folder: RunFolder, loss: LostRankError) -> None:
     if loss.tell:
-        print(f"error: {loss}", file=sys.stderr, flush=True)
+        tell(f"error: {loss}")
         folder.take_over(loss.code, str(loss), loss.step)
 
 
@@ -159,7 +160,7 @@ def _refuse_settings(error: GeneformerError, run_dir: str) -> int:
 def _complain(error: GeneformerError) -> None:
     """Once per machine: what only one machine meets, such as a bad copy of a store, is seen too."""
     if _environment("LOCAL_RANK", 0) == 0:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
 
 
 def _environment(name: str, default: int) -> int:

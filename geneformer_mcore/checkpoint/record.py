@@ -31,6 +31,7 @@ _MAY_DIFFER = frozenset(
         "train.max_skips",
         "train.spike_sigma",
         "train.spike_window",
+        "train.profile_steps",
         "data.store",
         "data.vocabulary",
         "data.split",
@@ -137,7 +138,7 @@ def check_continues(record: Record, now: Identity) -> None:
     """Raises CheckpointError that shows both values of everything that must not have changed.
 
     May differ: the layout (parallel.*), micro batch, steps, time limit, padding, prefetch, what is
-    logged, validated and kept and how often, the loader, and where the same cells lie.
+    logged, profiled, validated and kept and how often, the loader, and where the same cells lie.
     """
     before = record.identity
     problems = []

@@ -35,6 +35,8 @@ from geneformer_mcore.parallel import collectives
 _LOOK_S = 0.005
 _SPARE_BYTES = 1 << 20
 """For what is no tensor: random states, descriptions, the manifest."""
+_TORCHS_WORDS = ("StreamWriter", "iostream")
+"""By which torch.save says that it cannot write a file, in a RuntimeError without a number."""
 
 
 class SaveDeadlineError(RuntimeError):
@@ -90,10 +92,12 @@ class Saver:
         self._step, self._began = record.step, time.monotonic()
         staging = self._root / f".staging_step_{record.step:010d}"
         self._by_first_rank(lambda: checkpoints.make_staging(self._root, record.step))
+        # Megatron writes a small file at once, before it is known how much all is.
+        self._by_first_rank(lambda: self._check_room(_SPARE_BYTES, "more than"))
         with self._as_users_error():
             self._snapshot = Snapshot(trainable, staging, self._rank, self._asynchronous)
         needed = collectives.total(self._snapshot.num_bytes, self._device) + _SPARE_BYTES
-        self._by_first_rank(lambda: self._check_room(needed))
+        self._by_first_rank(lambda: self._check_room(needed, "about"))
         self._by_first_rank(lambda: record.save(staging))
         self._thread = _Caught(self._snapshot.write)
         if not self._asynchronous:
@@ -156,15 +160,15 @@ class Saver:
         except OSError as error:
             raise CheckpointError(self._cannot(_reason(error))) from error
         except RuntimeError as error:
-            if "StreamWriter" not in str(error):  # torch's word for a file it cannot write
+            if not any(word in str(error) for word in _TORCHS_WORDS):
                 raise
             raise CheckpointError(self._cannot(str(error))) from error
 
-    def _check_room(self, needed: int) -> None:
+    def _check_room(self, needed: int, about: str) -> None:
         free = shutil.disk_usage(self._root).free
         if free < needed:
             missing = (
-                f"it takes about {needed:,} bytes, {free:,} are free, {needed - free:,} missing"
+                f"it takes {about} {needed:,} bytes, {free:,} are free, {needed - free:,} missing"
             )
             raise OSError(errno.ENOSPC, missing)
 

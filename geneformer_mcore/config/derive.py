@@ -249,6 +249,8 @@ _RANGES = (
     ("train.spike_sigma", 0, 1e6),
     ("train.spike_window", 8, 1_000_000),
     ("train.max_skips", 0, _MANY),
+    # A trace of some hundred steps is more than its viewers can open.
+    ("train.profile_steps", 0, 100),
     ("metrics.log_every_steps", 1, _MANY),
     ("checkpoint.save_every_steps", 0, _MANY),
     ("checkpoint.keep_last", 1, 1_000_000),

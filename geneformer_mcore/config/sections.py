@@ -249,6 +249,9 @@ class TrainConfig:
     max_skips: int = 10
     """Updates that may be left out in a row, for whatever reason; one more ends the run with exit
     code 1."""
+    profile_steps: int = 0
+    """Steps of each start, after its first three, of which rank 0 writes a trace into profile/ of
+    the run folder. They, and the writing, are slow. 0 writes none."""
 
 
 @dataclass

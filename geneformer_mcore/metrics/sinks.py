@@ -11,19 +11,20 @@ metrics.jsonl and hidden in TensorBoard: those steps are done again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from torch.utils.tensorboard import SummaryWriter
-
 from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.metrics.event_file import EventFile
+from geneformer_mcore.metrics.room import writing
 
 TENSORBOARD_TAGS = {
     "loss": "train/loss",
@@ -45,7 +46,8 @@ CLEAR_LINE = "\r\x1b[K"
 
 
 class Sinks:
-    """Writes every record and message to all places. Raises ConfigError where it cannot.
+    """Writes every record and message to all places. Raises ConfigError where it cannot, from the
+    first time on: a run that nobody can follow is none. A console that is gone is left out.
 
     run_dir       folder of the run, made if it is not there
     total_steps   where the run ends, for the progress line
@@ -73,31 +75,32 @@ class Sinks:
         self._progress_shown = False
         self._clock = clock
         self._started = clock()
-        try:
+        self._failed = False
+        self._paths = {name: run_dir / name for name in ("metrics.jsonl", "log.txt", "tensorboard")}
+        with self._writing("metrics.jsonl") as path:
             run_dir.mkdir(parents=True, exist_ok=True)
-            drop_later_steps(run_dir / "metrics.jsonl", resume_step)
-            self._metrics = (run_dir / "metrics.jsonl").open("a")
-            self._log = (run_dir / "log.txt").open("a")
-        except OSError as error:
-            raise ConfigError(
-                f"run.dir: {error.filename} cannot be written ({error.strerror}). "
-                "Remedy: another run.dir, or space and permission there."
-            ) from None
-        self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=resume_step + 1)
-        self._tensorboard.add_text("config", f"```yaml\n{config_text}\n```", resume_step)
-        self._tensorboard.flush()
+            drop_later_steps(path, resume_step)
+            self._metrics = path.open("a")
+        with self._writing("log.txt") as path:
+            self._log = path.open("a")
+        with self._writing("tensorboard") as path:
+            self._tensorboard = EventFile(path, resume_step + 1)
+            self._tensorboard.text("config", f"```yaml\n{config_text}\n```", resume_step)
+            self._tensorboard.flush()
 
     def write(self, record: dict[str, Any]) -> None:
         """A record of Meter, or of a validation: a dict with `step` and either `loss` or
         `val_loss`. Numbers that are not finite become null in metrics.jsonl."""
         clean = {key: _finite_or_none(value) for key, value in record.items()}
-        self._metrics.write(json.dumps(clean) + "\n")
-        self._metrics.flush()
-        for key, tag in TENSORBOARD_TAGS.items():
-            if clean.get(key) is not None:
-                self._tensorboard.add_scalar(tag, clean[key], clean["step"])
-        # A killed run must not lose its last minutes: records are seconds apart at least.
-        self._tensorboard.flush()
+        with self._writing("metrics.jsonl"):
+            self._metrics.write(json.dumps(clean) + "\n")
+            self._metrics.flush()
+        with self._writing("tensorboard"):
+            for key, tag in TENSORBOARD_TAGS.items():
+                if clean.get(key) is not None:
+                    self._tensorboard.scalar(tag, clean[key], clean["step"])
+            # A killed run must not lose its last minutes: records are seconds apart at least.
+            self._tensorboard.flush()
         if "val_loss" in clean:
             self.message(self._validation_line(clean))
         else:
@@ -105,36 +108,55 @@ class Sinks:
 
     def message(self, text: str) -> None:
         """Prints `text` on a line of its own, and into log.txt."""
-        if self._progress_shown:
-            # Step back over the progress line; the next record shows it again.
-            self._stream.write(CLEAR_LINE)
-            self._progress_shown = False
-        self._stream.write(f"{text}\n")
-        self._stream.flush()
+        # Step back over the progress line; the next record shows it again.
+        self._show((CLEAR_LINE if self._progress_shown else "") + f"{text}\n")
+        self._progress_shown = False
         self._to_log(text)
 
     def close(self) -> None:
         """Ends the progress line and closes the files."""
         if self._progress_shown:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._show("\n")
             self._progress_shown = False
-        for sink in (self._metrics, self._log, self._tensorboard):
-            sink.close()
+        for name, file in (
+            ("metrics.jsonl", self._metrics),
+            ("log.txt", self._log),
+            ("tensorboard", self._tensorboard),
+        ):
+            # What could not be written cannot be flushed either, and was told when it happened.
+            with contextlib.suppress(OSError) if self._failed else self._writing(name):
+                file.close()
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        """The path of a file of the run, which is written within."""
+        try:
+            with writing(self._paths[name]):
+                yield self._paths[name]
+        except ConfigError:
+            self._failed = True
+            raise
+
+    def _show(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError as error:  # a terminal that was closed, `| head`, a full disk
+            # Not the text again and again, nor once more when the process ends.
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+            self._to_log(f"the console cannot be written ({error.strerror}); it is left out")
 
     def _progress(self, line: str) -> None:
-        if self._tty:
-            self._stream.write(CLEAR_LINE + line)
-            self._progress_shown = True
-        else:
-            self._stream.write(f"{line}\n")
-        self._stream.flush()
+        self._show(CLEAR_LINE + line if self._tty else f"{line}\n")
+        self._progress_shown = self._tty
         self._to_log(line)
 
     def _to_log(self, text: str) -> None:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        self._log.write("".join(f"{now} {line}\n" for line in text.splitlines() or [""]))
-        self._log.flush()
+        with self._writing("log.txt"):
+            self._log.write("".join(f"{now} {line}\n" for line in text.splitlines() or [""]))
+            self._log.flush()
 
     def _progress_line(self, record: dict[str, Any]) -> str:
         loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"

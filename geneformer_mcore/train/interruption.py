@@ -36,5 +36,12 @@ class Interruption:
             return "the time limit (train.max_minutes)"
         return None
 
+    def over(self) -> None:
+        """The run has ended and its outcome is written: a further signal must not change the exit
+        code. The interpreter gives signals back to the system before it takes modules apart, which
+        lasts a second with torch; those that are ignored it leaves alone."""
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 
+from torch.profiler import record_function
+
 from geneformer_mcore.backends import describe
 from geneformer_mcore.checkpoint.record import Record
 from geneformer_mcore.commands import FINISHED, INTERRUPTED
@@ -22,6 +24,7 @@ from geneformer_mcore.optim.schedule import learning_rate
 from geneformer_mcore.parallel import collectives
 from geneformer_mcore.train.evaluate import evaluate
 from geneformer_mcore.train.interruption import Interruption
+from geneformer_mcore.train.profile import Profile
 from geneformer_mcore.train.setup import Run
 from geneformer_mcore.train.step import StepResult, Totals, train_step
 
@@ -41,14 +44,18 @@ def train(run: Run, interruption: Interruption) -> tuple[int, str]:
     prefetch = config.data.prefetch_steps
     feed = steps_on_device(run.feed, run.cells_seen, prefetch, run.device)
     saved_at = run.step
-    with closing(feed):  # type: ignore[type-var]
+    with closing(feed), _profile(run) as profile:  # type: ignore[type-var]
         while run.step < steps:
             if _agreed_to_stop(run, interruption):
                 if run.step > saved_at:
                     _save(run)
                 _finish_saving(run)
                 return INTERRUPTED, _interrupted(run, interruption)
+            profile.before_step()
             result = _step(run, feed)
+            if profile.is_complete:
+                run.watch.doing("writing a profile", run.step, config.checkpoint.deadline_s)
+                profile.write(run.step)
             val_loss = None
             if _due(run.step, config.metrics.log_every_steps, steps):
                 _log(run, result)
@@ -59,6 +66,11 @@ def train(run: Run, interruption: Interruption) -> tuple[int, str]:
                 saved_at = run.step
         _finish_saving(run)
     return FINISHED, f"all {steps} steps done"
+
+
+def _profile(run: Run) -> Profile:
+    folder, num_steps = run.folder.path / "profile", run.config.train.profile_steps
+    return Profile(folder, num_steps, run.topology.rank, run.device, run.say)
 
 
 def _agreed_to_stop(run: Run, interruption: Interruption) -> bool:
@@ -73,7 +85,10 @@ def _agreed_to_stop(run: Run, interruption: Interruption) -> bool:
 
 def _interrupted(run: Run, interruption: Interruption) -> str:
     asked = interruption.reason or "another rank was asked to stop"
-    reason = f"{asked}; saved at step {run.step} of {run.config.train.steps}"
+    where = f"saved at step {run.step} of {run.config.train.steps}"
+    if run.step == 0:
+        where = "no step was made, so there is nothing to save"
+    reason = f"{asked}; {where}"
     run.say(f"interrupted by {reason}; the same command continues")
     return reason
 
@@ -86,7 +101,8 @@ def _due(step: int, every: int, steps: int, always_last: bool = False) -> bool:
 def _step(run: Run, feed: Iterator[list[Batch]]) -> StepResult:
     began = time.perf_counter()
     run.watch.doing("waiting for the next cells", run.step)
-    batches = next(feed)
+    with record_function("wait for cells"):
+        batches = next(feed)
     waited = time.perf_counter() - began
     run.watch.doing("forward, backward and update", run.step)
     lr = _learning_rate(run)

@@ -1,11 +1,13 @@
 """The folder of a run: where everything lies, and how the last start of it ended.
 
 config.yaml  metrics.jsonl  tensorboard/  checkpoints/  log.txt  outcome.json  baselines.json
-skipped.jsonl (updates that were left out, if any)
+skipped.jsonl (updates that were left out, if any)  profile/ (if train.profile_steps)
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -14,11 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.commands import DEFECT, FINISHED, INTERRUPTED, WRONG_INPUT
 from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.metrics.room import unwritable, writing
 
 _TAKE_OVER_S = 2.0
 """How long a killed process may take to give its lock back."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 _NAMES = {
     FINISHED: "finished",
@@ -46,6 +51,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.step = 0
+        self._outcome = self.path / "outcome.json"
         self._restart = 0
         self._lock: IO[str] | None = None
 
@@ -55,10 +61,15 @@ class RunFolder:
 
         Raises ConfigError if the folder cannot be used, or another start is using it.
         """
+        path = self.path
         try:
-            for folder in (self.path, self.checkpoints, self.path / "tensorboard"):
-                folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.path / ".lock")
+            for path in (self.path, self.checkpoints, self.path / "tensorboard"):
+                path.mkdir(parents=True, exist_ok=True)
+            path = self.path / ".lock"
+            self._lock = _locked(path)
+            # What a start left behind that ended within a save may be what fills the disk.
+            checkpoints.clear(self.checkpoints)
+            path = self._outcome
             self._restart = self._previous().get("restart", -1) + 1
             self._write(Outcome("running", DEFECT, 0, "not ended by itself", self._restart))
         except BlockingIOError:
@@ -67,18 +78,26 @@ class RunFolder:
                 "other's checkpoints. Wait for it, stop it, or choose another run.dir."
             ) from None
         except OSError as error:
-            raise ConfigError(
-                f"run.dir ({self.path}) must be a folder that can be written: {error.strerror}. "
-                "Choose another run.dir, or mend its permissions."
-            ) from None
+            raise unwritable(path, error) from None
 
     def close(self, exit_code: int, reason: str) -> None:
-        """Writes how this start ended, atomically. Does nothing on ranks that did not open it."""
-        if self._lock is not None:
-            name, line = _NAMES[exit_code], " ".join(reason.split())[:1000]
-            self._write(Outcome(name, exit_code, self.step, line, self._restart))
-            self._lock.close()
-            self._lock = None
+        """Writes how this start ended, atomically. Does nothing on ranks that did not open it.
+
+        Raises ConfigError where it cannot: the file says then what `open` wrote.
+        """
+        if self._lock is None:
+            return
+        name, line = _NAMES[exit_code], " ".join(reason.split())[:1000]
+        outcome = Outcome(name, exit_code, self.step, line, self._restart)
+        lock, self._lock = self._lock, None
+        with lock, writing(self._outcome):
+            try:
+                self._write(outcome)
+            except OSError as error:
+                if error.errno not in _NO_ROOM or not self._outcome.exists():
+                    raise
+                # How a run ended must be told on a full disk, too. The file there has a block.
+                _overwrite(self._outcome, _text_of(outcome))
 
     def take_over(self, exit_code: int, reason: str, step: int) -> None:
         """Writes how this start ended in place of rank 0, which is lost: for the first rank that is
@@ -94,27 +113,35 @@ class RunFolder:
             self.close(exit_code, reason)
 
     def write_config(self, text: str) -> None:
-        """Keeps the merged settings beside the results."""
-        _replace(self.path / "config.yaml", text)
+        """Keeps the merged settings beside the results. Raises ConfigError where it cannot, as the
+        following do."""
+        with writing(self.path / "config.yaml"):
+            _replace(self.path / "config.yaml", text)
 
     def write_baselines(self, text: str) -> None:
         """Keeps what the loss is to be compared with."""
-        _replace(self.path / "baselines.json", text)
+        with writing(self.path / "baselines.json"):
+            _replace(self.path / "baselines.json", text)
 
     def write_skipped(self, record: dict[str, Any]) -> None:
         """Adds a line on an update that was left out."""
-        with (self.path / "skipped.jsonl").open("a") as file:
+        path = self.path / "skipped.jsonl"
+        with writing(path), path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def _previous(self) -> dict[str, Any]:
         try:
-            previous = json.loads((self.path / "outcome.json").read_text())
+            previous = json.loads(self._outcome.read_text())
         except (OSError, ValueError):
             return {}
         return previous if isinstance(previous, dict) else {}
 
     def _write(self, outcome: Outcome) -> None:
-        _replace(self.path / "outcome.json", json.dumps(asdict(outcome), indent=1) + "\n")
+        _replace(self._outcome, _text_of(outcome))
+
+
+def _text_of(outcome: Outcome) -> str:
+    return json.dumps(asdict(outcome), indent=1) + "\n"
 
 
 def _locked(path: Path) -> IO[str]:
@@ -130,8 +157,21 @@ def _locked(path: Path) -> IO[str]:
 
 def _replace(path: Path, text: str) -> None:
     staging = path.with_name(f".{path.name}.new")
-    with staging.open("w") as file:
+    try:
+        with staging.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            staging.unlink()
+        raise
+
+
+def _overwrite(path: Path, text: str) -> None:
+    with path.open("r+") as file:
         file.write(text)
         file.flush()
+        file.truncate()
         os.fsync(file.fileno())
-    staging.replace(path)

@@ -1,5 +1,6 @@
-"""What every forked rank needs, imported once in the process they are forked from."""
+"""What forked ranks and runs need, imported once in the process they are forked from."""
 
+import gc
 import warnings
 
 with warnings.catch_warnings():
@@ -7,4 +8,11 @@ with warnings.catch_warnings():
     import geneformer_mcore.checkpoint.saving
     import geneformer_mcore.checkpoint.state
     import geneformer_mcore.feed.loader
-    import geneformer_mcore.train.step  # noqa: F401
+    import geneformer_mcore.train.data
+    import geneformer_mcore.train.loop  # noqa: F401
+    import launch.pretrain  # noqa: F401
+    from tests.distributed import toy
+
+# The first call of a compiled loop takes a second, and Megatron looks at every object at each save.
+toy.feed(toy.load(None, toy.SETTINGS)[0], toy.LONE).step(0)
+gc.freeze()

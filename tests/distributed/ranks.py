@@ -21,8 +21,8 @@ from typing import Any
 
 from geneformer_mcore.backends import ignore_known_warnings
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.distributed.preload"])
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["tests.distributed.preload"])
 
 
 def run_ranks(
@@ -33,8 +33,8 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
-            receiver, sender = _context.Pipe(duplex=False)
-            process = _context.Process(
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
                 target=_rank, args=(function, rank, world_size, folder, sender, args), daemon=True
             )
             process.start()

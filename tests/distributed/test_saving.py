@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from geneformer_mcore.checkpoint.plain_metadata import METADATA
 from geneformer_mcore.checkpoint.record import Identity, Record
 from geneformer_mcore.config.sections import CheckpointConfig
 from geneformer_mcore.errors import CheckpointError
+from tests import small_disk
 from tests.distributed import toy
 from tests.distributed.ranks import run_ranks
 
@@ -106,19 +106,9 @@ def test_a_disk_that_does_not_answer_ends_it_at_the_deadline(tmp_path: Path) -> 
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB; skipped where it cannot be mounted."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip("no permission to mount a small disk")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk.mounted(tmp_path / "disk") as disk:
+        yield disk
 
 
 def saved_until_it_fails(root: str) -> list[str]:
@@ -135,8 +125,8 @@ def saved_until_it_fails(root: str) -> list[str]:
     raise AssertionError("the disk never got full")
 
 
-def test_a_full_disk_is_one_message_that_says_how_much_is_missing(small_disk: Path) -> None:
-    root = small_disk / "checkpoints"
+def test_a_full_disk_is_one_message_that_says_how_much_is_missing(disk: Path) -> None:
+    root = disk / "checkpoints"
     told_by_rank = run_ranks(saved_until_it_fails, 2, str(root))
     assert told_by_rank[0] == told_by_rank[1]
     for told in told_by_rank[0]:
@@ -149,10 +139,10 @@ def test_a_full_disk_is_one_message_that_says_how_much_is_missing(small_disk: Pa
     assert not list(root.glob(".*_step_*"))
 
 
-def test_a_folder_that_cannot_be_written_is_one_message(small_disk: Path) -> None:
-    root = small_disk / "checkpoints"
+def test_a_folder_that_cannot_be_written_is_one_message(disk: Path) -> None:
+    root = disk / "checkpoints"
     root.mkdir()
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    small_disk.make_read_only(disk)
     for told in run_ranks(saved_once, 2, str(root)):
         assert "Read-only file system" in told
         assert "there is none yet" in told

@@ -21,6 +21,8 @@ from geneformer_mcore.train.step import StepResult, train_step
 VOCABULARY = 700
 SEQ_LENGTH = 96
 CPU = torch.device("cpu")
+LONE = groups.Topology(0, 1, 0, 0, 1, 0, 1)
+"""Where the only rank stands."""
 
 SETTINGS = (
     f"data.seq_length={SEQ_LENGTH}",

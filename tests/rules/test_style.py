@@ -119,7 +119,8 @@ def test_no_text_of_one_machine(pattern: re.Pattern[str]) -> None:
 
 
 def _text_files() -> list[Path]:
-    files = [path for path in ROOT.iterdir() if path.is_file()]
+    # In a worktree of git .git is a file: it says where the repository lies.
+    files = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
     files += [path for folder in TEXT_FOLDERS for path in (ROOT / folder).rglob("*")]
     return [
         path

@@ -44,6 +44,7 @@ RECORDED = Record(
         "metrics.log_every_steps=1",
         "checkpoint.save_every_steps=9",
         "train.non_finite=skip",
+        "train.profile_steps=3",
         "train.max_skips=3",
         "data.prefetch_steps=0",
         "data.store=elsewhere",

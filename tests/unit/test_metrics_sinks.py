@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,30 @@ def test_the_log_has_every_printed_line_with_the_time(open_sinks, tmp_path) -> N
 
 def test_a_folder_that_cannot_be_written_is_the_users_to_mend(tmp_path) -> None:
     (tmp_path / "run").write_text("a file in the way")
-    with pytest.raises(ConfigError, match=r"run\.dir: .*run"):
+    with pytest.raises(ConfigError, match=r"run\.dir must be .*run.*bytes are free"):
         Sinks(tmp_path / "run", total_steps=1)
+
+
+def test_a_console_that_is_gone_is_left_out(tmp_path) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as console:
+        sinks = Sinks(tmp_path / "run", 100, tty=False, stream=console)
+        sinks.message("one")
+        sinks.write(training(10))
+        sinks.close()
+    lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert [line.split(" ")[1] for line in lines] == ["the", "one", "step"]
+    assert "the console cannot be written (Broken pipe)" in lines[0]
+
+
+def test_what_cannot_be_written_is_told_once(open_sinks, tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.txt").symlink_to("/dev/full")
+    sinks, _ = open_sinks()
+    with pytest.raises(ConfigError, match=r"log\.txt cannot: No space left on device \("):
+        sinks.message("one")
+    sinks.close()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,156 @@
+"""Starts of launch/pretrain.py in a second and not in ten: forked from a warm process.
+
+    start(run, settings, ranks, trouble)  ->  signal, wait  ->  exit codes, what was printed
+
+What is forked has imported all that a run needs and done nothing (tests/distributed/preload.py);
+from `main` on everything is as it is in a command. Several ranks meet in a store of this process,
+as they meet in torchrun's. `trouble` is done in a rank before `main`: it prepares what shall go
+wrong, and where.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tests.distributed.ranks import context
+
+SETTINGS = (
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=64",
+    "model.num_attention_heads=2",
+    "data.seq_length=100",
+    "data.span_cells=16",
+    "train.precision=fp32",
+    "train.micro_batch_size=8",
+    "train.global_batch_size=16",
+)
+"""A small model on the small store of conftest.py."""
+
+Trouble = Callable[..., None]
+"""Called with the rank, and what `start` was given for it; must be importable."""
+
+
+class Start:
+    """The ranks of one start."""
+
+    def __init__(self, processes: list[BaseProcess], printed: Path, *kept: Any) -> None:
+        """kept: what must live as long as they do."""
+        self._processes, self._file, self._kept = processes, printed, kept
+        self.printed = ""
+        """What all ranks have printed by their end, errors too."""
+
+    def signal(self, number: signal.Signals, rank: int) -> None:
+        """To one rank."""
+        pid = self._processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def wait(self, timeout_s: float = 60) -> list[int | None]:
+        """The exit code of each rank; those that have not ended in time are killed and fail."""
+        deadline = time.monotonic() + timeout_s
+        for process in self._processes:
+            process.join(max(0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self._processes]
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self.printed = self._file.read_text()
+        for kept in self._kept:
+            if hasattr(kept, "close"):
+                kept.close()
+        assert None not in codes, f"not ended in time: {codes}\n{self.printed}"
+        return codes
+
+
+def start(
+    run: Path,
+    settings: Sequence[str],
+    ranks: int = 1,
+    trouble: Trouble | None = None,
+    args: tuple = (),
+    printed: Path | None = None,
+) -> Start:
+    """Starts `ranks` ranks on the folder `run`; one is started without torchrun's environment.
+
+    printed: where they print to; else a file that is not on the disk of `run`
+    """
+    store, where = None, {}
+    if ranks > 1:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        where = {
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": store.port,
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": 0,
+        }
+    own = tempfile.NamedTemporaryFile()  # noqa: SIM115  it goes with the Start
+    printed = printed or Path(own.name)
+    processes: list[BaseProcess] = []
+    for rank in range(ranks):
+        here = where | {"RANK": rank, "LOCAL_RANK": rank} if where else {}
+        names = {name: str(value) for name, value in here.items()}
+        arguments = [f"run.dir={run}", *SETTINGS, *settings]
+        process = context.Process(
+            target=_rank, args=(arguments, names, printed, trouble, (rank, *args)), daemon=True
+        )
+        process.start()
+        processes.append(process)
+    return Start(processes, printed, store, own)
+
+
+def _rank(
+    arguments: list[str],
+    environment: dict[str, str],
+    printed: Path,
+    trouble: Trouble | None,
+    args: tuple,
+) -> None:
+    os.environ.update(environment)
+    into = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(into, stream)
+    import launch.pretrain as pretrain
+    from geneformer_mcore.train import setup
+
+    # The device's peak is for MFU alone, and takes most of a second to measure.
+    setup.measured_peak = lambda *_: 1e12  # type: ignore[assignment]
+    if trouble is not None:
+        trouble(*args)
+    sys.argv = ["pretrain.py", *arguments]
+    sys.exit(pretrain.main())
+
+
+def before(place: str, call: int, do: Callable[[], object]) -> None:
+    """From now on `do` is called before the `call`-th call of `place`, counted from 1.
+
+    place: package.module:name, or package.module:Class.name; as the caller looks it up
+    """
+    module, _, names = place.partition(":")
+    *path, name = names.split(".")
+    owner = importlib.import_module(module)
+    for part in path:
+        owner = getattr(owner, part)
+    whole, calls = getattr(owner, name), 0
+
+    def disturbed(*args: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            do()
+        return whole(*args, **more)
+
+    setattr(owner, name, disturbed)

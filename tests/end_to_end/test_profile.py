@@ -1,0 +1,125 @@
+"""train.profile_steps: a trace that viewers can open, and a run that it does not touch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from geneformer_mcore.train.profile import WARM_UP_STEPS
+from tests.end_to_end import forked
+from tests.kills import final_state
+
+STEPS = 8
+MORE = (
+    f"train.steps={STEPS}",
+    "train.validate_every_steps=4",
+    "metrics.log_every_steps=1",
+    "checkpoint.save_every_steps=4",
+)
+TRACE = "profile/trace_step_0000000004_to_0000000006.json"
+
+
+def settings(store: Path, profile_steps: int) -> list[str]:
+    return [f"data.store={store}", *MORE, f"train.profile_steps={profile_steps}"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The final state of a run without a profile, which leaves no folder of one."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert forked.start(run, settings(store, 0)).wait() == [0]
+    assert not (run / "profile").exists()
+    return final_state(run)
+
+
+def names_in(trace: Path) -> dict[str, int]:
+    """{name of an operator or a part of a step: how often it was recorded}."""
+    counted: dict[str, int] = {}
+    for event in json.loads(trace.read_text())["traceEvents"]:
+        if event.get("ph") == "X":
+            counted[event["name"]] = counted.get(event["name"], 0) + 1
+    return counted
+
+
+def test_the_trace_names_our_parts_of_the_steps_asked_for(
+    store: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    run = tmp_path / "run"
+    start = forked.start(run, settings(store, 3))
+    assert start.wait() == [0], start.printed
+    assert f"profile of 3 step(s): {run / TRACE}" in start.printed
+    assert [path.name for path in (run / "profile").iterdir()] == [Path(TRACE).name]
+    names = names_in(run / TRACE)
+    for part in ("wait for cells", "forward and backward", "gradient norm", "update"):
+        assert names[part] == 3
+    assert any("LinearWithGradAccumulation" in name for name in names), "Megatron's operators"
+    assert any("scaled_dot_product" in name for name in names)
+    assert final_state(run) == undisturbed
+    assert WARM_UP_STEPS == 3
+
+
+def test_rank_0_writes_it(store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start = forked.start(run, settings(store, 3), 2)
+    assert start.wait() == [0, 0], start.printed
+    assert [path.name for path in (run / "profile").iterdir()] == [Path(TRACE).name]
+
+
+def interrupted(_rank: int, number: signal.Signals) -> None:
+    """Trouble: a signal inside the window, which begins with step 4."""
+    do = partial(os.kill, os.getpid(), number)
+    forked.before("geneformer_mcore.train.loop:train_step", 5, do)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
+def test_an_end_inside_the_window_costs_the_trace_alone(
+    store: Path, tmp_path: Path, undisturbed: dict[str, str], number: signal.Signals, code: int
+) -> None:
+    run = tmp_path / "run"
+    start = forked.start(run, settings(store, 3), 1, interrupted, (number,))
+    assert start.wait() == [code], start.printed
+    assert "Traceback" not in start.printed
+    assert not (run / "profile").exists()
+    # Another value is no other run.
+    assert forked.start(run, settings(store, 0)).wait() == [0]
+    assert final_state(run) == undisturbed
+
+
+def failing(_rank: int, how: str) -> None:
+    """Trouble: the trace cannot be written, or an error of ours falls into the window."""
+    if how == "error":
+
+        def fail() -> None:
+            raise ValueError("a bad cell")
+
+        forked.before("geneformer_mcore.train.loop:train_step", 5, fail)
+        return
+    from torch.profiler import profile
+
+    def cut_short(_self: profile, path: str) -> None:
+        Path(path).write_text('{"traceEvents": [')
+
+    profile.export_chrome_trace = cut_short  # type: ignore[method-assign, assignment]
+
+
+def test_an_error_inside_the_window_is_told_as_it_is(store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start = forked.start(run, settings(store, 3), 1, failing, ("error",))
+    assert start.wait() == [1]
+    assert "ValueError: a bad cell" in json.loads((run / "outcome.json").read_text())["reason"]
+
+
+def test_a_trace_that_cannot_be_written_ends_no_run(
+    store: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    run = tmp_path / "run"
+    start = forked.start(run, settings(store, 3), 1, failing, ("disk",))
+    assert start.wait() == [0], start.printed
+    assert "the profile cannot be written into" in start.printed
+    assert not list((run / "profile").iterdir())
+    assert final_state(run) == undisturbed
