@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.scaling_model import pages
+from benchmarks.side_by_side import step_pages
 from geneformer_mcore.commands import run
 from geneformer_mcore.errors import DataError
 
@@ -193,6 +194,20 @@ def parity(results: Path) -> str:
     return _markdown(head, rows or [[NOT_MEASURED, *("" for _ in head[1:])]], [found])
 
 
+def train_step(results: Path) -> str:
+    """All results/train_step_*.json of benchmarks/train_step.py, one after the other."""
+    files = sorted(results.glob("train_step_*.json"))
+    found = {path.stem.removeprefix("train_step_"): _read(path) for path in files}
+    rows = [
+        line
+        for name, content in found.items()
+        if content
+        for line in step_pages.rows(name, content)
+    ]
+    rows = rows or [[NOT_MEASURED, *("" for _ in step_pages.HEAD[1:])]]
+    return _markdown(step_pages.HEAD, rows, list(found.values()))
+
+
 def _scaling(name: str) -> Callable[[Path], str]:
     """A table of results/scaling.json of benchmarks/scaling.py."""
 
@@ -320,6 +335,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "loader_tokens": loader_tokens,
     "loader_goals": loader_goals,
     "parity": parity,
+    "train_step": train_step,
     **{name: _scaling(name) for name in pages.TABLES},
 }
 
