@@ -57,7 +57,7 @@ class Start:
         assert pid is not None
         os.kill(pid, number)
 
-    def wait(self, timeout_s: float = 60) -> list[int | None]:
+    def wait(self, timeout_s: float = 120) -> list[int | None]:
         """The exit code of each rank; those that have not ended in time are killed and fail."""
         deadline = time.monotonic() + timeout_s
         for process in self._processes:

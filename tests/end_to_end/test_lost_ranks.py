@@ -4,48 +4,82 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.end_to_end.test_pretrain import SETTINGS, outcome, records
+from geneformer_mcore.errors import DataError
+from tests.end_to_end import forked
+from tests.end_to_end.test_pretrain import MORE, outcome, records
 
 TIMEOUT_S = 8
 TROUBLE_AT = 5
 
-TROUBLE = """
-import os, signal, sys, time
+SCRIPT = """
+import os, sys
 import launch.pretrain as pretrain
-from geneformer_mcore.train import loop
+from tests.end_to_end.test_lost_ranks import troubled
 
-whole = loop.train_step
-
-def train_step(trainable, batches, *rest):
-    train_step.calls += 1
-    if train_step.calls == {at} and os.environ["RANK"] == "{rank}":
-        {trouble}
-    return whole(trainable, batches, *rest)
-
-train_step.calls = 0
-loop.train_step = train_step
 if __name__ == "__main__":
+    troubled(int(os.environ["RANK"]), {of_rank}, {what!r}, {note!r})
     sys.exit(pretrain.main())
 """
 
 
+def troubled(rank: int, of_rank: int, what: str, note: str) -> None:
+    """Trouble: `what`, a name in TROUBLES, befalls rank `of_rank` at step TROUBLE_AT; the time is
+    written into the file `note`."""
+    from geneformer_mcore.train import loop
+
+    whole, calls = loop.train_step, 0
+
+    def train_step(trainable: Any, *rest: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls != TROUBLE_AT:
+            return whole(trainable, *rest)
+        Path(note).write_text(str(time.time()))
+        return TROUBLES[what](whole, trainable, *rest)
+
+    if rank == of_rank:
+        loop.train_step = train_step
+
+
+def settings(store: Path, *more: str) -> list[str]:
+    limits = (f"parallel.timeout_s={TIMEOUT_S}", "train.steps=1000")
+    return [f"data.store={store}", *MORE, *limits, *more]
+
+
 def run(
-    trouble: str, rank: int, repository: Path, store: Path, tmp_path: Path, *more: str
-) -> tuple[subprocess.CompletedProcess[str], float]:
-    """(how a job of two ranks ended, its seconds since the trouble)."""
+    what: str, of_rank: int, store: Path, tmp_path: Path, *more: str
+) -> tuple[list[int | None], str, float]:
+    """(exit codes of two ranks, what they printed, seconds since the trouble)."""
+    note = str(tmp_path / "when")
+    job = forked.start(tmp_path / "run", settings(store, *more), 2, troubled, (of_rank, what, note))
+    return job.wait(), job.printed, seconds_since(tmp_path)
+
+
+def seconds_since(tmp_path: Path) -> float:
+    """From the trouble until the outcome was there."""
+    outcome_at = (tmp_path / "run" / "outcome.json").stat().st_mtime
+    return outcome_at - float((tmp_path / "when").read_text())
+
+
+def run_by_torchrun(
+    what: str, of_rank: int, repository: Path, store: Path, tmp_path: Path
+) -> tuple[int, str, float]:
+    """(its exit code, what it printed, seconds since the trouble), as a user starts it."""
     script = tmp_path / "trouble.py"
-    note = f"open({str(tmp_path / 'when')!r}, 'w').write(str(time.time())); "
-    script.write_text(TROUBLE.format(at=TROUBLE_AT, rank=rank, trouble=note + trouble))
-    settings = [f"data.store={store}", f"run.dir={tmp_path / 'run'}", *SETTINGS]
-    settings += [f"parallel.timeout_s={TIMEOUT_S}", "train.steps=1000", *more]
+    note = str(tmp_path / "when")
+    script.write_text(SCRIPT.format(of_rank=of_rank, what=what, note=note))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
-    command += ["--nproc_per_node=2", "--shutdown-timeout=120", str(script), *settings]
+    command += ["--nproc_per_node=2", "--shutdown-timeout=120", str(script)]
+    command += [f"run.dir={tmp_path / 'run'}", *forked.SETTINGS, *settings(store)]
     ended = subprocess.run(
         command,
         env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
@@ -54,43 +88,86 @@ def run(
         timeout=200,
         check=False,
     )
-    # Until rank 0's outcome was there: the launcher's own seconds are left out.
-    outcome_at = (tmp_path / "run" / "outcome.json").stat().st_mtime
-    return ended, outcome_at - float((tmp_path / "when").read_text())
+    return ended.returncode, ended.stderr, seconds_since(tmp_path)
 
 
-KILLED, STOPPED = (f"os.kill(os.getpid(), signal.SIG{name})" for name in ("KILL", "STOP"))
+def killed(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    ("trouble", "rank"),
-    [(KILLED, 0), (STOPPED, 0), (STOPPED, 1), ("time.sleep(1000)", 1)],
-    ids=["first killed", "first stopped", "second stopped", "second asleep"],
-)
-def test_a_lost_rank_ends_the_job_in_time_and_is_named(
-    trouble: str, rank: int, repository: Path, store: Path, tmp_path: Path
-) -> None:
-    ended, seconds = run(trouble, rank, repository, store, tmp_path)
-    assert ended.returncode == 1
-    found = outcome(tmp_path / "run")
+def stopped(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def asleep(*_: Any) -> None:
+    time.sleep(1000)
+
+
+def failed(*_: Any) -> None:
+    raise ValueError("a bad cell")
+
+
+def refused(*_: Any) -> None:
+    raise DataError("a bad store")
+
+
+def nan(whole: Any, trainable: Any, *rest: Any) -> Any:
+    """One of its gradients is not a number; no weight changes."""
+    stage = trainable.stages[0]
+    bias = stage.encoder.final_layernorm.bias
+    hook = bias.register_hook(lambda grad: grad * float("nan"))
+    before = [weight.detach().clone() for weight in stage.parameters()]
+    result = whole(trainable, *rest)
+    hook.remove()
+    assert all(a.equal(b) for a, b in zip(before, stage.parameters(), strict=True))
+    return result
+
+
+TROUBLES = {each.__name__: each for each in (killed, stopped, asleep, failed, refused, nan)}
+
+
+def assert_named(what: str, of_rank: int, run: Path, printed: str, seconds: float) -> None:
+    """The outcome says which rank was lost, and so does what was printed; it took no too long."""
+    found = outcome(run)
     assert (found["outcome"], found["exit_code"]) == ("failed", 1)
     assert found["step"] == TROUBLE_AT - 1
     told = found["reason"]
-    assert f"error: {told[:60]}" in ended.stderr
-    if "sleep" in trouble:
+    assert f"error: {told[:60]}" in printed
+    if what == "asleep":
         assert f"no rank got on for {TIMEOUT_S} s" in told
     else:
-        assert f"rank {rank} of 2 is lost" in told
-        assert f"rank {1 - rank} " in told
+        assert f"rank {of_rank} of 2 is lost" in told
+        assert f"rank {1 - of_rank} " in told
     assert "while forward, backward and update" in told or "update for" in told
     assert seconds < TIMEOUT_S + 10
 
 
-def test_an_error_on_one_rank_is_what_all_are_told(
-    repository: Path, store: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("what", "of_rank"),
+    [("killed", 0), ("killed", 1), ("stopped", 0), ("stopped", 1), ("asleep", 1)],
+)
+def test_a_lost_rank_ends_the_job_in_time_and_is_named(
+    what: str, of_rank: int, store: Path, tmp_path: Path
 ) -> None:
-    ended, seconds = run("raise ValueError('a bad cell')", 1, repository, store, tmp_path)
-    assert ended.returncode == 1
+    codes, printed, seconds = run(what, of_rank, store, tmp_path)
+    lost = 1 if what == "asleep" else -signal.SIGKILL
+    assert (codes[of_rank], codes[1 - of_rank]) == (lost, 1)
+    assert_named(what, of_rank, tmp_path / "run", printed, seconds)
+
+
+@pytest.mark.parametrize(("what", "of_rank"), [("killed", 0), ("stopped", 1)])
+def test_under_torchrun_too(
+    what: str, of_rank: int, repository: Path, store: Path, tmp_path: Path
+) -> None:
+    """Which asks the others to end when one rank has ended, and heeds none that is stopped."""
+    code, printed, seconds = run_by_torchrun(what, of_rank, repository, store, tmp_path)
+    assert code == 1
+    assert_named(what, of_rank, tmp_path / "run", printed, seconds)
+
+
+def test_an_error_on_one_rank_is_what_all_are_told(store: Path, tmp_path: Path) -> None:
+    codes, _, seconds = run("failed", 1, store, tmp_path)
+    assert codes == [1, 1]
     reason = outcome(tmp_path / "run")["reason"]
     assert reason == (
         "the job failed: rank 1 failed at step 4 while forward, backward and update: "
@@ -99,29 +176,19 @@ def test_an_error_on_one_rank_is_what_all_are_told(
     assert seconds < 10
 
 
-def test_a_users_mistake_on_one_rank_is_exit_code_2(
-    repository: Path, store: Path, tmp_path: Path
-) -> None:
-    trouble = "from geneformer_mcore.errors import DataError; raise DataError('a bad store')"
-    run(trouble, 1, repository, store, tmp_path)
+def test_a_users_mistake_on_one_rank_is_exit_code_2(store: Path, tmp_path: Path) -> None:
+    codes, _, _ = run("refused", 1, store, tmp_path)
+    assert codes == [2, 2]
     found = outcome(tmp_path / "run")
     assert (found["exit_code"], found["reason"]) == (2, "a bad store")
 
 
-NAN = (
-    "stage = trainable.stages[0]; hook = stage.encoder.final_layernorm.bias.register_hook("
-    "lambda grad: grad * float('nan')); before = [p.detach().clone() for p in stage.parameters()]; "
-    "result = whole(trainable, batches, *rest); hook.remove(); "
-    "assert all(a.equal(b) for a, b in zip(before, stage.parameters())); return result"
-)
-
-
 def test_a_nan_on_one_rank_is_left_out_everywhere_counted_and_named(
-    repository: Path, store: Path, tmp_path: Path
+    store: Path, tmp_path: Path
 ) -> None:
     more = ("train.non_finite=skip", "train.steps=8", "checkpoint.save_every_steps=0")
-    ended, _ = run(NAN, 1, repository, store, tmp_path, *more)
-    assert ended.returncode == 0, ended.stderr
+    codes, printed, _ = run("nan", 1, store, tmp_path, *more)
+    assert codes == [0, 0], printed
     folder = tmp_path / "run"
     assert [line["skipped_updates"] for line in records(folder) if "loss" in line][-1] == 1
     (line,) = (folder / "skipped.jsonl").read_text().splitlines()
@@ -132,11 +199,9 @@ def test_a_nan_on_one_rank_is_left_out_everywhere_counted_and_named(
     assert "skipped.jsonl" in (folder / "log.txt").read_text()
 
 
-def test_a_nan_ends_the_run_where_the_policy_is_stop(
-    repository: Path, store: Path, tmp_path: Path
-) -> None:
-    ended, _ = run(NAN, 1, repository, store, tmp_path)
-    assert ended.returncode == 1
+def test_a_nan_ends_the_run_where_the_policy_is_stop(store: Path, tmp_path: Path) -> None:
+    codes, _, _ = run("nan", 1, store, tmp_path)
+    assert codes == [1, 1]
     found = outcome(tmp_path / "run")
     assert "step 5: the gradient norm is not finite" in found["reason"]
     assert found["exit_code"] == 1

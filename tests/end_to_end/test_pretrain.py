@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.end_to_end import forked
+
 STEPS = 14
-SETTINGS = (
-    "model.num_layers=2",
-    "model.hidden_size=32",
-    "model.ffn_hidden_size=64",
-    "model.num_attention_heads=2",
-    "data.seq_length=100",
-    "data.span_cells=16",
-    "train.precision=fp32",
-    "train.micro_batch_size=8",
-    "train.global_batch_size=16",
+MORE = (
     f"train.steps={STEPS}",
     "train.validate_every_steps=7",
     # A checkpoint at step 3 or 9 holds half a logging window.
@@ -31,25 +26,24 @@ SETTINGS = (
 )
 
 
+def settings(store: Path, *more: str) -> list[str]:
+    return [f"data.store={store}", *MORE, *more]
+
+
 def command(repository: Path, store: Path, run: Path, *more: str) -> list[str]:
     script = str(repository / "launch" / "pretrain.py")
-    return [sys.executable, script, f"data.store={store}", f"run.dir={run}", *SETTINGS, *more]
+    return [sys.executable, script, f"run.dir={run}", *forked.SETTINGS, *settings(store, *more)]
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, capture_output=True, text=True, timeout=200, check=False)
 
 
-def stop_after(step: int, number: signal.Signals, run: Path, *arguments: str) -> int:
-    """Starts, sends the signal once `step` is in metrics.jsonl, and returns the exit code."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while last_step(run) < step:
-        assert process.poll() is None, "it ended before it could be stopped"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(number)
-    return process.wait(timeout=60)
+def signalled(_rank: int, step: int, number: signal.Signals) -> None:
+    """Trouble: the signal comes when so many steps have been made by this start."""
+    forked.before(
+        "geneformer_mcore.train.loop:_step", step + 1, partial(os.kill, os.getpid(), number)
+    )
 
 
 def records(run: Path) -> list[dict]:
@@ -129,29 +123,36 @@ def test_the_metrics_are_complete_and_the_loss_falls(finished: Path) -> None:
 
 
 def test_a_run_interrupted_and_killed_goes_on_as_if_nothing_had_happened(
-    repository: Path, store: Path, finished: Path, tmp_path: Path
+    store: Path, finished: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "disturbed"
-    again = command(repository, store, run)
-    assert stop_after(2, signal.SIGTERM, run, *again) == 75
-    assert stop_after(4, signal.SIGINT, run, *again) == 75
+
+    def go_on(*trouble: int) -> forked.Start:
+        how = (signalled, trouble) if trouble else ()
+        return forked.start(run, settings(store), 1, *how)
+
+    # The step that a signal falls into is made, and saved.
+    assert go_on(1, signal.SIGTERM).wait() == [75]
+    assert go_on(2, signal.SIGINT).wait() == [75]
     ended = outcome(run)
-    assert (ended["outcome"], ended["exit_code"]) == ("interrupted", 75)
+    assert (ended["outcome"], ended["exit_code"], ended["step"]) == ("interrupted", 75, 5)
     assert "SIGINT" in ended["reason"]
-    assert stop_after(10, signal.SIGKILL, run, *again) == -signal.SIGKILL
+    # Of steps 10 and 11 nothing is left but a line of metrics.jsonl: 9 is the newest checkpoint.
+    assert go_on(6, signal.SIGKILL).wait() == [-signal.SIGKILL]
     assert outcome(run)["exit_code"] == 1
-    last = start(*again)
-    assert last.returncode == 0, last.stderr
-    assert "continues from" in last.stdout
+    assert last_step(run) == 10
+    last = go_on()
+    assert last.wait() == [0], last.printed
+    assert "(step 9, " in last.printed
     assert outcome(run)["restart"] == 3
     assert trace(run) == trace(finished)
 
 
-def test_a_finished_run_says_so(repository: Path, store: Path, finished: Path) -> None:
+def test_a_finished_run_says_so(store: Path, finished: Path) -> None:
     before = trace(finished)
-    ended = start(*command(repository, store, finished))
-    assert ended.returncode == 0
-    assert "the run is finished" in ended.stdout
+    again = forked.start(finished, settings(store))
+    assert again.wait() == [0]
+    assert "the run is finished" in again.printed
     assert trace(finished) == before
 
 
@@ -161,10 +162,11 @@ def test_two_ranks_go_on_from_one_ranks_checkpoint(
     """Elastic: another layout continues with the same cells and losses, under torchrun."""
     still = ("model.hidden_dropout=0", "model.attention_dropout=0", "train.validate_every_steps=0")
     whole, run = tmp_path / "whole", tmp_path / "elastic"
-    assert start(*command(repository, store, whole, *still)).returncode == 0
-    one = command(repository, store, run, *still)
-    assert stop_after(4, signal.SIGUSR1, run, *one) == 75
+    assert forked.start(whole, settings(store, *still)).wait() == [0]
+    stopped = forked.start(run, settings(store, *still), 1, signalled, (4, signal.SIGUSR1))
+    assert stopped.wait() == [75]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    one = command(repository, store, run, *still)
     two = start(*torchrun, "--nproc_per_node=2", *one[1:], "parallel.tensor=2")
     assert two.returncode == 0, two.stderr
     assert "its layout was" in two.stdout
@@ -174,68 +176,70 @@ def test_two_ranks_go_on_from_one_ranks_checkpoint(
     assert [line["loss"] for line in seen] == pytest.approx(losses, rel=1e-4)
 
 
-def test_a_second_start_on_the_same_folder_is_refused(
-    repository: Path, store: Path, tmp_path: Path
-) -> None:
+def test_a_second_start_on_the_same_folder_is_refused(store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    again = command(repository, store, run, "train.steps=100000", "train.validate_every_steps=0")
-    process = subprocess.Popen(again, stdout=subprocess.DEVNULL)
-    try:
-        while last_step(run) < 2:
-            assert process.poll() is None
-            time.sleep(0.05)
-        second = start(*again)
-        assert second.returncode == 2
-        assert "another start" in second.stderr
-        assert outcome(run)["outcome"] == "running"
-        process.send_signal(signal.SIGHUP)
-        assert process.wait(timeout=60) == 75
-    finally:
-        process.kill()
+    again = settings(store, "train.steps=100000", "train.validate_every_steps=0")
+    first = forked.start(run, again)
+    deadline = time.monotonic() + 60
+    while last_step(run) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    second = forked.start(run, again)
+    assert second.wait() == [2]
+    assert "another start" in second.printed
+    assert outcome(run)["outcome"] == "running"
+    first.signal(signal.SIGHUP, 0)
+    assert first.wait() == [75]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("argument", "message"),
     [
-        (("train.stepss=3",), "Did you mean `train.steps`?"),
-        (("model.num_attention_heads=3",), "model.hidden_size (32) must be a multiple"),
-        (("data.store=nowhere",), "nowhere"),
-        (("data.seq_length=4096",), "data.seq_length (4096)"),
-        (("data.mask_probability=1e-6",), "would predict no gene"),
+        ("train.stepss=3", "Did you mean `train.steps`?"),
+        ("model.num_attention_heads=3", "model.hidden_size (32) must be a multiple"),
+        ("data.store=nowhere", "nowhere"),
+        ("data.seq_length=4096", "data.seq_length (4096)"),
+        ("data.mask_probability=1e-6", "would predict no gene"),
     ],
 )
 def test_mistakes_get_one_message_and_exit_code_2(
-    repository: Path, store: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+    store: Path, tmp_path: Path, argument: str, message: str
 ) -> None:
-    ended = start(*command(repository, store, tmp_path / "run", *arguments))
-    assert ended.returncode == 2
-    assert message in ended.stderr
-    assert "Traceback" not in ended.stderr
+    ended = forked.start(tmp_path / "run", settings(store, argument))
+    assert ended.wait() == [2]
+    assert message in ended.printed
+    assert "Traceback" not in ended.printed
 
 
-def test_changed_settings_are_refused_with_both_values(
-    repository: Path, store: Path, finished: Path
-) -> None:
-    ended = start(*command(repository, store, finished, "train.seed=7", "train.steps=20"))
-    assert ended.returncode == 2
-    assert "train.seed: 1234 -> 7" in ended.stderr
+def test_a_mistake_as_a_user_sees_it(repository: Path, store: Path, tmp_path: Path) -> None:
+    """The message goes to stderr, and nothing to stdout."""
+    ended = start(*command(repository, store, tmp_path / "run", "train.stepss=3"))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: ")
+    assert "Did you mean `train.steps`?" in ended.stderr
+
+
+def test_changed_settings_are_refused_with_both_values(store: Path, finished: Path) -> None:
+    ended = forked.start(finished, settings(store, "train.seed=7", "train.steps=20"))
+    assert ended.wait() == [2]
+    assert "train.seed: 1234 -> 7" in ended.printed
     assert outcome(finished)["exit_code"] == 2
     assert "train.seed" in outcome(finished)["reason"]
-    assert start(*command(repository, store, finished, "train.stepss=3")).returncode == 2
+    assert forked.start(finished, settings(store, "train.stepss=3")).wait() == [2]
     assert "train.stepss" in outcome(finished)["reason"], "no outcome of an earlier start is left"
 
 
 def test_damaged_checkpoints_do_not_start_the_run_anew(
-    repository: Path, store: Path, finished: Path, tmp_path: Path
+    store: Path, finished: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     for record in run.glob("checkpoints/*/record.json"):
         record.write_text(record.read_text() + " ")
     before = trace(run)
-    ended = start(*command(repository, store, run))
-    assert ended.returncode == 2
-    assert "none is as it was written" in ended.stderr
+    ended = forked.start(run, settings(store))
+    assert ended.wait() == [2]
+    assert "none is as it was written" in ended.printed
     assert trace(run) == before, "nothing is lost"
 
 
