@@ -32,6 +32,8 @@ from geneformer_mcore.errors import DataError
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 NOT_MEASURED = "not measured"
+NO_GPU = "no GPU"
+"""How metrics/provenance.py ends the name of such a machine."""
 
 Measurement = dict[str, Any]
 
@@ -98,17 +100,16 @@ def real_job(results: Path) -> str:
 
 def tflops(results: Path) -> str:
     """All results/tflops_*.json of benchmarks/tflops.py, one line per measured setting."""
-    files = sorted(results.glob("tflops_*.json"))
-    found = [_read(path) for path in files]
+    found = [each for path in sorted(results.glob("tflops_*.json")) if (each := _read(path))]
     rows = [
-        [found_here["machine"], *(show(row) for _, show in TFLOPS_COLUMNS)]
-        for found_here in found
-        if found_here
-        for row in found_here["rows"]
+        [here["machine"], *(show(row) for _, show in TFLOPS_COLUMNS)]
+        for here in found
+        for row in here["rows"]
     ]
+    if all(here["machine"].endswith(NO_GPU) for here in found):
+        rows.append(["one GPU", NOT_MEASURED, *("" for _ in TFLOPS_COLUMNS[1:])])
     head = ["machine", *(label for label, _ in TFLOPS_COLUMNS)]
-    rows = rows or [[NOT_MEASURED, *("" for _ in TFLOPS_COLUMNS)]]
-    return _markdown(head, rows, found, with_machine=False)
+    return _markdown(head, rows, list(found), with_machine=False)
 
 
 def tokenize(results: Path) -> str:
@@ -297,15 +298,18 @@ RUN_ROWS: list[tuple[str, Callable[[Measurement], str]]] = [
 TFLOPS_COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
     ("model", lambda row: str(row["model"])),
     ("precision", lambda row: str(row["precision"])),
+    ("cells", lambda row: f"{row.get('packing', 'padded')}, {row['tokens_per_cell']:,.0f} tokens"),
     ("attention", lambda row: f"{row['attention']}, dropout {row['attention_dropout']:g}"),
     ("micro batch", lambda row: f"{row['micro_batch']:,}"),
-    ("tokens per cell", lambda row: f"{row['seq_length']:,}"),
+    ("fill", lambda row: _share(row.get("fill"))),
     ("s per step", lambda row: f"{row['step_s']:.3g}"),
     ("cells/s", lambda row: f"{row['cells_per_s']:,.3g}"),
     ("tokens/s", lambda row: f"{row['tokens_per_s']:,.0f}"),
     ("TFLOPS, padded-equivalent", lambda row: f"{row['tflops_padded_equivalent']:.3g}"),
     ("TFLOPS, executed", lambda row: f"{row['tflops_executed']:.3g}"),
     ("MFU", lambda row: _share(row["mfu"])),
+    ("data wait", lambda row: _share(row["data_wait_fraction"])),
+    ("memory, MiB", lambda row: _number(row.get("peak_mib"), ",.0f")),
 ]
 
 LOADER_COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [

@@ -44,7 +44,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.peers.all_steps import NAMES, contestants
-from benchmarks.tflops import CONFIGS, VOCABULARY
+from benchmarks.side_by_side.sizes import CONFIGS, VOCABULARY
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.commands import run
 from geneformer_mcore.errors import ConfigError

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from benchmarks.tflops import CONFIGS, VOCABULARY
+from benchmarks.side_by_side.sizes import CONFIGS, VOCABULARY
 from geneformer_mcore.config import Config, load
 from geneformer_mcore.contracts import Batch
 from geneformer_mcore.model.flops import ModelShape, Work, padded_work

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from benchmarks.peers.step_contestant import Job, StepContestant, add
+from benchmarks.side_by_side.memory import forget_peak_mib, peak_mib, wait_for
 from benchmarks.side_by_side.step_cells import StepCells
 from geneformer_mcore.errors import DataError
-
-MIB = 2**20
 
 
 def take_turn(kind: type[StepContestant], job: Job, micro_batch: int) -> dict[str, Any]:
@@ -40,16 +39,16 @@ def take_turn(kind: type[StepContestant], job: Job, micro_batch: int) -> dict[st
 def _measured(
     kind: type[StepContestant], job: Job, micro_batch: int, here: torch.device
 ) -> dict[str, Any]:
-    before_mib = _forget_peak_mib(here)
+    before_mib = forget_peak_mib(here)
     contestant = kind(job, micro_batch, here)
     batches = [contestant.batches(number) for number in range(job.warmup + job.steps)]
     placed = [contestant.placed(each) for each in batches]
     losses, seconds = [], []
     for each in placed:
-        _wait_for(here)
+        wait_for(here)
         began = time.perf_counter()
         losses.append(contestant.step(each))
-        _wait_for(here)
+        wait_for(here)
         seconds.append(time.perf_counter() - began)
     if not all(math.isfinite(loss) for loss in losses):
         raise DataError(f"{kind.label}: a loss is not finite ({losses}).")
@@ -57,7 +56,7 @@ def _measured(
         "seconds": seconds[job.warmup :],
         "losses": losses,
         "cells": job.steps * contestant.config.train.global_batch_size,
-        "peak_mib": _peak_mib(here) - before_mib,
+        "peak_mib": peak_mib(here) - before_mib,
         "about": contestant.about,
     } | _work(contestant, job, batches)
 
@@ -78,29 +77,3 @@ def _be_the_first_to_go() -> None:
     place = Path("/proc/self/oom_score_adj")
     if place.exists():
         place.write_text("1000")
-
-
-def _forget_peak_mib(here: torch.device) -> float:
-    """Starts to look for a peak; what is in use now."""
-    if here.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(here)
-        return torch.cuda.memory_allocated(here) / MIB
-    Path("/proc/self/clear_refs").write_text("5")
-    return _of_status("VmRSS")
-
-
-def _peak_mib(here: torch.device) -> float:
-    if here.type == "cuda":
-        return torch.cuda.max_memory_allocated(here) / MIB
-    return _of_status("VmHWM")
-
-
-def _of_status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kib,) = (line.split()[1] for line in lines if line.startswith(name))
-    return int(kib) / 1024
-
-
-def _wait_for(here: torch.device) -> None:
-    if here.type == "cuda":
-        torch.cuda.synchronize(here)

@@ -9,6 +9,8 @@ plain      Megatron-Core's own: every score is a number in memory
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from geneformer_mcore import backends
@@ -45,9 +47,10 @@ def choose(model: ModelConfig, device: torch.device, precision: Precision) -> At
         )
     if asked is Attention.te or precision is Precision.fp8:
         backends.require("transformer_engine")
-    if asked is Attention.flash and (device.type != "cuda" or precision is Precision.fp32):
+    fused = asked in (Attention.te, Attention.flash)
+    if fused and (device.type != "cuda" or precision is Precision.fp32):
         raise ConfigError(
-            "model.attention=flash needs an NVIDIA GPU and 16 bits, and this is "
+            f"model.attention={asked.value} needs an NVIDIA GPU and 16 bits, and this is "
             f"{device.type} with train.precision={precision.value}. Leave it auto."
         )
     if asked is Attention.blockwise and device.type != "cpu":
@@ -71,8 +74,13 @@ def _on_cpu(model: ModelConfig) -> Attention:
 
 
 def core_attention(attention: Attention) -> type[torch.nn.Module]:
-    """The module class that Megatron's SelfAttention calls with query, key and value."""
+    """The module class that Megatron's SelfAttention calls with query, key and value.
+
+    Transformer Engine is told not to fall back to its unfused attention, which it would do without
+    a word: it raises instead. NVTE_UNFUSED_ATTN=1 in the environment lets it.
+    """
     if attention is Attention.te:
+        os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention

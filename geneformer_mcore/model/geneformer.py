@@ -68,6 +68,10 @@ class Geneformer(megatron_bert.BertModel):
     def _sanity_check_attention_and_get_attn_mask_dimension(self) -> str:
         return "b11s"
 
+    def _set_attention_backend(self) -> None:
+        """Leaves the choice among TE's kernels to attention.core_attention: Megatron would allow
+        the unfused one in the environment, and refuse an environment that forbids it."""
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """On the last stage the cross entropy of every selected gene, fp32 [M], in nats; on the
         others the residual stream [S, B, H] for the next stage."""

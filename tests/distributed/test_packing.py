@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from megatron.core import tensor_parallel
+from torch.utils.flop_counter import FlopCounterMode
 
-from geneformer_mcore.contracts import NUM_SPECIALS, Batch
+from geneformer_mcore.contracts import NUM_SPECIALS, Batch, padded_vocabulary_size
 from geneformer_mcore.feed.batch import make_batch, padded_length
 from geneformer_mcore.feed.masks import Masking
 from geneformer_mcore.feed.places import positions_in_cells
+from geneformer_mcore.model.flops import ModelShape, Work, executed_flops, forward_breakdown
 from tests.distributed import toy
 from tests.distributed.curves import SMOOTH
 from tests.distributed.parity import PACKED, SEQUENCE, TP2, enlarge
@@ -142,6 +144,33 @@ def test_masked_only_head_is_the_full_head(
     ):
         assert loss <= 1e-6
         assert gradient <= 1e-6
+
+
+def counted(*overrides: str) -> tuple[int, list[int], int]:
+    """Of a packed step: FLOPs as torch counts them, lengths of its cells, genes predicted."""
+    run = toy.make("model.attention=plain", PACKED, "data.pad_multiple=1", *overrides)
+    batches = run.feed.step(0)
+    with FlopCounterMode(display=False) as counter:
+        run.step()
+    lengths = [length for batch in batches for length in batch.lengths_N.tolist()]
+    predicted = sum(len(batch.labels_M) for batch in batches)
+    return counter.get_total_flops(), lengths, predicted
+
+
+def test_executed_flops_are_what_torch_counts() -> None:
+    """With plain attention (of fused attention on a CPU torch counts nothing), and the vocabulary
+    as it is multiplied."""
+    room = f"data.tokens_per_micro_batch={16 * toy.SEQ_LENGTH}"  # one row, without padding
+    ((total, lengths, predicted),) = run_ranks(counted, 1, room)
+    assert len(lengths) == 16
+    squares = sum(length**2 for length in lengths)
+    work = Work(sum(lengths), squares, predicted)
+    shape = ModelShape(4, 32, 64, padded_vocabulary_size(toy.VOCABULARY))
+    assert total == pytest.approx(executed_flops(shape, work), rel=0.01)
+    attention = 3 * forward_breakdown(shape, work).attention
+    assert attention > 0.05 * total, "attention must weigh enough for the test to see it"
+    across = Work(sum(lengths), sum(lengths) ** 2, predicted)
+    assert executed_flops(shape, across) > 2 * total, "attention across cells would be seen, too"
 
 
 def test_positions_start_anew_in_every_cell() -> None:

@@ -66,8 +66,10 @@ def test_runs_with_four_packages(name: str) -> None:
     assert third_party <= BARE_MACHINE_HAS, third_party - BARE_MACHINE_HAS
 
 
-@pytest.mark.parametrize("part", ["peers/steps_*.py", "side_by_side/step_*.py"])
-def test_parts_of_train_step_need_no_more(part: str) -> None:
+@pytest.mark.parametrize(
+    "part", ["peers/steps_*.py", "side_by_side/step_*.py", "side_by_side/tflops_*.py"]
+)
+def test_parts_of_benchmarks_for_bare_machines_need_no_more(part: str) -> None:
     """They are imported inside functions: what is reached from each is looked at by itself."""
     paths = sorted((ROOT / "benchmarks").glob(part))
     assert len(paths) >= 4

@@ -99,9 +99,47 @@ def test_parity(results: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenize", "loader_counts", "loader_tokens", "loader_goals", "parity"]
+    "name", ["tflops", "tokenize", "loader_counts", "loader_tokens", "loader_goals", "parity"]
 )
 def test_without_results_they_say_so(tmp_path: Path, name: str) -> None:
     table = "\n".join(filled(name, tmp_path))
     assert "not measured" in table
     assert "old" not in table
+
+
+SETTING = {
+    "model": "10m",
+    "precision": "bf16",
+    "packing": "packed",
+    "tokens_per_cell": 1300.4,
+    "attention": "flash",
+    "attention_dropout": 0.1,
+    "micro_batch": 32,
+    "fill": 0.985,
+    "step_s": 0.03,
+    "cells_per_s": 1234.0,
+    "tokens_per_s": 1.6e6,
+    "tflops_padded_equivalent": 242.0,
+    "tflops_executed": 101.0,
+    "mfu": 0.2,
+    "data_wait_fraction": 0.001,
+    "peak_mib": 9876.0,
+}
+
+
+def test_tflops_of_every_machine(tmp_path: Path) -> None:
+    before = {name: value for name, value in SETTING.items() if name not in ("fill", "peak_mib")}
+    cpu = {"rows": [before]} | WHERE | {"machine": "AMD, 2 cores, no GPU"}
+    (tmp_path / "tflops_amd.json").write_text(json.dumps(cpu))
+    lines = filled("tflops", tmp_path)
+    assert any("no GPU | 10m | bf16 | packed, 1,300" in line for line in lines)
+    assert any(line.startswith("| one GPU | not measured |") for line in lines)
+    gpu = {"rows": [SETTING]} | WHERE | {"machine": "AMD, 16 cores, 1 x NVIDIA H100"}
+    (tmp_path / "tflops_h100.json").write_text(json.dumps(gpu))
+    lines = filled("tflops", tmp_path)
+    assert (
+        "| AMD, 16 cores, 1 x NVIDIA H100 | 10m | bf16 | packed, 1,300 tokens "
+        "| flash, dropout 0.1 | 32 | 98.5% | 0.03 | 1.23e+03 | 1,600,000 | 242 | 101 | 20.0% "
+        "| 0.1% | 9,876 |"
+    ) in lines
+    assert not any("one GPU" in line for line in lines)
