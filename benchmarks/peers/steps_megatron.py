@@ -65,7 +65,9 @@ class MegatronStep(StepContestant):
         """The model with its initial weights: here, ours."""
         config = self.config
         length = config.data.seq_length
-        stages = geneformer.build(config.model, core, self.here, vocabulary_size, length)
+        stages = geneformer.build(
+            config.model, core, self.here, vocabulary_size, length, packed=config.data.packing
+        )
         for stage in stages:
             initial_weights.fill(stage, config.train.seed)
         return stages
@@ -90,7 +92,8 @@ class OursPadded(MegatronStep):
     def about(self) -> str:
         config = self.config
         stream = ", 32-bit residuals" if config.train.precision is Precision.bf16 else ""
-        chosen = attention.choose(config.model, self.here, config.train.precision).value
+        precision, packed = config.train.precision, config.data.packing
+        chosen = attention.choose(config.model, self.here, precision, packed).value
         return f"{chosen} attention, {config.train.precision.value} weights{stream}, {self._rows()}"
 
     def computed(self, batches: list[Batch], needed: Work) -> Work:

@@ -119,7 +119,7 @@ def why_not(config: Config, here: torch.device) -> str:
     from geneformer_mcore.model import attention
 
     try:
-        attention.choose(config.model, here, config.train.precision)
+        attention.choose(config.model, here, config.train.precision, config.data.packing)
     except GeneformerError as error:
         return str(error)
     return ""

@@ -144,7 +144,7 @@ def _row(
         peaks[setting.precision] = measured_peak(here, dtype)
     cells = conditions.cells(setting)
     measured = measure(config, cells, here, conditions.warmup, conditions.steps)
-    chosen = attention.choose(config.model, here, config.train.precision).value
+    chosen = attention.choose(config.model, here, config.train.precision, config.data.packing).value
     peak = peaks[setting.precision]
     return tflops_rows.row(setting, config, cells, chosen, measured, peak)
 

@@ -106,7 +106,14 @@ def _let_go(trainable: optim.Trainable) -> None:
 
 def _trainable(config: Config, here: torch.device) -> optim.Trainable:
     core = settings.transformer_config(config.model, config.parallel, config.train.precision, here)
-    stages = geneformer.build(config.model, core, here, VOCABULARY, config.data.seq_length)
+    stages = geneformer.build(
+        config.model,
+        core,
+        here,
+        VOCABULARY,
+        config.data.seq_length,
+        packed=config.data.packing,
+    )
     for stage in stages:
         initial_weights.fill(stage, config.train.seed)
     return optim.wrap(stages, config.optim, config.parallel)

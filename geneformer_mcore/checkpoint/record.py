@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from dataclasses import fields as fields_of
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ def check_continues(record: Record, now: Identity) -> None:
         problems.append(f"vocabulary checksum: {before.vocabulary} -> {now.vocabulary}")
     if before.content != now.content:
         problems.append(f"content hash of data.store: {before.content} -> {now.content}")
-    was, shown = _flat(before.config), _flat(now.config)
+    # What an older version did not know it did as the defaults do.
+    was, shown = _defaults() | _flat(before.config), _defaults() | _flat(now.config)
     for key in sorted(was.keys() | shown.keys()):
         if key.split(".")[0] in _SECTIONS_MAY_DIFFER or key in _MAY_DIFFER:
             continue
@@ -161,6 +163,15 @@ def check_continues(record: Record, now: Identity) -> None:
             + "\n  ".join(problems)
             + "\nRestore the values, or start a new run with another run.dir."
         )
+
+
+def _defaults() -> dict[str, Any]:
+    """Setting -> default, as YAML has it."""
+    return {
+        f"{section}.{key}": value.value if isinstance(value, Enum) else value
+        for section, values in asdict(Config()).items()
+        for key, value in values.items()
+    }
 
 
 def _flat(text: str) -> dict[str, Any]:

@@ -132,6 +132,7 @@ def _layout(config: Config, world_size: int) -> Iterator[str]:
         return  # reported by _ranges
     yield from _layers(config)
     yield from _packing(config)
+    yield from _fp8(config)
     if parallel.sequence and tensor == 1:
         yield "parallel.sequence=true needs parallel.tensor > 1, and that is 1."
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
@@ -185,10 +186,27 @@ def _packing(config: Config) -> Iterator[str]:
             f"({data.seq_length}), or the longest cells fit nowhere; 0 takes "
             "train.micro_batch_size x data.seq_length."
         )
-    if config.parallel.sequence and token_budget(config) % tensor:
+    if config.parallel.sequence and budget % tensor:
         yield _multiple("data.tokens_per_micro_batch", budget, "parallel.tensor", tensor) + (
             " Sequence parallel gives each rank an equal share of the positions."
         )
+
+
+def _fp8(config: Config) -> Iterator[str]:
+    """Transformer Engine multiplies in 8 bits only what comes in multiples of 16."""
+    if config.train.precision is not Precision.fp8:
+        return
+    data, model, tensor = config.data, config.model, config.parallel.tensor
+    sizes = {
+        "model.hidden_size": model.hidden_size,
+        f"model.ffn_hidden_size / parallel.tensor ({tensor})": model.ffn_hidden_size // tensor,
+        "data.pad_multiple": data.pad_multiple,
+        "data.seq_length": data.seq_length,
+        "data.tokens_per_micro_batch": data.tokens_per_micro_batch,
+    }
+    for name, size in sizes.items():
+        if size % 16:
+            yield _multiple(name, size, "the blocks of train.precision=fp8", 16)
 
 
 def _layers(config: Config) -> Iterator[str]:

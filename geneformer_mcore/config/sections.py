@@ -111,13 +111,14 @@ class DataConfig:
     window_spans: int = 32
     """Spans shuffled into each other. Memory per rank: about twice this many spans of 2 bytes x
     seq_length x span_cells, more if a global batch needs more windows than two; data-parallel
-    ranks share a window's spans among them."""
+    ranks share a window's spans among them, unless cells are packed."""
     prefetch_steps: int = 4
     """Global batches prepared ahead by the one prefetch thread; 0 prepares them in line."""
     packing: bool = False
     """Lay cells end to end instead of padding each to the longest: no work on padding, the same
     losses. Cells attend to themselves only, and every rank gets as much work. Ranks then read the
-    cells of a step from anywhere: with many of them name a `cache_dir`."""
+    cells of a step from anywhere: with many of them name a `cache_dir`. With source=counts every
+    rank tokenises all cells of a step to know their lengths."""
     tokens_per_micro_batch: int = 0
     """Tokens of a packed micro batch at most; 0 takes train.micro_batch_size x seq_length, which
     needs as much memory as a padded one."""

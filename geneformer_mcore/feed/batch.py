@@ -15,6 +15,10 @@ from geneformer_mcore.backends import is_available
 from geneformer_mcore.contracts import NUM_SPECIALS, PAD, Batch, CellViews, RaggedCells
 from geneformer_mcore.feed.masks import Masking
 
+_REST_PIECE = 2048
+"""Positions of the pieces into which the unused rest of a packed batch is cut: as long as long
+cells, so that a batch that is nearly empty costs no more than a full one."""
+
 
 class BatchMaker(Protocol):
     """Whatever makes a micro batch of cells: the loops of this host, or DALI on a GPU."""
@@ -68,10 +72,9 @@ def pieces(lengths_N: np.ndarray, num_positions: int) -> tuple[np.ndarray, int]:
     """Bounds of a packed batch, int32 (see contracts.Batch), and tokens of its longest piece."""
     ends_N = np.cumsum(lengths_N)
     used = int(ends_N[-1]) if len(ends_N) else 0
-    longest = int(lengths_N.max(initial=1))
-    rest = np.arange(used, num_positions, longest)
+    rest = np.arange(used, num_positions, _REST_PIECE)
     bounds = np.concatenate([[0], ends_N, rest[1:], [num_positions] * (len(rest) > 0)])
-    return bounds.astype(np.int32), longest
+    return bounds.astype(np.int32), int(np.diff(bounds).max())
 
 
 def assembled(

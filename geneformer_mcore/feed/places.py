@@ -8,12 +8,16 @@ from geneformer_mcore.contracts import Batch
 
 
 def positions_in_cells(batch: Batch) -> torch.Tensor:
-    """int64 [B, S], the place of every token within its cell, 0 for [CLS]."""
+    """int64 [B, S], the place of every token within its cell, 0 for [CLS]; of padding any that
+    the model has."""
     num_positions = batch.tokens_BS.shape[1]
     places_S = torch.arange(num_positions, device=batch.tokens_BS.device)
     if batch.bounds is None:
         return places_S.expand_as(batch.tokens_BS)
-    return (places_S - batch.bounds[_pieces_of(batch.bounds, places_S)])[None]
+    inside_S = places_S - batch.bounds[_pieces_of(batch.bounds, places_S)]
+    # Behind the last cell there are pieces longer than the model has positions for.
+    is_real_S = places_S < batch.bounds[len(batch.lengths_N)]
+    return torch.where(is_real_S, inside_S, 0)[None]
 
 
 def cells_of(batch: Batch, places_M: torch.Tensor) -> torch.Tensor:

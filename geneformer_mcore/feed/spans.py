@@ -55,10 +55,12 @@ class Spans:
         self._window_of_span[spans] = places.windows
         slots = self._slot_of_span[spans]
         if slots.min(initial=0) == _ABSENT:
-            self._drop_before(int(places.windows[0]))
+            # Not those of the first place: packed cells come in the order of their micro batches.
+            self._drop_before(int(places.windows.min()))
             for span in np.unique(spans[slots == _ABSENT]):
                 self._read(int(span))
             slots = self._slot_of_span[spans]
+            assert slots.min() != _ABSENT
         starts_N, lengths_N = self._starts[slots, cells], self._lengths[slots, cells]
         return CellViews(self._pool_T, starts_N, lengths_N, self._keys[slots, cells])
 

@@ -33,9 +33,18 @@ _CORES: dict[Attention, type[torch.nn.Module]] = {
 _WITH_FP8 = (Attention.auto, Attention.te)
 
 
-def choose(model: ModelConfig, device: torch.device, precision: Precision) -> Attention:
+_AMPERE = (8, 0)
+_WITH_PACKED_TE = (9, 10)
+"""First numbers of the compute capabilities for which cuDNN's attention takes packed cells."""
+_WIDEST_FLASH_HEAD = 256
+
+
+def choose(
+    model: ModelConfig, device: torch.device, precision: Precision, packed: bool = False
+) -> Attention:
     """What `model.attention` means on this machine: never `auto`.
 
+    packed: whether cells will be given end to end.
     Raises MissingBackendError if Transformer Engine is asked for and is not installed, ConfigError
     for a kernel that this device or precision does not have.
     """
@@ -53,19 +62,50 @@ def choose(model: ModelConfig, device: torch.device, precision: Precision) -> At
             f"model.attention={asked.value} needs an NVIDIA GPU and 16 bits, and this is "
             f"{device.type} with train.precision={precision.value}. Leave it auto."
         )
+    if asked is Attention.flash and not _flash_runs(model, device):
+        raise ConfigError(
+            "model.attention=flash needs a GPU since Ampere (8.0) and heads of at most "
+            f"{_WIDEST_FLASH_HEAD} in multiples of 8, and this is compute capability "
+            f"{_capability(device)} with heads of {_head_width(model)}. Leave it auto."
+        )
     if asked is Attention.blockwise and device.type != "cpu":
         raise ConfigError(
             f"model.attention=blockwise is for CPUs, and this is {device.type}. Leave it auto."
         )
     if asked is not Attention.auto:
         return asked
-    return _on_gpu(precision) if device.type == "cuda" else _on_cpu(model)
+    if device.type != "cuda":
+        return _on_cpu(model)
+    return _on_gpu(model, device, precision, packed)
 
 
-def _on_gpu(precision: Precision) -> Attention:
-    if precision is Precision.fp32:
-        return Attention.sdpa  # the fused kernels are for 16 bits
-    return Attention.te if backends.is_available("transformer_engine") else Attention.flash
+def _on_gpu(
+    model: ModelConfig, device: torch.device, precision: Precision, packed: bool
+) -> Attention:
+    capability = _capability(device)
+    if precision is Precision.fp8:
+        return Attention.te
+    # The fused kernels are for 16 bits, and for GPUs since Ampere.
+    if precision is Precision.fp32 or capability < _AMPERE:
+        return Attention.sdpa
+    takes_cells = not packed or capability[0] in _WITH_PACKED_TE
+    if backends.is_available("transformer_engine") and takes_cells:
+        return Attention.te
+    return Attention.flash if _flash_runs(model, device) else Attention.sdpa
+
+
+def _flash_runs(model: ModelConfig, device: torch.device) -> bool:
+    width = _head_width(model)
+    fits = width % 8 == 0 and width <= _WIDEST_FLASH_HEAD
+    return fits and _capability(device) >= _AMPERE
+
+
+def _head_width(model: ModelConfig) -> int:
+    return model.hidden_size // model.num_attention_heads
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _on_cpu(model: ModelConfig) -> Attention:

@@ -129,12 +129,14 @@ def build(
     vocabulary_size: int,
     seq_length: int,
     padded_size: int | None = None,
+    packed: bool = False,
 ) -> list[Geneformer]:
     """This rank's part of the model, one entry per model chunk, on `device`.
 
     padded_size: rows of the embedding, default `contracts.padded_vocabulary_size`.
+    packed: cells will be given end to end, and attention is chosen for that.
     """
-    core = attention.choose(model, device, settings.precision_of(config))
+    core = attention.choose(model, device, settings.precision_of(config), packed)
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     rank = parallel_state.get_pipeline_model_parallel_rank()
     chunks = config.virtual_pipeline_model_parallel_size or 1

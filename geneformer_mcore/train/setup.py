@@ -154,7 +154,9 @@ def _trainable(config: Config, cells: Cells, device: torch.device) -> optim.Trai
         config.model, config.parallel, config.train.precision, device
     )
     size = cells.vocabulary.size
-    stages = geneformer.build(config.model, core, device, size, config.data.seq_length)
+    stages = geneformer.build(
+        config.model, core, device, size, config.data.seq_length, packed=config.data.packing
+    )
     for stage in stages:
         initial_weights.fill(stage, config.train.seed)
     return optim.wrap(stages, config.optim, config.parallel)
@@ -166,11 +168,16 @@ def _check_attention(run: Run) -> None:
         attention_check.check(stage, run.device, run.config.data.packing)
         for stage in run.trainable.stages
     )
-    config = run.config
-    chosen = attention.choose(config.model, run.device, config.train.precision).value
+    chosen = _chosen_attention(run)
     run.messages.append(
         f"attention {chosen}: within {worst:.1g} of the plain computation, gradients included"
     )
+
+
+def _chosen_attention(run: Run) -> str:
+    config = run.config
+    packed, precision = config.data.packing, config.train.precision
+    return attention.choose(config.model, run.device, precision, packed).value
 
 
 def _meter(config: Config, cells: Cells, device: torch.device, topology: Topology) -> Meter:
@@ -262,7 +269,7 @@ def _announce(run: Run) -> None:
         f"{run.topology.world_size} rank(s) on {run.device.type} ({layout}), "
         f"{_micro_batches(run)}, "
         f"precision {config.train.precision.value}, "
-        f"attention {attention.choose(config.model, run.device, config.train.precision).value}, "
+        f"attention {_chosen_attention(run)}, "
         f"{torch.get_num_threads()} CPU thread(s) per rank"
     )
     run.say(", ".join(f"{name} {version}" for name, version in backends.describe().items()))

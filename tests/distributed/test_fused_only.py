@@ -47,11 +47,62 @@ def test_te_may_not_fall_back_unless_it_is_allowed_to(
     assert os.environ[UNFUSED] == found
 
 
+GPU = torch.device("cuda", 0)
+
+
+def stand_in_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], te: bool) -> None:
+    """A GPU that only answers what it can."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention.backends, "is_available", lambda name: te)
+    monkeypatch.setattr(attention.backends, "require", lambda name: None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "te", "padded", "packed"),
+    [
+        ((9, 0), Precision.bf16, True, "te", "te"),
+        ((9, 0), Precision.fp8, True, "te", "te"),
+        ((9, 0), Precision.bf16, False, "flash", "flash"),
+        ((9, 0), Precision.fp32, True, "sdpa", "sdpa"),
+        ((8, 0), Precision.bf16, True, "te", "flash"),
+        ((8, 0), Precision.bf16, False, "flash", "flash"),
+        ((10, 0), Precision.bf16, True, "te", "te"),
+        ((12, 0), Precision.bf16, True, "te", "flash"),
+        ((7, 0), Precision.fp16, True, "sdpa", "sdpa"),
+        ((7, 5), Precision.fp16, False, "sdpa", "sdpa"),
+    ],
+)
+def test_auto_takes_what_the_gpu_has(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    precision: Precision,
+    te: bool,
+    padded: str,
+    packed: str,
+) -> None:
+    stand_in_gpu(monkeypatch, capability, te)
+    chosen = [attention.choose(ModelConfig(), GPU, precision, each) for each in (False, True)]
+    assert [each.value for each in chosen] == [padded, packed]
+
+
+@pytest.mark.parametrize(
+    ("capability", "hidden"), [((7, 5), 256), ((9, 0), 4 * 36), ((9, 0), 4 * 264)]
+)
+def test_flash_where_it_does_not_run(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hidden: int
+) -> None:
+    stand_in_gpu(monkeypatch, capability, te=False)
+    model = ModelConfig(hidden_size=hidden)
+    assert attention.choose(model, GPU, Precision.fp16, True) is Attention.sdpa
+    model.attention = Attention.flash
+    with pytest.raises(ConfigError, match=f"Ampere.*heads of {hidden // 4}"):
+        attention.choose(model, GPU, Precision.fp16, True)
+
+
 @pytest.mark.parametrize("asked", [Attention.te, Attention.flash])
 def test_fused_kernels_are_for_16_bits(monkeypatch: pytest.MonkeyPatch, asked: Attention) -> None:
-    monkeypatch.setattr(attention.backends, "require", lambda name: None)
-    model = ModelConfig(attention=asked)
-    gpu = torch.device("cuda", 0)
+    stand_in_gpu(monkeypatch, (9, 0), te=True)
+    model, gpu = ModelConfig(attention=asked), GPU
     assert attention.choose(model, gpu, Precision.bf16) is asked
     with pytest.raises(ConfigError, match=f"attention={asked.value} needs an NVIDIA GPU and 16"):
         attention.choose(model, gpu, Precision.fp32)

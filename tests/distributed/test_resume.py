@@ -9,6 +9,7 @@ import pytest
 
 from geneformer_mcore.checkpoint import state
 from tests.distributed import toy
+from tests.distributed.parity import PACKED, SEQUENCE
 from tests.distributed.ranks import run_ranks
 
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
@@ -48,6 +49,8 @@ def digest(run: toy.Toy) -> str:
         (2, ()),
         (2, ("parallel.tensor=2",)),
         (2, ("parallel.pipeline=2", "train.precision=bf16")),
+        (2, (PACKED,)),
+        (2, (*SEQUENCE, PACKED, "model.attention=blockwise")),
     ],
 )
 def test_bitwise(world_size: int, overrides: tuple[str, ...], tmp_path: Path) -> None:

@@ -72,6 +72,15 @@ def test_must_not_differ_and_both_values_are_shown(override: str, shown: str) ->
     assert shown in str(caught.value)
 
 
+def test_what_an_older_version_did_not_know_it_did_as_the_defaults_do() -> None:
+    older = text().replace("  packing: false\n", "")
+    assert older != text()
+    recorded = replace(RECORDED, identity=replace(RECORDED.identity, config=older))
+    check_continues(recorded, Identity(text(), {}, "v", "c"))
+    with pytest.raises(CheckpointError, match=r"data\.packing: False -> True"):
+        check_continues(recorded, Identity(text("data.packing=true"), {}, "v", "c"))
+
+
 def test_other_data_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"content hash of data\.store: c -> other"):
         check_continues(RECORDED, replace(RECORDED.identity, content="other"))

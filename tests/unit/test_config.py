@@ -79,6 +79,9 @@ def test_what_is_no_number_or_no_name_is_out_of_range(override: str) -> None:
         ),
         (("data.tokens_per_micro_batch=4096",), 1, "tokens_per_micro_batch (4096)"),
         (("data.packing=true", "data.tokens_per_micro_batch=2047"), 1, "(2047)"),
+        (("train.precision=fp8", "data.seq_length=2040"), 1, "data.seq_length (2040)"),
+        (("train.precision=fp8", "data.pad_multiple=8"), 1, "data.pad_multiple (8)"),
+        (("train.precision=fp8", "model.ffn_hidden_size=520"), 1, "(520) must be a multiple"),
         (
             (
                 "data.packing=true",

@@ -181,6 +181,7 @@ def test_packed(dali: DaliBatches, lengths: list[int], room: int) -> None:
     assert expected.bounds[0] == 0
     assert expected.bounds[-1] == num_positions
     assert expected.bounds.diff().min() > 0
+    assert len(expected.bounds) <= len(lengths) + 2
     assert expected.bounds.diff().max() == expected.longest
 
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geneformer_mcore.contracts import NUM_SPECIALS, Batch, RaggedCells, TokenSource
+from geneformer_mcore.contracts import NUM_SPECIALS, Batch, KnownLengths, RaggedCells, TokenSource
 from geneformer_mcore.feed.batch import BatchMaker, make_batch, make_batch_plainly
 from geneformer_mcore.feed.loader import Budget, Feed, Share
 from geneformer_mcore.feed.masks import Masking
@@ -110,6 +110,35 @@ def test_packed_the_cells_of_a_step_are_the_same(size: int, budget: Budget) -> N
     cells = Cells(NUM_CELLS)
     for packed, padded in zip(steps_of(cells, size, budget), steps_of(cells, 1, None), strict=True):
         assert packed == padded
+
+
+class Spanned(Cells):
+    """Cells that are read by spans, and whose lengths are known: as a token store's."""
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        return rows % 50 + 2
+
+
+@pytest.mark.parametrize(
+    ("size", "global_batch", "window_spans"), [(1, 70, 1), (2, 60, 2), (3, 99, 3)]
+)
+def test_packed_steps_that_straddle_windows(
+    size: int, global_batch: int, window_spans: int
+) -> None:
+    """A rank's cells come in the order of its micro batches, newer windows before older ones."""
+    order = Order(0, NUM_CELLS, span_cells=16, window_spans=window_spans, seed=3)
+    sources = Spanned(NUM_CELLS), Cells(NUM_CELLS)
+    assert [isinstance(source, KnownLengths) for source in sources] == [True, False]
+    for rank in range(size):
+        share = Share(global_batch, 1, rank, size)
+        feeds = [
+            Feed(source, order, MASKING, share, 64, 8, budget=Budget(150)) for source in sources
+        ]
+        for position in range(0, 60 * global_batch, global_batch):
+            found, wanted = (
+                [sorted(sights(batch)) for batch in feed.step(position)] for feed in feeds
+            )
+            assert found == wanted
 
 
 def test_packed_batches_are_full() -> None:

@@ -155,7 +155,8 @@ class _Blocks:
 
 
 def _key(seed: int, number: int) -> int:
-    """Keys of the blocks of one cell lie far apart: blocks count on from them."""
+    """Where the block `number` of a cell counts from: a hash of both. Blocks whose counts overlap
+    use some draws twice, at other places; that is seldom, and harmless."""
     return int(_mixed(np.array([_mixed(np.array([seed], np.uint32))[0] + np.uint32(number)]))[0])
 
 
