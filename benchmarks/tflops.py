@@ -159,7 +159,7 @@ def _arguments() -> argparse.Namespace:
     listed("--lengths", about, type=_length, metavar="MEAN")
     listed("--attention", "default: auto", choices=_values(Attention), default=["auto"])
     listed("--attention-dropout", "default: the card's, on a CPU also 0", type=float, metavar="P")
-    about = "packed: cells of full length that fit; default: the card's on a GPU, else 2"
+    about = "packed: cells of full length that fit; default: the card's on a GPU, else 1 or 2"
     listed("--micro-batch", about, type=int, metavar="CELLS")
     add("--micro-batches-per-step", type=int, default=1, metavar="N", help="default: 1")
     add("--cells", type=Path, metavar="FLAT", help="a flat copy of tokens, for made-up cells")

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 3600
-_JOB, _RESULT = "job.json", "turn.json"
+_JOB, _RESULT, _TURNS = "job.json", "turn.json", "turns.jsonl"
 _ON_CPU: dict[str, Any] = {
     "precision": "fp32",
     # torch has no fused attention with dropout on a CPU.
@@ -187,7 +187,15 @@ def _measure(arguments: argparse.Namespace, job: Job, on_gpu: bool) -> int:
 
 
 def _turn(work: Path, name: str, micro: int) -> tuple[dict[str, Any], str]:
-    """(what a turn in a process of its own has found, why it failed)."""
+    """(what a turn in a process of its own has found, why it failed). Kept at once, so that a
+    comparison that is broken off leaves what it had."""
+    found, why = _in_a_process(work, name, micro)
+    with (work / _TURNS).open("a") as turns:
+        turns.write(json.dumps({"name": name, "micro_batch": micro, "why_not": why} | found) + "\n")
+    return found, why
+
+
+def _in_a_process(work: Path, name: str, micro: int) -> tuple[dict[str, Any], str]:
     command = [sys.executable, str(Path(__file__).resolve()), "--work", str(work)]
     command += ["--cells", str(work), "--turn", f"{name}:{micro}"]
     try:

@@ -86,9 +86,11 @@ def usual(on_gpu: bool) -> dict[str, Any]:
     return {"models": ["10m"], "precisions": ["fp32"], "dropouts": [None, 0.0]}
 
 
-def usual_micro_batches(model: str, on_gpu: bool) -> list[int]:
-    """The card's on a GPU, and what takes seconds on a CPU."""
-    return {"10m": [32], "106m": [16]}[model] if on_gpu else [2]
+def usual_micro_batches(model: str, packing: str, on_gpu: bool) -> list[int]:
+    """The card's on a GPU, and what takes seconds on a CPU; but there is nothing to pack in one."""
+    if on_gpu:
+        return {"10m": [32], "106m": [16]}[model]
+    return [1] if packing == "padded" else [2]
 
 
 def grid(asked: Asked, on_gpu: bool) -> list[Setting]:
@@ -98,7 +100,7 @@ def grid(asked: Asked, on_gpu: bool) -> list[Setting]:
         asked.models, asked.precisions, asked.packings
     ):
         lengths = asked.lengths or [FULL if packing == "padded" else MEAN_TOKENS]
-        sizes = asked.micro_batches or usual_micro_batches(model, on_gpu)
+        sizes = asked.micro_batches or usual_micro_batches(model, packing, on_gpu)
         others = itertools.product(lengths, asked.attentions, asked.dropouts, sizes)
         found += [Setting(model, precision, packing, *other) for other in others]
     return found

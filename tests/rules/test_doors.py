@@ -19,7 +19,7 @@ from tests.rules.sources import (
     tree_of,
 )
 
-OURS = ("geneformer_mcore", "benchmarks")
+OURS = ("geneformer_mcore", "benchmarks", "tests")
 
 DOORS = {
     "tiledbsoma": ({"cells", "store"}, 3),
@@ -37,7 +37,7 @@ DOORS = {
 }
 """Package -> (packages of the library that may import it, in how many modules at most)."""
 
-FOR_BARE_MACHINES = ("tflops.py", "train_step.py")
+FOR_BARE_MACHINES = ("tflops.py", "train_step.py", "gpu_session.py")
 BARE_MACHINE_HAS = {"torch", "megatron", "numpy", "omegaconf", "yaml"}
 """What these benchmarks may need besides the standard library: a GPU machine may have no more.
 (yaml comes with omegaconf.)"""
@@ -67,7 +67,11 @@ def test_runs_with_four_packages(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["peers/steps_*.py", "side_by_side/step_*.py", "side_by_side/tflops_*.py"]
+    "part",
+    [
+        *("peers/steps_*.py", "side_by_side/step_*.py"),
+        *("side_by_side/tflops_*.py", "side_by_side/session_*.py"),
+    ],
 )
 def test_parts_of_benchmarks_for_bare_machines_need_no_more(part: str) -> None:
     """They are imported inside functions: what is reached from each is looked at by itself."""
