@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.test_pretrain import command, outcome, start, stop_after, trace
+from tests.end_to_end.test_pretrain import command, last_step, outcome, start, trace
 
 STEPS = 28
 """After the seventh come 21 steps, seven checkpoints and three validations: a signal that is sent
 then cannot come too late."""
+
+
+def stop_after(step: int, number: signal.Signals, run: Path, *arguments: str) -> int:
+    """Starts, sends the signal once `step` is in metrics.jsonl, and returns the exit code."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while last_step(run) < step:
+        assert process.poll() is None, "it ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    return process.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")
