@@ -17,18 +17,18 @@ LENGTHS = lengths.made_up()
 
 
 def test_what_a_rank_executes_by_hand() -> None:
-    """Both ranks have rows of 128 positions. Of the second's, 98 hold nothing, and are cut into
-    pieces of 30, 30, 30 and 8."""
+    """Both ranks have rows of 128 positions. Of the second's, 98 hold nothing: one
+    more piece for attention."""
     costs = deals.Costs(1000, 10, 1)
     found = deals.packed(np.array([100, 30]), 2, SEQ_LENGTH, costs)
     assert found.tokens.tolist() == [100, 30]
     assert found.squares.tolist() == [10_000, 900]
     first = 128_000 + 10 * (100**2 + 28**2) + 0.15 * 99
-    second = 128_000 + 10 * (4 * 30**2 + 8**2) + 0.15 * 29
+    second = 128_000 + 10 * (30**2 + 98**2) + 0.15 * 29
     assert found.flops == pytest.approx([first, second])
     assert found.useful == pytest.approx([200_000 + 0.15 * 99, 39_000 + 0.15 * 29])
     dealt = deals.dealt(np.array([100, 30]), 2, SEQ_LENGTH, costs)
-    assert dealt.flops == pytest.approx([first, 64_000 + 10 * (2 * 30**2 + 4**2) + 0.15 * 29])
+    assert dealt.flops == pytest.approx([first, 64_000 + 10 * (30**2 + 34**2) + 0.15 * 29])
 
 
 def test_flops_are_linear_in_what_a_cell_is_of() -> None:

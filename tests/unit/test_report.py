@@ -255,12 +255,17 @@ TFLOPS = {
             "attention_dropout": 0.0,
             "micro_batch": 2,
             "seq_length": 2048,
+            "packing": "packed",
+            "tokens_per_cell": 1300.4,
+            "fill": 0.991,
             "step_s": 6.4321,
             "cells_per_s": 0.312,
             "tokens_per_s": 412.3,
             "tflops_padded_equivalent": 0.0613,
             "tflops_executed": 0.0271,
             "mfu": None,
+            "data_wait_fraction": 0.01,
+            "peak_mib": 1234.5,
         }
     ],
     "machine": "a laptop",
@@ -292,8 +297,8 @@ def test_readme_tables_are_filled_from_the_measurements(repository, tmp_path, re
     assert "| **validation loss** | **not measured** |" not in filled
     assert "| cells/s | not measured | not measured |" in filled, "the real job is not there"
     assert (
-        "| a laptop | 10M | fp32 | sdpa, dropout 0 | 2 | 2,048 | 6.43 | 0.312 | 412 | 0.0613 "
-        "| 0.0271 | not measured |" in filled
+        "| a laptop | 10M | fp32 | packed, 1,300 tokens | sdpa, dropout 0 | 2 | 99.1% | 6.43 "
+        "| 0.312 | 412 | 0.0613 | 0.0271 | not measured | 1.0% | 1,234 |" in filled
     )
     assert "torch 2.13.0; commit 0123456789ab" in filled
     assert "apex" not in filled.split("torch 2.13.0; commit 0123456789ab")[0].splitlines()[-1]
