@@ -41,10 +41,9 @@ def machine(out: Path) -> bool:
             name.value: measured_peak(here, dtype) / 1e12 for name, dtype in settings.DTYPES.items()
         },
         "auto": {
-            precision.value: attention.choose(
-                session_model.config_of("auto", precision.value, 64, DROPOUT).model, here, precision
-            ).value
+            f"{precision.value} {cells}": _auto(precision, here, cells == "packed")
             for precision in Precision
+            for cells in ("padded", "packed")
         },
     }
     if here.type == "cuda":
@@ -57,6 +56,15 @@ def machine(out: Path) -> bool:
         }
     kept.save(out / "machine.json", found)
     return True
+
+
+def _auto(precision: Precision, here: torch.device, packed: bool) -> str:
+    """What model.attention=auto takes, or why it takes nothing."""
+    model = session_model.config_of("auto", precision.value, 64, DROPOUT).model
+    try:
+        return attention.choose(model, here, precision, packed).value
+    except GeneformerError as error:
+        return str(error)
 
 
 def check(name: str, out: Path, seq_length: int) -> bool:
