@@ -49,7 +49,11 @@ def test_a_session_at_toy_size(repository: Path, tmp_path: Path) -> None:
         )
     assert "transformer_engine" in read(out / "check_te.json")["checks"][0]["reason"]
     machine = read(out / "machine.json")
-    assert machine["auto"] == {"fp32": "blockwise", "bf16": "blockwise"} or machine["cuda"]
+    if not machine["cuda"]:
+        for cells in ("padded", "packed"):
+            for precision in ("fp32", "bf16", "fp16"):
+                assert machine["auto"][f"{precision} {cells}"] == "blockwise"
+            assert "fp8 needs an NVIDIA GPU" in machine["auto"][f"fp8 {cells}"]
     table = read(out / machine["tflops_file"])
     assert [row["packing"] for row in table["rows"]] == ["padded", "packed"]
     assert len(table["skipped"]) == 2
