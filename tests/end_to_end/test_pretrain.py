@@ -262,5 +262,5 @@ def test_a_dry_run_shows_the_plan_and_touches_nothing(
     ended = start(*command(repository, store, tmp_path / "run", "--dry-run"))
     assert ended.returncode == 0
     assert "num_layers: 2" in ended.stdout
-    assert "# micro_batches: 2" in ended.stdout
+    assert "# tokens_per_micro_batch: 800" in ended.stdout
     assert not (tmp_path / "run").exists()
