@@ -19,23 +19,28 @@ if __name__ == "__main__":
 
 import argparse
 import difflib
-import json
 import re
 from collections.abc import Callable
-from typing import Any
 
 from benchmarks.scaling_model import pages
 from benchmarks.side_by_side import step_pages
+from benchmarks.side_by_side.page_text import (
+    NOT_MEASURED,
+    Measurement,
+    markdown,
+    number,
+    origin,
+    read,
+    share,
+)
+from benchmarks.side_by_side.run_pages import RUN_ROWS
 from geneformer_mcore.commands import run
 from geneformer_mcore.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
-NOT_MEASURED = "not measured"
 NO_GPU = "no GPU"
 """How metrics/provenance.py ends the name of such a machine."""
-
-Measurement = dict[str, Any]
 
 
 def main() -> int:
@@ -83,24 +88,24 @@ def filled(readme: str, results: Path) -> str:
 
 def demo(results: Path) -> str:
     """results/demo.json, as launch/report.py --json writes it."""
-    found = _read(results / "demo.json")
+    found = read(results / "demo.json")
     rows = [[label, show(found) if found else NOT_MEASURED] for label, show in RUN_ROWS]
-    return _markdown(["`make demo`", ""], rows, [found])
+    return markdown(["`make demo`", ""], rows, [found])
 
 
 def real_job(results: Path) -> str:
     """The runs on real cells, one column each."""
     files = {"10M, the card's settings": "real_job_10m.json", "narrower": "real_job_narrow.json"}
-    found = [_read(results / name) for name in files.values()]
+    found = [read(results / name) for name in files.values()]
     rows = [
         [label, *(show(run) if run else NOT_MEASURED for run in found)] for label, show in RUN_ROWS
     ]
-    return _markdown(["real cells", *files], rows, found)
+    return markdown(["real cells", *files], rows, found)
 
 
 def tflops(results: Path) -> str:
     """All results/tflops_*.json of benchmarks/tflops.py, one line per measured setting."""
-    found = [each for path in sorted(results.glob("tflops_*.json")) if (each := _read(path))]
+    found = [each for path in sorted(results.glob("tflops_*.json")) if (each := read(path))]
     rows = [
         [here["machine"], *(show(row) for _, show in TFLOPS_COLUMNS)]
         for here in found
@@ -109,15 +114,15 @@ def tflops(results: Path) -> str:
     if all(here["machine"].endswith(NO_GPU) for here in found):
         rows.append(["one GPU", NOT_MEASURED, *("" for _ in TFLOPS_COLUMNS[1:])])
     head = ["machine", *(label for label, _ in TFLOPS_COLUMNS)]
-    return _markdown(head, rows, list(found), with_machine=False)
+    return markdown(head, rows, list(found), with_machine=False)
 
 
 def tokenize(results: Path) -> str:
     """results/tokenize.json of benchmarks/tokenize.py."""
-    found = _read(results / "tokenize.json")
+    found = read(results / "tokenize.json")
     head = ["tokeniser, one core", "cells/s", "ours is", "cells that differ from exact"]
     rows = _tokeniser_rows(found) if found else [[NOT_MEASURED, "", "", ""]]
-    return _markdown(head, rows, [found])
+    return markdown(head, rows, [found])
 
 
 def _tokeniser_rows(found: Measurement) -> list[list[str]]:
@@ -135,10 +140,10 @@ def _tokeniser_rows(found: Measurement) -> list[list[str]]:
 
 def ingest(results: Path) -> str:
     """results/ingest.json of benchmarks/ingest.py."""
-    found = _read(results / "ingest.json")
+    found = read(results / "ingest.json")
     head = ["cells", "wall time", "cells/s", "CPU time", "memory of all processes, PSS", "store"]
     if not found:
-        return _markdown(head, [[NOT_MEASURED, *("" for _ in head[1:])]], [])
+        return markdown(head, [[NOT_MEASURED, *("" for _ in head[1:])]], [])
     rows = [
         [
             f"{row['cells']:,}",
@@ -155,7 +160,7 @@ def ingest(results: Path) -> str:
         [f"{far['census']:,}, {far['cores']} cores: estimate", f"{far['minutes']:.0f} min"]
         + [""] * 4
     )
-    return _markdown(head, rows, [found])
+    return markdown(head, rows, [found])
 
 
 def loader_counts(results: Path) -> str:
@@ -170,35 +175,35 @@ def loader_tokens(results: Path) -> str:
 
 def loader_goals(results: Path) -> str:
     """The ratios and limits of results/loader.json, each with its bar."""
-    found = _read(results / "loader.json")
+    found = read(results / "loader.json")
     rows = [
         [
             goal["what"],
-            _number(goal["value"], ".3g"),
+            number(goal["value"], ".3g"),
             f"{'<' if goal['at_most'] else '>='} {goal['bar']:g} {goal['unit']}",
             {True: "yes", False: "**no**", None: NOT_MEASURED}[goal["met"]],
         ]
         for goal in (found["goals"] if found else ())
     ]
     head = ["", "found", "bar", "met"]
-    return _markdown(head, rows or [["", NOT_MEASURED, "", ""]], [found])
+    return markdown(head, rows or [["", NOT_MEASURED, "", ""]], [found])
 
 
 def parity(results: Path) -> str:
     """results/parity.json of tests/parity_table.py: largest differences from plain PyTorch."""
-    found = _read(results / "parity.json")
+    found = read(results / "parity.json")
     head = ["layout", "ranks", *PARITY_COLUMNS.values()]
     rows = [
-        [row["layout"], str(row["ranks"]), *(_number(row[key], ".1e") for key in PARITY_COLUMNS)]
+        [row["layout"], str(row["ranks"]), *(number(row[key], ".1e") for key in PARITY_COLUMNS)]
         for row in (found["rows"] if found else ())
     ]
-    return _markdown(head, rows or [[NOT_MEASURED, *("" for _ in head[1:])]], [found])
+    return markdown(head, rows or [[NOT_MEASURED, *("" for _ in head[1:])]], [found])
 
 
 def train_step(results: Path) -> str:
     """All results/train_step_*.json of benchmarks/train_step.py, one after the other."""
     files = sorted(results.glob("train_step_*.json"))
-    found = {path.stem.removeprefix("train_step_"): _read(path) for path in files}
+    found = {path.stem.removeprefix("train_step_"): read(path) for path in files}
     rows = [
         line
         for name, content in found.items()
@@ -206,25 +211,25 @@ def train_step(results: Path) -> str:
         for line in step_pages.rows(name, content)
     ]
     rows = rows or [[NOT_MEASURED, *("" for _ in step_pages.HEAD[1:])]]
-    return _markdown(step_pages.HEAD, rows, list(found.values()))
+    return markdown(step_pages.HEAD, rows, list(found.values()))
 
 
 def _scaling(name: str) -> Callable[[Path], str]:
     """A table of results/scaling.json of benchmarks/scaling.py."""
 
     def table(results: Path) -> str:
-        found = _read(results / "scaling.json")
+        found = read(results / "scaling.json")
         if not found:
-            return _markdown([NOT_MEASURED], [], [])
+            return markdown([NOT_MEASURED], [], [])
         head, rows = pages.TABLES[name](found)
         how = "Steps are modelled; ranks simulated and the loader timed with the real code. "
-        return f"{_markdown(head, rows, [])}\n\n<sub>{how}{_origin(found, True)}</sub>"
+        return f"{markdown(head, rows, [])}\n\n<sub>{how}{origin(found, True)}</sub>"
 
     return table
 
 
 def _loader(results: Path, table: str) -> str:
-    found = _read(results / "loader.json")
+    found = read(results / "loader.json")
     rows = [
         [row["label"], row["peer"] or "-", *_loader_numbers(row)]
         for row in (found["rows"] if found else ())
@@ -232,7 +237,7 @@ def _loader(results: Path, table: str) -> str:
     ]
     head = ["loader", "peer", *(label for label, _ in LOADER_COLUMNS)]
     rows = rows or [[NOT_MEASURED, *("" for _ in head[1:])]]
-    return _markdown(head, rows, [found])
+    return markdown(head, rows, [found])
 
 
 def _loader_numbers(row: Measurement) -> list[str]:
@@ -241,75 +246,21 @@ def _loader_numbers(row: Measurement) -> list[str]:
     return [show(row) for _, show in LOADER_COLUMNS]
 
 
-def _model(run: Measurement) -> str:
-    model, settings = run["settings"]["model"], run["settings"]
-    return (
-        f"{model['num_layers']} layers x {model['hidden_size']}, "
-        f"{settings['seq_length']:,} tokens, {settings['train']['precision']}"
-    )
-
-
-def _steps(run: Measurement) -> str:
-    batch = run["settings"]["train"]["global_batch_size"]
-    return f"{run['logged_step']:,} of {batch:,} cells"
-
-
-def _baseline(run: Measurement, name: str) -> str:
-    return _nats((run["baselines"] or {}).get(name))
-
-
-def _both_tflops(run: Measurement) -> str:
-    kinds = (run["tflops_padded_equivalent"], run["tflops_executed"])
-    return " / ".join(_number(kind, ".3g") for kind in kinds)
-
-
-def _wall(run: Measurement) -> str:
-    return f"{_number(run['wall_s'], ',.0f')} s"
-
-
-def _nats(value: float | None) -> str:
-    return _number(value, ".3f")
-
-
-def _share(value: float | None) -> str:
-    return _number(value, ".1%")
-
-
-def _number(value: float | None, form: str) -> str:
-    return NOT_MEASURED if value is None else format(value, form)
-
-
-RUN_ROWS: list[tuple[str, Callable[[Measurement], str]]] = [
-    ("model", _model),
-    ("steps", _steps),
-    ("training loss, nats per masked gene", lambda run: _nats(run["train_loss"])),
-    ("**validation loss**", lambda run: f"**{_nats(run['val_loss'])}**"),
-    ("control: genes of each cell shuffled", lambda run: _nats(run["val_loss_shuffled_genes"])),
-    ("baseline: unigram", lambda run: _baseline(run, "unigram")),
-    ("baseline: gene given rank", lambda run: _baseline(run, "gene_given_rank")),
-    ("cells/s", lambda run: _number(run["cells_per_s"], ",.1f")),
-    ("tokens/s, padding not counted", lambda run: _number(run["tokens_per_s"], ",.0f")),
-    ("TFLOPS per rank, padded-equivalent / executed", _both_tflops),
-    ("MFU, executed / measured peak", lambda run: _share(run["mfu"])),
-    ("share of time waiting for data", lambda run: _share(run["data_wait_fraction"])),
-    ("wall time", _wall),
-]
-
 TFLOPS_COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
     ("model", lambda row: str(row["model"])),
     ("precision", lambda row: str(row["precision"])),
     ("cells", lambda row: f"{row.get('packing', 'padded')}, {row['tokens_per_cell']:,.0f} tokens"),
     ("attention", lambda row: f"{row['attention']}, dropout {row['attention_dropout']:g}"),
     ("micro batch", lambda row: f"{row['micro_batch']:,}"),
-    ("fill", lambda row: _share(row.get("fill"))),
+    ("fill", lambda row: share(row.get("fill"))),
     ("s per step", lambda row: f"{row['step_s']:.3g}"),
     ("cells/s", lambda row: f"{row['cells_per_s']:,.3g}"),
     ("tokens/s", lambda row: f"{row['tokens_per_s']:,.0f}"),
     ("TFLOPS, padded-equivalent", lambda row: f"{row['tflops_padded_equivalent']:.3g}"),
     ("TFLOPS, executed", lambda row: f"{row['tflops_executed']:.3g}"),
-    ("MFU", lambda row: _share(row["mfu"])),
-    ("data wait", lambda row: _share(row["data_wait_fraction"])),
-    ("memory, MiB", lambda row: _number(row.get("peak_mib"), ",.0f")),
+    ("MFU", lambda row: share(row["mfu"])),
+    ("data wait", lambda row: share(row["data_wait_fraction"])),
+    ("memory, MiB", lambda row: number(row.get("peak_mib"), ",.0f")),
 ]
 
 LOADER_COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
@@ -342,43 +293,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "train_step": train_step,
     **{name: _scaling(name) for name in pages.TABLES},
 }
-
-
-def _markdown(
-    head: list[str],
-    rows: list[list[str]],
-    sources: list[Measurement | None],
-    with_machine: bool = True,
-) -> str:
-    """A table, and under it where its numbers are from."""
-    lines = [_row(head), _row(["---"] * len(head)), *map(_row, rows)]
-    origins = dict.fromkeys(_origin(source, with_machine) for source in sources if source)
-    return "\n".join([*lines, "", *(f"<sub>{origin}</sub>" for origin in origins)]).rstrip()
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _origin(source: Measurement, with_machine: bool) -> str:
-    versions = ", ".join(
-        f"{name} {number}" for name, number in source["versions"].items() if number != "absent"
-    )
-    machine = f"{source['machine']}; " if with_machine else ""
-    return f"Measured on {machine}{versions}; commit {source['commit']}."
-
-
-def _read(path: Path) -> Measurement | None:
-    """The measurement in `path`; None where there is none."""
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        raise DataError(f"{path} is not JSON: measure again.") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path} must hold one object: measure again.")
-    return found
 
 
 if __name__ == "__main__":

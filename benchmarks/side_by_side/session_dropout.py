@@ -33,7 +33,7 @@ def statistics(stage: Geneformer, packed: bool, num_keys: int, here: torch.devic
     core.train()
     first, gradient_error = _kept_and_gradient_error(stage, packed, num_keys, here)
     second, _ = _kept_and_gradient_error(stage, packed, num_keys, here)
-    core.eval()
+    core.train(mode=False)
     still, _ = _kept_and_gradient_error(stage, packed, num_keys, here)
     core.train()
     asked = float(stage.config.attention_dropout)
