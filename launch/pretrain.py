@@ -48,7 +48,7 @@ def main() -> int:
     except GeneformerError as error:
         return _refuse_settings(error, settings.run_dir(file, overrides))
     if arguments.dry_run:
-        return _show(text, plan)
+        return _show(text, plan, config.run.dir)
     ignore_known_warnings()
     # Only now what takes a second to import: a wrong setting is answered at once.
     from geneformer_mcore.parallel.watch import LostRankError, Watch
@@ -136,9 +136,11 @@ def _demo_store_hint(config: settings.Config) -> None:
         )
 
 
-def _show(text: str, plan: settings.Plan) -> int:
+def _show(text: str, plan: settings.Plan, run_dir: str) -> int:
     if _environment("RANK", 0) == 0:
         print(text, end="")
+        # Interpolations in the text above are as they were written; a launcher needs the folder.
+        print(f"# run folder: {Path(run_dir).absolute()}")
         for name, value in vars(plan).items():
             print(f"# {name}: {value}")
     return FINISHED

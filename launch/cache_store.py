@@ -1,0 +1,40 @@
+"""Makes this node's own flat copy of a run's store, so that no rank has to wait for one that copies.
+
+python launch/cache_store.py [--config FILE] [section.key=value ...]
+
+Takes the arguments of launch/pretrain.py; the copy is made in data.cache_dir, where it is not there
+yet. A run makes it by itself, too: on several nodes, the slowest disk must then be done within
+parallel.timeout_s of the fastest. Ends with 0; 2 if the store or the settings are wrong, or the
+disk is full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from geneformer_mcore import config as settings
+from geneformer_mcore.commands import FINISHED, run
+from geneformer_mcore.errors import ConfigError
+
+
+def main() -> int:
+    """Reads the arguments and opens the cells as a run does."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, help="YAML file, as for launch/pretrain.py")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    config, _ = settings.load(arguments.config, arguments.settings)
+    if not config.data.cache_dir:
+        raise ConfigError("data.cache_dir names no folder: give it one on this node's own disk.")
+    from geneformer_mcore.train import data
+
+    started = time.monotonic()
+    cells = data.open_cells(config)
+    print(f"{cells.name}: in {config.data.cache_dir}, {time.monotonic() - started:.1f} s")
+    return FINISHED
+
+
+if __name__ == "__main__":
+    run(main)
