@@ -80,7 +80,7 @@ def meet(parallel: ParallelConfig, watch: Watch | None = None) -> Meeting:
         # Where torchrun restarts ranks, its store may be that of the attempt before.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if watch is not None and world_size > 1:
-            apart = store.clone()  # type: ignore[attr-defined]
+            apart = store.clone()
             watch.join(PrefixStore(f"watch_{attempt}", apart), rank, world_size)
         meeting = Meeting(PrefixStore(f"attempt_{attempt}", store), rank, world_size)
     _choose_interface(meeting.world_size)
