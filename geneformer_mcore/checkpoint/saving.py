@@ -33,7 +33,7 @@ from geneformer_mcore.optim.optimizer import Trainable
 from geneformer_mcore.parallel import collectives
 
 _LOOK_S = 0.005
-_SPARE_BYTES = 1 << 20
+SPARE_BYTES = 1 << 20
 """For what is no tensor: random states, descriptions, the manifest."""
 _TORCHS_WORDS = ("StreamWriter", "iostream")
 """By which torch.save says that it cannot write a file, in a RuntimeError without a number."""
@@ -93,10 +93,10 @@ class Saver:
         staging = self._root / f".staging_step_{record.step:010d}"
         self._by_first_rank(lambda: checkpoints.make_staging(self._root, record.step))
         # Megatron writes a small file at once, before it is known how much all is.
-        self._by_first_rank(lambda: self._check_room(_SPARE_BYTES, "more than"))
+        self._by_first_rank(lambda: self._check_room(SPARE_BYTES, "more than"))
         with self._as_users_error():
             self._snapshot = Snapshot(trainable, staging, self._rank, self._asynchronous)
-        needed = collectives.total(self._snapshot.num_bytes, self._device) + _SPARE_BYTES
+        needed = collectives.total(self._snapshot.num_bytes, self._device) + SPARE_BYTES
         self._by_first_rank(lambda: self._check_room(needed, "about"))
         self._by_first_rank(lambda: record.save(staging))
         self._thread = _Caught(self._snapshot.write)

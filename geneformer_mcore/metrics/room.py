@@ -34,6 +34,15 @@ def unwritable(path: Path, error: OSError) -> ConfigError:
     )
 
 
+def free_bytes(path: Path) -> int:
+    """What is free on the disk of `path`, or of the nearest folder above it that is there; -1 if
+    that cannot be told."""
+    for place in (path.absolute(), *path.absolute().parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(place).free
+    return -1
+
+
 def _room(path: Path) -> str:
     """How much is free on the disk of `path`, or of the nearest folder above it that is there."""
     for place in path.absolute().parents:

@@ -47,6 +47,15 @@ class Topology:
         return self.pipeline_rank == self.pipeline_size - 1
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """The key-value store in which the ranks meet, before any process group is there."""
+
+    store: Store
+    rank: int
+    world_size: int
+
+
 def start(
     device: torch.device,
     parallel: ParallelConfig,
@@ -58,33 +67,49 @@ def start(
     watch: looks out from here on; whoever does not come within `parallel.timeout_s` seconds is
     named then, and the job ends. On one machine nothing of this listens to other machines.
     """
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    return join(meet(parallel, watch), device, parallel, backstop_s)
+
+
+def meet(parallel: ParallelConfig, watch: Watch | None = None) -> Meeting:
+    """The first half of `start`: ranks can tell each other things, slowly, and are watched."""
     if "RANK" not in os.environ:  # one process, without torchrun: nothing to meet
-        store: Store = HashStore()
-        rank, world_size = 0, 1
+        meeting = Meeting(HashStore(), 0, 1)
     else:
         limit = timedelta(seconds=parallel.timeout_s)
         store, rank, world_size = next(rendezvous("env://", timeout=limit))
         # Where torchrun restarts ranks, its store may be that of the attempt before.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if watch is not None and world_size > 1:
-            apart = store.clone()  # type: ignore[attr-defined]
+            apart = store.clone()
             watch.join(PrefixStore(f"watch_{attempt}", apart), rank, world_size)
-        store = PrefixStore(f"attempt_{attempt}", store)
-    _stay_on_this_machine(world_size)
+        meeting = Meeting(PrefixStore(f"attempt_{attempt}", store), rank, world_size)
+    _choose_interface(meeting.world_size)
+    return meeting
+
+
+def join(
+    meeting: Meeting, device: torch.device, parallel: ParallelConfig, backstop_s: float = BACKSTOP_S
+) -> Topology:
+    """The second half of `start`: the process groups."""
     dist.init_process_group(
-        backend,
-        store=store,
-        rank=rank,
-        world_size=world_size,
+        "nccl" if device.type == "cuda" else "gloo",
+        store=meeting.store,
+        rank=meeting.rank,
+        world_size=meeting.world_size,
         timeout=timedelta(seconds=backstop_s),
     )
     return build_groups(parallel, backstop_s)
 
 
-def _stay_on_this_machine(world_size: int) -> None:
-    """On one machine gloo and NCCL talk over the loopback interface, unless told otherwise."""
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == world_size and sys.platform == "linux":
+def _choose_interface(world_size: int) -> None:
+    """By which network gloo and NCCL talk, unless told otherwise: on one machine the loopback
+    interface, which nobody else can reach; on several the one that leads to the master."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) != world_size:
+        # Only here: it needs psutil, which a benchmark on a bare machine need not have.
+        from geneformer_mcore.parallel import interface
+
+        interface.choose()
+    elif sys.platform == "linux":
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
 
@@ -113,6 +138,16 @@ def topology() -> Topology:
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def named_groups() -> dict[str, dist.ProcessGroup]:
+    """The groups that training talks in, this rank's ones, in the same order on every rank."""
+    return {
+        "world": dist.group.WORLD,
+        "tensor parallel": parallel_state.get_tensor_model_parallel_group(),
+        "pipeline parallel": parallel_state.get_pipeline_model_parallel_group(),
+        "data parallel": parallel_state.get_data_parallel_group(),
+    }
 
 
 def seed_dropout(seed: int, topology: Topology) -> None:

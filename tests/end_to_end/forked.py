@@ -81,10 +81,12 @@ def start(
     trouble: Trouble | None = None,
     args: tuple = (),
     printed: Path | None = None,
+    command: str = "pretrain",
 ) -> Start:
     """Starts `ranks` ranks on the folder `run`; one is started without torchrun's environment.
 
     printed: where they print to; else a file that is not on the disk of `run`
+    command: another one of launch/ that takes the same arguments
     """
     store, where = None, {}
     if ranks > 1:
@@ -105,7 +107,9 @@ def start(
         names = {name: str(value) for name, value in here.items()}
         arguments = [f"run.dir={run}", *SETTINGS, *settings]
         process = context.Process(
-            target=_rank, args=(arguments, names, printed, trouble, (rank, *args)), daemon=True
+            target=_rank,
+            args=(command, arguments, names, printed, trouble, (rank, *args)),
+            daemon=True,
         )
         process.start()
         processes.append(process)
@@ -113,6 +117,7 @@ def start(
 
 
 def _rank(
+    command: str,
     arguments: list[str],
     environment: dict[str, str],
     printed: Path,
@@ -123,15 +128,15 @@ def _rank(
     into = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(into, stream)
-    import launch.pretrain as pretrain
+    module = importlib.import_module(f"launch.{command}")
     from geneformer_mcore.train import setup
 
     # The device's peak is for MFU alone, and takes most of a second to measure.
     setup.measured_peak = lambda *_: 1e12  # type: ignore[assignment]
     if trouble is not None:
         trouble(*args)
-    sys.argv = ["pretrain.py", *arguments]
-    sys.exit(pretrain.main())
+    sys.argv = [f"{command}.py", *arguments]
+    sys.exit(module.main())
 
 
 def before(place: str, call: int, do: Callable[[], object]) -> None:

@@ -19,6 +19,7 @@ FLOORS = (
     {"optim"},
     {"checkpoint", "metrics"},
     {"train", "downstream"},
+    {"preflight"},
 )
 FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 

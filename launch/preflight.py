@@ -1,0 +1,128 @@
+#!/usr/bin/env python
+"""Checks a job before it trains: what all of its nodes see, share and run, and how they talk.
+
+torchrun [as for the job] launch/preflight.py [--config FILE] [--json FILE] [section.key=value]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geneformer_mcore import config as settings
+from geneformer_mcore.backends import ignore_known_warnings
+from geneformer_mcore.commands import DEFECT, WRONG_INPUT, exit_code_of, tell
+from geneformer_mcore.errors import GeneformerError
+
+if TYPE_CHECKING:
+    from geneformer_mcore.parallel.watch import LostRankError
+    from geneformer_mcore.preflight.shared_folder import Traces
+
+_LAST_WORDS_S = 4.0
+DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+EXAMPLE = """example, on every node, with the arguments of launch/pretrain.py:
+  torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT \\
+      launch/preflight.py --config configs/geneformer_106m.yaml data.store=stores/lung
+
+exit codes (torchrun turns all but 0 into 1):
+  0 all is well   2 something to mend, all of it listed   1 defect, or a rank that was lost
+"""
+
+
+def main() -> int:
+    """Ends with the same exit code on every rank."""
+    arguments = _arguments()
+    try:
+        config, text = settings.load(arguments.config or DEMO, arguments.settings)
+        settings.plan(config, int(os.environ.get("WORLD_SIZE", "1")))
+    except GeneformerError as error:
+        _complain(error)
+        return WRONG_INPUT
+    ignore_known_warnings()
+    # Only now what takes seconds to import: a wrong setting is answered at once.
+    from geneformer_mcore.parallel.watch import LostRankError, Watch
+    from geneformer_mcore.preflight import flight
+    from geneformer_mcore.preflight.shared_folder import Traces
+
+    traces = Traces()
+    signal.signal(signal.SIGTERM, partial(_end_on_signal, traces))
+    watch = Watch(min(flight.LIMIT_S, config.parallel.timeout_s), partial(_end_lost, traces))
+    try:
+        with watch:
+            code, result = flight.fly(config, text, watch, traces, _say)
+            if arguments.json is not None and _is_first():
+                _keep(arguments.json, result)
+        return code
+    except GeneformerError as error:
+        _complain(error)
+        return exit_code_of(error)
+    except LostRankError as error:
+        if error.tell:
+            tell(f"error: {error}")
+        return error.code
+    except Exception:
+        traceback.print_exc()
+        return DEFECT
+
+
+def _end_lost(traces: Traces, loss: LostRankError) -> None:
+    """Ends this process, whose main thread waits for a rank that will not come, or for a disk: that
+    may keep this thread waiting, too."""
+    at_last = threading.Timer(_LAST_WORDS_S, os._exit, [loss.code])
+    at_last.daemon = True
+    at_last.start()
+    try:
+        if loss.tell:
+            tell(f"error: {loss}")
+        traces.clear()
+    finally:
+        os._exit(loss.code)
+
+
+def _end_on_signal(traces: Traces, number: int, _frame: Any) -> None:
+    """torchrun ends the other ranks so, once one has ended."""
+    traces.clear()
+    os._exit(128 + number)
+
+
+def _keep(path: Path, result: dict[str, Any]) -> None:
+    from geneformer_mcore.metrics import kept
+
+    kept.save(path, result)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _complain(error: GeneformerError) -> None:
+    """Once per machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        tell(f"error: {error}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Check the nodes of a job before it trains.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, help="YAML file; default: configs/demo.yaml")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value")
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

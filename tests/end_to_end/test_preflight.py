@@ -1,0 +1,311 @@
+"""launch/preflight.py on two ranks, each of them a "node": a clean pass, and every way to fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from geneformer_mcore.parallel.interface import interface_of
+from geneformer_mcore.store.layout import Manifest
+from tests.end_to_end import forked
+
+LIMIT = "parallel.timeout_s=20"
+
+
+def two_nodes(rank: int, what: str = "", *args: Any) -> None:
+    """Trouble: each rank is a node of its own, and `what`, a name in TROUBLES, befalls rank 1."""
+    from geneformer_mcore.preflight import shared_folder
+
+    os.environ.update(GROUP_RANK=str(rank), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    shared_folder.SEE_S = 0.6
+    if what and rank == 1:
+        TROUBLES[what](*args)
+
+
+def in_the_network(_: int, own_address: str) -> None:
+    """Trouble: the two nodes meet at the machine's address in its network."""
+    os.environ.update(MASTER_ADDR=own_address, LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+
+
+def other_setting(setting: str) -> None:
+    from geneformer_mcore import config
+
+    whole = config.load
+    config.load = lambda file, overrides: whole(file, [*overrides, setting])
+
+
+def wrong_clock(seconds: float) -> None:
+    from geneformer_mcore.preflight import clocks
+
+    clocks.now = lambda: time.time() + seconds
+
+
+def other_version(name: str) -> None:
+    from geneformer_mcore import backends
+
+    whole = backends.describe
+    backends.describe = lambda: whole() | {name: "0.0.1"}
+
+
+def other_node(**values: Any) -> None:
+    from geneformer_mcore.preflight import node
+
+    whole = node.look
+    node.look = lambda text: dataclasses.replace(whole(text), **values)
+
+
+def other_machine(values: dict[str, Any]) -> None:
+    other_node(**values)
+
+
+def does_not_come() -> None:
+    from geneformer_mcore.preflight import reduce
+
+    reduce.check = lambda *_: time.sleep(600)  # type: ignore[assignment,return-value]
+
+
+def dies() -> None:
+    from geneformer_mcore.preflight import reduce
+
+    reduce.check = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+
+
+def wrong_sum() -> None:
+    import torch.distributed as dist
+
+    whole = dist.all_reduce
+
+    def all_reduce(values: Any, **more: Any) -> None:
+        whole(values, **more)
+        values[-1] += 1
+
+    dist.all_reduce = all_reduce
+
+
+TROUBLES: dict[str, Any] = {
+    each.__name__: each
+    for each in (
+        other_setting,
+        wrong_clock,
+        other_version,
+        other_machine,
+        does_not_come,
+        dies,
+        wrong_sum,
+    )
+}
+
+
+def fly(
+    store: Path, run: Path, *trouble: Any, settings: tuple[str, ...] = (), ranks: int = 2
+) -> tuple[list[int | None], str, dict[str, str]]:
+    """(exit codes, what was printed, {check: its line if it fails})."""
+    kept = next(each for each in run.parents if each.is_dir()) / "preflight.json"
+    given = [f"data.store={store}", LIMIT, *settings, f"--json={kept}"]
+    nodes = two_nodes if ranks > 1 else None
+    started = forked.start(run, given, ranks, nodes, trouble, command="preflight")
+    codes = started.wait(60)
+    result = json.loads(kept.read_text()) if kept.exists() else {"checks": []}
+    failing = {each["check"]: each["text"] for each in result["checks"] if each["state"] == "FAILS"}
+    for check, text in failing.items():
+        assert f"FAILS        {check}: {text}" in started.printed
+    return codes, started.printed, failing
+
+
+def test_all_is_well_and_nothing_is_left(store: Path, tmp_path: Path) -> None:
+    codes, printed, failing = fly(store, tmp_path / "runs" / "a")
+    assert (codes, failing) == ([0, 0], {}), printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["preflight.json"]
+    table = printed.splitlines()[:3]
+    assert [line.split()[0] for line in table] == ["node", "0", "1"]
+    assert "2 node(s) see the same" in printed
+    assert "all-reduce, data parallel: 1 group(s) of 2 ranks" in printed
+    assert "all-reduce, tensor parallel: groups of one rank" in printed
+    kept = json.loads((tmp_path / "preflight.json").read_text())
+    assert kept["exit_code"] == 0
+    assert kept["seconds"] < 60
+    assert [each["ranks"] for each in kept["nodes"]] == [[0], [1]]
+    assert kept["nodes"][1]["seen"]["hash"] == Manifest.load(store).content_hash
+
+
+def test_one_process_alone(store: Path, tmp_path: Path) -> None:
+    codes, printed, failing = fly(store, tmp_path / "run", ranks=1)
+    assert (codes, failing) == ([0], {}), printed
+
+
+def test_tensor_groups_are_those_of_the_layout(store: Path, tmp_path: Path) -> None:
+    codes, printed, _ = fly(store, tmp_path / "run", settings=("parallel.tensor=2",))
+    assert codes == [0, 0], printed
+    assert "all-reduce, tensor parallel: 1 group(s) of 2 ranks" in printed
+    assert "all-reduce, data parallel: groups of one rank" in printed
+
+
+def test_a_node_with_another_store(store: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(store, other)
+    dataclasses.replace(Manifest.load(other), content_hash="f" * 64).save(other)
+    codes, _, failing = fly(store, tmp_path / "run", "other_setting", f"data.store={other}")
+    assert codes == [2, 2]
+    assert "ffffffffffff on node 1" in failing["cells"]
+    assert "settings" in failing["versions"]
+
+
+def test_a_node_without_the_store(store: Path, tmp_path: Path) -> None:
+    missing = f"data.store={tmp_path / 'no'}"
+    codes, _, failing = fly(store, tmp_path / "run", "other_setting", missing)
+    assert codes == [2, 2]
+    assert "1 of 2 cannot use them: node 1" in failing["cells"]
+    assert "versions" in failing, "all that fails is listed"
+
+
+def test_a_folder_that_is_not_shared(store: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    codes, _, failing = fly(store, tmp_path / "run", "other_setting", f"run.dir={other}")
+    assert codes == [2, 2]
+    assert "did not see rank 0's file" in failing["run folder"]
+    assert not (tmp_path / "run").exists()
+    assert list(other.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(store: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    codes, _, failing = fly(store, tmp_path / "run", "other_setting", f"run.dir={file / 'run'}")
+    assert codes == [2, 2]
+    assert "node 1" in failing["run folder"]
+    assert "cannot write there: Not a directory" in failing["run folder"]
+    codes, printed, failing = fly(store, file / "run")
+    assert codes == [2, 2], printed
+    assert "node 0" in printed
+    assert "run folder" in printed
+
+
+def test_a_run_that_goes_on_is_told_and_left_alone(store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        codes, _, failing = fly(store, run)
+    assert codes == [2, 2]
+    assert "another start of the run" in failing["run lock"]
+    assert [path.name for path in run.iterdir()] == [".lock"]
+    assert fly(store, run)[0] == [0, 0]
+
+
+def test_no_room_for_the_checkpoints(store: Path, tmp_path: Path) -> None:
+    more = ("checkpoint.keep_last=1000000",)
+    codes, printed, failing = fly(store, tmp_path / "run", settings=more)
+    assert codes == [2, 2], printed
+    assert "up to 1000002 checkpoints" in failing["room"]
+    assert "missing" in failing["room"]
+
+
+def test_a_clock_that_is_off(store: Path, tmp_path: Path) -> None:
+    codes, _, failing = fly(store, tmp_path / "run", "wrong_clock", 7.5)
+    assert codes == [2, 2]
+    assert "node 1" in failing["clocks"]
+    assert "+7.5" in failing["clocks"] or "+7.4" in failing["clocks"]
+
+
+def test_nodes_talk_over_the_interface_that_leads_to_the_master(
+    store: Path, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has no network")
+        own = probe.getsockname()[0]
+    given = [f"data.store={store}"]
+    started = forked.start(tmp_path / "run", given, 2, in_the_network, (own,), command="preflight")
+    assert started.wait(60) == [0, 0], started.printed
+    name = interface_of(own)
+    assert name != "lo"
+    assert f"on one machine, over {name}" in started.printed
+    assert f"  {name} {own}  " in started.printed
+
+
+def test_another_version(store: Path, tmp_path: Path) -> None:
+    codes, _, failing = fly(store, tmp_path / "run", "other_version", "numpy")
+    assert codes == [2, 2]
+    assert list(failing) == ["versions"]
+    assert "numpy" in failing["versions"]
+    assert "0.0.1 on node 1" in failing["versions"]
+
+
+def test_other_gpus_and_a_master_at_loopback_keep_from_the_all_reduce(
+    store: Path, tmp_path: Path
+) -> None:
+    values = {"gpus": ["A", "A"], "boot_id": "another", "driver": "1", "cuda": "2"}
+    codes, printed, failing = fly(store, tmp_path / "run", "other_machine", values)
+    assert codes == [2, 2]
+    assert "2 x A, driver 1, CUDA 2 on node 1" in failing["GPUs"]
+    assert "127.0.0.1" in failing["network"]
+    assert "not checked  all-reduce: GPUs, network must be mended first" in printed
+
+
+def test_a_sum_that_is_wrong(store: Path, tmp_path: Path) -> None:
+    codes, _, failing = fly(store, tmp_path / "run", "wrong_sum")
+    assert codes == [2, 2]
+    assert "ranks 0, 1" in failing["all-reduce, world"]
+
+
+def test_a_rank_that_does_not_come_is_named(store: Path, tmp_path: Path) -> None:
+    more = ("parallel.timeout_s=4",)
+    codes, printed, _ = fly(store, tmp_path / "run", "does_not_come", settings=more)
+    assert codes == [1, 1]
+    assert "rank 0 at step 0, the all-reduce of the world group (ranks 0, 1)" in printed
+    assert "rank 1 at step 0, building the process groups" in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_dies_is_named(store: Path, tmp_path: Path) -> None:
+    codes, printed, _ = fly(store, tmp_path / "run", "dies")
+    assert codes == [1, -signal.SIGKILL]
+    assert "rank 1 of 2 is lost" in printed
+    assert "the all-reduce of the world group (ranks 0, 1)" in printed
+
+
+@pytest.mark.parametrize("given", ["optim.lr=-1", "no.such=1"])
+def test_a_wrong_setting_is_answered_as_by_pretrain(given: str, repository: Path) -> None:
+    command = [sys.executable, "launch/preflight.py", given]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    ended = subprocess.run(
+        command, cwd=repository, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ")
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_through_torchrun(store: Path, tmp_path: Path, repository: Path) -> None:
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
+    given = [f"data.store={store}", f"run.dir={tmp_path / 'run'}", *forked.SETTINGS]
+    ended = subprocess.run(
+        [*torchrun, "--rdzv-backend=loopback", "--nproc_per_node=2", "launch/preflight.py", *given],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "0 of 12 checks fail" in ended.stdout
+    assert " 0-1 " in ended.stdout.splitlines()[1]
+    assert not (tmp_path / "run").exists()
