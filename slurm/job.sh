@@ -109,10 +109,11 @@ pretrain() { # CONFIG [arguments of launch/pretrain.py]
     mapfile -t launch < <(launcher)
     before_training "${settings[@]}"
     on_nodes "$SLURM_NNODES" "${launch[@]}" launch/pretrain.py "${settings[@]}" || true
-    [[ $(outcome restart) != "$before" ]] || {
+    if [[ $(outcome restart) == "$before" ]]; then
         [[ -z $stopped_by ]] || start_again "stopped by $stopped_by before the run began"
+        await_verdict
         fail 1 "the run in $run_dir did not begin; what went wrong stands above."
-    }
+    fi
     conclude "$(outcome exit_code)"
 }
 
@@ -133,8 +134,10 @@ before_training() {
     if [[ $code == 0 && $GENEFORMER_PREFLIGHT == yes ]]; then
         on_nodes "$SLURM_NNODES" "${launch[@]}" launch/preflight.py "$@" || code=$?
     fi
-    [[ $code == 0 || -z $stopped_by ]] || start_again "stopped by $stopped_by before the run began"
-    ((code == 0)) || fail 2 "the nodes are not fit for this run; what is wrong stands above."
+    ((code != 0)) || return 0
+    [[ -z $stopped_by ]] || start_again "stopped by $stopped_by before the run began"
+    await_verdict
+    fail 2 "the nodes are not fit for this run; what is wrong stands above."
 }
 
 conclude() { # EXIT_CODE of the run
@@ -167,5 +170,5 @@ await_verdict() {
     say "a node does not answer: waiting for SLURM to start this job again"
     # Not in one piece: a trap runs only between commands.
     for ((i = 0; i < ${patience_s:-300} + 60; i++)); do sleep 1; done
-    say "SLURM still takes all nodes for sound"
+    start_again "a node was lost, and is back" # it is down for longer than that, or not for SLURM
 }

@@ -141,6 +141,13 @@ class Cluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
+    def kill_daemon(self, node: str) -> None:
+        """Its slurmd alone: what that has started goes on."""
+        for process in self.processes(node):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.name() == "slurmd":
+                    process.kill()
+
     def processes(self, node: str) -> list[psutil.Process]:
         """slurmd of `node`, the slurmstepd that it started, and what these started."""
         spool = str(self.folder / f"spool_{node}")
@@ -151,6 +158,15 @@ class Cluster:
             if is_daemon or self._is_step_of(process, node, spool):
                 found += [process, *_descendants(process)]
         return list({process.pid: process for process in found}.values())
+
+    def tasks(self, node: str) -> list[list[str]]:
+        """The command lines of what srun has started on `node`, the tasks of its steps."""
+        found = []
+        for process in self.processes(node):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.name() == "slurmstepd" and ".batch" not in "".join(process.cmdline()):
+                    found += [child.cmdline() for child in process.children()]
+        return found
 
     def _is_step_of(self, process: psutil.Process, node: str, spool: str) -> bool:
         if process.info["name"] != "slurmstepd":

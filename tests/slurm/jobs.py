@@ -1,0 +1,140 @@
+"""A job on the tests' cluster, from its submission to its end.
+
+submit  ->  at_step  ->  an event of the test's  ->  ended  ->  outcome, log, weights
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.kills import final_state
+from tests.slurm.cluster import Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "slurm/pretrain_106m.sh"
+TOY = (
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=64",
+    "model.num_attention_heads=2",
+    "data.seq_length=100",
+    "data.span_cells=16",
+    "train.precision=fp32",
+    "train.steps=120",
+    "train.micro_batch_size=8",
+    "train.global_batch_size=16",
+    "train.validate_every_steps=0",
+    "metrics.log_every_steps=1",
+    "checkpoint.save_every_steps=40",
+    "parallel.timeout_s=20",
+)
+"""What makes the card's 106M variant small. Dropout stays on."""
+SLOW = ("train.validate_every_steps=1", "train.validate_batches=8")
+"""A step takes longer, and no weight changes by it."""
+_ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job, its run folder and its log."""
+
+    cluster: Cluster
+    number: str
+    run: Path
+    log_file: Path
+
+    def at_step(self, step: int, restarts: int = 0, timeout_s: float = 180) -> None:
+        """Waits until that step is logged, by the start after so many restarts."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.log.count("restart ") >= restarts and self._last_step() >= step:
+                return
+            assert self.state() not in _ENDS, self.log
+            time.sleep(0.1)
+        raise AssertionError(f"no step {step} after {timeout_s} s, {self.state()}:\n{self.log}")
+
+    def ended(self, timeout_s: float = 240) -> str:
+        """The state in which it ended."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            state = self.state()
+            if state in _ENDS:
+                return state
+            time.sleep(0.3)
+        raise AssertionError(f"still {state} after {timeout_s} s:\n{self.log}")
+
+    def state(self) -> str:
+        """As SLURM has it now."""
+        return self.shown("JobState")
+
+    def shown(self, key: str) -> str:
+        """A value of `scontrol show job`."""
+        text = self.cluster.run("scontrol", "show", "job", self.number)
+        (value,) = re.findall(rf"\b{key}=(\S*)", text)
+        return str(value)
+
+    @property
+    def restarts(self) -> int:
+        """How often SLURM has started it again."""
+        return int(self.shown("Restarts"))
+
+    @property
+    def log(self) -> str:
+        """What all of its starts have printed."""
+        return self.log_file.read_text() if self.log_file.exists() else ""
+
+    def lines(self) -> list[str]:
+        """Of the log, those of the job's script, without their time."""
+        found = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)$", self.log, re.MULTILINE)
+        return [str(line) for line in found]
+
+    def outcome(self) -> dict:
+        """outcome.json of its run."""
+        return json.loads((self.run / "outcome.json").read_text())
+
+    def weights(self) -> dict[str, str]:
+        """Digests of the final weights, moments and random states."""
+        return final_state(self.run)
+
+    def _last_step(self) -> int:
+        metrics = self.run / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def submit(
+    cluster: Cluster,
+    run: Path,
+    store: Path,
+    *settings: str,
+    options: tuple[str, ...] = (),
+    script: str = SCRIPT,
+    nodes: int = 2,
+    preflight: bool = False,
+) -> Job:
+    """The script of the project as it is, with one rank per node, on a small model.
+
+    options: of sbatch, before the script
+    """
+    log = run.with_name(f"{run.name}.log")
+    number = cluster.run(
+        "env",
+        f"GENEFORMER_PREFLIGHT={'yes' if preflight else 'no'}",
+        "sbatch",
+        "--parsable",
+        f"--nodes={nodes}",
+        "--gpus-per-node=1",
+        f"--output={log}",
+        *options,
+        script,
+        f"data.store={store}",
+        f"run.dir={run}",
+        *TOY,
+        *settings,
+        cwd=ROOT,
+    )
+    return Job(cluster, number.strip(), run, log)
