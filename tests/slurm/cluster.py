@@ -91,7 +91,7 @@ class Cluster:
     def __init__(self, folder: Path, nodes: int = 2) -> None:
         self.folder = folder
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
-        self.configuration = folder / "slurm.conf"
+        self._file = str(folder / "slurm.conf")
         self._pid_files = [folder / f"{name}.pid" for name in ("munged", "slurmctld")]
         self._pid_files += [folder / f"slurmd_{node}.pid" for node in self.nodes]
 
@@ -125,7 +125,7 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """This process' own, less what tests set, and where the cluster is."""
         own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        return {**own, "SLURM_CONF": str(self.configuration)}
+        return {**own, "SLURM_CONF": self._file}
 
     def start_node(self, node: str) -> None:
         """Its slurmd, on its share of the cores: nodes do not slow each other down."""
@@ -133,7 +133,7 @@ class Cluster:
         cores = sorted(os.sched_getaffinity(0))
         share = cores[self.nodes.index(node) :: len(self.nodes)] or cores
         bound = ("taskset", "--cpu-list", ",".join(map(str, share)))
-        _start(*bound, "slurmd", "-N", node, "-f", str(self.configuration))
+        _start(self._file, *bound, "slurmd", "-N", node, "-f", self._file)
 
     def kill_node(self, node: str) -> None:
         """As if its power was cut: slurmd and all that runs under it, without a last word."""
@@ -150,12 +150,11 @@ class Cluster:
 
     def processes(self, node: str) -> list[psutil.Process]:
         """slurmd of `node`, the slurmstepd that it started, and what these started."""
-        spool = str(self.folder / f"spool_{node}")
         found: list[psutil.Process] = []
         for process in psutil.process_iter(["name", "cmdline"]):
             line = " ".join(process.info["cmdline"] or [])
-            is_daemon = process.info["name"] == "slurmd" and f"-N {node} " in f"{line} "
-            if is_daemon or self._is_step_of(process, node, spool):
+            is_daemon = process.info["name"] == "slurmd" and f"-N {node} -f {self._file}" in line
+            if is_daemon or self._is_step_of(process, node):
                 found += [process, *_descendants(process)]
         return list({process.pid: process for process in found}.values())
 
@@ -168,15 +167,14 @@ class Cluster:
                     found += [child.cmdline() for child in process.children()]
         return found
 
-    def _is_step_of(self, process: psutil.Process, node: str, spool: str) -> bool:
+    def _is_step_of(self, process: psutil.Process, node: str) -> bool:
+        """A daemon of a step knows its cluster, and what it starts knows its node."""
         if process.info["name"] != "slurmstepd":
             return False
         with contextlib.suppress(psutil.Error):
-            named = process.environ().get("SLURMD_NODENAME")
-            if named is not None:
-                return named == node
-            children = process.children()
-            return any(child.environ().get("SLURMD_NODENAME") == node for child in children)
+            if process.environ().get("SLURM_CONF") == self._file:
+                names = [child.environ().get("SLURMD_NODENAME") for child in process.children()]
+                return node in names
         return False
 
     def stop(self) -> None:
@@ -198,7 +196,7 @@ class Cluster:
         port = _free_ports(1 + len(self.nodes))
         memory_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.configuration.write_text(
+        Path(self._file).write_text(
             _CONFIGURATION.format(
                 host=socket.gethostname().partition(".")[0],
                 folder=self.folder,
@@ -233,8 +231,8 @@ class Cluster:
             "seed-file": "munged.seed",
         }
         options = [f"--{option}={self.folder / name}" for option, name in files.items()]
-        _start("munged", *options, "--force")
-        _start("slurmctld", "-c", "-f", str(self.configuration))
+        _start(self._file, "munged", *options, "--force")
+        _start(self._file, "slurmctld", "-c", "-f", self._file)
         for node in self.nodes:
             self.start_node(node)
         self.wait_for_nodes()
@@ -260,11 +258,11 @@ def _program(name: str) -> str | None:
     return shutil.which(name, path=_PATH)
 
 
-def _start(name: str, *arguments: str) -> None:
+def _start(configuration: str, *command: str) -> None:
     """A daemon, which goes into the background by itself; its log tells what failed."""
     subprocess.run(
-        [name, *arguments],
-        env={**os.environ, "PATH": _PATH},
+        command,
+        env={**os.environ, "PATH": _PATH, "SLURM_CONF": configuration},
         check=True,
         timeout=60,
         stdin=subprocess.DEVNULL,
@@ -302,7 +300,7 @@ def main() -> None:
     """A cluster to try things on, until Ctrl-C: python -m tests.slurm.cluster [FOLDER]."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="slurm_"))
     with Cluster(folder) as cluster:
-        print(f"export SLURM_CONF={cluster.configuration}", flush=True)
+        print(f"export SLURM_CONF={cluster.environment()['SLURM_CONF']}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
 
