@@ -1,6 +1,7 @@
 # make env    the environment in .venv, from requirements.lock; does nothing when it is there
 # make demo   real cells -> token store -> a short pretraining -> summary and loss plot
 # make test   every test
+# make test-slurm  what can befall a job, on a SLURM of its own (needs root, slurm-wlm and munge)
 # make lint   style, types, rules
 # make clean  removes all that these made; your own runs stay
 #
@@ -8,7 +9,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: env demo test lint clean
+.PHONY: env demo test test-slurm lint clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -74,6 +75,9 @@ $(GENCODE): | $(INSTALLED)
 
 test: env
 	$(BIN)/python -m pytest -q
+
+test-slurm: env
+	$(BIN)/python -m pytest -v --all-events tests/slurm
 
 lint: env
 	$(BIN)/ruff check .

@@ -168,13 +168,12 @@ class Cluster:
         return found
 
     def _is_step_of(self, process: psutil.Process, node: str) -> bool:
-        """A daemon of a step knows its cluster, and what it starts knows its node."""
+        """What the daemon of a step has started knows its cluster and its node."""
         if process.info["name"] != "slurmstepd":
             return False
+        here = {"SLURM_CONF": self._file, "SLURMD_NODENAME": node}
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("SLURM_CONF") == self._file:
-                names = [child.environ().get("SLURMD_NODENAME") for child in process.children()]
-                return node in names
+            return any(here.items() <= child.environ().items() for child in process.children())
         return False
 
     def stop(self) -> None:

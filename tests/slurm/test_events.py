@@ -19,14 +19,13 @@ from tests.slurm.jobs import SLOW, Job, submit
 pytestmark = pytest.mark.timeout(600)
 
 
-def run_to_end(job: Job, clean: Clean, reason: str, restarts: int | None = 1) -> None:
-    """It starts again for that reason, as often as told (None: once or more), and finishes."""
+def run_to_end(job: Job, clean: Clean, reason: str) -> None:
+    """It starts again once, for that reason, and finishes."""
     assert job.ended() == "COMPLETED", job.log
-    found = job.restarts
-    assert found == restarts or (restarts is None and found >= 1)
-    told = [line for line in job.lines() if line.startswith("restart ")]
-    assert [line.split(" of job")[0] for line in told] == [f"restart {i + 1}" for i in range(found)]
-    assert all(reason in line for line in told), told
+    assert job.restarts == 1, job.log
+    (told,) = (line for line in job.lines() if line.startswith("restart "))
+    assert told.startswith(f"restart 1 of job {job.number}: ")
+    assert reason in told
     assert job.outcome()["exit_code"] == 0
     assert job.weights() == clean.job.weights()
 
@@ -68,22 +67,34 @@ def test_requeued(cluster: Cluster, clean: Clean, store: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("every_event")
-def test_usr1_before_the_time_is_up(
-    cluster: Cluster, clean: Clean, store: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("options", "signal"),
+    [
+        # SLURM may send it up to a minute early.
+        pytest.param(("--time=2", "--signal=B:USR1@60"), "SIGUSR1", id="a_signal_before"),
+        pytest.param(("--time=1", "--signal=B:CONT@1"), "SIGTERM", id="no_signal_before"),
+    ],
+)
+def test_the_time_is_up(
+    options: tuple[str, ...],
+    signal: str,
+    cluster: Cluster,
+    clean: Clean,
+    store: Path,
+    tmp_path: Path,
 ) -> None:
-    """SLURM may send it up to a minute early."""
-    options = ("--time=2", "--signal=B:USR1@60")
-    job = submit(cluster, tmp_path / "run", store, *SLOW, options=options)
-    run_to_end(job, clean, "as interrupted (signal SIGUSR1; saved at step ", restarts=None)
-
-
-@pytest.mark.usefixtures("every_event")
-def test_the_time_limit_without_a_signal_before_it(
-    cluster: Cluster, clean: Clean, store: Path, tmp_path: Path
-) -> None:
-    options = ("--time=1", "--signal=B:CONT@1")
-    job = submit(cluster, tmp_path / "run", store, *SLOW, options=options)
-    run_to_end(job, clean, "as interrupted (signal SIGTERM; saved at step ", restarts=None)
+    """The ranks stand still until then: a limit has whole minutes, and they would be ready."""
+    job = submit(cluster, tmp_path / "run", store, "parallel.timeout_s=300", options=options)
+    job.at_step(20)
+    ranks = ranks_of("n1") + ranks_of("n2")
+    for rank in ranks:
+        rank.suspend()
+    deadline = time.monotonic() + 150
+    while "closing signal" not in job.log and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for rank in ranks:
+        rank.resume()
+    run_to_end(job, clean, f"as interrupted (signal {signal}; saved at step ")
 
 
 @pytest.mark.usefixtures("every_event")
@@ -139,6 +150,25 @@ def test_a_dead_node(cut: str, cluster: Cluster, clean: Clean, store: Path, tmp_
     cluster.start_node("n2")
     reason = "as failed (rank 1 of 2 is lost" if cut == "all" else "the start before ended"
     run_to_end(job, clean, reason)
+
+
+@pytest.mark.usefixtures("every_event")
+def test_on_one_node_nothing_listens_to_others(
+    cluster: Cluster, store: Path, tmp_path: Path
+) -> None:
+    job = submit(cluster, tmp_path / "run", store, nodes=1)
+    job.at_step(5)
+    (rank,) = ranks_of("n1") + ranks_of("n2")
+    launcher = rank.parent()
+    assert launcher is not None
+    found = [
+        connection.laddr.ip
+        for process in (rank, launcher)
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert job.ended() == "COMPLETED"
+    assert set(found) == {"127.0.0.1"}
 
 
 @pytest.mark.usefixtures("every_event")
