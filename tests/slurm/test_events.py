@@ -7,6 +7,8 @@ disturbed, byte for byte. Most of them take minutes: `make test-slurm`.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -86,14 +88,8 @@ def test_the_time_is_up(
     """The ranks stand still until then: a limit has whole minutes, and they would be ready."""
     job = submit(cluster, tmp_path / "run", store, "parallel.timeout_s=300", options=options)
     job.at_step(20)
-    ranks = ranks_of("n1") + ranks_of("n2")
-    for rank in ranks:
-        rank.suspend()
-    deadline = time.monotonic() + 150
-    while "closing signal" not in job.log and time.monotonic() < deadline:
-        time.sleep(0.2)
-    for rank in ranks:
-        rank.resume()
+    with standing_still():
+        wait_until(lambda: "closing signal" in job.log, job)
     run_to_end(job, clean, f"as interrupted (signal {signal}; saved at step ")
 
 
@@ -135,21 +131,30 @@ def test_a_killed_rank_ends_the_job_which_is_not_started_again(
 
 
 @pytest.mark.usefixtures("every_event")
-@pytest.mark.parametrize("cut", ["slurmd", "all"])
-def test_a_dead_node(cut: str, cluster: Cluster, clean: Clean, store: Path, tmp_path: Path) -> None:
-    """slurmd: the daemon alone dies, its ranks go on; all: the node's power is cut."""
+def test_a_node_loses_its_power(
+    cluster: Cluster, clean: Clean, store: Path, tmp_path: Path
+) -> None:
     job = submit(cluster, tmp_path / "run", store, *SLOW)
     job.at_step(45)
-    if cut == "all":
-        cluster.kill_node("n2")
-    else:
-        cluster.kill_daemon("n2")
-    deadline = time.monotonic() + 120
-    while job.restarts == 0 and time.monotonic() < deadline:
-        time.sleep(0.5)
+    cluster.kill_node("n2")
+    wait_until(lambda: job.restarts > 0, job)
     cluster.start_node("n2")
-    reason = "as failed (rank 1 of 2 is lost" if cut == "all" else "the start before ended"
-    run_to_end(job, clean, reason)
+    run_to_end(job, clean, "as failed (rank 1 of 2 is lost")
+    assert "a node does not answer: waiting for SLURM to start this job again" in job.lines()
+    assert "continues from" in job.log
+
+
+@pytest.mark.usefixtures("every_event")
+def test_a_dead_slurmd(cluster: Cluster, clean: Clean, store: Path, tmp_path: Path) -> None:
+    """The daemon alone: what it has started goes on, until SLURM takes the node for lost."""
+    job = submit(cluster, tmp_path / "run", store, "parallel.timeout_s=300")
+    job.at_step(20)
+    with standing_still():
+        cluster.kill_daemon("n2")
+        wait_until(lambda: "closing signal" in job.log, job)
+    wait_until(lambda: job.restarts > 0, job)
+    cluster.start_node("n2")
+    run_to_end(job, clean, "as interrupted (signal SIGTERM; saved at step ")
 
 
 @pytest.mark.usefixtures("every_event")
@@ -180,8 +185,7 @@ def test_restarts_are_bounded(
     for start in range(2):
         job.at_step(10 + 100 * start, restarts=start)
         cluster.run("scancel", "--signal=USR1", "--batch", job.number)
-        while job.lines()[-1].startswith("restart ") or job.restarts < start:
-            time.sleep(0.2)
+        wait_until(lambda: job.lines()[-1].startswith(("to be started", "not started")), job)
     assert job.ended() == "FAILED"
     assert (job.shown("ExitCode"), job.restarts) == ("75:0", 1)
     assert job.lines()[-1] == "not started again: GENEFORMER_MAX_RESTARTS is 1"
@@ -193,6 +197,27 @@ def run_again(job: Job, clean: Clean, store: Path, *settings: str) -> None:
     assert again.ended() == "COMPLETED", again.log
     assert "continues from" in again.log
     assert again.weights() == clean.job.weights()
+
+
+def wait_until(holds: Callable[[], bool], job: Job, timeout_s: float = 150) -> None:
+    """Fails with the job's log if it does not come to hold."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, job.log
+        time.sleep(0.2)
+
+
+@contextmanager
+def standing_still() -> Iterator[None]:
+    """No rank gets on meanwhile; their launchers do."""
+    ranks = ranks_of("n1") + ranks_of("n2")
+    for rank in ranks:
+        rank.suspend()
+    try:
+        yield
+    finally:
+        for rank in ranks:
+            rank.resume()
 
 
 def ranks_of(node: str) -> list[psutil.Process]:
