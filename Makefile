@@ -3,16 +3,20 @@
 # make test   every test
 # make test-slurm  what can befall a job, on a SLURM of its own (needs root, slurm-wlm and munge)
 # make lint   style, types, rules
+# make image  the image for GPU nodes, by docker (DOCKER=podman); BASE=... pins another base
 # make clean  removes all that these made; your own runs stay
 #
 # PYTHON=python3.12  another interpreter         PIP_ARGS="..."  further arguments for every pip
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: env demo test test-slurm lint clean
+.PHONY: env demo test test-slurm lint image clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
+DOCKER ?= docker
+BASE ?=
+IMAGE ?= geneformer_mcore
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -84,6 +88,12 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/rules
+
+# docker keeps the default of the Dockerfile where BASE is not given.
+image:
+	$(DOCKER) build $(if $(BASE),--build-arg BASE=$(BASE)) \
+	    --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) \
+	    --tag $(IMAGE) .
 
 clean:
 	rm -rf .venv build runs/demo_* *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

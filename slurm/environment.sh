@@ -36,5 +36,7 @@
 # A GPU's rank computes little on its processor. Without GPUs ranks share the cores by themselves.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONUNBUFFERED=1
+# The project's folder is what runs, also where an image holds another version of it.
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # Inside a container the image's own packages are meant.
 [[ -n $GENEFORMER_IMAGE ]] || PATH=$GENEFORMER_VENV/bin:$PATH

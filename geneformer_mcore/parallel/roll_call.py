@@ -148,6 +148,19 @@ def judge(answers: Mapping[int, Answer], world_size: int, limit_s: float) -> Ver
     )
 
 
+def judge_alone(rank: int, answer: Answer, world_size: int) -> Verdict:
+    """What a rank can say to which the store itself gives no answer.
+
+    It lies on the node of rank 0: whoever is lost there, this rank hears of none.
+    """
+    return Verdict(
+        DEFECT,
+        f"rank {rank} of {world_size} is cut off from rank 0: the store on that node, where ranks "
+        "meet, gives no answer, so the node or its torchrun ended, or the network between failed; "
+        f"rank {rank} {answer}",
+    )
+
+
 def _listed(head: str, answers: Mapping[int, Answer]) -> str:
     told: dict[str, list[int]] = {}
     for rank, answer in sorted(answers.items()):

@@ -19,13 +19,20 @@ from torch._C._distributed_c10d import Store
 
 from geneformer_mcore.commands import DEFECT, exit_code_of
 from geneformer_mcore.errors import GeneformerError
-from geneformer_mcore.parallel.roll_call import ANSWER_S, Answer, RollCall, Verdict, judge
+from geneformer_mcore.parallel.roll_call import (
+    ANSWER_S,
+    Answer,
+    RollCall,
+    Verdict,
+    judge,
+    judge_alone,
+)
 
 _LOOK_S = 0.5
 _SHOW_S = 2.0
 """How long a rank whose neighbours are to speak waits before it ends itself."""
 _JUDGED_S = ANSWER_S + 5.0
-_STORE_S = ANSWER_S + 3.0
+_STORE_S = ANSWER_S + 2.0
 """After which a roll call is known to have got no answer from the store itself."""
 
 
@@ -60,7 +67,8 @@ class Watch:
         self._now = ("starting", time.monotonic(), limit_s)
         self._step = 0
         self._roll: RollCall | None = None
-        self._world_size = 1
+        self._rank, self._world_size = 0, 1
+        self._cut_off = False
         self._failure: Answer | None = None
         self._loss: LostRankError | None = None
         self._wake, self._ended, self._judged = (threading.Event() for _ in range(3))
@@ -69,7 +77,7 @@ class Watch:
 
     def join(self, store: Store, rank: int, world_size: int) -> None:
         """From now on ranks look out for each other, by a store in which they all meet."""
-        self._world_size = world_size
+        self._rank, self._world_size = rank, world_size
         self._roll = RollCall(store, rank, world_size)
 
     def doing(self, what: str, step: int | None = None, limit_s: float | None = None) -> None:
@@ -109,7 +117,10 @@ class Watch:
         self._failure = self._answer(text, code, at_fault)
         self._wake.set()
         self._judged.wait(_JUDGED_S)
-        return None if at_fault else self._loss
+        if at_fault:
+            return None
+        # The lookout may hang, too: in a question to a store that answers no more.
+        return self._loss or LostRankError(self._judge_alone(), True, self._step)
 
     def _answer(self, failed: str = "", code: int = DEFECT, at_fault: bool = False) -> Answer:
         what, since, _ = self._now
@@ -127,18 +138,20 @@ class Watch:
             if self._ended.is_set():
                 return
             try:
-                late = self._overdue_s() > 0
-                if self._failure or late or (self._roll and self._roll.is_called()):
+                if self._failure or self._overdue_s() > 0 or self._is_called():
                     self._settle()
                     return
             except (dist.DistError, RuntimeError):
                 # The store is gone, and with it the first node's torchrun.
-                self._roll = None
+                self._cut_off = True
+
+    def _is_called(self) -> bool:
+        return self._roll is not None and not self._cut_off and self._roll.is_called()
 
     def _settle(self) -> None:
         roll = self._roll
-        if roll is None:
-            self._finish(judge({0: self._answer()}, 1, self._now[2]), tell=True)
+        if roll is None or self._cut_off:
+            self._finish(self._judge_alone(), tell=True)
             return
         roll.answer(self._failure or self._answer())
         roll.call()
@@ -148,11 +161,18 @@ class Watch:
 
     def _keep_time(self) -> None:
         """Beside the lookout, which may wait for a store that answers no more: the first node is
-        gone, or its torchrun stopped."""
+        gone or out of reach, or its torchrun stopped. Where packets are lost without a word, a
+        connection is not known to be broken for a quarter of an hour."""
         while not self._ended.wait(_LOOK_S):
             if self._overdue_s() > _STORE_S and not self._judged.is_set():
-                self._finish(judge({0: self._answer()}, 1, self._now[2]), tell=True)
+                self._finish(self._judge_alone(), tell=True)
                 return
+
+    def _judge_alone(self) -> Verdict:
+        answer = self._failure or self._answer()
+        if self._roll is None:  # alone from the beginning, or not with the others yet
+            return judge({self._rank: answer}, self._world_size, self._now[2])
+        return judge_alone(self._rank, answer, self._world_size)
 
     def _finish(self, verdict: Verdict, tell: bool) -> None:
         self._loss = LostRankError(verdict, tell, self._step)

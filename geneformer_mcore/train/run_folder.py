@@ -25,6 +25,7 @@ _TAKE_OVER_S = 2.0
 """How long a killed process may take to give its lock back."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
+_RUNNING = "running"
 _NAMES = {
     FINISHED: "finished",
     INTERRUPTED: "interrupted",
@@ -71,7 +72,7 @@ class RunFolder:
             checkpoints.clear(self.checkpoints)
             path = self._outcome
             self._restart = self._previous().get("restart", -1) + 1
-            self._write(Outcome("running", DEFECT, 0, "not ended by itself", self._restart))
+            self._write(Outcome(_RUNNING, DEFECT, 0, "not ended by itself", self._restart))
         except BlockingIOError:
             raise ConfigError(
                 f"another start of the run in {self.path} is still going, and two would spoil each "
@@ -101,16 +102,23 @@ class RunFolder:
 
     def take_over(self, exit_code: int, reason: str, step: int) -> None:
         """Writes how this start ended in place of rank 0, which is lost: for the first rank that is
-        left. Does nothing while rank 0 still holds the folder."""
+        left. Does nothing while rank 0 still holds the folder, or if it has told its end: it knew
+        more than a rank that was cut off from it."""
         deadline = time.monotonic() + _TAKE_OVER_S
         while self._lock is None and time.monotonic() < deadline:
             try:
                 self._lock = _locked(self.path / ".lock")
             except OSError:
                 time.sleep(0.1)
-        if self._lock is not None:
-            self.step, self._restart = step, self._previous().get("restart", 0)
-            self.close(exit_code, reason)
+        if self._lock is None:
+            return
+        previous = self._previous()
+        if previous.get("outcome", _RUNNING) != _RUNNING:
+            self._lock.close()
+            self._lock = None
+            return
+        self.step, self._restart = step, previous.get("restart", 0)
+        self.close(exit_code, reason)
 
     def write_config(self, text: str) -> None:
         """Keeps the merged settings beside the results. Raises ConfigError where it cannot, as the

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "geneformer_mcore"
-COMMAND_FOLDERS = ("data_prep", "launch", "benchmarks")
+COMMAND_FOLDERS = ("data_prep", "launch", "benchmarks", "image")
 
 
 def library_files() -> list[Path]:

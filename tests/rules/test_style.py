@@ -22,6 +22,7 @@ TEXT_FOLDERS = (
     "slurm",
     "configs",
     "benchmarks",
+    "image",
     "tests",
     "docs",
     ".ci",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from geneformer_mcore.commands import FINISHED, INTERRUPTED, WRONG_INPUT
+from geneformer_mcore.commands import DEFECT, FINISHED, INTERRUPTED, WRONG_INPUT
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.train.run_folder import RunFolder
 
@@ -82,3 +82,17 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(ConfigError, match="must be a folder that can be written"):
         RunFolder(tmp_path / "run").open()
+
+
+def test_a_rank_that_is_left_tells_the_end_only_if_rank_0_did_not(tmp_path: Path) -> None:
+    first, left = RunFolder(tmp_path), RunFolder(tmp_path)
+    first.open()
+    first.close(DEFECT, "rank 1 is lost")
+    left.take_over(DEFECT, "cut off from rank 0", 4)
+    assert outcome(tmp_path)["reason"] == "rank 1 is lost"
+    killed = RunFolder(tmp_path)
+    killed.open()
+    assert killed._lock is not None
+    killed._lock.close()
+    left.take_over(DEFECT, "rank 0 is lost", 4)
+    assert (outcome(tmp_path)["reason"], outcome(tmp_path)["step"]) == ("rank 0 is lost", 4)
