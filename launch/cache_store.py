@@ -1,4 +1,4 @@
-"""Makes this node's own flat copy of a run's store, so that no rank has to wait for one that copies.
+"""Makes this node's own flat copy of a run's store, so that no rank waits for another to copy.
 
 python launch/cache_store.py [--config FILE] [section.key=value ...]
 

@@ -1,0 +1,224 @@
+"""What a job's script decides, with stand-ins for SLURM's commands; the real ones: tests/slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SRUN = """#!/bin/bash
+# Of every command that is to run on nodes: noted, and answered as the test has it.
+echo "srun $*" >> "$NOTES"
+case "$*" in
+    *--dry-run*)
+        ((SETTINGS_CODE == 0)) || echo 'error: a wrong setting' >&2
+        echo "# run folder: $RUN"
+        exit "$SETTINGS_CODE" ;;
+    *launch/preflight.py*) exit "$PREFLIGHT_CODE" ;;
+    *launch/pretrain.py*)
+        [[ -z $OUTCOME ]] || cp "$OUTCOME" "$RUN/outcome.json"
+        exit 1 ;;
+    *' true') exit "$NODES_CODE" ;;
+esac
+"""
+SCONTROL = """#!/bin/bash
+echo "scontrol $*" >> "$NOTES"
+case "$1 $2" in
+    'show hostnames') printf 'n1\\nn2\\n' ;;
+    'show node') echo "   NodeAddr=10.0.0.1 NodeHostName=$3 Version=22.05" ;;
+    'show config') echo 'SlurmdTimeout           = 0 sec' ;;
+esac
+"""
+SQUEUE = '#!/bin/bash\necho "$REASON"\n'
+SLEEP = "#!/bin/bash\n"
+
+
+class Script:
+    """slurm/pretrain_106m.sh on two nodes of two GPUs that are not there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run = folder / "run"
+        self.run.mkdir()
+        self.notes = folder / "notes"
+        programs = folder / "bin"
+        programs.mkdir()
+        stand_ins = {"srun": SRUN, "scontrol": SCONTROL, "squeue": SQUEUE, "sleep": SLEEP}
+        for name, text in stand_ins.items():
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        self.environment = {
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "NOTES": str(self.notes),
+            "RUN": str(self.run),
+            "GENEFORMER_VENV": str(folder / "no_venv"),
+            "OUTCOME": "",
+            "SETTINGS_CODE": "0",
+            "PREFLIGHT_CODE": "0",
+            "NODES_CODE": "0",
+            "REASON": "None",
+            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "SLURM_NNODES": "2",
+            "SLURM_GPUS_PER_NODE": "2",
+            "SLURM_GPUS_ON_NODE": "8",
+            "SLURM_CPUS_ON_NODE": "16",
+        }
+
+    def ends(self, code: int, reason: str, restart: int = 0) -> None:
+        """The run will write this outcome."""
+        path = self.run.with_name("outcome")
+        names = {0: "finished", 1: "failed", 2: "refused", 75: "interrupted"}
+        found = {"outcome": names[code], "exit_code": code, "step": 40, "reason": reason}
+        path.write_text(json.dumps({**found, "restart": restart}, indent=1) + "\n")
+        self.environment["OUTCOME"] = str(path)
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Its exit code, and what it printed."""
+        return subprocess.run(
+            ["bash", "slurm/pretrain_106m.sh", *arguments],
+            env={**self.environment, **environment},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    @property
+    def noted(self) -> str:
+        """The commands that were given to SLURM."""
+        return self.notes.read_text()
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    return Script(tmp_path)
+
+
+@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (1, False), (2, False), (75, True)])
+def test_its_code_is_that_of_the_run(script: Script, code: int, is_requeued: bool) -> None:
+    script.ends(code, "some reason, with a comma")
+    ended = script.start("train.steps=5", "run.dir=a folder")
+    assert ended.returncode == code, ended.stderr
+    assert ("scontrol requeue 4711" in script.noted) == is_requeued
+    names = {0: "finished", 1: "failed", 2: "refused", 75: "interrupted"}
+    assert f"ended at step 40 as {names[code]} (some reason, with a comma)" in ended.stdout
+
+
+def test_what_it_starts(script: Script) -> None:
+    script.ends(0, "done")
+    script.start("run.dir=a folder", GENEFORMER_CACHE_DIR="/scratch")
+    check, copy, preflight, pretrain = (
+        line for line in script.noted.splitlines() if line.startswith("srun")
+    )
+    arguments = "--config configs/geneformer_106m.yaml data.cache_dir=/scratch run.dir=a folder"
+    assert check.endswith(f"python launch/pretrain.py --dry-run {arguments}")
+    assert "--nodes=1 --ntasks=1 " in check
+    assert copy.endswith(f"slurm/on_node.sh python launch/cache_store.py {arguments}")
+    torchrun = (
+        "slurm/on_node.sh torchrun --nnodes=2 --nproc-per-node=2 --max-restarts=0 "
+        "--shutdown-timeout=600 "
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "
+        "--rdzv-backend=static --master-addr=10.0.0.1 --master-port=24711 "
+    )
+    assert preflight.endswith(f"{torchrun}launch/preflight.py {arguments}")
+    assert pretrain.endswith(f"{torchrun}launch/pretrain.py {arguments}")
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 " in pretrain
+    assert "--container" not in script.noted
+
+
+def test_in_a_container(script: Script) -> None:
+    script.ends(0, "done")
+    mounts = f"{ROOT}:{ROOT},/data:/data"
+    script.start(GENEFORMER_IMAGE="/shared/g.sqsh", GENEFORMER_MOUNTS=mounts)
+    on_nodes = [line for line in script.noted.splitlines() if "on_node.sh" in line]
+    assert len(on_nodes) == 3
+    options = f"--container-image=/shared/g.sqsh --container-workdir={ROOT} "
+    assert all(f"{options}--container-mounts={mounts} slurm/on_node.sh" in s for s in on_nodes)
+
+
+def test_on_one_node_nothing_listens_to_others(script: Script) -> None:
+    script.ends(0, "done")
+    script.start(SLURM_NNODES="1")
+    assert "--nnodes=1 --nproc-per-node=2 " in script.noted
+    assert "--rdzv-backend=loopback launch/pretrain.py" in script.noted
+    assert "master" not in script.noted
+
+
+@pytest.mark.parametrize(("asked", "ranks"), [("4", 4), ("a100:8", 8), ("gpu:a100:8", 8), ("", 3)])
+def test_ranks_of_a_node_are_its_gpus(script: Script, asked: str, ranks: int) -> None:
+    script.ends(0, "done")
+    script.start(SLURM_GPUS_PER_NODE=asked, SLURM_GPUS_ON_NODE="3")
+    assert f"--nproc-per-node={ranks} " in script.noted
+
+
+def test_a_wrong_setting_is_told_before_anything_runs(script: Script) -> None:
+    ended = script.start(SETTINGS_CODE="2")
+    assert ended.returncode == 2
+    assert "a wrong setting" in ended.stderr
+    assert "torchrun" not in script.noted
+
+
+def test_nodes_that_are_not_fit(script: Script) -> None:
+    ended = script.start(PREFLIGHT_CODE="1")
+    assert ended.returncode == 2
+    assert "the nodes are not fit for this run" in ended.stderr
+    assert "--master-port=24711 launch/pretrain.py" not in script.noted
+    assert "requeue" not in script.noted
+    assert script.start(PREFLIGHT_CODE="1", GENEFORMER_PREFLIGHT="no").returncode == 1
+
+
+def test_an_outcome_of_the_start_before_is_not_taken_for_this_one(script: Script) -> None:
+    script.ends(75, "stopped", restart=3)
+    (script.run / "outcome.json").write_text(Path(script.environment["OUTCOME"]).read_text())
+    ended = script.start(OUTCOME="")
+    assert ended.returncode == 1
+    assert f"the run in {script.run} did not begin" in ended.stderr
+    assert "requeue" not in script.noted
+
+
+def test_a_restart_says_why(script: Script) -> None:
+    script.ends(75, "signal SIGUSR1; saved at step 40 of 90", restart=0)
+    (script.run / "outcome.json").write_text(Path(script.environment["OUTCOME"]).read_text())
+    script.ends(0, "done", restart=1)
+    ended = script.start(SLURM_RESTART_COUNT="1")
+    assert (
+        "restart 1 of job 4711: the start before ended at step 40 as interrupted "
+        "(signal SIGUSR1; saved at step 40 of 90)" in ended.stdout
+    )
+
+
+def test_restarts_are_bounded(script: Script) -> None:
+    script.ends(75, "stopped", restart=1)
+    ended = script.start(SLURM_RESTART_COUNT="2", GENEFORMER_MAX_RESTARTS="2")
+    assert ended.returncode == 75
+    assert "not started again: GENEFORMER_MAX_RESTARTS is 2" in ended.stdout
+    ended = script.start(SLURM_RESTART_COUNT="3", GENEFORMER_MAX_RESTARTS="2")
+    assert ended.returncode == 1
+    assert "GENEFORMER_MAX_RESTARTS allows 2" in ended.stderr
+    assert "requeue" not in script.noted
+
+
+def test_a_lost_node_is_waited_for_and_the_job_requeued(script: Script) -> None:
+    script.ends(1, "rank 1 of 2 is lost")
+    ended = script.start(NODES_CODE="1")
+    assert ended.returncode == 75
+    assert "a node does not answer: waiting for SLURM" in ended.stdout
+    assert "scontrol requeue 4711" in script.noted
+
+
+def test_elsewhere_than_in_the_project(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        ["bash", str(ROOT / "slurm" / "pretrain_10m.sh")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "submit this script from the project's folder" in ended.stderr
