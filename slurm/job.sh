@@ -21,18 +21,18 @@ fail() {
 # limit) SLURM tells the ranks itself, and a second signal would end torchrun while they save.
 stopped_by=''
 running=''
-stop() { # SIGNAL
-    stopped_by=$1
-    [[ $1 == TERM || -z $running ]] || kill -s USR1 "$running" 2>/dev/null || true
+hand_on() {
+    [[ $stopped_by != USR1 || -z $running ]] || kill -s USR1 "$running" 2>/dev/null || true
 }
-trap 'stop USR1' USR1
-trap 'stop TERM' TERM
+trap 'stopped_by=USR1; hand_on' USR1
+trap 'stopped_by=TERM' TERM
 
 # Runs a command to its end, whatever this shell is told meanwhile: `wait` ends with every signal.
 to_its_end() {
     local code=0
     "$@" &
     running=$!
+    hand_on # what came a moment before
     while :; do
         wait "$running" && code=0 || code=$?
         kill -0 "$running" 2>/dev/null || break
@@ -91,6 +91,8 @@ nodes_answer() { # whether SLURM can still start something on every node
 }
 
 # --- the job ---------------------------------------------------------------------------------
+unless_stopped() { [[ -z $stopped_by ]] || start_again "stopped by $stopped_by before the run began"; }
+
 pretrain() { # CONFIG [arguments of launch/pretrain.py]
     local settings=(--config "$1") restarts=${SLURM_RESTART_COUNT:-0}
     [[ -z $GENEFORMER_CACHE_DIR ]] || settings+=("data.cache_dir=$GENEFORMER_CACHE_DIR")
@@ -108,9 +110,10 @@ pretrain() { # CONFIG [arguments of launch/pretrain.py]
     before=$(outcome restart)
     mapfile -t launch < <(launcher)
     before_training "${settings[@]}"
+    unless_stopped
     on_nodes "$SLURM_NNODES" "${launch[@]}" launch/pretrain.py "${settings[@]}" || true
     if [[ $(outcome restart) == "$before" ]]; then
-        [[ -z $stopped_by ]] || start_again "stopped by $stopped_by before the run began"
+        unless_stopped
         await_verdict
         fail 1 "the run in $run_dir did not begin; what went wrong stands above."
     fi
@@ -121,7 +124,7 @@ check_settings() { # sets run_dir, or ends with 2: a mistake is told before any 
     local shown code=0
     shown=$(WORLD_SIZE=$((SLURM_NNODES * GENEFORMER_RANKS_PER_NODE)) \
         on_nodes 1 python launch/pretrain.py --dry-run "$@") || code=$?
-    [[ $code == 0 || -z $stopped_by ]] || start_again "stopped by $stopped_by before the run began"
+    unless_stopped
     ((code == 0)) || exit "$code"
     run_dir=$(sed -n 's/^# run folder: //p' <<<"$shown")
 }
@@ -135,7 +138,7 @@ before_training() {
         on_nodes "$SLURM_NNODES" "${launch[@]}" launch/preflight.py "$@" || code=$?
     fi
     ((code != 0)) || return 0
-    [[ -z $stopped_by ]] || start_again "stopped by $stopped_by before the run began"
+    unless_stopped
     await_verdict
     fail 2 "the nodes are not fit for this run; what is wrong stands above."
 }

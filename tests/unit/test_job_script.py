@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SRUN = """#!/bin/bash
 # Of every command that is to run on nodes: noted, and answered as the test has it.
 echo "srun $*" >> "$NOTES"
+if [[ -n $HOLD && "$*" == *"$HOLD"* ]]; then
+    told=
+    trap 'told=yes; echo told >> "$NOTES"' USR1
+    touch "$RUN/held"
+    until [[ -n $told || -f $RUN/released ]]; do /bin/sleep 0.05; done
+    [[ -z $told || "$*" == *pretrain.py* ]] || exit 1
+fi
 case "$*" in
     *--dry-run*)
         ((SETTINGS_CODE == 0)) || echo 'error: a wrong setting' >&2
@@ -56,6 +67,7 @@ class Script:
             "RUN": str(self.run),
             "GENEFORMER_VENV": str(folder / "no_venv"),
             "OUTCOME": "",
+            "HOLD": "",
             "SETTINGS_CODE": "0",
             "PREFLIGHT_CODE": "0",
             "NODES_CODE": "0",
@@ -87,6 +99,25 @@ class Script:
             timeout=60,
             check=False,
         )
+
+    @contextmanager
+    def held(self, stage: str, **environment: str) -> Iterator[subprocess.Popen]:
+        """The script, in the midst of the command on nodes that has `stage` in it."""
+        started = subprocess.Popen(
+            ["bash", "slurm/pretrain_106m.sh"],
+            env={**self.environment, "HOLD": stage, **environment},
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            deadline = time.monotonic() + 20
+            while not (self.run / "held").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            yield started
+        finally:
+            started.kill()
+            started.wait()
+            (self.run / "released").touch()
 
     @property
     def noted(self) -> str:
@@ -209,6 +240,40 @@ def test_a_lost_node_is_waited_for_and_the_job_requeued(script: Script) -> None:
     assert ended.returncode == 75
     assert "a node does not answer: waiting for SLURM" in ended.stdout
     assert "scontrol requeue 4711" in script.noted
+
+
+@pytest.mark.parametrize(
+    ("number", "hold", "reason", "is_requeued", "is_handed_on"),
+    [
+        (signal.SIGUSR1, "launch/pretrain.py --config", "None", True, True),
+        (signal.SIGUSR1, "launch/preflight.py", "None", True, True),
+        # In a command whose output is taken: the script hears of it when that has ended.
+        (signal.SIGUSR1, "--dry-run", "None", True, False),
+        # SLURM tells the ranks by itself, and torchrun would die of a second signal.
+        (signal.SIGTERM, "launch/pretrain.py --config", "TimeLimit", True, False),
+        (signal.SIGTERM, "launch/pretrain.py --config", "None", False, False),
+        (signal.SIGTERM, "launch/preflight.py", "None", False, False),
+        (signal.SIGTERM, "launch/preflight.py", "TimeLimit", True, False),
+    ],
+)
+def test_signals(
+    number: signal.Signals,
+    hold: str,
+    reason: str,
+    is_requeued: bool,
+    is_handed_on: bool,
+    script: Script,
+) -> None:
+    script.ends(75, "signal; saved at step 40 of 90")
+    with script.held(hold, REASON=reason) as started:
+        started.send_signal(number)
+        if not is_handed_on:
+            time.sleep(0.3)
+            (script.run / "released").touch()
+        assert started.wait(30) == 75
+    assert ("scontrol requeue 4711" in script.noted) == is_requeued
+    assert ("told" in script.noted) == is_handed_on
+    assert ("launch/pretrain.py --config" in script.noted) == ("pretrain" in hold)
 
 
 def test_elsewhere_than_in_the_project(tmp_path: Path) -> None:
