@@ -30,7 +30,7 @@ TOY = (
     "train.validate_every_steps=0",
     "metrics.log_every_steps=1",
     "checkpoint.save_every_steps=40",
-    "parallel.timeout_s=20",
+    "parallel.timeout_s=60",
 )
 """What makes the card's 106M variant small. Dropout stays on."""
 SLOW = ("train.validate_every_steps=1", "train.validate_batches=8")

@@ -182,13 +182,20 @@ def test_restarts_are_bounded(
 ) -> None:
     monkeypatch.setenv("GENEFORMER_MAX_RESTARTS", "1")
     job = submit(cluster, tmp_path / "run", store, "train.steps=2000")
-    for start in range(2):
-        job.at_step(10 + 100 * start, restarts=start)
-        cluster.run("scancel", "--signal=USR1", "--batch", job.number)
-        wait_until(lambda: job.lines()[-1].startswith(("to be started", "not started")), job)
+    job.at_step(20)
+    cluster.run("scancel", "--signal=USR1", "--batch", job.number)
+    wait_until(lambda: job.restarts == 1, job)
+    job.at_step(40, restarts=1)
+    cluster.run("scancel", "--signal=USR1", "--batch", job.number)
     assert job.ended() == "FAILED"
     assert (job.shown("ExitCode"), job.restarts) == ("75:0", 1)
-    assert job.lines()[-1] == "not started again: GENEFORMER_MAX_RESTARTS is 1"
+    reason = "signal SIGUSR1; saved at step "
+    assert decisions(job)[0].startswith(f"to be started again: {reason}")
+    assert decisions(job)[1:] == ["not started again: GENEFORMER_MAX_RESTARTS is 1"]
+
+
+def decisions(job: Job) -> list[str]:
+    return [line for line in job.lines() if "started again: " in line]
 
 
 def run_again(job: Job, clean: Clean, store: Path, *settings: str) -> None:
