@@ -52,7 +52,8 @@ def main() -> int:
     from geneformer_mcore.preflight.shared_folder import Traces
 
     traces = Traces()
-    signal.signal(signal.SIGTERM, partial(_end_on_signal, traces))
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, partial(_end_on_signal, traces))
     watch = Watch(min(flight.LIMIT_S, config.parallel.timeout_s), partial(_end_lost, traces))
     try:
         with watch:
@@ -87,7 +88,7 @@ def _end_lost(traces: Traces, loss: LostRankError) -> None:
 
 
 def _end_on_signal(traces: Traces, number: int, _frame: Any) -> None:
-    """torchrun ends the other ranks so, once one has ended."""
+    """torchrun ends the other ranks so, once one has ended; a launcher, when time is up."""
     traces.clear()
     os._exit(128 + number)
 

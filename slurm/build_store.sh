@@ -21,8 +21,23 @@ set -euo pipefail
 }
 source slurm/job.sh
 
+build() { on_nodes 1 0 python data_prep/build_store.py "$@" --workers "${SLURM_CPUS_PER_TASK:-1}"; }
+
+# As this job was asked for, whatever its options were.
+submit_last_job() {
+    local options=(--dependency="afterany:$SLURM_ARRAY_JOB_ID" --array=0)
+    options+=(--job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION")
+    options+=(--comment="$SLURM_ARRAY_JOB_ID" --time="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%l)")
+    options+=(--cpus-per-task="${SLURM_CPUS_PER_TASK:-1}")
+    [[ -z ${SLURM_MEM_PER_NODE:-} ]] || options+=(--mem="$SLURM_MEM_PER_NODE")
+    [[ -z ${SLURM_JOB_ACCOUNT:-} ]] || options+=(--account="$SLURM_JOB_ACCOUNT")
+    [[ -z ${SLURM_JOB_QOS:-} ]] || options+=(--qos="$SLURM_JOB_QOS")
+    [[ -z ${SLURM_JOB_RESERVATION:-} ]] || options+=(--reservation="$SLURM_JOB_RESERVATION")
+    sbatch "${options[@]}" slurm/build_store.sh --put-together "$@"
+}
+
 if [[ ${1:-} == --put-together ]]; then
-    on_nodes 1 python data_prep/build_store.py "${@:2}" --workers "${SLURM_CPUS_PER_TASK:-1}"
+    build "${@:2}"
     exit
 fi
 [[ " $* " == *' --vocabulary'[=\ ]* ]] ||
@@ -31,12 +46,9 @@ part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))
 ((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1 == SLURM_ARRAY_TASK_COUNT)) ||
     fail 2 "--array must be whole, such as 0-31: it has $SLURM_ARRAY_TASK_COUNT tasks from" \
         "$SLURM_ARRAY_TASK_MIN to $SLURM_ARRAY_TASK_MAX."
-# Whatever becomes of the parts: it does itself what they left undone.
-if ((part == 0 && ${SLURM_RESTART_COUNT:-0} == 0)); then
-    options=(--dependency="afterany:$SLURM_ARRAY_JOB_ID" --array=0)
-    options+=(--partition="$SLURM_JOB_PARTITION" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}")
-    [[ -z ${SLURM_JOB_ACCOUNT:-} ]] || options+=(--account="$SLURM_JOB_ACCOUNT")
-    sbatch "${options[@]}" slurm/build_store.sh --put-together "$@"
+# By the first task, once. Whatever becomes of the parts: it does itself what they left undone.
+if ((part == 0)) && ! squeue --noheader --me --format=%k | grep -qx "$SLURM_ARRAY_JOB_ID"; then
+    submit_last_job "$@" ||
+        say "warning: nobody will put the store together: run data_prep/build_store.py without --part" >&2
 fi
-on_nodes 1 python data_prep/build_store.py "$@" --workers "${SLURM_CPUS_PER_TASK:-1}" \
-    --part "$part/$SLURM_ARRAY_TASK_COUNT"
+build "$@" --part "$part/$SLURM_ARRAY_TASK_COUNT"

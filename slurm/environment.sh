@@ -6,7 +6,8 @@
 # Where the packages are: a virtual environment that every node sees ...
 : "${GENEFORMER_VENV:=$PWD/.venv}"
 # ... or, with Enroot and Pyxis, an image: a .sqsh file or an address. The project and what else a
-# run needs (store, run folder, cache) are mounted into it: "/data:/data,/scratch:/scratch".
+# run needs (store, run folder, cache) are mounted into it, each under its own path:
+# "$PWD:$PWD,/data:/data,/scratch:/scratch".
 : "${GENEFORMER_IMAGE:=}"
 : "${GENEFORMER_MOUNTS:=$PWD:$PWD}"
 
@@ -20,10 +21,12 @@
 # Port of the first node's rendezvous: two jobs that share a node must differ.
 : "${GENEFORMER_PORT:=$((20000 + ${SLURM_JOB_ID:-0} % 10000))}"
 
-# Ranks of a node: one per GPU that was asked for ("8", "a100:8"), with --exclusive there may be more
-# on the node; without GPUs, one.
-: "${GENEFORMER_RANKS_PER_NODE:=${SLURM_GPUS_PER_NODE:+${SLURM_GPUS_PER_NODE##*:}}}"
-: "${GENEFORMER_RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
+# Ranks of a node: one per GPU that was asked for ("8", "a100:8") and is there: with --exclusive there
+# may be more, with --gres fewer. Without GPUs, one.
+: "${GENEFORMER_RANKS_PER_NODE:=$(
+    printf '%s\n' "${SLURM_GPUS_PER_NODE##*:}" "${SLURM_GPUS_ON_NODE:-}" | sort -n | grep -m 1 '^[1-9]' ||
+        printf '1\n'
+)}"
 # How often a job may start again by itself, preemptions and lost nodes included.
 : "${GENEFORMER_MAX_RESTARTS:=20}"
 # Whether nodes, network, store and folders are checked before each start: yes or no.

@@ -11,21 +11,43 @@
 source slurm/environment.sh
 
 say() { printf '%s %s\n' "$(date '+%F %T')" "$*"; }
-fail() {
+fail() { # CODE MESSAGE
     say "error: ${*:2}" >&2
     exit "$1"
 }
 
+# slurmctld may be too busy to answer: a run of weeks must not end by that.
+insist() {
+    local pause_s
+    for pause_s in 1 2 4 8 16 32; do
+        "$@" && return
+        sleep "$pause_s"
+    done
+    "$@"
+}
+
 # --- being told to stop ----------------------------------------------------------------------
-# --signal=B:USR1@... reaches this shell alone, and is handed on. With TERM (requeue, cancel, time
-# limit) SLURM tells the ranks itself, and a second signal would end torchrun while they save.
+# --signal=B:USR1@... reaches this shell alone, and is handed on, once: a second signal would end
+# torchrun while its ranks save. With TERM (requeue, cancel, time limit) SLURM tells them itself.
 stopped_by=''
 running=''
 hand_on() {
     [[ $stopped_by != USR1 || -z $running ]] || kill -s USR1 "$running" 2>/dev/null || true
 }
-trap 'stopped_by=USR1; hand_on' USR1
+trap '[[ -n $stopped_by ]] || { stopped_by=USR1; hand_on; }' USR1
 trap 'stopped_by=TERM' TERM
+
+# Whether this start is to end. Of a preemption the steps alone are told: SLURM has to be asked.
+told_to_stop() {
+    [[ -n $stopped_by ]] ||
+        scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -q 'PreemptTime=[0-9]'
+}
+
+# TERM to this shell is a requeue, which SLURM does by itself, a cancellation, or the time limit.
+is_cancelled() {
+    [[ $stopped_by == TERM ]] || return 1
+    [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%r 2>/dev/null) != TimeLimit ]]
+}
 
 # Runs a command to its end, whatever this shell is told meanwhile: `wait` ends with every signal.
 to_its_end() {
@@ -42,35 +64,51 @@ to_its_end() {
 }
 
 # --- on the nodes ----------------------------------------------------------------------------
-on_nodes() { # NODES COMMAND...: the command on so many nodes, once on each
-    local options=(--nodes="$1" --ntasks="$1" --ntasks-per-node=1 --mem=0)
-    # All cores of a node, not one. A torchrun that has ended waits for those that still save.
-    options+=(--cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --kill-on-bad-exit=0 --wait=0)
+# on_nodes NODES WAIT_S COMMAND...: the command on so many nodes, once on each. WAIT_S seconds after
+# the first has ended the others are ended, too; 0: never.
+on_nodes() {
+    # All cores of a node, not one: of the smallest, where they differ.
+    local options=(--nodes="$1" --ntasks="$1" --ntasks-per-node=1 --mem=0 --wait="$2")
+    options+=(--cpus-per-task="$(least_cores)" --kill-on-bad-exit=0 --export=ALL)
     if [[ -n $GENEFORMER_IMAGE ]]; then
         options+=(--container-image="$GENEFORMER_IMAGE" --container-workdir="$PWD")
         options+=(--container-mounts="$GENEFORMER_MOUNTS")
     fi
-    to_its_end srun "${options[@]}" slurm/on_node.sh "${@:2}"
+    to_its_end srun "${options[@]}" slurm/on_node.sh "${@:3}"
+}
+
+least_cores() { # of SLURM_JOB_CPUS_PER_NODE, such as 64,48(x2)
+    tr ',' '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-1}" | sed 's/(.*//' | sort -n | sed -n 1p
 }
 
 # torchrun on every node, the ranks of all in one job.
-launcher() {
-    printf '%s\n' torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="$GENEFORMER_RANKS_PER_NODE"
+launcher() { # sets launch
+    launch=(torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="$GENEFORMER_RANKS_PER_NODE")
     # torchrun itself dies of USR1 unless told otherwise, and kills its ranks after 30 s.
-    printf '%s\n' --max-restarts=0 --shutdown-timeout="$GENEFORMER_SAVE_S"
-    printf '%s\n' --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+    launch+=(--max-restarts=0 --shutdown-timeout="$GENEFORMER_SAVE_S")
+    launch+=(--signals-to-handle='SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1')
     if ((SLURM_NNODES == 1)); then
-        printf '%s\n' --rdzv-backend=loopback # nothing listens to other machines
+        launch+=(--rdzv-backend=loopback) # nothing listens to other machines
     else
-        printf '%s\n' --rdzv-backend=static --master-addr="$(first_address)"
-        printf '%s\n' --master-port="$GENEFORMER_PORT"
+        launch+=(--rdzv-backend=static --master-addr="$(first_address)")
+        launch+=(--master-port="$GENEFORMER_PORT")
     fi
 }
 
-first_address() { # by which SLURM itself reaches the first node
-    local first
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'
+# By which SLURM itself reaches the first node. Debian gives a host's own name an address that leads
+# from every node to itself, so a name is looked up here.
+first_address() {
+    local first name found
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+    name=$(insist scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p') || true
+    name=${name:-$first}
+    found=$(getent ahostsv4 "$name" | sed -n 's/ .*STREAM.*//p' | grep -v '^127\.' | sed -n 1p) || true
+    printf '%s\n' "${found:-$name}"
+}
+
+nodes_answer() { # whether SLURM can still start something on every node
+    timeout 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" \
+        --ntasks-per-node=1 --mem=0 --chdir=/ true >/dev/null 2>&1
 }
 
 # --- how the run stands ----------------------------------------------------------------------
@@ -79,87 +117,97 @@ outcome() { # KEY: its value in outcome.json; empty if there is none
         sed -n "s/^ \"$1\": \"\{0,1\}\(.*[^\",]\)\"\{0,1\},\{0,1\}\$/\1/p" "$run_dir/outcome.json"
 }
 
-# TERM to this shell is a requeue, which SLURM does by itself, a cancellation, or the time limit.
-is_cancelled() {
-    [[ $stopped_by == TERM ]] || return 1
-    [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%r 2>/dev/null) != TimeLimit ]]
-}
-
-nodes_answer() { # whether SLURM can still start something on every node
-    timeout 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" \
-        --ntasks-per-node=1 --mem=0 true >/dev/null 2>&1
+told_outcome() {
+    if [[ $(outcome outcome) == running ]]; then
+        printf 'was killed, or lost its node\n'
+    else
+        printf 'ended at step %s as %s (%s)\n' \
+            "$(outcome step)" "$(outcome outcome)" "$(outcome reason)"
+    fi
 }
 
 # --- the job ---------------------------------------------------------------------------------
-unless_stopped() { [[ -z $stopped_by ]] || start_again "stopped by $stopped_by before the run began"; }
-
 pretrain() { # CONFIG [arguments of launch/pretrain.py]
-    local settings=(--config "$1") restarts=${SLURM_RESTART_COUNT:-0}
+    local settings=(--config "$1") launch
     [[ -z $GENEFORMER_CACHE_DIR ]] || settings+=("data.cache_dir=$GENEFORMER_CACHE_DIR")
     settings+=("${@:2}")
+    restarts=${SLURM_RESTART_COUNT:-0}
     check_settings "${settings[@]}"
-    if ((restarts > 0)); then
-        say "restart $restarts of job $SLURM_JOB_ID: the start before ended at step" \
-            "$(outcome step) as $(outcome outcome) ($(outcome reason))"
-    fi
+    ((restarts == 0)) || say "restart $restarts of job $SLURM_JOB_ID: the start before $(told_outcome)"
     ((restarts <= GENEFORMER_MAX_RESTARTS)) ||
         fail 1 "restart $restarts: GENEFORMER_MAX_RESTARTS allows $GENEFORMER_MAX_RESTARTS. Look" \
             "for the reasons above, then submit the job again: the run goes on."
 
-    local before launch
-    before=$(outcome restart)
-    mapfile -t launch < <(launcher)
+    start_before=$(outcome restart)
+    step_before=$(outcome step)
+    launcher
     before_training "${settings[@]}"
-    unless_stopped
-    on_nodes "$SLURM_NNODES" "${launch[@]}" launch/pretrain.py "${settings[@]}" || true
-    if [[ $(outcome restart) == "$before" ]]; then
-        unless_stopped
-        await_verdict
-        fail 1 "the run in $run_dir did not begin; what went wrong stands above."
-    fi
+    # A torchrun that has ended waits for those that still save, but for none that hangs.
+    on_nodes "$SLURM_NNODES" $((GENEFORMER_SAVE_S + 60)) \
+        "${launch[@]}" launch/pretrain.py "${settings[@]}" || true
+    [[ $(outcome restart) != "$start_before" ]] ||
+        give_up 1 "the run in $run_dir did not begin; what went wrong stands above."
     conclude "$(outcome exit_code)"
 }
 
 check_settings() { # sets run_dir, or ends with 2: a mistake is told before any node has to work
-    local shown code=0
-    shown=$(WORLD_SIZE=$((SLURM_NNODES * GENEFORMER_RANKS_PER_NODE)) \
-        on_nodes 1 python launch/pretrain.py --dry-run "$@") || code=$?
-    unless_stopped
-    ((code == 0)) || exit "$code"
+    local shown code=0 ranks=$((SLURM_NNODES * GENEFORMER_RANKS_PER_NODE))
+    shown=$(WORLD_SIZE=$ranks on_nodes 1 0 python launch/pretrain.py --dry-run "$@") || code=$?
     run_dir=$(sed -n 's/^# run folder: //p' <<<"$shown")
+    unless_stopped
+    if ((code != 0)); then
+        ! told_to_stop || start_again "stopped before the run began"
+        exit "$code"
+    fi
+    [[ -z $GENEFORMER_IMAGE || -d $run_dir || -d ${run_dir%/*} ]] ||
+        fail 2 "run.dir must have the same path in the container and here, and ${run_dir%/*} is" \
+            "not here. Remedy: mount it under its own path, /runs:/runs (GENEFORMER_MOUNTS)."
 }
 
 before_training() {
-    local code=0
-    if [[ -n $GENEFORMER_CACHE_DIR ]]; then
-        on_nodes "$SLURM_NNODES" python launch/cache_store.py "$@" || code=$?
-    fi
-    if [[ $code == 0 && $GENEFORMER_PREFLIGHT == yes ]]; then
-        on_nodes "$SLURM_NNODES" "${launch[@]}" launch/preflight.py "$@" || code=$?
-    fi
-    ((code != 0)) || return 0
     unless_stopped
+    [[ -z $GENEFORMER_CACHE_DIR ]] ||
+        on_nodes "$SLURM_NNODES" 0 python launch/cache_store.py "$@" ||
+        give_up 2 "the store could not be copied to every node; what is wrong stands above."
+    unless_stopped
+    [[ $GENEFORMER_PREFLIGHT != yes ]] ||
+        on_nodes "$SLURM_NNODES" 60 "${launch[@]}" launch/preflight.py "$@" ||
+        give_up 2 "the nodes are not fit for this run; what is wrong stands above."
+    unless_stopped
+}
+
+unless_stopped() { [[ -z $stopped_by ]] || start_again "stopped by $stopped_by before the run began"; }
+
+give_up() { # CODE MESSAGE: unless it was told to stop, or a node is lost
+    ! told_to_stop || start_again "stopped before the run began"
     await_verdict
-    fail 2 "the nodes are not fit for this run; what is wrong stands above."
+    fail "$@"
 }
 
 conclude() { # EXIT_CODE of the run
-    say "the run ended at step $(outcome step) as $(outcome outcome) ($(outcome reason))"
-    case $1 in
+    say "the run $(told_outcome)"
+    case ${1:-1} in
         75) start_again "$(outcome reason)" ;;
+        # Ranks that hear a signal before they have begun to listen die of it.
+        1) ! told_to_stop || start_again "stopped while the ranks began" ;;&
         1) await_verdict ;;
     esac
-    exit "$1"
+    exit "${1:-1}"
 }
 
 start_again() { # REASON
     if is_cancelled; then
         say "stopped by SLURM, which starts this job again if it was requeued and not cancelled"
-    elif ((${SLURM_RESTART_COUNT:-0} >= GENEFORMER_MAX_RESTARTS)); then
+    elif ((restarts >= GENEFORMER_MAX_RESTARTS)); then
         say "not started again: GENEFORMER_MAX_RESTARTS is $GENEFORMER_MAX_RESTARTS"
+    elif [[ $stopped_by == USR1 && $(outcome step) == "${step_before:-}" ]] && ((restarts > 0)); then
+        say "not started again: no step was made before the signal. Remedy: more --time, or a" \
+            "--signal that comes later."
     else
         say "to be started again: $1"
-        scontrol requeue "$SLURM_JOB_ID" || true # of a preempted job SLURM may have done so already
+        # Of a preempted job SLURM may have done so already.
+        insist scontrol requeue "$SLURM_JOB_ID" ||
+            say "error: SLURM does not take the requeue: submit the job again" >&2
     fi
     exit 75
 }
@@ -169,7 +217,7 @@ start_again() { # REASON
 await_verdict() {
     local patience_s
     nodes_answer && return
-    patience_s=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
+    patience_s=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p') || true
     say "a node does not answer: waiting for SLURM to start this job again"
     # Not in one piece: a trap runs only between commands.
     for ((i = 0; i < ${patience_s:-300} + 60; i++)); do sleep 1; done

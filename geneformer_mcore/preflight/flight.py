@@ -31,7 +31,7 @@ from geneformer_mcore.preflight.verdicts import Member
 
 LIMIT_S = 30
 """Seconds in which every rank must get on with a check, at most; parallel.timeout_s if less."""
-_MEET_S = 60
+_MEET_S = 240
 """For ranks to start: on a cold network disk imports alone take half of that."""
 _HINDER = ("network", "GPUs")
 """Checks without which process groups would hang, or fail without saying why."""

@@ -88,19 +88,25 @@ def look(settings_text: str) -> Node:
         chosen=chosen,
         interface=used,
         interface_address=interface.address_on(used) if used else "",
-        versions=versions(settings_text),
+        versions=versions(settings_text) | _commit(),
     )
 
 
 def versions(settings_text: str) -> dict[str, str]:
-    """{package, "python", "project", "commit", "settings": version, or hash of the settings}."""
+    """{package, "python", "project", "settings": version, or hash of the settings}."""
     return {
         "python": platform.python_version(),
         **backends.describe(),
         "project": geneformer_mcore.__version__,
-        "commit": commit(),
         "settings": hashlib.sha256(settings_text.encode()).hexdigest()[:12],
     }
+
+
+def _commit() -> dict[str, str]:
+    """{"commit": hash}, from one rank per node: git reads the whole work tree. Empty where there is
+    none, or a disk is too slow to tell: that is no difference."""
+    known = commit() if _environment("LOCAL_RANK", 0) == 0 else "unknown"
+    return {} if known == "unknown" else {"commit": known}
 
 
 def _gpus() -> list[str]:

@@ -10,6 +10,7 @@ system remembers for up to a minute that something was not there.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import secrets
 import time
 from collections.abc import Callable
@@ -133,7 +134,10 @@ def _write(folder: Path, rank: int, traces: Traces) -> Token:
     path = folder / f".preflight_{rank}_{secrets.token_hex(8)}"
     try:
         traces.files.append(path)
-        path.write_text(content)
+        with path.open("w") as file:
+            file.write(content)
+            # As a run does with its own: some network file systems are mounted without it.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return Token(problem=error.strerror or str(error))
     return Token(path.name, content)

@@ -161,7 +161,8 @@ def judge_versions(members: Sequence[Member]) -> Finding:
     names = sorted({name for each in members for name in each.node.versions})
     differing = []
     for name in names:
-        groups = sides((each.node, each.node.versions.get(name, "absent")) for each in members)
+        telling = (each.node for each in members if name in each.node.versions)
+        groups = sides((node, node.versions[name]) for node in telling)
         if len(groups) > 1:
             differing.append(f"{name} {told_sides(groups)}")
     if differing:

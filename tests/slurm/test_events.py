@@ -104,6 +104,21 @@ def test_preempted(cluster: Cluster, clean: Clean, store: Path, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("every_event")
+def test_preempted_before_it_trains(
+    cluster: Cluster, clean: Clean, store: Path, tmp_path: Path
+) -> None:
+    """SLURM tells its steps alone, and they die of it."""
+    options = ("--partition=low",)
+    job = submit(cluster, tmp_path / "run", store, options=options, preflight=True)
+    wait_until(lambda: any(cluster.tasks(node) for node in cluster.nodes), job)
+    urgent = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
+    cluster.run("sbatch", "--parsable", *urgent, "--wrap=sleep 1")
+    assert job.ended() == "COMPLETED", job.log
+    assert job.restarts == 1, job.log
+    assert job.weights() == clean.job.weights()
+
+
+@pytest.mark.usefixtures("every_event")
 def test_cancelled_is_saved_and_not_started_again(
     cluster: Cluster, clean: Clean, store: Path, tmp_path: Path
 ) -> None:

@@ -40,6 +40,8 @@ SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> "$NOTES"
 case "$1 $2" in
     'show hostnames') printf 'n1\\nn2\\n' ;;
+    'show job') echo "   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=$PREEMPTED" ;;
+    'requeue 4711') exit "${REQUEUE_CODE:-0}" ;;
     'show node') echo "   NodeAddr=10.0.0.1 NodeHostName=$3 Version=22.05" ;;
     'show config') echo 'SlurmdTimeout           = 0 sec' ;;
 esac
@@ -77,7 +79,8 @@ class Script:
             "SLURM_NNODES": "2",
             "SLURM_GPUS_PER_NODE": "2",
             "SLURM_GPUS_ON_NODE": "8",
-            "SLURM_CPUS_ON_NODE": "16",
+            "SLURM_JOB_CPUS_PER_NODE": "16(x3),12,16",
+            "PREEMPTED": "None",
         }
 
     def ends(self, code: int, reason: str, restart: int = 0) -> None:
@@ -158,7 +161,10 @@ def test_what_it_starts(script: Script) -> None:
     )
     assert preflight.endswith(f"{torchrun}launch/preflight.py {arguments}")
     assert pretrain.endswith(f"{torchrun}launch/pretrain.py {arguments}")
-    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 " in pretrain
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 --mem=0 --wait=660 " in pretrain
+    assert "--wait=60 " in preflight
+    # The cores of the smallest node.
+    assert "--cpus-per-task=12 " in pretrain
     assert "--container" not in script.noted
 
 
@@ -180,10 +186,21 @@ def test_on_one_node_nothing_listens_to_others(script: Script) -> None:
     assert "master" not in script.noted
 
 
-@pytest.mark.parametrize(("asked", "ranks"), [("4", 4), ("a100:8", 8), ("gpu:a100:8", 8), ("", 3)])
-def test_ranks_of_a_node_are_its_gpus(script: Script, asked: str, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("asked", "there", "ranks"),
+    [
+        ("4", "8", 4),
+        ("a100:8", "8", 8),
+        ("gpu:a100:8", "10", 8),
+        ("8", "4", 4),
+        ("", "3", 3),
+        ("0", "", 1),
+        ("", "", 1),
+    ],
+)
+def test_ranks_of_a_node_are_its_gpus(script: Script, asked: str, there: str, ranks: int) -> None:
     script.ends(0, "done")
-    script.start(SLURM_GPUS_PER_NODE=asked, SLURM_GPUS_ON_NODE="3")
+    script.start(SLURM_GPUS_PER_NODE=asked, SLURM_GPUS_ON_NODE=there)
     assert f"--nproc-per-node={ranks} " in script.noted
 
 
@@ -240,6 +257,54 @@ def test_a_lost_node_is_waited_for_and_the_job_requeued(script: Script) -> None:
     assert ended.returncode == 75
     assert "a node does not answer: waiting for SLURM" in ended.stdout
     assert "scontrol requeue 4711" in script.noted
+
+
+@pytest.mark.parametrize("stage", ["SETTINGS_CODE", "PREFLIGHT_CODE", "", "lost"])
+def test_preempted_before_it_trains(script: Script, stage: str) -> None:
+    """Of which SLURM tells its steps alone."""
+    now = {"PREEMPTED": "2026-01-01T00:00:00"}
+    if stage == "lost":
+        script.ends(1, "rank 0 is lost")
+        ended = script.start(**now)
+    else:
+        ended = script.start(**now, **({stage: "143"} if stage else {}))
+    assert ended.returncode == 75
+    assert "scontrol requeue 4711" in script.noted
+
+
+def test_a_second_signal_is_not_handed_on(script: Script) -> None:
+    script.ends(75, "signal")
+    with script.held("launch/pretrain.py --config") as started:
+        for _ in range(3):
+            started.send_signal(signal.SIGUSR1)
+            time.sleep(0.02)
+        assert started.wait(30) == 75
+    assert script.noted.count("told") == 1
+
+
+def test_a_start_that_makes_no_step_before_its_signal_is_the_last(script: Script) -> None:
+    script.ends(75, "signal", restart=1)
+    (script.run / "outcome.json").write_text(Path(script.environment["OUTCOME"]).read_text())
+    script.ends(75, "signal", restart=2)
+    held = {"SLURM_RESTART_COUNT": "1"}
+    with script.held("launch/pretrain.py --config", **held) as started:
+        started.send_signal(signal.SIGUSR1)
+        assert started.wait(30) == 75
+    assert "requeue" not in script.noted
+
+
+def test_slurm_is_asked_again_when_it_does_not_answer(script: Script) -> None:
+    script.ends(75, "stopped")
+    ended = script.start(REQUEUE_CODE="1")
+    assert ended.returncode == 75
+    assert script.noted.count("scontrol requeue 4711") == 7
+    assert "SLURM does not take the requeue" in ended.stderr
+
+
+def test_a_run_folder_that_is_elsewhere_in_the_container(script: Script) -> None:
+    ended = script.start(GENEFORMER_IMAGE="/shared/g.sqsh", RUN="/not/here/run")
+    assert ended.returncode == 2
+    assert "run.dir must have the same path in the container and here" in ended.stderr
 
 
 @pytest.mark.parametrize(
