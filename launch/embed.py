@@ -93,7 +93,12 @@ def _arguments() -> argparse.Namespace:
     add("--input", metavar="CELLS", help="h5ad file of counts, SOMA Experiment or token store")
     add("--output", type=Path, metavar="FILE", help="b.h5ad or b.npy")
     add("--gene-embeddings", type=Path, metavar="FILE", help="genes as .csv, .tsv or .npy")
-    add("--layer", default="last", help="last (default), second-to-last, or a number of layers")
+    add(
+        "--layer",
+        default="last",
+        help="last (default; after the final norm), second-to-last, or N: the residual stream "
+        "behind N layers, which is not normalised",
+    )
     add("--pooling", choices=("mean", "cls"), default="mean", help="default: mean over genes")
     add(
         "--precision",

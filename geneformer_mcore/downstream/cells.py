@@ -98,12 +98,15 @@ class CountedCells:
 
 
 class StoredCells:
-    """Cells of a token store, in its order."""
+    """Cells of a token store, or of one split of it, in its order."""
 
     path: Path | None = None
 
-    def __init__(self, source: str, vocabulary: Vocabulary, seq_length: int) -> None:
+    def __init__(
+        self, source: str, vocabulary: Vocabulary, seq_length: int, split: str = ""
+    ) -> None:
         self.store = TokenStore.open(source)
+        self._start, self._stop = self.store.rows(split) if split else (0, len(self.store))
         self._seq_length = seq_length
         found = self.store.vocabulary.checksum
         if found != vocabulary.checksum:
@@ -115,16 +118,24 @@ class StoredCells:
             )
 
     def __len__(self) -> int:
-        return len(self.store)
+        return self._stop - self._start
 
     def read(self, start: int, stop: int) -> RaggedCells:
         """Implements Cells."""
+        return self._read(self._start + start, self._start + stop)
+
+    def training_cells(self, most: int) -> RaggedCells:
+        """The first `most` of the store's training cells."""
+        start, stop = self.store.rows("train")
+        return self._read(start, min(stop, start + most))
+
+    def _read(self, start: int, stop: int) -> RaggedCells:
         return truncate(self.store.read(start, stop), self._seq_length)
 
     def obs(self) -> pd.DataFrame:
         """Implements Cells."""
         with SomaReader(self.store.path) as reader:
-            table = reader.read(OBS, 0, len(self), reader.columns(OBS))
+            table = reader.read(OBS, self._start, self._stop, reader.columns(OBS))
         return table.to_pandas().set_index("cell_id")
 
     def close(self) -> None:

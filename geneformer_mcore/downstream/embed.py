@@ -27,7 +27,7 @@ from geneformer_mcore.downstream.encoder import Encoder
 from geneformer_mcore.downstream.pretrained import Pretrained
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.model.states import Pooling
-from geneformer_mcore.store.progress import ProgressLine
+from geneformer_mcore.store.progress import ProgressLine, no_progress
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _check(request: Request) -> None:
 def _embed_genes(model: Pretrained, path: Path) -> str:
     rows = weights.read_tensor(model.folder, weights.WORD_EMBEDDING)
     values_GH = rows[NUM_SPECIALS : model.vocabulary.size].numpy()
-    embedding_files.write_genes(path, values_GH, model.vocabulary, _facts_of(model))
+    embedding_files.write_genes(path, values_GH, model.vocabulary, facts_of(model))
     return f"{path}: {len(values_GH):,} genes x {values_GH.shape[1]}"
 
 
@@ -127,17 +127,14 @@ def embed_cells(
     for choices that there are not."""
     pooling, precision = _checked(choices)
     layers = encoder.number_of_layer(choices.layer, model.config.model.num_layers)
-    seq_length, budget = model.config.data.seq_length, choices.tokens_per_batch
-    if 0 < budget < seq_length or budget < 0:
-        raise ConfigError(
-            f"tokens per batch ({budget}) must be at least the {seq_length} tokens that a cell may "
-            "have for this model, or 0 for what suits the device. Remedy: --tokens-per-batch "
-            f"{seq_length} or more."
-        )
     with ExitStack() as stack:
-        engine = stack.enter_context(encoder.started(model, precision, budget, layers))
+        engine = stack.enter_context(
+            encoder.started(model, precision, choices.tokens_per_batch, layers)
+        )
         line = stack.enter_context(ProgressLine("cells")) if shows_progress else None
-        found = encoder.embeddings(engine, cells, pooling, line.update if line else lambda *_: None)
+        work = encoder.embedding(engine, pooling)
+        progress = line.update if line else no_progress
+        found = encoder.per_cell(engine, cells, work, np.float32, progress)
         facts = _facts(engine, choices, layers)
     if found is None:
         return None, facts
@@ -161,7 +158,7 @@ def _facts(engine: Encoder, choices: Choices, layers: int | None) -> dict[str, A
     """What goes into uns: plain text and numbers, which h5ad can hold."""
     model = engine.pretrained
     num_layers = model.config.model.num_layers
-    return _facts_of(model) | {
+    return facts_of(model) | {
         "layer": choices.layer,
         "layer_number": num_layers if layers is None else layers,
         "final_norm": layers is None,
@@ -171,7 +168,8 @@ def _facts(engine: Encoder, choices: Choices, layers: int | None) -> dict[str, A
     }
 
 
-def _facts_of(model: Pretrained) -> dict[str, Any]:
+def facts_of(model: Pretrained) -> dict[str, Any]:
+    """Which model it is, in plain text and numbers."""
     config = model.config
     sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
     return {

@@ -1,15 +1,16 @@
 """A trained encoder on the ranks that are here, and cells through it.
 
 Pretrained -> process groups -> stages with their weights, cut after the layer asked for
-blocks of rows, dealt to data-parallel ranks -> packed -> states -> one vector per cell
+blocks of rows, dealt to data-parallel ranks -> packed -> states -> numbers per cell
                                                                  -> in the input's order, rank 0
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,12 +18,12 @@ import torch
 from geneformer_mcore.checkpoint import weights
 from geneformer_mcore.config import plan
 from geneformer_mcore.config.sections import Precision
-from geneformer_mcore.contracts import Batch, CellViews, RaggedCells
+from geneformer_mcore.contracts import Batch, CellViews
 from geneformer_mcore.downstream.cells import Cells
 from geneformer_mcore.downstream.pretrained import Pretrained
 from geneformer_mcore.errors import ConfigError, DataError, GeneformerError
 from geneformer_mcore.feed.batch import make_batch, padded_length
-from geneformer_mcore.feed.masks import Masking
+from geneformer_mcore.feed.masks import VALIDATION_EPOCH, Masking
 from geneformer_mcore.feed.packing import pack
 from geneformer_mcore.model import geneformer, settings, states
 from geneformer_mcore.model.states import Pooling
@@ -59,6 +60,33 @@ class Encoder:
         return self.topology.is_last_stage and self.topology.tensor_rank == 0
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is made of cells.
+
+    name:        for the progress line
+    width:       numbers per cell
+    masking:     what is hidden of them; probability 0 hides nothing
+    of_batches:  [cells, width] of each batch, where this rank holds the last stage
+    """
+
+    name: str
+    width: int
+    masking: Masking
+    of_batches: Callable[[list[geneformer.Geneformer], list[Batch]], list[torch.Tensor]]
+
+
+def embedding(encoder: Encoder, pooling: Pooling) -> Work:
+    """One vector per cell: nothing of it is hidden."""
+    model = encoder.pretrained
+    return Work(
+        "embedding",
+        model.config.model.hidden_size,
+        Masking(0.0, (1.0, 0.0, 0.0), model.vocabulary.size, 0),
+        partial(states.of_cells, pooling=pooling),
+    )
+
+
 @contextmanager
 def started(
     pretrained: Pretrained,
@@ -70,10 +98,11 @@ def started(
 
     precision: None takes fp32 on a CPU, and on a GPU what the model was trained in (bf16 for fp8)
     layers:    cuts the model behind so many; None leaves it whole
-    Raises ConfigError where the layout does not suit the model or the ranks.
+    Raises ConfigError where the layout does not suit the model or the ranks, or a batch no cell.
     """
-    here = device.start()
     config = pretrained.config
+    _check_budget(tokens_per_batch, config.data.seq_length)
+    here = device.start()
     config.train.precision = chosen = _precision(pretrained, precision, here)
     if chosen is Precision.fp32:
         config.model.fp32_residual = True
@@ -101,6 +130,15 @@ def started(
         groups.stop(stay=was_there)
 
 
+def _check_budget(tokens: int, seq_length: int) -> None:
+    if tokens < 0 or 0 < tokens < seq_length:
+        raise ConfigError(
+            f"tokens per batch ({tokens}) must be at least the {seq_length} tokens that a cell may "
+            "have for this model, or 0 for what suits the device. Remedy: --tokens-per-batch "
+            f"{seq_length} or more."
+        )
+
+
 def _join(pretrained: Pretrained, here: torch.device) -> Topology:
     parallel = pretrained.config.parallel
     if torch.distributed.is_initialized():
@@ -124,77 +162,75 @@ def _default_tokens(seq_length: int, here: torch.device) -> int:
     return max(seq_length, TOKENS_ON_GPU if here.type == "cuda" else TOKENS_ON_CPU)
 
 
-def embeddings(
-    encoder: Encoder, cells: Cells, pooling: Pooling, progress: Progress
+def per_cell(
+    encoder: Encoder, cells: Cells, work: Work, dtype: type[np.floating], progress: Progress
 ) -> np.ndarray | None:
-    """On rank 0 float32 [cells, H] in the order of the cells, NaN for those without a known gene;
-    None on the other ranks. Every rank raises what any rank met.
+    """On rank 0 [cells, width of the work] in the order of the cells, NaN for those without a known
+    gene; None on the other ranks. Every rank raises what any rank met.
 
     Blocks of neighbouring rows are dealt in turn; a rank reads and ranks its own blocks only.
     """
-    rows: list[np.ndarray] = []
-    values: list[np.ndarray] = []
+    rows: list[np.ndarray] = [np.empty(0, np.int64)]
+    values: list[np.ndarray] = [np.empty((0, work.width), dtype)]
     problem = ""
     try:
-        for found_N, values_NH in _of_this_rank(encoder, cells, pooling, progress):
+        for found_N, found_NW in _of_this_rank(encoder, cells, work, dtype, progress):
             rows.append(found_N)
-            values.append(values_NH)
+            values.append(found_NW)
     except GeneformerError as error:
         problem = str(error)
     problem = collectives.first_problem(problem)
     if problem:
         raise DataError(problem)
-    width = encoder.pretrained.config.model.hidden_size
-    rows_N = np.concatenate([np.empty(0, np.int64), *rows])
-    values_NH = np.concatenate([np.empty((0, width), np.float32), *values])
-    return collectives.rows_on_first_rank(rows_N, values_NH, len(cells), encoder.device)
+    return collectives.rows_on_first_rank(
+        np.concatenate(rows), np.concatenate(values), len(cells), encoder.device
+    )
 
 
 def _of_this_rank(
-    encoder: Encoder, cells: Cells, pooling: Pooling, progress: Progress
+    encoder: Encoder, cells: Cells, work: Work, dtype: type[np.floating], progress: Progress
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     topology, total = encoder.topology, len(cells)
     size = min(BLOCK_CELLS, -(-total // topology.data_size))
     starts = range(topology.data_rank * size, total, topology.data_size * size)
     for number, start in enumerate(starts):
         # Of all ranks' cells: each has done about as much as this one.
-        progress("embedding", min(total, number * size * topology.data_size), total)
+        progress(work.name, min(total, number * size * topology.data_size), total)
         block = cells.read(start, min(start + size, total))
         known_N = np.flatnonzero(block.lengths > 1)
         if len(known_N):
-            vectors = _block(encoder, block, known_N, pooling)
+            views = CellViews(block.tokens_T, block.offsets[:-1], block.lengths, block.keys_N)
+            values_NW = _block(encoder, views.part(known_N), work, dtype)
             if encoder.holds_states:
-                yield start + known_N, vectors
-    progress("embedding", total, total)
+                yield start + known_N, values_NW
+    progress(work.name, total, total)
 
 
-def _block(
-    encoder: Encoder, block: RaggedCells, known_N: np.ndarray, pooling: Pooling
-) -> np.ndarray:
-    """float32 [len(known_N), H], the vectors of those cells; empty where this rank has none."""
-    views = CellViews(block.tokens_T, block.offsets[:-1], block.lengths, block.keys_N)
-    bins, batches = _batches(encoder, views.part(known_N))
-    found = states.of_cells(encoder.stages, batches, pooling)
-    width = encoder.pretrained.config.model.hidden_size
-    vectors = np.full((len(known_N), width), np.nan, np.float32)
-    for members, pooled in zip(bins, found, strict=False):
-        vectors[members] = pooled.cpu().numpy()
-    return vectors
+def _block(encoder: Encoder, cells: CellViews, work: Work, dtype: type[np.floating]) -> np.ndarray:
+    """[cells, width], NaN where this rank has none."""
+    bins, batches = _batches(encoder, cells, work)
+    found = work.of_batches(encoder.stages, batches)
+    values_NW = np.full((len(cells), work.width), np.nan, dtype)
+    for members, of_batch in zip(bins, found, strict=False):
+        values_NW[members] = of_batch.cpu().numpy()
+    return values_NW
 
 
-def _batches(encoder: Encoder, cells: CellViews) -> tuple[list[np.ndarray], list[Batch]]:
-    """Which cells go together, and the packed batches of them: nothing hidden, of one shape."""
+def _batches(
+    encoder: Encoder, cells: CellViews, work: Work
+) -> tuple[list[np.ndarray], list[Batch]]:
+    """Which cells go together, and the packed batches of them, all of one shape."""
     config = encoder.pretrained.config
     packing = pack(cells.lengths_N, encoder.tokens_per_batch, 1)
     multiple = int(np.lcm(PAD_MULTIPLE, config.parallel.tensor))
     num_positions = padded_length(packing.most_tokens, multiple, encoder.tokens_per_batch)
-    shown = Masking(0.0, (1.0, 0.0, 0.0), encoder.pretrained.vocabulary.size, 0)
     bins = [members for members in packing.bins if len(members)]
     batches = []
     for members in bins:
-        nothing = np.zeros(len(members), np.int64)
+        epochs = np.full(len(members), VALIDATION_EPOCH)
+        idle = np.full(len(members), work.masking.probability == 0)
         batch = make_batch(
-            cells.part(members), nothing, nothing == 0, shown, num_positions, packed=True
+            cells.part(members), epochs, idle, work.masking, num_positions, packed=True
         )
         batches.append(batch.to(encoder.device))
     return bins, batches

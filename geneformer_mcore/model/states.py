@@ -8,16 +8,14 @@ A mean takes every gene, the last one too, and neither [CLS] nor padding; it is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum
-from functools import partial
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from geneformer_mcore.contracts import Batch
 from geneformer_mcore.feed.places import positions_in_cells
+from geneformer_mcore.model import inference
 from geneformer_mcore.model.geneformer import Geneformer
 
 
@@ -42,37 +40,11 @@ def of_cells(
 ) -> list[torch.Tensor]:
     """fp32 [N, H] for the cells of each of `batches`, which are all of one shape and on the
     device; on ranks that do not hold the last stage nothing. Every cell must have a gene."""
-    (stage,) = stages
-    stage.eval()
-    num_rows, num_positions = batches[0].tokens_BS.shape
-    with torch.no_grad():
-        return get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, pooling=pooling),
-            data_iterator=iter(batches),
-            model=stage,
-            num_microbatches=len(batches),
-            seq_length=num_positions,
-            micro_batch_size=num_rows,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
 
+    def pooled(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Tensor:
+        return pool(inference.whole(hidden_SBH, stage), batch, pooling)
 
-def _forward_step(batches: Iterator[Batch], stage: Geneformer, pooling: Pooling) -> tuple:
-    batch = next(batches)
-
-    def pooled(hidden_SBH: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
-        assert non_loss_data
-        return pool(whole(hidden_SBH, stage), batch, pooling)
-
-    return stage.encode(batch), pooled
-
-
-def whole(hidden_SBH: torch.Tensor, stage: Geneformer) -> torch.Tensor:
-    """All positions, where sequence parallel gives each tensor rank its share."""
-    if not stage.config.sequence_parallel:
-        return hidden_SBH
-    return gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
+    return inference.through(stages, batches, pooled)
 
 
 def pool(hidden_SBH: torch.Tensor, batch: Batch, pooling: Pooling) -> torch.Tensor:

@@ -67,19 +67,19 @@ def first_problem(problem: str) -> str:
 def rows_on_first_rank(
     rows_N: np.ndarray, values_NH: np.ndarray, num_rows: int, device: torch.device
 ) -> np.ndarray | None:
-    """On rank 0 [num_rows, H] with every rank's `values_NH` (float32) at its `rows_N` (int64,
+    """On rank 0 [num_rows, H] with every rank's `values_NH` (floats) at its `rows_N` (int64,
     ascending), and NaN at rows that no rank has; None on the others. No row may be of two ranks.
 
     Some thousand rows at a time, so that no rank but the first needs room for all.
     """
     width = values_NH.shape[1]
     is_first = dist.get_rank() == 0
-    gathered = np.full((num_rows, width), np.nan, np.float32) if is_first else None
+    gathered = np.full((num_rows, width), np.nan, values_NH.dtype) if is_first else None
     for start in range(0, num_rows, _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, num_rows)
         here = slice(*np.searchsorted(rows_N, (start, stop)))
         # A column more says whose rows these are: what nobody has is no zero.
-        part = torch.zeros(stop - start, width + 1)
+        part = torch.from_numpy(np.zeros((stop - start, width + 1), values_NH.dtype))
         places = torch.from_numpy(rows_N[here] - start)
         part[places, :width] = torch.from_numpy(values_NH[here])
         part[places, width] = 1
