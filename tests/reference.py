@@ -42,15 +42,23 @@ class Reference(torch.nn.Module):
 
     def hidden(self, tokens_BS: torch.Tensor, lengths_N: torch.Tensor) -> torch.Tensor:
         """[B, S, H] after the final norm."""
+        return self._norm(
+            self.states(tokens_BS, lengths_N, self.num_layers), "encoder.final_layernorm"
+        )
+
+    def states(
+        self, tokens_BS: torch.Tensor, lengths_N: torch.Tensor, num_layers: int
+    ) -> torch.Tensor:
+        """[B, S, H], the residual stream behind so many layers."""
         num_positions = tokens_BS.shape[1]
         x = self.w["embedding.word_embeddings.weight"][tokens_BS]
         x = x + self.w["embedding.position_embeddings.weight"][:num_positions]
         real_BS = torch.arange(num_positions) < lengths_N[:, None]
-        for layer in range(self.num_layers):
+        for layer in range(num_layers):
             name = f"encoder.layers.{layer}"
             x = x + self._attention(self._norm(x, f"{name}.input_layernorm"), real_BS, name)
             x = x + self._mlp(self._norm(x, f"{name}.pre_mlp_layernorm"), f"{name}.mlp")
-        return self._norm(x, "encoder.final_layernorm")
+        return x
 
     def logits(self, tokens_BS: torch.Tensor, lengths_N: torch.Tensor) -> torch.Tensor:
         """[B, S, vocabulary_size]: real tokens only, padding rows of the embedding left out."""

@@ -123,13 +123,16 @@ def load(trainable: optim.Trainable, folder: Path, rank: int | None) -> None:
         _load_random_states(folder, rank)
 
 
+def description_of(stage: Any) -> dict[str, Any]:
+    """{name: which part of which tensor of the checkpoint} of the weights of a stage."""
+    entries = stage.sharded_state_dict(metadata=dict(_METADATA))
+    return {name: entry for name, entry in entries.items() if not name.endswith(_EXTRA_STATE)}
+
+
 def _description(trainable: optim.Trainable, is_loading: bool) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for number, stage in enumerate(trainable.stages):
-        entries = stage.sharded_state_dict(metadata=dict(_METADATA))
-        state[f"model{number}"] = {
-            name: entry for name, entry in entries.items() if not name.endswith(_EXTRA_STATE)
-        }
+        state[f"model{number}"] = description_of(stage)
     state["optimizer"] = trainable.optimizer.sharded_state_dict(
         state, is_loading=is_loading, metadata=dict(_METADATA)
     )

@@ -34,6 +34,19 @@ def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> tuple
     return _resolved(merged), dump(merged)
 
 
+def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Config:
+    """The settings that `dump` wrote as `text`, with `overrides` on top. Raises ConfigError as
+    `load` does; `origin` says in it where the text is from."""
+    merged = OmegaConf.structured(Config)
+    problems: list[str] = []
+    values = _text_values(text, origin, problems)
+    for where, found in [*values, *_argument_values(overrides, problems)]:
+        _merge(merged, where, found, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return _resolved(merged)
+
+
 def dump(config: Config | DictConfig) -> str:
     """YAML text of all settings; interpolations such as ${oc.env:HOME} stay as they are."""
     node = config if isinstance(config, DictConfig) else OmegaConf.structured(config)
@@ -54,17 +67,28 @@ def _file_values(file: str | Path | None, problems: list[str]) -> list[tuple[str
     if file is None:
         return []
     try:
-        values = _StrictLoader(Path(file).read_text()).get_single_data() or {}
+        text = Path(file).read_text()
     except OSError as error:
         problems.append(f"cannot read the config file {file}: {error.strerror}.")
         return []
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(f"{file} is not plain YAML: {' '.join(str(error).split())}.")
+    except UnicodeDecodeError as error:
+        problems.append(f"{file} is not plain YAML: {error}.")
+        return []
+    return _text_values(text, f"{file}", problems)
+
+
+def _text_values(text: str, origin: str, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        values = _StrictLoader(text).get_single_data() or {}
+    except yaml.YAMLError as error:
+        problems.append(f"{origin} is not plain YAML: {' '.join(str(error).split())}.")
         return []
     if not isinstance(values, dict):
-        problems.append(f"{file}: a config file is a mapping of sections, as in configs/demo.yaml.")
+        problems.append(
+            f"{origin}: a config file is a mapping of sections, as in configs/demo.yaml."
+        )
         return []
-    return [(f"{file}", {key: value}) for key, value in _leaves(values)]
+    return [(origin, {key: value}) for key, value in _leaves(values)]
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -78,11 +78,16 @@ class Masking:
     def validation_positions(self, cells: RaggedCells) -> tuple[np.ndarray, np.ndarray]:
         """What validation asks for in `cells`: int64 [M] true token ids and int64 [M] their places
         within their cells, 1 for the highest-ranked gene."""
+        labels_M, places_M, _ = self.validation_genes(cells)
+        return labels_M, places_M
+
+    def validation_genes(self, cells: RaggedCells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same, and int64 [M] the number of the cell that each is of."""
         epochs_N = np.full(len(cells), VALIDATION_EPOCH)
         _, selected_T = self.apply(cells, epochs_N)
         here = np.flatnonzero(selected_T)
-        first_T = np.repeat(cells.offsets[:-1], cells.lengths)
-        return cells.tokens_T[here].astype(np.int64), here - first_T[here]
+        cell_M = np.searchsorted(cells.offsets, here, side="right") - 1
+        return cells.tokens_T[here].astype(np.int64), here - cells.offsets[cell_M], cell_M
 
     def _shown(self, bits_M: np.ndarray, tokens_M: np.ndarray) -> np.ndarray:
         # A second and a third hash of the same bits: independent of the first decision.

@@ -110,13 +110,9 @@ def score(
     sample): 50,000 cells fix 25,000 genes well, and take seconds and a few hundred MB.
     """
     sample = train.first(max_cells)
-    by_alpha = {
-        alpha: cross_entropy(unigram(sample, vocabulary_size, alpha)[labels_M]) for alpha in ALPHAS
-    }
-    alpha = min(by_alpha, key=lambda candidate: by_alpha[candidate])
-    table = gene_given_rank(sample, vocabulary_size, labels_M, positions_M, alpha)
+    alpha, table = fit(sample, vocabulary_size, labels_M, positions_M)
     return {
-        "unigram": by_alpha[alpha],
+        "unigram": cross_entropy(table.unigram_V[labels_M]),
         "gene_given_rank": cross_entropy(table.log_probabilities(labels_M, positions_M)),
         "cells": len(sample),
         "masked_tokens": len(labels_M),
@@ -124,6 +120,18 @@ def score(
         "rank_bins": len(table.edges_K),
         "shrinkage": table.shrinkage,
     }
+
+
+def fit(
+    train: RaggedCells, vocabulary_size: int, labels_M: np.ndarray, positions_M: np.ndarray
+) -> tuple[float, GeneGivenRank]:
+    """The smoothing that makes the unigram do best on (labels, positions), and the best table with
+    that unigram in it."""
+    by_alpha = {
+        alpha: cross_entropy(unigram(train, vocabulary_size, alpha)[labels_M]) for alpha in ALPHAS
+    }
+    alpha = min(by_alpha, key=lambda candidate: by_alpha[candidate])
+    return alpha, gene_given_rank(train, vocabulary_size, labels_M, positions_M, alpha)
 
 
 def _finest(train: RaggedCells, vocabulary_size: int, alpha: float) -> GeneGivenRank:

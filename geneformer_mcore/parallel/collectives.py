@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from geneformer_mcore.parallel.groups import Topology
+
+_ROWS_AT_ONCE = 65_536
 
 
 def sum_of_losses(values: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -54,6 +57,39 @@ def from_first_rank(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def first_problem(problem: str) -> str:
+    """The first rank's text that is not empty, on every rank; "" if none has one."""
+    return next(filter(None, from_all_ranks(problem)), "")
+
+
+def rows_on_first_rank(
+    rows_N: np.ndarray, values_NH: np.ndarray, num_rows: int, device: torch.device
+) -> np.ndarray | None:
+    """On rank 0 [num_rows, H] with every rank's `values_NH` (floats) at its `rows_N` (int64,
+    ascending), and NaN at rows that no rank has; None on the others. No row may be of two ranks.
+
+    Some thousand rows at a time, so that no rank but the first needs room for all.
+    """
+    width = values_NH.shape[1]
+    is_first = dist.get_rank() == 0
+    gathered = np.full((num_rows, width), np.nan, values_NH.dtype) if is_first else None
+    for start in range(0, num_rows, _ROWS_AT_ONCE):
+        stop = min(start + _ROWS_AT_ONCE, num_rows)
+        here = slice(*np.searchsorted(rows_N, (start, stop)))
+        # A column more says whose rows these are: what nobody has is no zero.
+        part = torch.from_numpy(np.zeros((stop - start, width + 1), values_NH.dtype))
+        places = torch.from_numpy(rows_N[here] - start)
+        part[places, :width] = torch.from_numpy(values_NH[here])
+        part[places, width] = 1
+        part = part.to(device)
+        dist.reduce(part, dst=0)
+        if gathered is not None:
+            found = part.cpu().numpy()
+            has = found[:, width] == 1
+            gathered[start:stop][has] = found[has, :width]
+    return gathered
 
 
 def barrier() -> None:

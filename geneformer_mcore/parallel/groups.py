@@ -163,8 +163,8 @@ def seed_dropout(seed: int, topology: Topology) -> None:
     )
 
 
-def stop() -> None:
-    """Leaves all groups."""
+def stop(stay: bool = False) -> None:
+    """Leaves all groups; with `stay` only those for parts of a model, not the other ranks."""
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if not stay and dist.is_initialized():
         dist.destroy_process_group()

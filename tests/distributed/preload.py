@@ -7,9 +7,13 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import geneformer_mcore.checkpoint.saving
     import geneformer_mcore.checkpoint.state
+    import geneformer_mcore.downstream.embed
+    import geneformer_mcore.downstream.evaluation_text
     import geneformer_mcore.feed.loader
     import geneformer_mcore.train.data
     import geneformer_mcore.train.loop  # noqa: F401
+    import launch.embed
+    import launch.evaluate
     import launch.pretrain  # noqa: F401
     from tests.distributed import toy
 

@@ -1,0 +1,132 @@
+#!/usr/bin/env python
+"""Embeds cells with a trained model: AnnData in, AnnData with obsm["X_geneformer"] out.
+
+torchrun [--nproc_per_node=N] launch/embed.py --checkpoint RUN --input a.h5ad --output b.h5ad
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geneformer_mcore.backends import ignore_known_warnings
+from geneformer_mcore.commands import FINISHED, exit_code_of, run, tell
+from geneformer_mcore.errors import GeneformerError
+
+if TYPE_CHECKING:
+    from geneformer_mcore.downstream.embed import Request
+
+EXAMPLE = """examples:
+  python launch/embed.py --checkpoint runs/lung --input a.h5ad --output b.h5ad
+  torchrun --nproc_per_node=2 launch/embed.py --checkpoint runs/lung --input stores/lung \\
+      --output lung.npy --dtype float16 parallel.tensor=2
+  python launch/embed.py --checkpoint runs/lung --gene-embeddings genes.csv
+
+The output holds the whole input, obsm["X_geneformer"] (NaN for cells without a known gene, which
+obs["geneformer_embedded"] marks) and uns["geneformer"]. Then: sc.pp.neighbors(adata,
+use_rep="X_geneformer"). A .npy has these facts in a .json beside it.
+
+exit codes (torchrun turns all but 0 into 1): 0 finished   2 wrong input   1 defect
+"""
+
+
+def main() -> int:
+    """Embeds, and says on the first rank what was written."""
+    arguments = _arguments()
+    ignore_known_warnings()
+    # Only now what takes seconds to import.
+    from geneformer_mcore.downstream import embed
+
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        lines = embed.run(_request(arguments), is_first)
+    except GeneformerError as error:
+        # Once per machine: every rank meets the same.
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            tell(f"error: {error}")
+        return exit_code_of(error)
+    if is_first:
+        print("\n".join(lines))
+    return FINISHED
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    from geneformer_mcore.cells.corpus import InputOptions
+    from geneformer_mcore.cells.genes import load_symbols
+    from geneformer_mcore.downstream.embed import Choices, Request
+
+    return Request(
+        checkpoint=arguments.checkpoint,
+        source=arguments.input or "",
+        output=arguments.output,
+        gene_embeddings=arguments.gene_embeddings,
+        choices=Choices(
+            arguments.layer,
+            arguments.pooling,
+            arguments.precision,
+            arguments.dtype,
+            arguments.tokens_per_batch,
+        ),
+        vocabulary=arguments.vocabulary,
+        options=InputOptions(
+            arguments.counts_layer,
+            load_symbols(arguments.symbols) if arguments.symbols else {},
+            arguments.allow_normalised,
+            arguments.allow_low_overlap,
+        ),
+        layout=arguments.layout,
+        overwrite=arguments.overwrite,
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="a run's folder, or one of its step folders")
+    add("--input", metavar="CELLS", help="h5ad file of counts, SOMA Experiment or token store")
+    add("--output", type=Path, metavar="FILE", help="b.h5ad or b.npy")
+    add("--gene-embeddings", type=Path, metavar="FILE", help="genes as .csv, .tsv or .npy")
+    add(
+        "--layer",
+        default="last",
+        help="last (default; after the final norm), second-to-last, or N: the residual stream "
+        "behind N layers, which is not normalised",
+    )
+    add("--pooling", choices=("mean", "cls"), default="mean", help="default: mean over genes")
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="",
+        help="of the arithmetic (default: fp32 on a CPU, the training's on a GPU)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the result; bfloat16 is kept as float32 that is rounded to it",
+    )
+    add("--tokens-per-batch", type=int, default=0, metavar="N", help="at most (default: by device)")
+    add("--vocabulary", type=Path, help="the model's, where its store has moved")
+    add("--counts-layer", help="layer of the counts (default: counts, raw.X, X, in that order)")
+    add("--symbols", metavar="FILE", help="symbol -> Ensembl id: JSON, or a GENCODE table")
+    add("--allow-normalised", action="store_true", help="values may be counts scaled per cell")
+    add("--allow-low-overlap", action="store_true", help="few genes may be in the vocabulary")
+    add("--overwrite", action="store_true", help="replace an output that is there")
+    add(
+        "layout",
+        nargs="*",
+        metavar="parallel.KEY=N",
+        help="parallel.tensor, parallel.pipeline, parallel.sequence (default: data parallel)",
+    )
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

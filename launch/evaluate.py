@@ -1,0 +1,124 @@
+#!/usr/bin/env python
+"""Evaluates a trained model on held-out cells: masked-gene loss, accuracy, and what they must beat.
+
+torchrun [--nproc_per_node=N] launch/evaluate.py --checkpoint RUN --store STORE [--split test]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geneformer_mcore.backends import ignore_known_warnings
+from geneformer_mcore.commands import FINISHED, exit_code_of, run, tell
+from geneformer_mcore.errors import GeneformerError
+
+if TYPE_CHECKING:
+    from geneformer_mcore.downstream.evaluate import Evaluation
+
+EXAMPLE = """examples:
+  python launch/evaluate.py --checkpoint runs/lung --store stores/lung --json evaluation.json
+  torchrun --nproc_per_node=2 launch/evaluate.py --checkpoint runs/lung --store stores/lung \\
+      --split validation --by tissue_general,assay --plot plots parallel.tensor=2
+
+Which genes are hidden depends on --seed and the cell alone, the model's own seed by default: the
+validation split then shows the very genes that validation in training asked for.
+
+exit codes (torchrun turns all but 0 into 1): 0 finished   2 wrong input   1 defect
+"""
+
+
+def main() -> int:
+    """Evaluates, and prints the table on the first rank."""
+    arguments = _arguments()
+    ignore_known_warnings()
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        found = _evaluate(arguments, is_first)
+        if found is not None:
+            _show(arguments, found)
+    except GeneformerError as error:
+        # Once per machine: every rank meets the same.
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            tell(f"error: {error}")
+        return exit_code_of(error)
+    return FINISHED
+
+
+def _evaluate(arguments: argparse.Namespace, is_first: bool) -> Evaluation | None:
+    # Only now what takes seconds to import.
+    from geneformer_mcore.cells.output import check_place
+    from geneformer_mcore.config.sections import Precision
+    from geneformer_mcore.downstream import evaluate
+
+    if arguments.json is not None:
+        check_place(arguments.json)
+    if arguments.plot is not None:
+        check_place(arguments.plot / "loss.png")
+    fractions = arguments.mask_fractions
+    columns = arguments.by
+    return evaluate.evaluate(
+        evaluate.Request(
+            checkpoint=arguments.checkpoint,
+            store=arguments.store,
+            split=arguments.split,
+            columns=None if columns is None else [c for c in columns.split(",") if c],
+            mask_fractions=None if fractions is None else evaluate.parse_fractions(fractions),
+            seed=arguments.seed,
+            precision=Precision(arguments.precision) if arguments.precision else None,
+            tokens_per_batch=arguments.tokens_per_batch,
+            vocabulary=arguments.vocabulary,
+            layout=arguments.layout,
+        ),
+        is_first,
+    )
+
+
+def _show(arguments: argparse.Namespace, found: Evaluation) -> None:
+    from geneformer_mcore.downstream import evaluation_text
+
+    print("\n".join(evaluation_text.lines(found)))
+    if arguments.json is not None:
+        evaluation_text.save_json(found, arguments.json)
+    if arguments.plot is not None:
+        for path in evaluation_text.save_plots(found, arguments.plot):
+            print(f"plot: {path}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="a run's folder, or one of its step folders")
+    add("--store", required=True, help="token store with the model's vocabulary")
+    add("--split", choices=("train", "validation", "test"), default="test", help="default: test")
+    add("--json", type=Path, metavar="OUT", help="also write all figures here")
+    add("--plot", type=Path, metavar="DIR", help="also write bars as PNG into this folder")
+    add("--by", metavar="COLUMNS", help="of obs, with commas (default: those of the card)")
+    add("--mask-fractions", metavar="M,R,K", help="[MASK], random gene, unchanged (default: own)")
+    add("--seed", type=int, help="of the masks (default: the model's)")
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="",
+        help="of the arithmetic (default: fp32 on a CPU, the training's on a GPU)",
+    )
+    add("--tokens-per-batch", type=int, default=0, metavar="N", help="at most (default: by device)")
+    add("--vocabulary", type=Path, help="the model's, where its store has moved")
+    add(
+        "layout",
+        nargs="*",
+        metavar="parallel.KEY=N",
+        help="parallel.tensor, parallel.pipeline, parallel.sequence (default: data parallel)",
+    )
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

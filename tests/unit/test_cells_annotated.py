@@ -1,0 +1,98 @@
+"""AnnData files given out: a copy with more in it, of old files and new, and a new one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from geneformer_mcore.cells import annotated
+from geneformer_mcore.cells.annotated import Beside
+from geneformer_mcore.cells.counts import CountsFile
+from geneformer_mcore.errors import DataError
+
+BESIDE = Beside(
+    {"X_new": np.arange(8, dtype=np.float16).reshape(4, 2)},
+    {"flag": np.array([True, False, True, True])},
+    {"facts": {"layer": "last", "step": 3, "model": {"width": 2}}},
+)
+
+
+@pytest.fixture
+def adata() -> anndata.AnnData:
+    counts = sparse.csr_matrix(np.arange(12, dtype=np.float32).reshape(4, 3))
+    cells = anndata.AnnData(
+        counts,
+        obs=pd.DataFrame({"kind": list("abab")}, index=[f"c{i}" for i in range(4)]),
+        var=pd.DataFrame({"symbol": ["x", "y", "z"], "n": [1, 2, 3]}, index=["g1", "g2", "g3"]),
+    )
+    cells.layers["counts"] = counts.copy()
+    return cells
+
+
+def check(path: Path) -> anndata.AnnData:
+    found = anndata.read_h5ad(path)
+    assert found.obsm["X_new"].dtype == np.float16
+    np.testing.assert_array_equal(found.obsm["X_new"], BESIDE.obsm["X_new"])
+    assert found.obs["flag"].tolist() == [True, False, True, True]
+    assert found.uns["facts"]["model"]["width"] == 2
+    return found
+
+
+def test_copy(adata: anndata.AnnData, tmp_path: Path) -> None:
+    source, target = tmp_path / "a.h5ad", tmp_path / "deep" / "b.h5ad"
+    adata.write_h5ad(source)
+    before = source.read_bytes()
+    annotated.write_copy(source, target, BESIDE)
+    assert source.read_bytes() == before
+    found = check(target)
+    assert found.obs.columns.tolist() == ["kind", "flag"]
+    np.testing.assert_array_equal(found.X.toarray(), adata.X.toarray())
+    # What has these names already is replaced.
+    annotated.write_copy(target, tmp_path / "c.h5ad", BESIDE)
+    assert check(tmp_path / "c.h5ad").obs.columns.tolist() == ["kind", "flag"]
+    assert sorted(path.name for path in target.parent.iterdir()) == ["b.h5ad"]
+
+
+@pytest.mark.filterwarnings("ignore")  # anndata, of the file's age
+def test_copy_of_a_file_from_before_there_were_groups(tmp_path: Path) -> None:
+    source, target = tmp_path / "old.h5ad", tmp_path / "new.h5ad"
+    with h5py.File(source, "w") as file:
+        file["X"] = np.ones((4, 3), np.float32)
+        for name, size in (("obs", 4), ("var", 3)):
+            names = [(f"{name}{i}".encode(),) for i in range(size)]
+            file[name] = np.array(names, dtype=[("index", "S8")])
+    annotated.write_copy(source, target, BESIDE)
+    assert check(target).obs_names.tolist() == ["obs0", "obs1", "obs2", "obs3"]
+
+
+def test_new(adata: anndata.AnnData, tmp_path: Path) -> None:
+    annotated.write_new(adata.obs, tmp_path / "b.h5ad", BESIDE)
+    assert check(tmp_path / "b.h5ad").obs["kind"].tolist() == list("abab")
+
+
+@pytest.mark.parametrize("place", ["X", "layers/counts", "raw.X"])
+def test_counts_in_memory_as_a_file(place: str, adata: anndata.AnnData) -> None:
+    if place == "raw.X":
+        adata.raw = adata
+    if place != "layers/counts":
+        del adata.layers["counts"]
+    with annotated.as_file(adata[1:], None) as path, CountsFile(path) as counts:
+        assert counts.location == place
+        assert counts.read_cell_ids(0, 3) == ["c1", "c2", "c3"]
+        assert counts.gene_columns()["symbol"] == ["x", "y", "z"]
+        np.testing.assert_array_equal(counts.read_rows(0, 1).data, [3, 4, 5])
+    assert not path.exists()
+
+
+def test_what_is_no_anndata_is_refused() -> None:
+    with (
+        pytest.raises(DataError, match="an AnnData is needed, and this is DataFrame"),
+        annotated.as_file(pd.DataFrame(), None),
+    ):
+        pass
