@@ -341,6 +341,21 @@ def test_signals(
     assert ("launch/pretrain.py --config" in script.noted) == ("pretrain" in hold)
 
 
+@pytest.mark.parametrize("name", ["evaluate", "embed"])
+def test_what_comes_after_pretraining(script: Script, name: str) -> None:
+    ended = subprocess.run(
+        ["bash", f"slurm/{name}.sh", "--checkpoint", "a run"],
+        env=script.environment,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 0
+    (started,) = (line for line in script.noted.splitlines() if line.startswith("srun"))
+    assert "slurm/on_node.sh torchrun --nnodes=2 --nproc-per-node=2 " in started
+    assert started.endswith(f"launch/{name}.py --checkpoint a run")
+
+
 def test_elsewhere_than_in_the_project(tmp_path: Path) -> None:
     ended = subprocess.run(
         ["bash", str(ROOT / "slurm" / "pretrain_10m.sh")],
