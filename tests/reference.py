@@ -1,8 +1,8 @@
 """The truth for every layout and kernel: Geneformer in plain PyTorch, as short as it can be.
 
-Written from the architecture (BERT, pre-LN or post-LN, tied head), not from the code it checks: full [B, S, V]
-logits, an explicit softmax over real tokens only, no Megatron. Works in the dtype of its weights,
-fp64 for a sharp comparison.
+Written from the architecture (BERT, pre-LN or post-LN, tied head), not from the code it checks:
+full [B, S, V] logits, an explicit softmax over real tokens only, no Megatron. Works in the dtype of
+its weights, fp64 for a sharp comparison.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Reference(torch.nn.Module):
     def _post_layers(self, x: torch.Tensor, real_BS: torch.Tensor) -> torch.Tensor:
         for layer in range(self.num_layers):
             name = f"encoder.layers.{layer}"
-            x = self._norm(x + self._attention(x, real_BS, name), f"{name}.post_attention_layernorm")
+            x = self._norm(
+                x + self._attention(x, real_BS, name), f"{name}.post_attention_layernorm"
+            )
             x = self._norm(x + self._mlp(x, f"{name}.mlp"), f"{name}.post_mlp_layernorm")
         return x
 

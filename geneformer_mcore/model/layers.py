@@ -101,7 +101,7 @@ class PostNormLayer(TransformerLayer):
         return self.post_mlp_layernorm(super()._forward_mlp(*arguments, **named))
 
 
-def norm_embedding(embedding: torch.nn.Module, config: TransformerConfig) -> None:
+def norm_embedding(embedding: Any, config: TransformerConfig) -> None:
     """Gives Megatron's embedding a norm before its dropout, as BERT has. Under sequence parallel
     each rank has its share of the positions there already."""
     embedding.layer_norm = StreamNorm(config, config.hidden_size, config.layernorm_epsilon)
