@@ -10,9 +10,11 @@ import importlib.util
 import json
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anndata
 import numpy as np
 import pytest
 import torch
@@ -22,11 +24,12 @@ from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.checkpoint import converted, safetensors_file, whole
 from geneformer_mcore.downstream import convert
 from geneformer_mcore.errors import GeneformerError
-from geneformer_mcore.model import hf_keys, token_rows
+from geneformer_mcore.model import hf_keys
 from tests import plain_bert
 from tests.distributed import conversions, toy
 from tests.distributed.conversions import V1_SPECIALS, V2_SPECIALS
 from tests.distributed.ranks import run_ranks
+from tests.small_cells import plain_tokens
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 needs_transformers = pytest.mark.skipif(
@@ -74,51 +77,120 @@ def drawn_cells(tokens: int, first_gene: int, start: int | None, seed: int = 3) 
     return cells
 
 
+@dataclass(frozen=True)
+class Theirs:
+    """A made-up model of theirs, and the run folder that it was converted to."""
+
+    folder: Path
+    run: Path
+    weights: dict[str, torch.Tensor]
+    heads: int
+    activation: str
+    our_id: torch.Tensor
+    """int64 [their tokens]."""
+
+
+def made(
+    place: Path,
+    vocabulary: Vocabulary,
+    specials: tuple[str, ...],
+    shape: dict,
+    heads: int,
+    activation: str = "relu",
+) -> Theirs:
+    num_tokens = len(specials) + len(vocabulary.feature_ids)
+    weights = plain_bert.random_weights(**shape, tokens=num_tokens)
+    folder, run = place / "hf", place / "run"
+    conversions.write_hf(folder, weights, heads, hidden_act=activation)
+    vocabulary.save(place / "vocabulary.json")
+    run_ranks(conversions.from_hf, 1, str(folder), str(run), str(place / "vocabulary.json"))
+    names = [*specials, *vocabulary.feature_ids]
+    ours = vocabulary.token_ids | {"<cls>": 0, "<mask>": 1, "<pad>": 2, "<eos>": 3}
+    our_id = torch.tensor([ours[name] for name in names])
+    return Theirs(folder, run, weights, heads, activation, our_id)
+
+
+def check_logits(theirs: Theirs, cells: list[np.ndarray]) -> None:
+    """cells: their ids. Within 1e-5 of plain PyTorch in fp64, and of transformers."""
+    ours = [theirs.our_id[torch.from_numpy(cell).long()].int().numpy() for cell in cells]
+    function = F.relu if theirs.activation == "relu" else F.gelu
+    wanted = [
+        plain_bert.logits(theirs.weights, theirs.heads, torch.from_numpy(cell).long(), function)
+        for cell in cells
+    ]
+    assert min(float(each.std()) for each in wanted) > 0.5, "too alike to mean anything"
+    padded, packed = (
+        run_ranks(conversions.logits, 1, str(theirs.run), ours, is_packed)[0]
+        for is_packed in (False, True)
+    )
+    for found in (padded, packed):
+        assert largest_difference(found, wanted, theirs.our_id) <= 1e-5
+    if HAS_TRANSFORMERS:
+        wanted = transformers_logits(theirs.folder, cells, 0)
+        for found in (padded, packed):
+            assert largest_difference(found, wanted, theirs.our_id) <= 1e-5
+
+
+def largest_difference(
+    found: list[np.ndarray], wanted: list[torch.Tensor], our_id: torch.Tensor
+) -> float:
+    return max(
+        float((torch.from_numpy(mine)[:, our_id].double() - their).abs().max())
+        for mine, their in zip(found, wanted, strict=True)
+    )
+
+
 @pytest.mark.parametrize(
-    ("version", "specials", "genes", "shape", "heads", "activation"),
+    ("specials", "genes", "shape", "heads", "activation", "start"),
     [
-        ("v1", V1_SPECIALS, 25_424, V1_SHAPE, 4, "relu"),
-        ("v2", V2_SPECIALS, 20_271, V2_SHAPE, 6, "relu"),
-        ("gelu", V2_SPECIALS, 300, SMALL | {"positions": 512}, 4, "gelu"),
+        pytest.param(V1_SPECIALS, 25_424, V1_SHAPE, 4, "relu", None, id="v1"),
+        pytest.param(V2_SPECIALS, 20_271, V2_SHAPE, 6, "relu", 2, id="v2"),
+        pytest.param(V2_SPECIALS, 300, SMALL | {"positions": 512}, 4, "gelu", 2, id="gelu"),
     ],
 )
 def test_logits_are_those_of_hugging_face(
-    version: str, specials: tuple, genes: int, shape: dict, heads: int, activation: str,
+    specials: tuple,
+    genes: int,
+    shape: dict,
+    heads: int,
+    activation: str,
+    start: int | None,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     vocabulary = conversions.vocabulary_of(genes)
-    num_tokens = genes + len(specials)
-    weights = plain_bert.random_weights(**shape, tokens=num_tokens)
-    folder, run = tmp_path / "hf", tmp_path / "run"
-    conversions.write_hf(folder, weights, heads, hidden_act=activation)
-    vocabulary.save(tmp_path / "vocabulary.json")
-    run_ranks(conversions.from_hf, 1, str(folder), str(run), str(tmp_path / "vocabulary.json"))
+    theirs = made(tmp_path, vocabulary, specials, shape, heads, activation)
+    if specials == V1_SPECIALS:
+        assert torch.equal(theirs.our_id[2:], torch.arange(2, genes + 2) + 3)
+    check_logits(theirs, drawn_cells(len(theirs.our_id), len(specials), start))
 
-    theirs = drawn_cells(num_tokens, len(specials), start=2 if version == "v2" else None)
-    rows = token_rows.their_rows(
-        token_rows.dictionary_by_size(num_tokens, vocabulary.feature_ids),
-        vocabulary.feature_ids,
-        num_tokens,
-    )
-    our_id = torch.empty(num_tokens, dtype=torch.int64)
-    our_id[rows[rows >= 0]] = (rows >= 0).nonzero().squeeze(1)
-    if version == "v1":
-        assert (our_id[2:] == torch.arange(2, num_tokens) + 3).all()
-    ours = [our_id[torch.from_numpy(cell).long()].numpy().astype(np.int32) for cell in theirs]
-    function = F.relu if activation == "relu" else F.gelu
-    wanted = [
-        plain_bert.logits(weights, heads, torch.from_numpy(cell).long(), function)
-        for cell in theirs
-    ]
-    assert min(float(each.std()) for each in wanted) > 0.5, "too alike to mean anything"
-    for packed in (False, True):
-        (found,) = run_ranks(conversions.logits, 1, str(run), ours, packed)
-        for mine, their in zip(found, wanted, strict=True):
-            difference = torch.from_numpy(mine).double()[:, our_id] - their
-            assert difference.abs().max() <= 1e-5
-    if HAS_TRANSFORMERS:
-        for mine, their in zip(found, transformers_logits(folder, theirs, 0), strict=True):
-            assert (torch.from_numpy(mine)[:, our_id] - their).abs().max() <= 1e-5
+
+@pytest.mark.parametrize(
+    ("specials", "shape", "heads"),
+    [
+        pytest.param(V1_SPECIALS, V1_SHAPE, 4, id="v1"),
+        pytest.param(V2_SPECIALS, V2_SHAPE, 6, id="v2"),
+    ],
+)
+def test_real_cells(
+    specials: tuple, shape: dict, heads: int, shared_data: Path, tmp_path: Path
+) -> None:
+    """Heart cells, in the genes of Geneformer's first corpus."""
+    medians = json.loads((shared_data / "dicts" / "gc30m_gene_medians.json").read_text())
+    genes = sorted(medians)[: 20_271 if specials == V2_SPECIALS else None]
+    vocabulary = Vocabulary.from_medians({gene: medians[gene] for gene in genes})
+    theirs = made(tmp_path, vocabulary, specials, shape, heads)
+    their_id = torch.empty(vocabulary.size, dtype=torch.int64)
+    their_id[theirs.our_id] = torch.arange(len(theirs.our_id))
+    heart = anndata.read_h5ad(shared_data / "heart_san_1k.h5ad")
+    columns = [i for i, gene in enumerate(heart.var_names) if gene in vocabulary.token_ids]
+    tokens = np.array([vocabulary.token_ids[heart.var_names[i]] for i in columns])
+    cells = []
+    for counts in heart.X[:3, columns].toarray().astype(np.float64):
+        genes_T = plain_tokens(counts, tokens, vocabulary, 600)[1:]  # V1 knows no [CLS]
+        cell = their_id[torch.from_numpy(genes_T)].tolist()
+        cells.append(np.array(cell if specials == V1_SPECIALS else [2, *cell, 3], np.int32))
+    assert min(len(cell) for cell in cells) > 100
+    check_logits(theirs, cells)
 
 
 def test_new_tokens_take_no_probability(tmp_path: Path) -> None:
