@@ -72,7 +72,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
             return {name: _tensor(file, data, entry) for name, entry in header.items()}
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error) as error:
         raise CheckpointError(
             f"{path}: not a safetensors file as its format says: {error}. Remedy: fetch it again, "
             "whole."

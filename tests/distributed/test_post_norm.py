@@ -85,3 +85,22 @@ def test_its_residual_stream_stays_in_32_bits_under_bf16() -> None:
 def test_a_16_bit_residual_stream_can_be_asked_for() -> None:
     ((stream, inside, _),) = run_ranks(formats, 1, "model.fp32_residual=false")
     assert stream == inside == {"torch.bfloat16"}
+
+
+def embedded() -> tuple[float, float]:
+    run = toy.make(POST, "model.hidden_dropout=0.5")
+    (stage,) = run.trainable.stages
+    shares = []
+    for is_training in (True, False):
+        stage.train(is_training)
+        batch = run.feed.step(0)[0]
+        found = stage.embedding(batch.tokens_BS.long(), torch.zeros_like(batch.tokens_BS).long())
+        shares.append(float((found == 0).float().mean()))
+    return shares[0], shares[1]
+
+
+def test_the_embedding_is_normalised_before_its_dropout() -> None:
+    """As BERT does it; a norm behind dropout would leave no zeros."""
+    ((training, evaluating),) = run_ranks(embedded, 1)
+    assert 0.45 < training < 0.55
+    assert evaluating == 0

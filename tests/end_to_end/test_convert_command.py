@@ -127,3 +127,18 @@ def test_cells_of_another_vocabulary_are_refused(
     started = forked.start(tmp_path / "run", [f"data.store={store}", *LIKE_IT])
     assert started.wait() == [2]
     assert "vocabulary checksum" in started.printed
+
+
+def test_a_run_finds_its_vocabulary_in_its_store(
+    store: Path, repository: Path, tmp_path: Path
+) -> None:
+    settings = [f"data.store={store}", "train.steps=2", "train.validate_batches=1"]
+    started = forked.start(tmp_path / "run", settings, 2)
+    assert started.wait() == [0, 0], started.printed
+    ended = convert(repository, "to-hf", tmp_path / "run", "--out", tmp_path / "hf")
+    assert ended.returncode == 0, ended.stderr
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["MegatronBertForMaskedLM"]
+    assert config["vocab_size"] == NUM_GENES + 5
+    loss = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
+    assert f"nats per masked gene | {loss:.4f} |" in (tmp_path / "hf" / "README.md").read_text()
