@@ -62,6 +62,8 @@ setup(
             "nvidia-dali-cuda130",
             # The demo's cells lie in its wheel.
             "scanpy",
+            # Conversions are compared with its models.
+            "transformers==5.24.0",
         ],
     },
 )

@@ -1,8 +1,8 @@
 """The truth for every layout and kernel: Geneformer in plain PyTorch, as short as it can be.
 
-Written from the architecture (pre-LN BERT, tied head), not from the code it checks: full [B, S, V]
-logits, an explicit softmax over real tokens only, no Megatron. Works in the dtype of its weights,
-fp64 for a sharp comparison.
+Written from the architecture (BERT, pre-LN or post-LN, tied head), not from the code it checks:
+full [B, S, V] logits, an explicit softmax over real tokens only, no Megatron. Works in the dtype of
+its weights, fp64 for a sharp comparison.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ EPSILON = 1e-12
 
 
 class Reference(torch.nn.Module):
-    """weights: name -> tensor, with the names of a one-rank Geneformer's state_dict."""
+    """weights: name -> tensor, with the names of a one-rank Geneformer's state_dict. Weights with a
+    norm after the embedding are those of a post-LN model."""
 
     def __init__(
         self,
@@ -38,26 +39,39 @@ class Reference(torch.nn.Module):
         self.vocabulary_size = vocabulary_size
         self.activation = activation
         self.head_activation = head_activation or activation
+        self.is_post = "embedding.layer_norm.weight" in self.w
         self.num_layers = 1 + max(int(n.split(".")[2]) for n in self.w if ".layers." in n)
 
     def hidden(self, tokens_BS: torch.Tensor, lengths_N: torch.Tensor) -> torch.Tensor:
-        """[B, S, H] after the final norm."""
-        return self._norm(
-            self.states(tokens_BS, lengths_N, self.num_layers), "encoder.final_layernorm"
-        )
+        """[B, S, H], normalised."""
+        states_BSH = self.states(tokens_BS, lengths_N, self.num_layers)
+        return states_BSH if self.is_post else self._norm(states_BSH, "encoder.final_layernorm")
 
     def states(
         self, tokens_BS: torch.Tensor, lengths_N: torch.Tensor, num_layers: int
     ) -> torch.Tensor:
-        """[B, S, H], the residual stream behind so many layers."""
+        """[B, S, H], the residual stream behind so many layers; of a post-LN model their output."""
         num_positions = tokens_BS.shape[1]
         x = self.w["embedding.word_embeddings.weight"][tokens_BS]
         x = x + self.w["embedding.position_embeddings.weight"][:num_positions]
         real_BS = torch.arange(num_positions) < lengths_N[:, None]
+        if self.is_post:
+            return self._post_layers(self._norm(x, "embedding.layer_norm"), real_BS, num_layers)
         for layer in range(num_layers):
             name = f"encoder.layers.{layer}"
             x = x + self._attention(self._norm(x, f"{name}.input_layernorm"), real_BS, name)
             x = x + self._mlp(self._norm(x, f"{name}.pre_mlp_layernorm"), f"{name}.mlp")
+        return x
+
+    def _post_layers(
+        self, x: torch.Tensor, real_BS: torch.Tensor, num_layers: int
+    ) -> torch.Tensor:
+        for layer in range(num_layers):
+            name = f"encoder.layers.{layer}"
+            x = self._norm(
+                x + self._attention(x, real_BS, name), f"{name}.post_attention_layernorm"
+            )
+            x = self._norm(x + self._mlp(x, f"{name}.mlp"), f"{name}.post_mlp_layernorm")
         return x
 
     def logits(self, tokens_BS: torch.Tensor, lengths_N: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,19 @@ _MAY_DIFFER = frozenset(
     }
 )
 _SECTIONS_MAY_DIFFER = frozenset({"run", "parallel", "metrics", "checkpoint"})
+_OF_THE_WEIGHTS = frozenset(
+    {
+        "data.seq_length",
+        "model.num_layers",
+        "model.hidden_size",
+        "model.ffn_hidden_size",
+        "model.num_attention_heads",
+        "model.activation",
+        "model.head_activation",
+        "model.norm",
+    }
+)
+"""All that converted weights bind a run to."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,8 @@ class Identity:
     config:        all settings, YAML text, interpolations as written
     hidden:        setting -> digest of its value, where config shows an interpolation instead
     vocabulary:    checksum of the vocabulary
-    content:       content hash of the token store
+    content:       content hash of the token store; "" if the weights were converted from elsewhere
+                   and no step was made with them
     """
 
     config: str
@@ -84,6 +98,11 @@ class Record:
     guard: dict[str, Any]
     val_loss: float | None = None
     format_version: int = FORMAT_VERSION
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether this is where converted weights lie: moments are 0, and no cell was seen."""
+        return self.identity.content == ""
 
     def save(self, folder: Path) -> None:
         """Writes the record into a checkpoint folder."""
@@ -140,17 +159,18 @@ def check_continues(record: Record, now: Identity) -> None:
 
     May differ: the layout (parallel.*), micro batch, steps, time limit, padding, prefetch, what is
     logged, profiled, validated and kept and how often, the loader, and where the same cells lie.
+    What begins with converted weights may have any cells and recipe: all but what the weights are.
     """
     before = record.identity
     problems = []
     if before.vocabulary != now.vocabulary:
         problems.append(f"vocabulary checksum: {before.vocabulary} -> {now.vocabulary}")
-    if before.content != now.content:
+    if before.content != now.content and not record.is_converted:
         problems.append(f"content hash of data.store: {before.content} -> {now.content}")
     # What an older version did not know it did as the defaults do.
     was, shown = _defaults() | _flat(before.config), _defaults() | _flat(now.config)
     for key in sorted(was.keys() | shown.keys()):
-        if key.split(".")[0] in _SECTIONS_MAY_DIFFER or key in _MAY_DIFFER:
+        if not _must_stay(key, record):
             continue
         if was.get(key) != shown.get(key):
             problems.append(f"{key}: {was.get(key)} -> {shown.get(key)}")
@@ -163,6 +183,12 @@ def check_continues(record: Record, now: Identity) -> None:
             + "\n  ".join(problems)
             + "\nRestore the values, or start a new run with another run.dir."
         )
+
+
+def _must_stay(key: str, record: Record) -> bool:
+    if record.is_converted:
+        return key in _OF_THE_WEIGHTS
+    return key.split(".")[0] not in _SECTIONS_MAY_DIFFER and key not in _MAY_DIFFER
 
 
 def _defaults() -> dict[str, Any]:

@@ -19,6 +19,13 @@ class Activation(Enum):
     gelu_tanh = "gelu_tanh"
 
 
+class Norm(Enum):
+    """Where a layer normalises."""
+
+    pre = "pre"
+    post = "post"
+
+
 class Source(Enum):
     """What `data.store` holds: tokenised cells, or counts that are tokenised as they are read."""
 
@@ -148,6 +155,10 @@ class ModelConfig:
     """Nonlinearity of the feed-forward blocks."""
     head_activation: Optional[Activation] = None
     """Nonlinearity of the prediction head; null takes `activation`."""
+    norm: Norm = Norm.pre
+    """pre: each block normalises what it reads, and the last layer's output is normalised: the
+    card's. post: the sum after each block and the embeddings are normalised, as in BERT and in
+    Hugging Face's Geneformer. Both have the same number of parameters."""
     fp32_residual: bool = True
     """Keep the residual stream in 32 bits under bf16, as the card does."""
     attention: Attention = Attention.auto

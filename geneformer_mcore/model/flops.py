@@ -109,7 +109,7 @@ def num_parameters(shape: ModelShape, seq_length: int) -> int:
     """Trainable parameters of the whole model with learned positions up to `seq_length`.
 
     The output projection is the word embedding's matrix and counts once; there are no token types,
-    no pooler, no norm after the embedding.
+    no pooler. The one norm outside the layers follows the last of them, or the embedding (post-LN).
     """
     hidden, vocabulary = shape.hidden_size, shape.vocabulary_size
     norm = 2 * hidden

@@ -39,11 +39,16 @@ def bias_dropout_residual(
 
 
 def layer_norm(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Normalised in fp32; hidden [..., H] of any dtype, the result in that of the weight [H]."""
+    """Normalised in fp32; hidden [..., H] of any dtype, the result in `dtype`, by default that of
+    the weight [H]."""
     normed = F.layer_norm(hidden.float(), weight.shape, weight.float(), bias.float(), eps)
-    return normed.to(weight.dtype)
+    return normed.to(dtype or weight.dtype)
 
 
 def chosen(function: Callable[..., Any], is_compiled: bool) -> Callable[..., Any]:

@@ -19,11 +19,11 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from geneformer_mcore.config.sections import Attention, ModelConfig
+from geneformer_mcore.config.sections import Attention, ModelConfig, Norm
 from geneformer_mcore.contracts import Batch, padded_vocabulary_size
 from geneformer_mcore.feed.places import positions_in_cells
 from geneformer_mcore.model import attention, head, settings
-from geneformer_mcore.model.layers import LayerNorm, layer_spec
+from geneformer_mcore.model.layers import final_norm, layer_spec, norm_embedding
 
 
 class Geneformer(megatron_bert.BertModel):
@@ -50,7 +50,7 @@ class Geneformer(megatron_bert.BertModel):
             super().__init__(
                 config=config,
                 num_tokentypes=0,
-                transformer_layer_spec=_block(config, core, chunk),
+                transformer_layer_spec=_block(config, core, model.norm, chunk),
                 vocab_size=padded_size or padded_vocabulary_size(vocabulary_size),
                 max_sequence_length=seq_length,
                 pre_process=first,
@@ -59,6 +59,8 @@ class Geneformer(megatron_bert.BertModel):
                 add_binary_head=False,
                 vp_stage=chunk,
             )
+        if first and model.norm is Norm.post:
+            norm_embedding(self.embedding, config)
         if last:
             num_here = self.output_layer.output_size_per_partition
             first_id = parallel_state.get_tensor_model_parallel_rank() * num_here
@@ -86,8 +88,8 @@ class Geneformer(megatron_bert.BertModel):
         return tensor_parallel.vocab_parallel_cross_entropy(logits_MV, batch.labels_M)
 
     def encode(self, batch: Batch) -> torch.Tensor:
-        """Residual stream [S, B, H] after this stage; normalised after the last one. Under
-        sequence parallel S is this rank's share of the positions."""
+        """Residual stream [S, B, H] after this stage; after the last one normalised, in the
+        dtype of the weights. Under sequence parallel S is this rank's share of the positions."""
         cells = attention.packed_cells(batch)
         embedded = None
         if self.pre_process:
@@ -159,11 +161,11 @@ def build(
 
 
 def _block(
-    config: TransformerConfig, core: Attention, chunk: int | None
+    config: TransformerConfig, core: Attention, norm: Norm, chunk: int | None
 ) -> TransformerBlockSubmodules:
     num_layers = get_num_layers_to_build(config, vp_stage=chunk)
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(core)] * num_layers, layer_norm=LayerNorm
+        layer_specs=[layer_spec(core, norm)] * num_layers, layer_norm=final_norm(norm)
     )
 
 

@@ -1,6 +1,9 @@
-"""A pre-LN transformer layer whose residual stream stays in 32 bits.
+"""Transformer layers whose residual stream stays in 32 bits.
 
-    x (fp32) -> norm -> attention (bf16) -> dropout + x (fp32) -> norm -> MLP (bf16) -> dropout + x
+    pre-LN   x (fp32) -> norm -> attention (bf16) -> dropout + x (fp32) -> norm -> MLP (bf16)
+                      -> dropout + x (fp32)                   and a norm after the last layer
+    post-LN  x (fp32) -> attention (bf16) -> dropout + x -> norm (fp32) -> MLP (bf16)
+                      -> dropout + x -> norm (fp32)           and a norm after the embedding
 
 Megatron's own norm and bias-dropout-add would cast the stream to bf16 after every block, whatever
 `fp32_residual_connection` says; its norm also refuses sequence parallelism without apex.
@@ -23,7 +26,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from geneformer_mcore.config.sections import Attention
+from geneformer_mcore.config.sections import Attention, Norm
 from geneformer_mcore.model import fused
 from geneformer_mcore.model.attention import core_attention
 
@@ -61,6 +64,52 @@ class LayerNorm(torch.nn.Module):
         return self.norm(hidden, self.weight, self.bias, self.eps)
 
 
+class StreamNorm(LayerNorm):
+    """A norm that the residual stream itself passes: what comes in 32 bits leaves in 32 bits."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [..., H]. Same shape and dtype out."""
+        return self.norm(hidden, self.weight, self.bias, self.eps, hidden.dtype)
+
+
+class ToWeights(torch.nn.Module):
+    """Stands where pre-LN has a norm: the residual stream in the dtype of the weights."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.dtype = config.params_dtype
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [..., H]. Same shape out; the very tensor if the dtype is right already."""
+        return hidden.to(self.dtype)
+
+
+class PostNormLayer(TransformerLayer):
+    """Megatron's layer with a norm behind each of its two sums."""
+
+    def __init__(self, config: TransformerConfig, *arguments: Any, **named: Any) -> None:
+        super().__init__(config, *arguments, **named)
+        size, eps = config.hidden_size, config.layernorm_epsilon
+        self.post_attention_layernorm = StreamNorm(config, size, eps)
+        self.post_mlp_layernorm = StreamNorm(config, size, eps)
+
+    def _forward_attention(self, *arguments: Any, **named: Any) -> tuple[torch.Tensor, Any]:
+        hidden_SBH, context = super()._forward_attention(*arguments, **named)
+        return self.post_attention_layernorm(hidden_SBH), context
+
+    def _forward_mlp(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        return self.post_mlp_layernorm(super()._forward_mlp(*arguments, **named))
+
+
+def norm_embedding(embedding: Any, config: TransformerConfig) -> None:
+    """Gives Megatron's embedding a norm before its dropout, as BERT has. Under sequence parallel
+    each rank has its share of the positions there already."""
+    embedding.layer_norm = StreamNorm(config, config.hidden_size, config.layernorm_epsilon)
+    embedding.embedding_dropout.register_forward_pre_hook(
+        lambda _dropout, inputs: embedding.layer_norm(*inputs)
+    )
+
+
 class FeedForward(MLP):
     """Megatron's block with the bias and the activation between its matrices in one function."""
 
@@ -87,14 +136,21 @@ def bias_dropout_add(training: bool, is_compiled: bool) -> Callable:
     return add
 
 
-def layer_spec(attention: Attention) -> ModuleSpec:
+def final_norm(norm: Norm) -> type[torch.nn.Module]:
+    """What the residual stream passes after the last layer."""
+    return LayerNorm if norm is Norm.pre else ToWeights
+
+
+def layer_spec(attention: Attention, norm: Norm) -> ModuleSpec:
     """One transformer layer: Transformer Engine's linears and attention for `te`, else
     Megatron-Core's. Both have the same parameters under the same names."""
     column, row = _linears(attention)
+    is_pre = norm is Norm.pre
+    before_block = LayerNorm if is_pre else ToWeights
     return ModuleSpec(
-        module=TransformerLayer,
+        module=TransformerLayer if is_pre else PostNormLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=LayerNorm,
+            input_layernorm=before_block,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.padding},
@@ -107,7 +163,7 @@ def layer_spec(attention: Attention) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=bias_dropout_add,
-            pre_mlp_layernorm=LayerNorm,
+            pre_mlp_layernorm=before_block,
             mlp=ModuleSpec(
                 module=FeedForward, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)
             ),

@@ -196,6 +196,10 @@ def _restore(run: Run) -> None:
         return
     record = Record.load(source)
     check_continues(record, run.identity())
+    if record.is_converted:
+        state.load(run.trainable, source, rank=None)
+        run.messages.append(f"begins with the converted weights in {source}, and moments of 0")
+        return
     same_layout = record.layout == run.layout()
     state.load(run.trainable, source, run.topology.rank if same_layout else None)
     run.step, run.cells_seen = record.step, record.cells_seen

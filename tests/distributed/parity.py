@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -128,16 +128,18 @@ def unchanged(batches: list[Batch], _data_rank: int) -> list[Batch]:
     return batches
 
 
-def truth(change: Change = unchanged, data_size: int = 1) -> Truth:
+def truth(change: Change = unchanged, data_size: int = 1, settings: Sequence[str] = ()) -> Truth:
     """Runs the plain model on the global batch, as `data_size` ranks would change it."""
-    (found,) = run_ranks(_truth, 1, change, data_size)
+    (found,) = run_ranks(_truth, 1, change, data_size, *settings)
     return found
 
 
-def parity(name: str, expected: Truth, change: Change = unchanged) -> Parity:
-    """Runs a layout and compares it."""
-    ranks, settings = LAYOUTS[name]
-    seen = run_ranks(_seen, ranks, expected, change, *settings)
+def parity(
+    name: str, expected: Truth, change: Change = unchanged, settings: Sequence[str] = ()
+) -> Parity:
+    """Runs a layout and compares it. settings: beside the layout's own."""
+    ranks, layout = LAYOUTS[name]
+    seen = run_ranks(_seen, ranks, expected, change, *layout, *settings)
     logits = [each.logits for each in seen if each.logits is not None]
     assert logits, "no rank had logits"
     return Parity(
@@ -179,8 +181,8 @@ def _gradient_errors(seen: list[Seen], expected: Truth) -> dict[str, float]:
     return errors
 
 
-def _truth(change: Change, data_size: int) -> Truth:
-    run = toy.make("train.micro_batch_size=2")
+def _truth(change: Change, data_size: int, *settings: str) -> Truth:
+    run = toy.make("train.micro_batch_size=2", *settings)
     enlarge(run)
     (stage,) = run.trainable.stages
     weights = {name: weight.detach().numpy() for name, weight in stage.named_parameters()}

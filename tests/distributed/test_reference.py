@@ -64,6 +64,8 @@ def compare(*overrides: str) -> dict[str, float]:
         ("model.attention=sdpa",),
         ("model.activation=gelu",),
         ("model.activation=gelu", "model.head_activation=relu"),
+        ("model.norm=post",),
+        ("model.norm=post", "model.activation=gelu"),
     ],
 )
 def test_equals_the_reference(overrides: tuple[str, ...]) -> None:

@@ -1,0 +1,506 @@
+"""Models from Hugging Face and back: the same logits, the same bits, and mistakes that are told.
+
+What Hugging Face's classes compute is tests/plain_bert.py's word, and transformers' own where it
+is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from geneformer_mcore.cells.vocabulary import Vocabulary
+from geneformer_mcore.checkpoint import converted, safetensors_file, whole
+from geneformer_mcore.downstream import convert
+from geneformer_mcore.errors import GeneformerError
+from geneformer_mcore.model import hf_keys
+from tests import plain_bert
+from tests.distributed import conversions, toy
+from tests.distributed.conversions import V1_SPECIALS, V2_SPECIALS
+from tests.distributed.ranks import run_ranks
+from tests.small_cells import plain_tokens
+
+HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+needs_transformers = pytest.mark.skipif(
+    not HAS_TRANSFORMERS, reason="transformers is not installed"
+)
+CELLS = (400, 57, 1)
+GENES = 120
+SMALL: dict[str, Any] = {"layers": 2, "hidden": 32, "ffn": 48, "positions": 40}
+V1_SHAPE = {"layers": 6, "hidden": 256, "ffn": 512, "positions": 2048, "std": 0.05}
+"""The published model of 10 million parameters."""
+V2_SHAPE = {"layers": 2, "hidden": 96, "ffn": 384, "positions": 4096}
+"""With the tokens and positions of the published ones, and few and narrow layers."""
+
+
+def transformers_model(folder: Path) -> Any:
+    """What transformers makes of a folder; fails if it misses or does not know a tensor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import AutoModelForMaskedLM
+
+        model, told = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not told[kind], (kind, told[kind])
+    return model.eval()
+
+
+def transformers_logits(folder: Path, cells: list[np.ndarray], pad: int) -> list[torch.Tensor]:
+    """Of cells (their ids) padded into one batch."""
+    rows = [torch.from_numpy(cell).long() for cell in cells]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    with torch.no_grad():
+        found = transformers_model(folder)(input_ids=padded, attention_mask=mask).logits
+    return [row[: len(cell)] for row, cell in zip(found, cells, strict=True)]
+
+
+def drawn_cells(tokens: int, first_gene: int, start: int | None, seed: int = 3) -> list[np.ndarray]:
+    """Cells of different genes, with a token `start` in front if there is one; some are masked."""
+    rng = np.random.default_rng(seed)
+    cells = []
+    for length in CELLS:
+        cell = first_gene + rng.permutation(tokens - first_gene)[:length]
+        cell[rng.random(len(cell)) < 0.1] = 1  # <mask> of both versions
+        cells.append(np.concatenate([[start] if start is not None else [], cell]).astype(np.int32))
+    return cells
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """A made-up model of theirs, and the run folder that it was converted to."""
+
+    folder: Path
+    run: Path
+    weights: dict[str, torch.Tensor]
+    heads: int
+    activation: str
+    our_id: torch.Tensor
+    """int64 [their tokens]."""
+
+
+def made(
+    place: Path,
+    vocabulary: Vocabulary,
+    specials: tuple[str, ...],
+    shape: dict,
+    heads: int,
+    activation: str = "relu",
+) -> Theirs:
+    num_tokens = len(specials) + len(vocabulary.feature_ids)
+    weights = plain_bert.random_weights(**shape, tokens=num_tokens)
+    folder, run = place / "hf", place / "run"
+    conversions.write_hf(folder, weights, heads, hidden_act=activation)
+    vocabulary.save(place / "vocabulary.json")
+    run_ranks(conversions.from_hf, 1, str(folder), str(run), str(place / "vocabulary.json"))
+    names = [*specials, *vocabulary.feature_ids]
+    ours = vocabulary.token_ids | {"<cls>": 0, "<mask>": 1, "<pad>": 2, "<eos>": 3}
+    our_id = torch.tensor([ours[name] for name in names])
+    return Theirs(folder, run, weights, heads, activation, our_id)
+
+
+def check_logits(theirs: Theirs, cells: list[np.ndarray]) -> None:
+    """cells: their ids. Within 1e-5 of plain PyTorch in fp64, and of transformers."""
+    ours = [theirs.our_id[torch.from_numpy(cell).long()].int().numpy() for cell in cells]
+    function = F.relu if theirs.activation == "relu" else F.gelu
+    wanted = [
+        plain_bert.logits(theirs.weights, theirs.heads, torch.from_numpy(cell).long(), function)
+        for cell in cells
+    ]
+    assert min(float(each.std()) for each in wanted) > 0.5, "too alike to mean anything"
+    padded, packed = (
+        run_ranks(conversions.logits, 1, str(theirs.run), ours, is_packed)[0]
+        for is_packed in (False, True)
+    )
+    for found in (padded, packed):
+        assert largest_difference(found, wanted, theirs.our_id) <= 1e-5
+    if HAS_TRANSFORMERS:
+        wanted = transformers_logits(theirs.folder, cells, 0)
+        for found in (padded, packed):
+            assert largest_difference(found, wanted, theirs.our_id) <= 1e-5
+
+
+def largest_difference(
+    found: list[np.ndarray], wanted: list[torch.Tensor], our_id: torch.Tensor
+) -> float:
+    return max(
+        float((torch.from_numpy(mine)[:, our_id].double() - their).abs().max())
+        for mine, their in zip(found, wanted, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("specials", "genes", "shape", "heads", "activation", "start"),
+    [
+        pytest.param(V1_SPECIALS, 25_424, V1_SHAPE, 4, "relu", None, id="v1"),
+        pytest.param(V2_SPECIALS, 20_271, V2_SHAPE, 6, "relu", 2, id="v2"),
+        pytest.param(V2_SPECIALS, 300, SMALL | {"positions": 512}, 4, "gelu", 2, id="gelu"),
+    ],
+)
+def test_logits_are_those_of_hugging_face(
+    specials: tuple,
+    genes: int,
+    shape: dict,
+    heads: int,
+    activation: str,
+    start: int | None,
+    tmp_path: Path,
+) -> None:
+    vocabulary = conversions.vocabulary_of(genes)
+    theirs = made(tmp_path, vocabulary, specials, shape, heads, activation)
+    if specials == V1_SPECIALS:
+        assert torch.equal(theirs.our_id[2:], torch.arange(2, genes + 2) + 3)
+    check_logits(theirs, drawn_cells(len(theirs.our_id), len(specials), start))
+
+
+@pytest.mark.parametrize(
+    ("specials", "shape", "heads"),
+    [
+        pytest.param(V1_SPECIALS, V1_SHAPE, 4, id="v1"),
+        pytest.param(V2_SPECIALS, V2_SHAPE, 6, id="v2"),
+    ],
+)
+def test_real_cells(
+    specials: tuple, shape: dict, heads: int, shared_data: Path, tmp_path: Path
+) -> None:
+    """Heart cells, in the genes of Geneformer's first corpus."""
+    medians = json.loads((shared_data / "dicts" / "gc30m_gene_medians.json").read_text())
+    genes = sorted(medians)[: 20_271 if specials == V2_SPECIALS else None]
+    vocabulary = Vocabulary.from_medians({gene: medians[gene] for gene in genes})
+    theirs = made(tmp_path, vocabulary, specials, shape, heads)
+    their_id = torch.empty(vocabulary.size, dtype=torch.int64)
+    their_id[theirs.our_id] = torch.arange(len(theirs.our_id))
+    heart = anndata.read_h5ad(shared_data / "heart_san_1k.h5ad")
+    columns = [i for i, gene in enumerate(heart.var_names) if gene in vocabulary.token_ids]
+    tokens = np.array([vocabulary.token_ids[heart.var_names[i]] for i in columns])
+    cells = []
+    for counts in heart.X[:3, columns].toarray().astype(np.float64):
+        genes_T = plain_tokens(counts, tokens, vocabulary, 600)[1:]  # V1 knows no [CLS]
+        cell = their_id[torch.from_numpy(genes_T)].tolist()
+        cells.append(np.array(cell if specials == V1_SPECIALS else [2, *cell, 3], np.int32))
+    assert min(len(cell) for cell in cells) > 100
+    check_logits(theirs, cells)
+
+
+def test_new_tokens_take_no_probability(tmp_path: Path) -> None:
+    run = converted_small(tmp_path)
+    weights = whole.read_weights(whole.step_of(run))
+    new = [0, 3, 4]  # [CLS], [SEP], [UKW]
+    assert not weights[hf_keys.WORDS][new].any()
+    (found,) = run_ranks(conversions.logits, 1, str(run), [np.array([5, 1, 9], np.int32)], False)
+    probabilities = torch.from_numpy(found[0]).softmax(-1)
+    assert (probabilities[:, new] == 0).all()
+    assert (probabilities[:, [1, 2, *range(5, GENES + 5)]] > 0).all()
+
+
+def converted_small(tmp_path: Path, specials: tuple = V1_SPECIALS) -> Path:
+    """The run folder of a small V1-like model, whose folder is "hf"."""
+    vocabulary = conversions.vocabulary_of(GENES)
+    weights = plain_bert.random_weights(**SMALL, tokens=GENES + len(specials))
+    conversions.write_hf(tmp_path / "hf", weights, 4)
+    vocabulary.save(tmp_path / "vocabulary.json")
+    arguments = [str(tmp_path / name) for name in ("hf", "run", "vocabulary.json")]
+    run_ranks(conversions.from_hf, 1, *arguments)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("specials", [V1_SPECIALS, V2_SPECIALS])
+def test_hugging_face_to_us_and_back_is_bitwise(specials: tuple, tmp_path: Path) -> None:
+    run = converted_small(tmp_path, specials)
+    convert.to_hf(run, tmp_path / "back", tokens_path=run / converted.TOKENS)
+    before = safetensors_file.read(tmp_path / "hf" / "model.safetensors")
+    after = safetensors_file.read(tmp_path / "back" / "model.safetensors")
+    types, positions = (f"bert.embeddings.{kind}_embeddings.weight" for kind in
+                        ("token_type", "position"))  # fmt: skip
+    before[positions] = before[positions] + before[types][0]
+    before[types] = torch.zeros(1, 32)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    given = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert {**given, "type_vocab_size": 1} == {name: written[name] for name in given}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.norm=post",),
+        ("model.norm=pre", "model.activation=gelu"),
+        ("model.norm=post", "train.precision=bf16"),
+    ],
+)
+def test_us_to_hugging_face_and_back_is_bitwise(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    run, folder, again = (tmp_path / name for name in ("run", "hf", "again"))
+    run_ranks(conversions.trained, 1, str(run), *overrides)
+    convert.to_hf(run, folder)
+    run_ranks(conversions.from_hf, 1, str(folder), str(again), "")
+    first, second = (whole.read_weights(whole.step_of(path)) for path in (run, again))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        rows = (
+            slice(toy.VOCABULARY) if name in (hf_keys.WORDS, hf_keys.OUTPUT_BIAS) else slice(None)
+        )
+        assert torch.equal(tensor[rows], second[name][rows]), name
+    exact = first["encoder.layers.0.mlp.linear_fc1.weight"]
+    assert (exact.bfloat16().float() != exact).any(), "fp32 weights, whatever they were used in"
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_exports_compute_the_same(norm: str, tmp_path: Path) -> None:
+    run, folder = tmp_path / "run", tmp_path / "hf"
+    run_ranks(conversions.trained, 1, str(run), f"model.norm={norm}", "model.activation=gelu")
+    told = convert.to_hf(run, folder)
+    assert "step 3" in told[0]
+    cells = [np.array([0, 17, 1, 33, 699, 8], np.int32), np.array([0, 44], np.int32)]
+    for packed in (False, True):
+        (found,) = run_ranks(conversions.logits, 1, str(run), cells, packed)
+        weights = safetensors_file.read(folder / "model.safetensors")
+        for mine, cell in zip(found, cells, strict=True):
+            wanted = plain_bert.logits(weights, 4, torch.from_numpy(cell).long(), F.gelu)
+            assert mine.shape == wanted.shape, "rows that pad the vocabulary are cut off"
+            assert (torch.from_numpy(mine).double() - wanted).abs().max() <= 1e-5
+    if HAS_TRANSFORMERS:
+        for mine, their in zip(found, transformers_logits(folder, cells, 2), strict=True):
+            assert (torch.from_numpy(mine) - their).abs().max() <= 1e-5
+    card = (folder / "README.md").read_text()
+    for fact in ("steps made | 3 ", "cells seen | 48 ", "6.2500", "c0ffee", "700"):
+        assert fact in card, fact
+
+
+@needs_transformers
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_transformers_loads_model_and_tokenizer(norm: str, tmp_path: Path) -> None:
+    run, folder = tmp_path / "run", tmp_path / "hf"
+    run_ranks(conversions.trained, 1, str(run), f"model.norm={norm}")
+    convert.to_hf(run, folder)
+    model = transformers_model(folder)
+    name = {"pre": "MegatronBertForMaskedLM", "post": "BertForMaskedLM"}[norm]
+    assert type(model).__name__ == name
+    assert type(model).__module__.startswith("transformers."), "no code of the folder's was run"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    genes = Vocabulary.load(folder / "vocabulary.json").feature_ids
+    cell = tokenizer(f"{genes[7]} [MASK] {genes[0]} strange")
+    assert cell["input_ids"] == [0, 12, 1, 5, 4]
+    assert (tokenizer.pad_token_id, tokenizer.mask_token_id) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (1, ()),
+        (2, ("parallel.tensor=2",)),
+        (2, ("parallel.pipeline=2",)),
+        (4, ("parallel.tensor=2", "parallel.sequence=true")),
+        (2, ("train.precision=bf16",)),
+    ],
+)
+def test_every_layout_loads_it_with_moments_of_zero(
+    ranks: int, overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    run = converted_small(tmp_path)
+    for wrong in run_ranks(conversions.slices_that_differ, ranks, str(run), *overrides):
+        assert not wrong
+
+
+def bionemo(path: Path, run: Path, kind: str) -> None:
+    """Our trained weights as BioNeMo would have saved them, with padding to 704 rows."""
+    ours = whole.read_weights(whole.step_of(run))
+    ours = {name: each[:704] if "word" in name or "output" in name else each
+            for name, each in ours.items()}  # fmt: skip
+    if kind == "bionemo 1":
+        changes = (
+            (r"^(embedding|encoder)\.", r"model.language_model.\1."),
+            (r"^lm_head\.layer_norm", "model.lm_head.layernorm"),
+            (r"^lm_head\.", "model.lm_head."),
+            (r"^output_layer\.bias", "model.lm_head.bias"),
+            (r"linear_qkv", "query_key_value"),
+            (r"linear_proj", "dense"),
+            (r"linear_fc1", "dense_h_to_4h"),
+            (r"linear_fc2", "dense_4h_to_h"),
+            (r"pre_mlp_layernorm", "post_attention_layernorm"),
+        )
+    else:
+        changes = (
+            (r"input_layernorm\.", "self_attention.linear_qkv.layer_norm_"),
+            (r"pre_mlp_layernorm\.", "mlp.linear_fc1.layer_norm_"),
+            (r"^", "module."),
+        )
+    theirs: dict[str, Any] = {}
+    for name, tensor in ours.items():
+        for pattern, replacement in changes:
+            name = re.sub(pattern, replacement, name)
+        theirs[name] = tensor
+    if kind == "stacked":
+        names = {re.sub(r"layers\.\d+\.", "layers.", name) for name in theirs if ".layers." in name}
+        for name in names:
+            parts = [theirs.pop(name.replace("layers.", f"layers.{n}.")) for n in range(4)]
+            theirs[name] = torch.stack(parts)
+    theirs["module.encoder.layers.0.mlp.linear_fc1._extra_state"] = torch.zeros(0)
+    theirs["module.output_layer.weight"] = ours[hf_keys.WORDS].clone()
+    torch.save({"state_dict": theirs}, path)
+
+
+@pytest.mark.parametrize("kind", ["bionemo 1", "bionemo 2", "stacked"])
+def test_bionemos_layouts_are_ours(kind: str, tmp_path: Path) -> None:
+    run, again = tmp_path / "run", tmp_path / "again"
+    run_ranks(conversions.trained, 1, str(run), "model.activation=gelu")
+    bionemo(tmp_path / "theirs.pt", run, kind)
+    vocabulary = str(run / "vocabulary.json")
+    run_ranks(conversions.from_bionemo, 1, str(tmp_path / "theirs.pt"), str(again), vocabulary, 4)
+    first, second = (whole.read_weights(whole.step_of(path)) for path in (run, again))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        rows = (
+            slice(toy.VOCABULARY) if name in (hf_keys.WORDS, hf_keys.OUTPUT_BIAS) else slice(None)
+        )
+        assert torch.equal(tensor[rows], second[name][rows]), name
+    cells = [np.array([0, 17, 1, 33, 8], np.int32)]
+    (one,), (other,) = (
+        run_ranks(conversions.logits, 1, str(p), cells, False) for p in (run, again)
+    )
+    assert np.array_equal(one[0], other[0])
+
+
+def changed(tmp_path: Path, change: str) -> None:
+    """Makes one thing of the small folder "hf" wrong."""
+    folder = tmp_path / "hf"
+    weights = safetensors_file.read(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    query = "bert.encoder.layer.1.attention.self.query.weight"
+    if change == "missing":
+        del weights[query]
+    elif change == "unexpected":
+        weights["bert.encoder.layer.2.output.dense.bias"] = torch.zeros(32)
+    elif change == "misshapen":
+        weights[query] = torch.zeros(32, 31)
+    elif change == "untied":
+        weights["cls.predictions.decoder.weight"] = torch.zeros(GENES + 2, 32)
+    elif change == "eps":
+        config["layer_norm_eps"] = 1e-5
+    elif change == "rows":
+        config["vocab_size"] += 1
+    elif change == "activation":
+        config["hidden_act"] = "silu"
+    else:
+        raise AssertionError(change)
+    safetensors_file.write(folder / "model.safetensors", weights)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("missing", ["1 missing", "bert.encoder.layer.1.attention.self.query.weight", "Remedy"]),
+        ("unexpected", ["1 unexpected", "bert.encoder.layer.2.output.dense.bias", "Remedy"]),
+        ("misshapen", ["query.weight is [32, 31] and must be [32, 32]", "Remedy"]),
+        ("untied", ["cls.predictions.decoder.weight must be", "tied"]),
+        ("eps", ["layer_norm_eps must be 1e-12, and is 1e-05"]),
+        ("rows", ["123 tokens", "120 genes", "Geneformer V1: 122", "Remedy"]),
+        ("activation", ["hidden_act must be relu or gelu", "'silu'"]),
+    ],
+)
+def test_what_does_not_fit_is_told(change: str, told: list[str], tmp_path: Path) -> None:
+    weights = plain_bert.random_weights(**SMALL, tokens=GENES + 2)
+    conversions.write_hf(tmp_path / "hf", weights, 4)
+    vocabulary = tmp_path / "vocabulary.json"
+    conversions.vocabulary_of(GENES).save(vocabulary)
+    changed(tmp_path, change)
+    with pytest.raises(GeneformerError) as refusal:
+        convert.from_hf(tmp_path / "hf", tmp_path / "run", vocabulary)
+    for part in told:
+        assert part in str(refusal.value)
+    assert not list(tmp_path.glob("*run*")), "nothing is left behind"
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple:
+        return print, ("ran",)
+
+
+def test_weights_that_would_run_code_are_refused(tmp_path: Path) -> None:
+    weights = plain_bert.random_weights(**SMALL, tokens=GENES + 2)
+    conversions.write_hf(tmp_path / "hf", weights, 4)
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    torch.save({"a": RunsCode()}, tmp_path / "hf" / "pytorch_model.bin")
+    conversions.vocabulary_of(GENES).save(tmp_path / "vocabulary.json")
+    with pytest.raises(GeneformerError, match="plain state dict"):
+        convert.from_hf(tmp_path / "hf", tmp_path / "run", tmp_path / "vocabulary.json")
+
+
+def test_pickled_weights_and_published_dictionaries_are_read(tmp_path: Path) -> None:
+    import pickle
+
+    folder, run = tmp_path / "hf", tmp_path / "run"
+    weights = plain_bert.random_weights(**SMALL, tokens=GENES + 4)
+    conversions.write_hf(folder, weights, 4)
+    (folder / "model.safetensors").unlink()
+    weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"]
+    weights["cls.predictions.decoder.bias"] = weights.pop("cls.predictions.bias")
+    weights["bert.embeddings.position_ids"] = torch.arange(40)
+    torch.save(weights, folder / "pytorch_model.bin")
+    genes = conversions.vocabulary_of(GENES).feature_ids
+    # In an order of their own, which rows follow.
+    names = ["<pad>", "<mask>", *genes[60:], "<cls>", "<eos>", *genes[:60]]
+    tokens = {name: number for number, name in enumerate(names)}
+    (tmp_path / "tokens.pkl").write_bytes(pickle.dumps(tokens))
+    medians = dict.fromkeys((*genes, "ENSG99999999999"), 2.5)
+    (tmp_path / "medians.pkl").write_bytes(pickle.dumps(medians))
+    run_ranks(
+        from_dictionaries,
+        1,
+        *(str(path) for path in (folder, run, tmp_path / "tokens.pkl", tmp_path / "medians.pkl")),
+    )
+    ours = whole.read_weights(whole.step_of(run))
+    theirs = weights["bert.embeddings.word_embeddings.weight"]
+    wanted = [tokens[name] for name in ("<cls>", "<mask>", "<pad>", "<eos>")]
+    assert torch.equal(ours[hf_keys.WORDS][:4], theirs[wanted])
+    assert torch.equal(ours[hf_keys.WORDS][5 + 60], theirs[2])
+    assert Vocabulary.load(run / "vocabulary.json").feature_ids == genes
+
+
+def from_dictionaries(folder: str, out: str, tokens: str, medians: str) -> None:
+    conversions.lone()
+    convert.from_hf(Path(folder), Path(out), None, Path(tokens), Path(medians))
+
+
+def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for attempt in (
+        lambda: convert.to_hf(tmp_path, tmp_path / "there"),
+        lambda: convert.from_hf(tmp_path, tmp_path / "there", tmp_path),
+    ):
+        with pytest.raises(GeneformerError, match="exists already"):
+            attempt()
+    with pytest.raises(GeneformerError, match="has a checkpoint"):
+        convert.to_hf(tmp_path, tmp_path / "new")
+
+
+def test_two_activations_cannot_be_exported(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_ranks(conversions.trained, 1, str(run), "model.head_activation=gelu")
+    with pytest.raises(GeneformerError, match=r"activation=relu, model\.head_activation=gelu"):
+        convert.to_hf(run, tmp_path / "hf")
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_ranks(conversions.trained, 1, str(run))
+    conversions.vocabulary_of(9).save(tmp_path / "other.json")
+    with pytest.raises(GeneformerError, match="checksum"):
+        convert.to_hf(run, tmp_path / "hf", tmp_path / "other.json")

@@ -1,0 +1,144 @@
+"""launch/convert.py as a user meets it, and pretraining that begins with converted weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from geneformer_mcore.checkpoint import whole
+from geneformer_mcore.model.hf_keys import WORDS
+from tests import plain_bert
+from tests.distributed import conversions
+from tests.end_to_end import forked
+from tests.end_to_end.conftest import NUM_GENES
+
+SHAPE = {"layers": 2, "hidden": 32, "ffn": 64, "positions": 100}
+LIKE_IT = ("model.norm=post", "train.validate_every_steps=0", "train.steps=4", "optim.lr=1e-3")
+
+
+def convert(repository: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/convert.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def run(repository: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a small V1-like model with the genes of the small store."""
+    place = tmp_path_factory.mktemp("converted")
+    weights = plain_bert.random_weights(**SHAPE, tokens=NUM_GENES + 2)  # type: ignore[arg-type]
+    conversions.write_hf(place / "hf", weights, 2)
+    ended = convert(
+        repository, "from-hf", place / "hf", "--out", place / "run",
+        "--vocabulary", store / "vocabulary.json",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "2 layers x 32, post-LN, relu, 305 tokens, 100 positions" in ended.stdout
+    assert "[CLS], [SEP], [UKW]" in ended.stdout
+    assert ended.stderr == ""
+    return place / "run"
+
+
+def test_help_comes_at_once_with_an_example(repository: Path) -> None:
+    for arguments in (["--help"], ["from-hf", "--help"], ["to-hf", "--help"]):
+        began = time.monotonic()
+        ended = convert(repository, *arguments)
+        assert time.monotonic() - began < 1.5
+        assert ended.returncode == 0
+        assert "launch/convert.py to-hf runs/lung" in ended.stdout
+
+
+def test_mistakes_get_one_message_and_exit_code_2(
+    run: Path, repository: Path, tmp_path: Path
+) -> None:
+    ended = convert(repository, "to-hf", run, "--out", tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ")
+    assert "exists already" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert convert(repository, "to-hf", tmp_path / "no", "--out", tmp_path / "x").returncode == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_it_goes_back_to_hugging_face(run: Path, repository: Path, tmp_path: Path) -> None:
+    ended = convert(repository, "to-hf", run, "--out", tmp_path / "hf")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["BertForMaskedLM"]
+    assert "began with | Hugging Face: hf" in (tmp_path / "hf" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more"), [(1, ("train.precision=bf16",)), (2, ("parallel.tensor=2",))]
+)
+def test_pretraining_goes_on_from_it(
+    run: Path, store: Path, ranks: int, more: tuple[str, ...], tmp_path: Path
+) -> None:
+    subprocess.run(["cp", "-r", str(run), str(tmp_path / "run")], check=True)
+    settings = [f"data.store={store}", *LIKE_IT, *more]
+    started = forked.start(tmp_path / "run", settings, ranks)
+    assert started.wait() == [0] * ranks, started.printed
+    assert "begins with the converted weights" in started.printed
+    first, last = (
+        whole.read_weights(tmp_path / "run" / "checkpoints" / f"step_{step:010d}")[WORDS]
+        for step in (0, 4)
+    )
+    moved = (last - first).abs().max()
+    assert 0 < moved < 0.02, "four updates away from the converted weights"
+    again = forked.start(tmp_path / "run", [*settings, "optim.lr=1e-4"], ranks)
+    assert again.wait() == [2] * ranks, "from then on it is a run like others"
+    assert "optim.lr: 0.001 -> 0.0001" in again.printed
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("model.norm=pre", "model.norm: post -> pre"),
+        ("model.activation=gelu", "model.activation: relu -> gelu"),
+        ("data.seq_length=64", "data.seq_length: 100 -> 64"),
+        ("model.num_attention_heads=4", "model.num_attention_heads: 2 -> 4"),
+    ],
+)
+def test_another_model_cannot_begin_with_it(
+    run: Path, store: Path, change: str, told: str, tmp_path: Path
+) -> None:
+    subprocess.run(["cp", "-r", str(run), str(tmp_path / "run")], check=True)
+    started = forked.start(tmp_path / "run", [f"data.store={store}", *LIKE_IT, change])
+    assert started.wait() == [2]
+    assert told in started.printed
+
+
+def test_cells_of_another_vocabulary_are_refused(
+    store: Path, repository: Path, tmp_path: Path
+) -> None:
+    weights = plain_bert.random_weights(**SHAPE, tokens=9 + 2)  # type: ignore[arg-type]
+    conversions.write_hf(tmp_path / "hf", weights, 2)
+    conversions.vocabulary_of(9).save(tmp_path / "other.json")
+    ended = convert(
+        repository, "from-hf", tmp_path / "hf", "--out", tmp_path / "run",
+        "--vocabulary", tmp_path / "other.json",
+    )  # fmt: skip
+    assert ended.returncode == 0
+    started = forked.start(tmp_path / "run", [f"data.store={store}", *LIKE_IT])
+    assert started.wait() == [2]
+    assert "vocabulary checksum" in started.printed
+
+
+def test_a_run_finds_its_vocabulary_in_its_store(
+    store: Path, repository: Path, tmp_path: Path
+) -> None:
+    settings = [f"data.store={store}", "train.steps=2", "train.validate_batches=1"]
+    started = forked.start(tmp_path / "run", settings, 2)
+    assert started.wait() == [0, 0], started.printed
+    ended = convert(repository, "to-hf", tmp_path / "run", "--out", tmp_path / "hf")
+    assert ended.returncode == 0, ended.stderr
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["MegatronBertForMaskedLM"]
+    assert config["vocab_size"] == NUM_GENES + 5
+    loss = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
+    assert f"nats per masked gene | {loss:.4f} |" in (tmp_path / "hf" / "README.md").read_text()

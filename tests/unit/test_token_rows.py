@@ -1,0 +1,84 @@
+"""Which row of their vocabulary is which token of ours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from geneformer_mcore.contracts import NUM_SPECIALS, SPECIAL_TOKENS
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.model import hf_keys, token_rows
+
+GENES = ("ENSG1", "ENSG2", "ENSG3")
+
+
+def rows_of(*names: str) -> torch.Tensor:
+    tokens = {name: number for number, name in enumerate(names)}
+    return token_rows.their_rows(tokens, GENES, len(names))
+
+
+def test_the_first_versions_ids_are_ours_less_three() -> None:
+    rows = rows_of("<pad>", "<mask>", *GENES)
+    assert rows.tolist() == [-1, 1, 0, -1, -1, 2, 3, 4]
+    genes = torch.arange(NUM_SPECIALS, NUM_SPECIALS + len(GENES))
+    assert torch.equal(rows[genes] + 3, genes)
+
+
+def test_rows_follow_names_in_any_order() -> None:
+    assert rows_of("ENSG3", "<eos>", "ENSG1", "<cls>", "ENSG2", "<pad>", "<mask>").tolist() == [
+        *(3, 6, 5, 1, -1),
+        *(2, 4, 0),
+    ]
+
+
+@pytest.mark.parametrize("specials", token_rows.LAYOUTS.values())
+def test_a_layout_is_known_by_its_size(specials: tuple[str, ...]) -> None:
+    found = token_rows.dictionary_by_size(len(specials) + 3, GENES)
+    assert list(found) == [*specials, *GENES]
+    assert list(found.values()) == list(range(len(specials) + 3))
+
+
+def test_a_table_goes_there_and_back() -> None:
+    rows = rows_of("<pad>", "<mask>", *GENES)
+    theirs = torch.randn(5, 2)
+    ours = token_rows.to_ours(theirs, rows, new=-7)
+    assert (ours[[0, 3, 4]] == -7).all()
+    assert torch.equal(token_rows.to_theirs(torch.cat([ours, torch.zeros(3, 2)]), rows), theirs)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("<pad>", "ENSG1", "ENSG2"), "lacks 1 of the vocabulary's 3 and has 0 others, ENSG3"),
+        (("<pad>", *GENES, "ENSG4"), "has 1 others, ENSG4"),
+        (("<pad>", "[PAD]", *GENES), r"two names for our \[PAD\]"),
+    ],
+)
+def test_other_dictionaries_are_refused(names: tuple[str, ...], told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        rows_of(*names)
+
+
+@pytest.mark.parametrize("ids", [(0, 1, 1), (0, 1, 3), (0, 1, "2"), (0, 1)])
+def test_every_row_needs_one_name(ids: tuple) -> None:
+    tokens = dict(zip(GENES, ids, strict=False))
+    with pytest.raises(DataError, match="each of the 3 rows"):
+        token_rows.their_rows(tokens, GENES, 3)
+
+
+def test_a_size_that_is_no_layouts_is_told_with_numbers() -> None:
+    with pytest.raises(DataError, match=r"model has 99 tokens.*3 genes.*ours: 8"):
+        token_rows.dictionary_by_size(99, GENES)
+    assert len(SPECIAL_TOKENS) == NUM_SPECIALS
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (12,)])
+def test_query_key_and_value_of_a_head_lie_together(shape: tuple[int, ...]) -> None:
+    parts = [torch.randn(shape) for _ in range(3)]
+    whole = hf_keys.fused(parts, heads=4)
+    for head in range(4):
+        for number, part in enumerate(parts):
+            first = (head * 3 + number) * 3
+            assert torch.equal(whole[first : first + 3], part[head * 3 : head * 3 + 3])
+    for part, again in zip(parts, hf_keys.split(whole, heads=4), strict=True):
+        assert torch.equal(part, again)
