@@ -63,9 +63,7 @@ class Reference(torch.nn.Module):
             x = x + self._mlp(self._norm(x, f"{name}.pre_mlp_layernorm"), f"{name}.mlp")
         return x
 
-    def _post_layers(
-        self, x: torch.Tensor, real_BS: torch.Tensor, num_layers: int
-    ) -> torch.Tensor:
+    def _post_layers(self, x: torch.Tensor, real_BS: torch.Tensor, num_layers: int) -> torch.Tensor:
         for layer in range(num_layers):
             name = f"encoder.layers.{layer}"
             x = self._norm(
