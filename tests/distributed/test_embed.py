@@ -221,6 +221,15 @@ def test_a_model_trained_in_bf16_is_used_with_its_exact_weights(tmp_path: Path) 
     assert 1e-4 < difference < 0.3
 
 
+@pytest.mark.parametrize("layer", [None, 3])
+def test_a_model_whose_norms_come_after(layer: int | None, tmp_path: Path) -> None:
+    """As those that come from Hugging Face."""
+    model = trained.make(tmp_path, "model.norm=post")
+    more = ("--layer", str(layer)) if layer else ()
+    found = embedded(model, tmp_path / "b.npy", *more)
+    np.testing.assert_allclose(found, means(wanted(model, layer)), rtol=0, atol=1e-5)
+
+
 def test_npy_says_what_it_is(model: Trained, result: Path, tmp_path: Path) -> None:
     import json
 
