@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import os
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import anndata
@@ -20,6 +17,7 @@ import pytest
 import torch
 
 from tests.distributed import toy, trained
+from tests.distributed.commands import commands
 from tests.distributed.parity import PP2, SEQUENCE, TP2
 from tests.distributed.ranks import run_ranks
 from tests.distributed.trained import EMPTY, NUM_CELLS, NUM_GENES, ONE_GENE, UNKNOWN, Trained
@@ -34,36 +32,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return trained.make(tmp_path_factory.mktemp("trained"))
 
 
-@dataclass
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-def commands(lines: list[list[str]]) -> list[Ended]:
-    """launch/embed.py with each of `lines`, one after the other, on the ranks that are here."""
-    from launch import embed
-
-    ended = []
-    for line in lines:
-        sys.argv = ["embed.py", *line]
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = embed.main()
-            except SystemExit as error:  # of argparse
-                code = int(error.code or 0)
-        ended.append(Ended(code, out.getvalue(), err.getvalue()))
-    return ended
-
-
 def embedded(model: Trained, output: Path, *more: str, ranks: int = 1) -> np.ndarray:
     """What the command writes to `output`."""
     line = ["--checkpoint", str(model.run), "--input", str(model.h5ad), "--output", str(output)]
-    for (ended,) in run_ranks(commands, ranks, [[*line, *more]]):
+    for (ended,) in run_ranks(commands, ranks, "embed", [[*line, *more]]):
         assert ended.code == 0, ended.err
     if output.suffix == ".npy":
         return np.load(output)
@@ -247,7 +219,7 @@ def test_the_input_is_left_alone_and_a_step_folder_will_do(model: Trained, tmp_p
     changed = model.h5ad.stat().st_mtime_ns
     line = ["--checkpoint", str(model.step_folder), "--input", str(model.h5ad)]
     line += ["--output", str(tmp_path / "b.h5ad")]
-    ((ended,),) = run_ranks(commands, 1, [line])
+    ((ended,),) = run_ranks(commands, 1, "embed", [line])
     assert ended.code == 0, ended.err
     assert hashlib.sha256(model.h5ad.read_bytes()).hexdigest() == before
     assert model.h5ad.stat().st_mtime_ns == changed
@@ -258,7 +230,7 @@ def test_the_input_is_left_alone_and_a_step_folder_will_do(model: Trained, tmp_p
 def test_genes(suffix: str, model: Trained, tmp_path: Path) -> None:
     path = tmp_path / f"genes{suffix}"
     ((ended,),) = run_ranks(
-        commands, 1, [["--checkpoint", str(model.run), "--gene-embeddings", str(path)]]
+        commands, 1, "embed", [["--checkpoint", str(model.run), "--gene-embeddings", str(path)]]
     )
     assert ended.code == 0, ended.err
     expected = model.weights["embedding.word_embeddings.weight"][5 : toy.VOCABULARY]
@@ -366,7 +338,7 @@ def test_wrong_input_is_answered_in_one_message(model: Trained, tmp_path: Path) 
         "nothing is asked for": good[:2],
         "invalid choice: 'max'": [*good, "--pooling", "max"],
     }
-    (found,) = run_ranks(commands, 1, list(cases.values()))
+    (found,) = run_ranks(commands, 1, "embed", list(cases.values()))
     for (text, line), ended in zip(cases.items(), found, strict=True):
         assert ended.code == 2, (line, ended)
         assert text in ended.err, (text, ended.err)
@@ -382,7 +354,7 @@ def test_what_one_rank_meets_all_ranks_say(model: Trained, tmp_path: Path) -> No
     cells.write_h5ad(path)
     line = ["--checkpoint", str(model.run), "--input", str(path)]
     line += ["--output", str(tmp_path / "b.npy")]
-    (first,), (second,) = run_ranks(commands, 2, [line])
+    (first,), (second,) = run_ranks(commands, 2, "embed", [line])
     assert (first.code, second.code) == (2, 2)
     assert "0.5" in first.err
     assert second.err == ""
@@ -395,7 +367,7 @@ def test_a_store_in_its_own_order(model: Trained, tmp_path: Path, repository: Pa
     build_store([str(model.h5ad)], store, vocabulary=model.vocabulary, seq_length=toy.SEQ_LENGTH)
     path = tmp_path / "b.h5ad"
     line = ["--checkpoint", str(model.run), "--input", str(store), "--output", str(path)]
-    ((ended,),) = run_ranks(commands, 1, [line])
+    ((ended,),) = run_ranks(commands, 1, "embed", [line])
     assert ended.code == 0, ended.err
     found = anndata.read_h5ad(path)
     assert found.n_obs == NUM_CELLS - 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import subprocess
@@ -30,37 +28,12 @@ from geneformer_mcore.store.ingest import build_store
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.split import RandomSplit
 from tests.distributed import toy, trained
+from tests.distributed.commands import commands
 from tests.distributed.parity import PP2, SEQUENCE, TP2
 from tests.distributed.ranks import run_ranks
 from tests.distributed.trained import STEP, Trained
 
 SEED = 1234
-
-
-@dataclass
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-def commands(lines: list[list[str]]) -> list[Ended]:
-    """launch/evaluate.py with each of `lines` on the ranks that are here."""
-    from launch import evaluate
-
-    ended = []
-    for line in lines:
-        sys.argv = ["evaluate.py", *line]
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = evaluate.main()
-            except SystemExit as error:  # of argparse
-                code = int(error.code or 0)
-        ended.append(Ended(code, out.getvalue(), err.getvalue()))
-    return ended
 
 
 @dataclass(frozen=True)
@@ -95,7 +68,9 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Held:
 def evaluation(held: Held, output: Path, *more: str, ranks: int = 1) -> dict[str, Any]:
     """What the command writes as JSON."""
     line = ["--checkpoint", str(held.model.run), "--store", str(held.store), "--json", str(output)]
-    first, *others = (ended for (ended,) in run_ranks(commands, ranks, [[*line, *more]]))
+    first, *others = (
+        ended for (ended,) in run_ranks(commands, ranks, "evaluate", [[*line, *more]])
+    )
     assert first.code == 0, first.err
     assert all(other.code == 0 and not other.out for other in others)
     return json.loads(output.read_text())
@@ -269,7 +244,7 @@ def test_ranks_over_tensor_ranks(ranks: int, rng: np.random.Generator) -> None:
 
 def test_table_and_plots(held: Held, found: dict[str, Any], tmp_path: Path) -> None:
     line = ["--checkpoint", str(held.model.run), "--store", str(held.store), "--plot"]
-    ((ended,),) = run_ranks(commands, 1, [[*line, str(tmp_path / "plots")]])
+    ((ended,),) = run_ranks(commands, 1, "evaluate", [[*line, str(tmp_path / "plots")]])
     assert ended.code == 0, ended.err
     assert f"{found['loss']:.4f}" in ended.out
     assert f"{found['top5']:.2%}" in ended.out
@@ -299,7 +274,7 @@ def test_wrong_input_is_answered_in_one_message(held: Held, tmp_path: Path) -> N
         "only the layout": [*good, "train.seed=3"],
         "invalid choice: 'all'": [*good, "--split", "all"],
     }
-    (found,) = run_ranks(commands, 1, list(cases.values()))
+    (found,) = run_ranks(commands, 1, "evaluate", list(cases.values()))
     for (text, line), ended in zip(cases.items(), found, strict=True):
         assert ended.code == 2, (line, ended)
         assert text in ended.err, (text, ended.err)
@@ -310,7 +285,7 @@ def test_wrong_input_is_answered_in_one_message(held: Held, tmp_path: Path) -> N
 def test_masks_that_hide_nothing_are_refused(held: Held, tmp_path: Path) -> None:
     model = trained.make(tmp_path / "rare", "data.mask_probability=1e-6")
     line = ["--checkpoint", str(model.run), "--store", str(held.store)]
-    ((ended,),) = run_ranks(commands, 1, [line])
+    ((ended,),) = run_ranks(commands, 1, "evaluate", [line])
     assert ended.code == 2
     assert "no gene is hidden" in ended.err
 
