@@ -23,8 +23,9 @@
 
 # Ranks of a node: one per GPU that was asked for ("8", "a100:8") and is there: with --exclusive there
 # may be more, with --gres fewer. Without GPUs, one.
+asked_gpus=${SLURM_GPUS_PER_NODE:-}
 : "${GENEFORMER_RANKS_PER_NODE:=$(
-    printf '%s\n' "${SLURM_GPUS_PER_NODE##*:}" "${SLURM_GPUS_ON_NODE:-}" | sort -n | grep -m 1 '^[1-9]' ||
+    printf '%s\n' "${asked_gpus##*:}" "${SLURM_GPUS_ON_NODE:-}" | sort -n | grep -m 1 '^[1-9]' ||
         printf '1\n'
 )}"
 # How often a job may start again by itself, preemptions and lost nodes included.

@@ -204,6 +204,15 @@ def test_ranks_of_a_node_are_its_gpus(script: Script, asked: str, there: str, ra
     assert f"--nproc-per-node={ranks} " in script.noted
 
 
+def test_without_gpus_there_is_one_rank_and_no_complaint(script: Script) -> None:
+    for name in ("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"):
+        del script.environment[name]
+    script.ends(0, "done")
+    ended = script.start()
+    assert "--nproc-per-node=1 " in script.noted
+    assert ended.stderr == ""
+
+
 def test_a_wrong_setting_is_told_before_anything_runs(script: Script) -> None:
     ended = script.start(SETTINGS_CODE="2")
     assert ended.returncode == 2
