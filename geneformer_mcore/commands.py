@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -37,6 +38,14 @@ def tell(line: str) -> None:
     """Prints to stderr, if that can be written: a full disk must not change how a command ends."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
+
+
+def complain(error: GeneformerError) -> int:
+    """Tells a user's error, and gives the exit code for it. Of ranks, one per machine tells: what
+    all of them meet is told once, and what only one machine meets is seen, too."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        tell(f"error: {error}")
+    return exit_code_of(error)
 
 
 def exit_code_of(error: GeneformerError | LostWorkerError) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import FINISHED, exit_code_of, run, tell
+from geneformer_mcore.commands import FINISHED, complain, run
 from geneformer_mcore.errors import GeneformerError
 
 if TYPE_CHECKING:
@@ -44,10 +44,7 @@ def main() -> int:
     try:
         lines = embed.run(_request(arguments), is_first)
     except GeneformerError as error:
-        # Once per machine: every rank meets the same.
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            tell(f"error: {error}")
-        return exit_code_of(error)
+        return complain(error)
     if is_first:
         print("\n".join(lines))
     return FINISHED

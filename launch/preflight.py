@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import DEFECT, WRONG_INPUT, exit_code_of, tell
+from geneformer_mcore.commands import DEFECT, complain, tell
 from geneformer_mcore.errors import GeneformerError
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def main() -> int:
         config, text = settings.load(arguments.config or DEMO, arguments.settings)
         settings.plan(config, int(os.environ.get("WORLD_SIZE", "1")))
     except GeneformerError as error:
-        _complain(error)
-        return WRONG_INPUT
+        return complain(error)
     ignore_known_warnings()
     # Only now what takes seconds to import: a wrong setting is answered at once.
     from geneformer_mcore.parallel.watch import LostRankError, Watch
@@ -62,8 +61,7 @@ def main() -> int:
                 _keep(arguments.json, result)
         return code
     except GeneformerError as error:
-        _complain(error)
-        return exit_code_of(error)
+        return complain(error)
     except LostRankError as error:
         if error.tell:
             tell(f"error: {error}")
@@ -105,12 +103,6 @@ def _say(text: str) -> None:
 
 def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _complain(error: GeneformerError) -> None:
-    """Once per machine."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        tell(f"error: {error}")
 
 
 def _arguments() -> argparse.Namespace:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import DEFECT, FINISHED, WRONG_INPUT, exit_code_of, tell
+from geneformer_mcore.commands import DEFECT, FINISHED, WRONG_INPUT, complain, tell
 from geneformer_mcore.errors import ConfigError, DataError, GeneformerError
 from geneformer_mcore.train.interruption import Interruption
 from geneformer_mcore.train.run_folder import RunFolder
@@ -61,8 +61,7 @@ def main() -> int:
         with watch:
             code, reason = _train(config, text, plan, folder, interruption, watch)
     except GeneformerError as error:
-        code, reason = exit_code_of(error), str(error)
-        _complain(error)
+        code, reason = complain(error), str(error)
     except LostRankError as error:
         code, reason = error.code, str(error)
         _tell_of_loss(folder, error)
@@ -148,7 +147,7 @@ def _show(text: str, plan: settings.Plan, run_dir: str) -> int:
 
 def _refuse_settings(error: GeneformerError, run_dir: str) -> int:
     """A run that is there already must not keep the outcome of its last start."""
-    _complain(error)
+    complain(error)
     if _environment("RANK", 0) == 0 and Path(run_dir).is_dir():
         try:
             folder = RunFolder(run_dir)
@@ -157,12 +156,6 @@ def _refuse_settings(error: GeneformerError, run_dir: str) -> int:
         except GeneformerError:
             pass  # in use, or not to be written: the first message is the one that matters
     return WRONG_INPUT
-
-
-def _complain(error: GeneformerError) -> None:
-    """Once per machine: what only one machine meets, such as a bad copy of a store, is seen too."""
-    if _environment("LOCAL_RANK", 0) == 0:
-        tell(f"error: {error}")
 
 
 def _environment(name: str, default: int) -> int:
