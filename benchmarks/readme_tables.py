@@ -251,6 +251,7 @@ TFLOPS_COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
     ("precision", lambda row: str(row["precision"])),
     ("cells", lambda row: f"{row.get('packing', 'padded')}, {row['tokens_per_cell']:,.0f} tokens"),
     ("attention", lambda row: f"{row['attention']}, dropout {row['attention_dropout']:g}"),
+    ("compiled", lambda row: "yes" if row.get("compiled") else "no"),
     ("micro batch", lambda row: f"{row['micro_batch']:,}"),
     ("fill", lambda row: share(row.get("fill"))),
     ("s per step", lambda row: f"{row['step_s']:.3g}"),

@@ -136,7 +136,11 @@ def _asked(arguments: argparse.Namespace, on_gpu: bool) -> Asked:
         attentions=arguments.attention,
         dropouts=arguments.attention_dropout or usually["dropouts"],
         micro_batches=arguments.micro_batch or [],
+        compiled=[_COMPILED[word] for word in arguments.compile],
     )
+
+
+_COMPILED = {"auto": None, "no": False, "yes": True}
 
 
 def _length(word: str) -> int:
@@ -161,6 +165,8 @@ def _arguments() -> argparse.Namespace:
     listed("--attention-dropout", "default: the card's, on a CPU also 0", type=float, metavar="P")
     about = "packed: cells of full length that fit; default: the card's on a GPU, else 1 or 2"
     listed("--micro-batch", about, type=int, metavar="CELLS")
+    about = "model.compile; default: auto, which is yes on a GPU"
+    listed("--compile", about, choices=_COMPILED, default=["auto"])
     add("--micro-batches-per-step", type=int, default=1, metavar="N", help="default: 1")
     add("--cells", type=Path, metavar="FLAT", help="a flat copy of tokens, for made-up cells")
     add("--seq-length", type=int, default=2048)

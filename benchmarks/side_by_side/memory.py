@@ -12,6 +12,7 @@ MIB = 2**20
 def forget_peak_mib(here: torch.device) -> float:
     """Starts to look for a peak; what is in use now."""
     if here.type == "cuda":
+        torch.cuda.init()  # before it, there are no statistics to reset
         torch.cuda.reset_peak_memory_stats(here)
         return torch.cuda.memory_allocated(here) / MIB
     Path("/proc/self/clear_refs").write_text("5")

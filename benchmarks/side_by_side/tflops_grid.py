@@ -1,6 +1,7 @@
 """The rows of tflops.py's table: every combination of what was asked for, and what it means here.
 
-models x precisions x packings x lengths x attentions x dropouts x micro batches -> Setting ...
+models x precisions x packings x lengths x attentions x dropouts x compiled x micro batches
+       -> Setting ...
 Setting -> the card's settings with that changed -> a reason why it cannot be, or none
 """
 
@@ -40,6 +41,7 @@ class Asked:
     attentions: Sequence[str]
     dropouts: Sequence[float | None]
     micro_batches: Sequence[int]
+    compiled: Sequence[bool | None] = (None,)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Setting:
 
     mean_length:   tokens of a cell on average, or FULL; of no account with cells of a flat copy
     micro_batch:   cells of a padded micro batch; a packed one has room for as many of full length
+    compiled:      model.compile; None: as it is by default
     """
 
     model: str
@@ -57,6 +60,7 @@ class Setting:
     attention: str
     dropout: float | None
     micro_batch: int
+    compiled: bool | None = None
 
     def changes(self, seq_length: int, mean_tokens: float, num_micro_batches: int) -> list[str]:
         """What it changes of the card's settings.
@@ -74,6 +78,7 @@ class Setting:
             f"data.seq_length={seq_length}",
             f"data.packing={str(self.packing == 'packed').lower()}",
             f"model.attention={self.attention}",
+            *([] if self.compiled is None else [f"model.compile={str(self.compiled).lower()}"]),
             *dropout,
         ]
 
@@ -101,7 +106,7 @@ def grid(asked: Asked, on_gpu: bool) -> list[Setting]:
     ):
         lengths = asked.lengths or [FULL if packing == "padded" else MEAN_TOKENS]
         sizes = asked.micro_batches or usual_micro_batches(model, packing, on_gpu)
-        others = itertools.product(lengths, asked.attentions, asked.dropouts, sizes)
+        others = itertools.product(lengths, asked.attentions, asked.dropouts, sizes, asked.compiled)
         found += [Setting(model, precision, packing, *other) for other in others]
     return found
 

@@ -38,6 +38,7 @@ COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
     ("precision", lambda row: row["precision"]),
     ("packing", lambda row: row["packing"]),
     ("attention", lambda row: f"{row['attention']}, {row['attention_dropout']:g}"),
+    ("compiled", lambda row: "yes" if row["compiled"] else "no"),
     ("micro batch", lambda row: f"{row['micro_batch']}"),
     ("cells/step", lambda row: f"{row['cells_per_step']}"),
     ("tokens/cell", lambda row: f"{row['tokens_per_cell']:.0f}"),
@@ -55,11 +56,18 @@ COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
 
 
 def row(
-    setting: Setting, config: Config, cells: Cells, attention: str, measured: Measured, peak: float
+    setting: Setting,
+    config: Config,
+    cells: Cells,
+    attention: str,
+    compiled: bool,
+    measured: Measured,
+    peak: float,
 ) -> Row:
     """A line of the table.
 
     attention:  the name of what was chosen, never `auto`
+    compiled:   whether elementwise parts are
     peak:       FLOP/s that MFU is a share of
     """
     steps = measured.steps
@@ -73,6 +81,7 @@ def row(
         **name_of(setting),
         "cells": cells.label,
         "attention": attention,
+        "compiled": compiled,
         "attention_dropout": config.model.attention_dropout,
         "cells_per_step": config.train.global_batch_size,
         "seq_length": config.data.seq_length,
@@ -96,6 +105,7 @@ def name_of(setting: Setting) -> Row:
         "attention": setting.attention,
         "attention_dropout": setting.dropout,
         "micro_batch": setting.micro_batch,
+        "compiled": setting.compiled,
     }
 
 
@@ -133,6 +143,7 @@ def _rates(
 def line(found: Row) -> str:
     """A row in a few words, while others are still being measured."""
     name = "{model} {precision} {packing}, {attention} attention, micro batch {micro_batch}"
+    name += ", compiled" if found["compiled"] else ""
     if "reason" in found:
         return f"{name.format(**found)}: {found['reason']}"
     rates = "{cells_per_s:,.3g} cells/s, {tflops_padded_equivalent:.3g} TFLOPS padded-equivalent"

@@ -26,7 +26,7 @@ from geneformer_mcore.errors import ConfigError, GeneformerError
 from geneformer_mcore.metrics import kept
 from geneformer_mcore.metrics.ceiling import measured_peak
 from geneformer_mcore.metrics.provenance import machine, provenance
-from geneformer_mcore.model import attention, settings
+from geneformer_mcore.model import attention, fused, settings
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ def _row(
     measured = measure(config, cells, here, conditions.warmup, conditions.steps)
     chosen = attention.choose(config.model, here, config.train.precision, config.data.packing).value
     peak = peaks[setting.precision]
-    return tflops_rows.row(setting, config, cells, chosen, measured, peak)
+    compiled = fused.is_compiled(config.model.compile, here)
+    return tflops_rows.row(setting, config, cells, chosen, compiled, measured, peak)
 
 
 def _first_line(error: Exception) -> str:

@@ -165,12 +165,14 @@ class ModelConfig:
     """te: Transformer Engine. flash: the FlashAttention-2 inside torch, for GPUs and 16 bits.
     sdpa: torch's scaled dot product attention. blockwise: ours, for CPUs, with a fast dropout.
     plain: Megatron's, every score in memory. auto: on a GPU te, or flash without it, or sdpa in
-    fp32; on a CPU sdpa, or blockwise with attention dropout, for which torch has no fused kernel
-    there."""
+    fp32; with train.deterministic flash in place of te; on a CPU sdpa, or blockwise with attention
+    dropout, for which torch has no fused kernel there."""
 
-    compile: bool = False
-    """Compile the elementwise parts of a layer with torch.compile: bias and activation, dropout and
-    residual, norms. Needs a C++ compiler, takes a minute at the start, and draws other dropout."""
+    compile: Optional[bool] = None
+    """Compile the elementwise parts of a layer and the loss with torch.compile: bias and
+    activation, dropout and residual, norms. Takes up to a minute at the start, and draws other
+    dropout. null: on a GPU where Triton and a C compiler are found; on a CPU, where it gains
+    nothing and needs a C++ compiler, it must be asked for."""
 
 
 @dataclass

@@ -68,6 +68,12 @@ def choose(
             f"{_WIDEST_FLASH_HEAD} in multiples of 8, and this is compute capability "
             f"{_capability(device)} with heads of {_head_width(model)}. Leave it auto."
         )
+    if asked is Attention.te and packed and torch.are_deterministic_algorithms_enabled():
+        raise ConfigError(
+            "model.attention=te has no deterministic backward pass for packed cells that fits a "
+            "GPU (cuDNN's wants 512 GiB for 32,768 tokens), and train.deterministic is true. "
+            "Remedy: model.attention=flash, or leave it auto."
+        )
     if asked is Attention.blockwise and device.type != "cpu":
         raise ConfigError(
             f"model.attention=blockwise is for CPUs, and this is {device.type}. Leave it auto."
@@ -89,6 +95,7 @@ def _on_gpu(
     if precision is Precision.fp32 or capability < _AMPERE:
         return Attention.sdpa
     takes_cells = not packed or capability[0] in _WITH_PACKED_TE
+    takes_cells = takes_cells and not torch.are_deterministic_algorithms_enabled()
     if backends.is_available("transformer_engine") and takes_cells:
         return Attention.te
     return Attention.flash if _flash_runs(model, device) else Attention.sdpa

@@ -23,6 +23,7 @@ from geneformer_mcore.model.geneformer import Geneformer
 _POSITIONS, _LENGTHS, _PADDING = 64, (64, 37, 1), 10
 _TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Of values that are about 1: some roundings of the number format."""
+_REMEDY = "Remedy: another one: model.attention=flash, sdpa or plain."
 
 
 def check(stage: Geneformer, device: torch.device, packed: bool) -> float:
@@ -44,11 +45,21 @@ def check(stage: Geneformer, device: torch.device, packed: bool) -> float:
     inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
     was_training = layer.core_attention.training
     layer.core_attention.train(mode=False)  # no dropout
-    with torch.enable_grad():
-        attend = _packed if packed else _padded
-        context_BSD = attend(layer, inputs, real_BS.to(device))
-    layer.core_attention.train(was_training)
-    return _compared(context_BSD, inputs, weight, real_BS.to(device))
+    attend = _packed if packed else _padded
+    try:
+        with torch.enable_grad():
+            context_BSD = attend(layer, inputs, real_BS.to(device))
+            return _compared(context_BSD, inputs, weight, real_BS.to(device))
+    except RuntimeError as error:  # of a library that does not fit this machine
+        raise ConfigError(
+            f"the attention that was chosen does not run here: {_first_line(error)}. {_REMEDY}"
+        ) from error
+    finally:
+        layer.core_attention.train(was_training)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _padded(layer: Any, inputs: list[torch.Tensor], real_BS: torch.Tensor) -> torch.Tensor:
@@ -97,8 +108,7 @@ def _compared(
     if not worst <= tolerance:
         raise ConfigError(
             f"the attention that was chosen differs from the plain computation by {worst:.2g} on a "
-            f"few random cells, and {tolerance:g} is what {inputs[0].dtype} explains. Choose "
-            "another one: model.attention=sdpa or model.attention=plain."
+            f"few random cells, and {tolerance:g} is what {inputs[0].dtype} explains. {_REMEDY}"
         )
     return worst
 

@@ -1,20 +1,25 @@
-"""The elementwise parts of a layer: each of them one pass over memory, if they are compiled.
+"""The elementwise parts of the model: each of them one pass over memory, if they are compiled.
 
     bias + activation              between the two matrices of a feed-forward block
     bias + dropout + residual      where a block joins the residual stream, which stays in fp32
     layer norm                     fp32 in, the parameters' type out
+    cross entropy                  of logits as the matrix product leaves them, in fp32
 
 Megatron's own fused kernels know no relu, and cast the residual stream to bf16.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from geneformer_mcore.backends import is_available
 
 
 def bias_activation(
@@ -49,6 +54,20 @@ def layer_norm(
     the weight [H]."""
     normed = F.layer_norm(hidden.float(), weight.shape, weight.float(), bias.float(), eps)
     return normed.to(dtype or weight.dtype)
+
+
+def cross_entropy(logits_MV: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:
+    """fp32 [M], nats, computed in fp32; logits of any dtype, -inf where there is no token."""
+    return F.cross_entropy(logits_MV.float(), labels_M, reduction="none")
+
+
+def is_compiled(asked: bool | None, device: torch.device) -> bool:
+    """What `model.compile` means on this device."""
+    if asked is not None:
+        return asked
+    compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
+    has_compiler = any(name and shutil.which(name) for name in compilers)
+    return device.type == "cuda" and has_compiler and is_available("triton")
 
 
 def chosen(function: Callable[..., Any], is_compiled: bool) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from geneformer_mcore.config.sections import Attention, ModelConfig, Norm
 from geneformer_mcore.contracts import Batch, padded_vocabulary_size
 from geneformer_mcore.feed.places import positions_in_cells
-from geneformer_mcore.model import attention, head, settings
+from geneformer_mcore.model import attention, fused, head, settings
 from geneformer_mcore.model.layers import final_norm, layer_spec, norm_embedding
 
 
@@ -84,8 +84,10 @@ class Geneformer(megatron_bert.BertModel):
 
     def loss(self, hidden_SBH: torch.Tensor, batch: Batch) -> torch.Tensor:
         """fp32 [M], nats for every selected gene."""
-        logits_MV = self.logits(hidden_SBH, batch.selected_M)
-        return tensor_parallel.vocab_parallel_cross_entropy(logits_MV, batch.labels_M)
+        logits_MV = self._logits(hidden_SBH, batch.selected_M)
+        if self.config.bias_dropout_fusion and self.config.tensor_model_parallel_size == 1:
+            return fused.chosen(fused.cross_entropy, True)(logits_MV, batch.labels_M)
+        return tensor_parallel.vocab_parallel_cross_entropy(logits_MV.float(), batch.labels_M)
 
     def encode(self, batch: Batch) -> torch.Tensor:
         """Residual stream [S, B, H] after this stage; after the last one normalised, in the
@@ -104,8 +106,12 @@ class Geneformer(megatron_bert.BertModel):
 
     def logits(self, hidden_SBH: torch.Tensor, selected_M: torch.Tensor) -> torch.Tensor:
         """fp32 [M, V]: this tensor rank's columns of the gene logits, padding at -inf."""
+        return self._logits(hidden_SBH, selected_M).float()
+
+    def _logits(self, hidden_SBH: torch.Tensor, selected_M: torch.Tensor) -> torch.Tensor:
+        """The same in the dtype of the weights."""
         rows_MH = self.lm_head(head.selected_rows(hidden_SBH, selected_M, self.config))
-        logits_MV = tensor_parallel.linear_with_grad_accumulation_and_async_allreduce(
+        return tensor_parallel.linear_with_grad_accumulation_and_async_allreduce(
             input=rows_MH,
             weight=self.shared_embedding_or_output_weight(),
             bias=self.output_layer.bias + self.padding_V,
@@ -115,7 +121,6 @@ class Geneformer(megatron_bert.BertModel):
             sequence_parallel=False,
             tp_group=self.tp_group,
         )
-        return logits_MV.float()
 
 
 def padding_mask(batch: Batch) -> torch.Tensor:

@@ -16,6 +16,7 @@ from geneformer_mcore.config.sections import (
     Precision,
     Recompute,
 )
+from geneformer_mcore.model import fused
 
 LAYERNORM_EPSILON = 1e-12
 """The card's value."""
@@ -61,7 +62,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         use_cpu_initialization=device.type == "cpu",
         # Not Megatron's kernel: the word by which our layers are told (see fused.py).
-        bias_dropout_fusion=model.compile,
+        bias_dropout_fusion=fused.is_compiled(model.compile, device),
         # Fusions written for causal GPT layers, or that need apex.
         masked_softmax_fusion=False,
         bias_activation_fusion=False,

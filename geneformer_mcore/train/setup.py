@@ -31,7 +31,14 @@ from geneformer_mcore.metrics import baselines
 from geneformer_mcore.metrics.ceiling import measured_peak
 from geneformer_mcore.metrics.meter import Meter
 from geneformer_mcore.metrics.sinks import Sinks
-from geneformer_mcore.model import attention, attention_check, geneformer, initial_weights, settings
+from geneformer_mcore.model import (
+    attention,
+    attention_check,
+    fused,
+    geneformer,
+    initial_weights,
+    settings,
+)
 from geneformer_mcore.model.flops import ModelShape
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.parallel import collectives, groups
@@ -264,6 +271,7 @@ def _announce(run: Run) -> None:
     """Says what runs, on what, with which kernels."""
     config, cells = run.config, run.cells
     layout = ", ".join(f"{kind} {size}" for kind, size in run.layout().items())
+    is_compiled = fused.is_compiled(config.model.compile, run.device)
     run.say(
         f"{cells.name}: {cells.count('train')} training cells, "
         f"{cells.count('validation')} validation cells, {cells.vocabulary.size} tokens "
@@ -274,6 +282,7 @@ def _announce(run: Run) -> None:
         f"{_micro_batches(run)}, "
         f"precision {config.train.precision.value}, "
         f"attention {_chosen_attention(run)}, "
+        f"elementwise parts {'compiled' if is_compiled else 'not compiled'}, "
         f"{torch.get_num_threads()} CPU thread(s) per rank"
     )
     run.say(", ".join(f"{name} {version}" for name, version in backends.describe().items()))

@@ -58,6 +58,7 @@ def spoilt(how: str, packed: bool) -> str:
         "gradient": lambda q, k, v, m, **rest: right(q.detach() + 0 * q, k, v, m, **rest),
         "nan": lambda q, k, v, m, **rest: right(q, k, v, m, **rest) * float("nan"),
     }
+    spoil["error"] = lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no sublibrary.\nmore"))
     core.forward = spoil[how]
     try:
         attention_check.check(run.trainable.stages[0], toy.CPU, packed)
@@ -71,4 +72,11 @@ def spoilt(how: str, packed: bool) -> str:
 def test_what_is_wrong_is_refused(how: str, packed: bool) -> None:
     (told,) = run_ranks(spoilt, 1, how, packed)
     assert "differs from the plain computation" in told
-    assert "model.attention=plain" in told
+    assert "model.attention=flash, sdpa or plain" in told
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_does_not_run_is_told_as_one_message(packed: bool) -> None:
+    (told,) = run_ranks(spoilt, 1, "error", packed)
+    assert told.startswith("the attention that was chosen does not run here: no sublibrary. ")
+    assert "model.attention=flash, sdpa or plain" in told

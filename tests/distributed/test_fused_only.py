@@ -11,7 +11,7 @@ import torch
 
 from geneformer_mcore.config.sections import Attention, ModelConfig, Precision
 from geneformer_mcore.errors import ConfigError
-from geneformer_mcore.model import attention
+from geneformer_mcore.model import attention, fused
 from tests.distributed import toy
 from tests.distributed.ranks import run_ranks
 
@@ -83,6 +83,39 @@ def test_auto_takes_what_the_gpu_has(
     stand_in_gpu(monkeypatch, capability, te)
     chosen = [attention.choose(ModelConfig(), GPU, precision, each) for each in (False, True)]
     assert [each.value for each in chosen] == [padded, packed]
+
+
+def test_deterministic_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_gpu(monkeypatch, (9, 0), te=True)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert attention.choose(ModelConfig(), GPU, Precision.bf16, True) is Attention.flash
+    asked = ModelConfig(attention=Attention.te)
+    with pytest.raises(ConfigError, match=r"512 GiB.*deterministic.*attention=flash"):
+        attention.choose(asked, GPU, Precision.bf16, True)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "triton", "device", "asked", "expected"),
+    [
+        ("/usr/bin/cc", True, GPU, None, True),
+        (None, True, GPU, None, False),
+        ("/usr/bin/cc", False, GPU, None, False),
+        ("/usr/bin/cc", True, toy.CPU, None, False),
+        (None, False, toy.CPU, True, True),
+        ("/usr/bin/cc", True, GPU, False, False),
+    ],
+)
+def test_what_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+    compiler: str | None,
+    triton: bool,
+    device: torch.device,
+    asked: bool | None,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(fused.shutil, "which", lambda _name: compiler)
+    monkeypatch.setattr(fused, "is_available", lambda _name: triton)
+    assert fused.is_compiled(asked, device) is expected
 
 
 @pytest.mark.parametrize(
