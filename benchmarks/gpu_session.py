@@ -2,6 +2,7 @@
 """All that is to be known of a GPU that is lent for a few minutes, in one unattended command.
 
     python benchmarks/gpu_session.py --out DIR [--cells FLAT]
+    python benchmarks/gpu_session.py --out DIR --only machine tflops_106m     some of its parts
     python benchmarks/gpu_session.py --out DIR --toy         the same on a CPU, as small as can be
 
     machine      what there is, its fastest matrix products
@@ -61,6 +62,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         cells = _cells(arguments.cells, Path(work), 64 if arguments.toy else 2048)
         parts = toy_parts(out, cells) if arguments.toy else all_parts(out, cells)
+        parts = [part for part in parts if part.name in (arguments.only or [part.name])]
         outcomes = session_parts.run_all(parts, out, arguments.seconds)
     print(session_summary.write(out))
     failed = [each for each in outcomes if each.state != session_parts.ENDED]
@@ -69,13 +71,13 @@ def main() -> int:
 
 def all_parts(out: Path, cells: Path) -> list[Part]:
     """What is done with a GPU, the most needed first."""
-    packings = ("--packing", "padded", "packed", "--attention", "te", "flash")
+    packings = ("--packing", "padded", "packed", "--attention", "te", "flash", "--steps", "10")
     peers = ("--warmup", "1", "--rounds", "1", "--cells", str(cells))
     return [
         _own("machine", out, 45),
         *(_own(f"check_{name}", out, 60, "--seq-length", "1024") for name in CHECKED),
-        _tflops("106m", out, 100, *packings, "--micro-batch", "16", "32", "--seconds", "75"),
-        _tflops("10m", out, 80, *packings, "--micro-batch", "32", "64", "128", "--seconds", "60"),
+        _tflops("106m", out, 100, *packings, "--micro-batch", "16", "32", "64", "--seconds", "75"),
+        _tflops("10m", out, 80, *packings, "--micro-batch", "64", "128", "--seconds", "60"),
         _train_step("106m", out, 130, *peers, "--global-batch", "128", "--micro-batches", "32"),
         _train_step("10m", out, 110, *peers, "--global-batch", "512", "--micro-batches", "64"),
     ]
@@ -145,6 +147,7 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="for all that is found")
     add("--cells", type=Path, metavar="FLAT", help="a flat copy of tokens, for made-up cells")
+    add("--only", nargs="+", metavar="PART", help="these parts; default: all")
     add("--toy", action="store_true", help="as small as can be, also without a GPU")
     add("--seconds", type=float, default=SECONDS, help=f"for all parts (default: {SECONDS:g})")
     add("--part", help=argparse.SUPPRESS)

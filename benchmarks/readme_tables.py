@@ -255,7 +255,10 @@ TFLOPS_COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
     ("micro batch", lambda row: f"{row['micro_batch']:,}"),
     ("fill", lambda row: share(row.get("fill"))),
     ("s per step", lambda row: f"{row['step_s']:.3g}"),
-    ("cells/s", lambda row: f"{row['cells_per_s']:,.3g}"),
+    (
+        "cells/s",
+        lambda row: number(row["cells_per_s"], ",.0f" if row["cells_per_s"] > 99 else ".3g"),
+    ),
     ("tokens/s", lambda row: f"{row['tokens_per_s']:,.0f}"),
     ("TFLOPS, padded-equivalent", lambda row: f"{row['tflops_padded_equivalent']:.3g}"),
     ("TFLOPS, executed", lambda row: f"{row['tflops_executed']:.3g}"),

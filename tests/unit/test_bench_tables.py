@@ -114,6 +114,7 @@ SETTING = {
     "tokens_per_cell": 1300.4,
     "attention": "flash",
     "attention_dropout": 0.1,
+    "compiled": True,
     "micro_batch": 32,
     "fill": 0.985,
     "step_s": 0.03,
@@ -139,7 +140,7 @@ def test_tflops_of_every_machine(tmp_path: Path) -> None:
     lines = filled("tflops", tmp_path)
     assert (
         "| AMD, 16 cores, 1 x NVIDIA H100 | 10m | bf16 | packed, 1,300 tokens "
-        "| flash, dropout 0.1 | 32 | 98.5% | 0.03 | 1.23e+03 | 1,600,000 | 242 | 101 | 20.0% "
+        "| flash, dropout 0.1 | yes | 32 | 98.5% | 0.03 | 1,234 | 1,600,000 | 242 | 101 | 20.0% "
         "| 0.1% | 9,876 |"
     ) in lines
     assert not any("one GPU" in line for line in lines)
