@@ -64,6 +64,9 @@ setup(
             "scanpy",
             # Conversions are compared with its models.
             "transformers==5.24.0",
+            # The notebooks of docs/notebooks are executed by tests.
+            "nbclient",
+            "ipykernel",
         ],
     },
 )
