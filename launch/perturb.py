@@ -55,15 +55,17 @@ def _request(arguments: argparse.Namespace) -> Request:
     from geneformer_mcore.cells.corpus import InputOptions
     from geneformer_mcore.cells.genes import load_symbols
     from geneformer_mcore.downstream.embed import Choices
-    from geneformer_mcore.downstream.perturb import Question
     from geneformer_mcore.downstream.perturb_command import Request
+    from geneformer_mcore.downstream.perturb_question import ALL_GENES, Question
 
-    top = 0 if arguments.all_genes else arguments.top
+    top = ALL_GENES if arguments.all_genes else arguments.top
+    # The layout may stand behind the genes, whose names have no "=".
+    words = [word for text in arguments.genes for word in text.split(",")]
     return Request(
         checkpoint=arguments.checkpoint,
         source=arguments.input,
         question=Question(
-            genes=[gene for word in arguments.genes for gene in word.split(",")],
+            genes=[word for word in words if "=" not in word],
             groups=arguments.groups,
             top=top,
             mode=arguments.mode,
@@ -92,7 +94,7 @@ def _request(arguments: argparse.Namespace) -> Request:
             arguments.allow_normalised,
             arguments.allow_low_overlap,
         ),
-        layout=arguments.layout,
+        layout=[*arguments.layout, *(word for word in words if "=" in word)],
         overwrite=arguments.overwrite,
     )
 

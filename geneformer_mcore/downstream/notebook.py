@@ -98,7 +98,7 @@ def perturb(
 
     adata, checkpoint, layer, pooling, precision, vocabulary, counts_layer:  as for `embed`
     genes, groups, top:  what is perturbed: genes one by one (ids or symbols), {name: genes} at
-                         once, the `top` genes in most cells (0: every gene); any of them
+                         once, the `top` genes in most cells (-1: every gene); any of these
     mode:                "delete", or "overexpress" (moved to the front of the cell's ranking)
     truncated:           delete from the sentence as it was cut, as Geneformer's own code does
     start, goal:         "COLUMN=VALUE" of obs: only these cells; measure shifts toward those
@@ -113,8 +113,8 @@ def perturb(
     with warnings.catch_warnings():
         ignore_known_warnings()
         from geneformer_mcore.downstream.embed import Choices
-        from geneformer_mcore.downstream.perturb import Question
         from geneformer_mcore.downstream.perturb_command import perturb_adata
+        from geneformer_mcore.downstream.perturb_question import Question
 
         named = None if groups is None else {name: list(each) for name, each in groups.items()}
         question = Question(

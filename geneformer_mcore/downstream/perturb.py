@@ -7,10 +7,8 @@ checkpoint + h5ad  ->  chosen cells -> survey -> perturbations, and controls to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,8 @@ from geneformer_mcore.downstream.controls import Controls
 from geneformer_mcore.downstream.embed import Choices
 from geneformer_mcore.downstream.encoder import Encoder
 from geneformer_mcore.downstream.moved_genes import MovedGenes
-from geneformer_mcore.downstream.perturbations import GeneNames, Perturbation, Sets, read_groups
+from geneformer_mcore.downstream.perturb_question import ALL_GENES, Question
+from geneformer_mcore.downstream.perturbations import GeneNames, Perturbation, Sets, distinct
 from geneformer_mcore.downstream.pretrained import Pretrained
 from geneformer_mcore.downstream.shift_table import Tested, table
 from geneformer_mcore.downstream.shifts import Job, of_all_cells
@@ -39,33 +38,6 @@ from geneformer_mcore.store.progress import Progress, ProgressLine, no_progress
 
 MOST_BYTES = 16 << 30
 """Of the shifts of all cells and perturbations, on the first rank."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is perturbed, in which cells, and what is asked of it.
-
-    genes:      ids or symbols, each a perturbation;  groups: a file, or {name: genes}
-    top:        so many genes of those in most cells, each a perturbation; None: none, 0: all
-    mode:       delete or overexpress;  truncated: delete from the sentence as it was cut
-    start:      COLUMN=VALUE, the cells that are perturbed; "": all, but for those of the goal
-    goal:       COLUMN=VALUE, the cells toward whose mean vector shifts are measured; "": none
-    max_cells:  at most so many of either, drawn by `seed`; 0: all
-    null:       random controls to compare each perturbation with, drawn by `seed`; 0: no p
-    moved:      how many of the most moved genes are kept of each perturbation; 0: none
-    """
-
-    genes: Sequence[str] = ()
-    groups: Path | dict[str, list[str]] | None = None
-    top: int | None = None
-    mode: str = Mode.delete.value
-    truncated: bool = False
-    start: str = ""
-    goal: str = ""
-    max_cells: int = 0
-    null: int = 100
-    moved: int = 0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,7 +95,7 @@ def perturb(
     """
     pooling, precision = embed.checked(choices)
     layers = encoder.number_of_layer(choices.layer, model.config.model.num_layers)
-    _check(question)
+    question.check()
     with ExitStack() as stack:
         cells = _counted(source, model, options)
         stack.callback(cells.close)
@@ -140,28 +112,8 @@ def perturb(
             moved.gather(engine.device)
         if values_NPC is None:
             return None
-        facts = embed.facts_of_states(engine, choices, layers) | {"perturb": _facts(question)}
+        facts = embed.facts_of_states(engine, choices, layers) | {"perturb": question.facts()}
         return _answer(question, prepared, values_NPC, moved, facts)
-
-
-def _check(question: Question) -> None:
-    if question.mode not in {mode.value for mode in Mode}:
-        raise ConfigError(f"mode must be delete or overexpress, and is {question.mode}.")
-    if question.truncated and question.mode != Mode.delete.value:
-        raise ConfigError(
-            "--truncated goes with --mode delete: what is put in front of a cut sentence is the "
-            "same as of a whole one."
-        )
-    if not question.genes and question.groups is None and question.top is None:
-        raise ConfigError(
-            "nothing is to be perturbed: give --genes, --groups, --top N or --all-genes."
-        )
-    for name in ("max_cells", "null", "moved", "seed"):
-        if getattr(question, name) < 0:
-            option = name.replace("_", "-")
-            raise ConfigError(f"--{option} must be at least 0, and is {getattr(question, name)}.")
-    if question.top is not None and question.top < 0:
-        raise ConfigError(f"--top must be at least 1, and is {question.top}.")
 
 
 def _counted(source: str, model: Pretrained, options: InputOptions) -> CountedCells:
@@ -181,16 +133,16 @@ def _prepare(
     here, goal = _chosen(cells, source, question)
     names = GeneNames.of(cells, model.vocabulary, options.symbols)
     # First what costs nothing, and may be wrong.
-    asked, lines = _asked(names, question)
+    asked, lines = question.perturbations(names)
     found = survey.survey(here, model.vocabulary.size)
     if found.num_cells == 0:
         raise DataError(
             f"{source}: none of the {len(here):,} cells has a gene that the model knows."
         )
     if question.top is not None:
-        number = question.top or len(found.genes)
+        number = len(found.genes) if question.top == ALL_GENES else question.top
         asked += [names.single(token) for token in found.most_common(number)]
-    asked = _distinct(asked)
+    asked = distinct(asked)
     tested = _tested(asked, here, found, model.vocabulary.size)
     mode = Mode(question.mode)
     _refuse_absent(tested, mode, found, source)
@@ -223,32 +175,6 @@ def _chosen(
             "a file with other cells too, or --start COLUMN=VALUE."
         )
     return ChosenCells(cells, drawn(rows, question.max_cells, question.seed)), goal
-
-
-def _asked(names: GeneNames, question: Question) -> tuple[list[Perturbation], list[str]]:
-    asked = names.singles(question.genes)
-    if question.groups is None:
-        return asked, []
-    groups = question.groups
-    named = read_groups(groups) if isinstance(groups, Path) else groups
-    found, lines = names.groups(named)
-    return asked + found, lines
-
-
-def _distinct(asked: list[Perturbation]) -> list[Perturbation]:
-    """Each set of genes once, each name once: rows and columns are found by their names."""
-    found: dict[tuple[int, ...], Perturbation] = {}
-    taken: set[str] = set()
-    for perturbation in asked:
-        if perturbation.tokens in found:
-            continue
-        name, number = perturbation.name, 1
-        while name in taken:
-            number += 1
-            name = f"{perturbation.name} ({number})"
-        taken.add(name)
-        found[perturbation.tokens] = replace(perturbation, name=name)
-    return list(found.values())
 
 
 def _tested(
@@ -337,11 +263,3 @@ def _answer(
     facts["perturb"]["num_controls"] = len(prepared.controls.all) - num_tested
     cells = prepared.cells
     return Answer(cells.rows_N, cells.obs(), rows, layers, most_moved, facts, prepared.lines)
-
-
-def _facts(question: Question) -> dict[str, Any]:
-    facts = asdict(question)
-    return {
-        key: facts[key]
-        for key in ("mode", "truncated", "start", "goal", "max_cells", "null", "seed")
-    }

@@ -16,7 +16,8 @@ from geneformer_mcore.cells.corpus import InputOptions
 from geneformer_mcore.downstream import pretrained, shift_files, shift_plot
 from geneformer_mcore.downstream.embed import Choices
 from geneformer_mcore.downstream.embedding_files import check_target
-from geneformer_mcore.downstream.perturb import Answer, Question, perturb
+from geneformer_mcore.downstream.perturb import Answer, perturb
+from geneformer_mcore.downstream.perturb_question import Question
 from geneformer_mcore.errors import ConfigError
 
 

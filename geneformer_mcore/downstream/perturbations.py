@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +119,22 @@ class GeneNames:
             + (f" and {more:,} more" if more > 0 else "")
             + ". Remedy: Ensembl ids, symbols as the file has them, or --symbols FILE."
         )
+
+
+def distinct(asked: list[Perturbation]) -> list[Perturbation]:
+    """Each set of genes once, each name once: rows and columns are found by their names."""
+    found: dict[tuple[int, ...], Perturbation] = {}
+    taken: set[str] = set()
+    for perturbation in asked:
+        if perturbation.tokens in found:
+            continue
+        name, number = perturbation.name, 1
+        while name in taken:
+            number += 1
+            name = f"{perturbation.name} ({number})"
+        taken.add(name)
+        found[perturbation.tokens] = replace(perturbation, name=name)
+    return list(found.values())
 
 
 def read_groups(path: Path) -> dict[str, list[str]]:
