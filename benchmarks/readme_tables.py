@@ -228,6 +228,25 @@ def _scaling(name: str) -> Callable[[Path], str]:
     return table
 
 
+def perturb(results: Path) -> str:
+    """results/perturb.json of benchmarks/perturb.py."""
+    found = read(results / "perturb.json")
+    head = ["10M model, one thread", "variants/s", "variants per CPU second", "ours is"]
+    if not found:
+        return markdown(head, [[NOT_MEASURED, "", "", ""]], [None])
+    ours = found["rows"][0]["variants_per_s"]
+    rows = [
+        [
+            row["name"],
+            number(row["variants_per_s"], ".3g"),
+            number(row["variants_per_cpu_s"], ".3g"),
+            f"{ours / row['variants_per_s']:.2f} x",
+        ]
+        for row in found["rows"]
+    ]
+    return markdown(head, rows, [found])
+
+
 def _loader(results: Path, table: str) -> str:
     found = read(results / "loader.json")
     rows = [
@@ -290,6 +309,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "loader_tokens": loader_tokens,
     "loader_goals": loader_goals,
     "parity": parity,
+    "perturb": perturb,
     "train_step": train_step,
     **{name: _scaling(name) for name in pages.TABLES},
 }

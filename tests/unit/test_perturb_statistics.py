@@ -58,7 +58,7 @@ def test_without_an_effect_p_is_uniform(two_sided: bool, rng: np.random.Generato
         effects = scale + 3 * rng.normal(size=len(tokens))
         p.append(controls.p_values(effects, drawn.of, two_sided)[0])
     assert stats.kstest(np.concatenate(p), "uniform").statistic < 0.05
-    # Of 60 controls p comes in steps of 1 / 61, two-sided of 2 / 61: at most 0.05 is 3 or 2 of them.
+    # Of 60 controls p comes in steps of 1 / 61, two-sided of 2 / 61: 3 / 61 is the last below 0.05.
     assert np.mean(np.concatenate(p) <= 0.05) == pytest.approx(
         (2 if two_sided else 3) / 61, abs=0.01
     )
