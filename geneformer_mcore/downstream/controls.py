@@ -60,11 +60,15 @@ def draw(
     number: int,
     seed: int,
     first_gene: int,
+    unseen_too: bool = True,
 ) -> Controls:
     """Up to `number` controls for each perturbation; those of the same strata share theirs.
 
-    One gene that is drawn both as a control and was asked for is perturbed once. A perturbation is
-    never its own control. first_gene: the smallest token of a gene.
+    A gene that was asked for and is drawn as a control of another is perturbed once. None is its
+    own control.
+
+    first_gene:  the smallest token of a gene
+    unseen_too:  genes that stand in no sentence have controls of their kind; else they have none
     """
     stratum_V = strata(survey, number + 1)
     stratum_V[:first_gene] = -1
@@ -75,7 +79,8 @@ def draw(
     for perturbation in asked:
         kinds = tuple(sorted(stratum_V[list(perturbation.tokens)].tolist()))
         if kinds not in shared:
-            shared[kinds] = _drawn(kinds, stratum_V, number, seed)
+            has_any = unseen_too or set(kinds) != {UNSEEN}
+            shared[kinds] = _drawn(kinds, stratum_V, number, seed) if has_any else []
         mine = []
         for tokens in shared[kinds]:
             if set(tokens) == set(perturbation.tokens):

@@ -146,12 +146,14 @@ def _prepare(
     tested = _tested(asked, here, found, model.vocabulary.size)
     mode = Mode(question.mode)
     _refuse_absent(tested, mode, found, source)
-    drawn_controls = controls.draw(asked, found, names, question.null, question.seed, NUM_SPECIALS)
+    everywhere = mode is Mode.overexpress
+    drawn_controls = controls.draw(
+        asked, found, names, question.null, question.seed, NUM_SPECIALS, unseen_too=everywhere
+    )
     _check_room(len(here), len(drawn_controls.all))
     editor = Editor(cells.encoder, cells.genes.token_of_column, mode, question.truncated)
     in_cells = _tested(drawn_controls.all, here, found, model.vocabulary.size).in_sentence_P
-    each = mode is Mode.overexpress
-    total = found.num_cells * len(in_cells) if each else int(in_cells.sum())
+    total = found.num_cells * len(in_cells) if everywhere else int(in_cells.sum())
     return Prepared(
         here, goal, names, found, tested, drawn_controls, editor, total, [*model.messages, *lines]
     )
@@ -229,8 +231,9 @@ def _job(
     if prepared.goal is not None:
         work = encoder.embedding(engine, pooling)
         vectors = encoder.per_cell(engine, prepared.goal, work, np.float32, progress)
-        mean = None if vectors is None else np.nanmean(vectors, axis=0, dtype=np.float64)
-        goal_H = collectives.from_first_rank(mean)
+        goal_H = collectives.from_first_rank(None if vectors is None else _mean(vectors))
+        if goal_H is None:
+            raise DataError("no cell of the goal has a gene that the model knows.")
     sets = Sets(prepared.controls.all, engine.pretrained.vocabulary.size)
     return Job(
         engine,
@@ -242,6 +245,12 @@ def _job(
         moved,
         prepared.total,
     )
+
+
+def _mean(vectors_NH: np.ndarray) -> np.ndarray | None:
+    """float64 [H], of the cells that could be embedded; None if there is none."""
+    known_NH = vectors_NH[~np.isnan(vectors_NH).any(axis=1)]
+    return known_NH.mean(axis=0, dtype=np.float64) if len(known_NH) else None
 
 
 def _answer(

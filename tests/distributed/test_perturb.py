@@ -195,6 +195,21 @@ def test_overexpression(model: Trained, tmp_path: Path) -> None:
     assert found.var["n_cells"].tolist() == [NUM_CELLS - 2] * 2
 
 
+def test_cls_of_another_layer(model: Trained, tmp_path: Path) -> None:
+    sentence = model.tokens()[LONG]
+    token = int(sentence[5])
+    more = ("--genes", name(token), "--pooling", "cls", "--layer", "3", *PLAIN)
+    found = perturbed(model, tmp_path / "b.h5ad", *more)
+    old, new = (
+        model.reference().states(torch.from_numpy(tokens.astype(np.int64))[None],
+                                 torch.tensor([len(tokens)]), 3)[0].detach().numpy()
+        for tokens in (sentence, without(model, LONG, token))
+    )  # fmt: skip
+    row = found[f"cell{LONG}", name(token)]
+    np.testing.assert_allclose(row.X[0, 0], apart(old[0], new[0]), rtol=1e-3, atol=2e-7)
+    assert found.uns["geneformer"]["layer"] == "3"
+
+
 @pytest.mark.parametrize("mode", ["delete", "overexpress"])
 def test_groups(mode: str, model: Trained, tmp_path: Path) -> None:
     sentences = model.tokens()
@@ -387,6 +402,10 @@ def test_wrong_input_is_answered_in_one_message(model: Trained, tmp_path: Path) 
     (tmp_path / "empty.json").write_text("{}")
     (tmp_path / "list.json").write_text('["a"]')
     (tmp_path / "strange.gmt").write_text("NOT1 NOT2\n")
+    lost = anndata.read_h5ad(model.h5ad)
+    lost.obs["kind"] = ["x" if number in (UNKNOWN, EMPTY) else "y" for number in range(NUM_CELLS)]
+    lost.write_h5ad(tmp_path / "lost.h5ad")
+    lost_cells = ["--checkpoint", str(model.run), "--input", str(tmp_path / "lost.h5ad")]
     (tmp_path / "unknown.json").write_text(json.dumps({"g": ["NOT1"]}))
     sentences = np.concatenate(model.tokens())
     absent = name(next(t for t in range(NUM_SPECIALS, 700) if t not in sentences))
@@ -400,6 +419,8 @@ def test_wrong_input_is_answered_in_one_message(model: Trained, tmp_path: Path) 
         "2 of 3 genes are not among the 695": [*good, "ENSG00000000O8", "WHAT"],
         "(near: ENSG": [*good, "ENSG000000000081"],
         "none has ENSG": [*good[:7], absent],
+        "no cell of the goal has": [*lost_cells, *good[4:], "--goal", "kind=x"],
+        "none of the 2 cells has a gene": [*lost_cells, *good[4:], "--start", "kind=x"],
         "no column kind": [*good, "--goal", "kind=b"],
         "no cell of obs column cell_type is c. Values and cells: a (21)": [
             *good,

@@ -100,6 +100,8 @@ def test_controls_are_as_common_and_stand_as_high(rng: np.random.Generator) -> N
     assert again.all == drawn.all
     assert controls.draw(asked, found, NAMES, 50, 1, NUM_SPECIALS).all != drawn.all
     assert controls.draw(asked, found, NAMES, 0, 0, NUM_SPECIALS).all == asked
+    seen = controls.draw(asked, found, NAMES, 50, 0, NUM_SPECIALS, unseen_too=False)
+    assert [len(mine) for mine in seen.of] == [*(len(mine) for mine in drawn.of[:3]), 0]
 
 
 def test_controls_of_a_group_are_groups(rng: np.random.Generator) -> None:
