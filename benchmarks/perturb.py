@@ -4,11 +4,13 @@
     python benchmarks/perturb.py CELLS.h5ad --medians gc30m_gene_medians.json
 
 The job: 100 cells drawn at random and the 200 genes that are detected in most of them, each deleted
-from every cell that has it; the shape of the 10M model, random weights, fp32 on a CPU. Both sides
+from every cell that has it; the shape of the 10M model, random weights, fp32 on a CPU. All ways
 work on random variants of that job, in turns, cell by cell: ours on some genes of a cell, through
 the very code of launch/perturb.py (read, rank anew, embed the original once, pack, compare); the
-other on fewer of the same, a padded forward of the same weights each, with its tokens and its
-original given. What both find is compared. One thread each, in wall-clock and in CPU seconds.
+others on fewer of the same, a padded forward of the same weights each, with its tokens and its
+original given: once with the logits of all positions, as a masked language model's forward gives
+them and Geneformer's own code computes them, once up to the states alone. What all find is
+compared. One thread each, in wall-clock and in CPU seconds.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
     from benchmarks.side_by_side.padded_variants import Padded
     from geneformer_mcore.downstream.shifts import Job
 
-OURS, PADDED = "packed, original once", "padded, a forward per variant"
+OURS, WHOLE = "packed, original once", "padded, a forward per variant"
+STATES = "padded, a forward per variant, without the head"
 BAR = 5.0
 NUM_CELLS, NUM_GENES, SEED = 100, 200, 0
 
@@ -72,7 +75,7 @@ class Side:
 
 
 def main() -> int:
-    """Measures, compares, prints and keeps the numbers; 1 if the two sides disagree."""
+    """Measures, compares, prints and keeps the numbers; 1 if they disagree."""
     arguments = _arguments()
     check(arguments)
     ignore_known_warnings()
@@ -91,14 +94,17 @@ def main() -> int:
             "mean_tokens_measured": float(np.average(sides[0].tokens, weights=sides[0].variants)),
             "threads": padded.threads,
         }
-    rates = [side.rate(side.wall_s) for side in sides]
-    goal = Goal(f"{OURS} / {PADDED}", ratio(rates[0], rates[1]), BAR)
+    mine, *others = (side.rate(side.wall_s) for side in sides)
+    names = [side.name for side in sides[1:]]
+    goals = [Goal(f"{OURS} / {name}", ratio(mine, rate), BAR)
+             for name, rate in zip(names, others, strict=True)]  # fmt: skip
     print(table(sides))
-    print(f"\n{_about(about, arguments, apart)}\n\n{goal}")
+    print(f"\n{_about(about, arguments, apart)}\n")
+    print("\n".join(map(str, goals)))
     if arguments.json:
         content = {
             "rows": [side.as_json() for side in sides],
-            "goals": [goal.as_json()],
+            "goals": [goal.as_json() for goal in goals],
             **about,
             "sampled": {"cells": arguments.turns, "genes": arguments.sample},
             "largest_difference": apart,
@@ -109,26 +115,27 @@ def main() -> int:
 
 
 def measure(job: Job, padded: Padded, arguments: argparse.Namespace) -> tuple[list[Side], float]:
-    """Both sides, and the largest difference between the shifts that they find."""
-    ours, theirs = Side(OURS), Side(PADDED)
+    """All sides, ours first, and the largest difference between the shifts that they find."""
     rng = np.random.default_rng(SEED)
-    apart = 0.0
+    apart, sides = 0.0, [Side(OURS), Side(WHOLE), Side(STATES)]
     for number, cell in enumerate(rng.permutation(len(job.cells))[: arguments.turns + 1]):
         present = padded.present(int(cell))
         genes = np.sort(rng.choice(present, min(arguments.sample, len(present)), replace=False))
         few = genes[rng.permutation(len(genes))[: arguments.padded]]
         if number == 0:  # Not measured: the first call compiles and reserves.
             genes, few = genes[:4], genes[:1]
-        given = padded.given(int(cell), few)
-        tokens = padded.tokens_of(int(cell))
-        with _timed(ours, len(genes), tokens):
+        given, tokens = padded.given(int(cell), few), padded.tokens_of(int(cell))
+        with _timed(sides[0], len(genes), tokens):
             found = padded.packed(job, int(cell), genes)
-        with _timed(theirs, len(few), tokens):
-            expected = padded.one_by_one(given)
-        apart = max(apart, float(np.abs(found[np.searchsorted(genes, few)] - expected).max()))
+        for side, with_head in zip(sides[1:], (True, False), strict=True):
+            with _timed(side, len(few), tokens):
+                expected = padded.one_by_one(given, with_head)
+            apart = max(apart, float(np.abs(found[np.searchsorted(genes, few)] - expected).max()))
         if number == 0:
-            ours, theirs = Side(OURS), Side(PADDED)
-    return [ours, theirs], apart
+            sides = [Side(side.name) for side in sides]
+        else:
+            print(f"cell {number} of {arguments.turns}", file=sys.stderr, flush=True)
+    return sides, apart
 
 
 class _timed:

@@ -32,7 +32,7 @@ from geneformer_mcore.downstream.survey import survey
 from geneformer_mcore.downstream.variants import Editor, Mode
 from geneformer_mcore.feed.batch import make_batch
 from geneformer_mcore.feed.masks import Masking
-from geneformer_mcore.model import geneformer, initial_weights, settings, states
+from geneformer_mcore.model import geneformer, inference, initial_weights, settings, states
 from geneformer_mcore.model.geneformer import Geneformer
 from geneformer_mcore.model.states import Pooling
 from geneformer_mcore.parallel import device, groups
@@ -82,14 +82,24 @@ class Padded:
         sentences = np.split(made.tokens_T, made.offsets[1:-1])
         return Given(vector_NH[0], [self._batch(ragged([tokens])) for tokens in sentences])
 
-    def one_by_one(self, given: Given) -> np.ndarray:
-        """float64 [variants], 1 - cosine of each: a forward per variant."""
+    def one_by_one(self, given: Given, with_head: bool) -> np.ndarray:
+        """float64 [variants], 1 - cosine of each: a forward per variant, with the logits of all
+        positions, as a masked language model's forward gives them, or up to the states alone."""
         found = []
         for batch in given.batches:
-            (vector_NH,) = self._vectors([batch])
+            (vector_NH,) = self._with_logits(batch) if with_head else self._vectors([batch])
             cosine = torch.cosine_similarity(vector_NH[0].double(), given.original_H.double(), 0)
             found.append(1 - float(cosine))
         return np.array(found)
+
+    def _with_logits(self, batch: Batch) -> list[torch.Tensor]:
+        everywhere = torch.arange(batch.tokens_BS.numel())
+
+        def finish(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Tensor:
+            stage.logits(hidden_SBH, everywhere)
+            return states.pool(hidden_SBH, batch, Pooling.mean)
+
+        return inference.through(self.stages, [batch], finish)
 
     def packed(self, job: Job, cell: int, genes: np.ndarray) -> np.ndarray:
         """float64 [variants], the same by ours."""
