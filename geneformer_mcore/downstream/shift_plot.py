@@ -19,7 +19,7 @@ from geneformer_mcore.downstream.perturb import Answer
 
 # Okabe and Ito's colours, which most eyes can tell apart.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
-MOST_BARS, MOST_NAMES = 20, 12
+MOST_BARS, MOST_NAMES = 20, 8
 SIGNIFICANT = 0.05
 
 
@@ -39,9 +39,7 @@ def save(path: Path, answer: Answer) -> None:
     what = answer.facts["perturb"]
     verb = {"delete": "deleted", "overexpress": "overexpressed"}[what["mode"]]
     goal = f", toward {what['goal']}" if has_goal else ""
-    axes.set_title(
-        f"{len(answer.obs):,} cells, genes {verb} one by one or in groups{goal}", fontsize=10
-    )
+    axes.set_title(f"{len(answer.obs):,} cells, genes {verb}{goal}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     with whole_file(path) as partial:
@@ -93,7 +91,8 @@ def _volcano(axes: Axes, rows: pd.DataFrame, has_goal: bool) -> None:
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.set_xlabel(label)
     axes.set_ylabel("-log10 p, against random genes")
-    axes.legend(frameon=False)
+    # Framed: a mark of the legend without one looks like another gene.
+    axes.legend(framealpha=1, loc="lower right")
 
 
 def _words(column: str) -> str:

@@ -43,7 +43,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def perturbed(model: Trained, output: Path, *more: str, ranks: int = 1) -> anndata.AnnData:
     """What the command writes to `output`."""
     line = ["--checkpoint", str(model.run), "--input", str(model.h5ad), "--output", str(output)]
-    for (ended,) in run_ranks(commands, ranks, "perturb", [[*line, *more]]):
+    lines = [[*line, *more]]
+    for (ended,) in run_ranks(commands, ranks, "perturb", lines, timeout_s=240):
         assert ended.code == 0, ended.err
     return anndata.read_h5ad(output)
 

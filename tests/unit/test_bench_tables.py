@@ -100,13 +100,13 @@ def test_parity(results: Path) -> None:
 
 def test_perturbations(tmp_path: Path) -> None:
     rows = [
-        {"name": name, "variants_per_s": rate, "variants_per_cpu_s": rate * 1.5}
-        for name, rate in (("ours", 3.0), ("theirs", 0.5))
+        {"name": name, "variants_per_s": rate, "variants_per_cpu_s": of_cpu}
+        for name, rate, of_cpu in (("ours", 3.0, 4.5), ("theirs", 0.5, 0.9))
     ]
     (tmp_path / "perturb.json").write_text(json.dumps({"rows": rows} | WHERE))
     lines = filled("perturb", tmp_path)
-    assert "| ours | 3 | 4.5 | 1.00 x |" in lines
-    assert "| theirs | 0.5 | 0.75 | 6.00 x |" in lines
+    assert "| ours | 3 | 4.5 | 1.00 x | 1.00 x |" in lines
+    assert "| theirs | 0.5 | 0.9 | 6.00 x | 5.00 x |" in lines
 
 
 @pytest.mark.parametrize(
