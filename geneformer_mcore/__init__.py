@@ -4,9 +4,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """`geneformer_mcore.embed`, imported only when it is asked for."""
-    if name == "embed":
-        from geneformer_mcore.downstream.notebook import embed
+    """`geneformer_mcore.embed` and `.perturb`, imported only when they are asked for."""
+    if name in ("embed", "perturb"):
+        from geneformer_mcore.downstream import notebook
 
-        return embed
+        return getattr(notebook, name)
     raise AttributeError(f"module 'geneformer_mcore' has no attribute {name!r}")

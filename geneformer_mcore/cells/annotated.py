@@ -2,6 +2,7 @@
 
 a.h5ad, byte for byte  ->  + obsm, obs column, uns  ->  b.h5ad
 obs alone (a store)    ->  + obsm, obs column, uns  ->  b.h5ad
+numbers, obs, var      ->  an AnnData in memory
 AnnData in memory      ->  its counts in a file, for what reads files
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,10 +71,24 @@ def write_new(obs: pd.DataFrame, target: Path, beside: Beside) -> None:
         adata.write_h5ad(partial)
 
 
+def of_matrix(
+    values: np.ndarray,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    layers: Mapping[str, np.ndarray],
+    uns: Mapping[str, Any],
+) -> Any:
+    """An AnnData in memory of [cells, columns] numbers, and layers of the same shape."""
+    import anndata
+
+    return anndata.AnnData(values, obs=obs, var=var, layers=dict(layers), uns=dict(uns))
+
+
 @contextmanager
-def as_file(adata: Any, layer: str | None) -> Iterator[Path]:
+def as_file(adata: Any, layer: str | None, columns: Collection[str] = ()) -> Iterator[Path]:
     """A file for as long as it is needed, with what counts are looked for in: X, raw, the layer
-    "counts" or the one asked for, and the columns of var that hold text.
+    "counts" or the one asked for, and the columns of var that hold text; and `columns` of obs, as
+    text, where there are any of that name.
 
     Raises DataError if `adata` is no AnnData, or cannot be written.
     """
@@ -83,8 +98,9 @@ def as_file(adata: Any, layer: str | None) -> Iterator[Path]:
         raise DataError(f"an AnnData is needed, and this is {type(adata).__name__}.")
     layers = {name: adata.layers[name] for name in ("counts", layer) if name in adata.layers}
     obs = pd.DataFrame(index=adata.obs_names.astype(str))
-    if "dataset_id" in adata.obs:
-        obs["dataset_id"] = adata.obs["dataset_id"].astype(str).to_numpy()
+    for name in ("dataset_id", *columns):
+        if name in adata.obs:
+            obs[name] = adata.obs[name].astype(str).to_numpy()
     slim = anndata.AnnData(X=adata.X, obs=obs, var=_texts(adata.var), layers=layers)
     if adata.raw is not None:
         slim.raw = anndata.AnnData(X=adata.raw.X, obs=obs, var=_texts(adata.raw.var))

@@ -62,27 +62,30 @@ def open_cells(
 
 
 class CountedCells:
-    """Cells of a file of counts, ranked as they are read, as they are for a store."""
+    """Cells of a file of counts, ranked as they are read, as they are for a store.
+
+    counts:   the open file;  genes: its columns as tokens;  encoder: what ranks them
+    """
 
     def __init__(
         self, source: str, vocabulary: Vocabulary, seq_length: int, options: InputOptions
     ) -> None:
-        self._counts = options.open(source)
-        genes = find_genes(self._counts, options, vocabulary)
+        self.counts = options.open(source)
+        genes = find_genes(self.counts, options, vocabulary)
         allow = options.allow_low_overlap
         self.genes = map_genes(genes, vocabulary, source, allow, options.allow_no_overlap)
-        self._encoder = RankEncoder(vocabulary, seq_length)
+        self.encoder = RankEncoder(vocabulary, seq_length)
         self.path = Path(source) if "://" not in source and Path(source).is_file() else None
 
     def __len__(self) -> int:
-        return self._counts.num_cells
+        return self.counts.num_cells
 
     def read(self, start: int, stop: int) -> RaggedCells:
         """Implements Cells. Cells have no keys here: nothing of them is masked."""
         tokens, lengths = [np.empty(0, np.uint16)], [np.empty(0, np.int64)]
         with naming_our_options():
-            for block in self._counts.blocks(start=start, stop=stop):
-                ranked = self._encoder.encode(block, self.genes.token_of_column)
+            for block in self.counts.blocks(start=start, stop=stop):
+                ranked = self.encoder.encode(block, self.genes.token_of_column)
                 tokens.append(ranked.tokens_T)
                 lengths.append(np.diff(ranked.offsets))
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
@@ -90,11 +93,11 @@ class CountedCells:
 
     def obs(self) -> pd.DataFrame:
         """Implements Cells."""
-        return self._counts.read_obs(0, len(self))
+        return self.counts.read_obs(0, len(self))
 
     def close(self) -> None:
         """Implements Cells."""
-        self._counts.close()
+        self.counts.close()
 
 
 class StoredCells:

@@ -125,7 +125,7 @@ def embed_cells(
 ) -> tuple[np.ndarray | None, dict[str, Any]]:
     """(vectors of all cells, on rank 0, in the dtype asked for; what they are). Raises ConfigError
     for choices that there are not."""
-    pooling, precision = _checked(choices)
+    pooling, precision = checked(choices)
     layers = encoder.number_of_layer(choices.layer, model.config.model.num_layers)
     with ExitStack() as stack:
         engine = stack.enter_context(
@@ -135,13 +135,14 @@ def embed_cells(
         work = encoder.embedding(engine, pooling)
         progress = line.update if line else no_progress
         found = encoder.per_cell(engine, cells, work, np.float32, progress)
-        facts = _facts(engine, choices, layers)
+        facts = facts_of_states(engine, choices, layers)
     if found is None:
         return None, facts
     return embedding_files.as_dtype(found, choices.dtype), facts
 
 
-def _checked(choices: Choices) -> tuple[Pooling, Precision | None]:
+def checked(choices: Choices) -> tuple[Pooling, Precision | None]:
+    """What they name. Raises ConfigError for a name that there is not."""
     precisions = ("fp32", "bf16", "fp16")
     for name, value, allowed in (
         ("pooling", choices.pooling, tuple(each.value for each in Pooling)),
@@ -154,7 +155,7 @@ def _checked(choices: Choices) -> tuple[Pooling, Precision | None]:
     return Pooling(choices.pooling), Precision(choices.precision) if choices.precision else None
 
 
-def _facts(engine: Encoder, choices: Choices, layers: int | None) -> dict[str, Any]:
+def facts_of_states(engine: Encoder, choices: Choices, layers: int | None) -> dict[str, Any]:
     """What goes into uns: plain text and numbers, which h5ad can hold."""
     model = engine.pretrained
     num_layers = model.config.model.num_layers

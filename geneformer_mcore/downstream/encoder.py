@@ -76,13 +76,17 @@ class Work:
     of_batches: Callable[[list[geneformer.Geneformer], list[Batch]], list[torch.Tensor]]
 
 
+def nothing_hidden(encoder: Encoder) -> Masking:
+    """That of cells which are looked at whole."""
+    return Masking(0.0, (1.0, 0.0, 0.0), encoder.pretrained.vocabulary.size, 0)
+
+
 def embedding(encoder: Encoder, pooling: Pooling) -> Work:
     """One vector per cell: nothing of it is hidden."""
-    model = encoder.pretrained
     return Work(
         "embedding",
-        model.config.model.hidden_size,
-        Masking(0.0, (1.0, 0.0, 0.0), model.vocabulary.size, 0),
+        encoder.pretrained.config.model.hidden_size,
+        nothing_hidden(encoder),
         partial(states.of_cells, pooling=pooling),
     )
 
@@ -208,32 +212,30 @@ def _of_this_rank(
 
 def _block(encoder: Encoder, cells: CellViews, work: Work, dtype: type[np.floating]) -> np.ndarray:
     """[cells, width], NaN where this rank has none."""
-    bins, batches = _batches(encoder, cells, work)
-    found = work.of_batches(encoder.stages, batches)
+    bins, made = batches(encoder, cells, work.masking)
+    found = work.of_batches(encoder.stages, made)
     values_NW = np.full((len(cells), work.width), np.nan, dtype)
     for members, of_batch in zip(bins, found, strict=False):
         values_NW[members] = of_batch.cpu().numpy()
     return values_NW
 
 
-def _batches(
-    encoder: Encoder, cells: CellViews, work: Work
+def batches(
+    encoder: Encoder, cells: CellViews, masking: Masking
 ) -> tuple[list[np.ndarray], list[Batch]]:
-    """Which cells go together, and the packed batches of them, all of one shape."""
+    """Which cells go together, and the packed batches of them, all of one shape, on the device."""
     config = encoder.pretrained.config
     packing = pack(cells.lengths_N, encoder.tokens_per_batch, 1)
     multiple = int(np.lcm(PAD_MULTIPLE, config.parallel.tensor))
     num_positions = padded_length(packing.most_tokens, multiple, encoder.tokens_per_batch)
     bins = [members for members in packing.bins if len(members)]
-    batches = []
+    made = []
     for members in bins:
         epochs = np.full(len(members), VALIDATION_EPOCH)
-        idle = np.full(len(members), work.masking.probability == 0)
-        batch = make_batch(
-            cells.part(members), epochs, idle, work.masking, num_positions, packed=True
-        )
-        batches.append(batch.to(encoder.device))
-    return bins, batches
+        idle = np.full(len(members), masking.probability == 0)
+        batch = make_batch(cells.part(members), epochs, idle, masking, num_positions, packed=True)
+        made.append(batch.to(encoder.device))
+    return bins, made
 
 
 def number_of_layer(layer: str, num_layers: int) -> int | None:

@@ -1,6 +1,7 @@
-"""`geneformer_mcore.embed`: what a user of scanpy calls from a notebook.
+"""`geneformer_mcore.embed` and `.perturb`: what a user of scanpy calls from a notebook.
 
     AnnData  ->  its counts in a file for the while  ->  as launch/embed.py does  ->  obsm, obs, uns
+                                                     ->  as launch/perturb.py     ->  a new AnnData
 
 Imported by the package when it is asked for, and importing what takes seconds when it is called.
 """
@@ -8,6 +9,7 @@ Imported by the package when it is asked for, and importing what takes seconds w
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +68,57 @@ def embed(
     target = adata.copy() if copy else adata
     embedding_files.beside(values_NH, facts, key_added).put(target)
     return target if copy else None
+
+
+def perturb(
+    adata: Any,
+    checkpoint: str | Path,
+    genes: Sequence[str] = (),
+    *,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    top: int | None = None,
+    mode: str = "delete",
+    truncated: bool = False,
+    start: str = "",
+    goal: str = "",
+    max_cells: int = 0,
+    null: int = 100,
+    seed: int = 0,
+    layer: str | int = "last",
+    pooling: str = "mean",
+    precision: str = "",
+    tokens_per_batch: int = 0,
+    vocabulary: str | Path | None = None,
+    counts_layer: str | None = None,
+) -> Any:
+    """Deletes or overexpresses genes, and tells how far the model then moves each cell.
+
+        shifts = geneformer_mcore.perturb(adata, "runs/demo", ["GATA1", "SPI1"], max_cells=200)
+        shifts.var.sort_values("p")
+
+    adata, checkpoint, layer, pooling, precision, vocabulary, counts_layer:  as for `embed`
+    genes, groups, top:  what is perturbed: genes one by one (ids or symbols), {name: genes} at
+                         once, the `top` genes in most cells (-1: every gene); any of these
+    mode:                "delete", or "overexpress" (moved to the front of the cell's ranking)
+    truncated:           delete from the sentence as it was cut, as Geneformer's own code does
+    start, goal:         "COLUMN=VALUE" of obs: only these cells; measure shifts toward those
+    max_cells, seed:     at most so many cells (0: all), drawn at random by the seed
+    null:                random genes to compare each with (0: no p)
+
+    Returns an AnnData of cells x perturbations: X the shift (1 - cosine) of the cell's vector, NaN
+    where the gene is not in the cell, layers "gene_shift" and, with a goal, "goal_shift"; var the
+    means, p and q; uns["geneformer"]. `adata` is left alone. Raises a GeneformerError that says
+    what to mend.
+    """
+    with warnings.catch_warnings():
+        ignore_known_warnings()
+        from geneformer_mcore.downstream.embed import Choices
+        from geneformer_mcore.downstream.perturb_command import perturb_adata
+        from geneformer_mcore.downstream.perturb_question import Question
+
+        named = None if groups is None else {name: list(each) for name, each in groups.items()}
+        question = Question(
+            genes, named, top, mode, truncated, start, goal, max_cells, null, seed=seed
+        )
+        choices = Choices(str(layer), pooling, precision, tokens_per_batch=tokens_per_batch)
+        return perturb_adata(adata, checkpoint, question, choices, vocabulary, counts_layer)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from geneformer_mcore.parallel.groups import Topology
 
 _ROWS_AT_ONCE = 65_536
+_VALUES_AT_ONCE = 1 << 24
 
 
 def sum_of_losses(values: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -90,6 +91,16 @@ def rows_on_first_rank(
             has = found[:, width] == 1
             gathered[start:stop][has] = found[has, :width]
     return gathered
+
+
+def add_up_on_first_rank(values: np.ndarray, device: torch.device) -> None:
+    """Adds every rank's `values` (floats of one shape, in memory without gaps) up, on rank 0 in
+    place; what the others have afterwards is nothing to rely on."""
+    flat = values.reshape(-1)
+    for start in range(0, len(flat), _VALUES_AT_ONCE):
+        part = torch.from_numpy(flat[start : start + _VALUES_AT_ONCE]).to(device)
+        dist.reduce(part, dst=0)
+        flat[start : start + _VALUES_AT_ONCE] = part.cpu().numpy()
 
 
 def barrier() -> None:

@@ -31,7 +31,7 @@ DOORS = {
     "apex": ({"parallel", "model", "optim"}, 2),
     "nvidia": ({"feed"}, 1),
     "megatron": ({"parallel", "model", "optim", "checkpoint", "train"}, 16),
-    "matplotlib": ({"downstream"}, 3),
+    "matplotlib": ({"downstream"}, 4),
     "torch.utils.tensorboard": ({"metrics"}, 1),
     "scanpy": ({"downstream"}, 2),
 }

@@ -98,8 +98,20 @@ def test_parity(results: Path) -> None:
     assert "| tp2 pp2 dp1 | 4 | 1.9e-06 | 5.8e-07 | 0.0e+00 | 2.0e-05 | not measured |" in lines
 
 
+def test_perturbations(tmp_path: Path) -> None:
+    rows = [
+        {"name": name, "variants_per_s": rate, "variants_per_cpu_s": of_cpu}
+        for name, rate, of_cpu in (("ours", 3.0, 4.5), ("theirs", 0.5, 0.9))
+    ]
+    (tmp_path / "perturb.json").write_text(json.dumps({"rows": rows} | WHERE))
+    lines = filled("perturb", tmp_path)
+    assert "| ours | 3 | 4.5 | 1.00 x | 1.00 x |" in lines
+    assert "| theirs | 0.5 | 0.9 | 6.00 x | 5.00 x |" in lines
+
+
 @pytest.mark.parametrize(
-    "name", ["tflops", "tokenize", "loader_counts", "loader_tokens", "loader_goals", "parity"]
+    "name",
+    ["tflops", "tokenize", "loader_counts", "loader_tokens", "loader_goals", "parity", "perturb"],
 )
 def test_without_results_they_say_so(tmp_path: Path, name: str) -> None:
     table = "\n".join(filled(name, tmp_path))

@@ -1,0 +1,174 @@
+"""The two ways of benchmarks/perturb.py: packed as launch/perturb.py does, and padded one by one.
+
+cells, vocabulary, settings  ->  model of random weights, twice: for packed and for padded cells
+packed       the job of one cell and some genes through downstream/shifts.py
+one by one   each variant: padded to seq_length -> forward -> mean over genes -> 1 - cosine
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+
+from geneformer_mcore.cells.corpus import InputOptions
+from geneformer_mcore.cells.vocabulary import Vocabulary
+from geneformer_mcore.config import Config, load
+from geneformer_mcore.config.sections import Attention, Precision
+from geneformer_mcore.contracts import NUM_SPECIALS, Batch, CellViews, RaggedCells
+from geneformer_mcore.downstream import encoder
+from geneformer_mcore.downstream.cells import CountedCells
+from geneformer_mcore.downstream.chosen_cells import ChosenCells, drawn, ragged
+from geneformer_mcore.downstream.encoder import Encoder
+from geneformer_mcore.downstream.perturbations import Perturbation, Sets
+from geneformer_mcore.downstream.pretrained import Pretrained
+from geneformer_mcore.downstream.shifts import Job, of_all_cells
+from geneformer_mcore.downstream.survey import survey
+from geneformer_mcore.downstream.variants import Editor, Mode
+from geneformer_mcore.feed.batch import make_batch
+from geneformer_mcore.feed.masks import Masking
+from geneformer_mcore.model import geneformer, inference, initial_weights, settings, states
+from geneformer_mcore.model.geneformer import Geneformer
+from geneformer_mcore.model.states import Pooling
+from geneformer_mcore.parallel import device, groups
+from geneformer_mcore.store.progress import no_progress
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the padded way gets for nothing: the original's vector, and each variant's batch."""
+
+    original_H: torch.Tensor
+    batches: list[Batch]
+
+
+@dataclass(frozen=True)
+class Padded:
+    """stages: of the model for padded cells;  has_NP: bool, which cell has which gene."""
+
+    stages: list[Geneformer]
+    cells: ChosenCells
+    editor: Editor
+    tokens_P: np.ndarray
+    has_NP: np.ndarray
+    mean_tokens: float
+    config: Config
+
+    @property
+    def threads(self) -> int:
+        """Of both ways."""
+        return torch.get_num_threads()
+
+    def tokens_of(self, cell: int) -> int:
+        """Of a variant of a cell that is no longer than the model takes."""
+        (counted,) = self.cells.counted(cell, cell + 1)
+        return len(counted.tokens_T) - 1
+
+    def present(self, cell: int) -> np.ndarray:
+        """The numbers of the genes that a cell has."""
+        return np.flatnonzero(self.has_NP[cell])
+
+    def given(self, cell: int, genes: np.ndarray) -> Given:
+        """What `one_by_one` needs of some variants."""
+        (counted,) = self.cells.counted(cell, cell + 1)
+        made = self.editor.variants(counted, [self.tokens_P[[gene]] for gene in genes])
+        original = ragged([counted.tokens_T])
+        (vector_NH,) = self._vectors([self._batch(original)])
+        sentences = np.split(made.tokens_T, made.offsets[1:-1])
+        return Given(vector_NH[0], [self._batch(ragged([tokens])) for tokens in sentences])
+
+    def one_by_one(self, given: Given, with_head: bool) -> np.ndarray:
+        """float64 [variants], 1 - cosine of each: a forward per variant, with the logits of all
+        positions, as a masked language model's forward gives them, or up to the states alone."""
+        found = []
+        for batch in given.batches:
+            (vector_NH,) = self._with_logits(batch) if with_head else self._vectors([batch])
+            cosine = torch.cosine_similarity(vector_NH[0].double(), given.original_H.double(), 0)
+            found.append(1 - float(cosine))
+        return np.array(found)
+
+    def _with_logits(self, batch: Batch) -> list[torch.Tensor]:
+        everywhere = torch.arange(batch.tokens_BS.numel())
+
+        def finish(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Tensor:
+            stage.logits(hidden_SBH, everywhere)
+            return states.pool(hidden_SBH, batch, Pooling.mean)
+
+        return inference.through(self.stages, [batch], finish)
+
+    def packed(self, job: Job, cell: int, genes: np.ndarray) -> np.ndarray:
+        """float64 [variants], the same by ours."""
+        alone = ChosenCells(self.cells.cells, self.cells.rows_N[[cell]])
+        asked = [Perturbation("", (int(self.tokens_P[gene]),)) for gene in genes]
+        sets = Sets(asked, job.engine.pretrained.vocabulary.size)
+        found = of_all_cells(replace(job, cells=alone, sets=sets), no_progress)
+        assert found is not None
+        return found[0, :, 0].astype(np.float64)
+
+    def _batch(self, cells: RaggedCells) -> Batch:
+        views = CellViews(cells.tokens_T, cells.offsets[:-1], cells.lengths, cells.keys_N)
+        nothing = Masking(0.0, (1.0, 0.0, 0.0), NUM_SPECIALS + 1, 0)
+        one = np.ones(1)
+        return make_batch(
+            views, one.astype(np.int64), one > 0, nothing, self.config.data.seq_length
+        )
+
+    def _vectors(self, batches: list[Batch]) -> list[torch.Tensor]:
+        return states.of_cells(self.stages, batches, Pooling.mean)
+
+
+@contextmanager
+def prepared(
+    path: Path, vocabulary: Vocabulary, settings_of: Path, num_cells: int, num_genes: int, seed: int
+) -> Iterator[tuple[Job, Padded]]:
+    """The whole job as ours would do it, and the other way, both ready."""
+    config, _ = load(settings_of, ["train.precision=fp32", "data.packing=true"])
+    config.model.hidden_dropout = config.model.attention_dropout = 0.0
+    config.model.attention, config.model.fp32_residual = Attention.auto, True
+    cells = CountedCells(str(path), vocabulary, config.data.seq_length, InputOptions())
+    here = device.start()
+    topology = groups.start(here, config.parallel)
+    torch.set_num_threads(1)
+    try:
+        packed, padded = (_stages(config, vocabulary.size, here, way) for way in (True, False))
+        chosen = ChosenCells(cells, drawn(np.arange(len(cells)), num_cells, seed))
+        genes = survey(chosen, vocabulary.size).most_common(num_genes)
+        sets = Sets([Perturbation("", (gene,)) for gene in genes], vocabulary.size)
+        sentences = [cell.tokens_T for cell in chosen.counted(0, len(chosen))]
+        has_NP = np.stack([sets.in_sentence(tokens) for tokens in sentences])
+        editor = Editor(cells.encoder, cells.genes.token_of_column, Mode.delete, False)
+        tokens = max(config.data.seq_length, encoder.TOKENS_ON_CPU)
+        model = cast(Pretrained, _Random(config, vocabulary))
+        engine = Encoder(model, packed, topology, here, Precision.fp32, tokens)
+        total = int(has_NP.sum())
+        lengths = np.array([len(each) for each in sentences])
+        mean_tokens = float((has_NP.sum(axis=1) * (lengths - 1)).sum() / total)
+        job = Job(engine, chosen, editor, sets, Pooling.mean, None, None, total)
+        yield (
+            job,
+            Padded(padded, chosen, editor, np.array(genes, np.int32), has_NP, mean_tokens, config),
+        )
+    finally:
+        groups.stop()
+        cells.close()
+
+
+@dataclass(frozen=True)
+class _Random:
+    """As much of a pretrained.Pretrained as the encoder asks for, of weights not trained."""
+
+    config: Config
+    vocabulary: Vocabulary
+
+
+def _stages(config: Config, size: int, here: torch.device, packed: bool) -> list[Geneformer]:
+    core = settings.transformer_config(config.model, config.parallel, Precision.fp32, here)
+    stages = geneformer.build(config.model, core, here, size, config.data.seq_length, packed=packed)
+    for stage in stages:
+        initial_weights.fill(stage, config.train.seed)
+    return stages

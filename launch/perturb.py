@@ -1,0 +1,179 @@
+#!/usr/bin/env python
+"""Deletes or overexpresses genes in cells, and tells how far a trained model then moves the cells.
+
+torchrun [--nproc_per_node=N] launch/perturb.py --checkpoint RUN --input a.h5ad --table b.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geneformer_mcore.backends import ignore_known_warnings
+from geneformer_mcore.commands import FINISHED, complain, run
+from geneformer_mcore.errors import GeneformerError
+
+if TYPE_CHECKING:
+    from geneformer_mcore.downstream.perturb_command import Request
+
+EXAMPLE = """examples:
+  python launch/perturb.py --checkpoint runs/lung --input a.h5ad --genes GATA4 TBX5 \\
+      --max-cells 200 --table shifts.csv
+  torchrun --nproc_per_node=2 launch/perturb.py --checkpoint runs/lung --input a.h5ad --top 500 \\
+      --start cell_type=fibroblast --goal cell_type=myofibroblast \\
+      --table shifts.csv --output shifts.h5ad --plot shifts.png
+
+A row of the table is a gene or group: its mean shift (1 - cosine of the cells' vectors before and
+after), p and q against random genes that are as common and stand as high, and, with --goal, whether
+the cells moved toward it.
+
+exit codes (torchrun turns all but 0 into 1): 0 finished   2 wrong input   1 defect
+"""
+
+
+def main() -> int:
+    """Perturbs, and says on the first rank what was written."""
+    arguments = _arguments()
+    ignore_known_warnings()
+    # Only now what takes seconds to import.
+    from geneformer_mcore.downstream import perturb_command
+
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        lines = perturb_command.run(_request(arguments), is_first)
+    except GeneformerError as error:
+        return complain(error)
+    if is_first:
+        print("\n".join(lines))
+    return FINISHED
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    from geneformer_mcore.cells.corpus import InputOptions
+    from geneformer_mcore.cells.genes import load_symbols
+    from geneformer_mcore.downstream.embed import Choices
+    from geneformer_mcore.downstream.perturb_command import Request
+    from geneformer_mcore.downstream.perturb_question import ALL_GENES, Question
+
+    top = ALL_GENES if arguments.all_genes else arguments.top
+    # The layout may stand behind the genes, whose names have no "=".
+    words = [word for text in arguments.genes for word in text.split(",")]
+    return Request(
+        checkpoint=arguments.checkpoint,
+        source=arguments.input,
+        question=Question(
+            genes=[word for word in words if "=" not in word],
+            groups=arguments.groups,
+            top=top,
+            mode=arguments.mode,
+            truncated=arguments.truncated,
+            start=arguments.start,
+            goal=arguments.goal,
+            max_cells=arguments.max_cells,
+            null=arguments.null,
+            moved=arguments.most_moved if arguments.gene_effects else 0,
+            seed=arguments.seed,
+        ),
+        table=arguments.table,
+        output=arguments.output,
+        plot=arguments.plot,
+        gene_effects=arguments.gene_effects,
+        choices=Choices(
+            arguments.layer,
+            arguments.pooling,
+            arguments.precision,
+            tokens_per_batch=arguments.tokens_per_batch,
+        ),
+        vocabulary=arguments.vocabulary,
+        options=InputOptions(
+            arguments.counts_layer,
+            load_symbols(arguments.symbols) if arguments.symbols else {},
+            arguments.allow_normalised,
+            arguments.allow_low_overlap,
+        ),
+        layout=[*arguments.layout, *(word for word in words if "=" in word)],
+        overwrite=arguments.overwrite,
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="a run's folder, or one of its step folders")
+    add("--input", required=True, metavar="CELLS", help="h5ad file of counts, or SOMA Experiment")
+    _add_question(parser)
+    add("--table", type=Path, metavar="FILE", help="a row per gene or group: .csv or .tsv")
+    add("--output", type=Path, metavar="FILE", help="cells x genes or groups: .h5ad")
+    add("--plot", type=Path, metavar="FILE", help="bars, or p over shift: .png")
+    add("--gene-effects", type=Path, metavar="FILE", help="which genes' states move: .csv or .tsv")
+    add("--most-moved", type=int, default=50, metavar="N", help="of each in it (default: 50)")
+    _add_model(parser)
+    add("--overwrite", action="store_true", help="replace outputs that are there")
+    add(
+        "layout",
+        nargs="*",
+        metavar="parallel.KEY=N",
+        help="parallel.tensor, parallel.pipeline, parallel.sequence (default: data parallel)",
+    )
+    return parser.parse_intermixed_args()
+
+
+def _add_question(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--genes", nargs="+", default=[], metavar="GENE", help="Ensembl ids or symbols, one by one")
+    add(
+        "--groups",
+        type=Path,
+        metavar="FILE",
+        help='all genes of a group at once: {"name": ["gene", ...]} as .json, or .gmt',
+    )
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--top", type=int, metavar="N", help="the N genes in most cells, one by one")
+    some.add_argument("--all-genes", action="store_true", help="every gene in any of the cells")
+    add("--mode", choices=("delete", "overexpress"), default="delete", help="default: delete")
+    add(
+        "--truncated",
+        action="store_true",
+        help="delete from the sentence as it was cut, as Geneformer's own code does: no gene moves "
+        "in behind (default: rank the cell anew without the gene's count)",
+    )
+    add("--start", "--cells", default="", metavar="COLUMN=VALUE", help="only these cells, by obs")
+    add("--goal", default="", metavar="COLUMN=VALUE", help="measure shifts toward these cells")
+    add("--max-cells", type=int, default=0, metavar="N", help="at most, at random (default: all)")
+    add(
+        "--null",
+        type=int,
+        default=100,
+        metavar="N",
+        help="random genes to compare each with (default: 100; 0: no p); no p is below 1 / (N + 1)",
+    )
+    add("--seed", type=int, default=0, help="of the cells and random genes drawn (default: 0)")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--layer", default="last", help="last (default), second-to-last, or N: behind N layers")
+    add("--pooling", choices=("mean", "cls"), default="mean", help="default: mean over genes")
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="",
+        help="of the arithmetic (default: fp32 on a CPU, the training's on a GPU)",
+    )
+    add("--tokens-per-batch", type=int, default=0, metavar="N", help="at most (default: by device)")
+    add("--vocabulary", type=Path, help="the model's, where its store has moved")
+    add("--counts-layer", help="layer of the counts (default: counts, raw.X, X, in that order)")
+    add("--symbols", metavar="FILE", help="symbol -> Ensembl id: JSON, or a GENCODE table")
+    add("--allow-normalised", action="store_true", help="values may be counts scaled per cell")
+    add("--allow-low-overlap", action="store_true", help="few genes may be in the vocabulary")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
