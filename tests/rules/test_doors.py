@@ -31,9 +31,10 @@ DOORS = {
     "apex": ({"parallel", "model", "optim"}, 2),
     "nvidia": ({"feed"}, 1),
     "megatron": ({"parallel", "model", "optim", "checkpoint", "train"}, 16),
-    "matplotlib": ({"downstream"}, 3),
+    "matplotlib": ({"downstream"}, 4),
     "torch.utils.tensorboard": ({"metrics"}, 1),
     "scanpy": ({"downstream"}, 2),
+    "sklearn": ({"downstream"}, 2),
 }
 """Package -> (packages of the library that may import it, in how many modules at most)."""
 
