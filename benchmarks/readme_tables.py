@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable
 
 from benchmarks.scaling_model import pages
-from benchmarks.side_by_side import step_pages
+from benchmarks.side_by_side import cell_type_pages, step_pages
 from benchmarks.side_by_side.page_text import (
     NOT_MEASURED,
     Measurement,
@@ -214,6 +214,22 @@ def train_step(results: Path) -> str:
     return markdown(step_pages.HEAD, rows, list(found.values()))
 
 
+def cell_types(results: Path) -> str:
+    """results/cell_types.json of benchmarks/cell_types.py, every method, and what was trained."""
+    return _cell_types(results, cell_type_pages.rows)
+
+
+def cell_types_card(results: Path) -> str:
+    """The same with the card's classifier alone."""
+    return _cell_types(results, cell_type_pages.card_rows)
+
+
+def _cell_types(results: Path, rows: Callable[[Measurement | None], list[list[str]]]) -> str:
+    found = read(results / "cell_types.json")
+    table = markdown(cell_type_pages.HEAD, rows(found), [])
+    return "\n\n".join([table, *(cell_type_pages.below(found) if found else ())])
+
+
 def _scaling(name: str) -> Callable[[Path], str]:
     """A table of results/scaling.json of benchmarks/scaling.py."""
 
@@ -291,6 +307,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "loader_goals": loader_goals,
     "parity": parity,
     "train_step": train_step,
+    "cell_types": cell_types,
+    "cell_types_card": cell_types_card,
     **{name: _scaling(name) for name in pages.TABLES},
 }
 

@@ -7,12 +7,13 @@ python launch/classify.py --checkpoint RUN --input labelled.h5ad --out DIR
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import FINISHED, run
-from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.backends import ignore_known_warnings, require
+from geneformer_mcore.commands import FINISHED, complain, run
+from geneformer_mcore.errors import ConfigError, GeneformerError
 
 if TYPE_CHECKING:
     from geneformer_mcore.downstream.classify import Request
@@ -35,6 +36,16 @@ def main() -> int:
     """Classifies, writes the folder, prints the table."""
     arguments = _arguments()
     ignore_known_warnings()
+    try:
+        print("\n".join(_classify(arguments)))
+    except GeneformerError as error:
+        return complain(error)
+    return FINISHED
+
+
+def _classify(arguments: argparse.Namespace) -> list[str]:
+    for name in ("scanpy", "sklearn"):
+        require(name)
     # Only now what takes seconds to import.
     from geneformer_mcore.cells.output import check_place
     from geneformer_mcore.checkpoint.converted import check_free, whole_folder
@@ -50,8 +61,7 @@ def main() -> int:
             from geneformer_mcore.downstream import classification_plots
 
             names += classification_plots.save(found, partial, request.seed)
-    print("\n".join([*classification_text.lines(found), f"{arguments.out}: {', '.join(names)}"]))
-    return FINISHED
+    return [*classification_text.lines(found), f"{arguments.out}: {', '.join(names)}"]
 
 
 def _request(arguments: argparse.Namespace) -> Request:
@@ -158,4 +168,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(main))

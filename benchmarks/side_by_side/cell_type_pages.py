@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.side_by_side.page_text import NOT_MEASURED, Measurement, row_of
+from benchmarks.side_by_side.page_text import NOT_MEASURED, Measurement, origin, row_of
 
+CARD_CLASSIFIER = "random forest"
 HEAD = [
     *("cells", "scheme", "features", "classifier", "macro F1 (95 %)", "accuracy (95 %)"),
     "F1 over PCA + forest",
@@ -29,6 +30,17 @@ def rows(content: Measurement | None) -> list[list[str]]:
         for scheme in each["schemes"]
         for row in scheme["rows"]
     ]
+
+
+def card_rows(content: Measurement | None) -> list[list[str]]:
+    """Those of the card's classifier, the random forest, and the best of each scheme."""
+    return [row for row in rows(content) if row[3] in ("", CARD_CLASSIFIER) or "**" in row[4]]
+
+
+def below(content: Measurement) -> list[str]:
+    """What stands under the table: the pretraining, the card's figures, and where all is from."""
+    told = [*(sentence(each) for each in content["sets"]), *nvidia(content)]
+    return [f"<sub>{line}</sub>" for line in [*told, origin(content, with_machine=True)]]
 
 
 def _row(each: dict[str, Any], scheme: dict[str, Any], row: dict[str, Any]) -> list[str]:

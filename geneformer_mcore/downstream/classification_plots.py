@@ -55,10 +55,11 @@ def _bars(judged: list[Judged]) -> Figure:
             margin = [[value - score.get("low", value)], [score.get("high", value) - value]]
             colour = _COLOURS[kinds.index(each.features) % len(_COLOURS)]
             axes.barh(place, value, 0.75, color=colour, xerr=np.abs(margin), capsize=2)
-            axes.annotate(f"{value:.2f}", (0.02, place), va="center", color="white", fontsize=8)
+            place_of_text = score.get("high", value) + 0.015, place
+            axes.annotate(f"{value:.2f}", place_of_text, va="center", fontsize=8)
         names = [f"{each.features}, {each.classifier}" for each in one.methods]
         axes.set_yticks(range(num_methods), names, fontsize=8)
-        axes.set_xlim(0, 1)
+        axes.set_xlim(0, 1.08)
         axes.set_xlabel("macro F1, with 95 % interval")
         axes.set_title(one.scheme.name, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
@@ -71,7 +72,7 @@ def _confusion(judged: Judged) -> Figure:
     kinds = list(dict.fromkeys(each.features for each in judged.methods))[:MOST_PANELS]
     labels = [_short(label) for label in judged.labels]
     side = 1.6 + 0.28 * len(labels)
-    figure = _figure(1.8 + side * len(kinds), side + 1.4)
+    figure = _figure(1.8 + side * len(kinds), side + 2.4)
     panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
     for axes, kind in zip(panels, kinds, strict=True):
         counts = np.array(judged.method(kind).scores["confusion"], np.float64)
