@@ -216,17 +216,8 @@ def train_step(results: Path) -> str:
 
 def cell_types(results: Path) -> str:
     """results/cell_types.json of benchmarks/cell_types.py, every method, and what was trained."""
-    return _cell_types(results, cell_type_pages.rows)
-
-
-def cell_types_card(results: Path) -> str:
-    """The same with the card's classifier alone."""
-    return _cell_types(results, cell_type_pages.card_rows)
-
-
-def _cell_types(results: Path, rows: Callable[[Measurement | None], list[list[str]]]) -> str:
     found = read(results / "cell_types.json")
-    table = markdown(cell_type_pages.HEAD, rows(found), [])
+    table = markdown(cell_type_pages.HEAD, cell_type_pages.rows(found), [])
     return "\n\n".join([table, *(cell_type_pages.below(found) if found else ())])
 
 
@@ -308,7 +299,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "parity": parity,
     "train_step": train_step,
     "cell_types": cell_types,
-    "cell_types_card": cell_types_card,
     **{name: _scaling(name) for name in pages.TABLES},
 }
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from benchmarks.side_by_side.page_text import NOT_MEASURED, Measurement, origin, row_of
 
-CARD_CLASSIFIER = "random forest"
 HEAD = [
     *("cells", "scheme", "features", "classifier", "macro F1 (95 %)", "accuracy (95 %)"),
     "F1 over PCA + forest",
@@ -30,11 +29,6 @@ def rows(content: Measurement | None) -> list[list[str]]:
         for scheme in each["schemes"]
         for row in scheme["rows"]
     ]
-
-
-def card_rows(content: Measurement | None) -> list[list[str]]:
-    """Those of the card's classifier, the random forest, and the best of each scheme."""
-    return [row for row in rows(content) if row[3] in ("", CARD_CLASSIFIER) or "**" in row[4]]
 
 
 def below(content: Measurement) -> list[str]:

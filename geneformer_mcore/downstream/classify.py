@@ -19,6 +19,7 @@ import numpy as np
 
 from geneformer_mcore.cells import annotated
 from geneformer_mcore.cells.corpus import InputOptions
+from geneformer_mcore.checkpoint.converted import ORIGIN
 from geneformer_mcore.downstream import cross_validation, embed, labelled, overlap, pretrained
 from geneformer_mcore.downstream.cells import CountedCells, naming_our_options
 from geneformer_mcore.downstream.cross_validation import FOREST, NUM_COMPONENTS, Features, Scheme
@@ -109,13 +110,17 @@ def classify(request: Request) -> Classification:
     cells = labelled.read(request.source, request.label, donor, request.options)
     if request.donor == NO_DONOR:
         cells = replace(cells, donor="", donors_N=None)
+    # Labels that will not do are told at once, not after an hour of embedding.
+    cross_validation.stratified(cells.labels_N, cells.labels_N != "", request.seed)
+    given = {name: annotated.read_obsm(Path(request.source), name) for name in request.obsm}
     with ProgressLine("cells") as line:
         found, notes = _overlaps(request, models, line.update)
-    embedded = {name: annotated.read_obsm(Path(request.source), name) for name in request.obsm}
-    notes += [f"whether the model of obsm {name} was trained on these cells was not checked: an "
-              "embedding does not say it." for name in request.obsm]  # fmt: skip
-    for name, model in models.items():
-        embedded[name] = _embed(request, model)
+    notes += [
+        f"whether the model of obsm {name} was trained on these cells was not checked: an "
+        "embedding does not say it."
+        for name in given
+    ]
+    embedded = {name: _embed(request, model) for name, model in models.items()} | given
     usable_N, reasons = _usable(cells, embedded)
     features = _features(cells, embedded, usable_N)
     schemes = _schemes(cells, usable_N, request.seed, notes)
@@ -167,6 +172,8 @@ def _overlaps(
                 "was, its figures flatter it. Remedy: --training-store STORE."
             )
             continue
+        if (model.folder.parent.parent / ORIGIN).is_file():
+            notes.append(f"{name} began with converted weights: who knows which cells made them.")
         found[name] = {key: value for key, value in seen.items() if key != "store"}
         if seen["cells"] and not request.allow_overlap:
             raise DataError(_refusal(request.source, name, seen))

@@ -21,7 +21,7 @@ from tests.distributed.trained import EMPTY, NUM_CELLS, UNKNOWN, Trained
 
 RARE, NO_LABEL = (0, 1, 2), 6
 """Cells of a label of their own, and one without any."""
-FEATURES = ["PCA(10) of log counts", "untrained", "X_other", "mine"]
+FEATURES = ["PCA(10) of log counts", "untrained", "mine", "X_other"]
 PICTURES = ["confusion.png", "scores.png", "umap.png"]
 
 

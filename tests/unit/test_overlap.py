@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import anndata
@@ -32,6 +33,7 @@ class InMemory:
         return RaggedCells(tokens, offsets - offsets[0], self.cells.keys_N[start:stop])
 
 
+@functools.cache
 def opened(path: Path, vocabulary: Vocabulary) -> tuple[RaggedCells, np.ndarray]:
     """(cells, which tokens' genes their file has)."""
     cells = CountedCells(str(path), vocabulary, SEQ_LENGTH, InputOptions())
