@@ -89,19 +89,20 @@ def _predictions(found: Classification, judged: Judged) -> list[list[str]]:
 
 
 def best(judged: Judged) -> str:
-    """Which line is ahead, and whether that is more than chance among these cells."""
+    """The best of PCA, the best of the others, and whether that is ahead of the card's baseline."""
+    kind = judged.methods[0].features
     ordered = sorted(judged.methods, key=lambda each: -each.scores["macro_f1"]["value"])
-    first = ordered[0]
-    baseline = judged.methods[0]
-    text = f"{judged.scheme.name}: best macro F1 is of {first.features}, {first.classifier}"
-    if first is baseline:
-        return f"{text}: no model is ahead of the baseline."
-    gain = first.scores["macro_f1_over_baseline"]
-    by = f"ahead of {baseline.features} + {baseline.classifier} by {gain['value']:.3f}"
-    if "low" not in gain:
-        return f"{text}, {by}."
-    sure = "" if gain["low"] > 0 else ": not more than chance among these cells"
-    return f"{text}, {by} ({_span(gain)}){sure}."
+    of_pca = next(each for each in ordered if each.features == kind)
+    other = next(each for each in ordered if each.features != kind)
+    gain = other.scores["macro_f1_over_baseline"]
+    low, high = gain.get("low", gain["value"]), gain.get("high", gain["value"])
+    verdict = "ahead of it" if low > 0 else "behind it" if high < 0 else "no more than chance apart"
+    return (
+        f"{judged.scheme.name}: best of PCA: {of_pca.classifier}, "
+        f"{of_pca.scores['macro_f1']['value']:.3f}; best of the others: {other.features}, "
+        f"{other.classifier}, {other.scores['macro_f1']['value']:.3f}, {gain['value']:+.3f} "
+        f"({_span(gain)}) against PCA + forest: {verdict}."
+    )
 
 
 def _about(found: Classification) -> list[str]:

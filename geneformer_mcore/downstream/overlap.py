@@ -96,15 +96,16 @@ def training_cells(model: Pretrained, store: Path | None = None) -> Iterator[Tra
     store: the run's token store, where it has moved
     Raises NoTrainingCellsError where they are not to be had.
     """
-    seq_length = model.config.data.seq_length
-    name, source = _open(model, store)
+    source = _open(model, store)
     try:
-        yield TrainingCells(name, source, *source.rows("train"), seq_length)
+        name = source.name if isinstance(source, CountsSource) else str(source.path)
+        _check_same(name, _content_hash(source), model)
+        yield TrainingCells(name, source, *source.rows("train"), model.config.data.seq_length)
     finally:
         source.close()
 
 
-def _open(model: Pretrained, store: Path | None) -> tuple[str, CountsSource | TokenStore]:
+def _open(model: Pretrained, store: Path | None) -> CountsSource | TokenStore:
     if model.record.is_converted:
         raise NoTrainingCellsError(
             "its weights were converted, and do not say which cells made them"
@@ -112,16 +113,16 @@ def _open(model: Pretrained, store: Path | None) -> tuple[str, CountsSource | To
     data = model.config.data
     try:
         if store is None and data.source is Source.counts:
-            counts = _counts(model.config, model)
-            _check_same(counts.name, counts.content_hash, model)
-            return counts.name, counts
-        tokens = TokenStore.open(store or data.store)
-    except NoTrainingCellsError:
-        raise
+            return _counts(model.config, model)
+        return TokenStore.open(store or data.store)
     except DataError as error:
         raise NoTrainingCellsError(str(error).rstrip(".")) from error
-    _check_same(str(tokens.path), tokens.manifest.content_hash, model)
-    return str(tokens.path), tokens
+
+
+def _content_hash(source: CountsSource | TokenStore) -> str:
+    if isinstance(source, CountsSource):
+        return source.content_hash
+    return source.manifest.content_hash
 
 
 def _check_same(name: str, content_hash: str, model: Pretrained) -> None:

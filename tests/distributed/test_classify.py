@@ -82,6 +82,8 @@ def test_the_folder_holds_figures_predictions_and_pictures(result: tuple[Path, s
     assert "labels left out as too rare: rare (3)" in printed
     assert "whether mine was trained on these cells could not be checked" in printed
     assert "--training-store" in printed
+    assert printed.count("best of the others: ") == 2
+    assert printed.count("against PCA + forest: ") == 2
 
 
 def test_the_table_says_what_scikit_learn_says_of_the_predictions(
