@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable
 
 from benchmarks.scaling_model import pages
-from benchmarks.side_by_side import step_pages
+from benchmarks.side_by_side import cell_type_pages, step_pages
 from benchmarks.side_by_side.page_text import (
     NOT_MEASURED,
     Measurement,
@@ -214,6 +214,13 @@ def train_step(results: Path) -> str:
     return markdown(step_pages.HEAD, rows, list(found.values()))
 
 
+def cell_types(results: Path) -> str:
+    """results/cell_types.json of benchmarks/cell_types.py, every method, and what was trained."""
+    found = read(results / "cell_types.json")
+    table = markdown(cell_type_pages.HEAD, cell_type_pages.rows(found), [])
+    return "\n\n".join([table, *(cell_type_pages.below(found) if found else ())])
+
+
 def _scaling(name: str) -> Callable[[Path], str]:
     """A table of results/scaling.json of benchmarks/scaling.py."""
 
@@ -311,6 +318,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "parity": parity,
     "perturb": perturb,
     "train_step": train_step,
+    "cell_types": cell_types,
     **{name: _scaling(name) for name in pages.TABLES},
 }
 

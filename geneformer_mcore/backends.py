@@ -18,6 +18,7 @@ INSTALL_HINTS = {
     "the package called `apex` on PyPI is another project",
     "nvidia.dali": "pip install nvidia-dali-cuda130, or set data.loader=thread",
     "scanpy": 'pip install "geneformer_mcore[eval]"',
+    "sklearn": 'pip install "geneformer_mcore[eval]"',
     "cellxgene_census": 'pip install "geneformer_mcore[census]", or give an Experiment by --uri',
 }
 

@@ -61,6 +61,20 @@ def write_copy(source: Path, target: Path, beside: Beside) -> None:
             _write_anew(source, partial, beside)
 
 
+def read_obsm(path: Path, name: str) -> np.ndarray:
+    """float32 [cells, width], obsm[name] of an h5ad file. Raises DataError if there is no such
+    array."""
+    with h5py.File(path, "r") as file:
+        group = file.get("obsm", {})
+        found = group.get(name)
+        if isinstance(found, h5py.Dataset) and found.ndim == 2 and found.dtype.kind in "fiu":
+            return found[:].astype(np.float32)
+        raise DataError(
+            f"{path}: obsm has no array {name!r} of numbers; it holds "
+            f"{', '.join(group) or 'nothing'}. Remedy: launch/embed.py writes X_geneformer."
+        )
+
+
 def write_new(obs: pd.DataFrame, target: Path, beside: Beside) -> None:
     """Writes an AnnData file of cells without counts."""
     import anndata

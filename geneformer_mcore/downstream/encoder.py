@@ -25,7 +25,7 @@ from geneformer_mcore.errors import ConfigError, DataError, GeneformerError
 from geneformer_mcore.feed.batch import make_batch, padded_length
 from geneformer_mcore.feed.masks import VALIDATION_EPOCH, Masking
 from geneformer_mcore.feed.packing import pack
-from geneformer_mcore.model import geneformer, settings, states
+from geneformer_mcore.model import geneformer, initial_weights, settings, states
 from geneformer_mcore.model.states import Pooling
 from geneformer_mcore.parallel import collectives, device, groups
 from geneformer_mcore.parallel.groups import Topology
@@ -126,12 +126,20 @@ def started(
                 config.data.seq_length,
                 packed=True,
             )
-        weights.load(stages, pretrained.folder)
+        _fill(stages, pretrained)
         if layers is not None:
             states.cut(stages, layers)
         yield Encoder(pretrained, stages, topology, here, chosen, tokens)
     finally:
         groups.stop(stay=was_there)
+
+
+def _fill(stages: list[geneformer.Geneformer], pretrained: Pretrained) -> None:
+    if pretrained.initial_seed is None:
+        weights.load(stages, pretrained.folder)
+        return
+    for stage in stages:
+        initial_weights.fill(stage, pretrained.initial_seed)
 
 
 def _check_budget(tokens: int, seq_length: int) -> None:

@@ -33,6 +33,8 @@ class Pretrained:
     vocabulary:  the one it was trained with
     sha256:      hash of its manifest, which holds the hash of every file
     messages:    newer checkpoints that were passed over
+    initial_seed: the model is used with the weights that this seed draws, not with the trained
+                 ones: a baseline of the same shape
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class Pretrained:
     vocabulary: Vocabulary
     sha256: str
     messages: tuple[str, ...] = ()
+    initial_seed: int | None = None
 
 
 def find(

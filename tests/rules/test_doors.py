@@ -34,6 +34,7 @@ DOORS = {
     "matplotlib": ({"downstream"}, 4),
     "torch.utils.tensorboard": ({"metrics"}, 1),
     "scanpy": ({"downstream"}, 2),
+    "sklearn": ({"downstream"}, 2),
 }
 """Package -> (packages of the library that may import it, in how many modules at most)."""
 

@@ -1,0 +1,322 @@
+"""The model card's benchmark on any labelled cells: what launch/classify.py does.
+
+labelled cells  ->  were they trained on?  ->  embeddings of each model, log counts  ->  Features
+Features x classifiers x folds  ->  predicted labels  ->  scores  ->  Classification
+
+Every method sees the same cells in the same folds: a cell that one of them cannot use (no label, a
+rare one, no known gene) is left out for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geneformer_mcore.cells import annotated
+from geneformer_mcore.cells.corpus import InputOptions
+from geneformer_mcore.checkpoint.converted import ORIGIN
+from geneformer_mcore.downstream import cross_validation, embed, labelled, overlap, pretrained
+from geneformer_mcore.downstream.cells import CountedCells, naming_our_options
+from geneformer_mcore.downstream.cross_validation import FOREST, NUM_COMPONENTS, Features, Scheme
+from geneformer_mcore.downstream.embed import Choices
+from geneformer_mcore.downstream.embedding_files import is_embedded
+from geneformer_mcore.downstream.labelled import Labelled
+from geneformer_mcore.downstream.pretrained import Pretrained
+from geneformer_mcore.downstream.scores import Scores
+from geneformer_mcore.errors import ConfigError, DataError
+from geneformer_mcore.store.progress import Progress, ProgressLine
+
+PCA = f"PCA({NUM_COMPONENTS}) of log counts"
+UNTRAINED = "untrained"
+NO_DONOR = "none"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What launch/classify.py was asked for.
+
+    checkpoints:     {name: run or step folder};  obsm: embeddings that the file holds already
+    label, donor:    columns of obs; "" looks for one; donor "none" takes none
+    untrained:       also the first checkpoint's model with random weights
+    training_store:  the token store that the models were trained on, where it has moved
+    resamples:       draws of the bootstrap
+    """
+
+    source: str
+    checkpoints: Mapping[str, Path]
+    obsm: Sequence[str] = ()
+    label: str = ""
+    donor: str = ""
+    untrained: bool = False
+    choices: Choices = field(default_factory=Choices)
+    options: InputOptions = field(default_factory=InputOptions)
+    vocabulary: Path | None = None
+    training_store: Path | None = None
+    allow_overlap: bool = False
+    seed: int = 0
+    resamples: int = 1000
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table. predicted_N: object, of the scheme's cells; scores: see Scores.of."""
+
+    features: str
+    classifier: str
+    predicted_N: np.ndarray
+    scores: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One scheme, and all methods in it; labels: sorted, as the scores have them."""
+
+    scheme: Scheme
+    labels: list[str]
+    methods: list[Method]
+
+    def method(self, features: str, classifier: str = FOREST) -> Method:
+        """The one of these names."""
+        wanted = (features, classifier)
+        return next(each for each in self.methods if (each.features, each.classifier) == wanted)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """All that was found.
+
+    facts:     plain JSON: cells, models, overlap, settings
+    notes:     sentences that a reader must know
+    features:  as they were given to the classifiers, PCA first
+    """
+
+    cells: Labelled
+    features: list[Features]
+    judged: list[Judged]
+    facts: dict[str, Any]
+    notes: list[str]
+
+
+def classify(request: Request) -> Classification:
+    """Does it, in this process. Raises a GeneformerError for all that the user can mend."""
+    _check(request)
+    models = _models(request)
+    donor = "" if request.donor == NO_DONOR else request.donor
+    cells = labelled.read(request.source, request.label, donor, request.options)
+    if request.donor == NO_DONOR:
+        cells = replace(cells, donor="", donors_N=None)
+    # Labels that will not do are told at once, not after an hour of embedding.
+    cross_validation.stratified(cells.labels_N, cells.labels_N != "", request.seed)
+    given = {name: annotated.read_obsm(Path(request.source), name) for name in request.obsm}
+    with ProgressLine("cells") as line:
+        found, notes = _overlaps(request, models, line.update)
+    notes += [
+        f"whether the model of obsm {name} was trained on these cells was not checked: an "
+        "embedding does not say it."
+        for name in given
+    ]
+    embedded = {name: _embed(request, model) for name, model in models.items()} | given
+    usable_N, reasons = _usable(cells, embedded)
+    features = _features(cells, embedded, usable_N)
+    schemes = _schemes(cells, usable_N, request.seed, notes)
+    with ProgressLine("folds") as line:
+        judged = [_judge(scheme, features, cells, request, line.update) for scheme in schemes]
+    facts = _facts(request, cells, models, found, reasons)
+    return Classification(cells, features, judged, facts, notes)
+
+
+def _check(request: Request) -> None:
+    if not request.checkpoints and not request.obsm:
+        raise ConfigError("nothing to judge: give --checkpoint RUN, or --obsm NAME.")
+    if request.untrained and not request.checkpoints:
+        raise ConfigError("--untrained needs a --checkpoint, whose shape it takes.")
+    names = [PCA, UNTRAINED, *request.obsm]
+    twice = [name for name in request.checkpoints if name in names]
+    if twice:
+        raise ConfigError(f"--checkpoint {twice[0]}=...: this name is taken. Remedy: another one.")
+    if request.resamples < 0:
+        raise ConfigError(f"--resamples must be 0 (no intervals) or more: {request.resamples}.")
+
+
+def _models(request: Request) -> dict[str, Pretrained]:
+    found = {
+        name: pretrained.find(path, request.vocabulary)
+        for name, path in request.checkpoints.items()
+    }
+    if request.untrained:
+        first = next(iter(found.values()))
+        return {UNTRAINED: replace(first, initial_seed=request.seed)} | found
+    return found
+
+
+def _overlaps(
+    request: Request, models: Mapping[str, Pretrained], progress: Progress
+) -> tuple[dict[str, Any], list[str]]:
+    """({model: what was found}, notes). Raises DataError for cells that a model was trained on."""
+    found: dict[str, Any] = {}
+    notes = []
+    for name, model in models.items():
+        if model.initial_seed is not None:
+            continue
+        try:
+            seen = _overlap(request, model, progress)
+        except overlap.NoTrainingCellsError as error:
+            found[name] = None
+            notes.append(
+                f"whether {name} was trained on these cells could not be checked: {error}. If it "
+                "was, its figures flatter it. Remedy: --training-store STORE."
+            )
+            continue
+        if (model.folder.parent.parent / ORIGIN).is_file():
+            notes.append(f"{name} began with converted weights: who knows which cells made them.")
+        found[name] = {key: value for key, value in seen.items() if key != "store"}
+        if seen["cells"] and not request.allow_overlap:
+            raise DataError(_refusal(request.source, name, seen))
+        if seen["cells"]:
+            notes.append(f"{_told(name, seen)}: its figures flatter it (--allow-overlap).")
+    return found, notes
+
+
+def _overlap(request: Request, model: Pretrained, progress: Progress) -> dict[str, Any]:
+    with ExitStack() as stack:
+        training = stack.enter_context(overlap.training_cells(model, request.training_store))
+        cells = _open(request, model)
+        stack.callback(cells.close)
+        has_gene_V = np.zeros(model.vocabulary.size, bool)
+        has_gene_V[cells.genes.token_of_column] = True
+        seen = overlap.find(cells.read(0, len(cells)), has_gene_V, training, progress)
+    return {
+        "cells": int(seen.same_N.sum()),
+        "of": len(seen.same_N),
+        "too_short_to_tell": int(seen.too_short_N.sum()),
+        "training_cells": seen.num_training,
+        "largest_share_of_others": float(seen.share_N[~seen.same_N].max(initial=0.0)),
+        "store": training.name,
+    }
+
+
+def _told(name: str, seen: Mapping[str, Any]) -> str:
+    return (
+        f"{seen['cells']:,} of {seen['of']:,} cells are among the {seen['training_cells']:,} that "
+        f"{name} was trained on"
+    )
+
+
+def _refusal(source: str, name: str, seen: Mapping[str, Any]) -> str:
+    return (
+        f"{source}: {_told(name, seen)} ({seen['store']}), by the order of their genes, whatever "
+        "they are called: a model must be judged on cells that it has not seen. Remedy: give other "
+        "cells, or a model that was trained without them; --allow-overlap judges it all the same."
+    )
+
+
+def _open(request: Request, model: Pretrained) -> CountedCells:
+    seq_length = model.config.data.seq_length
+    with naming_our_options():
+        return CountedCells(request.source, model.vocabulary, seq_length, request.options)
+
+
+def _embed(request: Request, model: Pretrained) -> np.ndarray:
+    """float32 [cells, H], NaN for cells without a known gene."""
+    with ExitStack() as stack:
+        cells = _open(request, model)
+        stack.callback(cells.close)
+        values_NH, _ = embed.embed_cells(model, cells, request.choices, shows_progress=True)
+    assert values_NH is not None, "one process holds them all"
+    return values_NH
+
+
+def _usable(
+    cells: Labelled, embedded: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, int]]:
+    """(bool [cells], {why not: cells})."""
+    has_label_N = cells.labels_N != ""
+    has_vector_N = np.ones(len(has_label_N), bool)
+    for values_NH in embedded.values():
+        has_vector_N &= is_embedded(values_NH)
+    is_empty_N = np.asarray(cells.counts_NG.sum(axis=1)).ravel() == 0
+    usable_N = has_label_N & has_vector_N & ~is_empty_N
+    return usable_N, {
+        "no_label": int((~has_label_N).sum()),
+        "no_known_gene": int((has_label_N & ~(has_vector_N & ~is_empty_N)).sum()),
+    }
+
+
+def _features(
+    cells: Labelled, embedded: Mapping[str, np.ndarray], usable_N: np.ndarray
+) -> list[Features]:
+    """Rows that are not usable are left empty, so that rows are those of the file throughout."""
+    from scipy import sparse
+
+    logs = labelled.log_counts(cells.counts_NG[usable_N])
+    rows = np.flatnonzero(usable_N)
+    spread = sparse.csr_matrix(
+        (np.ones(len(rows), np.float32), (rows, np.arange(len(rows)))), (len(usable_N), len(rows))
+    )
+    found = [Features(PCA, (spread @ logs).tocsr(), is_counts=True)]
+    return found + [Features(name, values) for name, values in embedded.items()]
+
+
+def _schemes(cells: Labelled, usable_N: np.ndarray, seed: int, notes: list[str]) -> list[Scheme]:
+    first = cross_validation.stratified(cells.labels_N, usable_N, seed)
+    if cells.donors_N is None:
+        notes.append("no two donors are named: nothing says how figures hold for another donor.")
+        return [first]
+    second = cross_validation.by_donor(cells.labels_N, cells.donors_N, first.cells)
+    if isinstance(second, Scheme):
+        return [first, second]
+    notes.append(f"leave one donor out was left out: {second}.")
+    return [first]
+
+
+def _judge(
+    scheme: Scheme,
+    features: Sequence[Features],
+    cells: Labelled,
+    request: Request,
+    progress: Progress,
+) -> Judged:
+    truth_N = cells.labels_N[scheme.cells]
+    scores = Scores(truth_N, request.resamples, request.seed)
+    place = np.full(len(cells.labels_N), -1)
+    place[scheme.cells] = np.arange(len(scheme.cells))
+    folds = {name: place[test] for name, (_, test) in scheme.folds.items()}
+    methods: list[Method] = []
+    for each in features:
+        found = cross_validation.predict(each, cells.labels_N, scheme, request.seed, progress)
+        for classifier, predicted_N in found.items():
+            baseline_N = methods[0].predicted_N if methods else predicted_N
+            scored = scores.of(predicted_N, folds, baseline_N)
+            methods.append(Method(each.name, classifier, predicted_N, scored))
+    return Judged(scheme, scores.labels, methods)
+
+
+def _facts(
+    request: Request,
+    cells: Labelled,
+    models: Mapping[str, Pretrained],
+    overlaps: Mapping[str, Any],
+    reasons: Mapping[str, int],
+) -> dict[str, Any]:
+    choices = {key: value for key, value in asdict(request.choices).items() if value}
+    return {
+        "input": Path(request.source).name,
+        "label": cells.label,
+        "donor": cells.donor,
+        "num_cells": len(cells.names),
+        "left_out": dict(reasons),
+        "num_genes": cells.counts_NG.shape[1],
+        "models": {
+            name: embed.facts_of(model) | {"random_weights": model.initial_seed is not None}
+            for name, model in models.items()
+        },
+        "overlap": dict(overlaps),
+        "embedding": choices,
+        "seed": request.seed,
+        "resamples": request.resamples,
+    }

@@ -1,0 +1,171 @@
+#!/usr/bin/env python
+"""Tells how well cell types can be predicted from a model's embeddings, beside PCA of the counts.
+
+python launch/classify.py --checkpoint RUN --input labelled.h5ad --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geneformer_mcore.backends import ignore_known_warnings, require
+from geneformer_mcore.commands import FINISHED, complain, run
+from geneformer_mcore.errors import ConfigError, GeneformerError
+
+if TYPE_CHECKING:
+    from geneformer_mcore.downstream.classify import Request
+
+EXAMPLE = """examples:
+  python launch/classify.py --checkpoint runs/lung --untrained --input blood.h5ad --out blood_types
+  python launch/classify.py --checkpoint 10m=runs/10m --checkpoint 106m=runs/106m \\
+      --input gut.h5ad --label cell_type --donor donor_id --out gut_types
+  python launch/classify.py --obsm X_geneformer --input embedded.h5ad --out types
+
+Every method sees the same cells in the same folds: 5, stratified by label, and one per donor where
+obs names two or more. Cells that a model was trained on are found by their content, whatever they
+are called, and refused. The folder gets results.json, table.md, predictions.csv, and pictures.
+
+exit codes: 0 finished   2 wrong input   1 defect
+"""
+
+
+def main() -> int:
+    """Classifies, writes the folder, prints the table."""
+    arguments = _arguments()
+    ignore_known_warnings()
+    try:
+        print("\n".join(_classify(arguments)))
+    except GeneformerError as error:
+        return complain(error)
+    return FINISHED
+
+
+def _classify(arguments: argparse.Namespace) -> list[str]:
+    for name in ("scanpy", "sklearn"):
+        require(name)
+    # Only now what takes seconds to import.
+    from geneformer_mcore.cells.output import check_place
+    from geneformer_mcore.checkpoint.converted import check_free, whole_folder
+    from geneformer_mcore.downstream import classification_text, classify
+
+    request = _request(arguments)
+    check_free(arguments.out)
+    check_place(arguments.out)
+    found = classify.classify(request)
+    with whole_folder(arguments.out) as partial:
+        names = classification_text.save(found, partial)
+        if not arguments.no_plots:
+            from geneformer_mcore.downstream import classification_plots
+
+            names += classification_plots.save(found, partial, request.seed)
+    return [*classification_text.lines(found), f"{arguments.out}: {', '.join(names)}"]
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    from geneformer_mcore.cells.corpus import InputOptions
+    from geneformer_mcore.cells.genes import load_symbols
+    from geneformer_mcore.downstream.classify import Request
+    from geneformer_mcore.downstream.embed import Choices
+
+    return Request(
+        source=arguments.input,
+        checkpoints=_named(arguments.checkpoint),
+        obsm=arguments.obsm,
+        label=arguments.label,
+        donor=arguments.donor,
+        untrained=arguments.untrained,
+        choices=Choices(
+            layer=arguments.layer,
+            pooling=arguments.pooling,
+            tokens_per_batch=arguments.tokens_per_batch,
+        ),
+        options=InputOptions(
+            arguments.counts_layer,
+            load_symbols(arguments.symbols) if arguments.symbols else {},
+            arguments.allow_normalised,
+            arguments.allow_low_overlap,
+        ),
+        vocabulary=arguments.vocabulary,
+        training_store=arguments.training_store,
+        allow_overlap=arguments.allow_overlap,
+        seed=arguments.seed,
+        resamples=arguments.resamples,
+    )
+
+
+def _named(given: list[str]) -> dict[str, Path]:
+    """{name: folder} of NAME=FOLDER, or of a folder alone, which is named by itself."""
+    found: dict[str, Path] = {}
+    for text in given:
+        name, _, folder = text.rpartition("=")
+        name = name or Path(folder).resolve().name
+        if name in found:
+            raise ConfigError(
+                f"two checkpoints are called {name}. Remedy: --checkpoint NAME={folder}."
+            )
+        found[name] = Path(folder)
+    return found
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--input", required=True, metavar="CELLS", help="h5ad file with counts and labels in obs")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    add(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="[NAME=]RUN",
+        help="a run's folder, or one of its step folders; may be repeated",
+    )
+    add(
+        "--untrained",
+        action="store_true",
+        help="also a model of the first checkpoint's shape with random weights",
+    )
+    add(
+        "--obsm",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="embeddings that the file holds already; may be repeated",
+    )
+    add("--label", default="", metavar="COLUMN", help="of obs (default: cell_type or alike)")
+    add(
+        "--donor",
+        default="",
+        metavar="COLUMN",
+        help="of obs (default: donor_id or alike, if it names two); none: do not leave donors out",
+    )
+    add("--layer", default="last", help="of the model; see launch/embed.py (default: last)")
+    add("--pooling", choices=("mean", "cls"), default="mean", help="default: mean over genes")
+    add("--tokens-per-batch", type=int, default=0, metavar="N", help="at most (default: by device)")
+    add("--seed", type=int, default=0, help="of folds, forests, random weights (default: 0)")
+    add(
+        "--resamples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="draws for the 95 %% intervals (default: 1000; 0: none)",
+    )
+    add("--training-store", type=Path, help="that of the models' training, where it has moved")
+    add("--allow-overlap", action="store_true", help="cells may be those of the training")
+    add("--vocabulary", type=Path, help="the models', where their store has moved")
+    add("--counts-layer", help="layer of the counts (default: counts, raw.X, X, in that order)")
+    add("--symbols", metavar="FILE", help="symbol -> Ensembl id: JSON, or a GENCODE table")
+    add("--allow-normalised", action="store_true", help="values may be counts scaled per cell")
+    add("--allow-low-overlap", action="store_true", help="few genes may be in the vocabulary")
+    add("--no-plots", action="store_true", help="numbers only")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

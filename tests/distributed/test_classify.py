@@ -1,0 +1,195 @@
+"""launch/classify.py on a small trained run: what it writes, what it says, what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, f1_score
+
+from tests.distributed import trained
+from tests.distributed.commands import commands
+from tests.distributed.ranks import run_ranks
+from tests.distributed.trained import EMPTY, NUM_CELLS, UNKNOWN, Trained
+
+RARE, NO_LABEL = (0, 1, 2), 6
+"""Cells of a label of their own, and one without any."""
+FEATURES = ["PCA(10) of log counts", "untrained", "mine", "X_other"]
+PICTURES = ["confusion.png", "scores.png", "umap.png"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A small trained run, and its cells with labels that counts can tell, and donors."""
+    model = trained.make(tmp_path_factory.mktemp("trained"))
+    cells = anndata.read_h5ad(model.h5ad)
+    counts = cells.X.toarray()
+    kinds = np.array(["a", "b"])[np.arange(NUM_CELLS) % 2].astype(object)
+    counts[kinds == "a", :40] *= 6
+    kinds[list(RARE)], kinds[NO_LABEL] = "rare", None
+    cells.X = type(cells.X)(counts)
+    cells.obs["cell_type"] = kinds
+    cells.obs["donor"] = np.array(["d1", "d2", "d3"])[np.arange(NUM_CELLS) % 3]
+    cells.obs["one"] = "same"
+    cells.write_h5ad(model.h5ad)
+    return model
+
+
+def line(model: Trained, out: Path, *more: str) -> list[str]:
+    """A command line."""
+    start = ["--checkpoint", f"mine={model.run}", "--input", str(model.h5ad), "--out", str(out)]
+    return [*start, "--resamples", "50", *more]
+
+
+@pytest.fixture(scope="module")
+def result(model: Trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder that the command makes, and what it prints."""
+    out = tmp_path_factory.mktemp("result") / "types"
+    whole = line(model, out, "--untrained", "--obsm", "X_other")
+    ((ended,),) = run_ranks(commands, 1, "classify", [whole])
+    assert ended.code == 0, ended.err
+    return out, ended.out
+
+
+def test_the_folder_holds_figures_predictions_and_pictures(result: tuple[Path, str]) -> None:
+    folder, printed = result
+    found = json.loads((folder / "results.json").read_text())
+    assert [scheme["name"] for scheme in found["schemes"]] == [
+        "stratified 5-fold",
+        "leave one donor out",
+    ]
+    for scheme in found["schemes"]:
+        assert list(dict.fromkeys(row["features"] for row in scheme["rows"])) == FEATURES
+        assert len(scheme["rows"]) == 3 * len(FEATURES)
+    first = found["schemes"][0]
+    assert first["labels"] == ["a", "b"]
+    assert first["labels_left_out"] == {"rare": len(RARE)}
+    assert first["cells"] == NUM_CELLS - len({*RARE, NO_LABEL, UNKNOWN, EMPTY})
+    assert found["left_out"] == {"no_label": 1, "no_known_gene": 2}
+    assert found["models"]["untrained"]["random_weights"]
+    assert found["versions"]["torch"]
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in PICTURES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [*PICTURES, "predictions.csv", "results.json", "table.md"]
+    )
+    assert "labels left out as too rare: rare (3)" in printed
+    assert "whether mine was trained on these cells could not be checked" in printed
+    assert "--training-store" in printed
+    assert printed.count("best of the others: ") == 2
+    assert printed.count("against PCA + forest: ") == 2
+
+
+def test_the_table_says_what_scikit_learn_says_of_the_predictions(
+    result: tuple[Path, str],
+) -> None:
+    folder, printed = result
+    with (folder / "predictions.csv").open() as file:
+        predictions = list(csv.DictReader(file))
+    found = json.loads((folder / "results.json").read_text())
+    for scheme in found["schemes"]:
+        for row in scheme["rows"]:
+            key = (scheme["name"], row["features"], row["classifier"])
+            mine = [p for p in predictions if (p["scheme"], p["features"], p["classifier"]) == key]
+            truth, guess = ([p[name] for p in mine] for name in ("label", "predicted"))
+            assert len({p["cell"] for p in mine}) == len(mine) == scheme["cells"]
+            assert row["macro_f1"]["value"] == f1_score(truth, guess, average="macro")
+            assert row["accuracy"]["value"] == accuracy_score(truth, guess)
+            (shown,) = [text for text in _block(printed, key[0]) if text.startswith(key[1:])]
+            assert f"{row['macro_f1']['value']:.3f}" in shown[2]
+    donors = {p["cell"]: p["fold"] for p in predictions if p["scheme"] == "leave one donor out"}
+    assert set(donors.values()) == {"d1", "d2", "d3"}
+    assert all(fold == f"d{int(cell[4:]) % 3 + 1}" for cell, fold in donors.items())
+
+
+def _block(printed: str, scheme: str) -> list[tuple[str, str, str]]:
+    """(features, classifier, rest) of the lines of a scheme's table."""
+    part = printed[printed.index(f"\n{scheme}:") :].split("\n\n")[1]
+    cells = [[cell for cell in row.split("  ") if cell] for row in part.splitlines()[1:]]
+    return [(c[0].strip(), c[1].strip(), " ".join(c[2:])) for c in cells]
+
+
+def test_labels_that_counts_can_tell_are_told(result: tuple[Path, str]) -> None:
+    found = json.loads((result[0] / "results.json").read_text())
+    by_counts = found["schemes"][0]["rows"][0]
+    constant = next(r for r in found["schemes"][0]["rows"] if r["features"] == "X_other")
+    assert by_counts["macro_f1"]["value"] > 0.8
+    assert constant["macro_f1"]["value"] < 0.6, "X_other is the same for every cell"
+    assert constant["macro_f1_over_baseline"]["high"] < 0
+
+
+def test_it_repeats_by_seed_and_random_weights_are_not_the_models(
+    model: Trained, result: tuple[Path, str], tmp_path: Path
+) -> None:
+    more = ("--untrained", "--obsm", "X_other", "--no-plots")
+    lines = [line(model, tmp_path / "again", *more)]
+    lines.append(line(model, tmp_path / "other", *more, "--seed", "1", "--donor", "none"))
+    (ended,) = run_ranks(commands, 1, "classify", lines)
+    assert [each.code for each in ended] == [0, 0], ended
+    first, again, other = (
+        json.loads((folder / "results.json").read_text())
+        for folder in (result[0], tmp_path / "again", tmp_path / "other")
+    )
+    assert first["schemes"] == again["schemes"]
+    assert first["schemes"][0] != other["schemes"][0]
+    assert len(other["schemes"]) == 1
+    texts = [(folder / "predictions.csv").read_text() for folder in (result[0], tmp_path / "again")]
+    assert texts[0] == texts[1]
+
+
+def test_wrong_input_is_answered_in_one_message(model: Trained, tmp_path: Path) -> None:
+    cells = anndata.read_h5ad(model.h5ad)
+    wrong = {"negative": -1.0, "half": 0.5}
+    for name, value in wrong.items():
+        other = cells.copy()
+        other.X[0, 5] = value
+        other.write_h5ad(tmp_path / f"{name}.h5ad")
+    out = tmp_path / "out"
+    good = line(model, out, "--no-plots")
+    start, rest = good[:2], good[4:]
+    (tmp_path / "there").mkdir()
+    cases = {
+        "no column 'kind'": [*good, "--label", "kind"],
+        "there are 1 (same)": [*good, "--label", "one"],
+        "there are 0 (none)": [*good, "--label", "n"],
+        "names 1 (same)": [*good, "--donor", "one"],
+        "holds -1: negative": [*start, "--input", str(tmp_path / "negative.h5ad"), *rest],
+        "holds 0.5: not a whole number": [*start, "--input", str(tmp_path / "half.h5ad"), *rest],
+        "no matrix in layers/x": [*good, "--counts-layer", "x"],
+        "obsm has no array 'X_no'": [*good, "--obsm", "X_no"],
+        "nothing to judge": good[2:],
+        "two checkpoints are called mine": [*good, *start],
+        "no folder": [*good, "--checkpoint", "nowhere"],
+        "no such file": [*start, "--input", str(tmp_path / "no.h5ad"), *rest],
+        "exists already": line(model, tmp_path / "there"),
+        "--resamples must be 0": [*good, "--resamples", "-1"],
+        "from 0 (the embedding) to 4": [*good, "--layer", "9"],
+    }
+    cells.obs["n"] = [f"n{number}" for number in range(NUM_CELLS)]
+    cells.write_h5ad(tmp_path / "named.h5ad")
+    cases["there are 0 (none)"][3] = str(tmp_path / "named.h5ad")
+    (found,) = run_ranks(commands, 1, "classify", list(cases.values()))
+    for (text, words), ended in zip(cases.items(), found, strict=True):
+        assert ended.code == 2, (words, ended)
+        assert text in ended.err, (text, ended.err)
+        assert not ended.out
+        assert not out.exists()
+
+
+def test_help_is_quick_and_has_an_example(repository: Path) -> None:
+    begun = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "launch/classify.py", "--help"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert time.monotonic() - begun < 1.5
+    assert "launch/classify.py --checkpoint runs/lung --untrained" in ended.stdout

@@ -1,0 +1,132 @@
+"""Cells that a model was trained on are refused by content; and the whole chain by one command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+
+from tests.distributed.commands import commands
+from tests.distributed.ranks import run_ranks
+from tests.end_to_end import forked
+
+TINY = (
+    *("model.num_layers=1", "model.hidden_size=16", "model.ffn_hidden_size=16"),
+    *("model.num_attention_heads=2", "data.seq_length=60", "train.micro_batch_size=8"),
+    *("train.global_batch_size=16", "train.validate_every_steps=0"),
+)
+
+
+def disguised(h5ad: Path, path: Path) -> Path:
+    """The same cells under other names, in another order, with half of the genes, shuffled."""
+    rng = np.random.default_rng(8)
+    cells = anndata.read_h5ad(h5ad)
+    genes, rows = rng.permutation(cells.n_vars)[:150], rng.permutation(cells.n_obs)
+    other = cells[rows, genes].copy()
+    other.obs_names = [f"nobody_{number}" for number in range(other.n_obs)]
+    other.obs["dataset_id"] = "another study"
+    other.write_h5ad(path)
+    return path
+
+
+def strangers(h5ad: Path, path: Path) -> Path:
+    """Other cells of the same kinds: each gene's counts are dealt anew among those of a kind."""
+    rng = np.random.default_rng(9)
+    cells = anndata.read_h5ad(h5ad)
+    counts = cells.X.toarray()
+    for kind in ("a", "b"):
+        rows = np.flatnonzero(cells.obs["cell_type"] == kind)
+        counts[rows] = rng.permuted(counts[rows], axis=0)
+    cells.X = type(cells.X)(counts)
+    cells.write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the small store."""
+    folder = tmp_path_factory.mktemp("classify") / "run"
+    settings = [f"data.store={store}", "train.steps=2", "train.validate_every_steps=0"]
+    started = forked.start(folder, settings)
+    assert started.wait() == [0], started.printed
+    return folder
+
+
+def test_cells_of_the_training_are_refused_unless_told(
+    run: Path, h5ad: Path, store: Path, tmp_path: Path
+) -> None:
+    judged = disguised(h5ad, tmp_path / "disguised.h5ad")
+    others = strangers(h5ad, tmp_path / "strangers.h5ad")
+    lines = [
+        ["--checkpoint", str(run), "--input", str(cells), "--out", str(tmp_path / out), *more]
+        for cells, out, more in (
+            (judged, "refused", ()),
+            (judged, "allowed", ("--allow-overlap",)),
+            (others, "others", ()),
+            (others, "moved", ("--training-store", str(tmp_path / "nowhere"))),
+        )
+    ]
+    lines = [[*line, "--no-plots", "--resamples", "0"] for line in lines]
+    ((refused, allowed, fine, moved),) = run_ranks(commands, 1, "classify", lines)
+    num_train = json.loads((store / "manifest.json").read_text())["rows"]["train"]
+    num_seen = num_train[1] - num_train[0]
+    assert 100 < num_seen < 240
+    assert refused.code == 2
+    told = f"{num_seen} of 240 cells are among the {num_seen} that run was trained on"
+    assert told in refused.err
+    assert "--allow-overlap" in refused.err
+    assert not (tmp_path / "refused").exists()
+    assert allowed.code == 0, allowed.err
+    assert f"note: {told}" in allowed.out
+    assert fine.code == 0, fine.err
+    found = json.loads((tmp_path / "others" / "results.json").read_text())
+    assert found["overlap"]["run"]["cells"] == 0
+    assert found["overlap"]["run"]["training_cells"] == num_seen
+    assert not [note for note in found["notes"] if "trained on" in note]
+    assert moved.code == 0
+    assert "could not be checked" in moved.out
+
+
+@pytest.mark.slow
+def test_the_whole_chain_by_one_command(h5ad: Path, repository: Path, tmp_path: Path) -> None:
+    copy, other = disguised(h5ad, tmp_path / "copy.h5ad"), strangers(h5ad, tmp_path / "other.h5ad")
+    command = [
+        *(sys.executable, "benchmarks/cell_types.py", "--train", copy, other, "--labelled", h5ad),
+        *("--out", tmp_path / "out", "--steps", "2", "--resamples", "20", "--set", *TINY),
+    ]
+    ended = subprocess.run(
+        list(map(str, command)), cwd=repository, capture_output=True, text=True, timeout=280
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "not on copy.h5ad, which holds 240 of its cells" in ended.stdout
+    assert "PCA(10) 0.561 / 0.775" in ended.stdout
+    found = json.loads((tmp_path / "out" / "cell_types.json").read_text())
+    (of_set,) = found["sets"]
+    assert of_set["trained_on"] == ["other.h5ad"]
+    assert of_set["not_trained_on"] == {"copy.h5ad": 240}
+    assert of_set["overlap"]["pretrained"]["cells"] == 0
+    assert of_set["pretraining"]["steps"] == 2
+    rows = {(row["features"], row["classifier"]) for row in of_set["schemes"][0]["rows"]}
+    assert ("pretrained", "random forest") in rows
+    assert len(rows) == 9
+
+
+def test_the_chain_refuses_what_leaves_nothing_to_train_on(
+    h5ad: Path, repository: Path, tmp_path: Path
+) -> None:
+    for train, told in ((tmp_path / "no.h5ad", "no such file"), (h5ad, "none is left to train on")):
+        command = [
+            *(sys.executable, "benchmarks/cell_types.py", "--train", train, "--labelled", h5ad),
+            *("--out", tmp_path / "out"),
+        ]
+        ended = subprocess.run(
+            list(map(str, command)), cwd=repository, capture_output=True, text=True, timeout=120
+        )
+        assert ended.returncode == 2, ended.stderr
+        assert told in ended.stderr
+        assert "Traceback" not in ended.stderr
