@@ -30,8 +30,9 @@ DOORS = {
     "transformer_engine": ({"parallel", "model", "optim"}, 2),
     "apex": ({"parallel", "model", "optim"}, 2),
     "nvidia": ({"feed"}, 1),
-    "megatron": ({"parallel", "model", "optim", "checkpoint", "train"}, 16),
-    "matplotlib": ({"downstream"}, 3),
+    "megatron": ({"parallel", "model", "optim", "checkpoint", "train"}, 17),
+    "matplotlib": ({"downstream"}, 4),
+    "sklearn": ({"metrics"}, 1),
     "torch.utils.tensorboard": ({"metrics"}, 1),
     "scanpy": ({"downstream"}, 2),
 }
