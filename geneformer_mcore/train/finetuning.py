@@ -106,7 +106,7 @@ class FineTuning:
     def __init__(self, config: Config, cells: Cells, labels: Labels, origin: Origin) -> None:
         """cells: those that `labels` are of, see `opened`."""
         self.cells = cells
-        self._config, self._labels, self._origin = config, labels, origin
+        self.config, self._labels, self._origin = config, labels, origin
 
     @classmethod
     def opened(cls, config: Config, origin: Origin) -> FineTuning:
@@ -137,7 +137,7 @@ class FineTuning:
 
     def stages(self, device: torch.device) -> list[Geneformer]:
         """Implements Task: pretrained weights, and new ones that are drawn by the seed."""
-        config, tune = self._config, self._config.finetune
+        config, tune = self.config, self.config.finetune
         core = settings.transformer_config(
             config.model, config.parallel, config.train.precision, device
         )
@@ -161,7 +161,7 @@ class FineTuning:
 
     def held_out(self, topology: Topology, device: torch.device) -> LabelledCells | None:
         """Implements Task."""
-        train = self._config.train
+        train = self.config.train
         if train.validate_every_steps == 0:
             return None
         feed = self._feed("validation", topology, device)
@@ -170,9 +170,9 @@ class FineTuning:
 
     def _feed(self, split: str, topology: Topology, device: torch.device) -> Feed:
         maker = LabelledBatches(
-            data.maker(self._config, device), self._labels.keys_N, self._labels.classes_N
+            data.maker(self.config, device), self._labels.keys_N, self._labels.classes_N
         )
-        return data.split_feed(self._config, self.cells, split, self.cells.source, topology, maker)
+        return data.split_feed(self.config, self.cells, split, self.cells.source, topology, maker)
 
     def describe(self, folder: RunFolder, feed: Feed, held_out: HeldOut | None) -> list[str]:
         """Implements Task: which number means which class, and how many cells have it."""

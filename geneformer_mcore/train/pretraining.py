@@ -68,7 +68,7 @@ class Pretraining:
 
     def __init__(self, config: Config, cells: Cells) -> None:
         self.cells = cells
-        self._config = config
+        self.config = config
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Pretraining:
     @property
     def shape(self) -> ModelShape:
         """Implements Task."""
-        model = self._config.model
+        model = self.config.model
         return ModelShape(
             model.num_layers,
             model.hidden_size,
@@ -88,7 +88,7 @@ class Pretraining:
 
     def stages(self, device: torch.device) -> list[Geneformer]:
         """Implements Task: initial weights, all of them trained."""
-        config = self._config
+        config = self.config
         core = settings.transformer_config(
             config.model, config.parallel, config.train.precision, device
         )
@@ -102,14 +102,14 @@ class Pretraining:
 
     def feed(self, topology: Topology, device: torch.device) -> Feed:
         """Implements Task."""
-        return data.feed(self._config, self.cells, topology, device)
+        return data.feed(self.config, self.cells, topology, device)
 
     def held_out(self, topology: Topology, device: torch.device) -> HiddenGenes | None:
         """Implements Task."""
-        train = self._config.train
+        train = self.config.train
         if train.validate_every_steps == 0:
             return None
-        feeds = data.validation_feeds(self._config, self.cells, topology, device)
+        feeds = data.validation_feeds(self.config, self.cells, topology, device)
         return HiddenGenes(*feeds, train.validate_batches, topology, device)
 
     def describe(self, folder: RunFolder, feed: Feed, held_out: HeldOut | None) -> list[str]:
@@ -117,16 +117,16 @@ class Pretraining:
         if held_out is None:
             return []
         assert isinstance(held_out, HiddenGenes)
-        cells, train = self.cells, self._config.train
+        cells, train = self.cells, self.config.train
         first = feed.order.first_row
         last = first + min(feed.order.num_cells, BASELINE_CELLS)
-        seen = truncate(cells.source.read(first, last), self._config.data.seq_length)
+        seen = truncate(cells.source.read(first, last), self.config.data.seq_length)
         asked = held_out.validation.validation_cells(train.validate_batches)
         labels, places = held_out.validation.masking.validation_positions(asked)
         if len(labels) == 0:
             raise DataError(
                 f"validation would predict no gene in its {len(asked)} cell(s) with "
-                f"data.mask_probability={self._config.data.mask_probability}. Raise that or "
+                f"data.mask_probability={self.config.data.mask_probability}. Raise that or "
                 "train.validate_batches, or set train.validate_every_steps=0."
             )
         scores = baselines.score(seen, cells.vocabulary.size, labels, places)
