@@ -32,6 +32,7 @@ from geneformer_mcore.downstream.pretrained import Pretrained
 from geneformer_mcore.errors import CheckpointError, ConfigError
 from geneformer_mcore.feed.masks import Masking
 from geneformer_mcore.metrics import classified
+from geneformer_mcore.metrics.provenance import provenance
 from geneformer_mcore.model import classifier, inference
 from geneformer_mcore.store.progress import ProgressLine, no_progress
 
@@ -196,6 +197,9 @@ def _reported(
     pairs = (judged["label"].map(places).to_numpy(), judged["predicted"].map(places).to_numpy())
     np.add.at(counts_CC, pairs, 1)
     report: dict[str, Any] = facts_of(model) | {
+        **provenance(),
+        "pretrained": model.record.identity.task["pretrained"],
+        "finetune": _asked(model),
         "label": label,
         "num_cells": len(judged),
         "left_out": len(table) - len(judged),
@@ -207,6 +211,20 @@ def _reported(
         partial_file.write_text(json.dumps(report, indent=1) + "\n")
     confusion_plot.save(counts_CC, classes, label, folder / PICTURE)
     return _lines(report, folder)
+
+
+def _asked(model: Pretrained) -> dict[str, Any]:
+    """The settings that say how it was fine-tuned, as plain JSON."""
+    tune, config = model.config.finetune, model.config
+    return {
+        "steps": model.record.step,
+        "global_batch_size": config.train.global_batch_size,
+        "lr": config.optim.lr,
+        "frozen_layers": tune.frozen_layers,
+        "lora_rank": tune.lora_rank,
+        "lora_alpha": tune.lora_alpha,
+        "pooling": tune.pooling.value,
+    }
 
 
 def _lines(report: dict[str, Any], folder: Path) -> list[str]:

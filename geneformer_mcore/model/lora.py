@@ -9,6 +9,7 @@ it corrects, and only the `rank` numbers between the two travel.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -100,6 +101,19 @@ def attach(stage: Geneformer, tune: FinetuneConfig) -> None:
         if tune.lora_feed_forward:
             _correct(layer.mlp, "fc1", tune, cut_out=True)
             _correct(layer.mlp, "fc2", tune, cut_out=False)
+
+
+def folded(weights: Mapping[str, torch.Tensor], tune: FinetuneConfig) -> dict[str, torch.Tensor]:
+    """{name: whole tensor} of the same model without corrections: added to what they correct."""
+    kept = {name: each for name, each in weights.items() if not name.endswith(NAMES)}
+    for name in weights:
+        if not name.endswith(".up"):
+            continue
+        block = name.removesuffix(".up")
+        target = f"{block.replace('.lora_', '.linear_')}.weight"
+        correction = weights[name] @ weights[f"{block}.down"]
+        kept[target] = kept[target] + correction * (tune.lora_alpha / tune.lora_rank)
+    return kept
 
 
 def _correct(block: Any, name: str, tune: FinetuneConfig, cut_out: bool) -> None:

@@ -13,6 +13,7 @@ from sklearn import metrics
 
 from geneformer_mcore.checkpoint import state
 from geneformer_mcore.contracts import Batch
+from geneformer_mcore.model import lora
 from geneformer_mcore.model.initial_weights import sharded_parameters, slice_of
 from geneformer_mcore.train.finetuning import LabelledCells
 from geneformer_mcore.train.step import run_schedule
@@ -173,6 +174,25 @@ def test_corrections_begin_without_effect() -> None:
     ((first, then),) = run_ranks(begins_as_it_was, 1)
     assert first < 1e-6
     assert then > 1e-4
+
+
+def folded_is_the_same(*overrides: str) -> float:
+    run = tuned.make(*LORA, *overrides)
+    tuned.redraw(run)
+    (stage,) = run.trainable.stages
+    batch = run.feed.step(0)[0]
+    weights = {name: each.detach() for name, each in stage.named_parameters()}
+    bare = lora.folded(weights, run.config.finetune)
+    assert len(bare) == len(weights) - 4 * 8
+    reference = Reference(bare, num_heads=4, vocabulary_size=toy.VOCABULARY)
+    with torch.no_grad():
+        logits = stage.class_logits(stage.encode(batch), batch)
+        return float((logits - reference.class_logits(*cells_in(batch))).abs().max())
+
+
+def test_corrections_can_be_added_to_the_matrices() -> None:
+    (difference,) = run_ranks(folded_is_the_same, 1)
+    assert difference < 1e-5
 
 
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1", "finetune.dropout=0.2")
