@@ -17,6 +17,7 @@ INSTALL_HINTS = {
     "apex": "use NVIDIA's PyTorch container, or build NVIDIA's apex from source; "
     "the package called `apex` on PyPI is another project",
     "nvidia.dali": "pip install nvidia-dali-cuda130, or set data.loader=thread",
+    "sklearn": 'pip install "geneformer_mcore[eval]"',
     "scanpy": 'pip install "geneformer_mcore[eval]"',
     "cellxgene_census": 'pip install "geneformer_mcore[census]", or give an Experiment by --uri',
 }

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from geneformer_mcore.backends import require
 from geneformer_mcore.checkpoint import weights
 from geneformer_mcore.config import Config
 from geneformer_mcore.contracts import Batch
@@ -111,7 +112,9 @@ class FineTuning:
     @classmethod
     def opened(cls, config: Config, origin: Origin) -> FineTuning:
         """Opens the cells. Raises DataError if they have no such label, or are not of the
-        vocabulary that the model knows."""
+        vocabulary that the model knows; MissingBackendError without scikit-learn."""
+        # Found missing at the first validation, it would cost what came before.
+        require("sklearn")
         everything = data.open_cells(config)
         checksum = everything.vocabulary.checksum
         if checksum != origin.vocabulary:
