@@ -306,9 +306,41 @@ PARITY_COLUMNS = {
     "losses_from_checkpoint": "loss, 50 steps from another layout's checkpoint",
 }
 
+
+def finetune(results: Path) -> str:
+    """All results/finetune_*.json, the test/report.json of runs of launch/finetune.py."""
+    found = [each for path in sorted(results.glob("finetune_*.json")) if (each := read(path))]
+    rows = [[_trained(each), *(show(each) for _, show in FINETUNE_COLUMNS)] for each in found] or [
+        [NOT_MEASURED, *("" for _ in FINETUNE_COLUMNS)]
+    ]
+    head = ["trained", *(label for label, _ in FINETUNE_COLUMNS)]
+    return markdown(head, rows, list(found))
+
+
+def _trained(report: Measurement) -> str:
+    tune, layers = report["finetune"], report["model"]["num_layers"]
+    if tune["lora_rank"]:
+        return f"corrections of rank {tune['lora_rank']}, classifier"
+    if tune["frozen_layers"] == layers:
+        return "classifier"
+    return f"all but {tune['frozen_layers']} layer(s)" if tune["frozen_layers"] else "everything"
+
+
+FINETUNE_COLUMNS: tuple[tuple[str, Callable[[Measurement], str]], ...] = (
+    ("steps x cells", lambda r: f"{r['finetune']['steps']} x {r['finetune']['global_batch_size']}"),
+    ("learning rate", lambda r: f"{r['finetune']['lr']:g}"),
+    ("test cells", lambda r: f"{r['num_cells']:,}"),
+    ("accuracy", lambda r: share(r["accuracy"])),
+    ("macro F1", lambda r: number(r["macro_f1"], ".3f")),
+    ("accuracy of the commonest class", lambda r: share(r["majority_class"]["accuracy"])),
+    ("its macro F1", lambda r: number(r["majority_class"]["macro_f1"], ".3f")),
+)
+"""Column -> what it shows of a report."""
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "demo": demo,
     "real_job": real_job,
+    "finetune": finetune,
     "tflops": tflops,
     "ingest": ingest,
     "tokenize": tokenize,

@@ -18,7 +18,8 @@ EPSILON = 1e-12
 
 class Reference(torch.nn.Module):
     """weights: name -> tensor, with the names of a one-rank Geneformer's state_dict. Weights with a
-    norm after the embedding are those of a post-LN model."""
+    norm after the embedding are those of a post-LN model; corrections of low rank are multiplied by
+    `lora_scale`."""
 
     def __init__(
         self,
@@ -28,6 +29,7 @@ class Reference(torch.nn.Module):
         activation: Callable[[torch.Tensor], torch.Tensor] = F.relu,
         head_activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
         dtype: torch.dtype = torch.float64,
+        lora_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.w = {
@@ -36,6 +38,7 @@ class Reference(torch.nn.Module):
             if isinstance(tensor, torch.Tensor)
         }
         self.num_heads = num_heads
+        self.lora_scale = lora_scale
         self.vocabulary_size = vocabulary_size
         self.activation = activation
         self.head_activation = head_activation or activation
@@ -90,6 +93,17 @@ class Reference(torch.nn.Module):
         logits_MV = self.logits(tokens_BS, lengths_N).flatten(0, 1)[selected_M]
         return F.cross_entropy(logits_MV, labels_M, reduction="sum")
 
+    def class_logits(
+        self, tokens_BS: torch.Tensor, lengths_N: torch.Tensor, by_cls: bool = False
+    ) -> torch.Tensor:
+        """[B, C]: of the mean over a cell's genes, or of its [CLS]."""
+        states_BSH = self.hidden(tokens_BS, lengths_N)
+        rows = [
+            states[0] if by_cls else states[1:length].mean(dim=0)
+            for states, length in zip(states_BSH, lengths_N.tolist(), strict=True)
+        ]
+        return self._linear(torch.stack(rows), "class_head")
+
     def _attention(self, x: torch.Tensor, real_BS: torch.Tensor, name: str) -> torch.Tensor:
         name = f"{name}.self_attention"
         cells, positions, width = x.shape
@@ -108,7 +122,12 @@ class Reference(torch.nn.Module):
         )
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
+        y = x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
+        correction = name.replace("linear_", "lora_")
+        if f"{correction}.up" not in self.w:
+            return y
+        down, up = self.w[f"{correction}.down"], self.w[f"{correction}.up"]
+        return y + self.lora_scale * (x @ down.T @ up.T)
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         centred = x - x.mean(-1, keepdim=True)

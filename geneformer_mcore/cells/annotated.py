@@ -33,7 +33,7 @@ class Beside:
     """
 
     obsm: Mapping[str, np.ndarray]
-    obs: Mapping[str, np.ndarray]
+    obs: Mapping[str, np.ndarray | pd.Categorical]
     uns: Mapping[str, Any]
 
     def put(self, adata: Any) -> None:

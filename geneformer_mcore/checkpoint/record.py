@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from dataclasses import fields as fields_of
 from enum import Enum
 from pathlib import Path
@@ -21,6 +21,7 @@ RECORD = "record.json"
 
 _MAY_DIFFER = frozenset(
     {
+        "finetune.checkpoint",
         "train.micro_batch_size",
         "data.tokens_per_micro_batch",
         "train.steps",
@@ -67,12 +68,14 @@ class Identity:
     vocabulary:    checksum of the vocabulary
     content:       content hash of the token store; "" if the weights were converted from elsewhere
                    and no step was made with them
+    task:          what is learned, beside what settings and cells say; empty for pretraining
     """
 
     config: str
     hidden: dict[str, str]
     vocabulary: str
     content: str
+    task: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,10 @@ def check_continues(record: Record, now: Identity) -> None:
         problems.append(f"vocabulary checksum: {before.vocabulary} -> {now.vocabulary}")
     if before.content != now.content and not record.is_converted:
         problems.append(f"content hash of data.store: {before.content} -> {now.content}")
+    for fact in sorted(before.task.keys() | now.task.keys()):
+        was_fact, is_fact = before.task.get(fact), now.task.get(fact)
+        if was_fact != is_fact:
+            problems.append(f"{fact}: {was_fact} -> {is_fact}")
     # What an older version did not know it did as the defaults do.
     was, shown = _defaults() | _flat(before.config), _defaults() | _flat(now.config)
     for key in sorted(was.keys() | shown.keys()):
@@ -183,6 +190,12 @@ def check_continues(record: Record, now: Identity) -> None:
             + "\n  ".join(problems)
             + "\nRestore the values, or start a new run with another run.dir."
         )
+
+
+def of_the_weights(text: str) -> dict[str, Any]:
+    """Of settings as YAML text: those that say what the weights are."""
+    shown = _defaults() | _flat(text)
+    return {key: shown[key] for key in sorted(_OF_THE_WEIGHTS)}
 
 
 def _must_stay(key: str, record: Record) -> bool:

@@ -29,14 +29,15 @@ _EXACT = "optimizer.state.param."
 def load(stages: Sequence[Geneformer], folder: Path) -> None:
     """Fills the stages of this rank from `folder`, whatever layout wrote it; all ranks together.
 
-    Weights are those the optimizer works on, in fp32, rounded to the stages' dtype. Raises
-    CheckpointError if `folder` holds anything that is no tensor.
+    Weights are those the optimizer works on, in fp32, rounded to the stages' dtype. What the stages
+    do not have is left where it is. Raises CheckpointError if `folder` holds anything that is no
+    tensor.
     """
-    prefix = _exact_prefix(folder)
+    there = _names(folder)
     wanted = {str(number): description_of(stage) for number, stage in enumerate(stages)}
     for entries in wanted.values():
         for entry in entries.values():
-            entry.key = f"{prefix}{entry.key}"
+            entry.key = _most_exact(entry.key, there)
     with plain_metadata.read_by_torch():
         found = dist_checkpointing.load(wanted, str(folder))
     for number, stage in enumerate(stages):
@@ -47,7 +48,7 @@ def load(stages: Sequence[Geneformer], folder: Path) -> None:
 
 def read_tensor(folder: Path, name: str) -> torch.Tensor:
     """One tensor of a checkpoint, whole, in fp32; in one process, without any group."""
-    key = f"{_exact_prefix(folder)}{name}"
+    key = _most_exact(name, _names(folder))
     with plain_metadata.read_by_torch(), warnings.catch_warnings():
         # It remarks on what it is told: that no other rank reads along.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -77,7 +78,11 @@ def newest_sound(root: Path) -> tuple[Path, list[str]]:
     )
 
 
-def _exact_prefix(folder: Path) -> str:
+def _names(folder: Path) -> set[str]:
     with plain_metadata.read_by_torch():
-        keys = plain_metadata.FileSystemReader(folder).read_metadata().state_dict_metadata
-    return _EXACT if f"{_EXACT}{WORD_EMBEDDING}" in keys else ""
+        return set(plain_metadata.FileSystemReader(folder).read_metadata().state_dict_metadata)
+
+
+def _most_exact(name: str, there: set[str]) -> str:
+    """The optimizer has no weights of what was frozen in training."""
+    return f"{_EXACT}{name}" if f"{_EXACT}{name}" in there else name

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from geneformer_mcore.config.sections import Config, Precision, Source
+from geneformer_mcore.config.sections import Config, Precision, Recompute, Source
 from geneformer_mcore.errors import ConfigError
 
 
@@ -33,7 +33,12 @@ class Plan:
 
 def plan(config: Config, world_size: int) -> Plan:
     """The plan of `config` on `world_size` ranks. Raises ConfigError listing every problem."""
-    problems = [*_ranges(config), *_model(config), *_layout(config, world_size)]
+    problems = [
+        *_ranges(config),
+        *_model(config),
+        *_layout(config, world_size),
+        *_finetune(config),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
@@ -225,6 +230,39 @@ def _layers(config: Config) -> Iterator[str]:
         )
 
 
+def _finetune(config: Config) -> Iterator[str]:
+    tune, layers = config.finetune, config.model.num_layers
+    if tune.frozen_layers > layers:
+        yield (
+            f"finetune.frozen_layers must be within 0..{layers}, the layers of this model, and is "
+            f"{tune.frozen_layers}."
+        )
+    if tune.frozen_layers and tune.lora_rank:
+        yield (
+            f"finetune.lora_rank ({tune.lora_rank}) leaves all of the encoder as it was, so "
+            f"finetune.frozen_layers ({tune.frozen_layers}) has no meaning: set one of them to 0."
+        )
+    if tune.lora_rank > config.model.hidden_size:
+        yield (
+            f"finetune.lora_rank ({tune.lora_rank}) must be at most model.hidden_size "
+            f"({config.model.hidden_size}): a correction of a higher rank is no saving."
+        )
+    if not tune.label:
+        return
+    if config.data.source is Source.counts:
+        yield "fine-tuning reads labels from a token store: leave data.source=tokens."
+    if config.parallel.pipeline > 1:
+        yield (
+            f"fine-tuning works without pipeline parallel, and parallel.pipeline is "
+            f"{config.parallel.pipeline}: set it to 1; parallel.tensor shares the model, too."
+        )
+    if (tune.frozen_layers or tune.lora_rank) and config.parallel.recompute is Recompute.full:
+        yield (
+            "parallel.recompute=full gives no gradient behind weights that are frozen "
+            "(finetune.frozen_layers, finetune.lora_rank): use selective or none."
+        )
+
+
 def _multiple(name: str, value: int, of: str, divisor: int) -> str:
     return f"{name} ({value}) must be a multiple of {of} ({divisor})."
 
@@ -274,5 +312,9 @@ _RANGES = (
     ("checkpoint.keep_last", 1, 1_000_000),
     ("checkpoint.keep_every", 0, _MANY),
     ("checkpoint.deadline_s", 1, 86_400),
+    ("finetune.dropout", 0, 0.99),
+    ("finetune.frozen_layers", 0, 1_000),
+    ("finetune.lora_rank", 0, 65_536),
+    ("finetune.lora_alpha", 1e-6, 1e6),
 )
 """(setting, smallest, largest) of every number."""

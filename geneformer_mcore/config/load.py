@@ -1,6 +1,7 @@
 """YAML file + `section.key=value` arguments -> Config, with all mistakes named at once.
 
-defaults (sections.py)  <-  one YAML file  <-  command line  =  merged, interpolations unresolved
+defaults (sections.py)  <-  [another run's]  <-  one YAML file  <-  command line
+                                                      =  merged, interpolations unresolved
 """
 
 from __future__ import annotations
@@ -19,15 +20,20 @@ from geneformer_mcore.config.sections import Activation, Config
 from geneformer_mcore.errors import ConfigError
 
 
-def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> tuple[Config, str]:
+def load(
+    file: str | Path | None = None, overrides: Sequence[str] = (), beneath: Sequence[str] = ()
+) -> tuple[Config, str]:
     """The settings of a run, and the same as YAML text with interpolations left as written.
 
+    beneath: section.key=value that count where neither the file nor `overrides` say otherwise.
     Raises ConfigError that lists every unknown key (with the nearest known one), every value of a
     wrong type and every malformed argument.
     """
     merged = OmegaConf.structured(Config)
     problems: list[str] = []
-    for origin, values in [*_file_values(file, problems), *_argument_values(overrides, problems)]:
+    below = _argument_values(beneath, problems)
+    above = _argument_values(overrides, problems)
+    for origin, values in [*below, *_file_values(file, problems), *above]:
         _merge(merged, origin, values, problems)
     if problems:
         raise ConfigError("\n".join(problems))

@@ -68,6 +68,13 @@ class Recompute(Enum):
     full = "full"
 
 
+class Pooling(Enum):
+    """How a cell's tokens become one vector."""
+
+    mean = "mean"
+    cls = "cls"
+
+
 class NonFinite(Enum):
     """What happens when a loss or a gradient is NaN or infinite."""
 
@@ -297,6 +304,34 @@ class CheckpointConfig:
 
 
 @dataclass
+class FinetuneConfig:
+    """What launch/finetune.py adds to a pretrained model, and how much of it is trained. Nothing of
+    this is for pretraining."""
+
+    checkpoint: str = ""
+    """Folder of the pretraining run, or one of its step folders. The run keeps what it began with:
+    another model is refused when it goes on."""
+    label: str = ""
+    """Column of the token store's obs that holds the classes. Cells without a value are left
+    out."""
+    pooling: Pooling = Pooling.mean
+    """What the classifier reads: the mean over the genes of a cell, or its [CLS]."""
+    dropout: float = 0.1
+    """Dropout on what the classifier reads."""
+    frozen_layers: int = 0
+    """This many layers, counted from the embedding, and the embedding itself stay as they were
+    pretrained. All of them: only the classifier is trained. 0 trains everything."""
+    lora_rank: int = 0
+    """Instead of the encoder's own weights, train a correction of this rank to each matrix of its
+    attention (LoRA): a few percent of the moments' memory, and the encoder stays as it was. 0 is
+    none."""
+    lora_alpha: float = 16.0
+    """The correction is multiplied by lora_alpha / lora_rank."""
+    lora_feed_forward: bool = False
+    """Correct the matrices of the feed-forward blocks, too."""
+
+
+@dataclass
 class Config:
     """All sections. What YAML files and `section.key=value` arguments may set."""
 
@@ -308,3 +343,4 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

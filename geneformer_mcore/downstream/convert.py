@@ -25,7 +25,7 @@ from geneformer_mcore.config.sections import Activation, ModelConfig, Precision
 from geneformer_mcore.contracts import SPECIAL_TOKENS
 from geneformer_mcore.downstream import hf_folder, model_card
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.model import bionemo_keys, hf_keys, token_rows
+from geneformer_mcore.model import bionemo_keys, hf_keys, lora, token_rows
 from geneformer_mcore.model.hf_keys import OUTPUT_BIAS, WORDS, Weights
 
 
@@ -108,7 +108,7 @@ def open_source(path: Path, vocabulary_path: Path | None = None) -> Source:
     record = Record.load(step)
     config = _recorded(record)
     vocabulary = _own_vocabulary(step, record, config, vocabulary_path)
-    weights = whole.read_weights(step)
+    weights = lora.folded(whole.read_weights(step), config.finetune)
     for name in (WORDS, OUTPUT_BIAS):
         weights[name] = weights[name][: vocabulary.size]
     return Source(step, record, config.model, vocabulary, weights)
@@ -147,7 +147,17 @@ def to_hf(
         (partial / "README.md").write_text(_card(source, described, theirs))
     return [
         f"{out}: {described['architectures'][0]} of step {source.record.step}, "
-        f"{len(tokens):,} tokens, {num_positions:,} positions"
+        f"{len(tokens):,} tokens, {num_positions:,} positions",
+        *_of_a_classifier(source.record),
+    ]
+
+
+def _of_a_classifier(record: Record) -> list[str]:
+    if not record.identity.task:
+        return []
+    return [
+        "it was fine-tuned: its encoder is there as it became, corrections of low rank added to "
+        "the matrices, and its classifier is left out; the head for genes is the pretrained one"
     ]
 
 
@@ -204,7 +214,11 @@ def _from_dictionaries(tokens: dict, tokens_path: Path, medians_path: Path) -> V
 def _recorded(record: Record) -> Config:
     """The settings of a checkpoint that its weights depend on; the others are defaults."""
     text = yaml.safe_load(record.identity.config)
-    settings = [f"model.{key}={json.dumps(value)}" for key, value in text["model"].items()]
+    settings = [
+        f"{section}.{key}={json.dumps(value)}"
+        for section in ("model", "finetune")
+        for key, value in text.get(section, {}).items()
+    ]
     config, _ = load(None, [*settings, f"data.seq_length={text['data']['seq_length']}"])
     config.data.store = str(text["data"]["store"])
     config.data.vocabulary = str(text["data"].get("vocabulary") or "")

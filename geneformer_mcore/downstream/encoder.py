@@ -25,7 +25,8 @@ from geneformer_mcore.errors import ConfigError, DataError, GeneformerError
 from geneformer_mcore.feed.batch import make_batch, padded_length
 from geneformer_mcore.feed.masks import VALIDATION_EPOCH, Masking
 from geneformer_mcore.feed.packing import pack
-from geneformer_mcore.model import geneformer, initial_weights, settings, states
+from geneformer_mcore.model import geneformer, initial_weights, lora, settings, states
+from geneformer_mcore.model.classifier import CellClassifier
 from geneformer_mcore.model.states import Pooling
 from geneformer_mcore.parallel import collectives, device, groups
 from geneformer_mcore.parallel.groups import Topology
@@ -97,11 +98,13 @@ def started(
     precision: Precision | None = None,
     tokens_per_batch: int = 0,
     layers: int | None = None,
+    num_classes: int = 0,
 ) -> Iterator[Encoder]:
     """Joins the other ranks, builds the model and loads its weights; leaves them at the end.
 
     precision: None takes fp32 on a CPU, and on a GPU what the model was trained in (bf16 for fp8)
     layers:    cuts the model behind so many; None leaves it whole
+    num_classes: that a fine-tuned model tells apart; 0 leaves its classifier where it is
     Raises ConfigError where the layout does not suit the model or the ranks, or a batch no cell.
     """
     config = pretrained.config
@@ -117,15 +120,7 @@ def started(
     try:
         with torch.random.fork_rng(devices=[]):
             groups.seed_dropout(0, topology)
-            core = settings.transformer_config(config.model, config.parallel, chosen, here)
-            stages = geneformer.build(
-                config.model,
-                core,
-                here,
-                pretrained.vocabulary.size,
-                config.data.seq_length,
-                packed=True,
-            )
+            stages = _stages(pretrained, chosen, here, num_classes)
         _fill(stages, pretrained)
         if layers is not None:
             states.cut(stages, layers)
@@ -140,6 +135,21 @@ def _fill(stages: list[geneformer.Geneformer], pretrained: Pretrained) -> None:
         return
     for stage in stages:
         initial_weights.fill(stage, pretrained.initial_seed)
+
+
+def _stages(
+    pretrained: Pretrained, precision: Precision, here: torch.device, num_classes: int
+) -> list[geneformer.Geneformer]:
+    config = pretrained.config
+    core = settings.transformer_config(config.model, config.parallel, precision, here)
+    size, length = pretrained.vocabulary.size, config.data.seq_length
+    kind = CellClassifier if num_classes else None
+    stages = geneformer.build(config.model, core, here, size, length, packed=True, kind=kind)
+    for stage in stages:
+        lora.attach(stage, config.finetune)
+        if isinstance(stage, CellClassifier):
+            stage.add_head(num_classes, config.finetune)
+    return stages
 
 
 def _check_budget(tokens: int, seq_length: int) -> None:

@@ -42,14 +42,15 @@ class Window:
 class Meter:
     """Accumulates steps and turns them into one record per log step.
 
-    shape, seq_length    size of the model and of a full cell, for the FLOP counts
+    shape, seq_length    size of the model and of a full cell, for the FLOP counts; without a shape
+                         nothing is said of FLOPs
     world_size           ranks of the job, by which TFLOPS are divided
     peak_flops_per_s     of one rank's device, for MFU; None where it is not known
     """
 
     def __init__(
         self,
-        shape: ModelShape,
+        shape: ModelShape | None,
         seq_length: int,
         world_size: int,
         peak_flops_per_s: float | None = None,
@@ -107,7 +108,8 @@ class Meter:
         grad_norm    of the last step, before clipping
         cells_seen, tokens_seen                 since step 0, restarts included
         cells_per_s, tokens_per_s               of the whole job
-        tflops_padded_equivalent, tflops_executed    10^12 FLOP/s per rank (see model/flops.py)
+        tflops_padded_equivalent, tflops_executed    10^12 FLOP/s per rank (see model/flops.py);
+                     None without a shape
         mfu          tflops_executed / the device's peak, as a fraction; None if that is not known
         data_wait_fraction      share of the time spent waiting for a batch
         step_s       mean seconds per step
@@ -129,7 +131,7 @@ class Meter:
             "tokens_per_s": window.tokens / seconds,
             "tflops_padded_equivalent": self._padded_tflops(window, seconds),
             "tflops_executed": executed,
-            "mfu": executed * FLOPS_PER_TFLOPS / peak if peak else None,
+            "mfu": executed * FLOPS_PER_TFLOPS / peak if peak and executed is not None else None,
             "data_wait_fraction": window.data_wait_s / seconds,
             "step_s": window.step_s / window.steps,
         }
@@ -161,10 +163,14 @@ class Meter:
         window.num_predicted = int(window.num_predicted)
         return window
 
-    def _padded_tflops(self, window: Window, seconds: float) -> float:
+    def _padded_tflops(self, window: Window, seconds: float) -> float | None:
+        if self.shape is None:
+            return None
         flops = padded_equivalent_flops(self.shape, self.seq_length, window.cells)
         return flops / seconds / self.world_size / FLOPS_PER_TFLOPS
 
-    def _executed_tflops(self, window: Window, seconds: float) -> float:
+    def _executed_tflops(self, window: Window, seconds: float) -> float | None:
+        if self.shape is None:
+            return None
         work = Work(window.tokens, window.sum_squared_lengths, window.num_predicted)
         return executed_flops(self.shape, work) / seconds / self.world_size / FLOPS_PER_TFLOPS

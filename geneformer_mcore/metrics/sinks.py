@@ -32,6 +32,8 @@ TENSORBOARD_TAGS = {
     "lr": "train/lr",
     "val_loss": "val/loss",
     "val_loss_cell_mean": "val/loss_cell_mean",
+    "val_accuracy": "val/accuracy",
+    "val_macro_f1": "val/macro_f1",
     "cells_per_s": "perf/cells_per_s",
     "tokens_per_s": "perf/tokens_per_s",
     "tflops_padded_equivalent": "perf/tflops_padded_equivalent",
@@ -167,7 +169,12 @@ class Sinks:
 
     def _validation_line(self, record: dict[str, Any]) -> str:
         loss = "-" if record["val_loss"] is None else f"{record['val_loss']:.4f}"
-        return f"{self._step_of(record)}  validation loss {loss}"
+        line = f"{self._step_of(record)}  validation loss {loss}"
+        if "val_accuracy" in record:
+            line += (
+                f"  accuracy {record['val_accuracy']:.2%}  macro F1 {record['val_macro_f1']:.4f}"
+            )
+        return line
 
     def _step_of(self, record: dict[str, Any]) -> str:
         return f"step {record['step']:{len(str(self.total_steps))}}/{self.total_steps}"

@@ -137,11 +137,13 @@ def build(
     seq_length: int,
     padded_size: int | None = None,
     packed: bool = False,
+    kind: type[Geneformer] | None = None,
 ) -> list[Geneformer]:
     """This rank's part of the model, one entry per model chunk, on `device`.
 
     padded_size: rows of the embedding, default `contracts.padded_vocabulary_size`.
     packed: cells will be given end to end, and attention is chosen for that.
+    kind: of the stages, where it is another than Geneformer.
     """
     core = attention.choose(model, device, settings.precision_of(config), packed)
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
@@ -149,7 +151,7 @@ def build(
     chunks = config.virtual_pipeline_model_parallel_size or 1
     stages = []
     for chunk in range(chunks):
-        stage = Geneformer(
+        stage = (kind or Geneformer)(
             config,
             model,
             core,

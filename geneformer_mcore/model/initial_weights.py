@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -19,11 +20,14 @@ from geneformer_mcore.model.settings import INIT_STD
 _WRITES_TO_RESIDUAL = (".linear_proj.weight", ".linear_fc2.weight")
 
 
-def fill(stage: MegatronModule, seed: int) -> None:
-    """Overwrites all parameters of a stage in place. Call before the optimizer copies them."""
+def fill(stage: MegatronModule, seed: int, only: Callable[[str], bool] | None = None) -> None:
+    """Overwrites the parameters of a stage in place: all, or those whose name in the whole model
+    `only` says yes to. Call before the optimizer copies them."""
     num_layers = stage.config.num_layers
     with torch.no_grad():
         for entry in sharded_parameters(stage):
+            if only is not None and not only(entry.key):
+                continue
             entry.data.copy_(slice_of(entry, _draw(entry, seed, num_layers)))
 
 
@@ -39,9 +43,10 @@ def sharded_parameters(stage: MegatronModule) -> list[ShardedTensor]:
 
 
 def _draw(entry: ShardedTensor, seed: int, num_layers: int) -> torch.Tensor:
-    """The whole parameter, fp32 on the CPU. Biases 0, norms 1, matrices normal."""
+    """The whole parameter, fp32 on the CPU. Biases 0, norms 1, matrices normal; a correction of
+    low rank is 0 together: its `down` is normal, its `up` 0."""
     shape = entry.global_shape
-    if entry.key.endswith("bias"):
+    if entry.key.endswith(("bias", ".up")):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
@@ -50,6 +55,8 @@ def _draw(entry: ShardedTensor, seed: int, num_layers: int) -> torch.Tensor:
     std = INIT_STD
     if entry.key.endswith(_WRITES_TO_RESIDUAL):
         std /= math.sqrt(2 * num_layers)
+    elif entry.key.endswith(".down"):
+        std = 1 / math.sqrt(shape[1])
     return torch.randn(shape, generator=generator) * std
 
 

@@ -9,21 +9,14 @@ A mean takes every gene, the last one too, and neither [CLS] nor padding; it is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
 
 import torch
 
+from geneformer_mcore.config.sections import Pooling as Pooling
 from geneformer_mcore.contracts import Batch
 from geneformer_mcore.feed.places import positions_in_cells
 from geneformer_mcore.model import inference
 from geneformer_mcore.model.geneformer import Geneformer
-
-
-class Pooling(Enum):
-    """How a cell's tokens become one vector."""
-
-    mean = "mean"
-    cls = "cls"
 
 
 def cut(stages: Sequence[Geneformer], num_layers: int) -> None:
@@ -54,6 +47,8 @@ def pool(hidden_SBH: torch.Tensor, batch: Batch, pooling: Pooling) -> torch.Tens
     if pooling is Pooling.cls:
         return rows_TH[((inside_BS == 0) & _is_real(batch)).flatten()].float()
     genes_TH = rows_TH[((inside_BS > 0) & _is_real(batch)).flatten()].float()
+    if len(batch.lengths_N) == 0:
+        return genes_TH
     # Segments, not an index_add: the same order of addition each time, on a GPU too.
     return torch.segment_reduce(genes_TH, "mean", lengths=batch.lengths_N - 1)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import pyarrow as pa
 
 from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.contracts import RaggedCells
@@ -98,6 +99,18 @@ class TokenStore:
             column = self._soma.read(OBS, first, last, ["cell_id"])["cell_id"].to_pylist()
             names |= {row: column[row - first] for row in rows[rows // _ROWS_PER_NAME_READ == part]}
         return [names[row] for row in rows]
+
+    def labels(self, name: str) -> pa.Table:
+        """`cell_key` and a label column of all cells, null where a cell has none; DataError naming
+        the label columns that there are if it is none of them."""
+        labels = self.manifest.labels
+        if name not in labels:
+            there = ", ".join(sorted(labels)) or "none"
+            raise DataError(
+                f"{self.path}: its obs has no label column {name!r}; label columns: {there}. "
+                "Remedy: name one of these, or build the store of files whose obs has it."
+            )
+        return self._soma.read(OBS, 0, len(self), ["cell_key", name])
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         """int64 [N], tokens of the cells of `rows` (int64 [N], any order), [CLS] included."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from geneformer_mcore.cells.vocabulary import Vocabulary
@@ -38,6 +39,7 @@ class Cells:
     seq_length:  tokens to which the source has cut its cells
     span_cells, window_spans:  how far neighbouring cells are shuffled (see feed.order)
     names:       the cell ids of any rows (int64 [N])
+    labels:      `cell_key` and the label column of a name, of all cells; None where they have none
     """
 
     name: str
@@ -49,6 +51,7 @@ class Cells:
     span_cells: int
     window_spans: int
     names: Callable[[np.ndarray], list[str]]
+    labels: Callable[[str], pa.Table] | None = None
 
     def count(self, split: str) -> int:
         """Cells of a split."""
@@ -62,6 +65,12 @@ def open_cells(config: Config) -> Cells:
     Raises DataError if they do not suit the settings.
     """
     cells = _counts(config) if config.data.source is Source.counts else _store(config)
+    check_splits(config, cells)
+    return cells
+
+
+def check_splits(config: Config, cells: Cells) -> None:
+    """Raises DataError if there is nothing to train on, or to validate on where that is asked."""
     if cells.count("train") == 0:
         raise DataError(f"{cells.name} has no training cells, so there is nothing to train on.")
     if config.train.validate_every_steps and cells.count("validation") == 0:
@@ -70,7 +79,6 @@ def open_cells(config: Config) -> Cells:
             f"{config.train.validate_every_steps}. Set it to 0, or build the store with a "
             "--validation-fraction."
         )
-    return cells
 
 
 def _store(config: Config) -> Cells:
@@ -99,6 +107,7 @@ def _store(config: Config) -> Cells:
         span_cells=data.span_cells,
         window_spans=data.window_spans,
         names=store.cell_ids,
+        labels=store.labels,
     )
 
 
@@ -135,7 +144,7 @@ def _split(config: Config) -> SplitRule:
 
 def feed(config: Config, cells: Cells, topology: Topology, device: torch.device) -> Feed:
     """This rank's training cells."""
-    return _feed(config, cells, "train", cells.source, topology, _maker(config, device))
+    return split_feed(config, cells, "train", cells.source, topology, maker(config, device))
 
 
 def validation_feeds(
@@ -143,14 +152,14 @@ def validation_feeds(
 ) -> tuple[Feed, Feed]:
     """This rank's held-out cells, and the same with their genes shuffled, as a control."""
     shuffled = ShuffledGenes(cells.source, config.train.seed, config.data.seq_length)
-    maker = _maker(config, device)
+    make = maker(config, device)
     return (
-        _feed(config, cells, "validation", cells.source, topology, maker),
-        _feed(config, cells, "validation", shuffled, topology, maker),
+        split_feed(config, cells, "validation", cells.source, topology, make),
+        split_feed(config, cells, "validation", shuffled, topology, make),
     )
 
 
-def _feed(
+def split_feed(
     config: Config,
     cells: Cells,
     split: str,
@@ -158,6 +167,7 @@ def _feed(
     topology: Topology,
     maker: BatchMaker,
 ) -> Feed:
+    """This rank's cells of a split, read from `source`."""
     data, train = config.data, config.train
     start, stop = cells.rows[split]
     # Validation reads few cells, again and again: span by span, not a window of many at once.
@@ -181,7 +191,8 @@ def _feed(
     )
 
 
-def _maker(config: Config, device: torch.device) -> BatchMaker:
+def maker(config: Config, device: torch.device) -> BatchMaker:
+    """What makes batches, as settings have it."""
     if config.data.loader is Loader.thread:
         return make_batch
     from geneformer_mcore.feed.dali import DaliBatches

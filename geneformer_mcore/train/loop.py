@@ -6,7 +6,6 @@ restore -> feed from the position -> while step < steps: wait for data, step, me
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,15 +17,13 @@ from geneformer_mcore.backends import describe
 from geneformer_mcore.checkpoint.record import Record
 from geneformer_mcore.commands import FINISHED, INTERRUPTED
 from geneformer_mcore.contracts import Batch
-from geneformer_mcore.feed.loader import Feed
 from geneformer_mcore.feed.transfer import steps_on_device
 from geneformer_mcore.optim.schedule import learning_rate
 from geneformer_mcore.parallel import collectives
-from geneformer_mcore.train.evaluate import evaluate
 from geneformer_mcore.train.interruption import Interruption
 from geneformer_mcore.train.profile import Profile
 from geneformer_mcore.train.setup import Run
-from geneformer_mcore.train.step import StepResult, Totals, train_step
+from geneformer_mcore.train.step import StepResult, train_step
 
 _WATCH_LATER_S = 5.0
 
@@ -154,7 +151,7 @@ def _leave_out(run: Run, result: StepResult) -> None:
                 "grad_norm": str(result.grad_norm),
                 "position": first,
                 "epoch": int(epochs[0]),
-                "cells": run.cells.names(rows),
+                "cells": run.task.cells.names(rows),
             }
         )
         what += f", named in {run.folder.path / 'skipped.jsonl'}"
@@ -172,29 +169,15 @@ def _log(run: Run, result: StepResult) -> None:
 
 
 def _validate(run: Run) -> float | None:
-    """The validation loss, nats per predicted gene; None if the run does not validate."""
-    if run.validation is None:
+    """The validation loss, in the unit of the training loss; None if the run does not validate."""
+    if run.held_out is None:
         return None
-    totals = _evaluate(run, run.validation)
-    assert not math.isnan(totals.loss), "validation predicted nothing"
-    record = {
-        "step": run.step,
-        "val_loss": totals.loss,
-        "val_loss_cell_mean": totals.cell_mean,
-        "val_cells": totals.num_cells,
-        "val_predicted": totals.num_predicted,
-    }
-    if run.control is not None and run.step == run.config.train.steps:
-        record["val_loss_shuffled_genes"] = _evaluate(run, run.control).loss
-    if run.sinks is not None:
-        run.sinks.write(record)
-    return totals.loss
-
-
-def _evaluate(run: Run, feed: Feed) -> Totals:
-    limit = run.config.train.validate_batches
     begun = partial(run.watch.doing, "validating", run.step)
-    return evaluate(run.trainable, feed, limit, run.topology, run.device, begun)
+    is_last = run.step == run.config.train.steps
+    found = run.held_out.evaluate(run.trainable, is_last, begun)
+    if run.sinks is not None:
+        run.sinks.write({"step": run.step, **found})
+    return found["val_loss"]
 
 
 def _save(run: Run, val_loss: float | None = None) -> None:

@@ -2,6 +2,7 @@
 
 config.yaml  metrics.jsonl  tensorboard/  checkpoints/  log.txt  outcome.json  baselines.json
 skipped.jsonl (updates that were left out, if any)  profile/ (if train.profile_steps)
+labels.json (of fine-tuning: the classes, instead of baselines.json)
 """
 
 from __future__ import annotations
@@ -130,6 +131,11 @@ class RunFolder:
         """Keeps what the loss is to be compared with."""
         with writing(self.path / "baselines.json"):
             _replace(self.path / "baselines.json", text)
+
+    def write_labels(self, text: str) -> None:
+        """Keeps which classes a model was fine-tuned to tell."""
+        with writing(self.path / "labels.json"):
+            _replace(self.path / "labels.json", text)
 
     def write_skipped(self, record: dict[str, Any]) -> None:
         """Adds a line on an update that was left out."""

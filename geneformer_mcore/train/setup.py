@@ -1,11 +1,10 @@
 """From settings to everything the loop needs: the one place that sees all parts.
 
-cells -> feeds        config -> model -> weights -> optimizer        checkpoint -> state
+task -> cells -> feeds        task -> stages -> optimizer        checkpoint -> state
 """
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,33 +23,19 @@ from geneformer_mcore.checkpoint.record import (
 from geneformer_mcore.checkpoint.saving import Saver
 from geneformer_mcore.config import Config, Plan
 from geneformer_mcore.contracts import padded_vocabulary_size
-from geneformer_mcore.errors import CheckpointError, DataError
-from geneformer_mcore.feed.batch import truncate
+from geneformer_mcore.errors import CheckpointError
 from geneformer_mcore.feed.loader import Feed
-from geneformer_mcore.metrics import baselines
 from geneformer_mcore.metrics.ceiling import measured_peak
 from geneformer_mcore.metrics.meter import Meter
 from geneformer_mcore.metrics.sinks import Sinks
-from geneformer_mcore.model import (
-    attention,
-    attention_check,
-    fused,
-    geneformer,
-    initial_weights,
-    settings,
-)
-from geneformer_mcore.model.flops import ModelShape
+from geneformer_mcore.model import attention, attention_check, fused, settings
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.parallel import collectives, groups
 from geneformer_mcore.parallel.groups import Topology
 from geneformer_mcore.parallel.watch import Watch
-from geneformer_mcore.train import data
-from geneformer_mcore.train.data import Cells
 from geneformer_mcore.train.guard import Guard
 from geneformer_mcore.train.run_folder import RunFolder
-
-BASELINE_CELLS = 20_000
-"""Training cells that the baselines are counted on, at most."""
+from geneformer_mcore.train.task import HeldOut, Task
 
 
 @dataclass
@@ -63,11 +48,10 @@ class Run:
     folder: RunFolder
     device: torch.device
     topology: Topology
-    cells: Cells
+    task: Task
     trainable: optim.Trainable
     feed: Feed
-    validation: Feed | None
-    control: Feed | None
+    held_out: HeldOut | None
     meter: Meter
     guard: Guard
     saver: Saver
@@ -92,8 +76,9 @@ class Run:
         return Identity(
             config=self.config_text,
             hidden=hidden_values(self.config, self.config_text),
-            vocabulary=self.cells.vocabulary.checksum,
-            content=self.cells.content_hash,
+            vocabulary=self.task.cells.vocabulary.checksum,
+            content=self.task.cells.content_hash,
+            task=self.task.facts,
         )
 
     def layout(self) -> dict[str, int]:
@@ -112,7 +97,7 @@ def prepare(
     config_text: str,
     plan: Plan,
     folder: RunFolder,
-    cells: Cells,
+    task: Task,
     device: torch.device,
     topology: Topology,
     watch: Watch,
@@ -123,8 +108,7 @@ def prepare(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     groups.seed_dropout(config.train.seed, topology)
-    validates = config.train.validate_every_steps > 0
-    held_out = data.validation_feeds(config, cells, topology, device) if validates else (None, None)
+    stages = task.stages(device)
     run = Run(
         config=config,
         config_text=config_text,
@@ -132,12 +116,11 @@ def prepare(
         folder=folder,
         device=device,
         topology=topology,
-        cells=cells,
-        trainable=_trainable(config, cells, device),
-        feed=data.feed(config, cells, topology, device),
-        validation=held_out[0],
-        control=held_out[1],
-        meter=_meter(config, cells, device, topology),
+        task=task,
+        trainable=optim.wrap(stages, config.optim, config.parallel),
+        feed=task.feed(topology, device),
+        held_out=task.held_out(topology, device),
+        meter=_meter(config, task, device, topology),
         guard=Guard(config.train),
         saver=Saver(
             folder.checkpoints, config.checkpoint, topology.rank, device, lambda line: run.say(line)
@@ -149,24 +132,11 @@ def prepare(
     _restore(run)
     watch.doing("opening the logs")
     if run.is_first_rank:
-        _write_baselines(run)
+        _describe(run)
         folder.write_config(config_text)
         run.sinks = Sinks(folder.path, config.train.steps, run.step, config_text)
     _announce(run)
     return run
-
-
-def _trainable(config: Config, cells: Cells, device: torch.device) -> optim.Trainable:
-    core = settings.transformer_config(
-        config.model, config.parallel, config.train.precision, device
-    )
-    size = cells.vocabulary.size
-    stages = geneformer.build(
-        config.model, core, device, size, config.data.seq_length, packed=config.data.packing
-    )
-    for stage in stages:
-        initial_weights.fill(stage, config.train.seed)
-    return optim.wrap(stages, config.optim, config.parallel)
 
 
 def _check_attention(run: Run) -> None:
@@ -187,13 +157,9 @@ def _chosen_attention(run: Run) -> str:
     return attention.choose(config.model, run.device, precision, packed).value
 
 
-def _meter(config: Config, cells: Cells, device: torch.device, topology: Topology) -> Meter:
-    model = config.model
-    shape = ModelShape(
-        model.num_layers, model.hidden_size, model.ffn_hidden_size, cells.vocabulary.size
-    )
+def _meter(config: Config, task: Task, device: torch.device, topology: Topology) -> Meter:
     peak = measured_peak(device, settings.DTYPES[config.train.precision])
-    return Meter(shape, config.data.seq_length, topology.world_size, peak)
+    return Meter(task.shape, config.data.seq_length, topology.world_size, peak)
 
 
 def _restore(run: Run) -> None:
@@ -237,23 +203,8 @@ def _newest_checkpoint(run: Run) -> Path | None:
     return run.folder.checkpoints / name if name else None
 
 
-def _write_baselines(run: Run) -> None:
-    """Scores the two baselines on the very positions that validation asks for."""
-    if run.validation is None:
-        return
-    train = run.feed.order
-    first, last = train.first_row, train.first_row + min(train.num_cells, BASELINE_CELLS)
-    seen = truncate(run.cells.source.read(first, last), run.config.data.seq_length)
-    held_out = run.validation.validation_cells(run.config.train.validate_batches)
-    labels, places = run.validation.masking.validation_positions(held_out)
-    if len(labels) == 0:
-        raise DataError(
-            f"validation would predict no gene in its {len(held_out)} cell(s) with "
-            f"data.mask_probability={run.config.data.mask_probability}. Raise that or "
-            "train.validate_batches, or set train.validate_every_steps=0."
-        )
-    scores = baselines.score(seen, run.cells.vocabulary.size, labels, places)
-    run.folder.write_baselines(json.dumps(scores, indent=1) + "\n")
+def _describe(run: Run) -> None:
+    run.messages += run.task.describe(run.folder, run.feed, run.held_out)
 
 
 def _micro_batches(run: Run) -> str:
@@ -269,7 +220,7 @@ def _micro_batches(run: Run) -> str:
 
 def _announce(run: Run) -> None:
     """Says what runs, on what, with which kernels."""
-    config, cells = run.config, run.cells
+    config, cells = run.config, run.task.cells
     layout = ", ".join(f"{kind} {size}" for kind, size in run.layout().items())
     is_compiled = fused.is_compiled(config.model.compile, run.device)
     run.say(

@@ -11,9 +11,12 @@ with warnings.catch_warnings():
     import geneformer_mcore.downstream.evaluation_text
     import geneformer_mcore.feed.loader
     import geneformer_mcore.train.data
-    import geneformer_mcore.train.loop  # noqa: F401
+    import geneformer_mcore.train.finetuning
+    import geneformer_mcore.train.loop
+    import geneformer_mcore.train.pretraining  # noqa: F401
     import launch.embed
     import launch.evaluate
+    import launch.finetune
     import launch.pretrain  # noqa: F401
     from tests.distributed import toy
 

@@ -165,7 +165,7 @@ def test_a_disk_full_of_everything(disk: Path, store: Path, undisturbed: dict[st
     assert_goes_on(run, store, undisturbed, 2)
 
 
-@pytest.mark.parametrize("name", ["_write_baselines", "Sinks"])
+@pytest.mark.parametrize("name", ["_describe", "Sinks"])
 def test_a_disk_full_at_the_start(
     disk: Path, store: Path, undisturbed: dict[str, str], name: str
 ) -> None:

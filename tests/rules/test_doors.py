@@ -30,11 +30,11 @@ DOORS = {
     "transformer_engine": ({"parallel", "model", "optim"}, 2),
     "apex": ({"parallel", "model", "optim"}, 2),
     "nvidia": ({"feed"}, 1),
-    "megatron": ({"parallel", "model", "optim", "checkpoint", "train"}, 16),
-    "matplotlib": ({"downstream"}, 4),
+    "megatron": ({"parallel", "model", "optim", "checkpoint", "train"}, 17),
+    "matplotlib": ({"downstream"}, 6),
     "torch.utils.tensorboard": ({"metrics"}, 1),
     "scanpy": ({"downstream"}, 2),
-    "sklearn": ({"downstream"}, 2),
+    "sklearn": ({"downstream", "metrics"}, 3),
 }
 """Package -> (packages of the library that may import it, in how many modules at most)."""
 

@@ -87,14 +87,14 @@ def test_what_only_looks_like_a_reading_is_not_one(code: str) -> None:
 def test_a_dead_setting_would_be_found() -> None:
     """Settings nobody reads, named like attributes that the library does read of other objects."""
     text = SECTIONS.read_text()
-    for name in ("step", "rank", "num_cells"):
+    for name in ("step", "rank", "world_size"):
         assert f".{name}" in (LIBRARY / "train" / "setup.py").read_text()
         text = text.replace(
             "    clip: float = 1.0\n", f"    {name}: int = 1\n    clip: float = 1.0\n"
         )
     settings = Settings.of(ast.parse(text))
     read = {name for tree in _acting_trees() for name in settings_read(tree, settings)}
-    assert settings.names() - read == {"optim.step", "optim.rank", "optim.num_cells"}
+    assert settings.names() - read == {"optim.step", "optim.rank", "optim.world_size"}
 
 
 def _sections() -> list[ast.ClassDef]:

@@ -1,0 +1,65 @@
+"""How well classes were told, by scikit-learn, from a table of counts.
+
+counts [true, predicted] of all cells, whatever ranks they were on -> accuracy, macro F1, per class
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def scores(counts_CC: np.ndarray) -> dict[str, float]:
+    """accuracy: share of cells; macro_f1: mean over classes that occur, true or predicted.
+
+    counts_CC: whole numbers, cells by true (row) and predicted class, one at least
+    """
+    from sklearn import metrics
+
+    true, predicted, weights = _pairs(counts_CC)
+    return {
+        "accuracy": float(metrics.accuracy_score(true, predicted, sample_weight=weights)),
+        "macro_f1": float(
+            metrics.f1_score(
+                true, predicted, sample_weight=weights, average="macro", zero_division=0
+            )
+        ),
+    }
+
+
+def per_class(counts_CC: np.ndarray, classes: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """{class: precision, recall, f1, cells}, 0 where nothing was predicted or is there."""
+    from sklearn import metrics
+
+    true, predicted, weights = _pairs(counts_CC)
+    columns = metrics.precision_recall_fscore_support(
+        true,
+        predicted,
+        labels=np.arange(len(classes)),
+        sample_weight=weights,
+        zero_division=0,
+    )
+    return {
+        name: {
+            "precision": float(precision),
+            "recall": float(recall),
+            "f1": float(f1),
+            "cells": round(cells),
+        }
+        for name, precision, recall, f1, cells in zip(classes, *columns, strict=True)
+    }
+
+
+def majority(counts_CC: np.ndarray) -> dict[str, float]:
+    """`scores` of telling always the class that most of these very cells have: what any model must
+    beat."""
+    always = np.zeros_like(counts_CC)
+    always[:, counts_CC.sum(axis=1).argmax()] = counts_CC.sum(axis=1)
+    return scores(always)
+
+
+def _pairs(counts_CC: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each pair of classes that occurs, once, with its cells as weight."""
+    true, predicted = np.nonzero(counts_CC)
+    return true, predicted, counts_CC[true, predicted]

@@ -1,0 +1,90 @@
+"""Geneformer with a classifier of cells on top, and what of it is trained.
+
+    hidden [S, B, H] -> mean over the genes of each cell, or its [CLS] [N, H] -> dropout -> linear
+                     -> logits [N, C] -> cross entropy of the cells that are asked for [M]
+
+A batch for it selects the [CLS] of every cell asked for, and labels it with the number of the
+cell's class: what counts genes then counts cells.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from geneformer_mcore.config.sections import FinetuneConfig
+from geneformer_mcore.contracts import Batch
+from geneformer_mcore.feed.places import cells_of
+from geneformer_mcore.model import inference, lora, states
+from geneformer_mcore.model.geneformer import Geneformer
+
+_HEAD = "class_head."
+
+
+class ClassHead(torch.nn.Module):
+    """dropout -> linear(H, C), the same on every tensor rank, which all see all positions: so its
+    gradients are whole on each, and are not added up."""
+
+    def __init__(self, hidden_size: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.weight = torch.nn.Parameter(torch.zeros(num_classes, hidden_size))
+        self.bias = torch.nn.Parameter(torch.zeros(num_classes))
+
+    def forward(self, cells_NH: torch.Tensor) -> torch.Tensor:
+        """cells_NH: fp32. fp32 [N, C], with the product in the dtype of the weights."""
+        kept_NH = F.dropout(cells_NH, self.dropout, self.training)
+        return F.linear(kept_NH.to(self.weight.dtype), self.weight, self.bias).float()
+
+
+class CellClassifier(Geneformer):
+    """The one stage of a model that tells classes of cells; `add_head` makes it whole. The head
+    for genes stays where it was, for what is pretrained further, and is not trained."""
+
+    def add_head(self, num_classes: int, tune: FinetuneConfig) -> None:
+        """Call once the pretrained weights are loaded, or before those of a fine-tuned model."""
+        head = ClassHead(self.config.hidden_size, num_classes, tune.dropout)
+        word = self.embedding.word_embeddings.weight
+        self.class_head = head.to(device=word.device, dtype=self.config.params_dtype)
+        self.pooling = tune.pooling
+
+    def loss(self, hidden_SBH: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """fp32 [M], nats for every cell that is asked for."""
+        return F.cross_entropy(
+            self.asked_logits(hidden_SBH, batch), batch.labels_M, reduction="none"
+        )
+
+    def asked_logits(self, hidden_SBH: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """fp32 [M, C] of the cells that are asked for."""
+        return self.class_logits(hidden_SBH, batch)[cells_of(batch, batch.selected_M)]
+
+    def class_logits(self, hidden_SBH: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """fp32 [N, C] of every cell of the batch; each must have a gene."""
+        whole_SBH = inference.whole(hidden_SBH, self)
+        return self.class_head(states.pool(whole_SBH, batch, self.pooling))
+
+
+def probabilities(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Tensor:
+    """fp32 [N, C] (an inference.Finish)."""
+    assert isinstance(stage, CellClassifier)
+    return stage.class_logits(hidden_SBH, batch).softmax(dim=1)
+
+
+def is_new(name: str) -> bool:
+    """Whether a parameter, by its name in the whole model, is none of the pretrained ones."""
+    return name.startswith(_HEAD) or name.endswith(lora.NAMES)
+
+
+def freeze(stage: Geneformer, tune: FinetuneConfig) -> None:
+    """Leaves out of training what settings say, and the head for genes always."""
+    layers, count = list(stage.encoder.layers), tune.frozen_layers
+    frozen: list[torch.nn.Module] = [stage.lm_head, stage.output_layer]
+    if count:
+        frozen += [stage.embedding, *layers[:count]]
+    if count == len(layers) and stage.encoder.final_layernorm is not None:
+        frozen.append(stage.encoder.final_layernorm)
+    for module in frozen:
+        module.requires_grad_(requires_grad=False)
+    if tune.lora_rank:
+        for name, parameter in stage.named_parameters():
+            parameter.requires_grad_(is_new(name))

@@ -1,0 +1,196 @@
+#!/usr/bin/env python
+"""Fine-tunes a pretrained model to tell classes of cells, such as cell types; predicts with it.
+
+torchrun [--nproc_per_node=N] launch/finetune.py --checkpoint RUN --store STORE --label COLUMN
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geneformer_mcore import config as settings
+from geneformer_mcore.backends import ignore_known_warnings
+from geneformer_mcore.commands import FINISHED, complain, run
+from geneformer_mcore.errors import ConfigError, GeneformerError
+from geneformer_mcore.train import job
+from geneformer_mcore.train.interruption import Interruption
+from geneformer_mcore.train.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from geneformer_mcore.downstream.predict import Request
+    from geneformer_mcore.parallel.watch import Watch
+    from geneformer_mcore.train.task import Task
+
+DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "finetune.yaml"
+EXAMPLE = """examples:
+  torchrun --nproc_per_node=2 launch/finetune.py --checkpoint runs/lung --store stores/atlas \\
+      --label cell_type run.dir=runs/types train.steps=500 optim.lr=1e-4
+  ... finetune.frozen_layers=4                   the embedding and the first 4 layers stay
+  ... finetune.lora_rank=8 optim.lr=1e-3         the encoder stays, corrections are trained
+  python launch/finetune.py --checkpoint runs/types --predict new.h5ad --output told.h5ad
+
+A store (data_prep/build_store.py --vocabulary, with the model's vocabulary.json) keeps the columns
+of obs. Its train split trains, validation is looked at on the way, test at the end, into RUN/test.
+All of launch/pretrain.py's settings hold; those of the model come with its checkpoint. Start the
+same command again and it goes on where it was stopped.
+
+exit codes (also in RUN/outcome.json, since torchrun turns all but 0 into 1):
+  0 finished   2 wrong settings or data   75 interrupted and saved, start again   1 defect
+"""
+
+
+def main() -> int:
+    """Ends with the exit code of the run, which rank 0 also writes into outcome.json."""
+    arguments = _arguments()
+    if arguments.predict is not None:
+        return _predict(arguments)
+    interruption = Interruption()
+    ignore_known_warnings()
+    file = arguments.config or DEFAULT
+    overrides = _overrides(arguments)
+    try:
+        config, text, origin = _settings(arguments, file, overrides)
+        plan = settings.plan(config, job.environment("WORLD_SIZE", 1))
+    except GeneformerError as error:
+        return job.refuse_settings(error, settings.run_dir(file, overrides))
+    if arguments.dry_run:
+        return job.show(text, plan, config.run.dir)
+
+    def open_task() -> Task:
+        from geneformer_mcore.train.finetuning import FineTuning, Origin
+
+        return FineTuning.opened(config, Origin(*origin))
+
+    def work(folder: RunFolder, watch: Watch) -> tuple[int, str]:
+        after = partial(_test, config)
+        return job.train(config, text, plan, folder, interruption, watch, open_task, after)
+
+    return job.ended(config, interruption, work)
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    named = {
+        "finetune.checkpoint": arguments.checkpoint,
+        "finetune.label": arguments.label,
+        "data.store": arguments.store,
+    }
+    given = [f"{key}={json.dumps(str(value))}" for key, value in named.items() if value is not None]
+    return [*given, *arguments.settings]
+
+
+def _settings(
+    arguments: argparse.Namespace, file: Path, overrides: list[str]
+) -> tuple[settings.Config, str, tuple[Path, str, str]]:
+    """The settings on top of those of the pretrained model, as text too, and that model: folder,
+    name, checksum of its vocabulary."""
+    # What is wrong with the settings alone is answered at once.
+    config, text = settings.load(file, overrides)
+    if not config.finetune.label:
+        raise ConfigError(
+            "fine-tuning needs --label: the column of the store's obs that holds the classes. "
+            "(To predict with a fine-tuned run, give --predict and --output.)"
+        )
+    from geneformer_mcore.downstream import basis
+
+    model = basis.find(config.finetune.checkpoint, arguments.vocabulary)
+    config, text = settings.load(file, overrides, basis.settings_of(model))
+    basis.check_same(config, model)
+    return config, text, (model.folder, basis.name_of(model), model.vocabulary.checksum)
+
+
+def _test(config: settings.Config) -> None:
+    from geneformer_mcore.downstream import predict
+
+    parallel = config.parallel
+    layout = [f"parallel.tensor={parallel.tensor}", f"parallel.sequence={parallel.sequence}"]
+    is_first = job.environment("RANK", 0) == 0
+    for line in predict.test(Path(config.run.dir), config.data.store, layout, is_first):
+        print(line, flush=True)
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    ignore_known_warnings()
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        if arguments.output is None:
+            raise ConfigError("--predict and --output go together: cells, and where they go.")
+        # Only now what takes seconds to import.
+        from geneformer_mcore.downstream import predict
+
+        lines = predict.run(_request(arguments), is_first)
+    except GeneformerError as error:
+        return complain(error)
+    if is_first:
+        print("\n".join(lines))
+    return FINISHED
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    from geneformer_mcore.cells.corpus import InputOptions
+    from geneformer_mcore.cells.genes import load_symbols
+    from geneformer_mcore.config.sections import Precision
+    from geneformer_mcore.downstream.predict import Request
+
+    return Request(
+        checkpoint=arguments.checkpoint,
+        source=arguments.predict,
+        output=arguments.output,
+        precision=Precision(arguments.precision) if arguments.precision else None,
+        tokens_per_batch=arguments.tokens_per_batch,
+        vocabulary=arguments.vocabulary,
+        options=InputOptions(
+            arguments.counts_layer,
+            load_symbols(arguments.symbols) if arguments.symbols else {},
+            arguments.allow_normalised,
+            arguments.allow_low_overlap,
+        ),
+        layout=arguments.settings,
+        overwrite=arguments.overwrite,
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="a run's folder, or one of its step folders")
+    add("--vocabulary", type=Path, help="the model's, where its store has moved")
+    train = parser.add_argument_group("to fine-tune")
+    train.add_argument("--store", help="token store with the model's vocabulary")
+    train.add_argument("--label", metavar="COLUMN", help="of obs, such as cell_type")
+    train.add_argument("--config", type=Path, help="YAML file; default: configs/finetune.yaml")
+    train.add_argument("--dry-run", action="store_true", help="show the settings and stop")
+    _add_prediction(parser)
+    add("settings", nargs="*", metavar="section.key=value", help="to predict: parallel.* only")
+    return parser.parse_intermixed_args()
+
+
+def _add_prediction(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("to predict with a fine-tuned run").add_argument
+    add("--predict", metavar="CELLS", help="h5ad file of counts, SOMA Experiment or token store")
+    add("--output", type=Path, metavar="FILE", help="h5ad: the cells, with columns in obs")
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="",
+        help="of the arithmetic (default: fp32 on a CPU, the training's on a GPU)",
+    )
+    add("--tokens-per-batch", type=int, default=0, metavar="N", help="at most (default: by device)")
+    add("--counts-layer", help="layer of the counts (default: counts, raw.X, X, in that order)")
+    add("--symbols", metavar="FILE", help="symbol -> Ensembl id: JSON, or a GENCODE table")
+    add("--allow-normalised", action="store_true", help="values may be counts scaled per cell")
+    add("--allow-low-overlap", action="store_true", help="few genes may be in the vocabulary")
+    add("--overwrite", action="store_true", help="replace an output that is there")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
