@@ -42,10 +42,10 @@ def main() -> int:
     """Pretrains, classifies, and prints the tables."""
     arguments = _arguments()
     ignore_known_warnings()
+    train, labelled = _files(arguments.train), _files(arguments.labelled)
     # Only now what takes seconds to import.
     from benchmarks.side_by_side import cell_type_pages, cell_type_sets
 
-    train, labelled = _files(arguments.train), _files(arguments.labelled)
     out: Path = arguments.out
     result: Path = arguments.json or out / "cell_types.json"
     _check_places(out, result)
