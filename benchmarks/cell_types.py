@@ -30,6 +30,7 @@ import os
 import subprocess
 from typing import Any
 
+from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.commands import FINISHED, run
 from geneformer_mcore.errors import DataError
 
@@ -40,10 +41,11 @@ CONFIG = "configs/cell_types.yaml"
 def main() -> int:
     """Pretrains, classifies, and prints the tables."""
     arguments = _arguments()
+    ignore_known_warnings()
+    train, labelled = _files(arguments.train), _files(arguments.labelled)
     # Only now what takes seconds to import.
     from benchmarks.side_by_side import cell_type_pages, cell_type_sets
 
-    train, labelled = _files(arguments.train), _files(arguments.labelled)
     out: Path = arguments.out
     result: Path = arguments.json or out / "cell_types.json"
     _check_places(out, result)

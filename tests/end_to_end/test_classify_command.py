@@ -53,7 +53,7 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classify") / "run"
     settings = [f"data.store={store}", "train.steps=2", "train.validate_every_steps=0"]
     started = forked.start(folder, settings)
-    assert started.wait() == [0], started.printed
+    assert started.wait(timeout_s=280) == [0], started.printed
     return folder
 
 
@@ -72,7 +72,7 @@ def test_cells_of_the_training_are_refused_unless_told(
         )
     ]
     lines = [[*line, "--no-plots", "--resamples", "0"] for line in lines]
-    ((refused, allowed, fine, moved),) = run_ranks(commands, 1, "classify", lines)
+    ((refused, allowed, fine, moved),) = run_ranks(commands, 1, "classify", lines, timeout_s=280)
     num_train = json.loads((store / "manifest.json").read_text())["rows"]["train"]
     num_seen = num_train[1] - num_train[0]
     assert 100 < num_seen < 240
@@ -125,7 +125,7 @@ def test_the_chain_refuses_what_leaves_nothing_to_train_on(
             *("--out", tmp_path / "out"),
         ]
         ended = subprocess.run(
-            list(map(str, command)), cwd=repository, capture_output=True, text=True, timeout=120
+            list(map(str, command)), cwd=repository, capture_output=True, text=True, timeout=280
         )
         assert ended.returncode == 2, ended.stderr
         assert told in ended.stderr
