@@ -17,10 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.commands import DEFECT, FINISHED, INTERRUPTED, WRONG_INPUT
-from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.metrics.room import unwritable, writing
+from geneformer_mcore.store.layout import VOCABULARY_FILE
 
 _TAKE_OVER_S = 2.0
 """How long a killed process may take to give its lock back."""
@@ -126,6 +128,16 @@ class RunFolder:
         following do."""
         with writing(self.path / "config.yaml"):
             _replace(self.path / "config.yaml", text)
+
+    def write_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Keeps which gene each token is, so that the folder can be used without its store."""
+        path = self.path / VOCABULARY_FILE
+        if path.exists():  # of an earlier start, which this one continues
+            return
+        try:
+            vocabulary.save(path)
+        except DataError as error:
+            raise ConfigError(f"{error} Then start the same command again.") from error
 
     def write_baselines(self, text: str) -> None:
         """Keeps what the loss is to be compared with."""

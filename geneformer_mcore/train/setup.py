@@ -134,6 +134,7 @@ def prepare(
     if run.is_first_rank:
         _describe(run)
         folder.write_config(config_text)
+        folder.write_vocabulary(task.cells.vocabulary)
         run.sinks = Sinks(folder.path, config.train.steps, run.step, config_text)
     _announce(run)
     return run
