@@ -41,7 +41,7 @@ from benchmarks.side_by_side.tflops_cells import made_up
 from benchmarks.side_by_side.tflops_grid import MEAN_TOKENS
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.commands import DEFECT, FINISHED, run
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.metrics import kept
 from geneformer_mcore.store.flat import ensure
 
@@ -62,7 +62,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         cells = _cells(arguments.cells, Path(work), 64 if arguments.toy else 2048)
         parts = toy_parts(out, cells) if arguments.toy else all_parts(out, cells)
-        parts = [part for part in parts if part.name in (arguments.only or [part.name])]
+        parts = _chosen(parts, arguments.only)
         outcomes = session_parts.run_all(parts, out, arguments.seconds)
     print(session_summary.write(out))
     failed = [each for each in outcomes if each.state != session_parts.ENDED]
@@ -81,6 +81,17 @@ def all_parts(out: Path, cells: Path) -> list[Part]:
         _train_step("106m", out, 130, *peers, "--global-batch", "128", "--micro-batches", "32"),
         _train_step("10m", out, 110, *peers, "--global-batch", "512", "--micro-batches", "64"),
     ]
+
+
+def _chosen(parts: list[Part], names: list[str] | None) -> list[Part]:
+    there = [part.name for part in parts]
+    unknown = [name for name in names or () if name not in there]
+    if unknown:
+        raise ConfigError(
+            f"--only must name parts of a session ({', '.join(there)}), and names "
+            f"{', '.join(unknown)}."
+        )
+    return [part for part in parts if not names or part.name in names]
 
 
 def toy_parts(out: Path, cells: Path) -> list[Part]:

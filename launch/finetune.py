@@ -98,7 +98,7 @@ def _settings(
         )
     from geneformer_mcore.downstream import basis
 
-    model = basis.find(config.finetune.checkpoint, arguments.vocabulary)
+    model = basis.find(config.finetune.checkpoint, arguments.vocabulary, config.run.dir)
     config, text = settings.load(file, overrides, basis.settings_of(model))
     basis.check_same(config, model)
     return config, text, (model.folder, basis.name_of(model), model.vocabulary.checksum)

@@ -179,7 +179,7 @@ def check_continues(record: Record, now: Identity) -> None:
     for key in sorted(was.keys() | shown.keys()):
         if not _must_stay(key, record):
             continue
-        if was.get(key) != shown.get(key):
+        if not _agree(key, was.get(key), shown.get(key)):
             problems.append(f"{key}: {was.get(key)} -> {shown.get(key)}")
         elif before.hidden.get(key) != now.hidden.get(key):
             problems.append(f"{key}: {shown[key]} has another value now")
@@ -190,6 +190,11 @@ def check_continues(record: Record, now: Identity) -> None:
             + "\n  ".join(problems)
             + "\nRestore the values, or start a new run with another run.dir."
         )
+
+
+def _agree(key: str, was: Any, now: Any) -> bool:
+    # Null leaves it to the machine, and a version before that knew only false.
+    return was == now or (key == "model.compile" and None in (was, now))
 
 
 def of_the_weights(text: str) -> dict[str, Any]:

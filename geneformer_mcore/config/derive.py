@@ -247,7 +247,7 @@ def _finetune(config: Config) -> Iterator[str]:
             f"finetune.lora_rank ({tune.lora_rank}) must be at most model.hidden_size "
             f"({config.model.hidden_size}): a correction of a higher rank is no saving."
         )
-    if not tune.label:
+    if not tune.checkpoint:  # nothing is fine-tuned, but a model that was may be in use
         return
     if config.data.source is Source.counts:
         yield "fine-tuning reads labels from a token store: leave data.source=tokens."

@@ -179,7 +179,8 @@ class ModelConfig:
     """Compile the elementwise parts of a layer and the loss with torch.compile: bias and
     activation, dropout and residual, norms. Takes up to a minute at the start, and draws other
     dropout. null: on a GPU where Triton and a C compiler are found; on a CPU, where it gains
-    nothing and needs a C++ compiler, it must be asked for."""
+    nothing and needs a C++ compiler, it must be asked for. A run that must go on bit for bit on
+    machines of several kinds says true or false."""
 
 
 @dataclass

@@ -157,7 +157,8 @@ def _of_a_classifier(record: Record) -> list[str]:
         return []
     return [
         "it was fine-tuned: its encoder is there as it became, corrections of low rank added to "
-        "the matrices, and its classifier is left out; the head for genes is the pretrained one"
+        "the matrices, and its classifier is left out; the head for genes was not trained, but "
+        "its matrix is the word embedding as that became"
     ]
 
 

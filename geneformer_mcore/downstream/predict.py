@@ -30,11 +30,11 @@ from geneformer_mcore.downstream.embed import facts_of
 from geneformer_mcore.downstream.encoder import Work
 from geneformer_mcore.downstream.pretrained import Pretrained
 from geneformer_mcore.errors import CheckpointError, ConfigError
-from geneformer_mcore.feed.masks import Masking
 from geneformer_mcore.metrics import classified
 from geneformer_mcore.metrics.provenance import provenance
 from geneformer_mcore.model import classifier, inference
 from geneformer_mcore.store.progress import ProgressLine, no_progress
+from geneformer_mcore.train.labels import as_text
 
 TEST_FOLDER = "test"
 PREDICTIONS, REPORT, PICTURE = "predictions.csv", "report.json", "confusion.png"
@@ -120,13 +120,12 @@ def probabilities(
     """On rank 0 float32 [cells, classes] in the order of the cells, NaN for those without a known
     gene; None on the other ranks."""
     _, classes = classes_of(model)
-    nothing_hidden = Masking(0.0, (1.0, 0.0, 0.0), model.vocabulary.size, 0)
     ask = partial(inference.through, finish=classifier.probabilities)
-    work = Work("predicting", len(classes), nothing_hidden, ask)
     with ExitStack() as stack:
         engine = stack.enter_context(
             encoder.started(model, precision, tokens_per_batch, num_classes=len(classes))
         )
+        work = Work("predicting", len(classes), encoder.nothing_hidden(engine), ask)
         line = stack.enter_context(ProgressLine("cells")) if shows_progress else None
         progress = line.update if line else no_progress
         return encoder.per_cell(engine, cells, work, np.float32, progress)
@@ -166,17 +165,19 @@ def test(run_dir: Path, store: str, layout: Sequence[str], is_first: bool) -> li
         found_NC = probabilities(model, cells, is_first)
         if found_NC is None:
             return []
-        table = _table(cells.obs()[label], found_NC, classes)
+        start, stop = cells.store.rows("test")
+        # As training reads them: pandas would make 3.0 of a 3 beside a missing value.
+        text_N = as_text(cells.store.labels(label)[label], store, label)[start:stop]
+        table = _table(pd.Series(text_N, cells.obs().index), found_NC, classes)
     return _reported(run_dir / TEST_FOLDER, table, label, classes, model)
 
 
 def _table(labels: pd.Series, found_NC: np.ndarray, classes: list[str]) -> pd.DataFrame:
     """A row per cell: label as it is ("" if none), predicted class, its probability."""
     likeliest, probability = _likeliest(found_NC)
-    known = labels.astype(object).where(labels.notna(), "").astype(str).str.strip()
     return pd.DataFrame(
         {
-            "label": known.to_numpy(),
+            "label": labels.to_numpy(),
             "predicted": np.array(classes)[likeliest],
             "probability": probability,
         },

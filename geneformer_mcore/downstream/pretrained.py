@@ -106,6 +106,7 @@ def _config(record: Record, folder: Path, layout: Sequence[str]) -> Config:
         sequence=chosen.sequence,
         recompute=Recompute.none,
     )
+    config.finetune.checkpoint = ""
     config.model.attention = Attention.auto
     config.model.hidden_dropout = config.model.attention_dropout = 0.0
     config.model.compile = False

@@ -64,7 +64,7 @@ def _ending(results: Results) -> str:
     ]
     if results.exit_code == INTERRUPTED:
         lines.append(
-            f"                       pretraining with run.dir={results.run_dir} continues it"
+            f"                       the same command (run.dir={results.run_dir}) continues it"
         )
     return "\n".join(lines)
 

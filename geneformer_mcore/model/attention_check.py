@@ -50,6 +50,8 @@ def check(stage: Geneformer, device: torch.device, packed: bool) -> float:
         with torch.enable_grad():
             context_BSD = attend(layer, inputs, real_BS.to(device))
             return _compared(context_BSD, inputs, weight, real_BS.to(device))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # of a library that does not fit this machine
         raise ConfigError(
             f"the attention that was chosen does not run here: {_first_line(error)}. {_REMEDY}"

@@ -35,7 +35,6 @@ def start(threads: int = 0) -> torch.device:
     # Before the first matrix product: MKL may otherwise take fewer threads than it is told, add up
     # in another order, and a resumed run would not be bitwise (Intel's conditions for that).
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
-    os.environ.setdefault("OMP_DYNAMIC", "FALSE")
     torch.set_num_threads(threads or _fair_threads())
     _answer_for_cuda()
     return _CPU

@@ -9,6 +9,10 @@ from types import FrameType
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
+class Interrupted(Exception):  # noqa: N818  it is no error
+    """Raised where a signal comes, or the time is up, while there is nothing to finish first."""
+
+
 class Interruption:
     """Notes signals without acting on them: a step, a save, a validation is finished first.
 
@@ -20,6 +24,7 @@ class Interruption:
         self._started = time.monotonic()
         self._deadline: float | None = None
         self._signal: str | None = None
+        self._raises = False
         for number in _SIGNALS:
             signal.signal(number, self._note)
 
@@ -36,6 +41,17 @@ class Interruption:
             return "the time limit (train.max_minutes)"
         return None
 
+    def raise_from_now(self) -> None:
+        """What follows is done again by the next start: a signal ends it where it is, by raising
+        Interrupted; at once if there was a signal already, or the time is up."""
+        self._raises = True
+        if self.reason:
+            raise Interrupted(self.reason)
+
+    def note_only(self) -> None:
+        """Signals are noted again, and no more."""
+        self._raises = False
+
     def over(self) -> None:
         """The run has ended and its outcome is written: a further signal must not change the exit
         code. The interpreter gives signals back to the system before it takes modules apart, which
@@ -45,3 +61,6 @@ class Interruption:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
+        if self._raises:
+            self._raises = False
+            raise Interrupted(self.reason)

@@ -8,6 +8,7 @@ Light to import: what takes seconds comes in once the settings are known to be r
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import threading
@@ -17,10 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geneformer_mcore.commands import DEFECT, FINISHED, WRONG_INPUT, complain, tell
+from geneformer_mcore.commands import (
+    DEFECT,
+    FINISHED,
+    INTERRUPTED,
+    WRONG_INPUT,
+    complain,
+    tell,
+)
 from geneformer_mcore.config import Config, Plan
 from geneformer_mcore.errors import ConfigError, GeneformerError
-from geneformer_mcore.train.interruption import Interruption
+from geneformer_mcore.train.interruption import Interrupted, Interruption
 from geneformer_mcore.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -81,7 +89,8 @@ def train(
     """Trains to the end, or until asked to stop: exit code and reason.
 
     open_task: opens the cells and says what is learned of them, before the ranks meet
-    after: called on all ranks once a run is finished; the ranks are together, the model is gone
+    after: called on all ranks once a run is finished; the ranks are together, and the model that
+        was trained takes no memory any more. A signal ends it, and the next start does it again
     """
     # Only now what takes seconds to import: a user's error is answered at once.
     from geneformer_mcore.parallel import device, groups
@@ -105,9 +114,24 @@ def train(
     if after is not None and code == FINISHED:
         groups.stop(stay=True)
         watch.doing("using the finished model", limit_s=math.inf)
-        after()
+        del run, task
+        gc.collect()  # hooks and the saver hold on to them in circles
+        code, reason = _unless_interrupted(interruption, after, reason)
     groups.stop()
     return code, reason
+
+
+def _unless_interrupted(
+    interruption: Interruption, after: Callable[[], None], reason: str
+) -> tuple[int, str]:
+    try:
+        interruption.raise_from_now()
+        after()
+    except Interrupted as stop:
+        return INTERRUPTED, f"{stop} after the last step, before all that follows it was done"
+    finally:
+        interruption.note_only()
+    return FINISHED, reason
 
 
 def refuse_settings(error: GeneformerError, run_dir: str) -> int:

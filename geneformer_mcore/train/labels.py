@@ -77,7 +77,7 @@ def labelled(cells: Cells, name: str) -> tuple[Cells, Labels]:
     if cells.labels is None:
         raise DataError(f"{cells.name} has no labels. Remedy: name a token store.")
     table = cells.labels(name)
-    text_N = _as_text(table[name], cells, name)
+    text_N = as_text(table[name], cells.name, name)
     start, stop = cells.rows["train"]
     classes = np.unique([each for each in text_N[start:stop] if each])
     _check_classes(classes, stop - start, cells, name)
@@ -97,11 +97,11 @@ def labelled(cells: Cells, name: str) -> tuple[Cells, Labels]:
     return _numbered_anew(cells, rows), found
 
 
-def _as_text(column: pa.ChunkedArray, cells: Cells, name: str) -> np.ndarray:
-    """str [N], "" where a cell has no value."""
+def as_text(column: pa.ChunkedArray, store: str, name: str) -> np.ndarray:
+    """str [N], "" where a cell has no value. Raises DataError for numbers with a fraction."""
     if pa.types.is_floating(column.type):
         raise DataError(
-            f"{cells.name}: obs column {name!r} holds numbers with a fraction, and a label is a "
+            f"{store}: obs column {name!r} holds numbers with a fraction, and a label is a "
             "name, a whole number or a truth value. Remedy: another --label."
         )
     values = ["" if each is None else str(each).strip() for each in column.to_pylist()]

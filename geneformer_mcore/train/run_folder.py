@@ -132,7 +132,7 @@ class RunFolder:
     def write_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Keeps which gene each token is, so that the folder can be used without its store."""
         path = self.path / VOCABULARY_FILE
-        if path.exists():  # of an earlier start, which this one continues
+        if vocabulary.is_saved(path):  # by an earlier start, which this one continues
             return
         try:
             vocabulary.save(path)

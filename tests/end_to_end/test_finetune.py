@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import anndata
@@ -120,6 +121,41 @@ def test_a_finished_run_says_so_and_tells_again(
     assert again.wait() == [0, 0], again.printed
     assert "the run is finished" in again.printed
     assert sorted(path.name for path in (run / "test").iterdir()) == FILES
+
+
+def interrupted(_rank: int, number: signal.Signals) -> None:
+    """Trouble: the signal comes while test cells are being told."""
+    forked.before(
+        "geneformer_mcore.downstream.encoder:per_cell", 1, partial(os.kill, os.getpid(), number)
+    )
+
+
+def test_a_signal_while_it_tells_is_not_lost(
+    finished: Path, base: Path, store: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "test")
+    stopped = start(run, base, store, *LORA, ranks=2, trouble=interrupted, args=(signal.SIGUSR1,))
+    assert stopped.wait() == [75, 75], stopped.printed
+    assert "signal SIGUSR1 after the last step" in outcome(run)["reason"]
+    assert not (run / "test").exists()
+    again = start(run, base, store, *LORA, ranks=2)
+    assert again.wait() == [0, 0], again.printed
+    assert sorted(path.name for path in (run / "test").iterdir()) == FILES
+
+
+def test_the_model_it_began_with_may_have_gone_on(
+    finished: Path, base: Path, store: Path, tmp_path: Path
+) -> None:
+    run, longer = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(finished, run)
+    shutil.copytree(base, longer)
+    settings = [f"data.store={store}", "train.steps=8", "train.validate_every_steps=0"]
+    assert forked.start(longer, settings).wait() == [0]
+    again = start(run, longer, store, *LORA, ranks=2)
+    assert again.wait() == [0, 0], again.printed
+    assert "the run is finished" in again.printed
 
 
 @pytest.mark.parametrize(

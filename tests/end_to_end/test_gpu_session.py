@@ -14,6 +14,7 @@ import pytest
 from benchmarks import gpu_session
 from benchmarks.side_by_side import session_summary
 from benchmarks.side_by_side.session_parts import ENDED, FAILED, LATE, NOT_BEGUN, Part, run_all
+from geneformer_mcore.errors import ConfigError
 
 CELLS = Path("cells")
 
@@ -107,6 +108,14 @@ def test_parts_on_a_gpu_are_sensible_commands(repository: Path, tmp_path: Path) 
         # As argparse sees it: nothing is run.
         done = subprocess.run([*part.command, "--help"], capture_output=True, check=False)
         assert done.returncode == 0, part.name
+
+
+def test_a_part_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    parts = gpu_session.all_parts(tmp_path, CELLS)
+    assert [part.name for part in gpu_session._chosen(parts, ["machine"])] == ["machine"]
+    assert gpu_session._chosen(parts, None) == parts
+    with pytest.raises(ConfigError, match=r"--only .*\(machine, .* and names tflops_10\."):
+        gpu_session._chosen(parts, ["machine", "tflops_10"])
 
 
 def test_the_summary_has_the_bars_of_what_there_is(tmp_path: Path) -> None:

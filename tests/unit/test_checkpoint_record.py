@@ -81,6 +81,17 @@ def test_what_an_older_version_did_not_know_it_did_as_the_defaults_do() -> None:
         check_continues(recorded, Identity(text("data.packing=true"), {}, "v", "c"))
 
 
+def test_what_is_compiled_may_be_left_to_the_machine() -> None:
+    told, left = (
+        Identity(text(f"model.compile={word}"), {}, "v", "c") for word in ("false", "null")
+    )
+    for was, now in ((told, left), (left, told)):
+        check_continues(replace(RECORDED, identity=was), now)
+    other = Identity(text("model.compile=true"), {}, "v", "c")
+    with pytest.raises(CheckpointError, match=r"model\.compile: False -> True"):
+        check_continues(replace(RECORDED, identity=told), other)
+
+
 def test_other_data_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"content hash of data\.store: c -> other"):
         check_continues(RECORDED, replace(RECORDED.identity, content="other"))

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.commands import DEFECT, FINISHED, INTERRUPTED, WRONG_INPUT
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.train.run_folder import RunFolder
+from tests.small_cells import vocabulary_of
 
 
 def outcome(path: Path) -> dict:
@@ -33,6 +35,14 @@ def test_an_end_is_written_and_starts_are_counted(tmp_path: Path) -> None:
     again.open()
     again.close(FINISHED, "done")
     assert (outcome(run.path)["restart"], outcome(run.path)["exit_code"]) == (1, 0)
+
+
+def test_it_keeps_the_vocabulary_of_its_cells(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for vocabulary in (vocabulary_of(5), vocabulary_of(5), vocabulary_of(7)):
+        # A start that saved nothing may have had other cells.
+        run.write_vocabulary(vocabulary)
+        assert Vocabulary.load(tmp_path / "vocabulary.json") == vocabulary
 
 
 def test_until_it_ends_it_does_not_claim_success(tmp_path: Path) -> None:
