@@ -148,7 +148,7 @@ def _prepare(
     _refuse_absent(tested, mode, found, source)
     everywhere = mode is Mode.overexpress
     drawn_controls = controls.draw(
-        asked, found, names, question.null, question.seed, NUM_SPECIALS, unseen_too=everywhere
+        asked, found, names, question.null, question.seed, NUM_SPECIALS, mode
     )
     _check_room(len(here), len(drawn_controls.all))
     editor = Editor(cells.encoder, cells.genes.token_of_column, mode, question.truncated)

@@ -18,6 +18,7 @@ from geneformer_mcore.cells.genes import clean_id, names_as_symbols
 from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.contracts import NUM_SPECIALS
 from geneformer_mcore.downstream.cells import CountedCells
+from geneformer_mcore.downstream.variants import Mode
 from geneformer_mcore.errors import DataError
 
 MOST_LISTED = 10
@@ -33,6 +34,12 @@ class Perturbation:
 
     name: str
     tokens: tuple[int, ...]
+
+
+def what_is_done(tokens: tuple[int, ...], mode: Mode) -> tuple[int, ...]:
+    """The same for perturbations that make the same of every cell: in which order genes are deleted
+    does not matter, and that in which they are put in front does."""
+    return tokens if mode is Mode.overexpress else tuple(sorted(tokens))
 
 
 class GeneNames:
