@@ -79,6 +79,11 @@ def _check(request: Request) -> None:
         raise ConfigError(
             "nothing is to be written: give --table, --output, --plot or --gene-effects."
         )
+    if request.gene_effects is not None and request.question.moved < 1:
+        raise ConfigError(
+            f"--gene-effects lists the most moved genes, and --most-moved is "
+            f"{request.question.moved}. Remedy: --most-moved of at least 1, or no --gene-effects."
+        )
     resolved = [path.resolve() for path, _ in places]
     if len({*resolved, Path(request.source).resolve()}) <= len(resolved):
         raise ConfigError(

@@ -433,6 +433,10 @@ def test_wrong_input_is_answered_in_one_message(model: Trained, tmp_path: Path) 
         "--max-cells must be at least 0": [*good, "--max-cells", "-1"],
         "--null must be at least 0": [*good, "--null", "-1"],
         "--top must be at least 1": [*good, "--top", "0"],
+        "the most moved genes, and --most-moved is 0": [
+            *good,
+            *("--gene-effects", str(tmp_path / "genes.csv"), "--most-moved", "0"),
+        ],
         "must be different files": [*good, "--gene-effects", out],
         "must end in .h5ad": [*good, "--output", str(tmp_path / "b.npy")],
         "must end in .csv or .tsv": [*good[:5], str(tmp_path / "b.txt"), *good[6:]],
