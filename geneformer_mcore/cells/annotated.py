@@ -101,6 +101,14 @@ def of_matrix(
     return anndata.AnnData(values, obs=_writable(obs), var=var, layers=dict(layers), uns=dict(uns))
 
 
+def require(adata: Any) -> None:
+    """Raises DataError if it is no AnnData."""
+    import anndata
+
+    if not isinstance(adata, anndata.AnnData):
+        raise DataError(f"an AnnData is needed, and this is {type(adata).__name__}.")
+
+
 @contextmanager
 def as_file(adata: Any, layer: str | None, columns: Collection[str] = ()) -> Iterator[Path]:
     """A file for as long as it is needed, with what counts are looked for in: X, raw, the layer
@@ -111,8 +119,7 @@ def as_file(adata: Any, layer: str | None, columns: Collection[str] = ()) -> Ite
     """
     import anndata
 
-    if not isinstance(adata, anndata.AnnData):
-        raise DataError(f"an AnnData is needed, and this is {type(adata).__name__}.")
+    require(adata)
     layers = {name: adata.layers[name] for name in ("counts", layer) if name in adata.layers}
     obs = pd.DataFrame(index=adata.obs_names.astype(str))
     for name in ("dataset_id", *columns):
