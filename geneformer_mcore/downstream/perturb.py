@@ -38,6 +38,8 @@ from geneformer_mcore.store.progress import Progress, ProgressLine, no_progress
 
 MOST_BYTES = 16 << 30
 """Of the shifts of all cells and perturbations, on the first rank."""
+COPIES = 2
+"""Of them there: first of its own cells and of all, then of all and what is given out of them."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def _refuse_absent(tested: Tested, mode: Mode, found: Survey, source: str) -> No
 
 
 def _check_room(num_cells: int, num_perturbations: int) -> None:
-    needed = 2 * 4 * len(COLUMNS) * num_cells * num_perturbations
+    needed = COPIES * 4 * len(COLUMNS) * num_cells * num_perturbations
     if needed > MOST_BYTES:
         raise ConfigError(
             f"{num_cells:,} cells x {num_perturbations:,} perturbations (controls included) need "
