@@ -75,7 +75,9 @@ def draw(
     unseen_too = mode is Mode.overexpress
     stratum_V = strata(survey, number + 1)
     stratum_V[:first_gene] = -1
-    place = {what_is_done(each.tokens, mode): where for where, each in reversed([*enumerate(asked)])}
+    place = {
+        what_is_done(each.tokens, mode): where for where, each in reversed([*enumerate(asked)])
+    }
     everything = list(asked)
     shared: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     of = []
