@@ -10,7 +10,8 @@ the very code of launch/perturb.py (read, rank anew, embed the original once, pa
 others on fewer of the same, a padded forward of the same weights each, with its tokens and its
 original given: once with the logits of all positions, as a masked language model's forward gives
 them and Geneformer's own code computes them, once up to the states alone. What all find is
-compared. One thread each, in wall-clock and in CPU seconds.
+compared. One thread each, in wall-clock and in CPU seconds, and by the operations of either way
+(model/flops.py), which no busy machine disturbs.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.commands import run
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.metrics import kept
+from geneformer_mcore.model.flops import ModelShape, Work, forward_flops
 
 if TYPE_CHECKING:
     from benchmarks.side_by_side.padded_variants import Padded
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 OURS, WHOLE = "packed, original once", "padded, a forward per variant"
 STATES = "padded, a forward per variant, without the head"
 BAR = 5.0
+CLOCKS = {"wall clock": "wall_s", "CPU seconds": "cpu_s"}
 NUM_CELLS, NUM_GENES, SEED = 100, 200, 0
 
 
@@ -63,12 +66,26 @@ class Side:
         """Variants per second over all turns."""
         return sum(self.variants) / sum(seconds)
 
-    def as_json(self) -> dict[str, Any]:
+    def flops(self, shape: ModelShape, seq_length: int) -> float:
+        """Floating-point operations per variant: of ours with a share of the original's forward, of
+        the others of a forward of seq_length tokens, as this way of them is."""
+        head = seq_length if self.name == WHOLE else 0
+        padded = forward_flops(shape, Work(seq_length, seq_length**2, head))
+        if self.name != OURS:
+            return float(padded)
+        found = 0
+        for length, variants in zip(self.tokens, self.variants, strict=True):
+            original = forward_flops(shape, Work(length + 1, (length + 1) ** 2, 0))
+            found += original + variants * forward_flops(shape, Work(length, length**2, 0))
+        return found / sum(self.variants)
+
+    def as_json(self, shape: ModelShape, seq_length: int) -> dict[str, Any]:
         """Every number."""
         rates = {
             "variants_per_s": self.rate(self.wall_s),
             "variants_per_cpu_s": self.rate(self.cpu_s),
         }
+        rates["flops_per_variant"] = self.flops(shape, seq_length)
         turns: dict[str, Any] = {"wall_s": self.wall_s, "cpu_s": self.cpu_s}
         turns |= {"variants": self.variants, "tokens": self.tokens}
         return {"name": self.name, **rates, **turns}
@@ -94,24 +111,51 @@ def main() -> int:
             "mean_tokens_measured": float(np.average(sides[0].tokens, weights=sides[0].variants)),
             "threads": padded.threads,
         }
-    mine, *others = (side.rate(side.wall_s) for side in sides)
-    names = [side.name for side in sides[1:]]
-    goals = [Goal(f"{OURS} / {name}", ratio(mine, rate), BAR)
-             for name, rate in zip(names, others, strict=True)]  # fmt: skip
+        shape, seq_length = padded_variants.size(job)
+    measured = in_json(sides, about, shape, seq_length)
     print(table(sides))
     print(f"\n{_about(about, arguments, apart)}\n")
-    print("\n".join(map(str, goals)))
+    print("\n".join(measured["reading"]))
     if arguments.json:
         content = {
-            "rows": [side.as_json() for side in sides],
-            "goals": [goal.as_json() for goal in goals],
-            **about,
+            **measured,
             "sampled": {"cells": arguments.turns, "genes": arguments.sample},
             "largest_difference": apart,
             "data": arguments.cells.name,
         }
         kept.save(arguments.json, content | provenance())
     return 0 if apart < 1e-5 else 1
+
+
+def in_json(
+    sides: list[Side], about: dict[str, Any], shape: ModelShape, seq_length: int
+) -> dict[str, Any]:
+    """What was measured, the goals by both clocks, and how they are to be read."""
+    rows = [side.as_json(shape, seq_length) for side in sides]
+    goals = [
+        Goal(f"{OURS} / {side.name}, {clock}",
+             ratio(sides[0].rate(getattr(sides[0], times)), side.rate(getattr(side, times))), BAR)
+        for side in sides[1:]
+        for clock, times in CLOCKS.items()
+    ]  # fmt: skip
+    reading = [*map(str, goals), _operations(rows), _lengths(about)]
+    goals_json = [goal.as_json() for goal in goals]
+    return {"rows": rows, "goals": goals_json, "reading": reading, **about}
+
+
+def _operations(rows: list[dict[str, Any]]) -> str:
+    ours, *others = (row["flops_per_variant"] for row in rows)
+    times = ", ".join(f"{other / ours:.2f} x" for other in others)
+    return f"operations of the measured variants, counted by model/flops.py: {times}"
+
+
+def _lengths(about: dict[str, Any]) -> str:
+    mine, whole = about["mean_tokens_measured"], about["mean_tokens"]
+    kind, favours = ("shorter", "ours") if mine < whole else ("longer", "the others")
+    return (
+        f"the measured cells are {kind} than those of the job ({mine:,.0f} against {whole:,.0f} "
+        f"tokens per variant), which favours {favours}"
+    )
 
 
 def measure(job: Job, padded: Padded, arguments: argparse.Namespace) -> tuple[list[Side], float]:

@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable
 
 from benchmarks.scaling_model import pages
-from benchmarks.side_by_side import cell_type_pages, step_pages
+from benchmarks.side_by_side import cell_type_pages, perturb_pages, step_pages
 from benchmarks.side_by_side.page_text import (
     NOT_MEASURED,
     Measurement,
@@ -235,21 +235,6 @@ def _scaling(name: str) -> Callable[[Path], str]:
     return table
 
 
-def perturb(results: Path) -> str:
-    """results/perturb.json of benchmarks/perturb.py."""
-    found = read(results / "perturb.json")
-    rates = {"variants_per_s": "wall clock", "variants_per_cpu_s": "CPU"}
-    head = ["10M model, one thread", "variants/s", "variants per CPU second"]
-    head += [f"ours is, {name}" for name in rates.values()]
-    if not found:
-        return markdown(head, [[NOT_MEASURED, "", "", "", ""]], [None])
-    ours, rows = found["rows"][0], []
-    for row in found["rows"]:
-        numbers = [number(row[rate], ".3g") for rate in rates]
-        rows.append([row["name"], *numbers, *(f"{ours[rate] / row[rate]:.2f} x" for rate in rates)])
-    return markdown(head, rows, [found])
-
-
 def _loader(results: Path, table: str) -> str:
     found = read(results / "loader.json")
     rows = [
@@ -348,7 +333,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "loader_tokens": loader_tokens,
     "loader_goals": loader_goals,
     "parity": parity,
-    "perturb": perturb,
+    "perturb": perturb_pages.table,
     "train_step": train_step,
     "cell_types": cell_types,
     **{name: _scaling(name) for name in pages.TABLES},

@@ -33,6 +33,7 @@ from geneformer_mcore.downstream.variants import Editor, Mode
 from geneformer_mcore.feed.batch import make_batch
 from geneformer_mcore.feed.masks import Masking
 from geneformer_mcore.model import geneformer, inference, initial_weights, settings, states
+from geneformer_mcore.model.flops import ModelShape
 from geneformer_mcore.model.geneformer import Geneformer
 from geneformer_mcore.model.states import Pooling
 from geneformer_mcore.parallel import device, groups
@@ -120,6 +121,14 @@ class Padded:
 
     def _vectors(self, batches: list[Batch]) -> list[torch.Tensor]:
         return states.of_cells(self.stages, batches, Pooling.mean)
+
+
+def size(job: Job) -> tuple[ModelShape, int]:
+    """The model's, and the tokens of a padded forward."""
+    known = job.engine.pretrained
+    model, vocabulary = known.config.model, known.vocabulary
+    shape = ModelShape(model.num_layers, model.hidden_size, model.ffn_hidden_size, vocabulary.size)
+    return shape, known.config.data.seq_length
 
 
 @contextmanager

@@ -24,6 +24,9 @@ import pandas as pd
 from geneformer_mcore.cells.output import whole_file
 from geneformer_mcore.errors import DataError
 
+_TIMES = {"date", "datetime", "datetime64", "time", "timedelta", "timedelta64"}
+"""What pandas calls columns of them."""
+
 
 @dataclass(frozen=True)
 class Beside:
@@ -79,7 +82,7 @@ def write_new(obs: pd.DataFrame, target: Path, beside: Beside) -> None:
     """Writes an AnnData file of cells without counts."""
     import anndata
 
-    adata = anndata.AnnData(obs=obs)
+    adata = anndata.AnnData(obs=_writable(obs))
     beside.put(adata)
     with whole_file(target) as partial:
         adata.write_h5ad(partial)
@@ -95,7 +98,15 @@ def of_matrix(
     """An AnnData in memory of [cells, columns] numbers, and layers of the same shape."""
     import anndata
 
-    return anndata.AnnData(values, obs=obs, var=var, layers=dict(layers), uns=dict(uns))
+    return anndata.AnnData(values, obs=_writable(obs), var=var, layers=dict(layers), uns=dict(uns))
+
+
+def require(adata: Any) -> None:
+    """Raises DataError if it is no AnnData."""
+    import anndata
+
+    if not isinstance(adata, anndata.AnnData):
+        raise DataError(f"an AnnData is needed, and this is {type(adata).__name__}.")
 
 
 @contextmanager
@@ -108,8 +119,7 @@ def as_file(adata: Any, layer: str | None, columns: Collection[str] = ()) -> Ite
     """
     import anndata
 
-    if not isinstance(adata, anndata.AnnData):
-        raise DataError(f"an AnnData is needed, and this is {type(adata).__name__}.")
+    require(adata)
     layers = {name: adata.layers[name] for name in ("counts", layer) if name in adata.layers}
     obs = pd.DataFrame(index=adata.obs_names.astype(str))
     for name in ("dataset_id", *columns):
@@ -130,6 +140,26 @@ def as_file(adata: Any, layer: str | None, columns: Collection[str] = ()) -> Ite
                 "Remedy: make room there, or name another folder in TMPDIR."
             ) from error
         yield path
+
+
+def _writable(obs: pd.DataFrame) -> pd.DataFrame:
+    """The same values, in columns of the kinds that AnnData writes: text as objects where there is
+    some for every cell, else as categories; times as text; numbers that may be missing as floats.
+    Whether they can be written shows only when they are, which is after all work."""
+    columns = {name: _writable_column(obs[name]) for name in obs.columns}
+    return pd.DataFrame(columns, index=obs.index)
+
+
+def _writable_column(column: pd.Series) -> pd.Series:
+    kind = column.dtype
+    if isinstance(kind, pd.Float32Dtype | pd.Float64Dtype):
+        return column.astype(kind.numpy_dtype)
+    if isinstance(kind, pd.CategoricalDtype) or kind.kind not in "OmM":
+        return column  # which leaves objects, text of any kind, and times
+    values = column.astype(object)
+    if pd.api.types.infer_dtype(column, skipna=True) in _TIMES:
+        values = values.map(str, na_action="ignore")
+    return values.astype("category") if values.isna().any() else values
 
 
 def _texts(var: pd.DataFrame) -> pd.DataFrame:

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from geneformer_mcore.downstream.perturbations import GeneNames, Perturbation
+from geneformer_mcore.downstream.perturbations import GeneNames, Perturbation, what_is_done
 from geneformer_mcore.downstream.survey import Survey
+from geneformer_mcore.downstream.variants import Mode
 
 RANK_BINS = 4
 """By how many ranges of its place in the sentence a range of detection is split, at most."""
@@ -60,19 +61,23 @@ def draw(
     number: int,
     seed: int,
     first_gene: int,
-    unseen_too: bool = True,
+    mode: Mode = Mode.overexpress,
 ) -> Controls:
     """Up to `number` controls for each perturbation; those of the same strata share theirs.
 
     A gene that was asked for and is drawn as a control of another is perturbed once. None is its
-    own control.
+    own control, and no set of genes is a control twice.
 
     first_gene:  the smallest token of a gene
-    unseen_too:  genes that stand in no sentence have controls of their kind; else they have none
+    mode:        with delete, genes that stand in no sentence have no controls; else those of their
+                 kind
     """
+    unseen_too = mode is Mode.overexpress
     stratum_V = strata(survey, number + 1)
     stratum_V[:first_gene] = -1
-    place = {each.tokens: where for where, each in reversed(list(enumerate(asked)))}
+    place = {
+        what_is_done(each.tokens, mode): where for where, each in reversed([*enumerate(asked)])
+    }
     everything = list(asked)
     shared: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     of = []
@@ -85,10 +90,11 @@ def draw(
         for tokens in shared[kinds]:
             if set(tokens) == set(perturbation.tokens):
                 continue
-            if tokens not in place:
-                place[tokens] = len(everything)
+            done = what_is_done(tokens, mode)
+            if done not in place:
+                place[done] = len(everything)
                 everything.append(Perturbation(_name(tokens, names), tokens))
-            mine.append(place[tokens])
+            mine.append(place[done])
         of.append(np.array(mine, np.int64))
     return Controls(everything, of)
 
@@ -96,20 +102,21 @@ def draw(
 def _drawn(
     kinds: tuple[int, ...], stratum_V: np.ndarray, number: int, seed: int
 ) -> list[tuple[int, ...]]:
-    """Different sets with one gene of each of the strata `kinds`."""
+    """Different sets with one gene of each of the strata `kinds`, each in one order: the same genes
+    in two orders are no two controls, or p would be too small where strata are."""
     rng = np.random.default_rng([seed, len(kinds), *kinds])
     if len(kinds) == 1:
         members = np.flatnonzero(stratum_V == kinds[0])
         some = rng.choice(members, min(number, len(members)), replace=False)
         return [(int(token),) for token in np.sort(some)]
-    found: dict[tuple[int, ...], None] = {}
+    found: dict[frozenset[int], tuple[int, ...]] = {}
     for _ in range(number):
         genes: list[int] = []
         for kind in sorted(set(kinds)):
             members = np.flatnonzero(stratum_V == kind)
             genes += rng.choice(members, kinds.count(kind), replace=False).tolist()
-        found[tuple(rng.permutation(genes).tolist())] = None
-    return list(found)
+        found.setdefault(frozenset(genes), tuple(rng.permutation(genes).tolist()))
+    return list(found.values())
 
 
 def _name(tokens: Sequence[int], names: GeneNames) -> str:

@@ -38,6 +38,8 @@ from geneformer_mcore.store.progress import Progress, ProgressLine, no_progress
 
 MOST_BYTES = 16 << 30
 """Of the shifts of all cells and perturbations, on the first rank."""
+COPIES = 2
+"""Of them there: first of its own cells and of all, then of all and what is given out of them."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ def _counted(source: str, model: Pretrained, options: InputOptions) -> CountedCe
 def _prepare(
     model: Pretrained, cells: CountedCells, source: str, question: Question, options: InputOptions
 ) -> Prepared:
-    here, goal = _chosen(cells, source, question)
+    mode = Mode(question.mode)
+    here, goal, shared = _chosen(cells, source, question)
     names = GeneNames.of(cells, model.vocabulary, options.symbols)
     # First what costs nothing, and may be wrong.
     asked, lines = question.perturbations(names)
@@ -142,41 +145,51 @@ def _prepare(
     if question.top is not None:
         number = len(found.genes) if question.top == ALL_GENES else question.top
         asked += [names.single(token) for token in found.most_common(number)]
-    asked = distinct(asked)
+    asked, merged = distinct(asked, mode)
     tested = _tested(asked, here, found, model.vocabulary.size)
-    mode = Mode(question.mode)
     _refuse_absent(tested, mode, found, source)
     everywhere = mode is Mode.overexpress
     drawn_controls = controls.draw(
-        asked, found, names, question.null, question.seed, NUM_SPECIALS, unseen_too=everywhere
+        asked, found, names, question.null, question.seed, NUM_SPECIALS, mode
     )
     _check_room(len(here), len(drawn_controls.all))
     editor = Editor(cells.encoder, cells.genes.token_of_column, mode, question.truncated)
     in_cells = _tested(drawn_controls.all, here, found, model.vocabulary.size).in_sentence_P
     total = found.num_cells * len(in_cells) if everywhere else int(in_cells.sum())
-    return Prepared(
-        here, goal, names, found, tested, drawn_controls, editor, total, [*model.messages, *lines]
-    )
+    lines = [*model.messages, *shared, *lines, *merged]
+    return Prepared(here, goal, names, found, tested, drawn_controls, editor, total, lines)
 
 
 def _chosen(
     cells: CountedCells, source: str, question: Question
-) -> tuple[ChosenCells, ChosenCells | None]:
+) -> tuple[ChosenCells, ChosenCells | None, list[str]]:
+    """(cells to perturb, those of the goal, what to say of them)."""
     rows = np.arange(len(cells), dtype=np.int64)
     obs = cells.obs() if question.start or question.goal else pd.DataFrame()
-    goal = None
+    if question.start:
+        rows = rows_with(obs, question.start, source)
+    goal, lines = None, []
     if question.goal:
         goal_rows = rows_with(obs, question.goal, source)
         goal = ChosenCells(cells, drawn(goal_rows, question.max_cells, question.seed))
-        rows = np.setdiff1d(rows, goal_rows)
-    if question.start:
-        rows = rows_with(obs, question.start, source)
-    if not len(rows):
-        raise DataError(
-            f"{source}: all cells are {question.goal}, so none is left to move toward it. Remedy: "
-            "a file with other cells too, or --start COLUMN=VALUE."
-        )
-    return ChosenCells(cells, drawn(rows, question.max_cells, question.seed)), goal
+        others = np.setdiff1d(rows, goal_rows)
+        if not len(others):
+            raise DataError(
+                f"{source}: all {len(rows):,} cells {_of(question.start)}are {question.goal}, so "
+                "none is left to move toward it. Remedy: a file with other cells too, or another "
+                "--start or --goal."
+            )
+        if question.start and len(others) < len(rows):
+            lines.append(
+                f"{len(rows) - len(others):,} of {len(rows):,} cells of {question.start} are "
+                f"{question.goal} too: they count for the goal only"
+            )
+        rows = others
+    return ChosenCells(cells, drawn(rows, question.max_cells, question.seed)), goal, lines
+
+
+def _of(label: str) -> str:
+    return f"of {label} " if label else ""
 
 
 def _tested(
@@ -204,7 +217,7 @@ def _refuse_absent(tested: Tested, mode: Mode, found: Survey, source: str) -> No
 
 
 def _check_room(num_cells: int, num_perturbations: int) -> None:
-    needed = 2 * 4 * len(COLUMNS) * num_cells * num_perturbations
+    needed = COPIES * 4 * len(COLUMNS) * num_cells * num_perturbations
     if needed > MOST_BYTES:
         raise ConfigError(
             f"{num_cells:,} cells x {num_perturbations:,} perturbations (controls included) need "

@@ -14,6 +14,7 @@ from typing import Any
 from geneformer_mcore.cells import annotated
 from geneformer_mcore.cells.corpus import InputOptions
 from geneformer_mcore.downstream import pretrained, shift_files, shift_plot
+from geneformer_mcore.downstream.chosen_cells import rows_with
 from geneformer_mcore.downstream.embed import Choices
 from geneformer_mcore.downstream.embedding_files import check_target
 from geneformer_mcore.downstream.perturb import Answer, perturb
@@ -79,6 +80,11 @@ def _check(request: Request) -> None:
         raise ConfigError(
             "nothing is to be written: give --table, --output, --plot or --gene-effects."
         )
+    if request.gene_effects is not None and request.question.moved < 1:
+        raise ConfigError(
+            f"--gene-effects lists the most moved genes, and --most-moved is "
+            f"{request.question.moved}. Remedy: --most-moved of at least 1, or no --gene-effects."
+        )
     resolved = [path.resolve() for path, _ in places]
     if len({*resolved, Path(request.source).resolve()}) <= len(resolved):
         raise ConfigError(
@@ -115,6 +121,11 @@ def perturb_adata(
     counts_layer: str | None,
 ) -> Any:
     """The same for an AnnData in memory, in this process alone; gives an AnnData."""
+    annotated.require(adata)
+    question.check()
+    # Against its own obs, of which the file gets these columns alone.
+    for label in filter(None, (question.start, question.goal)):
+        rows_with(adata.obs, label, "the AnnData")
     model = pretrained.find(checkpoint, vocabulary)
     columns = {label.partition("=")[0] for label in (question.start, question.goal)}
     with annotated.as_file(adata, counts_layer, columns) as path:

@@ -65,13 +65,13 @@ class Question:
 
     def perturbations(self, names: GeneNames) -> tuple[list[Perturbation], list[str]]:
         """Its genes and groups, and lines on what was left out. DataError for unknown ones."""
-        asked = names.singles(self.genes)
+        asked, twice = names.singles(self.genes)
         if self.groups is None:
-            return asked, []
+            return asked, twice
         groups = self.groups
         named = read_groups(groups) if isinstance(groups, Path) else groups
         found, lines = names.groups(named)
-        return asked + found, lines
+        return asked + found, twice + lines
 
     def facts(self) -> dict[str, Any]:
         """What goes into uns: plain text and numbers."""

@@ -18,6 +18,7 @@ from geneformer_mcore.cells.genes import clean_id, names_as_symbols
 from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.contracts import NUM_SPECIALS
 from geneformer_mcore.downstream.cells import CountedCells
+from geneformer_mcore.downstream.variants import Mode
 from geneformer_mcore.errors import DataError
 
 MOST_LISTED = 10
@@ -33,6 +34,12 @@ class Perturbation:
 
     name: str
     tokens: tuple[int, ...]
+
+
+def what_is_done(tokens: tuple[int, ...], mode: Mode) -> tuple[int, ...]:
+    """The same for perturbations that make the same of every cell: in which order genes are deleted
+    does not matter, and that in which they are put in front does."""
+    return tokens if mode is Mode.overexpress else tuple(sorted(tokens))
 
 
 class GeneNames:
@@ -82,12 +89,19 @@ class GeneNames:
         """The gene alone."""
         return Perturbation(self.symbol(token), (token,))
 
-    def singles(self, names: Iterable[str]) -> list[Perturbation]:
-        """One per gene, each once. Raises DataError that lists those that are not known."""
+    def singles(self, names: Iterable[str]) -> tuple[list[Perturbation], list[str]]:
+        """One per gene, each once, and a line for each name of a gene that was named before. Raises
+        DataError that lists those that are not known."""
         asked = list(dict.fromkeys(filter(None, names)))
         tokens = {name: self.token(name) for name in asked}
         self._refuse_unknown([name for name, token in tokens.items() if not token], len(asked))
-        return [self.single(token) for token in dict.fromkeys(tokens.values())]
+        first: dict[int, str] = {}
+        lines = [
+            f"{name}: the same gene as {first[token]}, perturbed once"
+            for name, token in tokens.items()
+            if first.setdefault(token, name) != name
+        ]
+        return [self.single(token) for token in first], lines
 
     def groups(self, named: Mapping[str, Sequence[str]]) -> tuple[list[Perturbation], list[str]]:
         """One per group, and a line for each that has genes which are not known: they are left
@@ -121,20 +135,25 @@ class GeneNames:
         )
 
 
-def distinct(asked: list[Perturbation]) -> list[Perturbation]:
-    """Each set of genes once, each name once: rows and columns are found by their names."""
+def distinct(asked: list[Perturbation], mode: Mode) -> tuple[list[Perturbation], list[str]]:
+    """Each set of genes once, each name once: rows and columns are found by their names. And a line
+    for each that is left out for another of another name, which does the same."""
     found: dict[tuple[int, ...], Perturbation] = {}
     taken: set[str] = set()
+    lines = []
     for perturbation in asked:
-        if perturbation.tokens in found:
+        done = what_is_done(perturbation.tokens, mode)
+        if done in found:
+            if perturbation.name != found[done].name:
+                lines.append(f"{perturbation.name}: the same genes as {found[done].name}: left out")
             continue
         name, number = perturbation.name, 1
         while name in taken:
             number += 1
             name = f"{perturbation.name} ({number})"
         taken.add(name)
-        found[perturbation.tokens] = replace(perturbation, name=name)
-    return list(found.values())
+        found[done] = replace(perturbation, name=name)
+    return list(found.values()), lines
 
 
 def read_groups(path: Path) -> dict[str, list[str]]:

@@ -71,10 +71,12 @@ def _volcano(axes: Axes, rows: pd.DataFrame, has_goal: bool) -> None:
         x, p, q = np.log2(rows["shift"] / rows["control_shift"]), rows["p"], rows["q"]
         label = "log2 of shift (1 - cosine) over the mean of its controls"
     height = -np.log10(p)
-    is_found = (q < SIGNIFICANT).to_numpy()
+    is_found, has_none = (q < SIGNIFICANT).to_numpy(), q.isna().to_numpy()
     for chosen, colour, name in (
-        (~is_found, GREY, f"q >= {SIGNIFICANT}"),
+        (~is_found & ~has_none, GREY, f"q >= {SIGNIFICANT}"),
         (is_found, ORANGE, f"q < {SIGNIFICANT}"),
+        # Without a place, so that no mark is drawn: its controls are in no cell.
+        (has_none, "none", "no p, not shown"),
     ):
         if chosen.any():
             axes.scatter(
@@ -85,8 +87,8 @@ def _volcano(axes: Axes, rows: pd.DataFrame, has_goal: bool) -> None:
                 alpha=0.8,
                 label=f"{name}: {chosen.sum():,}",
             )
-    order = pd.DataFrame({"p": p, "far": -x.abs()}).sort_values(["p", "far"]).index[:MOST_NAMES]
-    for name in order:
+    named = pd.DataFrame({"p": p, "far": -x.abs()}).dropna().sort_values(["p", "far"])
+    for name in named.index[:MOST_NAMES]:
         axes.annotate(name, (x[name], height[name]), (3, 3), textcoords="offset points", fontsize=7)
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.set_xlabel(label)

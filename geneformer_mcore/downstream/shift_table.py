@@ -6,7 +6,10 @@ float32 [cells, perturbations and controls, COLUMNS]  ->  means, spread, p, q of
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +17,9 @@ import pandas as pd
 from geneformer_mcore.downstream.controls import Controls, p_values
 from geneformer_mcore.downstream.perturbations import GeneNames, Perturbation
 from geneformer_mcore.model.shifts import COLUMNS
+
+COPIED_VALUES = 1 << 22
+"""Numbers that are copied as float64 at once, about."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,20 @@ def table(
 
 def _mean(values_NP: np.ndarray) -> np.ndarray:
     """float64 [P], over what is not NaN; NaN where all is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of means of nothing
-        return np.nanmean(values_NP.astype(np.float64), axis=0)
+    return _some_at_once(np.nanmean, values_NP)
 
 
 def _spread(values_NP: np.ndarray) -> np.ndarray:
+    return _some_at_once(partial(np.nanstd, ddof=1), values_NP)
+
+
+def _some_at_once(of_columns: Callable[..., Any], values_NP: np.ndarray) -> np.ndarray:
+    """Of float64 copies that are small beside the values."""
+    size = max(1, COPIED_VALUES // max(1, len(values_NP)))
+    found = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of fewer than two cells
-        return np.nanstd(values_NP.astype(np.float64), axis=0, ddof=1)
+        warnings.simplefilter("ignore", RuntimeWarning)  # of means of nothing, spread of one cell
+        for start in range(0, values_NP.shape[1], size):
+            some_NP = values_NP[:, start : start + size].astype(np.float64)
+            found.append(of_columns(some_NP, axis=0))
+    return np.concatenate([np.empty(0), *found])

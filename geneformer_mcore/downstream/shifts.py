@@ -58,56 +58,66 @@ class Job:
 
 def of_all_cells(job: Job, progress: Progress) -> np.ndarray | None:
     """On rank 0 float32 [cells, perturbations, COLUMNS], NaN where a cell has none of the genes;
-    None on the other ranks. Every rank raises what any rank met."""
-    places: list[int] = []
-    values: list[np.ndarray] = []
+    None on the other ranks. Every rank raises what any rank met.
+
+    Each rank holds the values of its own cells, and rank 0 those of all beside.
+    """
+    places_N = np.concatenate([np.empty(0, np.int64), *_of_this_rank(job)])
+    values_NPC = np.full((len(places_N), len(job.sets), len(COLUMNS)), np.nan, np.float32)
     problem = ""
     try:
-        for cell, found_PC in _of_this_rank(job, progress):
-            places.append(cell)
-            values.append(found_PC)
+        _fill(job, values_NPC, progress)
     except GeneformerError as error:
         problem = str(error)
     problem = collectives.first_problem(problem)
     if problem:
         raise DataError(problem)
-    shape = (len(values), len(job.sets) * len(COLUMNS))
-    values_NW = np.stack(values).reshape(shape) if values else np.empty(shape, np.float32)
     if not job.engine.holds_states:
-        places, values_NW = [], values_NW[:0]
-    gathered = _gathered(np.array(places, np.int64), values_NW, job)
-    return None if gathered is None else gathered.reshape(len(job.cells), len(job.sets), -1)
+        places_N, values_NPC = places_N[:0], np.empty((0, *values_NPC.shape[1:]), np.float32)
+    values_NW = values_NPC.reshape(len(places_N), len(job.sets) * len(COLUMNS))
+    gathered_NW = _gathered(places_N, values_NW, job)
+    if gathered_NW is None:
+        return None
+    return gathered_NW.reshape(len(job.cells), len(job.sets), len(COLUMNS))
 
 
 def _gathered(places_N: np.ndarray, values_NW: np.ndarray, job: Job) -> np.ndarray | None:
-    rows, parts = max(1, GATHERED_VALUES // values_NW.shape[1]), []
-    for start in range(0, len(job.cells), rows):
-        stop = min(start + rows, len(job.cells))
+    total, width = len(job.cells), values_NW.shape[1]
+    rows = max(1, GATHERED_VALUES // width)
+    found_NW = None
+    for start in range(0, total, rows):
+        stop = min(start + rows, total)
         here = slice(*np.searchsorted(places_N, (start, stop)))
-        parts.append(
-            collectives.rows_on_first_rank(
-                places_N[here] - start, values_NW[here], stop - start, job.engine.device
-            )
+        part_NW = collectives.rows_on_first_rank(
+            places_N[here] - start, values_NW[here], stop - start, job.engine.device
         )
-    found = [part for part in parts if part is not None]
-    return np.concatenate(found) if found else None
+        if part_NW is not None:
+            if found_NW is None:
+                found_NW = np.empty((total, width), np.float32)
+            found_NW[start:stop] = part_NW
+    return found_NW
 
 
-def _of_this_rank(job: Job, progress: Progress) -> Iterator[tuple[int, np.ndarray]]:
-    """(place, float32 [perturbations, COLUMNS]) of the cells of this rank, in their order."""
+def _of_this_rank(job: Job) -> Iterator[np.ndarray]:
+    """int64, ascending: the cells of this rank, by blocks of neighbours."""
     topology, total = job.engine.topology, len(job.cells)
     size = max(1, min(BLOCK_CELLS, -(-total // topology.data_size)))
-    done = 0
     for start in range(topology.data_rank * size, total, topology.data_size * size):
-        counted = job.cells.counted(start, min(start + size, total))
+        yield np.arange(start, min(start + size, total), dtype=np.int64)
+
+
+def _fill(job: Job, values_NPC: np.ndarray, progress: Progress) -> None:
+    """Fills in the values of the cells of this rank, which are there in their order."""
+    ranks, filled, done = job.engine.topology.data_size, 0, 0
+    for block in _of_this_rank(job):
+        counted = job.cells.counted(int(block[0]), int(block[-1]) + 1)
         for cells in _fitting(counted, job.engine.tokens_per_batch):
-            shape = (len(cells), len(job.sets), len(COLUMNS))
-            values_NPC = np.full(shape, np.nan, np.float32)
-            for number in _block(job, cells, values_NPC):
+            here_NPC = values_NPC[filled : filled + len(cells)]
+            for number in _block(job, cells, here_NPC):
                 done += number
                 # Of all ranks: each has done about as much as this one.
-                progress("perturbing", min(job.total, done * topology.data_size), job.total)
-            yield from zip((cell.place for cell in cells), values_NPC, strict=True)
+                progress("perturbing", min(job.total, done * ranks), job.total)
+            filled += len(cells)
 
 
 def _fitting(cells: Iterator[CountedCell], budget: int) -> Iterator[list[CountedCell]]:

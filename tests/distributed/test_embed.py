@@ -22,6 +22,7 @@ from tests.distributed.parity import PP2, SEQUENCE, TP2
 from tests.distributed.ranks import run_ranks
 from tests.distributed.trained import EMPTY, NUM_CELLS, NUM_GENES, ONE_GENE, UNKNOWN, Trained
 from tests.small_cells import gene_id, vocabulary_of
+from tests.small_experiment import write_experiment
 
 MISSING = [UNKNOWN, EMPTY]
 
@@ -358,6 +359,19 @@ def test_what_one_rank_meets_all_ranks_say(model: Trained, tmp_path: Path) -> No
     assert (first.code, second.code) == (2, 2)
     assert "0.5" in first.err
     assert second.err == ""
+
+
+@pytest.mark.parametrize(("command", "more"), [("embed", ()), ("perturb", ("--top", "1"))])
+def test_an_experiment_with_text_of_its_own_for_every_cell(
+    command: str, more: tuple[str, ...], model: Trained, tmp_path: Path
+) -> None:
+    address = write_experiment(tmp_path / "census", {"one": anndata.read_h5ad(model.h5ad)})
+    path = tmp_path / "b.h5ad"
+    line = ["--checkpoint", str(model.run), "--input", address, "--output", str(path), *more]
+    ((ended,),) = run_ranks(commands, 1, command, [line])
+    assert ended.code == 0, ended.err
+    found = anndata.read_h5ad(path).obs
+    assert found["observation_joinid"].tolist() == [f"cell{i}" for i in range(NUM_CELLS)]
 
 
 def test_a_store_in_its_own_order(model: Trained, tmp_path: Path, repository: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from scipy import sparse
 
 from geneformer_mcore.contracts import CLS, NUM_SPECIALS
+from geneformer_mcore.errors import DataError
 from tests.distributed import toy, trained
 from tests.distributed.commands import commands
 from tests.distributed.parity import PP2, TP2
@@ -373,6 +374,40 @@ def api(run: str, h5ad: str, genes: list[str]) -> anndata.AnnData:
     return found
 
 
+def misspelt(run: str, h5ad: str) -> list[str]:
+    import geneformer_mcore
+
+    adata, told = anndata.read_h5ad(h5ad), []
+    for wrong in ({"start": "cell_typ=a"}, {"start": "cell_type=a", "goal": "cell_type=z"}):
+        with pytest.raises(DataError) as error:
+            geneformer_mcore.perturb(adata, run, top=1, **wrong)
+        told.append(str(error.value))
+    return told
+
+
+def test_what_is_misspelt_is_told_by_the_names_of_the_anndata(model: Trained) -> None:
+    ((column, value),) = run_ranks(misspelt, 1, str(model.run), str(model.h5ad))
+    assert column.startswith("the AnnData: obs has no column cell_typ ")
+    assert "It has cell_type. Remedy" in column
+    assert "the AnnData: no cell of obs column cell_type is z. Values and cells: a (21)" in value
+
+
+def test_cells_of_start_and_goal_count_for_the_goal(model: Trained, tmp_path: Path) -> None:
+    both = anndata.read_h5ad(model.h5ad)
+    both.obs["kind"] = ["x" if number < 3 else "y" for number in range(NUM_CELLS)]
+    both.write_h5ad(tmp_path / "both.h5ad")
+    line = ["--checkpoint", str(model.run), "--input", str(tmp_path / "both.h5ad"), *PLAIN]
+    line += ["--top", "1", "--goal", "kind=x", "--output", str(tmp_path / "b.h5ad")]
+    lines = [[*line, "--start", "cell_type=a"], [*line, "--start", "kind=x", "--overwrite"]]
+    ((ended, refused),) = run_ranks(commands, 1, "perturb", lines)
+    assert ended.code == 0, ended.err
+    assert "2 of 21 cells of cell_type=a are kind=x too: they count for the goal only" in ended.out
+    found = anndata.read_h5ad(tmp_path / "b.h5ad").obs_names.tolist()
+    assert found == [f"cell{n}" for n in range(4, NUM_CELLS, 2)]
+    assert refused.code == 2
+    assert "all 3 cells of kind=x are kind=x, so none is left to move toward it" in refused.err
+
+
 def test_from_python(model: Trained) -> None:
     genes = [name(int(model.tokens()[LONG][place])) for place in (1, 2)]
     (found,) = run_ranks(api, 1, str(model.run), str(model.h5ad), genes)
@@ -433,6 +468,10 @@ def test_wrong_input_is_answered_in_one_message(model: Trained, tmp_path: Path) 
         "--max-cells must be at least 0": [*good, "--max-cells", "-1"],
         "--null must be at least 0": [*good, "--null", "-1"],
         "--top must be at least 1": [*good, "--top", "0"],
+        "the most moved genes, and --most-moved is 0": [
+            *good,
+            *("--gene-effects", str(tmp_path / "genes.csv"), "--most-moved", "0"),
+        ],
         "must be different files": [*good, "--gene-effects", out],
         "must end in .h5ad": [*good, "--output", str(tmp_path / "b.npy")],
         "must end in .csv or .tsv": [*good[:5], str(tmp_path / "b.txt"), *good[6:]],

@@ -100,13 +100,15 @@ def test_parity(results: Path) -> None:
 
 def test_perturbations(tmp_path: Path) -> None:
     rows = [
-        {"name": name, "variants_per_s": rate, "variants_per_cpu_s": of_cpu}
-        for name, rate, of_cpu in (("ours", 3.0, 4.5), ("theirs", 0.5, 0.9))
+        {"name": name, "variants_per_s": rate, "variants_per_cpu_s": of_cpu, "flops_per_variant": n}
+        for name, rate, of_cpu, n in (("ours", 3.0, 4.5, 100), ("theirs", 0.5, 0.9, 450))
     ]
-    (tmp_path / "perturb.json").write_text(json.dumps({"rows": rows} | WHERE))
+    content = {"rows": rows, "reading": ["missed by the clock"]} | WHERE
+    (tmp_path / "perturb.json").write_text(json.dumps(content))
     lines = filled("perturb", tmp_path)
-    assert "| ours | 3 | 4.5 | 1.00 x | 1.00 x |" in lines
-    assert "| theirs | 0.5 | 0.9 | 6.00 x | 5.00 x |" in lines
+    assert "| ours | 3 | 4.5 | 1.00 x | 1.00 x | 1.00 x |" in lines
+    assert "| theirs | 0.5 | 0.9 | 6.00 x | 5.00 x | 4.50 x |" in lines
+    assert "- missed by the clock" in lines
 
 
 @pytest.mark.parametrize(

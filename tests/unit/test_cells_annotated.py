@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import anndata
@@ -12,6 +13,7 @@ import pytest
 from scipy import sparse
 
 from geneformer_mcore.cells import annotated
+from geneformer_mcore.cells import obs as obs_module
 from geneformer_mcore.cells.annotated import Beside
 from geneformer_mcore.cells.counts import CountsFile
 from geneformer_mcore.errors import DataError
@@ -74,6 +76,63 @@ def test_copy_of_a_file_from_before_there_were_groups(tmp_path: Path) -> None:
 def test_new(adata: anndata.AnnData, tmp_path: Path) -> None:
     annotated.write_new(adata.obs, tmp_path / "b.h5ad", BESIDE)
     assert check(tmp_path / "b.h5ad").obs["kind"].tolist() == list("abab")
+
+
+def columns_of_many_kinds() -> pd.DataFrame:
+    """What obs of h5ad files and Experiments are read as, some of which AnnData does not write."""
+    texts = ["a", None, "c", "a"]
+    of_text = pd.CategoricalDtype(pd.Index(pd.array(["x", "y"], dtype="string")))
+    return pd.DataFrame(
+        {
+            "names": pd.array(list("abcd"), dtype="string"),
+            "some": pd.array(texts, dtype="string"),
+            "nothing": pd.array([None] * 4, dtype="string"),
+            "objects": np.array(texts, dtype=object),
+            "no_objects": np.array([None] * 4, dtype=object),
+            "categories": pd.Categorical.from_codes([0, 1, -1, 0], dtype=of_text),
+            "floats": pd.array([1.5, None, 2, 3], dtype="Float64"),
+            "whole": pd.array([1, None, 2, 3], dtype="Int64"),
+            "truth": pd.array([True, None, False, True], dtype="boolean"),
+            "when": pd.to_datetime(["2020-01-02", None, "2020-01-03", "2020-01-02"]),
+            "day": np.array([date(2020, 1, 2)] * 4, dtype=object),
+            "plain": [1, 2, 3, 4],
+        },
+        index=[f"c{i}" for i in range(4)],
+    )
+
+
+def test_obs_of_any_kind_can_be_written(tmp_path: Path) -> None:
+    obs = columns_of_many_kinds()
+    before = obs.copy()
+    annotated.write_new(obs, tmp_path / "new.h5ad", BESIDE)
+    var = pd.DataFrame(index=["g1", "g2"])
+    annotated.of_matrix(np.ones((4, 2)), obs, var, {}, {}).write_h5ad(tmp_path / "matrix.h5ad")
+    pd.testing.assert_frame_equal(obs, before)
+    for name in ("new", "matrix"):
+        found = anndata.read_h5ad(tmp_path / f"{name}.h5ad").obs
+        assert list(found.columns)[:12] == list(obs.columns)
+        for column in obs.columns:
+            expected = before[column].astype(object)
+            if column in ("when", "day"):
+                expected = expected.map(lambda time: str(time), na_action="ignore")
+            values = found[column].astype(object)
+            assert values.isna().tolist() == expected.isna().tolist(), column
+            assert values.dropna().tolist() == expected.dropna().tolist(), column
+
+
+def test_obs_of_more_text_than_is_kept_as_categories(tmp_path: Path) -> None:
+    number = obs_module.MAX_CATEGORIES + 1
+    names = [f"clone{place}" for place in range(number)]
+    cells = anndata.AnnData(
+        sparse.csr_matrix(np.ones((number, 1), np.float32)),
+        obs=pd.DataFrame({"clone": pd.Categorical(names)}, index=[f"c{i}" for i in range(number)]),
+    )
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    with CountsFile(tmp_path / "a.h5ad") as counts:
+        obs = counts.read_obs(0, number)
+    assert isinstance(obs["clone"].dtype, pd.StringDtype)
+    annotated.of_matrix(np.ones((3, 1)), obs[:3], cells.var, {}, {}).write_h5ad(tmp_path / "b.h5ad")
+    assert anndata.read_h5ad(tmp_path / "b.h5ad").obs["clone"].tolist() == names[:3]
 
 
 @pytest.mark.parametrize("place", ["X", "layers/counts", "raw.X"])

@@ -10,6 +10,7 @@ from geneformer_mcore.contracts import NUM_SPECIALS
 from geneformer_mcore.downstream import controls
 from geneformer_mcore.downstream.perturbations import GeneNames, Perturbation
 from geneformer_mcore.downstream.survey import Survey
+from geneformer_mcore.downstream.variants import Mode
 from tests.small_cells import vocabulary_of
 
 NUM_GENES = 2000
@@ -100,7 +101,7 @@ def test_controls_are_as_common_and_stand_as_high(rng: np.random.Generator) -> N
     assert again.all == drawn.all
     assert controls.draw(asked, found, NAMES, 50, 1, NUM_SPECIALS).all != drawn.all
     assert controls.draw(asked, found, NAMES, 0, 0, NUM_SPECIALS).all == asked
-    seen = controls.draw(asked, found, NAMES, 50, 0, NUM_SPECIALS, unseen_too=False)
+    seen = controls.draw(asked, found, NAMES, 50, 0, NUM_SPECIALS, Mode.delete)
     assert [len(mine) for mine in seen.of] == [*(len(mine) for mine in drawn.of[:3]), 0]
 
 
@@ -114,6 +115,24 @@ def test_controls_of_a_group_are_groups(rng: np.random.Generator) -> None:
         tokens = drawn.all[number].tokens
         assert len(set(tokens)) == 3
         assert sorted(levels[list(tokens)]) == sorted(levels[list(group.tokens)])
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_a_set_of_genes_is_a_control_once(mode: Mode) -> None:
+    """Four genes alike: six pairs, one of them asked for, in whatever order."""
+    in_sentence = np.zeros(VOCABULARY.size, np.int64)
+    in_sentence[10:14] = 40
+    found = Survey(300, in_sentence, in_sentence, np.where(in_sentence > 0, 0.5, np.nan))
+    asked = [Perturbation("pair", (13, 10)), Perturbation("other", (12, 11))]
+    drawn = controls.draw(asked, found, NAMES, 200, 0, NUM_SPECIALS, mode)
+    for group, mine in zip(asked, drawn.of, strict=True):
+        sets = [frozenset(drawn.all[number].tokens) for number in mine]
+        assert len(sets) == len(set(sets)) == 5
+        assert frozenset(group.tokens) not in sets
+    p, _ = controls.p_values(-np.arange(len(drawn.all)) * 1.0, drawn.of, two_sided=False)
+    assert p[0] == 1 / 6, "a larger effect than that of all five"
+    deleted = {frozenset(each.tokens) for each in drawn.all}
+    assert mode is Mode.overexpress or len(deleted) == len(drawn.all), "nothing is deleted twice"
 
 
 def test_a_gene_asked_for_may_be_a_control_and_is_perturbed_once(rng: np.random.Generator) -> None:

@@ -8,7 +8,7 @@ import pytest
 from geneformer_mcore.cells.ranks import RankEncoder
 from geneformer_mcore.contracts import CLS, NUM_SPECIALS
 from geneformer_mcore.downstream.chosen_cells import CountedCell
-from geneformer_mcore.downstream.perturbations import GeneNames, Perturbation, Sets
+from geneformer_mcore.downstream.perturbations import GeneNames, Perturbation, Sets, distinct
 from geneformer_mcore.downstream.variants import Editor, Mode
 from geneformer_mcore.errors import DataError
 from tests.small_cells import gene_id, plain_tokens, vocabulary_of
@@ -122,6 +122,28 @@ def test_genes_go_by_many_names() -> None:
         names.singles(["CCC", "aaa"])
     with pytest.raises(DataError, match=r"12 of 12 genes .* and 2 more"):
         names.singles([f"X{n}" for n in range(12)])
+    found, lines = names.singles(["CCC", "AAA", gene_id(0), "CCC"])
+    assert found == [Perturbation("CCC", (7,)), Perturbation("AAA", (5,))]
+    assert lines == [f"{gene_id(0)}: the same gene as AAA, perturbed once"]
     found, lines = names.groups({"g": ["AAA", "NO", "AAA"]})
     assert found == [Perturbation("g", (5,))]
     assert lines == ["group g: 1 of 3 genes are not known: left out"]
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_what_does_the_same_is_done_once_and_said(mode: Mode) -> None:
+    asked = [
+        Perturbation("AAA", (5,)),
+        Perturbation("up", (6, 7)),
+        Perturbation("down", (7, 6)),
+        Perturbation("again", (6, 7)),
+        Perturbation("AAA", (5,)),
+        Perturbation("AAA", (8,)),
+    ]
+    found, lines = distinct(asked, mode)
+    order_counts = mode is Mode.overexpress
+    down = ["down"] if order_counts else []
+    assert [each.name for each in found] == ["AAA", "up", *down, "AAA (2)"]
+    assert found[1].tokens == (6, 7)
+    left_out = ["again"] if order_counts else ["down", "again"]
+    assert lines == [f"{name}: the same genes as up: left out" for name in left_out]
