@@ -156,7 +156,7 @@ def _arguments() -> argparse.Namespace:
         metavar="N",
         help="draws for the 95 %% intervals (default: 1000; 0: none)",
     )
-    add("--training-store", type=Path, help="that of the models' training, where it has moved")
+    add("--training-store", type=Path, help="of the training, where it has moved")
     add("--allow-overlap", action="store_true", help="cells may be those of the training")
     add("--vocabulary", type=Path, help="the models', where their store has moved")
     add("--counts-layer", help="layer of the counts (default: counts, raw.X, X, in that order)")

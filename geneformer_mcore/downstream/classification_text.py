@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from geneformer_mcore.downstream import seen_cells
 from geneformer_mcore.downstream.classify import Classification, Judged
 from geneformer_mcore.metrics.provenance import provenance
 
@@ -119,7 +120,7 @@ def _about(found: Classification) -> list[str]:
         if model["random_weights"]:
             what = f"random weights, seed {facts['seed']}"
         checked = facts["overlap"].get(name)
-        seen = f"; {checked['cells']:,} of {checked['of']:,} cells trained on" if checked else ""
+        seen = f"; {seen_cells.summary(checked)}" if checked else ""
         shown.append(
             f"{name}: {shape['num_layers']} layers x {shape['hidden_size']}, "
             f"{shape['seq_length']:,} tokens, {what}{seen}"

@@ -19,8 +19,7 @@ import numpy as np
 
 from geneformer_mcore.cells import annotated
 from geneformer_mcore.cells.corpus import InputOptions
-from geneformer_mcore.checkpoint.converted import ORIGIN
-from geneformer_mcore.downstream import cross_validation, embed, labelled, overlap, pretrained
+from geneformer_mcore.downstream import cross_validation, embed, labelled, pretrained, seen_cells
 from geneformer_mcore.downstream.cells import CountedCells, naming_our_options
 from geneformer_mcore.downstream.cross_validation import FOREST, NUM_COMPONENTS, Features, Scheme
 from geneformer_mcore.downstream.embed import Choices
@@ -28,7 +27,7 @@ from geneformer_mcore.downstream.embedding_files import is_embedded
 from geneformer_mcore.downstream.labelled import Labelled
 from geneformer_mcore.downstream.pretrained import Pretrained
 from geneformer_mcore.downstream.scores import Scores
-from geneformer_mcore.errors import ConfigError, DataError
+from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.store.progress import Progress, ProgressLine
 
 PCA = f"PCA({NUM_COMPONENTS}) of log counts"
@@ -43,7 +42,7 @@ class Request:
     checkpoints:     {name: run or step folder};  obsm: embeddings that the file holds already
     label, donor:    columns of obs; "" looks for one; donor "none" takes none
     untrained:       also the first checkpoint's model with random weights
-    training_store:  the token store that the models were trained on, where it has moved
+    training_store:  a token store that models were trained on, where it has moved
     resamples:       draws of the bootstrap
     """
 
@@ -114,7 +113,14 @@ def classify(request: Request) -> Classification:
     cross_validation.stratified(cells.labels_N, cells.labels_N != "", request.seed)
     given = {name: annotated.read_obsm(Path(request.source), name) for name in request.obsm}
     with ProgressLine("cells") as line:
-        found, notes = _overlaps(request, models, line.update)
+        found, notes = seen_cells.check(
+            request.source,
+            models,
+            lambda model: _open(request, model),
+            request.training_store,
+            request.allow_overlap,
+            line.update,
+        )
     notes += [
         f"whether the model of obsm {name} was trained on these cells was not checked: an "
         "embedding does not say it."
@@ -152,67 +158,6 @@ def _models(request: Request) -> dict[str, Pretrained]:
         first = next(iter(found.values()))
         return {UNTRAINED: replace(first, initial_seed=request.seed)} | found
     return found
-
-
-def _overlaps(
-    request: Request, models: Mapping[str, Pretrained], progress: Progress
-) -> tuple[dict[str, Any], list[str]]:
-    """({model: what was found}, notes). Raises DataError for cells that a model was trained on."""
-    found: dict[str, Any] = {}
-    notes = []
-    for name, model in models.items():
-        if model.initial_seed is not None:
-            continue
-        try:
-            seen = _overlap(request, model, progress)
-        except overlap.NoTrainingCellsError as error:
-            found[name] = None
-            notes.append(
-                f"whether {name} was trained on these cells could not be checked: {error}. If it "
-                "was, its figures flatter it. Remedy: --training-store STORE."
-            )
-            continue
-        if (model.folder.parent.parent / ORIGIN).is_file():
-            notes.append(f"{name} began with converted weights: who knows which cells made them.")
-        found[name] = {key: value for key, value in seen.items() if key != "store"}
-        if seen["cells"] and not request.allow_overlap:
-            raise DataError(_refusal(request.source, name, seen))
-        if seen["cells"]:
-            notes.append(f"{_told(name, seen)}: its figures flatter it (--allow-overlap).")
-    return found, notes
-
-
-def _overlap(request: Request, model: Pretrained, progress: Progress) -> dict[str, Any]:
-    with ExitStack() as stack:
-        training = stack.enter_context(overlap.training_cells(model, request.training_store))
-        cells = _open(request, model)
-        stack.callback(cells.close)
-        has_gene_V = np.zeros(model.vocabulary.size, bool)
-        has_gene_V[cells.genes.token_of_column] = True
-        seen = overlap.find(cells.read(0, len(cells)), has_gene_V, training, progress)
-    return {
-        "cells": int(seen.same_N.sum()),
-        "of": len(seen.same_N),
-        "too_short_to_tell": int(seen.too_short_N.sum()),
-        "training_cells": seen.num_training,
-        "largest_share_of_others": float(seen.share_N[~seen.same_N].max(initial=0.0)),
-        "store": training.name,
-    }
-
-
-def _told(name: str, seen: Mapping[str, Any]) -> str:
-    return (
-        f"{seen['cells']:,} of {seen['of']:,} cells are among the {seen['training_cells']:,} that "
-        f"{name} was trained on"
-    )
-
-
-def _refusal(source: str, name: str, seen: Mapping[str, Any]) -> str:
-    return (
-        f"{source}: {_told(name, seen)} ({seen['store']}), by the order of their genes, whatever "
-        "they are called: a model must be judged on cells that it has not seen. Remedy: give other "
-        "cells, or a model that was trained without them; --allow-overlap judges it all the same."
-    )
 
 
 def _open(request: Request, model: Pretrained) -> CountedCells:
