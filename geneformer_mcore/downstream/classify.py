@@ -72,12 +72,26 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best classifier on PCA, the best method of all others, and what that one gains over it.
+
+    gain: macro F1, {"value", "low", "high"}. That each is the best of several on these very cells
+    the interval does not know.
+    """
+
+    pca: Method
+    other: Method
+    gain: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Judged:
     """One scheme, and all methods in it; labels: sorted, as the scores have them."""
 
     scheme: Scheme
     labels: list[str]
     methods: list[Method]
+    best: Best
 
     def method(self, features: str, classifier: str = FOREST) -> Method:
         """The one of these names."""
@@ -227,7 +241,11 @@ def _judge(
     progress: Progress,
 ) -> Judged:
     truth_N = cells.labels_N[scheme.cells]
-    scores = Scores(truth_N, request.resamples, request.seed)
+    donors_N = None
+    if scheme.name == cross_validation.BY_DONOR:
+        assert cells.donors_N is not None
+        donors_N = cells.donors_N[scheme.cells]
+    scores = Scores(truth_N, request.resamples, request.seed, donors_N)
     place = np.full(len(cells.labels_N), -1)
     place[scheme.cells] = np.arange(len(scheme.cells))
     folds = {name: place[test] for name, (_, test) in scheme.folds.items()}
@@ -238,7 +256,14 @@ def _judge(
             baseline_N = methods[0].predicted_N if methods else predicted_N
             scored = scores.of(predicted_N, folds, baseline_N)
             methods.append(Method(each.name, classifier, predicted_N, scored))
-    return Judged(scheme, scores.labels, methods)
+    return Judged(scheme, scores.labels, methods, _best(methods, scores))
+
+
+def _best(methods: Sequence[Method], scores: Scores) -> Best:
+    ordered = sorted(methods, key=lambda each: -each.scores["macro_f1"]["value"])
+    of_pca = next(each for each in ordered if each.features == PCA)
+    other = next(each for each in ordered if each.features != PCA)
+    return Best(of_pca, other, scores.gain(other.predicted_N, of_pca.predicted_N))
 
 
 def _facts(

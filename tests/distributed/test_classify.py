@@ -85,8 +85,18 @@ def test_the_folder_holds_figures_predictions_and_pictures(result: tuple[Path, s
     assert "labels left out as too rare: rare (3)" in printed
     assert "whether mine was trained on these cells could not be checked" in printed
     assert "--training-store" in printed
-    assert printed.count("best of the others: ") == 2
-    assert printed.count("against PCA + forest: ") == 2
+    assert printed.count("best of 3 on PCA: ") == 2
+    assert printed.count("; best of 9 others: ") == 2
+    assert printed.count("(not corrected for choosing the best of several)") == 1
+    assert printed.count("against that PCA: no interval, so no verdict") == 1
+    assert "3 folds; intervals need 5 donors" in printed
+    for scheme in found["schemes"]:
+        best, first = scheme["best"], scheme["rows"][:3]
+        of_pca = max(row["macro_f1"]["value"] for row in first)
+        others = max(row["macro_f1"]["value"] for row in scheme["rows"][3:])
+        gain = best["macro_f1_over_best_pca"]
+        assert gain["value"] == pytest.approx(others - of_pca)
+        assert ("low" in gain) == (scheme["name"] == "stratified 5-fold")
 
 
 def test_the_table_says_what_scikit_learn_says_of_the_predictions(
