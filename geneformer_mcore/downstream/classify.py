@@ -143,6 +143,7 @@ def classify(request: Request) -> Classification:
     embedded = {name: _embed(request, model) for name, model in models.items()} | given
     usable_N, reasons = _usable(cells, embedded)
     features = _features(cells, embedded, usable_N)
+    cells = cells.without_counts()
     schemes = _schemes(cells, usable_N, request.seed, notes)
     with ProgressLine("folds") as line:
         judged = [_judge(scheme, features, cells, request, line.update) for scheme in schemes]
@@ -159,6 +160,11 @@ def _check(request: Request) -> None:
     twice = [name for name in request.checkpoints if name in names]
     if twice:
         raise ConfigError(f"--checkpoint {twice[0]}=...: this name is taken. Remedy: another one.")
+    if request.obsm and not Path(request.source).is_file():
+        raise ConfigError(
+            f"--obsm {request.obsm[0]}: embeddings are read from h5ad files only, and "
+            f"{request.source} is no file. Remedy: write the cells as h5ad."
+        )
     if request.resamples < 0:
         raise ConfigError(f"--resamples must be 0 (no intervals) or more: {request.resamples}.")
 
@@ -210,14 +216,8 @@ def _features(
     cells: Labelled, embedded: Mapping[str, np.ndarray], usable_N: np.ndarray
 ) -> list[Features]:
     """Rows that are not usable are left empty, so that rows are those of the file throughout."""
-    from scipy import sparse
-
-    logs = labelled.log_counts(cells.counts_NG[usable_N])
-    rows = np.flatnonzero(usable_N)
-    spread = sparse.csr_matrix(
-        (np.ones(len(rows), np.float32), (rows, np.arange(len(rows)))), (len(usable_N), len(rows))
-    )
-    found = [Features(PCA, (spread @ logs).tocsr(), is_counts=True)]
+    logs = labelled.log_counts(cells.counts_NG, usable_N)
+    found = [Features(PCA, logs, is_counts=True)]
     return found + [Features(name, values) for name, values in embedded.items()]
 
 

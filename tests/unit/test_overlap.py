@@ -169,12 +169,20 @@ def first_corpus(shared_data: Path) -> Vocabulary:
     return import_dictionary(shared_data / "dicts" / "gc30m_gene_medians.json")
 
 
-def test_pbmc3k_of_two_sources(shared_data: Path, first_corpus: Vocabulary) -> None:
+def test_pbmc3k_of_two_sources(
+    shared_data: Path, first_corpus: Vocabulary, rng: np.random.Generator, tmp_path: Path
+) -> None:
     """13,714 filtered genes by symbol against 32,738, other names and ids."""
     labelled, raw = shared_data / "pbmc3k_labelled.h5ad", shared_data / "pbmc3k_raw.h5ad"
     found = compared(labelled, raw, first_corpus)
     assert found.same_N.all()
     assert found.share_N.min() > 0.9
+    cells = anndata.read_h5ad(labelled)
+    genes = np.sort(rng.permutation(cells.n_vars)[: cells.n_vars // 2])
+    cells[:, genes].copy().write_h5ad(tmp_path / "half.h5ad")
+    half = compared(tmp_path / "half.h5ad", raw, first_corpus)
+    assert half.same_N.all()
+    assert half.share_N.min() > 0.9
     back = compared(raw, labelled, first_corpus)
     assert int(back.same_N.sum()) == len(found.same_N), "62 more are in the raw file alone"
     assert back.share_N[~back.same_N].max() < 0.05
