@@ -88,7 +88,7 @@ class _Index:
     @classmethod
     def of(cls, first: int, cells: RaggedCells, both_V: np.ndarray) -> _Index:
         """cells: those from the first on."""
-        owners, windows = _windows(cells, both_V)
+        owners, windows = _windows(cells, both_V[None], np.zeros(len(cells), np.int64))
         known, rows = np.unique(windows, return_inverse=True)
         matrix = _matrix(rows, owners, (len(known), len(cells)))
         return cls(first, known, matrix, np.bincount(owners, minlength=len(cells)))
@@ -134,12 +134,13 @@ def find(
         progress("comparing with training cells", done, len(training))
         done += len(block)
         groups_N = np.array([group_of[dataset] for dataset in datasets])
+        owners, windows = _windows(block, genes_GV, groups_N)
+        of_block = np.bincount(owners, minlength=len(block))
+        compared_G += np.bincount(groups_N[of_block >= MIN_WINDOWS], minlength=len(genes_GV))
         for group in np.unique(groups_N):
-            owners, windows = _windows(block, genes_GV[group], groups_N == group)
-            of_block = np.bincount(owners, minlength=len(block))
-            compared_G[group] += np.count_nonzero(of_block >= MIN_WINDOWS)
+            here = groups_N[owners] == group
             for index in indexes[group]:
-                index.raise_shares(share_N, owners, windows, of_block)
+                index.raise_shares(share_N, owners[here], windows[here], of_block)
     same_N, num_training = share_N >= SAME, int(compared_G.sum())
     too_short_N = np.full(len(cells), not num_training)
     for group in np.flatnonzero(compared_G):
@@ -157,56 +158,49 @@ def _blocks(cells: Wanted) -> Iterator[tuple[int, RaggedCells]]:
 
 def _groups(
     cells: Wanted, has_gene_V: np.ndarray, training: TrainingCells, progress: Progress
-) -> tuple[dict[str, int], list[np.ndarray]]:
-    """({data set: group}, [bool [V], the genes that a group of them and the cells' file have])."""
-    seen, num_cells = _seen(training, has_gene_V, progress)
-    union_V = np.any([has_gene_V & False, *seen.values()], axis=0)
+) -> tuple[dict[str, int], np.ndarray]:
+    """({data set: group}, bool [G, V], the genes that a group of them and the cells' file have)."""
+    number_of, seen_DV, num_cells_D = _seen(training, has_gene_V, progress)
+    union_V = seen_DV.any(axis=0)
     often_V = np.zeros(len(has_gene_V), np.int64)
     for _, block in _blocks(cells):
-        tokens, _ = _first_genes(block, union_V)
+        tokens, _ = _first_genes(block, union_V[None], np.zeros(len(block), np.int64))
         often_V += np.bincount(tokens, minlength=len(often_V))
-    enough = MOST_GENES * often_V.sum()
-    alone = [
-        dataset
-        for dataset, seen_V in seen.items()
-        if num_cells[dataset] >= MIN_DATASET_CELLS and often_V[seen_V].sum() < enough
-    ]
-    together = [seen_V for dataset, seen_V in seen.items() if dataset not in alone]
-    genes_GV = [np.any([has_gene_V & False, *together], axis=0), *(seen[each] for each in alone)]
-    group_of = dict.fromkeys(seen, 0) | {each: place + 1 for place, each in enumerate(alone)}
-    return group_of, genes_GV
+    lacks_D = seen_DV @ often_V < MOST_GENES * often_V.sum()
+    alone_D = lacks_D & (num_cells_D >= MIN_DATASET_CELLS)
+    genes_GV = np.concatenate([seen_DV[~alone_D].any(axis=0)[None], seen_DV[alone_D]])
+    group_D = np.where(alone_D, np.cumsum(alone_D), 0)
+    return {name: int(group_D[number]) for name, number in number_of.items()}, genes_GV
 
 
 def _seen(
     training: TrainingCells, has_gene_V: np.ndarray, progress: Progress
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """{data set: bool [V], its genes that the cells' file has, too}, {data set: its cells}."""
-    seen: dict[str, np.ndarray] = {}
-    num_cells: dict[str, int] = {}
+) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
+    """({data set: number}, bool [D, V], the genes of each that the cells' file has, too, int64 [D],
+    the cells of each)."""
+    number_of: dict[str, int] = {}
+    seen_DV = np.zeros((0, len(has_gene_V)), bool)
+    num_cells_D = np.zeros(0, np.int64)
     done = 0
     for block, datasets in training.blocks():
         progress("genes of training cells", done, len(training))
         done += len(block)
-        names, numbers = np.unique(datasets.astype(str), return_inverse=True)
-        of_token = np.repeat(numbers, block.lengths)
-        for number, name in enumerate(names.tolist()):
-            seen_V = seen.setdefault(name, np.zeros(len(has_gene_V), bool))
-            seen_V[block.tokens_T[of_token == number]] = True
-            num_cells[name] = num_cells.get(name, 0) + int((numbers == number).sum())
-    for seen_V in seen.values():
-        seen_V[:NUM_SPECIALS] = False
-        seen_V &= has_gene_V
-    return seen, num_cells
+        numbers_N = np.array([number_of.setdefault(each, len(number_of)) for each in datasets])
+        new = len(number_of) - len(seen_DV)
+        seen_DV = np.concatenate([seen_DV, np.zeros((new, len(has_gene_V)), bool)])
+        num_cells_D = np.concatenate([num_cells_D, np.zeros(new, np.int64)])
+        seen_DV[np.repeat(numbers_N, block.lengths), block.tokens_T] = True
+        num_cells_D += np.bincount(numbers_N, minlength=len(number_of))
+    seen_DV[:, :NUM_SPECIALS] = False
+    return number_of, seen_DV & has_gene_V, num_cells_D
 
 
 def _first_genes(
-    cells: RaggedCells, both_V: np.ndarray, here_N: np.ndarray | None = None
+    cells: RaggedCells, genes_GV: np.ndarray, groups_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, int64 cells): the first genes of every cell, or of those that are `here_N`."""
+    """(tokens, int64 cells): the first of every cell that are genes of its group."""
     owners = np.repeat(np.arange(len(cells)), cells.lengths)
-    kept = both_V[cells.tokens_T]
-    if here_N is not None:
-        kept &= here_N[owners]
+    kept = genes_GV[groups_N[owners], cells.tokens_T]
     tokens, owners = cells.tokens_T[kept], owners[kept]
     first = np.searchsorted(owners, np.arange(len(cells)))
     is_first = np.arange(len(owners)) - first[owners] < FIRST_GENES
@@ -214,11 +208,11 @@ def _first_genes(
 
 
 def _windows(
-    cells: RaggedCells, both_V: np.ndarray, here_N: np.ndarray | None = None
+    cells: RaggedCells, genes_GV: np.ndarray, groups_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(cell int64, window uint64) of every window of every cell, or of those that are `here_N`;
-    none comes twice in a cell, since no gene does."""
-    tokens, owners = _first_genes(cells, both_V, here_N)
+    """(cell int64, window uint64) of every window of every cell, of genes of its group; none comes
+    twice in a cell, since no gene does."""
+    tokens, owners = _first_genes(cells, genes_GV, groups_N)
     last = max(0, len(tokens) - WINDOW + 1)
     windows = np.zeros(last, np.uint64)
     for place in range(WINDOW):

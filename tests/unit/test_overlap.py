@@ -148,7 +148,7 @@ def test_windows_are_told_apart_exactly() -> None:
     cells = RaggedCells(tokens, np.array([0, 5, 11]), np.zeros(2, np.uint64))
     both_V = np.ones(65_536, bool)
     both_V[:NUM_SPECIALS] = False
-    owners, windows = overlap._windows(cells, both_V)
+    owners, windows = overlap._windows(cells, both_V[None], np.zeros(2, int))
     assert owners.tolist() == [0, 0, 1, 1]
     assert len(set(windows.tolist())) == 4
     assert windows[0] == 5 | 6 << 16 | 7 << 32 | 8 << 48
