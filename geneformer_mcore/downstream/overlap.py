@@ -161,14 +161,14 @@ def _groups(
 ) -> tuple[dict[str, int], np.ndarray]:
     """({data set: group}, bool [G, V], the genes that a group of them and the cells' file have)."""
     number_of, seen_DV, num_cells_D = _seen(training, has_gene_V, progress)
-    union_V = seen_DV.any(axis=0)
+    union_GV = seen_DV.any(axis=0, keepdims=True)
     often_V = np.zeros(len(has_gene_V), np.int64)
     for _, block in _blocks(cells):
-        tokens, _ = _first_genes(block, union_V[None], np.zeros(len(block), np.int64))
+        tokens, _ = _first_genes(block, union_GV, np.zeros(len(block), np.int64))
         often_V += np.bincount(tokens, minlength=len(often_V))
     lacks_D = seen_DV @ often_V < MOST_GENES * often_V.sum()
     alone_D = lacks_D & (num_cells_D >= MIN_DATASET_CELLS)
-    genes_GV = np.concatenate([seen_DV[~alone_D].any(axis=0)[None], seen_DV[alone_D]])
+    genes_GV = np.concatenate([seen_DV[~alone_D].any(axis=0, keepdims=True), seen_DV[alone_D]])
     group_D = np.where(alone_D, np.cumsum(alone_D), 0)
     return {name: int(group_D[number]) for name, number in number_of.items()}, genes_GV
 
