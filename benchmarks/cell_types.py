@@ -7,10 +7,11 @@ For each labelled file a small model is pretrained on those --train files that h
 cells (by their content, whatever they are called), on two CPU ranks, and judged by
 launch/classify.py beside PCA of the counts and the same model untrained. Labelled files for which
 the same files are left share one model. What is done already is not done again: start the same
-command once more after a kill.
+command once more after a kill. Folders are named by a hash of what they are made of, so another
+command in the same DIR (other files, settings, steps, seed) begins anew.
 
 The files of the published figures: --train pbmc3k_raw.h5ad heart_san_1k.h5ad lca_lung_1k.h5ad
-marrow_cd34_palantir.h5ad --labelled heart_san_1k.h5ad pbmc3k_labelled.h5ad lca_lung_1k.h5ad
+marrow_cd34_palantir.h5ad --labelled heart_san_1k.h5ad pbmc3k_labelled.h5ad
 --medians gc30m_gene_medians.json --json benchmarks/results/cell_types.json
 """
 
@@ -30,7 +31,9 @@ import os
 import subprocess
 from typing import Any
 
+from benchmarks.side_by_side import cell_type_folders
 from geneformer_mcore.backends import ignore_known_warnings
+from geneformer_mcore.cells.output import check_place, whole_file
 from geneformer_mcore.commands import FINISHED, run
 from geneformer_mcore.errors import DataError
 
@@ -43,6 +46,7 @@ def main() -> int:
     arguments = _arguments()
     ignore_known_warnings()
     train, labelled = _files(arguments.train), _files(arguments.labelled)
+    _files([each for each in (arguments.config, arguments.vocabulary, arguments.medians) if each])
     # Only now what takes seconds to import.
     from benchmarks.side_by_side import cell_type_pages, cell_type_sets
 
@@ -54,17 +58,16 @@ def main() -> int:
     sets = cell_type_sets.training_sets(train, labelled, Path(checked[1]))
     for line in cell_type_sets.lines(sets):
         print(line, flush=True)
-    folders: dict[tuple[Path, ...], Path] = {}
     found: list[dict[str, Any]] = []
     for each in sets:
-        folder = folders.setdefault(each.used, out / f"model_{len(folders) + 1}")
+        folder = out / _model(each.used, options, arguments)
         _pretrain(each.used, folder, options, arguments)
-        types = out / f"types_{each.labelled.stem}"
+        types = out / _types(each.labelled, folder, arguments)
         _classify(each.labelled, folder, types, arguments)
         found.append(cell_type_sets.found(each, folder / "run", types))
     content = cell_type_sets.content(found)
-    result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(content, indent=1) + "\n")
+    with whole_file(result) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
     print("", *cell_type_pages.lines(content), f"{result}: all figures", sep="\n")
     return FINISHED
 
@@ -76,9 +79,22 @@ def _files(paths: list[Path]) -> list[Path]:
     return [path.resolve() for path in paths]
 
 
-def _check_places(out: Path, result: Path) -> None:
-    from geneformer_mcore.cells.output import check_place
+def _model(files: tuple[Path, ...], options: list[str], arguments: argparse.Namespace) -> str:
+    """The folder of a store and of the run on it."""
+    vocabulary = [cell_type_folders.content(Path(path)) for path in options[1:]]
+    config = cell_type_folders.content(arguments.config)
+    how = [config, arguments.settings, arguments.steps, arguments.ranks]
+    return cell_type_folders.name("model", cell_type_folders.facts(files), vocabulary, *how)
 
+
+def _types(labelled: Path, folder: Path, arguments: argparse.Namespace) -> str:
+    """The folder of launch/classify.py."""
+    how = [arguments.seed, arguments.resamples]
+    facts = cell_type_folders.facts([labelled])
+    return cell_type_folders.name(f"types_{labelled.stem}", folder.name, facts, *how)
+
+
+def _check_places(out: Path, result: Path) -> None:
     check_place(out / "run")
     check_place(result)
 
@@ -89,7 +105,8 @@ def _vocabulary(arguments: argparse.Namespace, out: Path) -> list[str]:
         return ["--vocabulary", str(arguments.vocabulary.resolve())]
     if arguments.medians is None:
         return []
-    path = out / "vocabulary.json"
+    made_of = cell_type_folders.facts([arguments.medians])
+    path = out / f"{cell_type_folders.name('vocabulary', made_of)}.json"
     if not path.exists():
         step(
             "data_prep/import_dictionary.py",
@@ -101,7 +118,8 @@ def _vocabulary(arguments: argparse.Namespace, out: Path) -> list[str]:
 
 def _own_vocabulary(train: list[Path], out: Path) -> Path:
     """Of all files: only for comparing cells. A model's own is of the files it is trained on."""
-    path = (out / "genes.json").resolve()
+    name = cell_type_folders.name("genes", cell_type_folders.facts(train))
+    path = (out / f"{name}.json").resolve()
     if not path.exists():
         step("data_prep/build_vocabulary.py", "--out", path, *train)
     return path

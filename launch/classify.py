@@ -37,13 +37,13 @@ def main() -> int:
     arguments = _arguments()
     ignore_known_warnings()
     try:
-        print("\n".join(_classify(arguments)))
+        _classify(arguments)
     except GeneformerError as error:
         return complain(error)
     return FINISHED
 
 
-def _classify(arguments: argparse.Namespace) -> list[str]:
+def _classify(arguments: argparse.Namespace) -> None:
     for name in ("scanpy", "sklearn"):
         require(name)
     # Only now what takes seconds to import.
@@ -57,11 +57,13 @@ def _classify(arguments: argparse.Namespace) -> list[str]:
     found = classify.classify(request)
     with whole_folder(arguments.out) as partial:
         names = classification_text.save(found, partial)
-        if not arguments.no_plots:
-            from geneformer_mcore.downstream import classification_plots
+    print("\n".join(classification_text.lines(found)), flush=True)
+    if not arguments.no_plots:
+        # Afterwards: whatever befalls a picture, the figures are there.
+        from geneformer_mcore.downstream import classification_plots
 
-            names += classification_plots.save(found, partial, request.seed)
-    return [*classification_text.lines(found), f"{arguments.out}: {', '.join(names)}"]
+        names += classification_plots.save(found, arguments.out, request.seed)
+    print(f"{arguments.out}: {', '.join(names)}")
 
 
 def _request(arguments: argparse.Namespace) -> Request:
@@ -97,10 +99,13 @@ def _request(arguments: argparse.Namespace) -> Request:
 
 
 def _named(given: list[str]) -> dict[str, Path]:
-    """{name: folder} of NAME=FOLDER, or of a folder alone, which is named by itself."""
+    """{name: folder} of NAME=FOLDER, or of a folder alone, which is named by itself. What is there
+    as it stands is a folder, though a `=` is in its name."""
     found: dict[str, Path] = {}
     for text in given:
-        name, _, folder = text.rpartition("=")
+        name, folder = "", text
+        if not Path(text).exists():
+            name, _, folder = text.partition("=") if "=" in text else ("", "", text)
         name = name or Path(folder).resolve().name
         if name in found:
             raise ConfigError(
@@ -156,7 +161,7 @@ def _arguments() -> argparse.Namespace:
         metavar="N",
         help="draws for the 95 %% intervals (default: 1000; 0: none)",
     )
-    add("--training-store", type=Path, help="that of the models' training, where it has moved")
+    add("--training-store", type=Path, help="of the training, where it has moved")
     add("--allow-overlap", action="store_true", help="cells may be those of the training")
     add("--vocabulary", type=Path, help="the models', where their store has moved")
     add("--counts-layer", help="layer of the counts (default: counts, raw.X, X, in that order)")

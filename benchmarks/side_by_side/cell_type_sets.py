@@ -17,7 +17,7 @@ from geneformer_mcore.cells.corpus import InputOptions
 from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.downstream import overlap, results
 from geneformer_mcore.downstream.cells import CountedCells
-from geneformer_mcore.downstream.overlap import TrainingCells
+from geneformer_mcore.downstream.training_cells import TrainingCells
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.metrics.provenance import provenance
 
@@ -71,9 +71,8 @@ def _num_common(labelled: Path, train: Path, vocabulary: Vocabulary) -> int:
     has_gene_V = np.zeros(vocabulary.size, bool)
     has_gene_V[judged.genes.token_of_column] = True
     try:
-        cells = judged.read(0, len(judged))
         training = TrainingCells(str(train), learned, 0, len(learned), SEQ_LENGTH)
-        return int(overlap.find(cells, has_gene_V, training).same_N.sum())
+        return int(overlap.find(judged, has_gene_V, training).same_N.sum())
     finally:
         judged.close()
         learned.close()

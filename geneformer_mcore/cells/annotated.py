@@ -65,17 +65,36 @@ def write_copy(source: Path, target: Path, beside: Beside) -> None:
 
 
 def read_obsm(path: Path, name: str) -> np.ndarray:
-    """float32 [cells, width], obsm[name] of an h5ad file. Raises DataError if there is no such
-    array."""
-    with h5py.File(path, "r") as file:
-        group = file.get("obsm", {})
-        found = group.get(name)
-        if isinstance(found, h5py.Dataset) and found.ndim == 2 and found.dtype.kind in "fiu":
-            return found[:].astype(np.float32)
+    """float32 [cells, width], obsm[name] of an h5ad file; NaN may stand in it. Raises DataError if
+    the file is none, or there is no such array of numbers that float32 can hold."""
+    try:
+        with h5py.File(path, "r") as file:
+            values = _obsm_of(path, file.get("obsm", {}), name)
+    except OSError as error:
         raise DataError(
-            f"{path}: obsm has no array {name!r} of numbers; it holds "
-            f"{', '.join(group) or 'nothing'}. Remedy: launch/embed.py writes X_geneformer."
+            f"{path}: obsm {name} can be read from an h5ad file only, and this cannot be read as "
+            f"one: {error}. Remedy: check the path, or write the cells as h5ad."
+        ) from error
+    with np.errstate(over="ignore"):
+        values_NH = values.astype(np.float32)
+    if np.isinf(values_NH).any():
+        raise DataError(
+            f"{path}: obsm {name} must be finite numbers (NaN for cells without any), and "
+            f"{int(np.isinf(values_NH).any(axis=1).sum()):,} cells have infinite ones. Remedy: "
+            "embed these cells again."
         )
+    return values_NH
+
+
+def _obsm_of(path: Path, group: Any, name: str) -> np.ndarray:
+    found = group.get(name) if isinstance(group, Mapping | h5py.Group) else None
+    if isinstance(found, h5py.Dataset) and found.ndim == 2 and found.dtype.kind in "fiu":
+        return found[:]
+    there = ", ".join(group) if isinstance(group, Mapping | h5py.Group) else ""
+    raise DataError(
+        f"{path}: obsm has no array {name!r} of numbers; it holds {there or 'nothing'}. Remedy: "
+        "launch/embed.py writes X_geneformer."
+    )
 
 
 def write_new(obs: pd.DataFrame, target: Path, beside: Beside) -> None:

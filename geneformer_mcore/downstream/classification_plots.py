@@ -8,6 +8,7 @@ Classification  ->  scores.png     macro F1 of every method, with its interval
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from geneformer_mcore.cells.output import whole_file
 from geneformer_mcore.downstream.classify import Classification, Judged
 from geneformer_mcore.downstream.cross_validation import Features, principal_components
 from geneformer_mcore.downstream.loss_plot import BLUE, GREEN, GREY, ORANGE
@@ -27,13 +29,15 @@ _MOST_LETTERS = 28
 
 def save(found: Classification, folder: Path, seed: int) -> list[str]:
     """Writes the pictures into a folder. Gives their names."""
-    figures = {
-        "scores.png": _bars(found.judged),
-        "confusion.png": _confusion(found.judged[0]),
-        "umap.png": _umaps(found, seed),
+    figures: dict[str, Callable[[], Figure]] = {
+        "scores.png": lambda: _bars(found.judged),
+        "confusion.png": lambda: _confusion(found.judged[0]),
+        "umap.png": lambda: _umaps(found, seed),
     }
-    for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=110, format="png")
+    for name, draw in figures.items():
+        figure = draw()
+        with whole_file(folder / name) as partial:
+            figure.savefig(partial, dpi=110, format="png")
     return list(figures)
 
 

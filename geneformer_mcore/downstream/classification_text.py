@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from geneformer_mcore.downstream import seen_cells
 from geneformer_mcore.downstream.classify import Classification, Judged
+from geneformer_mcore.downstream.cross_validation import BY_DONOR
+from geneformer_mcore.downstream.scores import MIN_DONORS
 from geneformer_mcore.metrics.provenance import provenance
 
 HEAD = ("features", "classifier", "macro F1", "95 %", "accuracy", "95 %", "F1 over folds")
@@ -53,6 +56,12 @@ def content(found: Classification) -> dict[str, Any]:
                     {"features": each.features, "classifier": each.classifier, **each.scores}
                     for each in judged.methods
                 ],
+                "best": {
+                    "pca": judged.best.pca.classifier,
+                    "features": judged.best.other.features,
+                    "classifier": judged.best.other.classifier,
+                    "macro_f1_over_best_pca": judged.best.gain,
+                },
             }
             for judged in found.judged
         ],
@@ -89,20 +98,23 @@ def _predictions(found: Classification, judged: Judged) -> list[list[str]]:
 
 
 def best(judged: Judged) -> str:
-    """The best of PCA, the best of the others, and whether that is ahead of the card's baseline."""
-    kind = judged.methods[0].features
-    ordered = sorted(judged.methods, key=lambda each: -each.scores["macro_f1"]["value"])
-    of_pca = next(each for each in ordered if each.features == kind)
-    other = next(each for each in ordered if each.features != kind)
-    gain = other.scores["macro_f1_over_baseline"]
-    low, high = gain.get("low", gain["value"]), gain.get("high", gain["value"])
-    verdict = "ahead of it" if low > 0 else "behind it" if high < 0 else "no more than chance apart"
+    """The best of PCA, the best of the others, and whether that is ahead of it. No verdict without
+    an interval."""
+    pca, other, gain = judged.best.pca, judged.best.other, judged.best.gain
+    of_pca = sum(each.features == pca.features for each in judged.methods)
     return (
-        f"{judged.scheme.name}: best of PCA: {of_pca.classifier}, "
-        f"{of_pca.scores['macro_f1']['value']:.3f}; best of the others: {other.features}, "
-        f"{other.classifier}, {other.scores['macro_f1']['value']:.3f}, {gain['value']:+.3f} "
-        f"({_span(gain)}) against PCA + forest: {verdict}."
+        f"{judged.scheme.name}: best of {of_pca} on PCA: {pca.classifier}, "
+        f"{pca.scores['macro_f1']['value']:.3f}; best of {len(judged.methods) - of_pca} others: "
+        f"{other.features}, {other.classifier}, {other.scores['macro_f1']['value']:.3f}; "
+        f"{_gain(gain)} against that PCA: {_verdict(gain)}."
     )
+
+
+def _verdict(gain: dict[str, float]) -> str:
+    if "low" not in gain:
+        return "no interval, so no verdict"
+    found = "ahead" if gain["low"] > 0 else "behind" if gain["high"] < 0 else "not told apart"
+    return f"{found} (not corrected for choosing the best of several)"
 
 
 def _about(found: Classification) -> list[str]:
@@ -119,7 +131,7 @@ def _about(found: Classification) -> list[str]:
         if model["random_weights"]:
             what = f"random weights, seed {facts['seed']}"
         checked = facts["overlap"].get(name)
-        seen = f"; {checked['cells']:,} of {checked['of']:,} cells trained on" if checked else ""
+        seen = f"; {seen_cells.summary(checked)}" if checked else ""
         shown.append(
             f"{name}: {shape['num_layers']} layers x {shape['hidden_size']}, "
             f"{shape['seq_length']:,} tokens, {what}{seen}"
@@ -131,7 +143,7 @@ def _about_scheme(judged: Judged) -> list[str]:
     scheme = judged.scheme
     text = (
         f"{scheme.name}: {len(scheme.cells):,} cells, {len(judged.labels)} labels, "
-        f"{len(scheme.folds)} folds"
+        f"{len(scheme.folds)} folds{_drawn(judged)}"
     )
     if not scheme.left_out:
         return [text]
@@ -140,19 +152,29 @@ def _about_scheme(judged: Judged) -> list[str]:
     return [f"{text}; labels left out as too rare: {', '.join(named)}{more}"]
 
 
+def _drawn(judged: Judged) -> str:
+    """What the intervals were drawn over, where that is not cells."""
+    if judged.scheme.name != BY_DONOR:
+        return ""
+    if len(judged.scheme.folds) < MIN_DONORS:
+        return f"; intervals need {MIN_DONORS} donors"
+    return "; intervals over donors"
+
+
 def _head() -> list[str]:
     return [*HEAD, GAIN]
 
 
 def _rows(judged: Judged) -> list[list[str]]:
-    return [row(each.features, each.classifier, each.scores) for each in judged.methods]
+    return [
+        _row(each.features, each.classifier, each.scores, is_baseline=number == 0)
+        for number, each in enumerate(judged.methods)
+    ]
 
 
-def row(features: str, classifier: str, scores: dict[str, Any]) -> list[str]:
+def _row(features: str, classifier: str, scores: dict[str, Any], *, is_baseline: bool) -> list[str]:
     """One line of the table, of scores as Scores.of gives them."""
     of_folds = np.array([fold["macro_f1"] for fold in scores["folds"].values()])
-    gain = scores["macro_f1_over_baseline"]
-    is_baseline = gain["value"] == gain.get("low") == gain.get("high") == 0
     return [
         features,
         classifier,
@@ -161,8 +183,12 @@ def row(features: str, classifier: str, scores: dict[str, Any]) -> list[str]:
         f"{scores['accuracy']['value']:.3f}",
         _span(scores["accuracy"]),
         f"{of_folds.mean():.3f} ± {of_folds.std(ddof=1):.3f}",
-        "-" if is_baseline else f"{gain['value']:+.3f} ({_span(gain)})",
+        "-" if is_baseline else _gain(scores["macro_f1_over_baseline"]),
     ]
+
+
+def _gain(gain: dict[str, float]) -> str:
+    return f"{gain['value']:+.3f}" + (f" ({_span(gain)})" if "low" in gain else "")
 
 
 def _span(interval: dict[str, float]) -> str:

@@ -19,8 +19,7 @@ import numpy as np
 
 from geneformer_mcore.cells import annotated
 from geneformer_mcore.cells.corpus import InputOptions
-from geneformer_mcore.checkpoint.converted import ORIGIN
-from geneformer_mcore.downstream import cross_validation, embed, labelled, overlap, pretrained
+from geneformer_mcore.downstream import cross_validation, embed, labelled, pretrained, seen_cells
 from geneformer_mcore.downstream.cells import CountedCells, naming_our_options
 from geneformer_mcore.downstream.cross_validation import FOREST, NUM_COMPONENTS, Features, Scheme
 from geneformer_mcore.downstream.embed import Choices
@@ -28,7 +27,7 @@ from geneformer_mcore.downstream.embedding_files import is_embedded
 from geneformer_mcore.downstream.labelled import Labelled
 from geneformer_mcore.downstream.pretrained import Pretrained
 from geneformer_mcore.downstream.scores import Scores
-from geneformer_mcore.errors import ConfigError, DataError
+from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.store.progress import Progress, ProgressLine
 
 PCA = f"PCA({NUM_COMPONENTS}) of log counts"
@@ -43,7 +42,7 @@ class Request:
     checkpoints:     {name: run or step folder};  obsm: embeddings that the file holds already
     label, donor:    columns of obs; "" looks for one; donor "none" takes none
     untrained:       also the first checkpoint's model with random weights
-    training_store:  the token store that the models were trained on, where it has moved
+    training_store:  a token store that models were trained on, where it has moved
     resamples:       draws of the bootstrap
     """
 
@@ -73,12 +72,26 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best classifier on PCA, the best method of all others, and what that one gains over it.
+
+    gain: macro F1, {"value", "low", "high"}. That each is the best of several on these very cells
+    the interval does not know.
+    """
+
+    pca: Method
+    other: Method
+    gain: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Judged:
     """One scheme, and all methods in it; labels: sorted, as the scores have them."""
 
     scheme: Scheme
     labels: list[str]
     methods: list[Method]
+    best: Best
 
     def method(self, features: str, classifier: str = FOREST) -> Method:
         """The one of these names."""
@@ -114,7 +127,14 @@ def classify(request: Request) -> Classification:
     cross_validation.stratified(cells.labels_N, cells.labels_N != "", request.seed)
     given = {name: annotated.read_obsm(Path(request.source), name) for name in request.obsm}
     with ProgressLine("cells") as line:
-        found, notes = _overlaps(request, models, line.update)
+        found, notes = seen_cells.check(
+            request.source,
+            models,
+            lambda model: _open(request, model),
+            request.training_store,
+            request.allow_overlap,
+            line.update,
+        )
     notes += [
         f"whether the model of obsm {name} was trained on these cells was not checked: an "
         "embedding does not say it."
@@ -123,6 +143,7 @@ def classify(request: Request) -> Classification:
     embedded = {name: _embed(request, model) for name, model in models.items()} | given
     usable_N, reasons = _usable(cells, embedded)
     features = _features(cells, embedded, usable_N)
+    cells = cells.without_counts()
     schemes = _schemes(cells, usable_N, request.seed, notes)
     with ProgressLine("folds") as line:
         judged = [_judge(scheme, features, cells, request, line.update) for scheme in schemes]
@@ -139,6 +160,11 @@ def _check(request: Request) -> None:
     twice = [name for name in request.checkpoints if name in names]
     if twice:
         raise ConfigError(f"--checkpoint {twice[0]}=...: this name is taken. Remedy: another one.")
+    if request.obsm and not Path(request.source).is_file():
+        raise ConfigError(
+            f"--obsm {request.obsm[0]}: embeddings are read from h5ad files only, and "
+            f"{request.source} is no file. Remedy: write the cells as h5ad."
+        )
     if request.resamples < 0:
         raise ConfigError(f"--resamples must be 0 (no intervals) or more: {request.resamples}.")
 
@@ -152,67 +178,6 @@ def _models(request: Request) -> dict[str, Pretrained]:
         first = next(iter(found.values()))
         return {UNTRAINED: replace(first, initial_seed=request.seed)} | found
     return found
-
-
-def _overlaps(
-    request: Request, models: Mapping[str, Pretrained], progress: Progress
-) -> tuple[dict[str, Any], list[str]]:
-    """({model: what was found}, notes). Raises DataError for cells that a model was trained on."""
-    found: dict[str, Any] = {}
-    notes = []
-    for name, model in models.items():
-        if model.initial_seed is not None:
-            continue
-        try:
-            seen = _overlap(request, model, progress)
-        except overlap.NoTrainingCellsError as error:
-            found[name] = None
-            notes.append(
-                f"whether {name} was trained on these cells could not be checked: {error}. If it "
-                "was, its figures flatter it. Remedy: --training-store STORE."
-            )
-            continue
-        if (model.folder.parent.parent / ORIGIN).is_file():
-            notes.append(f"{name} began with converted weights: who knows which cells made them.")
-        found[name] = {key: value for key, value in seen.items() if key != "store"}
-        if seen["cells"] and not request.allow_overlap:
-            raise DataError(_refusal(request.source, name, seen))
-        if seen["cells"]:
-            notes.append(f"{_told(name, seen)}: its figures flatter it (--allow-overlap).")
-    return found, notes
-
-
-def _overlap(request: Request, model: Pretrained, progress: Progress) -> dict[str, Any]:
-    with ExitStack() as stack:
-        training = stack.enter_context(overlap.training_cells(model, request.training_store))
-        cells = _open(request, model)
-        stack.callback(cells.close)
-        has_gene_V = np.zeros(model.vocabulary.size, bool)
-        has_gene_V[cells.genes.token_of_column] = True
-        seen = overlap.find(cells.read(0, len(cells)), has_gene_V, training, progress)
-    return {
-        "cells": int(seen.same_N.sum()),
-        "of": len(seen.same_N),
-        "too_short_to_tell": int(seen.too_short_N.sum()),
-        "training_cells": seen.num_training,
-        "largest_share_of_others": float(seen.share_N[~seen.same_N].max(initial=0.0)),
-        "store": training.name,
-    }
-
-
-def _told(name: str, seen: Mapping[str, Any]) -> str:
-    return (
-        f"{seen['cells']:,} of {seen['of']:,} cells are among the {seen['training_cells']:,} that "
-        f"{name} was trained on"
-    )
-
-
-def _refusal(source: str, name: str, seen: Mapping[str, Any]) -> str:
-    return (
-        f"{source}: {_told(name, seen)} ({seen['store']}), by the order of their genes, whatever "
-        "they are called: a model must be judged on cells that it has not seen. Remedy: give other "
-        "cells, or a model that was trained without them; --allow-overlap judges it all the same."
-    )
 
 
 def _open(request: Request, model: Pretrained) -> CountedCells:
@@ -251,14 +216,8 @@ def _features(
     cells: Labelled, embedded: Mapping[str, np.ndarray], usable_N: np.ndarray
 ) -> list[Features]:
     """Rows that are not usable are left empty, so that rows are those of the file throughout."""
-    from scipy import sparse
-
-    logs = labelled.log_counts(cells.counts_NG[usable_N])
-    rows = np.flatnonzero(usable_N)
-    spread = sparse.csr_matrix(
-        (np.ones(len(rows), np.float32), (rows, np.arange(len(rows)))), (len(usable_N), len(rows))
-    )
-    found = [Features(PCA, (spread @ logs).tocsr(), is_counts=True)]
+    logs = labelled.log_counts(cells.counts_NG, usable_N)
+    found = [Features(PCA, logs, is_counts=True)]
     return found + [Features(name, values) for name, values in embedded.items()]
 
 
@@ -282,7 +241,11 @@ def _judge(
     progress: Progress,
 ) -> Judged:
     truth_N = cells.labels_N[scheme.cells]
-    scores = Scores(truth_N, request.resamples, request.seed)
+    donors_N = None
+    if scheme.name == cross_validation.BY_DONOR:
+        assert cells.donors_N is not None
+        donors_N = cells.donors_N[scheme.cells]
+    scores = Scores(truth_N, request.resamples, request.seed, donors_N)
     place = np.full(len(cells.labels_N), -1)
     place[scheme.cells] = np.arange(len(scheme.cells))
     folds = {name: place[test] for name, (_, test) in scheme.folds.items()}
@@ -293,7 +256,14 @@ def _judge(
             baseline_N = methods[0].predicted_N if methods else predicted_N
             scored = scores.of(predicted_N, folds, baseline_N)
             methods.append(Method(each.name, classifier, predicted_N, scored))
-    return Judged(scheme, scores.labels, methods)
+    return Judged(scheme, scores.labels, methods, _best(methods, scores))
+
+
+def _best(methods: Sequence[Method], scores: Scores) -> Best:
+    ordered = sorted(methods, key=lambda each: -each.scores["macro_f1"]["value"])
+    of_pca = next(each for each in ordered if each.features == PCA)
+    other = next(each for each in ordered if each.features != PCA)
+    return Best(of_pca, other, scores.gain(other.predicted_N, of_pca.predicted_N))
 
 
 def _facts(

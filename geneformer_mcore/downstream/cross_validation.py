@@ -33,6 +33,7 @@ NUM_NEIGHBOURS = 5
 FOREST = "random forest"
 """The card's classifier."""
 MOST_ITERATIONS = 5000
+BY_DONOR = "leave one donor out"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def by_donor(labels_N: np.ndarray, donors_N: np.ndarray, cells: np.ndarray) -> S
     if lonely:
         return f"without donor {lonely[0]} only one label is left"
     left_out = {label: counted[label] for label in lone}
-    return Scheme("leave one donor out", cells, folds, _sorted(left_out))
+    return Scheme(BY_DONOR, cells, folds, _sorted(left_out))
 
 
 def classifiers(seed: int) -> dict[str, Callable[[], Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -40,6 +40,10 @@ class Labelled:
     labels_N: np.ndarray
     donors_N: np.ndarray | None
     counts_NG: sparse.csr_matrix
+
+    def without_counts(self) -> Labelled:
+        """The same, with an empty matrix of the same shape: the counts take most of the room."""
+        return replace(self, counts_NG=sparse.csr_matrix(self.counts_NG.shape, dtype=np.float32))
 
 
 def read(source: str, label: str, donor: str, options: InputOptions) -> Labelled:
@@ -107,14 +111,20 @@ def _texts(column: pd.Series) -> np.ndarray:
     return np.where(values.isna(), "", values.astype(str).str.strip()).astype(object)
 
 
-def log_counts(counts_NG: sparse.csr_matrix) -> sparse.csr_matrix:
+def log_counts(counts_NG: sparse.csr_matrix, usable_N: np.ndarray) -> sparse.csr_matrix:
     """float32, log(1 + counts / total of the cell * 10,000), as scanpy makes them.
 
-    Each cell by itself: nothing of one goes into another. No cell may be empty.
+    Each cell by itself: nothing of one goes into another. Rows that are not `usable_N` (bool) are
+    left empty; no other may be.
     """
     import scanpy
 
-    adata = scanpy.AnnData(counts_NG.copy())
+    adata = scanpy.AnnData(counts_NG[usable_N])
     scanpy.pp.normalize_total(adata, target_sum=COUNTS_PER_CELL)
     scanpy.pp.log1p(adata)
-    return adata.X
+    logs = adata.X
+    # The same numbers, spread over all rows: large ones are not copied.
+    lengths_N = np.zeros(len(usable_N), logs.indptr.dtype)
+    lengths_N[usable_N] = np.diff(logs.indptr)
+    indptr = np.concatenate([[0], np.cumsum(lengths_N)])
+    return sparse.csr_matrix((logs.data, logs.indices, indptr), counts_NG.shape)

@@ -121,6 +121,11 @@ class CountsSource:
                 names += self._inputs[number].counts.read_cell_ids(place, place + 1)
         return names
 
+    def datasets(self, start: int, stop: int) -> list[str]:
+        """The input of each cell of rows start..stop-1: all cells of one have the same genes."""
+        numbers = np.searchsorted(self._first_cell, self._cells[start:stop], side="right") - 1
+        return [self._inputs[number].counts.name for number in numbers]
+
     def close(self) -> None:
         """Closes the inputs."""
         for each in self._inputs:

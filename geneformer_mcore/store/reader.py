@@ -100,6 +100,13 @@ class TokenStore:
             names |= {row: column[row - first] for row in rows[rows // _ROWS_PER_NAME_READ == part]}
         return [names[row] for row in rows]
 
+    def datasets(self, start: int, stop: int) -> list[str]:
+        """The data set of each cell of rows start..stop-1, as their inputs name it."""
+        self._check_span(start, stop)
+        if start == stop:
+            return []
+        return self._soma.read(OBS, start, stop, ["dataset_id"])["dataset_id"].to_pylist()
+
     def labels(self, name: str) -> pa.Table:
         """`cell_key` and a label column of all cells, null where a cell has none; DataError naming
         the label columns that there are if it is none of them."""

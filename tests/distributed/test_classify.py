@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
+from launch import classify as launched
 from tests.distributed import trained
 from tests.distributed.commands import commands
 from tests.distributed.ranks import run_ranks
@@ -85,8 +86,18 @@ def test_the_folder_holds_figures_predictions_and_pictures(result: tuple[Path, s
     assert "labels left out as too rare: rare (3)" in printed
     assert "whether mine was trained on these cells could not be checked" in printed
     assert "--training-store" in printed
-    assert printed.count("best of the others: ") == 2
-    assert printed.count("against PCA + forest: ") == 2
+    assert printed.count("best of 3 on PCA: ") == 2
+    assert printed.count("; best of 9 others: ") == 2
+    assert printed.count("(not corrected for choosing the best of several)") == 1
+    assert printed.count("against that PCA: no interval, so no verdict") == 1
+    assert "3 folds; intervals need 5 donors" in printed
+    for scheme in found["schemes"]:
+        best, first = scheme["best"], scheme["rows"][:3]
+        of_pca = max(row["macro_f1"]["value"] for row in first)
+        others = max(row["macro_f1"]["value"] for row in scheme["rows"][3:])
+        gain = best["macro_f1_over_best_pca"]
+        assert gain["value"] == pytest.approx(others - of_pca)
+        assert ("low" in gain) == (scheme["name"] == "stratified 5-fold")
 
 
 def test_the_table_says_what_scikit_learn_says_of_the_predictions(
@@ -169,6 +180,7 @@ def test_wrong_input_is_answered_in_one_message(model: Trained, tmp_path: Path) 
         "no matrix in layers/x": [*good, "--counts-layer", "x"],
         "obsm has no array 'X_no'": [*good, "--obsm", "X_no"],
         "nothing to judge": good[2:],
+        "read from h5ad files only": [*rest, "--obsm", "X", "--input", str(tmp_path / "there")],
         "two checkpoints are called mine": [*good, *start],
         "no folder": [*good, "--checkpoint", "nowhere"],
         "no such file": [*start, "--input", str(tmp_path / "no.h5ad"), *rest],
@@ -185,6 +197,49 @@ def test_wrong_input_is_answered_in_one_message(model: Trained, tmp_path: Path) 
         assert text in ended.err, (text, ended.err)
         assert not ended.out
         assert not out.exists()
+
+
+def with_broken_pictures(words: list[str]) -> str:
+    """How the command breaks when a picture cannot be drawn."""
+    from geneformer_mcore.downstream import classification_plots
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no map today")
+
+    classification_plots._umaps = broken  # type: ignore[assignment]
+    try:
+        commands("classify", [words])
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_figures_survive_a_picture_that_fails(model: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["--input", str(model.h5ad), "--obsm", "X_other", "--donor", "none", "--resamples", "0"]
+    (told,) = run_ranks(with_broken_pictures, 1, [*words, "--out", str(out)], timeout_s=TIMEOUT_S)
+    assert told == "no map today"
+    found = json.loads((out / "results.json").read_text())
+    assert found["schemes"][0]["rows"]
+    table = (out / "table.md").read_text()
+    assert "no interval, so no verdict" in table
+    assert "(-)" not in table
+    left = sorted(path.name for path in out.iterdir())
+    assert left == ["confusion.png", "predictions.csv", "results.json", "scores.png", "table.md"]
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "lr=1e-3").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    given = ["runs/lr=1e-3", "small=runs/lr=1e-3", "10m=runs/10m", "runs/plain"]
+    assert {name: str(path) for name, path in launched._named(given).items()} == {
+        "lr=1e-3": "runs/lr=1e-3",
+        "small": "runs/lr=1e-3",
+        "10m": "runs/10m",
+        "plain": "runs/plain",
+    }
 
 
 def test_help_is_quick_and_has_an_example(repository: Path) -> None:

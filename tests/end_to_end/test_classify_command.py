@@ -88,8 +88,9 @@ def test_cells_of_the_training_are_refused_unless_told(
     assert found["overlap"]["run"]["cells"] == 0
     assert found["overlap"]["run"]["training_cells"] == num_seen
     assert not [note for note in found["notes"] if "trained on" in note]
-    assert moved.code == 0
-    assert "could not be checked" in moved.out
+    assert moved.code == 2
+    assert "not a finished store" in moved.err
+    assert not (tmp_path / "moved").exists()
 
 
 @pytest.mark.slow

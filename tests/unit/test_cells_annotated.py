@@ -155,3 +155,27 @@ def test_what_is_no_anndata_is_refused() -> None:
         annotated.as_file(pd.DataFrame(), None),
     ):
         pass
+
+
+def test_obsm_that_cannot_be_used_is_told(adata: anndata.AnnData, tmp_path: Path) -> None:
+    path = tmp_path / "a.h5ad"
+    values = np.array([[1, 2], [np.nan, np.nan], [3, 4], [5, 6]], np.float64)
+    adata.obsm["good"] = values
+    adata.obsm["infinite"] = np.where(values == 3, np.inf, values)
+    adata.obsm["huge"] = np.where(values == 3, 1e300, values)
+    adata.write_h5ad(path)
+    np.testing.assert_array_equal(annotated.read_obsm(path, "good"), values.astype(np.float32))
+    for name in ("infinite", "huge"):
+        with pytest.raises(DataError, match="1 cells have infinite ones"):
+            annotated.read_obsm(path, name)
+    with pytest.raises(DataError, match="no array 'other' of numbers; it holds good, huge, inf"):
+        annotated.read_obsm(path, "other")
+    with h5py.File(path, "r+") as file:
+        del file["obsm"]
+        file["obsm"] = np.ones(3)
+    with pytest.raises(DataError, match="it holds nothing"):
+        annotated.read_obsm(path, "good")
+    path.write_text("no h5ad")
+    for wrong in (path, tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(DataError, match="from an h5ad file only"):
+            annotated.read_obsm(wrong, "good")

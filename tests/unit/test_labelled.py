@@ -65,9 +65,13 @@ def test_counts_are_those_that_the_models_read(tmp_path: Path) -> None:
     path = write_h5ad(tmp_path / "b.h5ad", np.log1p(counts), obs=obs, layers={"counts": counts})
     found = labelled.read(str(path), "", "", InputOptions())
     np.testing.assert_array_equal(found.counts_NG.toarray(), counts)
-    logs = labelled.log_counts(found.counts_NG)
+    logs = labelled.log_counts(found.counts_NG, np.ones(2, bool))
     expected = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 10_000)
     np.testing.assert_allclose(logs.toarray(), expected, rtol=1e-6)
     np.testing.assert_array_equal(found.counts_NG.toarray(), counts)
+    second = labelled.log_counts(found.counts_NG, np.array([False, True]))
+    np.testing.assert_allclose(second.toarray(), expected * [[0], [1]], rtol=1e-6)
+    empty = found.without_counts().counts_NG
+    assert (empty.nnz, empty.shape) == (0, counts.shape)
     with pytest.raises(DataError, match=r"not a whole number.*--counts-layer"):
         labelled.read(str(path), "", "", InputOptions(layer="X"))

@@ -61,3 +61,39 @@ def test_they_repeat_by_seed(rng: np.random.Generator) -> None:
     assert first == again
     assert first != other
     assert "low" not in Scores(truth, 0, 3).of(found, {}, truth)["accuracy"]
+
+
+def test_donors_are_drawn_with_all_their_cells(rng: np.random.Generator) -> None:
+    """All cells of a donor alike: as many independent ones as there are donors."""
+    donors = np.repeat([f"d{number}" for number in range(8)], 100).astype(object)
+    truth = np.tile(LABELS, 200)
+    is_right = np.isin(donors, ["d0", "d1", "d2", "d3", "d4"])
+    found = np.where(is_right, truth, np.roll(truth, 1))
+    cells = Scores(truth, 2000, 0).of(found, {}, truth)["accuracy"]
+    drawn = Scores(truth, 2000, 0, donors).of(found, {}, truth)["accuracy"]
+    assert drawn["value"] == cells["value"] == 5 / 8
+    assert drawn["high"] - drawn["low"] > 8 * (cells["high"] - cells["low"])
+    # 8 donors, 5 of them right: shares of 8, from 2 or 3 up to 7 or 8.
+    assert drawn["low"] in (2 / 8, 3 / 8)
+    assert drawn["high"] in (7 / 8, 1.0)
+
+
+def test_few_donors_give_no_interval(rng: np.random.Generator) -> None:
+    truth, found = predictions(rng, 100, 0.6)
+    donors = np.tile(np.array(["a", "b", "c", "d"], object), 25)
+    scored = Scores(truth, 50, 0, donors)
+    assert "low" not in scored.of(found, {}, truth)["macro_f1"]
+    assert "low" not in scored.gain(found, truth)
+    donors[0] = "e"
+    assert "low" in Scores(truth, 50, 0, donors).gain(found, truth)
+
+
+def test_a_gain_is_that_over_the_other_method(rng: np.random.Generator) -> None:
+    truth, found = predictions(rng, 300, 0.6)
+    other = np.where(rng.random(300) < 0.9, truth, "a")
+    scores = Scores(truth, 200, 0)
+    gain = scores.gain(found, other)
+    assert gain == scores.of(found, {}, other)["macro_f1_over_baseline"]
+    expected = f1_score(truth, found, average="macro") - f1_score(truth, other, average="macro")
+    assert gain["value"] == expected
+    assert gain["high"] < 0
