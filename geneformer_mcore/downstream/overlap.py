@@ -161,7 +161,7 @@ def _groups(
 ) -> tuple[dict[str, int], np.ndarray]:
     """({data set: group}, bool [G, V], the genes that a group of them and the cells' file have)."""
     number_of, seen_DV, num_cells_D = _seen(training, has_gene_V, progress)
-    union_GV = seen_DV.any(axis=0, keepdims=True)
+    union_GV = seen_DV.max(axis=0, keepdims=True, initial=False)
     often_V = np.zeros(len(has_gene_V), np.int64)
     for _, block in _blocks(cells):
         tokens, _ = _first_genes(block, union_GV, np.zeros(len(block), np.int64))
