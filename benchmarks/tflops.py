@@ -27,7 +27,6 @@ if __name__ == "__main__":
 import argparse
 from typing import TYPE_CHECKING
 
-from benchmarks.side_by_side import step_cells
 from benchmarks.side_by_side.sizes import CONFIGS, VOCABULARY
 from benchmarks.side_by_side.tflops_cells import FULL, Cells, of_flat_copy
 from benchmarks.side_by_side.tflops_grid import PACKINGS, Asked, grid, usual
@@ -118,6 +117,8 @@ def check(arguments: argparse.Namespace) -> None:
 def _flat(arguments: argparse.Namespace) -> Cells | None:
     if arguments.cells is None:
         return None
+    from benchmarks.side_by_side import step_cells
+
     folder = step_cells.find([arguments.cells])
     if folder is None:
         raise DataError(f"{arguments.cells} holds no flat copy of tokens, or more than one.")

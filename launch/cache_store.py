@@ -18,10 +18,17 @@ from geneformer_mcore import config as settings
 from geneformer_mcore.commands import FINISHED, run
 from geneformer_mcore.errors import ConfigError
 
+EXAMPLE = """example: srun --ntasks-per-node=1 python launch/cache_store.py \\
+    --config configs/geneformer_10m.yaml data.store=stores/census data.cache_dir=/local/tokens"""
+
 
 def main() -> int:
     """Reads the arguments and opens the cells as a run does."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", type=Path, help="YAML file, as for launch/pretrain.py")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()

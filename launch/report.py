@@ -12,16 +12,20 @@ import argparse
 from pathlib import Path
 
 from geneformer_mcore.commands import run
-from geneformer_mcore.downstream import loss_plot, report, results
-from geneformer_mcore.metrics import kept
+
+EXAMPLE = "example: python launch/report.py runs/mine --json build/mine/report.json"
 
 
 def main() -> int:
     """Reads the arguments, prints the table, writes the plot and, if asked for, the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=EXAMPLE)
     parser.add_argument("run_dir", type=Path, help="the run's folder, run.dir of its config")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers here")
     arguments = parser.parse_args()
+    # Only now what takes seconds to import.
+    from geneformer_mcore.downstream import loss_plot, report, results
+    from geneformer_mcore.metrics import kept
+
     found = results.load(arguments.run_dir)
     plot = arguments.run_dir / "loss.png" if found.train.steps else None
     print(report.text(found, plot))
