@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from geneformer_mcore.backends import ignore_known_warnings, require
 from geneformer_mcore.commands import FINISHED, complain, run
+from geneformer_mcore.downstream import options
 from geneformer_mcore.errors import ConfigError, GeneformerError
 
 if TYPE_CHECKING:
@@ -67,8 +68,6 @@ def _classify(arguments: argparse.Namespace) -> None:
 
 
 def _request(arguments: argparse.Namespace) -> Request:
-    from geneformer_mcore.cells.corpus import InputOptions
-    from geneformer_mcore.cells.genes import load_symbols
     from geneformer_mcore.downstream.classify import Request
     from geneformer_mcore.downstream.embed import Choices
 
@@ -84,12 +83,7 @@ def _request(arguments: argparse.Namespace) -> Request:
             pooling=arguments.pooling,
             tokens_per_batch=arguments.tokens_per_batch,
         ),
-        options=InputOptions(
-            arguments.counts_layer,
-            load_symbols(arguments.symbols) if arguments.symbols else {},
-            arguments.allow_normalised,
-            arguments.allow_low_overlap,
-        ),
+        options=options.input_options(arguments),
         vocabulary=arguments.vocabulary,
         training_store=arguments.training_store,
         allow_overlap=arguments.allow_overlap,
@@ -116,11 +110,7 @@ def _named(given: list[str]) -> dict[str, Path]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--input", required=True, metavar="CELLS", help="h5ad file with counts and labels in obs")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to make")
@@ -151,8 +141,8 @@ def _arguments() -> argparse.Namespace:
         help="of obs (default: donor_id or alike, if it names two); none: do not leave donors out",
     )
     add("--layer", default="last", help="of the model; see launch/embed.py (default: last)")
-    add("--pooling", choices=("mean", "cls"), default="mean", help="default: mean over genes")
-    add("--tokens-per-batch", type=int, default=0, metavar="N", help="at most (default: by device)")
+    options.add_pooling(parser)
+    options.add_tokens_per_batch(parser)
     add("--seed", type=int, default=0, help="of folds, forests, random weights (default: 0)")
     add(
         "--resamples",
@@ -164,10 +154,7 @@ def _arguments() -> argparse.Namespace:
     add("--training-store", type=Path, help="of the training, where it has moved")
     add("--allow-overlap", action="store_true", help="cells may be those of the training")
     add("--vocabulary", type=Path, help="the models', where their store has moved")
-    add("--counts-layer", help="layer of the counts (default: counts, raw.X, X, in that order)")
-    add("--symbols", metavar="FILE", help="symbol -> Ensembl id: JSON, or a GENCODE table")
-    add("--allow-normalised", action="store_true", help="values may be counts scaled per cell")
-    add("--allow-low-overlap", action="store_true", help="few genes may be in the vocabulary")
+    options.add_counts(parser)
     add("--no-plots", action="store_true", help="numbers only")
     return parser.parse_args()
 

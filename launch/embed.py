@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.commands import FINISHED, complain, run
+from geneformer_mcore.downstream import options
 from geneformer_mcore.errors import GeneformerError
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ def main() -> int:
 
 
 def _request(arguments: argparse.Namespace) -> Request:
-    from geneformer_mcore.cells.corpus import InputOptions
-    from geneformer_mcore.cells.genes import load_symbols
     from geneformer_mcore.downstream.embed import Choices, Request
 
     return Request(
@@ -68,25 +67,16 @@ def _request(arguments: argparse.Namespace) -> Request:
             arguments.tokens_per_batch,
         ),
         vocabulary=arguments.vocabulary,
-        options=InputOptions(
-            arguments.counts_layer,
-            load_symbols(arguments.symbols) if arguments.symbols else {},
-            arguments.allow_normalised,
-            arguments.allow_low_overlap,
-        ),
+        options=options.input_options(arguments),
         layout=arguments.layout,
         overwrite=arguments.overwrite,
     )
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser(__doc__, EXAMPLE)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a run's folder, or one of its step folders")
+    options.add_checkpoint(parser)
     add("--input", metavar="CELLS", help="h5ad file of counts, SOMA Experiment or token store")
     add("--output", type=Path, metavar="FILE", help="b.h5ad or b.npy")
     add("--gene-embeddings", type=Path, metavar="FILE", help="genes as .csv, .tsv or .npy")
@@ -96,32 +86,18 @@ def _arguments() -> argparse.Namespace:
         help="last (default; after the final norm), second-to-last, or N: the residual stream "
         "behind N layers, which is not normalised",
     )
-    add("--pooling", choices=("mean", "cls"), default="mean", help="default: mean over genes")
-    add(
-        "--precision",
-        choices=("fp32", "bf16", "fp16"),
-        default="",
-        help="of the arithmetic (default: fp32 on a CPU, the training's on a GPU)",
-    )
+    options.add_pooling(parser)
+    options.add_arithmetic(parser)
     add(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
         help="of the result; bfloat16 is kept as float32 that is rounded to it",
     )
-    add("--tokens-per-batch", type=int, default=0, metavar="N", help="at most (default: by device)")
-    add("--vocabulary", type=Path, help="the model's, where its store has moved")
-    add("--counts-layer", help="layer of the counts (default: counts, raw.X, X, in that order)")
-    add("--symbols", metavar="FILE", help="symbol -> Ensembl id: JSON, or a GENCODE table")
-    add("--allow-normalised", action="store_true", help="values may be counts scaled per cell")
-    add("--allow-low-overlap", action="store_true", help="few genes may be in the vocabulary")
+    options.add_vocabulary(parser)
+    options.add_counts(parser)
     add("--overwrite", action="store_true", help="replace an output that is there")
-    add(
-        "layout",
-        nargs="*",
-        metavar="parallel.KEY=N",
-        help="parallel.tensor, parallel.pipeline, parallel.sequence (default: data parallel)",
-    )
+    options.add_layout(parser)
     return parser.parse_intermixed_args()
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.commands import FINISHED, complain, run
+from geneformer_mcore.downstream import options
 from geneformer_mcore.errors import GeneformerError
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ def main() -> int:
 def _evaluate(arguments: argparse.Namespace, is_first: bool) -> Evaluation | None:
     # Only now what takes seconds to import.
     from geneformer_mcore.cells.output import check_place
-    from geneformer_mcore.config.sections import Precision
     from geneformer_mcore.downstream import evaluate
 
     if arguments.json is not None:
@@ -65,7 +65,7 @@ def _evaluate(arguments: argparse.Namespace, is_first: bool) -> Evaluation | Non
             columns=None if columns is None else [c for c in columns.split(",") if c],
             mask_fractions=None if fractions is None else evaluate.parse_fractions(fractions),
             seed=arguments.seed,
-            precision=Precision(arguments.precision) if arguments.precision else None,
+            precision=options.precision_of(arguments),
             tokens_per_batch=arguments.tokens_per_batch,
             vocabulary=arguments.vocabulary,
             layout=arguments.layout,
@@ -86,13 +86,9 @@ def _show(arguments: argparse.Namespace, found: Evaluation) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser(__doc__, EXAMPLE)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a run's folder, or one of its step folders")
+    options.add_checkpoint(parser)
     add("--store", required=True, help="token store with the model's vocabulary")
     add("--split", choices=("train", "validation", "test"), default="test", help="default: test")
     add("--json", type=Path, metavar="OUT", help="also write all figures here")
@@ -100,20 +96,9 @@ def _arguments() -> argparse.Namespace:
     add("--by", metavar="COLUMNS", help="of obs, with commas (default: those of the card)")
     add("--mask-fractions", metavar="M,R,K", help="[MASK], random gene, unchanged (default: own)")
     add("--seed", type=int, help="of the masks (default: the model's)")
-    add(
-        "--precision",
-        choices=("fp32", "bf16", "fp16"),
-        default="",
-        help="of the arithmetic (default: fp32 on a CPU, the training's on a GPU)",
-    )
-    add("--tokens-per-batch", type=int, default=0, metavar="N", help="at most (default: by device)")
-    add("--vocabulary", type=Path, help="the model's, where its store has moved")
-    add(
-        "layout",
-        nargs="*",
-        metavar="parallel.KEY=N",
-        help="parallel.tensor, parallel.pipeline, parallel.sequence (default: data parallel)",
-    )
+    options.add_arithmetic(parser)
+    options.add_vocabulary(parser)
+    options.add_layout(parser)
     return parser.parse_intermixed_args()
 
 

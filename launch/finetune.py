@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.commands import FINISHED, complain, run
+from geneformer_mcore.downstream import options
 from geneformer_mcore.errors import ConfigError, GeneformerError
 from geneformer_mcore.train import job
 from geneformer_mcore.train.interruption import Interruption
@@ -132,38 +133,26 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _request(arguments: argparse.Namespace) -> Request:
-    from geneformer_mcore.cells.corpus import InputOptions
-    from geneformer_mcore.cells.genes import load_symbols
-    from geneformer_mcore.config.sections import Precision
     from geneformer_mcore.downstream.predict import Request
 
     return Request(
         checkpoint=arguments.checkpoint,
         source=arguments.predict,
         output=arguments.output,
-        precision=Precision(arguments.precision) if arguments.precision else None,
+        precision=options.precision_of(arguments),
         tokens_per_batch=arguments.tokens_per_batch,
         vocabulary=arguments.vocabulary,
-        options=InputOptions(
-            arguments.counts_layer,
-            load_symbols(arguments.symbols) if arguments.symbols else {},
-            arguments.allow_normalised,
-            arguments.allow_low_overlap,
-        ),
+        options=options.input_options(arguments),
         layout=arguments.settings,
         overwrite=arguments.overwrite,
     )
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser(__doc__, EXAMPLE)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a run's folder, or one of its step folders")
-    add("--vocabulary", type=Path, help="the model's, where its store has moved")
+    options.add_checkpoint(parser)
+    options.add_vocabulary(parser)
     train = parser.add_argument_group("to fine-tune")
     train.add_argument("--store", help="token store with the model's vocabulary")
     train.add_argument("--label", metavar="COLUMN", help="of obs, such as cell_type")
@@ -175,20 +164,12 @@ def _arguments() -> argparse.Namespace:
 
 
 def _add_prediction(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("to predict with a fine-tuned run").add_argument
+    group = parser.add_argument_group("to predict with a fine-tuned run")
+    add = group.add_argument
     add("--predict", metavar="CELLS", help="h5ad file of counts, SOMA Experiment or token store")
     add("--output", type=Path, metavar="FILE", help="h5ad: the cells, with columns in obs")
-    add(
-        "--precision",
-        choices=("fp32", "bf16", "fp16"),
-        default="",
-        help="of the arithmetic (default: fp32 on a CPU, the training's on a GPU)",
-    )
-    add("--tokens-per-batch", type=int, default=0, metavar="N", help="at most (default: by device)")
-    add("--counts-layer", help="layer of the counts (default: counts, raw.X, X, in that order)")
-    add("--symbols", metavar="FILE", help="symbol -> Ensembl id: JSON, or a GENCODE table")
-    add("--allow-normalised", action="store_true", help="values may be counts scaled per cell")
-    add("--allow-low-overlap", action="store_true", help="few genes may be in the vocabulary")
+    options.add_arithmetic(group)
+    options.add_counts(group)
     add("--overwrite", action="store_true", help="replace an output that is there")
 
 

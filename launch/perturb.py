@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.commands import FINISHED, complain, run
+from geneformer_mcore.downstream import options
 from geneformer_mcore.errors import GeneformerError
 
 if TYPE_CHECKING:
@@ -52,8 +53,6 @@ def main() -> int:
 
 
 def _request(arguments: argparse.Namespace) -> Request:
-    from geneformer_mcore.cells.corpus import InputOptions
-    from geneformer_mcore.cells.genes import load_symbols
     from geneformer_mcore.downstream.embed import Choices
     from geneformer_mcore.downstream.perturb_command import Request
     from geneformer_mcore.downstream.perturb_question import ALL_GENES, Question
@@ -88,25 +87,16 @@ def _request(arguments: argparse.Namespace) -> Request:
             tokens_per_batch=arguments.tokens_per_batch,
         ),
         vocabulary=arguments.vocabulary,
-        options=InputOptions(
-            arguments.counts_layer,
-            load_symbols(arguments.symbols) if arguments.symbols else {},
-            arguments.allow_normalised,
-            arguments.allow_low_overlap,
-        ),
+        options=options.input_options(arguments),
         layout=[*arguments.layout, *(word for word in words if "=" in word)],
         overwrite=arguments.overwrite,
     )
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser(__doc__, EXAMPLE)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a run's folder, or one of its step folders")
+    options.add_checkpoint(parser)
     add("--input", required=True, metavar="CELLS", help="h5ad file of counts, or SOMA Experiment")
     _add_question(parser)
     add("--table", type=Path, metavar="FILE", help="a row per gene or group: .csv or .tsv")
@@ -116,12 +106,7 @@ def _arguments() -> argparse.Namespace:
     add("--most-moved", type=int, default=50, metavar="N", help="of each in it (default: 50)")
     _add_model(parser)
     add("--overwrite", action="store_true", help="replace outputs that are there")
-    add(
-        "layout",
-        nargs="*",
-        metavar="parallel.KEY=N",
-        help="parallel.tensor, parallel.pipeline, parallel.sequence (default: data parallel)",
-    )
+    options.add_layout(parser)
     return parser.parse_intermixed_args()
 
 
@@ -160,19 +145,10 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--layer", default="last", help="last (default), second-to-last, or N: behind N layers")
-    add("--pooling", choices=("mean", "cls"), default="mean", help="default: mean over genes")
-    add(
-        "--precision",
-        choices=("fp32", "bf16", "fp16"),
-        default="",
-        help="of the arithmetic (default: fp32 on a CPU, the training's on a GPU)",
-    )
-    add("--tokens-per-batch", type=int, default=0, metavar="N", help="at most (default: by device)")
-    add("--vocabulary", type=Path, help="the model's, where its store has moved")
-    add("--counts-layer", help="layer of the counts (default: counts, raw.X, X, in that order)")
-    add("--symbols", metavar="FILE", help="symbol -> Ensembl id: JSON, or a GENCODE table")
-    add("--allow-normalised", action="store_true", help="values may be counts scaled per cell")
-    add("--allow-low-overlap", action="store_true", help="few genes may be in the vocabulary")
+    options.add_pooling(parser)
+    options.add_arithmetic(parser)
+    options.add_vocabulary(parser)
+    options.add_counts(parser)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ from geneformer_mcore.errors import CheckpointError, ConfigError
 from geneformer_mcore.metrics import classified
 from geneformer_mcore.metrics.provenance import provenance
 from geneformer_mcore.model import classifier, inference
+from geneformer_mcore.store.labels import as_text
 from geneformer_mcore.store.progress import ProgressLine, no_progress
-from geneformer_mcore.train.labels import as_text
 
 TEST_FOLDER = "test"
 PREDICTIONS, REPORT, PICTURE = "predictions.csv", "report.json", "confusion.png"

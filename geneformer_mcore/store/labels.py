@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.store.layout import OBS_COLUMNS, TOKENS
+
+_EMPTY = ("", "nan", "NaN", "<NA>", "None")
+"""How a missing value looks once a table of text has been made of it."""
 
 RESERVED = frozenset({*OBS_COLUMNS, TOKENS, "soma_joinid"})
 """Columns that the store itself fills; an input's column of that name is not kept as a label."""
@@ -114,3 +118,14 @@ def unify_labels(cells: pa.Table, kinds: Mapping[str, pa.DataType]) -> pa.Table:
             column = pa.nulls(len(cells), kind)
         unified = unified.append_column(name, column)
     return unified
+
+
+def as_text(column: pa.ChunkedArray, store: str, name: str) -> np.ndarray:
+    """str [N], "" where a cell has no value. Raises DataError for numbers with a fraction."""
+    if pa.types.is_floating(column.type):
+        raise DataError(
+            f"{store}: obs column {name!r} holds numbers with a fraction, and a label is a "
+            "name, a whole number or a truth value. Remedy: another --label."
+        )
+    values = ["" if each is None else str(each).strip() for each in column.to_pylist()]
+    return np.array(["" if each in _EMPTY else each for each in values], dtype=str)

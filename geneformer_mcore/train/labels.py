@@ -12,14 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.feed.labelled import labelled_source
+from geneformer_mcore.store.labels import as_text
 from geneformer_mcore.train.data import Cells
 
-_EMPTY = ("", "nan", "NaN", "<NA>", "None")
-"""How a missing value looks once a table of text has been made of it."""
 _FEW_CELLS = 2
 """So many training cells per class, in the mean, are the least: else the column names cells."""
 
@@ -95,17 +93,6 @@ def labelled(cells: Cells, name: str) -> tuple[Cells, Labels]:
         dict(sorted(Counter(text_N[~is_known_N & (text_N != "")].tolist()).items())),
     )  # fmt: skip
     return _numbered_anew(cells, rows), found
-
-
-def as_text(column: pa.ChunkedArray, store: str, name: str) -> np.ndarray:
-    """str [N], "" where a cell has no value. Raises DataError for numbers with a fraction."""
-    if pa.types.is_floating(column.type):
-        raise DataError(
-            f"{store}: obs column {name!r} holds numbers with a fraction, and a label is a "
-            "name, a whole number or a truth value. Remedy: another --label."
-        )
-    values = ["" if each is None else str(each).strip() for each in column.to_pylist()]
-    return np.array(["" if each in _EMPTY else each for each in values], dtype=str)
 
 
 def _check_classes(classes: np.ndarray, num_cells: int, cells: Cells, name: str) -> None:
