@@ -84,10 +84,11 @@ class Geneformer(megatron_bert.BertModel):
 
     def loss(self, hidden_SBH: torch.Tensor, batch: Batch) -> torch.Tensor:
         """fp32 [M], nats for every selected gene."""
-        logits_MV = self._logits(hidden_SBH, batch.selected_M)
         if self.config.bias_dropout_fusion and self.config.tensor_model_parallel_size == 1:
+            logits_MV = self._logits(hidden_SBH, batch.selected_M)
             return fused.chosen(fused.cross_entropy, True)(logits_MV, batch.labels_M)
-        return tensor_parallel.vocab_parallel_cross_entropy(logits_MV.float(), batch.labels_M)
+        logits_MV = self.logits(hidden_SBH, batch.selected_M)
+        return tensor_parallel.vocab_parallel_cross_entropy(logits_MV, batch.labels_M)
 
     def encode(self, batch: Batch) -> torch.Tensor:
         """Residual stream [S, B, H] after this stage; after the last one normalised, in the

@@ -99,7 +99,7 @@ def test_an_interrupted_run_says_so(run_dir) -> None:
     table = report.text(results.load(run_dir))
     assert "NOT FINISHED" in table
     assert "exit code 75: SIGTERM" in table
-    assert f"run.dir={run_dir} continues it" in table
+    assert f"(run.dir={run_dir}) continues it" in table
 
 
 def test_a_killed_run_is_a_defect(run_dir) -> None:
@@ -297,7 +297,7 @@ def test_readme_tables_are_filled_from_the_measurements(repository, tmp_path, re
     assert "| **validation loss** | **not measured** |" not in filled
     assert "| cells/s | not measured | not measured |" in filled, "the real job is not there"
     assert (
-        "| a laptop | 10M | fp32 | packed, 1,300 tokens | sdpa, dropout 0 | 2 | 99.1% | 6.43 "
+        "| a laptop | 10M | fp32 | packed, 1,300 tokens | sdpa, dropout 0 | no | 2 | 99.1% | 6.43 "
         "| 0.312 | 412 | 0.0613 | 0.0271 | not measured | 1.0% | 1,234 |" in filled
     )
     assert "torch 2.13.0; commit 0123456789ab" in filled
@@ -321,4 +321,4 @@ def test_an_unknown_table_is_refused(repository, tmp_path, readme) -> None:
     (tmp_path / "README.md").write_text("<!-- table: demmo -->\n<!-- end table -->\n")
     refused = command(repository, "benchmarks/readme_tables.py", *readme)
     assert refused.returncode == 2
-    assert "no table is called demmo; there are demo, real_job, tflops" in refused.stderr
+    assert "no table is called demmo; there are demo, real_job, finetune, tflops" in refused.stderr

@@ -129,7 +129,7 @@ def test_rates_are_of_the_mean_work_and_the_median_time() -> None:
     steps = [a_step(2.0, 100, 1.0), a_step(50.0, 200, 40.0), a_step(1.0, 600, 0.5)]
     config = CONDITIONS.config(PADDED)
     cells = made_up(FULL, 2048, 25_429)
-    found = row(PADDED, config, cells, "sdpa", Measured(steps, 123.0), peak=1e12)
+    found = row(PADDED, config, cells, "sdpa", False, Measured(steps, 123.0), peak=1e12)
     assert found["step_s"] == 2
     assert found["device_s"] == 1
     assert found["data_wait_fraction"] == 0.25
@@ -152,7 +152,7 @@ def test_steps_of_unlike_work_are_compared_per_token() -> None:
     steps = [step(1000, 1.0), step(3000, 3.0), step(2000, 9.0)]
     config = CONDITIONS.config(PADDED)
     cells = made_up(FULL, 2048, 25_429)
-    found = row(PADDED, config, cells, "sdpa", Measured(steps, 0.0), peak=1e12)
+    found = row(PADDED, config, cells, "sdpa", True, Measured(steps, 0.0), peak=1e12)
     assert found["tokens_per_s"] == 1000
     assert found["step_s"] == 2
     assert found["device_s"] is None
