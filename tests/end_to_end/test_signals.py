@@ -31,7 +31,7 @@ BETWEEN_S = 0.05
 
 CELLS = "geneformer_mcore.train.data:open_cells"
 MEETING = "geneformer_mcore.parallel.groups:start"
-BUILDING = "geneformer_mcore.train.setup:_trainable"
+BUILDING = "geneformer_mcore.train.setup:_meter"
 RESTORING = "geneformer_mcore.checkpoint.state:load"
 LOGS = "geneformer_mcore.train.setup:_announce"
 STEP = "geneformer_mcore.train.loop:train_step"
