@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from geneformer_mcore.errors import GeneformerError, LostWorkerError, NetworkError
@@ -13,6 +14,7 @@ from geneformer_mcore.errors import GeneformerError, LostWorkerError, NetworkErr
 FINISHED, DEFECT, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 75
 """Exit codes: finished; a defect, hang or lost rank; the user's to mend; saved, start me again."""
 EXIT_INTERRUPTED_BY_KEY = 130
+_LAST_WORDS_S = 4.0
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -46,6 +48,31 @@ def complain(error: GeneformerError) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         tell(f"error: {error}")
     return exit_code_of(error)
+
+
+def told_by_first_rank(work: Callable[[bool], Sequence[str]]) -> int:
+    """Does `work` on every rank, and gives its exit code. It is called with whether this is the
+    first rank, where the lines that come back are printed."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        lines = work(is_first)
+    except GeneformerError as error:
+        return complain(error)
+    if is_first:
+        print("\n".join(lines))
+    return FINISHED
+
+
+def end_after_last_words(code: int, last_words: Callable[[], None]) -> NoReturn:
+    """Ends this process, whose main thread waits for a rank that will not come, or for a disk: that
+    may keep `last_words` waiting in this thread, too, and then it ends without."""
+    at_last = threading.Timer(_LAST_WORDS_S, os._exit, [code])
+    at_last.daemon = True
+    at_last.start()
+    try:
+        last_words()
+    finally:
+        os._exit(code)
 
 
 def exit_code_of(error: GeneformerError | LostWorkerError) -> int:

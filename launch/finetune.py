@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import FINISHED, complain, run
+from geneformer_mcore.commands import run, told_by_first_rank
 from geneformer_mcore.downstream import options
 from geneformer_mcore.errors import ConfigError, GeneformerError
 from geneformer_mcore.train import job
@@ -117,19 +116,16 @@ def _test(config: settings.Config) -> None:
 
 def _predict(arguments: argparse.Namespace) -> int:
     ignore_known_warnings()
-    is_first = int(os.environ.get("RANK", "0")) == 0
-    try:
+
+    def work(is_first: bool) -> list[str]:
         if arguments.output is None:
             raise ConfigError("--predict and --output go together: cells, and where they go.")
         # Only now what takes seconds to import.
         from geneformer_mcore.downstream import predict
 
-        lines = predict.run(_request(arguments), is_first)
-    except GeneformerError as error:
-        return complain(error)
-    if is_first:
-        print("\n".join(lines))
-    return FINISHED
+        return predict.run(_request(arguments), is_first)
+
+    return told_by_first_rank(work)
 
 
 def _request(arguments: argparse.Namespace) -> Request:

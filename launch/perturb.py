@@ -7,15 +7,13 @@ torchrun [--nproc_per_node=N] launch/perturb.py --checkpoint RUN --input a.h5ad 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import FINISHED, complain, run
+from geneformer_mcore.commands import run, told_by_first_rank
 from geneformer_mcore.downstream import options
-from geneformer_mcore.errors import GeneformerError
 
 if TYPE_CHECKING:
     from geneformer_mcore.downstream.perturb_command import Request
@@ -42,14 +40,7 @@ def main() -> int:
     # Only now what takes seconds to import.
     from geneformer_mcore.downstream import perturb_command
 
-    is_first = int(os.environ.get("RANK", "0")) == 0
-    try:
-        lines = perturb_command.run(_request(arguments), is_first)
-    except GeneformerError as error:
-        return complain(error)
-    if is_first:
-        print("\n".join(lines))
-    return FINISHED
+    return told_by_first_rank(lambda is_first: perturb_command.run(_request(arguments), is_first))
 
 
 def _request(arguments: argparse.Namespace) -> Request:

@@ -10,7 +10,6 @@ import argparse
 import os
 import signal
 import sys
-import threading
 import traceback
 from functools import partial
 from pathlib import Path
@@ -18,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import DEFECT, complain, tell
+from geneformer_mcore.commands import DEFECT, complain, end_after_last_words, tell
 from geneformer_mcore.errors import GeneformerError
 
 if TYPE_CHECKING:
     from geneformer_mcore.parallel.watch import LostRankError
     from geneformer_mcore.preflight.shared_folder import Traces
 
-_LAST_WORDS_S = 4.0
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 EXAMPLE = """example, on every node, with the arguments of launch/pretrain.py:
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT \\
@@ -72,17 +70,12 @@ def main() -> int:
 
 
 def _end_lost(traces: Traces, loss: LostRankError) -> None:
-    """Ends this process, whose main thread waits for a rank that will not come, or for a disk: that
-    may keep this thread waiting, too."""
-    at_last = threading.Timer(_LAST_WORDS_S, os._exit, [loss.code])
-    at_last.daemon = True
-    at_last.start()
-    try:
+    def last_words() -> None:
         if loss.tell:
             tell(f"error: {loss}")
         traces.clear()
-    finally:
-        os._exit(loss.code)
+
+    end_after_last_words(loss.code, last_words)
 
 
 def _end_on_signal(traces: Traces, number: int, _frame: Any) -> None:

@@ -26,7 +26,7 @@ def through(
     """What `finish` makes of each of `batches`, which are all of one shape and on the device; an
     empty list on ranks that do not hold the last stage."""
     (stage,) = stages
-    stage.eval()
+    stage.train(mode=False)
     num_rows, num_positions = batches[0].tokens_BS.shape
     with torch.no_grad():
         return get_forward_backward_func()(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import math
 import os
-import threading
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +23,7 @@ from geneformer_mcore.commands import (
     INTERRUPTED,
     WRONG_INPUT,
     complain,
+    end_after_last_words,
     tell,
 )
 from geneformer_mcore.config import Config, Plan
@@ -34,8 +34,6 @@ from geneformer_mcore.train.run_folder import RunFolder
 if TYPE_CHECKING:
     from geneformer_mcore.parallel.watch import LostRankError, Watch
     from geneformer_mcore.train.task import Task
-
-_LAST_WORDS_S = 4.0
 
 
 def environment(name: str, default: int) -> int:
@@ -160,15 +158,7 @@ def show(text: str, plan: Plan, run_dir: str) -> int:
 
 
 def _end_lost(folder: RunFolder, loss: LostRankError) -> None:
-    """Ends this process, whose main thread waits for a rank that will not come, or for a disk: that
-    may keep this thread waiting, too."""
-    at_last = threading.Timer(_LAST_WORDS_S, os._exit, [loss.code])
-    at_last.daemon = True
-    at_last.start()
-    try:
-        _tell_of_loss(folder, loss)
-    finally:
-        os._exit(loss.code)
+    end_after_last_words(loss.code, partial(_tell_of_loss, folder, loss))
 
 
 def _tell_of_loss(folder: RunFolder, loss: LostRankError) -> None:
