@@ -1,28 +1,21 @@
-"""Benchmarks, and the processes that they start, forked from one that has imported torch.
-
-    forked("loader", "--work", folder, change={"benchmarks.side_by_side.turn:MIN_S": 0})  ->  Ended
-
-A fresh interpreter takes seconds for its imports; a forked one does from `main` on what it would.
-"""
+"""Benchmarks, and the scripts that they start, forked from a process that has imported torch: a
+fresh interpreter takes seconds for that. From `main` on all is as in a command."""
 
 from __future__ import annotations
 
 import importlib
 import os
-import select
-import signal
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from geneformer_mcore.commands import run
 from tests.distributed.ranks import context
 
 ROOT = Path(__file__).resolve().parents[2]
-_popen, _run = subprocess.Popen, subprocess.run
 
 
 class Ended(NamedTuple):
@@ -32,14 +25,14 @@ class Ended(NamedTuple):
     printed: str
 
 
-def forked(name: str, *words: object, change: dict[str, Any] | None = None) -> Ended:
+def forked(name: str, *words: object, change: dict[str, Any]) -> Ended:
     """benchmarks/NAME.py with `words`.
 
     change: {"package.module:NAME": value}; a dict there is updated. What it starts has it too.
     """
     with tempfile.NamedTemporaryFile() as out:
-        command = [sys.executable, f"benchmarks/{name}.py", *map(str, words)]
-        process = context.Process(target=_benchmark, args=(command, out.name, change or {}))
+        script = [sys.executable, f"benchmarks/{name}.py", *map(str, words)]
+        process = context.Process(target=_benchmark, args=(script, out.name, change))
         process.start()
         process.join(240)
         process.kill()
@@ -47,7 +40,7 @@ def forked(name: str, *words: object, change: dict[str, Any] | None = None) -> E
         return Ended(process.exitcode, Path(out.name).read_text())
 
 
-def _benchmark(command: list[str], printed: str, change: dict[str, Any]) -> None:
+def _benchmark(script: list[str], printed: str, change: dict[str, Any]) -> None:
     for place, value in change.items():
         module, _, name = place.partition(":")
         owner = importlib.import_module(module)
@@ -55,21 +48,20 @@ def _benchmark(command: list[str], printed: str, change: dict[str, Any]) -> None
             getattr(owner, name).update(value)
         else:
             setattr(owner, name, value)
-    subprocess.Popen, subprocess.run = _started, _ran  # type: ignore[misc, assignment]
+    subprocess.Popen = _Forking  # type: ignore[misc]
     with open(printed, "w") as out:
-        _become(command, out.fileno())
+        _become(script, out.fileno(), out.fileno())
 
 
-def _become(command: Sequence[str], out: int) -> NoReturn:
+def _become(script: list[str], out: int, errors: int) -> NoReturn:
     """What a fresh interpreter would do with a script of this project."""
     code: Any = 1
     try:
         os.dup2(out, 1)
-        os.dup2(out, 2)
-        script = (ROOT / command[1]).relative_to(ROOT).with_suffix("")
-        sys.argv = [str(word) for word in command[1:]]
-        main: Callable[[], Any] = importlib.import_module(".".join(script.parts)).main
-        importlib.import_module("geneformer_mcore.commands").run(main)
+        os.dup2(errors, 2)
+        sys.argv = [str(word) for word in script[1:]]
+        module = (ROOT / script[1]).relative_to(ROOT).with_suffix("")
+        run(importlib.import_module(".".join(module.parts)).main)
     except SystemExit as end:
         code = end.code
     except BaseException:
@@ -80,47 +72,18 @@ def _become(command: Sequence[str], out: int) -> NoReturn:
         os._exit(code or 0)
 
 
-class _Forked:
-    """As much of a subprocess.Popen as the benchmarks ask for."""
+class _Forking(subprocess.Popen):
+    """Scripts of this project are forked, all else is started as ever."""
 
-    def __init__(self, command: Sequence[str], out: int) -> None:
+    def _execute_child(self, args: Any, *given: Any) -> None:
+        if args[0] != sys.executable or not str(args[1]).endswith(".py"):
+            super()._execute_child(args, *given)  # type: ignore[misc]
+            return
+        pipes = given[9:15]
         sys.stdout.flush()
         self.pid = os.fork()
         if not self.pid:
             os.setsid()
-            _become(command, out)
-
-    def wait(self, timeout: float | None = None) -> int:
-        if not select.select([os.pidfd_open(self.pid)], [], [], timeout)[0]:
-            raise subprocess.TimeoutExpired([], timeout or 0)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-def _script(command: Any) -> list[str] | None:
-    """The same, if it is one of the project's scripts in a process of its own."""
-    words = [str(word) for word in command] if isinstance(command, (list, tuple)) else []
-    is_script = words[:1] == [sys.executable] and words[1].endswith(".py")
-    return words if is_script else None
-
-
-def _started(command: Any, *given: Any, **known: Any) -> Any:
-    script = _script(command)
-    out = known["stdout"].fileno() if script else 0
-    return _Forked(script, out) if script else _popen(command, *given, **known)
-
-
-def _ran(command: Any, **known: Any) -> Any:
-    script = _script(command)
-    if not script:
-        return _run(command, **known)
-    with tempfile.NamedTemporaryFile() as out:
-        process = _Forked(script, out.fileno())
-        try:
-            code = process.wait(known.get("timeout"))
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            raise
-        printed = Path(out.name).read_text()
-    if code and known.get("check"):
-        raise subprocess.CalledProcessError(code, script, printed)
-    return subprocess.CompletedProcess(script, code, printed, printed)
+            _become(args, 1 if pipes[3] < 0 else pipes[3], 2 if pipes[5] < 0 else pipes[5])
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]

@@ -9,14 +9,12 @@ import math
 import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import psutil
 import pytest
 
 from benchmarks import gpu_session, ingest, real_job, tflops, tokenize, train_step
@@ -80,22 +78,16 @@ def test_as_typed_no_script_hides_the_standard_library(
 
 
 REFUSED = [
-    ("loader", "--work . --runs 0 --cells 63 --only nobody", "--runs must be at least 1, and is 0"),
-    ("loader", "--work . --runs 0 --cells 63 --only nobody", "--cells must be at least 64"),
+    ("loader", "--work . --runs 0 --cells 63", "--cells must be at least 64, and is 63."),
     ("loader", "--work . --only nobody", "no nobody; there are counts_soma_dense"),
     ("tokenize", "--cells 0 --runs 0", "--cells must be at least 1, and is 0."),
-    ("perturb", "a --medians b --turns 0 --padded 30", "--turns must be at least 1"),
-    ("perturb", "a --medians b --padded 30", "--padded must not exceed"),
+    ("perturb", "a --medians b --turns 0", "--turns must be at least 1"),
     ("scaling", "--steps 0", "--steps must be above 0, and is 0."),
-    ("scaling", "--sustained 1.5", "--sustained must be within 0..1"),
     ("train_step", "--cells . --rounds 0 --warmup -1", "--warmup must be at least 0, and is -1."),
-    ("train_step", "--cells . --only nobody", "--only: no nobody; there are ours_packed"),
     ("train_step", "--cells none --attention-dropout 1.5", "model.attention_dropout must be"),
     ("train_step", "--cells none --global-batch 6 --micro-batches 4", "must be a multiple"),
     ("train_step", "--cells none", "is not there: give a flat copy, or files of counts."),
-    ("tflops", "--steps 0 --micro-batch 4 0", "--micro-batch must be at least 1, and is 0."),
     ("tflops", "--lengths 99 --seq-length 64", "--lengths (99) must not exceed"),
-    ("tflops", "--lengths 9 --cells x", "--cells brings cells with lengths of their own"),
     ("tflops", "--attention te --precision bf16", "transformer_engine"),
     ("tflops", "--cells none", "none holds no flat copy of tokens"),
     ("tflops", "--json file/out.json", "out.json cannot be written"),
@@ -118,8 +110,6 @@ def test_what_cannot_be_measured_is_refused_at_once(
 
 def test_cells_that_do_not_suit_are_refused(tmp_path: Path) -> None:
     folder = Path(job_in(tmp_path / "flat").cells)
-    assert step_cells.find([folder]) == step_cells.find([folder.parent]) == folder
-    assert step_cells.find([folder, folder]) is None
     with pytest.raises(DataError, match="holds 120 cells, and a global batch takes 121"):
         step_cells.check(folder, toy.VOCABULARY, 121)
     with pytest.raises(DataError, match=r"holds token .* and the model knows those below 500"):
@@ -162,22 +152,6 @@ def test_ingest(tmp_path: Path, counts: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not work.exists()
 
 
-def test_memory_is_summed_over_all_processes() -> None:
-    hold = "b = bytearray(60_000_000); print(flush=True); input()"
-    parent = (
-        "import subprocess, sys; b = bytearray(60_000_000); "
-        f"subprocess.run([sys.executable, '-c', {hold!r}])"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", parent], **pipes) as process:  # type: ignore[call-overload]
-        process.stdout.readline()
-        found, alone = ingest._memory(process.pid), psutil.Process(process.pid).memory_info().rss
-        process.communicate(b"\n")
-    assert found["rss"] > alone + 60_000_000 > 120_000_000
-    assert 120_000_000 < found["pss"] <= found["rss"]
-    assert ingest._memory(process.pid) == {"rss": 0, "pss": 0}
-
-
 def test_loader(tmp_path: Path, small: dict[str, Any]) -> None:
     ours, out = ("ours_store", "ours_flat", "ours_h5ad"), tmp_path / "out.json"
     words = ("--work", tmp_path / "work", "--cells", 256, "--runs", 1, "--json", out)
@@ -218,10 +192,6 @@ def test_train_step_makes_a_flat_copy_of_counts(
     assert ended.code == 0, ended.printed
     folder = Path(ended.printed.strip().splitlines()[-1].partition(": ")[2])
     step_cells.check(folder, train_step.VOCABULARY, 40)
-    (tmp_path / "other.json").touch()
-    other = forked("train_step", *words, "--vocabulary", tmp_path / "other.json", change=small)
-    assert other.code == 2
-    assert "holds other cells than those asked for" in other.printed
 
 
 def test_a_gpu_session_with_tflops_and_train_step(tmp_path: Path, small: dict[str, Any]) -> None:
@@ -239,9 +209,6 @@ def test_a_gpu_session_with_tflops_and_train_step(tmp_path: Path, small: dict[st
         assert any(re.search("attention|bmm", kernel["name"]) for kernel in entry["kernels"])
     assert "transformer_engine" in read(out / "check_te.json")["checks"][0]["reason"]
     machine = read(out / "machine.json")
-    if not machine["cuda"]:
-        assert machine["auto"]["bf16 packed"] == "blockwise"
-        assert "fp8 needs an NVIDIA GPU" in machine["auto"]["fp8 padded"]
     table = read(out / machine["tflops_file"])
     assert [row["packing"] for row in table["rows"]] == ["padded", "packed"]
     for row in table["rows"]:
