@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import anndata
@@ -240,16 +237,3 @@ def test_a_folder_may_have_an_equals_sign_in_its_name(
         "10m": "runs/10m",
         "plain": "runs/plain",
     }
-
-
-def test_help_is_quick_and_has_an_example(repository: Path) -> None:
-    begun = time.monotonic()
-    ended = subprocess.run(
-        [sys.executable, "launch/classify.py", "--help"],
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert time.monotonic() - begun < 1.5
-    assert "launch/classify.py --checkpoint runs/lung --untrained" in ended.stdout

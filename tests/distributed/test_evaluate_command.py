@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -288,16 +285,3 @@ def test_masks_that_hide_nothing_are_refused(held: Held, tmp_path: Path) -> None
     ((ended,),) = run_ranks(commands, 1, "evaluate", [line])
     assert ended.code == 2
     assert "no gene is hidden" in ended.err
-
-
-def test_help_is_quick_and_has_an_example(repository: Path) -> None:
-    begun = time.monotonic()
-    ended = subprocess.run(
-        [sys.executable, "launch/evaluate.py", "--help"],
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert time.monotonic() - begun < 1.5
-    assert "launch/evaluate.py --checkpoint runs/lung" in ended.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -41,15 +40,6 @@ def run(repository: Path, store: Path, tmp_path_factory: pytest.TempPathFactory)
     assert "[CLS], [SEP], [UKW]" in ended.stdout
     assert ended.stderr == ""
     return place / "run"
-
-
-def test_help_comes_at_once_with_an_example(repository: Path) -> None:
-    for arguments in (["--help"], ["from-hf", "--help"], ["to-hf", "--help"]):
-        began = time.monotonic()
-        ended = convert(repository, *arguments)
-        assert time.monotonic() - began < 1.5
-        assert ended.returncode == 0
-        assert "launch/convert.py to-hf runs/lung" in ended.stdout
 
 
 def test_mistakes_get_one_message_and_exit_code_2(

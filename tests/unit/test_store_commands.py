@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import subprocess
 import sys
-import time
 import zipfile
 from importlib import import_module
 from importlib.util import find_spec
