@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from geneformer_mcore.checkpoint import folder as checkpoints
+from tests.final_state import explain, final_state
 
 SETTINGS = (
     "model.num_layers=2",
@@ -92,7 +93,8 @@ def soak(folder: Path, kills: int, ranks: int, steps: int, more: Sequence[str]) 
                 fell[phase_of(run, began)] += 1
             check(run, before)
         assert start(run, ranks, settings).wait()
-        assert final_state(run) == expected, "the run ended in another state"
+        ended_as = final_state(run)
+        assert ended_as == expected, "\n".join(explain(ended_as, expected))
         lives += 1
     return fell
 
@@ -137,19 +139,6 @@ def _log(run: Path) -> list[str]:
     """Whole lines of log.txt."""
     path = run / "log.txt"
     return path.read_text().split("\n")[:-1] if path.exists() else []
-
-
-def final_state(run: Path) -> dict[str, str]:
-    """{file of the last checkpoint: its SHA-256}, of all that the next step would depend on."""
-    assert json.loads((run / "outcome.json").read_text())["exit_code"] == 0
-    root = run / "checkpoints"
-    last = checkpoints.step_folder(root, checkpoints.steps(root)[-1])
-    files = json.loads((last / checkpoints.MANIFEST).read_text())["files"]
-    return {
-        name: entry["sha256"]
-        for name, entry in files.items()
-        if name.endswith((".distcp", ".npz", "common.pt"))
-    }
 
 
 class Job:

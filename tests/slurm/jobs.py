@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.kills import final_state
+from tests.final_state import FinalState, final_state
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +96,7 @@ class Job:
         """outcome.json of its run."""
         return json.loads((self.run / "outcome.json").read_text())
 
-    def weights(self) -> dict[str, str]:
+    def weights(self) -> FinalState:
         """Digests of the final weights, moments and random states."""
         return final_state(self.run)
 
