@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import commands
 from tests.end_to_end import forked
 
 STEPS = 14
@@ -239,15 +240,8 @@ def test_damaged_checkpoints_do_not_start_the_run_anew(
     assert trace(run) == before, "nothing is lost"
 
 
-def test_without_a_demo_store_make_demo_is_named(repository: Path, tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, str(repository / "launch" / "pretrain.py")],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-        cwd=tmp_path,
-    )
+def test_without_a_demo_store_make_demo_is_named(tmp_path: Path) -> None:
+    ended = commands.run("launch/pretrain.py", cwd=tmp_path)
     assert ended.returncode == 2
     assert "make demo" in ended.stderr
 
