@@ -74,12 +74,12 @@ def tests_of(changed: list[str], imports: dict[str, set[str]]) -> set[str]:
             if name.split("/")[1] not in ("slurm", "soak", "rules") and (ROOT / name).exists():
                 found.add(name)
         elif name.endswith(".py") and module_of(name) not in SHARED:
-            found |= _tests_of_module(module_of(name), imports)
+            package = ".".join(Path(name).parent.parts)
+            found |= _tests_of_module(module_of(name), package, imports)
     return found
 
 
-def _tests_of_module(module: str, imports: dict[str, set[str]]) -> set[str]:
-    package = module.rpartition(".")[0]
+def _tests_of_module(module: str, package: str, imports: dict[str, set[str]]) -> set[str]:
     named = f"tests/unit/test_{package.rpartition('.')[2]}_"
     direct = {test for test, names in imports.items() if module in names or test.startswith(named)}
     if direct or package.split(".")[0] == "tests":
