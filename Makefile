@@ -1,8 +1,9 @@
 # make env    the environment in .venv, from requirements.lock; does nothing when it is there
 # make demo   real cells -> token store -> a short pretraining -> summary and loss plot
 # make test   every test
+# make quick  the unit tests of what differs from the branch main, and the rules of the house
 # make test-slurm  what can befall a job, on a SLURM of its own (needs root, slurm-wlm and munge)
-# make lint   style, types, rules
+# make lint   style, types, directions of imports, shell scripts
 # make image  the image for GPU nodes, by docker (DOCKER=podman); BASE=... pins another base
 # make clean  removes all that these made; your own runs stay
 #
@@ -10,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: env demo test test-slurm lint image clean
+.PHONY: env demo test quick test-slurm lint image clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -80,6 +81,9 @@ $(GENCODE): | $(INSTALLED)
 test: env
 	$(BIN)/python -m pytest -q
 
+quick: env
+	$(BIN)/python tests/quick.py
+
 test-slurm: env
 	$(BIN)/python -m pytest -v --all-events tests/slurm
 
@@ -87,7 +91,9 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/rules
+	$(BIN)/lint-imports --no-logo --no-cache
+	@command -v shellcheck >/dev/null || { echo 'shellcheck is not installed: left out'; exit; }; \
+	shellcheck --external-sources .ci/run tests/*.sh slurm/*.sh
 
 # docker keeps the default of the Dockerfile where BASE is not given.
 image:
