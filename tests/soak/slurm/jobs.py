@@ -11,8 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.kills import final_state
-from tests.slurm.cluster import Cluster
+from tests.end_to_end.final_state import final_state
+from tests.soak.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "slurm/pretrain_106m.sh"

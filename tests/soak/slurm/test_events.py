@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import Clean
-from tests.slurm.jobs import SLOW, Job, submit
+from tests.soak.slurm.cluster import Cluster
+from tests.soak.slurm.conftest import Clean
+from tests.soak.slurm.jobs import SLOW, Job, submit
 
 pytestmark = pytest.mark.timeout(600)
 
