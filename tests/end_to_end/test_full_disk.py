@@ -12,7 +12,7 @@ import pytest
 from geneformer_mcore.checkpoint import folder as checkpoints
 from tests import small_disk
 from tests.end_to_end import forked
-from tests.end_to_end.final_state import final_state
+from tests.final_state import final_state
 
 STEPS = 12
 MORE = (

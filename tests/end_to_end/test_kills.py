@@ -13,7 +13,7 @@ import pytest
 
 from geneformer_mcore.checkpoint import folder as checkpoints
 from tests.end_to_end import forked
-from tests.end_to_end.final_state import final_state
+from tests.final_state import final_state
 
 MORE = (
     "train.steps=8",
@@ -68,7 +68,7 @@ def killed(rank: int, *reached: Reached) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> object:
     """The final state of a run that nothing killed."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
     assert forked.start(run, settings(store)).wait() == [0]
@@ -83,7 +83,7 @@ def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def test_killed_in_each_phase_it_ends_as_if_it_had_not_been(
     store: Path,
     tmp_path: Path,
-    undisturbed: dict[str, str],
+    undisturbed: object,
     kills: list[Kill],
     more: tuple[str, ...],
 ) -> None:

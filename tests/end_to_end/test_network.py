@@ -16,7 +16,7 @@ import pytest
 from tests.end_to_end import forked
 from tests.end_to_end.test_pretrain import outcome
 from tests.end_to_end.test_pretrain import settings as settings_of
-from tests.end_to_end.final_state import final_state
+from tests.final_state import final_state
 from tests.two_hosts import ADDRESSES, LINK, Command, TwoHosts, two_hosts, wait_for
 
 TIMEOUT_S = 8

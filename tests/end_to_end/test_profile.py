@@ -12,7 +12,7 @@ import pytest
 
 from geneformer_mcore.train.profile import WARM_UP_STEPS
 from tests.end_to_end import forked
-from tests.end_to_end.final_state import final_state
+from tests.final_state import final_state
 
 STEPS = 8
 MORE = (

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from geneformer_mcore.checkpoint import folder as checkpoints
-from tests.end_to_end.final_state import final_state
+from tests.final_state import final_state
 
 SETTINGS = (
     "model.num_layers=2",

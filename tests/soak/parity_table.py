@@ -70,7 +70,7 @@ def main() -> int:
 def rows_of(file: Path, commit: str) -> dict[str, dict[str, Any]]:
     """{layout: its whole row} of an earlier table of that commit."""
     found = json.loads(file.read_text()) if file.exists() else {}
-    if found.get("commit") != commit:
+    if found.get("commit") != commit or commit.endswith("+changes"):
         return {}
     return {row["layout"]: row for row in found["rows"] if row[LAST] is not None}
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.end_to_end.final_state import final_state
+from tests.final_state import final_state
 from tests.soak.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
