@@ -1,7 +1,7 @@
 # make env    the environment in .venv, from requirements.lock; does nothing when it is there
 # make demo   real cells -> token store -> a short pretraining -> summary and loss plot
 # make test   every test
-# make test-slurm  what can befall a job, on a SLURM of its own (needs root, slurm-wlm and munge)
+# make soak   many repetitions of the rare faults, in up to 40 minutes (ONLY="kills slurm" for some)
 # make lint   style, types, rules
 # make image  the image for GPU nodes, by docker (DOCKER=podman); BASE=... pins another base
 # make clean  removes all that these made; your own runs stay
@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: env demo test test-slurm lint image clean
+.PHONY: env demo test soak lint image clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -80,8 +80,8 @@ $(GENCODE): | $(INSTALLED)
 test: env
 	$(BIN)/python -m pytest -q
 
-test-slurm: env
-	$(BIN)/python -m pytest -v --all-events tests/slurm
+soak: env
+	$(BIN)/python -m tests.soak $(if $(ONLY),--only $(ONLY))
 
 lint: env
 	$(BIN)/ruff check .

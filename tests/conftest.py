@@ -22,15 +22,6 @@ hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, ma
 hypothesis.settings.load_profile("ours")
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Which tests take minutes, and are run by a target of their own."""
-    parser.addoption(
-        "--all-events",
-        action="store_true",
-        help="all that can befall a job on a SLURM cluster (make test-slurm)",
-    )
-
-
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the project."""

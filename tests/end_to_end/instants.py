@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,3 +29,15 @@ def before(place: str, call: int, do: Callable[[], object]) -> None:
         return whole(*args, **more)
 
     setattr(owner, name, disturbed)
+
+
+def wait_for_a_signal(place: str, call: int) -> None:
+    """From now on the `call`-th call of `place` in a training waits until its process was asked to
+    stop, however long that takes to come."""
+
+    def wait() -> None:
+        interruption = signal.getsignal(signal.SIGUSR1).__self__  # type: ignore[union-attr]
+        while interruption.reason is None:
+            time.sleep(0.01)
+
+    before(place, call, wait)

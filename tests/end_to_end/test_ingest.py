@@ -289,9 +289,7 @@ def test_report(command: Command, inputs: Path, tmp_path: Path) -> None:
 # where there is one `kill`, the whole process group is killed at the instant that it names.
 
 
-def start(
-    inputs: Path, folder: Path, repository: Path, workers: int = 2
-) -> subprocess.Popen[str]:
+def start(inputs: Path, folder: Path, repository: Path, workers: int = 2) -> subprocess.Popen[str]:
     """The build in a process group of its own."""
     files = (inputs / "a.h5ad", inputs / "b.h5ad")
     return subprocess.Popen(
@@ -314,8 +312,8 @@ KILLS = (
     ("geneformer_mcore.store.staging:StagedFolder._rename 1", (18, True, True, True, False)),
     ("geneformer_mcore.store.staging:_clear 1", (18, False, False, True, True)),
 )
-"""Of one start after the other, each of which meets what the ones before have left. Random instants,
-many of them: tests/soak/ingest_kills.py."""
+"""Of one start after the other, each of which meets what the ones before have left. Many kills at
+random instants: tests/soak/ingest_kills.py."""
 
 
 def test_killed_at_each_stage_it_ends_as_if_it_had_not_been(

@@ -3,10 +3,11 @@
     python -m tests.soak.kills --kills 200 [--ranks 2] [--asynchronous]
 
 One process imports what a run needs and forks every start from there: what is killed is the whole
-process group of launch/pretrain.py's ranks, half a second after it was started and not ten. After every
-kill the newest checkpoint must be readable and none that was committed may be gone. In the end the
-run is let through, and its weights, moments and random states must be, byte for byte, those of a
-run that nothing disturbed. Prints in which phase the kills fell.
+process group of launch/pretrain.py's ranks, half a second after it was started and not ten. After
+every kill the newest checkpoint must be readable and none that was committed may be gone. In the
+end the run is let through, and its weights, moments and random states must be, byte for byte, those
+of a run that nothing disturbed. Prints in which phase the kills fell. A kill in each phase, at an
+exact point: tests/end_to_end/test_kills.py.
 """
 
 from __future__ import annotations

@@ -49,10 +49,3 @@ def clean(
     tasks = {node: cluster.tasks(node) for node in cluster.nodes}
     job.ended()
     return Clean(job, tasks)
-
-
-@pytest.fixture
-def every_event(request: pytest.FixtureRequest) -> None:
-    """For tests that take minutes: they are run by `make test-slurm`."""
-    if not request.config.getoption("--all-events"):
-        pytest.skip("takes minutes: make test-slurm")

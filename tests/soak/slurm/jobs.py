@@ -14,8 +14,10 @@ from pathlib import Path
 from tests.final_state import final_state
 from tests.soak.slurm.cluster import Cluster
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = "slurm/pretrain_106m.sh"
+CONFIGURATION = "configs/geneformer_106m.yaml"
+"""What that script trains."""
 TOY = (
     "model.num_layers=2",
     "model.hidden_size=32",
