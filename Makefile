@@ -2,7 +2,7 @@
 # make demo   real cells -> token store -> a short pretraining -> summary and loss plot
 # make test   every test
 # make quick  the unit tests of what differs from the branch main, and the rules of the house
-# make test-slurm  what can befall a job, on a SLURM of its own (needs root, slurm-wlm and munge)
+# make soak   many repetitions of the rare faults, in up to 40 minutes (ONLY="kills slurm" for some)
 # make lint   style, types, directions of imports, shell scripts
 # make image  the image for GPU nodes, by docker (DOCKER=podman); BASE=... pins another base
 # make clean  removes all that these made; your own runs stay
@@ -11,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: env demo test quick test-slurm lint image clean
+.PHONY: env demo test quick soak lint image clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -84,8 +84,8 @@ test: env
 quick: env
 	$(BIN)/python tests/quick.py
 
-test-slurm: env
-	$(BIN)/python -m pytest -v --all-events tests/slurm
+soak: env
+	$(BIN)/python -m tests.soak $(if $(ONLY),--only $(ONLY))
 
 lint: env
 	$(BIN)/ruff check .

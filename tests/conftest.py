@@ -32,15 +32,6 @@ def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str]
     return None
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Which tests take minutes, and are run by a target of their own."""
-    parser.addoption(
-        "--all-events",
-        action="store_true",
-        help="all that can befall a job on a SLURM cluster (make test-slurm)",
-    )
-
-
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the project."""

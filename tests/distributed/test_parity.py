@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,10 +84,8 @@ def test_a_step_in_which_nothing_is_predicted(name: str) -> None:
 
 
 CURVES = ("tp1 pp1 dp1", "tp2 pp1 dp1", "tp1 pp2 dp1", "tp1 pp1 dp2", "pp2 interleaved")
-"""Layouts whose loss curves are compared in every run of the tests: half a minute each.
-GENEFORMER_CURVES=all takes all of them, as `python -m tests.parity_table` does."""
-if os.environ.get("GENEFORMER_CURVES") == "all":
-    CURVES = tuple(LAYOUTS)
+"""Layouts whose loss curves are compared in every run of the tests: half a minute each. All of them:
+tests/soak/parity_table.py."""
 
 
 @pytest.fixture(scope="module")

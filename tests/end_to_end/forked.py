@@ -24,6 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tests.distributed.ranks import context
+from tests.end_to_end.instants import before as before
 from tests.two_hosts import ADDRESSES, PORT, TwoHosts, enter
 
 SETTINGS = (
@@ -164,25 +165,3 @@ def _rank(
         trouble(*args)
     sys.argv = [f"{command}.py", *arguments]
     sys.exit(module.main())
-
-
-def before(place: str, call: int, do: Callable[[], object]) -> None:
-    """From now on `do` is called before the `call`-th call of `place`, counted from 1.
-
-    place: package.module:name, or package.module:Class.name; as the caller looks it up
-    """
-    module, _, names = place.partition(":")
-    *path, name = names.split(".")
-    owner = importlib.import_module(module)
-    for part in path:
-        owner = getattr(owner, part)
-    whole, calls = getattr(owner, name), 0
-
-    def disturbed(*args: Any, **more: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            do()
-        return whole(*args, **more)
-
-    setattr(owner, name, disturbed)

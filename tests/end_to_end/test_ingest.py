@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,14 +24,14 @@ from geneformer_mcore.store.split_table import SplitTable
 from tests.small_cells import random_counts, vocabulary_of, write_h5ad
 
 NUM_GENES, NUM_CELLS = 400, 9000
-NUM_KILLS = int(os.environ.get("GENEFORMER_KILLS", "6"))
 
 SMALL_UNITS = """
-import sys, time
+import os, signal, sys, time
 from pathlib import Path
 from geneformer_mcore.commands import run
 from geneformer_mcore.store import ingest, plan, tokenise
 from data_prep.build_store import main
+from tests.end_to_end.instants import before
 
 plan.LEAST_ROWS_PER_UNIT = plan.MOST_ROWS_PER_UNIT = 500
 ingest._CELLS_PER_WORKER = 1
@@ -44,6 +43,9 @@ def write_report_and_stay(*arguments):
         time.sleep(0.01)
 
 tokenise.write_report = write_report_and_stay
+if Path("kill").exists():
+    place, call = Path("kill").read_text().split()
+    before(place, int(call), lambda: os.killpg(0, signal.SIGKILL))
 if __name__ == "__main__":
     run(main)
 """
@@ -55,12 +57,17 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a.h5ad, b.h5ad, v.json and the command with units of 500 rows, build.py."""
     folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+def write_inputs(folder: Path) -> None:
+    """Those files."""
     counts = random_counts(np.random.default_rng(4), NUM_CELLS, NUM_GENES)
     write_h5ad(folder / "a.h5ad", counts[:4000], obs={"age": range(4000)})
     write_h5ad(folder / "b.h5ad", counts[4000:], obs={"kind": ["x"] * (NUM_CELLS - 4000)})
     vocabulary_of(NUM_GENES).save(folder / "v.json")
     (folder / "build.py").write_text(SMALL_UNITS)
-    return folder
 
 
 @pytest.fixture
@@ -278,13 +285,15 @@ def test_report(command: Command, inputs: Path, tmp_path: Path) -> None:
     assert (tmp_path / "r/lengths_a.png").read_bytes().startswith(b"\x89PNG")
 
 
-# Kills. Where there is a file `stay`, workers stay in the middle of a unit that they have written.
+# Kills. Where there is a file `stay`, workers stay in the middle of a unit that they have written;
+# where there is one `kill`, the whole process group is killed at the instant that it names.
 
 
-def start(inputs: Path, folder: Path, repository: Path) -> subprocess.Popen[str]:
+def start(inputs: Path, folder: Path, repository: Path, workers: int = 2) -> subprocess.Popen[str]:
     """The build in a process group of its own."""
+    files = (inputs / "a.h5ad", inputs / "b.h5ad")
     return subprocess.Popen(
-        words(inputs, "--out", "s", inputs / "a.h5ad", inputs / "b.h5ad"),
+        words(inputs, "--out", "s", "--workers", workers, *files),
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(repository)},
         stdout=subprocess.PIPE,
@@ -294,87 +303,42 @@ def start(inputs: Path, folder: Path, repository: Path) -> subprocess.Popen[str]
     )
 
 
-EVENTS = ("unit", "store", "manifest", "published")
-"""What is waited for before a kill: a few more units, or a step of the merge and of publishing."""
+KILLS = (
+    # (place, call), and what is there then of: finished units, the store in the making, its
+    # manifest, the mark that it is published, the store.
+    ("geneformer_mcore.store.tokenise:write_report 3", (2, False, False, False, False)),
+    ("geneformer_mcore.store.content_hash:ContentHash.update 1", (18, True, False, False, False)),
+    ("geneformer_mcore.store.staging:_sync_tree 1", (18, True, True, False, False)),
+    ("geneformer_mcore.store.staging:StagedFolder._rename 1", (18, True, True, True, False)),
+    ("geneformer_mcore.store.staging:_clear 1", (18, False, False, True, True)),
+)
+"""Of one start after the other, each of which meets what the ones before have left. Many kills at
+random instants: tests/soak/ingest_kills.py."""
 
 
-def files_of_units(folder: Path) -> set[Path]:
-    """Files of units, half written ones too, that are there now."""
-    return set((folder / ".s.staging" / "units").glob("[!.]*")) | set(
-        (folder / ".s.staging" / "units").glob(".*.partial")
-    )
-
-
-def stage(folder: Path, before: set[Path]) -> str:
-    """How far a build is that found the files `before`."""
-    staging = folder / ".s.staging"
-    if (folder / "s").exists():
-        return "publish" if staging.exists() else "published"
-    if (staging / "published").exists():
-        return "publish"
-    if (staging / "store").exists():
-        return "merge"
-    return "units" if files_of_units(folder) - before else "start"
-
-
-def wait_for_event(folder: Path, process: subprocess.Popen[str], rng: np.random.Generator) -> str:
-    """Waits for a random instant of a build, or its end; the stage it is in."""
-    before, staging = files_of_units(folder), folder / ".s.staging"
-    event = rng.choice(EVENTS, p=(0.6, 0.2, 0.1, 0.1))
-    files = int(rng.integers(1, 37))
-    reached = {
-        # The last units may be there already: then it is a step later.
-        "unit": lambda: (
-            len(files_of_units(folder) - before) >= files or (staging / "store").exists()
-        ),
-        "store": lambda: (staging / "store").exists(),
-        "manifest": lambda: (staging / "store" / "manifest.json").exists(),
-        "published": lambda: (staging / "published").exists(),
-    }[event]
-    if rng.random() < 0.1:
-        time.sleep(rng.uniform(0, 2))
-    else:
-        while process.poll() is None and not reached():
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.1))
-    return stage(folder, before)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_killed_at_random_instants_it_ends_as_if_it_had_not_been(
+def test_killed_at_each_stage_it_ends_as_if_it_had_not_been(
     inputs: Path, tmp_path: Path, repository: Path, clean_hash: str
 ) -> None:
-    """GENEFORMER_KILLS=50 for more than the usual few; `-s` tells where they fell."""
-    rng = np.random.default_rng(time.time_ns())
-    fell: Counter[str] = Counter()
-    while fell.total() < NUM_KILLS:
-        process = start(inputs, tmp_path, repository)
-        # Every third build goes through, so that kills meet what earlier ones left, and an end.
-        if fell.total() % 3 or rng.random() < 0.5:
-            where = wait_for_event(tmp_path, process, rng)
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                fell[where] += 1
+    staging, store = tmp_path / ".s.staging", tmp_path / "s"
+    for instant, left in KILLS:
+        (tmp_path / "kill").write_text(instant)
+        process = start(inputs, tmp_path, repository, workers=1)
         told = process.communicate()[1]
-        if not (tmp_path / "s").exists():
-            assert process.returncode == -signal.SIGKILL, told
-            continue
-        assert check_store(tmp_path / "s") == []
-        assert Manifest.load(tmp_path / "s").content_hash == clean_hash
-        # A kill after the store had its name leaves its units: the next command clears them.
-        again = start(inputs, tmp_path, repository)
-        assert "s: exists already" in again.communicate()[1]
-        assert os.listdir(tmp_path) == ["s"]
-        shutil.rmtree(tmp_path / "s")
-    print(f"\nkills fell: {dict(fell)}")
-    inside = sum(fell[where] for where in ("units", "merge", "publish"))
-    assert inside >= 0.3 * NUM_KILLS or NUM_KILLS < 10, fell
-    last = start(inputs, tmp_path, repository)
-    told = last.communicate()[1]
-    assert last.returncode == 0, told
-    assert Manifest.load(tmp_path / "s").content_hash == clean_hash
-    assert check_store(tmp_path / "s") == []
+        assert process.returncode == -signal.SIGKILL, told
+        being_made = staging / "store"
+        assert left == (
+            len(list((staging / "units").glob("*.json"))),
+            being_made.exists(),
+            (being_made / "manifest.json").exists(),
+            (staging / "published").exists(),
+            store.exists(),
+        ), instant
+    (tmp_path / "kill").unlink()
+    assert check_store(store) == []
+    assert Manifest.load(store).content_hash == clean_hash
+    # A kill after the store had its name leaves its units: the next command clears them.
+    again = start(inputs, tmp_path, repository)
+    assert "s: exists already" in again.communicate()[1]
     assert os.listdir(tmp_path) == ["s"]
 
 

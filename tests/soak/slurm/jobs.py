@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.final_state import FinalState, final_state
-from tests.slurm.cluster import Cluster
+from tests.soak.slurm.cluster import Cluster
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = "slurm/pretrain_106m.sh"
+CONFIGURATION = "configs/geneformer_106m.yaml"
+"""What that script trains."""
 TOY = (
     "model.num_layers=2",
     "model.hidden_size=32",
