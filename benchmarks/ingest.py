@@ -192,15 +192,15 @@ def _measure(
     if vocabulary:
         command += ["--vocabulary", vocabulary]
     started, cpu_s = time.monotonic(), _children_cpu_s()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peaks = {"rss": 0, "pss": 0}
-    while process.poll() is None:
-        for name, size in _memory(process.pid).items():
-            peaks[name] = max(peaks[name], size)
-        time.sleep(SAMPLE_S)
-    seconds = time.monotonic() - started
-    assert process.stdout is not None
-    told = process.stdout.read()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            for name, size in _memory(process.pid).items():
+                peaks[name] = max(peaks[name], size)
+            time.sleep(SAMPLE_S)
+        seconds = time.monotonic() - started
+        assert process.stdout is not None
+        told = process.stdout.read()
     if process.returncode:
         raise DataError(f"build_store.py ended with {process.returncode}.")
     tokenising_s, writing_s = (_phase_s(what, told) for what in ("tokenising", "writing rows"))

@@ -1,160 +1,75 @@
-"""README's tables of tokenisers and loaders, out of what the benchmarks keep."""
+"""The tables of README.md: figures out of results, and --check."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import readme_tables
+from geneformer_mcore.errors import DataError
 
-WHERE = {"machine": "a machine", "versions": {"python": "3.11.7"}, "commit": "abc"}
-TOKENISERS = {
-    "cells": 90,
-    "rows": [
-        {"name": "ours", "cells_per_s": 60_000.0, "cells_that_differ": 0},
-        {"name": "theirs", "cells_per_s": 8_000.0, "cells_that_differ": 7},
-    ],
+
+def rows(*names: str, **columns: tuple[Any, Any]) -> list[dict[str, Any]]:
+    """One row per name, with the columns' values."""
+    values = [dict(zip(columns, each, strict=True)) for each in zip(*columns.values(), strict=True)]
+    return [{"name": name} | found for name, found in zip(names, values, strict=True)]
+
+
+BOTH = ("ours", "theirs")
+GOAL = {"what": "c", "value": 3.0, "bar": 2, "unit": "s", "at_most": True, "met": False}
+RESULTS: dict[str, dict[str, Any]] = {
+    "tokenize": {
+        "cells": 90,
+        "rows": rows(*BOTH, cells_per_s=(60_000.0, 8_000.0), cells_that_differ=(0, 7)),
+    },
+    "loader": {"rows": [], "goals": [GOAL]},
+    "perturb": {
+        "rows": rows(
+            *BOTH,
+            variants_per_s=(3.0, 0.5),
+            variants_per_cpu_s=(4.5, 0.9),
+            flops_per_variant=(100, 450),
+        ),
+        "reading": [],
+    },
 }
-MEASURED = {
-    "label": "ours, SOMA token store",
-    "table": "tokens",
-    "peer": "",
-    "not_measured": None,
-    "cells_per_s": 123_456.0,
-    "first_batch_s": 0.25,
-    "peak_mib": 700.4,
-    "shuffle": {"blocks": 0.98, "each_once": True, "epochs_differ": False},
-}
-LOADERS = {
-    "rows": [
-        MEASURED,
-        {
-            "label": "scdl",
-            "table": "counts",
-            "peer": "bionemo-scdl 0.1.3",
-            "not_measured": "it is not there",
-        },
-    ],
-    "goals": [
-        {"what": "a / b", "value": 16.0, "bar": 15, "unit": "x", "at_most": False, "met": True},
-        {"what": "c", "value": 3.0, "bar": 2, "unit": "s", "at_most": True, "met": False},
-        {"what": "d / e", "value": None, "bar": 5, "unit": "x", "at_most": False, "met": None},
-    ],
-}
-PARITY = {
-    "rows": [
-        {
-            "layout": "tp2 pp2 dp1",
-            "ranks": 4,
-            "logits": 1.94e-6,
-            "gradient": 5.8e-7,
-            "worst_parameter": "a",
-            "norm": 0.0,
-            "losses_from_seed": 2e-5,
-            "losses_from_checkpoint": None,
-        }
-    ]
+EXPECTED = {
+    "tokenize": "| theirs | 8,000 | 7.50 x | 7 of 90 |",
+    "loader_goals": "| c | 3 | < 2 s | **no** |",
+    "perturb": "| theirs | 0.5 | 0.9 | 6.00 x | 5.00 x | 4.50 x |",
 }
 
 
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
-    (tmp_path / "tokenize.json").write_text(json.dumps(TOKENISERS | WHERE))
-    (tmp_path / "loader.json").write_text(json.dumps(LOADERS | WHERE))
-    (tmp_path / "parity.json").write_text(json.dumps(PARITY | WHERE))
-    return tmp_path
+def page_of(*names: str) -> str:
+    return "\n".join(f"<!-- table: {name} -->\nold\n<!-- end table -->" for name in names)
 
 
-def filled(name: str, results: Path) -> list[str]:
-    text = f"<!-- table: {name} -->\nold\n<!-- end table -->\n"
-    return readme_tables.filled(text, results).splitlines()
+def test_tables_hold_what_was_measured_and_check_finds_what_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = {"machine": "a machine", "versions": {"python": "3.11.7"}, "commit": "abc"}
+    for name, content in RESULTS.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content | where))
+    page = tmp_path / "README.md"
+    page.write_text(page_of(*EXPECTED))
+    words = ["readme_tables.py", "--readme", str(page), "--results", str(tmp_path)]
+    codes = []
+    for check in (["--check"], [], ["--check"]):
+        monkeypatch.setattr(sys, "argv", [*words, *check])
+        codes.append(readme_tables.main())
+    assert codes == [1, 0, 0]
+    difference = capsys.readouterr().err
+    for line in EXPECTED.values():
+        assert line in page.read_text().splitlines()
+        assert f"+{line}" in difference.splitlines()
 
 
-def test_tokenisers(results: Path) -> None:
-    lines = filled("tokenize", results)
-    assert "| ours | 60,000 | 1.00 x | 0 of 90 |" in lines
-    assert "| theirs | 8,000 | 7.50 x | 7 of 90 |" in lines
-
-
-def test_loaders_stand_in_the_table_of_their_kind(results: Path) -> None:
-    tokens, counts = filled("loader_tokens", results), filled("loader_counts", results)
-    line = "| ours, SOMA token store | - | 123,456 | 0.25 | 700 | 0.98 | yes | **no** |"
-    assert line in tokens
-    assert line not in counts
-    assert "| scdl | bionemo-scdl 0.1.3 | not measured: it is not there |  |  |  |  |  |" in counts
-
-
-def test_goals_show_their_bar_and_whether_it_is_met(results: Path) -> None:
-    lines = filled("loader_goals", results)
-    assert "| a / b | 16 | >= 15 x | yes |" in lines
-    assert "| c | 3 | < 2 s | **no** |" in lines
-    assert "| d / e | not measured | >= 5 x | not measured |" in lines
-
-
-def test_parity(results: Path) -> None:
-    lines = filled("parity", results)
-    assert "| tp2 pp2 dp1 | 4 | 1.9e-06 | 5.8e-07 | 0.0e+00 | 2.0e-05 | not measured |" in lines
-
-
-def test_perturbations(tmp_path: Path) -> None:
-    rows = [
-        {"name": name, "variants_per_s": rate, "variants_per_cpu_s": of_cpu, "flops_per_variant": n}
-        for name, rate, of_cpu, n in (("ours", 3.0, 4.5, 100), ("theirs", 0.5, 0.9, 450))
-    ]
-    content = {"rows": rows, "reading": ["missed by the clock"]} | WHERE
-    (tmp_path / "perturb.json").write_text(json.dumps(content))
-    lines = filled("perturb", tmp_path)
-    assert "| ours | 3 | 4.5 | 1.00 x | 1.00 x | 1.00 x |" in lines
-    assert "| theirs | 0.5 | 0.9 | 6.00 x | 5.00 x | 4.50 x |" in lines
-    assert "- missed by the clock" in lines
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["tflops", "tokenize", "loader_counts", "loader_tokens", "loader_goals", "parity", "perturb"],
-)
-def test_without_results_they_say_so(tmp_path: Path, name: str) -> None:
-    table = "\n".join(filled(name, tmp_path))
-    assert "not measured" in table
-    assert "old" not in table
-
-
-SETTING = {
-    "model": "10m",
-    "precision": "bf16",
-    "packing": "packed",
-    "tokens_per_cell": 1300.4,
-    "attention": "flash",
-    "attention_dropout": 0.1,
-    "compiled": True,
-    "micro_batch": 32,
-    "fill": 0.985,
-    "step_s": 0.03,
-    "cells_per_s": 1234.0,
-    "tokens_per_s": 1.6e6,
-    "tflops_padded_equivalent": 242.0,
-    "tflops_executed": 101.0,
-    "mfu": 0.2,
-    "data_wait_fraction": 0.001,
-    "peak_mib": 9876.0,
-}
-
-
-def test_tflops_of_every_machine(tmp_path: Path) -> None:
-    before = {name: value for name, value in SETTING.items() if name not in ("fill", "peak_mib")}
-    cpu = {"rows": [before]} | WHERE | {"machine": "AMD, 2 cores, no GPU"}
-    (tmp_path / "tflops_amd.json").write_text(json.dumps(cpu))
-    lines = filled("tflops", tmp_path)
-    assert any("no GPU | 10m | bf16 | packed, 1,300" in line for line in lines)
-    assert any(line.startswith("| one GPU | not measured |") for line in lines)
-    gpu = {"rows": [SETTING]} | WHERE | {"machine": "AMD, 16 cores, 1 x NVIDIA H100"}
-    (tmp_path / "tflops_h100.json").write_text(json.dumps(gpu))
-    lines = filled("tflops", tmp_path)
-    assert (
-        "| AMD, 16 cores, 1 x NVIDIA H100 | 10m | bf16 | packed, 1,300 tokens "
-        "| flash, dropout 0.1 | yes | 32 | 98.5% | 0.03 | 1,234 | 1,600,000 | 242 | 101 | 20.0% "
-        "| 0.1% | 9,876 |"
-    ) in lines
-    assert not any("one GPU" in line for line in lines)
+def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
+    for name in readme_tables.TABLES:
+        assert "not measured" in readme_tables.filled(page_of(name), tmp_path), name
+    with pytest.raises(DataError, match="no table is called other"):
+        readme_tables.filled(page_of("other"), tmp_path)

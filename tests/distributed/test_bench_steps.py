@@ -1,0 +1,272 @@
+"""Contestants of benchmarks/train_step.py learn the same from the same cells; the checks of
+benchmarks/gpu_session.py tell right from wrong; a measured model of benchmarks/tflops.py is let go.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.peers.all_steps import HF_DYNAMIC, HF_PADDED, contestants
+from benchmarks.peers.step_contestant import Job, StepContestant
+from benchmarks.side_by_side import session_dropout, session_model, tflops_steps
+from benchmarks.side_by_side.step_cells import StepCells
+from benchmarks.side_by_side.tflops_grid import Setting
+from benchmarks.side_by_side.tflops_run import Conditions
+from geneformer_mcore.backends import is_available
+from geneformer_mcore.config.sections import ParallelConfig
+from geneformer_mcore.contracts import PAD, Batch
+from geneformer_mcore.model import flops
+from geneformer_mcore.model.cores import blockwise, sdpa
+from geneformer_mcore.model.flops import ModelShape, Work, train_flops
+from geneformer_mcore.parallel import groups
+from tests.distributed import toy
+from tests.distributed.ranks import run_ranks
+from tests.step_job import job_in
+
+PADDED_SHAPE = ModelShape(4, 32, 64, 1024)
+"""As multiplied: the vocabulary is rounded up."""
+HERE = ("ours_padded", "megatron") + (
+    (HF_DYNAMIC, "hf_grouped", HF_PADDED) if is_available("transformers") else ()
+)
+"""What can run on a CPU."""
+LENGTH = 64
+
+
+def changed(job: Job, *changes: str) -> Job:
+    """The same with other settings."""
+    return replace(job, changes=(*job.changes, *changes))
+
+
+def made(job: Job, name: str, micro_batch: int = 4) -> StepContestant:
+    return contestants()[name](job, micro_batch, toy.CPU)
+
+
+class Found(NamedTuple):
+    """Of one contestant."""
+
+    losses: dict[str, list[float]]
+    """{precision: of twelve steps over the same two global batches}"""
+    first_losses: list[float]
+    """With two other micro batches."""
+    seen: list[tuple[list[int], list[int]]]
+    """(tokens as shown, labels) of every cell of two steps, sorted."""
+    counted: tuple[float, Work, Work]
+    """FLOPs of a step as torch counts them, what it says it computes on, what is needed."""
+
+
+def losses_of(job: Job, name: str, micro_batch: int = 8) -> list[float]:
+    one = made(job, name, micro_batch)
+    placed = [one.placed(one.batches(number)) for number in (0, 1)] * 6
+    return [one.step(each) for each in placed]
+
+
+def first_loss(job: Job, name: str, micro_batch: int) -> float:
+    one = made(job, name, micro_batch)
+    return one.step(one.placed(one.batches(0)))
+
+
+def seen(batches: list[Batch]) -> Iterator[tuple[list[int], list[int]]]:
+    for batch in batches:
+        cell_M = batch.selected_M // batch.tokens_BS.shape[1]
+        for row, tokens_S in enumerate(batch.tokens_BS):
+            yield tokens_S[tokens_S != PAD].tolist(), batch.labels_M[cell_M == row].tolist()
+
+
+def counted(job: Job, name: str) -> tuple[float, Work, Work]:
+    one = made(job, name)
+    batches = one.batches(0)
+    cells = StepCells.open(job.cells, one.config, toy.VOCABULARY)
+    needed = cells.needed(0, sum(len(batch.labels_M) for batch in batches))
+    placed = one.placed(batches)
+    with FlopCounterMode(display=False) as counter:
+        one.step(placed)
+    return counter.get_total_flops(), one.computed(batches, needed), needed
+
+
+def all_found(job: Job) -> dict[str, Found]:
+    groups.build_groups(job.config().parallel)
+    # torch counts nothing for fused attention on a CPU, and HF takes its plain one with dropout.
+    plain = changed(job, "model.attention=plain", "model.attention_dropout=0.1")
+    return {
+        name: Found(
+            {each: losses_of(changed(job, f"train.precision={each}"), name) for each in PRECISIONS},
+            [first_loss(job, name, micro_batch) for micro_batch in (2, 16)],
+            sorted(seen([batch for step in (0, 1) for batch in made(job, name).batches(step)])),
+            counted(plain, name),
+        )
+        for name in HERE
+    }
+
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A small model and 120 cells."""
+    return job_in(tmp_path_factory.mktemp("flat"))
+
+
+@pytest.fixture(scope="module")
+def found(job: Job) -> dict[str, Found]:
+    """Of every contestant, on one rank."""
+    return run_ranks(all_found, 1, job)[0]
+
+
+def learned(losses: list[float]) -> bool:
+    is_fresh = losses[0] == pytest.approx(math.log(toy.VOCABULARY), abs=0.25)
+    return is_fresh and all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_every_contestant_learns_from_the_same_cells(found: dict[str, Found], name: str) -> None:
+    for precision, losses in found[name].losses.items():
+        assert learned(losses), (precision, losses)
+    assert len(found[name].seen) == 32
+    assert sum(len(labels) for _, labels in found[name].seen) > 100
+    assert found[name].seen == found["ours_padded"].seen
+
+
+def test_the_same_model_has_the_same_losses(found: dict[str, Found]) -> None:
+    """Plain Megatron is ours; for the others micro batches and padding make no difference."""
+    ours, megatron, *others = (found[name] for name in HERE)
+    first = ours.losses["fp32"][0]
+    assert ours.first_losses + megatron.first_losses == pytest.approx([first] * 4, rel=1e-5)
+    assert megatron.losses["fp32"] == pytest.approx(ours.losses["fp32"], rel=1e-4)
+    losses = [loss for other in others for loss in other.first_losses]
+    assert losses == pytest.approx(losses[:1] * len(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted({*HERE} - {"hf_grouped"}))
+def test_what_is_computed_is_what_torch_counts(found: dict[str, Found], name: str) -> None:
+    total, computed, needed = found[name].counted
+    assert total == pytest.approx(train_flops(PADDED_SHAPE, computed), rel=0.01)
+    attention = flops.forward_breakdown(PADDED_SHAPE, computed).attention * 3
+    assert attention > 0.05 * total, "attention must weigh enough for the test to see it"
+    assert computed.tokens > needed.tokens
+    predicted = needed.num_predicted if name == "ours_padded" else computed.tokens
+    assert computed.num_predicted == predicted
+
+
+class StandInLayer(torch.nn.Module):
+    """What Transformer Engine's layer is, as far as a CPU can show."""
+
+    def __init__(self, width: int, ffn: int, heads: int, **known: Any) -> None:
+        super().__init__()
+        assert known["self_attn_mask_type"] == "padding"
+        self.layer = torch.nn.TransformerEncoderLayer(
+            width, heads, ffn, 0.0, known["activation"], batch_first=True, norm_first=True
+        )
+
+    def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.layer(hidden, src_key_padding_mask=attention_mask[:, 0, 0])
+
+
+def te_losses(job: Job) -> list[float]:
+    stand_in: Any = types.ModuleType("transformer_engine.pytorch")
+    stand_in.TransformerLayer = StandInLayer
+    whole: Any = types.ModuleType("transformer_engine")
+    whole.pytorch = stand_in
+    sys.modules |= {whole.__name__: whole, stand_in.__name__: stand_in}
+    return losses_of(job, "te_layers")
+
+
+def test_the_model_around_te_layers_learns(job: Job) -> None:
+    (losses,) = run_ranks(te_losses, 1, job)
+    assert learned(losses), losses
+
+
+# The checks of a GPU session. That right attention passes: test_bench_runs.py.
+
+
+def begin() -> None:
+    groups.build_groups(ParallelConfig())
+    groups.seed_dropout(1, groups.topology())
+
+
+def differences_with_wrong_scores() -> list[bool]:
+    """Whether attention with scores a thousandth off (bf16: a third) is taken for right."""
+    begin()
+    right = sdpa.SdpaAttention._attend
+    found = []
+    for precision, packed, fault in (("fp32", False, 1e-3), ("bf16", True, 0.3)):
+
+        def wrong(self: Any, query: Any, *others: Any, by: float = 1 + fault) -> Any:
+            return right(self, query * by, *others)
+
+        sdpa.SdpaAttention._attend = wrong  # type: ignore[method-assign]
+        configs = [session_model.config_of(name, precision, LENGTH) for name in ("plain", "sdpa")]
+        plain, off = (session_model.differences(each, packed, toy.CPU) for each in configs)
+        found += [session_model.alike(off, plain)]
+        found += [session_model.alike(plain | {"loss": float("nan")}, plain)]
+    return found
+
+
+def wrong_dropouts() -> list[bool]:
+    """Whether each is taken for sound: none wrong, half of the share, other values backward than
+    forward, the same in every call."""
+    begin()
+    config = session_model.config_of("blockwise", "fp32", LENGTH, dropout=0.1)
+    stage = session_model.stage_of(config, toy.CPU)
+    drop, back = blockwise.drop, blockwise.softmax_backward
+    faults: list[tuple[str, Callable[..., Any]]] = [
+        ("drop", drop),
+        ("drop", lambda values, key, below: drop(values, key, below // 2)),
+        ("softmax_backward", lambda p, g, sums, key, below: back(p, g, sums, key + 1, below)),
+        ("_key", lambda seed, number: 5),
+    ]
+    found = []
+    for name, fault in faults:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blockwise, name, fault)
+            found.append(
+                session_dropout.sound(session_dropout.statistics(stage, True, LENGTH, toy.CPU))
+            )
+    return found
+
+
+def test_wrong_attention_and_wrong_dropout_are_seen() -> None:
+    assert run_ranks(differences_with_wrong_scores, 1) == [[False] * 4]
+    assert run_ranks(wrong_dropouts, 1) == [[True, False, False, False]]
+
+
+def still_there() -> list[bool]:
+    """Whether model and optimizer are, after they were measured and after they failed to be."""
+    groups.build_groups(ParallelConfig())
+    conditions = Conditions(seq_length=16, num_micro_batches=1, steps=1, warmup=0)
+    setting = Setting("10m", "fp32", "padded", 0, "sdpa", 0.0, 1)
+    config, cells = conditions.config(setting), conditions.cells(setting)
+    kept: list[weakref.ref] = []
+    make: Callable[..., Any] = tflops_steps._trainable
+
+    def watched(*given: object) -> Any:
+        trainable = make(*given)
+        kept.extend(weakref.ref(each) for each in (trainable.stages[0], trainable.optimizer))
+        return trainable
+
+    def failing(*_: object) -> Any:
+        raise MemoryError
+
+    tflops_steps._trainable = watched
+    tflops_steps.measure(config, cells, toy.CPU, 0, 1)
+    tflops_steps.train_step = failing
+    with pytest.raises(MemoryError):
+        tflops_steps.measure(config, cells, toy.CPU, 0, 1)
+    gc.collect()
+    return [each() is not None for each in kept]
+
+
+def test_nothing_of_a_measured_model_is_left() -> None:
+    """On a GPU the next row needs its memory."""
+    assert run_ranks(still_there, 1) == [[False] * 4]

@@ -1,0 +1,158 @@
+"""What benchmarks are given: cells, formats, lengths; peers that compute the same from them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+from benchmarks import cell_types
+from benchmarks.peers.bionemo_tokeniser import BioNeMoTokeniser
+from benchmarks.peers.exact_tokens import exact_tokens
+from benchmarks.peers.hf_tokeniser import HFTokeniser
+from benchmarks.peers.masking import IGNORED, masked, sums_of_masked
+from benchmarks.peers.padding import padded, sums_of_padded
+from benchmarks.peers.token_files import tokens_dense, tokens_h5ad
+from benchmarks.side_by_side.cells import Cells
+from benchmarks.side_by_side.prepared import write
+from benchmarks.side_by_side.shuffle_quality import quality, two_epochs
+from benchmarks.side_by_side.tflops_cells import FULL
+from benchmarks.side_by_side.tflops_grid import MEAN_TOKENS, Asked, Setting, grid
+from benchmarks.side_by_side.tflops_run import Conditions, possible
+from benchmarks.tokenize import num_different
+from geneformer_mcore.contracts import CLS, MASK, NUM_SPECIALS, PAD
+from tests.small_cells import gene_id, plain_tokens, random_counts, vocabulary_of
+
+GENES = 400
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_tokeniser_gives_the_exact_lists(rng: np.random.Generator, tied: bool) -> None:
+    """With ties, full of which small counts are, a stable sort only."""
+    columns = np.arange(NUM_SPECIALS, NUM_SPECIALS + GENES, dtype=np.int32)
+    if tied:
+        counts = sparse.csr_matrix(rng.integers(0, 3, (30, GENES)).astype(np.float32))
+        vocabulary = vocabulary_of(GENES, np.ones(GENES))
+    else:
+        counts = random_counts(rng, 50, GENES, density=0.4)
+        vocabulary = vocabulary_of(GENES, 0.1 + rng.random(GENES))
+        columns[rng.random(GENES) < 0.2] = 0
+    medians, dense = vocabulary.medians_of_token, counts.toarray().astype(np.float64)
+    known = {gene_id(i): int(token) for i, token in enumerate(columns) if token}
+    names = [gene_id(i) for i in range(GENES)]
+    of_genes = {gene: float(medians[token]) for gene, token in known.items()}
+    for seq_length in (5, 2048):
+        exact = exact_tokens(counts, columns, medians, seq_length)
+        plain = [plain_tokens(row, columns, vocabulary, seq_length) for row in dense]
+        assert num_different(exact, plain) == 0
+        hf = HFTokeniser(columns, medians, seq_length, stable=tied)
+        ways = [hf.by_rows, hf.lean]
+        if not tied:
+            ways.append(BioNeMoTokeniser(names, known, of_genes, seq_length).encode)
+        assert [num_different(encode(counts), exact) for encode in ways] == [0] * len(ways)
+    if tied:
+        for found, row in zip(HFTokeniser(columns, medians, 2048).lean(counts), dense, strict=True):
+            assert np.all(np.diff(row[found[1:] - NUM_SPECIALS]) <= 0), "ranked, whatever the ties"
+
+
+def test_every_format_holds_the_same_tokens(rng: np.random.Generator, tmp_path: Path) -> None:
+    counts = sparse.csr_matrix(random_counts(rng, 70, 60))
+    gene_ids, sets = [gene_id(i) for i in range(60)], np.sort(rng.integers(0, 3, 70))
+    data = write(Cells(counts, gene_ids, sets.astype(np.int16), vocabulary_of(60)), tmp_path)
+    tokens_h5ad(data)
+    tokens_dense(data)
+    ranks, dense = (
+        anndata.read_h5ad(data.place("tokens_h5ad")).X,
+        np.load(tmp_path / "tokens_dense"),
+    )
+    truth = data.truth
+    assert np.array_equal(truth.count_sums_N, np.asarray(counts.sum(1)).ravel())
+    assert len(np.unique(truth.keys_N)) == len(data) == 70
+    for row, tokens in enumerate(np.split(data.tokens_T, data.offsets[1:-1])):
+        assert tokens[0] == CLS
+        assert (truth.token_sums_N[row], truth.num_tokens_N[row]) == (tokens.sum(), len(tokens))
+        assert np.array_equal(ranks[row].data, tokens[1:])
+        assert np.array_equal(ranks[row].indices, np.arange(len(tokens) - 1))
+        assert np.array_equal(dense[row, : len(tokens)], tokens)
+        assert np.all(dense[row, len(tokens) :] == PAD)
+
+
+def test_peers_pad_and_mask_as_ours() -> None:
+    cells = [np.arange(70, dtype=np.uint16), np.array([0, 9], np.uint16)]
+    tokens = padded(cells)
+    assert tokens.shape == (2, 128)
+    assert tokens[0].tolist() == [*range(70), *[PAD] * 58]
+    assert tokens[1].tolist() == [0, 9, *[PAD] * 126]
+    assert torch.equal(padded([cell[1:] for cell in cells], with_cls=False), tokens)
+    assert sums_of_padded(tokens).tolist() == [sum(range(70)) - PAD, 9]
+    torch.manual_seed(0)
+    tokens = padded([np.arange(5, 2052, dtype=np.uint16)] * 64, with_cls=False)
+    tokens[:, 1500:] = PAD
+    seen, labels = masked(tokens)
+    asked = labels != IGNORED
+    assert torch.equal(labels[asked], tokens[asked])
+    assert torch.equal(seen[~asked], tokens[~asked])
+    assert not asked[:, 0].any(), "[CLS] is never asked for"
+    assert not asked[:, 1500:].any()
+    assert asked[:, 1:1500].double().mean() == pytest.approx(0.15, abs=0.01)
+    assert (seen[asked] == MASK).double().mean() == pytest.approx(0.8, abs=0.01)
+    assert (seen[asked] == tokens[asked]).double().mean() == pytest.approx(0.18, abs=0.01)
+    assert np.array_equal(sums_of_masked((seen, labels)), sums_of_padded(tokens))
+
+
+def test_a_uniform_shuffle_measures_one_and_source_order_nothing() -> None:
+    size = 64 * 64
+    one, other = (np.random.default_rng(seed).permutation(size) for seed in (0, 1))
+    sets = np.repeat(np.arange(4), size // 4)
+    found = quality(one, sets, 64)
+    assert found == {name: pytest.approx(1, abs=0.05) for name in found}
+    found = quality(np.arange(size), sets, 64)
+    assert found["blocks"] == pytest.approx(1 / 40, abs=0.01)  # one block, where 40 are usual
+    assert found["datasets"] == 0
+    assert found["distance"] == pytest.approx(1 / (0.293 * size), rel=0.1)
+    by_chance = pytest.approx(1, abs=0.1)
+    expected = {"each_once": True, "epochs_differ": True, "mates_again": by_chance}
+    assert two_epochs(one, other, size, 64) == expected
+    same = two_epochs(one, one, size, 64)
+    assert (same["epochs_differ"], same["mates_again"]) == (False, pytest.approx((size - 1) / 63))
+    assert not two_epochs(one, np.append(one[:-1], one[0]), size, 64)["each_once"]
+
+
+def test_rows_of_tflops() -> None:
+    asked = Asked(["106m", "10m"], ["bf16"], ["padded", "packed"], [], ["te", "flash"], [None], [])
+    rows = grid(asked, on_gpu=True)
+    assert len(set(rows)) == len(rows) == 8
+    assert rows[0] == Setting("106m", "bf16", "padded", FULL, "te", None, 16)
+    assert rows[-1] == Setting("10m", "bf16", "packed", MEAN_TOKENS, "flash", None, 32)
+    conditions = Conditions(seq_length=2048, num_micro_batches=1, steps=3, warmup=1)
+    padded = Setting("10m", "fp32", "padded", FULL, "sdpa", 0.0, 2)
+    configs, reasons = possible([padded, rows[-1]], conditions, torch.device("cpu"))
+    assert list(configs) == [padded]
+    assert "needs an NVIDIA GPU and 16 bits" in reasons[rows[-1]]
+
+
+def test_folders_of_cell_types_change_with_all_that_changes_figures(tmp_path: Path) -> None:
+    train, config = tmp_path / "a.h5ad", tmp_path / "c.yaml"
+    for path in (train, config):
+        path.write_text("one")
+    usual = {"settings": [], "steps": None, "ranks": 2, "seed": 0, "resamples": 9, "config": config}
+
+    def name(**more: object) -> str:
+        arguments = argparse.Namespace(**usual | more)
+        model = cell_types._model((train,), [], arguments)
+        return cell_types._types(train, tmp_path / model, arguments)
+
+    changes = {"steps": 3, "settings": ["a=1"], "ranks": 1, "seed": 1, "resamples": 8}
+    names = [name(), *(name(**{key: value}) for key, value in changes.items())]
+    assert name() == names[0]
+    config.write_text("other")
+    names.append(name())
+    os.utime(train, ns=(1, 1))
+    names.append(name())
+    assert len(set(names)) == len(names) == 8

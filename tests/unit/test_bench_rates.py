@@ -1,0 +1,290 @@
+"""Figures that the benchmarks print: from times and counts to rate, ratio and goal, by hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from benchmarks import ingest, perturb, tokenize
+from benchmarks.peers.all import CONTESTANTS
+from benchmarks.peers.all_steps import HF_DYNAMIC, contestants
+from benchmarks.peers.contestant import COUNTS, Contestant, shuffled_batches
+from benchmarks.side_by_side import step_rows, turn
+from benchmarks.side_by_side.cells import Cells
+from benchmarks.side_by_side.goals import Goal, best, ratio
+from benchmarks.side_by_side.loader_rows import goals_of, row, table
+from benchmarks.side_by_side.prepared import Truth
+from benchmarks.side_by_side.step_rounds import all_turns, fastest, tune
+from benchmarks.side_by_side.tflops_cells import FULL, made_up
+from benchmarks.side_by_side.tflops_grid import Setting
+from benchmarks.side_by_side.tflops_rows import row as tflops_row
+from benchmarks.side_by_side.tflops_run import Conditions
+from benchmarks.side_by_side.tflops_steps import Measured, Step
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.model.flops import ModelShape, Work, executed_flops, padded_equivalent_flops
+from geneformer_mcore.train.step import Totals
+from tests.small_cells import vocabulary_of
+
+
+def test_a_goal_says_whether_it_is_met() -> None:
+    assert str(Goal("a", 15.0, 15)) == "a: 15 x (bar >= 15 x): met"
+    assert "MISSED" in str(Goal("a", 14.9, 15))
+    assert "MISSED" in str(Goal("a", 1000.0, 1000, "MiB", at_most=True))
+    assert "not measured" in str(Goal("a", None, 15))
+    assert (ratio(6.0, 3.0), ratio(None, 3.0), ratio(3.0, None)) == (2, None, None)
+    assert (best([None, 2.0, 1.0]), best([None])) == (2, None)
+
+
+def test_tokenisers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rounds of ours take 1, 2 and 8 seconds, of the other 4 each, for eight cells."""
+    times = itertools.chain.from_iterable((0, each) for each in (1, 4, 2, 4, 8, 4))
+    clock = SimpleNamespace(process_time=lambda: next(times))
+    counts = sparse.csr_matrix(np.eye(8, 9, dtype=np.float32))
+    cells = Cells(counts, [""] * 9, np.zeros(8), vocabulary_of(9))
+    exact = [np.array([0, token]) for token in range(8)]
+    wrong = [*exact[:7], np.array([7, 0])]
+    monkeypatch.setattr(tokenize, "time", clock)
+    monkeypatch.setattr(tokenize, "exact_tokens", lambda *_: exact)
+    ways = {tokenize.OURS: lambda _: exact, tokenize.LEAN: lambda _: wrong}
+    monkeypatch.setattr(tokenize, "tokenisers", lambda _: ways)
+    ours, lean = tokenize.measure(cells, cells, 3)
+    assert ours == tokenize.Row(tokenize.OURS, 4, 250_000, 0, [8, 4, 1])
+    assert lean == tokenize.Row(tokenize.LEAN, 2, 500_000, 1, [2, 2, 2])
+    assert tokenize.table([ours, lean]).split()[-5:] == ["2", "500000.0", "2.00", "x", "1"]
+    rows = [ours, lean, tokenize.Row(tokenize.BY_ROWS, 0.5, 0, 0, [])]
+    assert [(goal.value, goal.met) for goal in tokenize.goals_of(rows)] == [(8, True), (2, False)]
+
+
+def build(cells: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "cells": cells,
+        "seconds": cells / 4000,
+        "cells_per_s": 4000,
+        "peak_pss_gb": 0.5,
+        "tokenising_s": cells / 8000,
+        "writing_s": cells / 20_000,
+        "input_bytes": cells * 1000,
+        "store_bytes": cells * 3000,
+    } | changes
+
+
+def test_ingest() -> None:
+    result = ingest._result([build(50_000), build(200_000, peak_pss_gb=0.6)], 2, ["a.h5ad"])
+    found = result["extrapolation"]
+    assert (found["per_core"], found["merge"], found["merge_s"]) == (4000, 20_000, 1180)
+    assert found["tokenise_s"] == round(23_600_000 / (4000 * 64))
+    # Units of 16,384 rows, a power of two of buckets of at most 32,768 cells for each split.
+    assert found["pieces"] == 1441 * 3 * 1024
+    pieces_s = 1441 * 3072 * 50e-6
+    assert found["minutes"] == round((23_600_000 / 256_000 + 1180 + pieces_s) / 60, 1)
+    assert found["read_gb_per_s"] == 0.26
+    assert result["growth"] == {"cells": 4, "seconds": 4, "memory_pss": 1.2, "store_bytes": 4}
+    goals = ingest._goals([build(50_000), build(200_000, seconds=60.0, peak_pss_gb=2.5)])
+    assert [goal.value for goal in goals] == [4000, 2.5, pytest.approx(1.2), 5]
+    assert not any(goal.met for goal in goals)
+    assert all(goal.met for goal in ingest._goals([build(50_000, cells_per_s=5000)] * 2))
+    printed = "5.0 s (looking at inputs 0.1, tokenising 4.2, writing rows 0.0)"
+    assert ingest._phase_s("tokenising", printed) == 4.2
+    assert ingest._phase_s("writing rows", printed) == 0.1, "rounded to nothing by build_store.py"
+
+
+class Fake(Contestant):
+    """Rows of a uniform shuffle; the sum of a cell's counts is its row."""
+
+    label, table, package = "fake", COUNTS, "fake"
+
+    def __init__(self, data: Any) -> None:
+        self.num_cells = len(data)
+
+    def epoch(self, number: int) -> Iterator[Any]:
+        return iter(shuffled_batches(self.num_cells, number))
+
+    def cells(self, batch: Any) -> np.ndarray:
+        return batch
+
+    def sums(self, batch: Any) -> np.ndarray:
+        return batch.astype(float)
+
+
+class FakeData:
+    """As many cells; cell n has n + 1 tokens."""
+
+    def __init__(self, num_cells: int) -> None:
+        rows = np.arange(num_cells)
+        self.truth = Truth(rows.astype(float), rows, rows + 1, rows // 2000, rows)
+
+    def __len__(self) -> int:
+        return len(self.truth.keys_N)
+
+
+def test_a_turn_of_a_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes on by a second whenever it is read: two epochs in four seconds."""
+    ticks = itertools.count()
+    monkeypatch.setattr(turn, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    cpu = iter([10.0, 10.5])
+    monkeypatch.setattr(turn, "_cpu_s", lambda: next(cpu))
+    monkeypatch.setattr(turn, "MIN_S", 3.0)
+    data: Any = FakeData(4096)
+    found = turn.take_turn(Fake, data, FakeData(128), with_check=True)  # type: ignore[arg-type]
+    assert (found["epochs"], found["cold_start_s"], found["first_batch_s"]) == (2, 1, 1)
+    assert (found["cells_per_s"], found["tokens_per_s"]) == (2048, 2048 * 4097 / 2)
+    assert found["cpu_us_per_cell"] == pytest.approx(0.5 / 8192 * 1e6)
+    assert found["shuffle"]["each_once"]
+    assert found["shuffle"]["epochs_differ"]
+    assert found["peak_mib"] > 10
+    data.truth.count_sums_N[77] += 1
+    with pytest.raises(DataError, match="1 cells hold something else"):
+        turn._checked(Fake(data), data, [np.arange(4096)])
+
+
+def test_loaders() -> None:
+    """Medians of turns; goals are ratios of them."""
+    shuffle = dict.fromkeys(("blocks", "datasets", "distance", "mates_again"), 1.0)
+    found = {
+        "tokens_per_s": 1e6,
+        "cpu_us_per_cell": 9.0,
+        "first_batch_s": 0.5,
+        "peak_mib": 900.0,
+        "before_mib": 1.0,
+        "cold_start_s": 1.0,
+        "epochs": 1,
+        "shuffle": shuffle | {"each_once": True, "epochs_differ": False},
+    }
+    turns = [found | {"cells_per_s": each} for each in (10.0, 100.0, 700.0)]
+    rates = {
+        "counts_soma_dense": 2.0,
+        "counts_soma_sparse": 4.0,
+        "counts_scdl": 40.0,
+        "tokens_soma": 10.0,
+        "tokens_scdataset": 20.0,
+        "tokens_scdataset_array": 80.0,
+        "masked_scdl": 25.0,
+        "soma_tokenised": 3.0,
+        "ours_flat": 300.0,
+        "ours_h5ad": 6.0,
+    }
+    rows = [row("ours_store", turns, None), row("tokens_scdl", [], "not installed")]
+    goals = goals_of([*rows, *({"name": name, "cells_per_s": rates[name]} for name in rates)])
+    assert [goal.value for goal in goals[:9]] == [50, 25, 5, 2.5, 3.75, 12, 4, 2, None]
+    assert [goal.met for goal in goals[6:9]] == [True, False, None]
+    text = table(rows)
+    assert "not measured: bionemo-scdl, rows of token ids: not installed" in text
+    (line,) = (line.split() for line in text.splitlines() if line.startswith("ours, SOMA"))
+    assert line[-12:-7] == ["100", "1.0", "M", "9.0", "0.50"]
+    assert line[-2:] == ["yes", "NO"]
+    for kinds in (CONTESTANTS, contestants()):
+        assert len({kind.label for kind in kinds.values()}) == len(kinds)
+
+
+def test_perturbations() -> None:
+    shape = ModelShape(2, 8, 16, 50)
+    ours = perturb.Side(perturb.OURS, [2.0, 4.0], [1.0, 2.0], [2, 1], [10, 20])
+    other = perturb.Side(perturb.STATES, [4.0], [1.0], [1], [20])
+    whole = perturb.Side(perturb.WHOLE, [4.0], [4.0], [1], [20])
+    # Per layer 8 n h^2 + 4 n h f + 4 n^2 h, and the head, by hand.
+    linear, square = 2 * (8 * 64 + 4 * 8 * 16), 2 * 4 * 8
+    mine = (linear * (2 * 10 + 11 + 20 + 21) + square * (2 * 100 + 121 + 400 + 441)) / 3
+    states = linear * 200 + square * 200**2
+    head = 2 * 8 * (8 + 50) * 200
+    about = {"mean_tokens": 826.4, "mean_tokens_measured": 731.1}
+    found = perturb.in_json([ours, whole, other], about, shape, 200)
+    rows = found["rows"]
+    assert [each["variants_per_s"] for each in rows] == [0.5, 0.25, 0.25]
+    assert [each["variants_per_cpu_s"] for each in rows] == [1, 0.25, 1]
+    assert [each["flops_per_variant"] for each in rows] == [mine, states + head, states]
+    assert [goal["value"] for goal in found["goals"]] == [2, 4, 2, 1]
+    ratios = f"{(states + head) / mine:.2f} x, {states / mine:.2f} x"
+    assert found["reading"][-2].endswith(f"model/flops.py: {ratios}")
+    assert "shorter than those of the job (731 against 826" in found["reading"][-1]
+    assert perturb.table([ours]).split()[-3:] == ["3", "0.50", "1.00"]
+
+
+def a_turn(seconds: float) -> dict[str, Any]:
+    return {
+        "seconds": [seconds / 2, seconds / 2],
+        "losses": [6.5, 6.4, 6.3],
+        "cells": 8,
+        "peak_mib": 100.0,
+        "about": "plain",
+        "needed": vars(Work(400, 30_000, 60)),
+        "computed": vars(Work(500, 40_000, 500)),
+    }
+
+
+def test_training_steps() -> None:
+    """Medians over rounds; ratios of one round each."""
+    shape, kinds = ModelShape(4, 32, 64, 700), contestants()
+    rounds = {"ours_padded": (1.0, 2.0, 4.0), HF_DYNAMIC: (4.0, 4.0, 4.0)}
+    tuning: dict[int, float | str] = {1: 3.0, 2: 4.0, 4: "killed"}
+    rows = [
+        step_rows.row(name, kinds[name], [a_turn(s) for s in each], 2, tuning, "", shape)
+        for name, each in rounds.items()
+    ]
+    rows.append(step_rows.row("megatron", kinds["megatron"], [], 1, {}, "it failed", shape))
+    step_rows.add_ratios(rows)
+    ours, theirs, failed = rows
+    assert (ours["cells_per_s"], ours["tokens_per_s"], ours["fill"]) == (4, 200, 0.8)
+    for name, work in (("executed", (400, 30_000, 60)), ("computed", (500, 40_000, 500))):
+        flops = executed_flops(shape, Work(*work)) / 2
+        assert ours[f"tflops_{name}"] * 1e12 == pytest.approx(flops)
+    assert (ours["hf_dynamic_ratio"], ours["hf_padded_ratio"]) == ([2, 1, 4], None)
+    assert theirs["hf_dynamic_ratio"] == [1, 1, 1]
+    assert failed["not_measured"] == "it failed"
+    text = step_rows.table(rows)
+    assert "skipped: Megatron-Core BERT, padded to full length: it failed" in text
+    assert "2.00 (1.00..4.00)" in text
+
+
+def test_each_contestant_keeps_its_fastest_micro_batch_and_takes_its_turns() -> None:
+    calls = []
+
+    def turn(name: str, size: int) -> tuple[dict[str, Any], str]:
+        calls.append((name, size))
+        return ({}, "no memory") if name == "b" or size == 4 else (a_turn(2 / size), "")
+
+    labels, failures = {name: name for name in "abc"}, {"c": "no GPU"}
+    tuning = tune(turn, labels, [1, 2, 4], failures)
+    assert tuning == {"a": {1: 4, 2: 8, 4: "no memory"}, "b": {1: "no memory"}, "c": {}}
+    assert failures == {"b": "no memory", "c": "no GPU"}
+    sizes = {name: fastest(tried, [1, 2, 4]) for name, tried in tuning.items()}
+    assert sizes == {"a": 2, "b": 1, "c": 1}
+    calls.clear()
+    turns = all_turns(turn, labels, sizes, 2, failures)
+    assert calls == [("a", 2)] * 2
+    assert [len(each) for each in turns.values()] == [2, 0, 0]
+
+
+def a_step(seconds: float, predicted: int, device_s: float | None, tokens: int = 4000) -> Step:
+    totals = Totals(9.0 * predicted, predicted, 0.0, 2, tokens, 2000 * tokens)
+    return Step(seconds, 0.5, device_s, 5000, totals)
+
+
+def test_tflops() -> None:
+    """Rates are of the mean work and the median time per token."""
+    setting = Setting("10m", "fp32", "padded", FULL, "sdpa", 0.0, 2)
+    config = Conditions(2048, num_micro_batches=1, steps=3, warmup=1).config(setting)
+    cells = made_up(FULL, 2048, 25_429)
+    steps = [a_step(2.0, 100, 1.0), a_step(50.0, 200, 40.0), a_step(1.0, 600, 0.5)]
+    found = tflops_row(setting, config, cells, "sdpa", False, Measured(steps, 123.0), peak=1e12)
+    assert (found["step_s"], found["device_s"], found["data_wait_fraction"]) == (2, 1, 0.25)
+    assert (found["cells_per_s"], found["tokens_per_s"], found["tokens_per_cell"]) == (
+        1,
+        2000,
+        2000,
+    )
+    assert (found["fill"], found["peak_mib"]) == (0.8, 123)
+    shape = ModelShape(6, 256, 512, 25_429)
+    flops = executed_flops(shape, Work(4000, 8_000_000, 300)) / 2
+    assert found["tflops_executed"] * 1e12 == pytest.approx(flops)
+    assert found["mfu"] == pytest.approx(flops / 1e12)
+    padded = padded_equivalent_flops(shape, 2048)
+    assert found["tflops_padded_equivalent"] * 1e12 == pytest.approx(padded)
+    unlike = [a_step(s, 10, None, tokens) for s, tokens in ((1.0, 1000), (3.0, 3000), (9.0, 2000))]
+    found = tflops_row(setting, config, cells, "sdpa", True, Measured(unlike, 0.0), peak=1e12)
+    assert (found["tokens_per_s"], found["step_s"], found["device_s"]) == (1000, 2, None)
