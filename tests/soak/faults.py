@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 PACKAGE_TESTS: dict[str, tuple[str, ...]] = {
     "top": (
+        "tests/unit/test_backends.py",
         "tests/unit/test_outside_faults.py",
         "tests/unit/test_bad_input.py",
         "tests/unit/test_feed_stream.py",
@@ -39,7 +40,7 @@ PACKAGE_TESTS: dict[str, tuple[str, ...]] = {
         "tests/unit/test_watch.py",
         "tests/unit/test_roll_call.py",
         "tests/unit/test_interface.py",
-        "tests/unit/test_collectives.py",
+        "tests/unit/test_dropout_seeds.py",
         "tests/distributed/test_layouts.py",
         "tests/distributed/test_embed.py",
         "tests/end_to_end/test_loopback.py",
@@ -361,7 +362,7 @@ PARALLEL = (
         "groups.py",
         "topology.pipeline_rank * topology.data_size + topology.data_rank",
         "topology.pipeline_rank * topology.data_size",
-        "tests/distributed/test_model.py",
+        "tests/unit/test_dropout_seeds.py",
     ),
     _fault(
         "parallel",

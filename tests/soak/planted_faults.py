@@ -91,7 +91,10 @@ class Copy:
         """Makes the copy as the tree is: changed files are copied, strange ones removed."""
         # Compiled loops hold for the same files, wherever they lie.
         compiled = (self.tree / LIBRARY).rglob("*.nb[ci]")
-        names = [*files_of(self.tree), *(path.relative_to(self.tree) for path in compiled)]
+        names = [
+            *files_of(self.tree),
+            *(path.relative_to(self.tree).as_posix() for path in compiled),
+        ]
         wanted = {self.project / name: self.tree / name for name in names}
         for path in sorted(self.project.rglob("*"), reverse=True):
             if path in wanted or ".venv" in path.parts or "__pycache__" in path.parts:
