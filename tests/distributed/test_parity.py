@@ -84,7 +84,7 @@ def test_a_step_in_which_nothing_is_predicted(name: str) -> None:
 
 
 CURVES = ("tp1 pp1 dp1", "tp2 pp1 dp1", "tp1 pp2 dp1", "tp1 pp1 dp2", "pp2 interleaved")
-"""Layouts whose loss curves are compared in every run of the tests: half a minute each. All of them:
+"""Layouts whose loss curves are compared in every run of the tests. All of them:
 tests/soak/parity_table.py."""
 
 
