@@ -38,17 +38,17 @@ def main() -> int:
 
 def changed_files() -> list[str]:
     """What was committed since the branch left main, and what is not committed yet."""
-    bases = [git("merge-base", "HEAD", main) for main in ("main", "origin/main")]
+    bases = [git("merge-base", "HEAD", main, check=False) for main in ("main", "origin/main")]
     base = next((found[0] for found in bases if found), "HEAD")
-    return git("diff", "--name-only", base) + git("ls-files", "--others", "--exclude-standard")
+    differing = git("diff", "--name-only", "--no-renames", base)
+    return differing + git("ls-files", "--others", "--exclude-standard")
 
 
-def git(*arguments: str) -> list[str]:
-    """The lines that it prints; none where it fails."""
-    ended = subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return ended.stdout.splitlines() if ended.returncode == 0 else []
+def git(*arguments: str, check: bool = True) -> list[str]:
+    """The lines that it prints."""
+    command = ["git", *arguments]
+    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=check)
+    return ended.stdout.splitlines()
 
 
 def imports_of_tests() -> dict[str, set[str]]:

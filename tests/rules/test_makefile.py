@@ -13,6 +13,7 @@ import pytest
 
 from tests.rules.sources import ROOT
 
+DATA_PREP = ("data_prep/build_store.py", "data_prep/demo_cells.py")
 STAND_IN = '#!/bin/sh\necho "$0 $*"\n'
 
 
@@ -44,14 +45,16 @@ def executable(path: Path, text: str = STAND_IN) -> Path:
 
 
 def test_another_interpreter_is_another_environment(project: Path) -> None:
-    def stamp(python: str | Path) -> list[str]:
-        printed = make(project, "-n", "env", f"PYTHON={python}")
+    def stamp(python: str | Path, folder: Path = project) -> list[str]:
+        printed = make(folder, "-n", "env", f"PYTHON={python}")
         return re.findall(r"touch (\.venv/installed-\w+)", printed)
 
     other = executable(project / "other", "#!/bin/sh\necho '3.14.0 (other) /opt/other'\n")
     # An environment made from an interpreter is no other one.
     base = Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}")
     assert stamp(sys.executable) == stamp(base) != stamp(other)
+    moved = shutil.copytree(project, project.with_name("moved"))
+    assert stamp(base, moved) != stamp(base)
 
 
 def test_a_second_demo_makes_what_is_stale(project: Path) -> None:
@@ -67,9 +70,12 @@ def test_a_second_demo_makes_what_is_stale(project: Path) -> None:
     # Two of one second have two folders.
     assert len({re.findall(r"run\.dir=(runs/demo_\S+)", printed)[0] for printed in demos}) == 2
     last = store.stat().st_mtime
-    for changed in ("geneformer_mcore/store/writer.py", "data_prep/demo_cells.py"):
+    files = ("store/writer.py", "cells/ranks.py")
+    for changed in (*(f"geneformer_mcore/{name}" for name in files), *DATA_PREP):
+        before = (project / changed).stat().st_mtime
         os.utime(project / changed, (last + 1, last + 1))
         printed = make(project, "-n", "demo")
-        assert "build_store.py" in printed
+        assert "build_store.py" in printed, changed
         assert ("demo_cells.py" in printed) == (changed == "data_prep/demo_cells.py")
         assert "pip" not in printed
+        os.utime(project / changed, (before, before))

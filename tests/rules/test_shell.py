@@ -20,6 +20,15 @@ def test_scripts() -> None:
         assert not re.search(r"\beval\b|0\.0\.0\.0|password|token=|secret", text, re.I), path
 
 
+def test_jobs_differ_in_nothing_but_their_size() -> None:
+    texts = [(ROOT / "slurm" / f"pretrain_{size}.sh").read_text() for size in ("10m", "106m")]
+    small, large = (text.replace("106m", "10m").splitlines() for text in texts)
+    differing = [b for a, b in zip(small, large, strict=True) if a != b]
+    assert len(differing) == 2
+    assert differing[0].startswith("# ")
+    assert differing[1] == "#SBATCH --nodes=16"
+
+
 @pytest.mark.parametrize(("size", "nodes"), [("10m", 8), ("106m", 16)])
 def test_nodes_and_micro_batches_make_the_global_batch(size: str, nodes: int) -> None:
     script = (ROOT / "slurm" / f"pretrain_{size}.sh").read_text()
