@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from geneformer_mcore.contracts import RaggedCells
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.store import flat
+from tests.distributed.ranks import context
 from tests.unit.identified_cells import Cells, cell
 
 HASH = "ab" * 32
@@ -90,7 +90,6 @@ def test_a_copy_of_another_store_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_processes_of_a_node_make_one_copy(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
     with context.Pool(3) as pool:
         reads = pool.map(_reads_of_ensure, [tmp_path] * 3)
     assert sorted(bool(number) for number in reads) == [False, False, True]
