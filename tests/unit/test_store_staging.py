@@ -163,12 +163,20 @@ owner, name = {
 }[stage]
 original = getattr(owner, name)
 
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
 def limited(*arguments):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     return original(*arguments)
 
+def main_and_room_for_its_message():
+    try:
+        return main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
 setattr(owner, name, limited)
-run(main)
+run(main_and_room_for_its_message)
 """
 
 
