@@ -40,7 +40,7 @@ def main() -> int:
         inputs, clean, disturbed = (Path(folder, name) for name in ("inputs", "clean", "disturbed"))
         for made in (inputs, clean, disturbed):
             made.mkdir()
-        write_inputs(inputs)
+        write_inputs(inputs, 2000, 2500)
         expected = finished(start(inputs, clean, ROOT), clean)
         fell = killed(inputs, disturbed, kills, expected)
         assert finished(start(inputs, disturbed, ROOT), disturbed) == expected

@@ -206,7 +206,7 @@ def test_own_vocabulary_refuses_no_file_for_few_expressed_genes(command, tmp_pat
     write_h5ad(tmp_path / "b.h5ad", sparse.csr_matrix(few), gene_ids=ids)
     write_h5ad(tmp_path / "c.h5ad", sparse.csr_matrix(none), gene_ids=ids)
     files = ("a.h5ad", "b.h5ad", "c.h5ad")
-    result = command("build_store", "--out", "s", *files)
+    result = command("build_store", "--out", "s", "--workers", 1, *files)
     assert (result.returncode, result.stderr) == (0, "")
     assert re.search(r"^b\.h5ad +5 +5 +0 ", result.stdout, re.MULTILINE)
     assert re.search(r"^c\.h5ad +5 +0 +5 no counts ", result.stdout, re.MULTILINE)
