@@ -84,8 +84,8 @@ def test_a_step_in_which_nothing_is_predicted(name: str) -> None:
 
 
 CURVES = ("tp1 pp1 dp1", "tp2 pp1 dp1", "tp1 pp2 dp1", "tp1 pp1 dp2", "pp2 interleaved")
-"""Layouts whose loss curves are compared in every run of the tests: half a minute each. All of them:
-tests/soak/parity_table.py."""
+"""Layouts whose loss curves are compared in every run of the tests: half a minute each. Of all
+layouts: tests/soak/parity_table.py."""
 
 
 @pytest.fixture(scope="module")
