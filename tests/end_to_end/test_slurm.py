@@ -17,8 +17,6 @@ from tests.soak.slurm.cluster import Cluster
 from tests.soak.slurm.jobs import CONFIGURATION, ROOT, TOY, submit
 
 STEPS = "train.steps=12"
-LONG_S = 500.0
-"""It takes half a minute on two cores that do nothing else."""
 # What Python runs first in every process of the job: in the ranks of its first start step 6 waits
 # for the signal, so that this comes in time on any machine.
 SITE = """
@@ -47,9 +45,9 @@ def test_a_signalled_job_is_requeued_and_ends_as_if_it_had_not_been(
         Cluster(Path(folder)) as cluster,
     ):
         job = submit(cluster, tmp_path / "run", store, STEPS)
-        job.at_step(5, timeout_s=LONG_S)
+        job.at_step(5)
         cluster.run("scancel", "--signal=USR1", "--batch", job.number)
-        assert job.ended(timeout_s=LONG_S) == "COMPLETED", job.log
+        assert job.ended() == "COMPLETED", job.log
         assert (job.restarts, job.shown("ExitCode")) == (1, "0:0"), job.log
         (why,) = (line for line in job.lines() if line.startswith("restart "))
         assert f"restart 1 of job {job.number}: " in why
