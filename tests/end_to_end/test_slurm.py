@@ -28,6 +28,7 @@ if "LOCAL_RANK" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") == 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(slurm.missing() != "", reason=slurm.missing())
 def test_a_signalled_job_is_requeued_and_ends_as_if_it_had_not_been(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

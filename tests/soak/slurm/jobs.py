@@ -49,7 +49,7 @@ class Job:
     run: Path
     log_file: Path
 
-    def at_step(self, step: int, restarts: int = 0, timeout_s: float = 180) -> None:
+    def at_step(self, step: int, restarts: int = 0, timeout_s: float = 600) -> None:
         """Waits until that step is logged, by the start after so many restarts."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -59,7 +59,7 @@ class Job:
             time.sleep(0.1)
         raise AssertionError(f"no step {step} after {timeout_s} s, {self.state()}:\n{self.log}")
 
-    def ended(self, timeout_s: float = 240) -> str:
+    def ended(self, timeout_s: float = 600) -> str:
         """The state in which it ended."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

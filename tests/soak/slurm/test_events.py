@@ -19,7 +19,7 @@ from tests.soak.slurm.cluster import Cluster
 from tests.soak.slurm.conftest import Clean
 from tests.soak.slurm.jobs import SLOW, Job, submit
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def run_to_end(job: Job, clean: Clean, reason: str) -> None:
@@ -215,7 +215,7 @@ def run_again(job: Job, clean: Clean, store: Path, *settings: str) -> None:
     assert again.weights() == clean.job.weights()
 
 
-def wait_until(holds: Callable[[], bool], job: Job, timeout_s: float = 150) -> None:
+def wait_until(holds: Callable[[], bool], job: Job, timeout_s: float = 600) -> None:
     """Fails with the job's log if it does not come to hold."""
     deadline = time.monotonic() + timeout_s
     while not holds():
