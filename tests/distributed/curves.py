@@ -6,6 +6,7 @@ learning rate; it shares initial weights, cells and masks with the layouts, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,10 +34,12 @@ def plain(steps: int = STEPS) -> list[float]:
     return losses
 
 
-def from_seed(name: str, steps: int = STEPS) -> list[float]:
-    """The same of a layout."""
+def from_seed(name: str, steps: int = STEPS, more: Sequence[str] = ()) -> list[float]:
+    """The same of a layout; more: settings beside the layout's own."""
     ranks, settings = LAYOUTS[name]
-    return _same_everywhere(run_ranks(_from_seed, ranks, steps, *settings, timeout_s=LIMIT_S))
+    return _same_everywhere(
+        run_ranks(_from_seed, ranks, steps, *settings, *more, timeout_s=LIMIT_S)
+    )
 
 
 def save(name: str, folder: Path, step: int = SAVED_AT) -> None:

@@ -11,7 +11,8 @@ from geneformer_mcore.checkpoint import state
 from tests.distributed import toy
 from tests.distributed.ranks import run_ranks
 
-STEPS, LOADED_AT = 6, 2
+STEPS, LOADED_AT = 10, 6
+LARGE_BATCHES = "train.micro_batch_size=8"
 
 LAYOUTS = {
     "tp2-sequence": (2, "parallel.tensor=2", "parallel.sequence=true"),
@@ -25,20 +26,20 @@ LAYOUTS = {
 
 
 def from_seed(*overrides: str) -> list[tuple[float, float]]:
-    return seen(toy.make(*overrides).steps(STEPS))
+    return seen(toy.make(LARGE_BATCHES, *overrides).steps(STEPS))
 
 
 def save_at(folder: str, step: int) -> None:
-    run = toy.make()
+    run = toy.make(LARGE_BATCHES)
     run.steps(step)
     Path(folder).mkdir()
     state.save(run.trainable, Path(folder), run.topology.rank)
 
 
 def from_checkpoint(folder: str, *overrides: str) -> list[tuple[float, float]]:
-    run = toy.make("train.seed=99", *overrides)  # its own weights must not matter
+    run = toy.make("train.seed=99", LARGE_BATCHES, *overrides)  # its own weights must not matter
     state.load(run.trainable, Path(folder), None)
-    run.feed = toy.feed(toy.load(None, [*toy.SETTINGS, *overrides])[0], run.topology)
+    run.feed = toy.feed(toy.load(None, [*toy.SETTINGS, LARGE_BATCHES, *overrides])[0], run.topology)
     run.position = LOADED_AT * run.config.train.global_batch_size
     return seen(run.steps(STEPS - LOADED_AT))
 
@@ -87,7 +88,7 @@ def assert_close(seen_here: list, serial: list) -> None:
 
 
 def unequal_ranks() -> tuple[list[float], list[int]]:
-    run = toy.make("train.micro_batch_size=8")
+    run = toy.make(LARGE_BATCHES)
     steps = [run.feed.step(number * run.config.train.global_batch_size) for number in range(3)]
     counts = [len(batch.labels_M) for batches in steps for batch in batches]
     return [result.totals.loss for result in run.steps(3)], counts

@@ -137,7 +137,7 @@ def largest(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [(1, ()), (2, (TP2,)), (2, SEQUENCE), (4, ("parallel.tensor=4",))],
+    [(1, ()), (2, (TP2,)), (2, SEQUENCE)],
 )
 def test_masked_only_head_is_the_full_head(ranks: int, overrides: tuple[str, ...]) -> None:
     calls = [

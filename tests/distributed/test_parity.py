@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,13 @@ from geneformer_mcore.contracts import Batch
 from tests.distributed import curves, parity
 from tests.distributed.parity import LAYOUTS, Parity, Truth
 
+SMALL = ("train.global_batch_size=8",)
+"""Four micro batches, of which each of two data-parallel ranks takes two."""
+
 
 @pytest.fixture(scope="module")
 def truth() -> Truth:
-    return parity.truth()
+    return parity.truth(settings=SMALL)
 
 
 def test_the_truth_is_worth_comparing_with(truth: Truth) -> None:
@@ -29,7 +32,7 @@ def test_the_truth_is_worth_comparing_with(truth: Truth) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_one_step(name: str, truth: Truth) -> None:
-    assert_equal(parity.parity(name, truth))
+    assert_equal(parity.parity(name, truth, settings=SMALL))
 
 
 def assert_equal(found: Parity) -> None:
@@ -68,7 +71,7 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def changed_truth() -> Callable[[parity.Change, int], Truth]:
-    return cache(parity.truth)
+    return cache(partial(parity.truth, settings=SMALL))
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -77,7 +80,7 @@ def test_a_rank_or_batch_in_which_nothing_is_predicted(
 ) -> None:
     size = 2 if "dp2" in name else 1
     cases = [(changed_truth(change, size), change) for change in CHANGES[name]]
-    for (expected, _), found in zip(cases, parity.parities(name, cases), strict=True):
+    for (expected, _), found in zip(cases, parity.parities(name, cases, SMALL), strict=True):
         assert expected.norm > 1
         assert_equal(found)
 
@@ -89,13 +92,14 @@ def test_a_step_in_which_nothing_is_predicted(
     expected = changed_truth(nothing_anywhere, 1)
     assert math.isnan(expected.loss)
     assert expected.norm == 0
-    found = parity.parity(name, expected, nothing_anywhere)
+    found = parity.parity(name, expected, nothing_anywhere, SMALL)
     assert found.norm == 0
     assert not any(found.gradients.values())
     assert found.loss == 0, "0 genes have a loss of NaN here and there, and nothing else is NaN"
 
 
 STEPS, SAVED_AT = 20, 5
+LARGE_BATCHES = ("train.micro_batch_size=8",)
 CURVES = ("tp2 pp1 dp1", "tp1 pp2 dp1", "tp1 pp1 dp2")
 """Layouts whose loss curves are compared in every run of the tests; `make soak` takes all of them,
 for 100 steps."""
@@ -110,7 +114,7 @@ def plain() -> list[float]:
 
 @pytest.mark.parametrize("name", CURVES)
 def test_losses_of_20_steps(name: str, plain: list[float]) -> None:
-    assert curves.largest_difference(curves.from_seed(name, STEPS), plain) <= 1e-4
+    assert curves.largest_difference(curves.from_seed(name, STEPS, LARGE_BATCHES), plain) <= 1e-4
 
 
 def test_losses_from_another_layouts_checkpoint(plain: list[float], tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from tests.distributed.parity import Truth
 from tests.distributed.ranks import in_turn, run_ranks
 
 POST = "model.norm=post"
+SMALL = (POST, "train.global_batch_size=8")
 
 
 @pytest.fixture(scope="module")
 def truth() -> Truth:
-    return parity.truth(settings=(POST,))
+    return parity.truth(settings=SMALL)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def truth() -> Truth:
     ],
 )
 def test_one_step(name: str, more: tuple[str, ...], truth: Truth) -> None:
-    found = parity.parity(name, truth, settings=(POST, *more))
+    found = parity.parity(name, truth, settings=(*SMALL, *more))
     assert found.logits <= 1e-5
     for key, error in found.gradients.items():
         assert error <= 1e-5, key

@@ -26,11 +26,12 @@ PAIRS = [
     ("tp2 pp2 sequence packed", "packed"),
 ]
 OF_FOUR_LAYERS = [("tp1 pp1 dp2", "pp2 interleaved"), ("pp2 interleaved", "tp1 pp1 dp1")]
+LARGE_BATCHES = "train.micro_batch_size=8"
 OF_BF16 = [("tp1 pp2 dp1", "tp1 pp2 dp1")]
 
 
 def checkpoints(paths: pytest.TempPathFactory, pairs: list[Pair], *settings: str) -> Checkpoints:
-    return Checkpoints(paths.mktemp("reshard"), pairs, settings)
+    return Checkpoints(paths.mktemp("reshard"), pairs, (LARGE_BATCHES, *settings))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_nothing_is_lost_when_interleaved(
 
 
 def test_bf16_keeps_its_fp32_weights(tmp_path: Path) -> None:
-    found = Checkpoints(tmp_path, OF_BF16, BF16)
+    found = Checkpoints(tmp_path, OF_BF16, (LARGE_BATCHES, *BF16))
     (pair,) = OF_BF16
     assert found.lost(*pair, rel=0) == []
 
