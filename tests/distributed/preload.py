@@ -5,6 +5,8 @@ import warnings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    import megatron.core.transformer.moe.experts  # noqa: F401  # as the first model does
+
     import geneformer_mcore.checkpoint.saving
     import geneformer_mcore.checkpoint.state
     import geneformer_mcore.downstream.embed
@@ -21,5 +23,7 @@ with warnings.catch_warnings():
     from tests.distributed import toy
 
 # The first call of a compiled loop takes a second, and Megatron looks at every object at each save.
-toy.feed(toy.load(None, toy.SETTINGS)[0], toy.LONE).step(0)
+for packing in ("false", "true"):
+    made = toy.load(None, [*toy.SETTINGS, f"data.packing={packing}"])[0]
+    toy.feed(made, toy.LONE).step(0)
 gc.freeze()
