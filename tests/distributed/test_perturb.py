@@ -138,7 +138,7 @@ def wanted(model: Trained, before: np.ndarray, after: np.ndarray) -> tuple[float
 
 def without(model: Trained, cell: int, *tokens: int) -> np.ndarray:
     """The sentence of a cell whose counts of these genes are taken away."""
-    counts = model.counts[cell]
+    counts = model.counts[cell].copy()
     counts[[token - NUM_SPECIALS for token in tokens]] = 0
     known = np.arange(trained.NUM_GENES) + NUM_SPECIALS
     columns = np.concatenate([known, np.zeros(trained.NUM_UNKNOWN, np.int64)])

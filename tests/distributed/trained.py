@@ -58,8 +58,10 @@ class Trained:
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """float64 [cells, columns]."""
-        return anndata.read_h5ad(self.h5ad).X.toarray().astype(np.float64)
+        """float64 [cells, columns]; read-only."""
+        counts = anndata.read_h5ad(self.h5ad).X.toarray().astype(np.float64)
+        counts.setflags(write=False)
+        return counts
 
     @cached_property
     def tokens(self) -> list[np.ndarray]:
