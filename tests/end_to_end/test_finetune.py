@@ -82,9 +82,9 @@ def test_it_learns_an_easy_label_and_tells_of_it(finished: Path, base: Path) -> 
     assert all((after[name] == weights).all() for name, weights in before.items())
 
 
-@pytest.mark.parametrize("more", [(), ("finetune.frozen_layers=1",)])
+@pytest.mark.parametrize("more", [("train.steps=20",), ("finetune.frozen_layers=1",)])
 def test_without_corrections(base: Path, store: Path, tmp_path: Path, more: tuple) -> None:
-    started = start(tmp_path / "run", base, store, *more, "train.steps=20")
+    started = start(tmp_path / "run", base, store, *more)
     assert started.wait() == [0], started.printed
     assert records(tmp_path / "run")[-1]["val_accuracy"] > 0.9
 
