@@ -12,7 +12,9 @@ from dataclasses import dataclass
 PACKAGE_TESTS: dict[str, tuple[str, ...]] = {
     "top": (
         "tests/unit/test_backends.py",
+        "tests/unit/test_contracts.py",
         "tests/unit/test_outside_faults.py",
+        "tests/unit/test_metrics_baselines.py",
         "tests/unit/test_bad_input.py",
         "tests/unit/test_feed_stream.py",
         "tests/distributed/test_model.py",
@@ -646,7 +648,7 @@ METRICS = (
         "sinks.py",
         "if _step_in(line) <= step]",
         "if _step_in(line) <= step + 1]",
-        "tests/unit/test_metrics_sinks.py",
+        "tests/unit/test_durable_files.py",
     ),
     _fault(
         "metrics",
@@ -925,7 +927,7 @@ TOP = (
         "contracts.py",
         "shift = np.repeat(self.starts_N - offsets[:-1], self.lengths_N)",
         "shift = np.repeat(self.starts_N[:1].repeat(len(self)), self.lengths_N)",
-        "tests/unit/test_feed_stream.py",
+        "tests/unit/test_contracts.py",
     ),
     _fault(
         "top",
@@ -933,7 +935,7 @@ TOP = (
         "contracts.py",
         "offsets = self.offsets[: number + 1]",
         "offsets = self.offsets[: max(1, number)]",
-        "tests/unit/test_metrics_baselines.py",
+        "tests/unit/test_contracts.py",
     ),
     _fault(
         "top",

@@ -106,4 +106,5 @@ def test_metrics_of_earlier_steps(tmp_path: Path, calls: Calls) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
     drop_later_steps(path, 1)
+    assert path.read_text() == '{"step": 1}\n'
     assert synced_before(calls, path) == {str(path.with_suffix(".part"))}

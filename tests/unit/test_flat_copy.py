@@ -83,6 +83,14 @@ def test_no_flipped_bit_is_read(tmp_path: Path) -> None:
     assert np.array_equal(_read_all(folder).tokens_T, whole.tokens_T)
 
 
+def test_no_view_of_a_flipped_bit_is_given(tmp_path: Path) -> None:
+    """Training takes single cells, and not spans."""
+    folder = ensure(tmp_path).folder
+    _harm(folder / "tokens.bin", "flip", 0)
+    with pytest.raises(DataError, match="do not fit their sum"):
+        flat.FlatCopy(folder, HASH).views(np.array([0]))
+
+
 def test_a_copy_of_another_store_is_not_taken(tmp_path: Path) -> None:
     folder = ensure(tmp_path).folder
     with pytest.raises(DataError, match="copy of another store"):
