@@ -94,6 +94,13 @@ PARTS = (
         2400,
     ),
     Part(
+        "reshard",
+        "checkpoints of every layout loaded under every other",
+        (_module("reshard"),),
+        _module("reshard", "--most", 2),
+        1800,
+    ),
+    Part(
         "slurm",
         "what can happen to a job on a cluster",
         (_tests(EVENTS),),
@@ -117,7 +124,7 @@ PARTS = (
 )
 
 _COUNTED = (
-    re.compile(r"^(\d+) (?:kills|bits flipped|damages|layouts)\b", re.MULTILINE),
+    re.compile(r"^(\d+) (?:kills|bits flipped|damages|layouts|pairs)\b", re.MULTILINE),
     re.compile(r"^\d+ calls, (\d+) of them tried", re.MULTILINE),
     re.compile(r"\b(\d+) passed\b.* in "),
     re.compile(r"^caught: (\d+)$", re.MULTILINE),
