@@ -42,20 +42,24 @@ def from_seed(name: str, steps: int = STEPS, more: Sequence[str] = ()) -> list[f
     )
 
 
-def save(name: str, folder: Path, step: int = SAVED_AT) -> None:
+def save(name: str, folder: Path, step: int = SAVED_AT, more: Sequence[str] = ()) -> None:
     """A checkpoint of a layout after `step` steps from the seed, in the new folder `folder`."""
     ranks, settings = LAYOUTS[name]
-    run_ranks(_save, ranks, str(folder), step, *settings, timeout_s=LIMIT_S)
+    run_ranks(_save, ranks, str(folder), step, *settings, *more, timeout_s=LIMIT_S)
 
 
 def from_checkpoint(
-    name: str, folder: Path, saved_at: int = SAVED_AT, steps: int = STEPS
+    name: str,
+    folder: Path,
+    saved_at: int = SAVED_AT,
+    steps: int = STEPS,
+    more: Sequence[str] = (),
 ) -> list[float]:
     """Losses of the steps from `saved_at` to `steps` of a layout that loads `folder`."""
     ranks, settings = LAYOUTS[name]
     place = (str(folder), saved_at, steps)
     return _same_everywhere(
-        run_ranks(_from_checkpoint, ranks, *place, *settings, timeout_s=LIMIT_S)
+        run_ranks(_from_checkpoint, ranks, *place, *settings, *more, timeout_s=LIMIT_S)
     )
 
 

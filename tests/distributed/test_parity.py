@@ -100,7 +100,7 @@ def test_a_step_in_which_nothing_is_predicted(
 
 STEPS, SAVED_AT = 20, 5
 LARGE_BATCHES = ("train.micro_batch_size=8",)
-CURVES = ("tp2 pp1 dp1", "tp1 pp2 dp1", "tp1 pp1 dp2")
+CURVES = ("tp2 sequence", "tp1 pp2 dp1", "tp1 pp1 dp2")
 """Layouts whose loss curves are compared in every run of the tests; `make soak` takes all of them,
 for 100 steps."""
 
@@ -119,6 +119,6 @@ def test_losses_of_20_steps(name: str, plain: list[float]) -> None:
 
 def test_losses_from_another_layouts_checkpoint(plain: list[float], tmp_path: Path) -> None:
     name = "pp2 interleaved"
-    curves.save(curves.saver_for(name), tmp_path / "step", SAVED_AT)
-    losses = curves.from_checkpoint(name, tmp_path / "step", SAVED_AT, STEPS)
+    curves.save(curves.saver_for(name), tmp_path / "step", SAVED_AT, LARGE_BATCHES)
+    losses = curves.from_checkpoint(name, tmp_path / "step", SAVED_AT, STEPS, LARGE_BATCHES)
     assert curves.largest_difference(losses, plain[SAVED_AT:]) <= 1e-4
