@@ -335,6 +335,22 @@ def run_all(
         if not control(copy, list(dict.fromkeys(every))):
             return False
         copies.put(copy)
+    try_all(copies, faults, stages, results, settings.jobs)
+    copy = copies.get()
+    confirm(copy, results, faults)
+    for each in (copy, *(copies.get() for _ in range(copies.qsize()))):
+        each.close()
+    return True
+
+
+def try_all(
+    copies: queue.Queue[Copy],
+    faults: Sequence[Fault],
+    stages: dict[str, list[list[str]]],
+    results: Results,
+    jobs: int,
+) -> None:
+    """Tries faults in as many copies at once, until each is caught or has passed all its tests."""
 
     def one(fault: Fault) -> None:
         before = results.of(fault) or {"stages": 0, "seconds": 0.0}
@@ -353,13 +369,8 @@ def run_all(
     # The quick ones first, and of each its likeliest tests: a stop in between leaves the most.
     ordered = sorted(faults, key=lambda each: not stages[each.name][0][0].startswith("tests/unit"))
     while todo := [each for each in ordered if results.is_open(each)]:
-        with ThreadPoolExecutor(settings.jobs) as pool:
+        with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(one, todo))
-    copy = copies.get()
-    confirm(copy, results, faults)
-    for each in (copy, *(copies.get() for _ in range(copies.qsize()))):
-        each.close()
-    return True
 
 
 def chosen(settings: Any) -> list[Fault]:
