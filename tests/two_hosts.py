@@ -8,8 +8,10 @@ Each has a network, a name, process numbers and a core of its own, and no way ou
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -20,7 +22,11 @@ import pytest
 
 LINK = "cable"
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
+PORT = 29417
+"""Of the store in which ranks of both hosts meet, on host 0."""
 _NOBODY = "02:00:00:00:00:99"
+_NEW_NETWORK, _NEW_HOST_NAME = 0x4000_0000, 0x0400_0000
+"""CLONE_NEWNET and CLONE_NEWUTS of linux/sched.h."""
 
 
 class Command:
@@ -67,8 +73,7 @@ class TwoHosts:
         self, host: int, arguments: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> Command:
         """Starts a command on a host. With it ends all that it started, as with a job step."""
-        cores = sorted(os.sched_getaffinity(0))
-        there = ["taskset", "--cpu-list", str(cores[host % len(cores)])]
+        there = ["taskset", "--cpu-list", str(_core_of(host))]
         # A process namespace: a host sees no process of the other, and can end none.
         there += ["ip", "netns", "exec", self._names[host]]
         there += ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -76,6 +81,11 @@ class TwoHosts:
         command = Command([*there, *arguments], os.environ if environment is None else environment)
         self._commands.append(command)
         return command
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The network namespaces, by host."""
+        return self._names
 
     def unplug(self) -> None:
         """Takes the cable out at host 1: its kernel knows that it has no link."""
@@ -123,6 +133,16 @@ class TwoHosts:
         _run("ip", "-netns", self._names[host], *arguments)
 
 
+def enter(namespace: str, host: int) -> None:
+    """Puts this process, which must have one thread, on a host: its network, name and core."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    if libc.setns(descriptor, _NEW_NETWORK) or libc.unshare(_NEW_HOST_NAME):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    socket.sethostname(f"host{host}")
+    os.sched_setaffinity(0, {_core_of(host)})
+
+
 @contextlib.contextmanager
 def two_hosts() -> Iterator[TwoHosts]:
     """Skips the test where there may be no namespaces."""
@@ -148,6 +168,11 @@ def wait_for(path: Path, timeout_s: float, *commands: Command) -> None:
         assert not early, f"ended before there was {path.name}:\n{early[0]}"
         assert time.monotonic() < deadline, "\n".join(each.printed for each in commands)
         time.sleep(0.05)
+
+
+def _core_of(host: int) -> int:
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[host % len(cores)]
 
 
 def _run(*arguments: str) -> None:

@@ -20,10 +20,15 @@ class Ended:
 
 def commands(name: str, lines: list[list[str]]) -> list[Ended]:
     """launch/NAME.py with each of `lines`, one after the other, on the ranks that are here."""
-    command = importlib.import_module(f"launch.{name}")
+    return calls([[name, *line] for line in lines])
+
+
+def calls(lines: list[list[str]]) -> list[Ended]:
+    """The same for lines of different commands, each with its name in front."""
     ended = []
-    for line in lines:
-        sys.argv = [f"{name}.py", *line]
+    for name, *arguments in lines:
+        command = importlib.import_module(f"launch.{name}")
+        sys.argv = [f"{name}.py", *arguments]
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

@@ -65,7 +65,8 @@ def write_tokens(path: Path, specials: tuple[str, ...], vocabulary: Vocabulary) 
 
 def lone() -> None:
     """Leaves the group that run_ranks made: a conversion makes its own."""
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def from_hf(folder: str, out: str, vocabulary: str, tokens: str = "") -> list[str]:
@@ -77,6 +78,18 @@ def from_hf(folder: str, out: str, vocabulary: str, tokens: str = "") -> list[st
         Path(vocabulary) if vocabulary else None,
         Path(tokens) if tokens else None,
     )
+
+
+def all_from_hf(calls: list[tuple[str, ...]]) -> None:
+    """Several of them."""
+    for arguments in calls:
+        from_hf(*arguments)
+
+
+def all_from_bionemo(calls: list[tuple[str, str, str]], heads: int) -> None:
+    """The same of BioNeMo state dicts."""
+    for arguments in calls:
+        from_bionemo(*arguments, heads)
 
 
 def from_bionemo(path: str, out: str, vocabulary: str, heads: int) -> list[str]:
@@ -114,6 +127,18 @@ def logits(run: str, cells: list[np.ndarray], packed: bool) -> list[np.ndarray]:
     return [part.numpy() for part in found.split(rows)]
 
 
+def all_logits(
+    runs: list[str], cells: list[np.ndarray], packed: tuple[bool, ...] = (False, True)
+) -> list[list[np.ndarray]]:
+    """Of each run: padded, then packed."""
+    found = []
+    for run in runs:
+        for each in packed:
+            found.append(logits(run, cells, each))
+            groups.stop(stay=True)
+    return found
+
+
 def _padded(cells: list[np.ndarray]) -> tuple[Batch, list[int]]:
     lengths = [len(cell) for cell in cells]
     width = max(lengths) + 3
@@ -147,6 +172,15 @@ def _batch(
     return Batch(tokens_BS, lengths_N, selected_M, labels_M, keys_N, bounds, longest)
 
 
+def slices_that_differ_in(run: str, layouts: list[tuple[str, ...]]) -> list[list[str]]:
+    """The same in several layouts of the ranks that are here."""
+    wrong = []
+    for overrides in layouts:
+        wrong.append(slices_that_differ(run, *overrides))
+        groups.stop(stay=True)
+    return wrong
+
+
 def slices_that_differ(run: str, *overrides: str) -> list[str]:
     """Names of parameters that are not what the checkpoint holds, and of moments that are not 0."""
     _, trainable = loaded(run, *overrides)
@@ -167,6 +201,13 @@ def slices_that_differ(run: str, *overrides: str) -> list[str]:
         if name.startswith("exp_avg") and moment.any()
     ]
     return wrong + ["a moment"] * len(moments)
+
+
+def all_trained(runs: dict[str, tuple[str, ...]]) -> None:
+    """{folder: settings}: several of the next."""
+    for run, overrides in runs.items():
+        trained(run, *overrides)
+        groups.stop(stay=True)
 
 
 def trained(run: str, *overrides: str) -> None:

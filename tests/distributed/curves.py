@@ -6,6 +6,7 @@ learning rate; it shares initial weights, cells and masks with the layouts, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,23 +34,32 @@ def plain(steps: int = STEPS) -> list[float]:
     return losses
 
 
-def from_seed(name: str, steps: int = STEPS) -> list[float]:
-    """The same of a layout."""
-    ranks, settings = LAYOUTS[name]
-    return _same_everywhere(run_ranks(_from_seed, ranks, steps, *settings, timeout_s=LIMIT_S))
-
-
-def save(name: str, folder: Path, step: int = SAVED_AT) -> None:
-    """A checkpoint of a layout after `step` steps from the seed, in the new folder `folder`."""
-    ranks, settings = LAYOUTS[name]
-    run_ranks(_save, ranks, str(folder), step, *settings, timeout_s=LIMIT_S)
-
-
-def from_checkpoint(name: str, folder: Path, saved_at: int = SAVED_AT) -> list[float]:
-    """Losses of the steps from `saved_at` to STEPS of a layout that loads `folder`."""
+def from_seed(name: str, steps: int = STEPS, more: Sequence[str] = ()) -> list[float]:
+    """The same of a layout; more: settings beside the layout's own."""
     ranks, settings = LAYOUTS[name]
     return _same_everywhere(
-        run_ranks(_from_checkpoint, ranks, str(folder), saved_at, *settings, timeout_s=LIMIT_S)
+        run_ranks(_from_seed, ranks, steps, *settings, *more, timeout_s=LIMIT_S)
+    )
+
+
+def save(name: str, folder: Path, step: int = SAVED_AT, more: Sequence[str] = ()) -> None:
+    """A checkpoint of a layout after `step` steps from the seed, in the new folder `folder`."""
+    ranks, settings = LAYOUTS[name]
+    run_ranks(_save, ranks, str(folder), step, *settings, *more, timeout_s=LIMIT_S)
+
+
+def from_checkpoint(
+    name: str,
+    folder: Path,
+    saved_at: int = SAVED_AT,
+    steps: int = STEPS,
+    more: Sequence[str] = (),
+) -> list[float]:
+    """Losses of the steps from `saved_at` to `steps` of a layout that loads `folder`."""
+    ranks, settings = LAYOUTS[name]
+    place = (str(folder), saved_at, steps)
+    return _same_everywhere(
+        run_ranks(_from_checkpoint, ranks, *place, *settings, *more, timeout_s=LIMIT_S)
     )
 
 
@@ -113,9 +123,9 @@ def _save(folder: str, step: int, *settings: str) -> None:
     state.save(run.trainable, Path(folder), run.topology.rank)
 
 
-def _from_checkpoint(folder: str, saved_at: int, *settings: str) -> list[float]:
+def _from_checkpoint(folder: str, saved_at: int, steps: int, *settings: str) -> list[float]:
     run = toy.make("train.seed=99", *SMOOTH, *settings)  # its own weights must not matter
     state.load(run.trainable, Path(folder), None)
     run.feed = toy.feed(toy.load(None, [*toy.SETTINGS, *settings])[0], run.topology)
     run.position = saved_at * run.config.train.global_batch_size
-    return [result.totals.loss for result in run.steps(STEPS - saved_at)]
+    return [result.totals.loss for result in run.steps(steps - saved_at)]

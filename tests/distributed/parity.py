@@ -138,8 +138,23 @@ def parity(
     name: str, expected: Truth, change: Change = unchanged, settings: Sequence[str] = ()
 ) -> Parity:
     """Runs a layout and compares it. settings: beside the layout's own."""
+    (found,) = parities(name, [(expected, change)], settings)
+    return found
+
+
+def parities(
+    name: str, cases: Sequence[tuple[Truth, Change]], settings: Sequence[str] = ()
+) -> list[Parity]:
+    """The same of several changed steps, on ranks that are started once."""
     ranks, layout = LAYOUTS[name]
-    seen = run_ranks(_seen, ranks, expected, change, *layout, *settings)
+    by_rank = run_ranks(_all_seen, ranks, list(cases), *layout, *settings)
+    return [
+        _errors(seen, expected)
+        for seen, (expected, _) in zip(zip(*by_rank, strict=True), cases, strict=True)
+    ]
+
+
+def _errors(seen: Sequence[Seen], expected: Truth) -> Parity:
     logits = [each.logits for each in seen if each.logits is not None]
     assert logits, "no rank had logits"
     return Parity(
@@ -161,7 +176,7 @@ def _relative(value: float, expected: float) -> float:
     return abs(value - expected) / abs(expected) if expected else abs(value)
 
 
-def _gradient_errors(seen: list[Seen], expected: Truth) -> dict[str, float]:
+def _gradient_errors(seen: Sequence[Seen], expected: Truth) -> dict[str, float]:
     """Relative error of each whole gradient; of slices that several ranks hold, the worst counts.
     Fails if any part of any gradient is on no rank."""
     worst: dict[tuple[str, tuple[int, ...]], Slice] = {}
@@ -214,6 +229,10 @@ def enlarge(run: toy.Toy) -> None:
             draw = torch.Generator().manual_seed(seed)
             entry.data.add_(slice_of(entry, torch.randn(entry.global_shape, generator=draw)) * 0.1)
     run.trainable.optimizer.reload_model_params()
+
+
+def _all_seen(cases: list[tuple[Truth, Change]], *settings: str) -> list[Seen]:
+    return [_seen(expected, change, *settings) for expected, change in cases]
 
 
 def _seen(expected: Truth, change: Change, *settings: str) -> Seen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,19 +11,19 @@ import torch
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.model import attention, attention_check
 from tests.distributed import toy
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import in_turn, run_ranks
+
+ONE_LAYER = "model.num_layers=1"  # only the first is looked at
 
 
 def checked(packed: bool, *overrides: str) -> tuple[float, bool]:
-    run = toy.make("model.attention_dropout=0.1", *overrides)
+    run = toy.make(ONE_LAYER, "model.attention_dropout=0.1", *overrides)
     before = torch.get_rng_state()
     worst = attention_check.check(run.trainable.stages[0], toy.CPU, packed)
     core = run.trainable.stages[0].encoder.layers[0].self_attention.core_attention
     return worst, torch.equal(before, torch.get_rng_state()) and core.training
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("attention", ["plain", "sdpa", "blockwise"])
 @pytest.mark.parametrize(
     ("world_size", "overrides", "most"),
     [
@@ -31,18 +32,22 @@ def checked(packed: bool, *overrides: str) -> tuple[float, bool]:
         (2, ("parallel.tensor=2", "parallel.sequence=true"), 1e-5),
     ],
 )
-def test_ours_pass(
-    attention: str, packed: bool, world_size: int, overrides: tuple[str, ...], most: float
-) -> None:
-    for worst, unchanged in run_ranks(
-        checked, world_size, packed, f"model.attention={attention}", *overrides
-    ):
-        assert 0 < worst < most
-        assert unchanged
+def test_ours_pass(world_size: int, overrides: tuple[str, ...], most: float) -> None:
+    calls = [
+        (checked, (packed, f"model.attention={attention}", *overrides))
+        for attention, packed in product(("plain", "sdpa", "blockwise"), (False, True))
+    ]
+    for found in run_ranks(in_turn, world_size, *calls):
+        for (_, what), (worst, unchanged) in zip(calls, found, strict=True):
+            assert 0 < worst < most, what
+            assert unchanged, what
+
+
+SPOILT = ("scale", "mask", "gradient", "nan", "error")
 
 
 def spoilt(how: str, packed: bool) -> str:
-    run = toy.make("model.attention=sdpa")
+    run = toy.make(ONE_LAYER, "model.attention=sdpa")
     core = run.trainable.stages[0].encoder.layers[0].self_attention.core_attention
     right = core.forward
 
@@ -67,16 +72,27 @@ def spoilt(how: str, packed: bool) -> str:
     return ""
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("how", ["scale", "mask", "gradient", "nan"])
-def test_what_is_wrong_is_refused(how: str, packed: bool) -> None:
-    (told,) = run_ranks(spoilt, 1, how, packed)
-    assert "differs from the plain computation" in told
-    assert "model.attention=flash, sdpa or plain" in told
+@pytest.fixture(scope="module")
+def refused() -> dict[tuple[str, bool], str]:
+    """What the check says of each kind of wrong attention, padded and packed."""
+    cases = list(product(SPOILT, (False, True)))
+    (found,) = run_ranks(in_turn, 1, *((spoilt, case) for case in cases))
+    return dict(zip(cases, found, strict=True))
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_what_does_not_run_is_told_as_one_message(packed: bool) -> None:
-    (told,) = run_ranks(spoilt, 1, "error", packed)
-    assert told.startswith("the attention that was chosen does not run here: no sublibrary. ")
-    assert "model.attention=flash, sdpa or plain" in told
+@pytest.mark.parametrize("how", SPOILT[:-1])
+def test_what_is_wrong_is_refused(
+    how: str, packed: bool, refused: dict[tuple[str, bool], str]
+) -> None:
+    assert "differs from the plain computation" in refused[how, packed]
+    assert "model.attention=flash, sdpa or plain" in refused[how, packed]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_does_not_run_is_told_as_one_message(
+    packed: bool, refused: dict[tuple[str, bool], str]
+) -> None:
+    said = refused["error", packed]
+    assert said.startswith("the attention that was chosen does not run here: no sublibrary. ")
+    assert "model.attention=flash, sdpa or plain" in said

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.distributed import toy
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import in_turn, run_ranks
 
 
 def sizes(folder: Path, given: list[str]) -> tuple[int, int]:
@@ -23,9 +21,8 @@ def sizes(folder: Path, given: list[str]) -> tuple[int, int]:
     return snapshot.num_bytes, size.bytes_of_tensors(made.config, toy.VOCABULARY)
 
 
-@pytest.mark.parametrize(
-    "given", [["train.precision=fp32"], ["train.precision=bf16", "parallel.tensor=2"]]
-)
-def test_size(given: list[str], tmp_path: Path) -> None:
-    found = run_ranks(sizes, 2, tmp_path, given)
-    assert sum(ours for ours, _ in found) == found[0][1]
+def test_size(tmp_path: Path) -> None:
+    given = [["train.precision=fp32"], ["train.precision=bf16", "parallel.tensor=2"]]
+    by_rank = run_ranks(in_turn, 2, *((sizes, (tmp_path, each)) for each in given))
+    for found in zip(*by_rank, strict=True):
+        assert sum(ours for ours, _ in found) == found[0][1]

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
-import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
 import pytest
+from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import accuracy_score, f1_score
 
 from launch import classify as launched
-from tests.distributed import trained
-from tests.distributed.commands import commands
+from tests.distributed.commands import Ended, commands
 from tests.distributed.ranks import run_ranks
 from tests.distributed.trained import EMPTY, NUM_CELLS, ONE_GENE, UNKNOWN, Trained
 
@@ -25,13 +24,14 @@ RARE, NO_LABEL = (0, 1, 2), 6
 FEATURES = ["PCA(10) of log counts", "untrained", "mine", "X_other"]
 TIMEOUT_S = 280
 """umap compiles itself, once per process: ten seconds, and minutes on a busy machine."""
+TREES = 10
+"""Of a forest here; that it is scikit-learn's own is tests/unit/test_cross_validation.py's."""
 PICTURES = ["confusion.png", "scores.png", "umap.png"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def labelled(model: Trained, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A small trained run, and its cells with labels that counts can tell, and donors."""
-    model = trained.make(tmp_path_factory.mktemp("trained"))
     cells = anndata.read_h5ad(model.h5ad)
     counts = cells.X.toarray()
     kinds = np.array(["a", "b"])[np.arange(NUM_CELLS) % 2].astype(object)
@@ -42,8 +42,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     cells.obs["cell_type"] = kinds
     cells.obs["donor"] = np.array(["d1", "d2", "d3"])[np.arange(NUM_CELLS) % 3]
     cells.obs["one"] = "same"
-    cells.write_h5ad(model.h5ad)
-    return model
+    h5ad = tmp_path_factory.mktemp("labelled") / "cells.h5ad"
+    cells.write_h5ad(h5ad)
+    return replace(model, h5ad=h5ad)
+
+
+def classified(lines: list[list[str]]) -> list[Ended]:
+    """launch/classify.py with each of `lines`, and small forests on one core."""
+    from geneformer_mcore.downstream import cross_validation
+
+    def small(**settings: Any) -> RandomForestClassifier:
+        return RandomForestClassifier(**settings | {"n_estimators": TREES, "n_jobs": None})
+
+    cross_validation.RandomForestClassifier = small  # type: ignore[misc]
+    return commands("classify", lines)
 
 
 def line(model: Trained, out: Path, *more: str) -> list[str]:
@@ -53,13 +65,25 @@ def line(model: Trained, out: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def result(model: Trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder that the command makes, and what it prints."""
-    out = tmp_path_factory.mktemp("result") / "types"
-    whole = line(model, out, "--untrained", "--obsm", "X_other")
-    ((ended,),) = run_ranks(commands, 1, "classify", [whole], timeout_s=TIMEOUT_S)
-    assert ended.code == 0, ended.err
-    return out, ended.out
+def folders(labelled: Trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder with folders that the command makes, and what it prints first: with pictures;
+    again, without them; and with another seed."""
+    out = tmp_path_factory.mktemp("result")
+    more = ("--untrained", "--obsm", "X_other")
+    lines = [
+        line(labelled, out / "types", *more),
+        line(labelled, out / "again", *more, "--no-plots"),
+        line(labelled, out / "other", *more, "--no-plots", "--seed", "1", "--donor", "none"),
+    ]
+    (ended,) = run_ranks(classified, 1, lines, timeout_s=TIMEOUT_S)
+    assert [each.code for each in ended] == [0, 0, 0], ended
+    return out, ended[0].out
+
+
+@pytest.fixture(scope="module")
+def result(folders: tuple[Path, str]) -> tuple[Path, str]:
+    """The folder of the first, and what it prints."""
+    return folders[0] / "types", folders[1]
 
 
 def test_the_folder_holds_figures_predictions_and_pictures(result: tuple[Path, str]) -> None:
@@ -139,26 +163,21 @@ def test_labels_that_counts_can_tell_are_told(result: tuple[Path, str]) -> None:
 
 
 def test_it_repeats_by_seed_and_random_weights_are_not_the_models(
-    model: Trained, result: tuple[Path, str], tmp_path: Path
+    folders: tuple[Path, str],
 ) -> None:
-    more = ("--untrained", "--obsm", "X_other", "--no-plots")
-    lines = [line(model, tmp_path / "again", *more)]
-    lines.append(line(model, tmp_path / "other", *more, "--seed", "1", "--donor", "none"))
-    (ended,) = run_ranks(commands, 1, "classify", lines, timeout_s=TIMEOUT_S)
-    assert [each.code for each in ended] == [0, 0], ended
+    names = ("types", "again", "other")
     first, again, other = (
-        json.loads((folder / "results.json").read_text())
-        for folder in (result[0], tmp_path / "again", tmp_path / "other")
+        json.loads((folders[0] / name / "results.json").read_text()) for name in names
     )
     assert first["schemes"] == again["schemes"]
     assert first["schemes"][0] != other["schemes"][0]
     assert len(other["schemes"]) == 1
-    texts = [(folder / "predictions.csv").read_text() for folder in (result[0], tmp_path / "again")]
+    texts = [(folders[0] / name / "predictions.csv").read_text() for name in names[:2]]
     assert texts[0] == texts[1]
 
 
-def test_wrong_input_is_answered_in_one_message(model: Trained, tmp_path: Path) -> None:
-    cells = anndata.read_h5ad(model.h5ad)
+def test_wrong_input_is_answered_in_one_message(labelled: Trained, tmp_path: Path) -> None:
+    cells = anndata.read_h5ad(labelled.h5ad)
     wrong = {"negative": -1.0, "half": 0.5}
     for name, value in wrong.items():
         counts = cells.X.toarray()
@@ -167,7 +186,7 @@ def test_wrong_input_is_answered_in_one_message(model: Trained, tmp_path: Path) 
         other.X = type(cells.X)(counts)
         other.write_h5ad(tmp_path / f"{name}.h5ad")
     out = tmp_path / "out"
-    good = line(model, out, "--no-plots")
+    good = line(labelled, out, "--no-plots")
     start, rest = good[:2], good[4:]
     (tmp_path / "there").mkdir()
     cases = {
@@ -184,7 +203,7 @@ def test_wrong_input_is_answered_in_one_message(model: Trained, tmp_path: Path) 
         "two checkpoints are called mine": [*good, *start],
         "no folder": [*good, "--checkpoint", "nowhere"],
         "no such file": [*start, "--input", str(tmp_path / "no.h5ad"), *rest],
-        "exists already": line(model, tmp_path / "there"),
+        "exists already": line(labelled, tmp_path / "there"),
         "--resamples must be 0": [*good, "--resamples", "-1"],
         "from 0 (the embedding) to 4": [*good, "--layer", "9"],
     }
@@ -208,15 +227,24 @@ def with_broken_pictures(words: list[str]) -> str:
 
     classification_plots._umaps = broken  # type: ignore[assignment]
     try:
-        commands("classify", [words])
+        classified([words])
     except RuntimeError as error:
         return str(error)
     return ""
 
 
-def test_figures_survive_a_picture_that_fails(model: Trained, tmp_path: Path) -> None:
+def test_figures_survive_a_picture_that_fails(labelled: Trained, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ["--input", str(model.h5ad), "--obsm", "X_other", "--donor", "none", "--resamples", "0"]
+    words = [
+        "--input",
+        str(labelled.h5ad),
+        "--obsm",
+        "X_other",
+        "--donor",
+        "none",
+        "--resamples",
+        "0",
+    ]
     (told,) = run_ranks(with_broken_pictures, 1, [*words, "--out", str(out)], timeout_s=TIMEOUT_S)
     assert told == "no map today"
     found = json.loads((out / "results.json").read_text())
@@ -240,16 +268,3 @@ def test_a_folder_may_have_an_equals_sign_in_its_name(
         "10m": "runs/10m",
         "plain": "runs/plain",
     }
-
-
-def test_help_is_quick_and_has_an_example(repository: Path) -> None:
-    begun = time.monotonic()
-    ended = subprocess.run(
-        [sys.executable, "launch/classify.py", "--help"],
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert time.monotonic() - begun < 1.5
-    assert "launch/classify.py --checkpoint runs/lung --untrained" in ended.stdout

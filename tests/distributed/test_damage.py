@@ -1,4 +1,7 @@
-"""A damaged checkpoint is found before any weight is used, and the one before it is taken."""
+"""A damaged checkpoint is found before any weight is used, and the one before it is taken.
+
+Random damage, often: tests/soak/checkpoint_damage.py.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,6 @@ from geneformer_mcore.config.sections import CheckpointConfig
 from tests.distributed import toy
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_saving import record
-
-NUM_DAMAGES = 100
 
 
 def save_twice(root: str) -> None:
@@ -56,22 +57,26 @@ def delete(path: Path, rng: np.random.Generator) -> None:
     path.unlink()
 
 
-def test_no_damage_goes_unseen(saved: Path, tmp_path: Path) -> None:
-    rng = np.random.default_rng(7)
-    kinds: list[Callable[[Path, np.random.Generator], None]] = [flip_a_bit, cut, lengthen, delete]
-    hit = set()
-    for number in range(NUM_DAMAGES):
-        root = tmp_path / str(number)
-        shutil.copytree(saved, root)
-        newest = checkpoints.step_folder(root, 2)
-        files = sorted(path for path in newest.rglob("*") if path.is_file())
-        path = files[rng.integers(len(files))]
-        kind = kinds[number % 8 % len(kinds)] if number % 2 else flip_a_bit
-        kind(path, rng)
-        hit.add(path.name)
-        found, messages = checkpoints.newest_good(root)
-        assert found == checkpoints.step_folder(root, 1), (kind.__name__, path)
-        assert len(messages) == 1
-        assert "It is now called damaged_step_0000000002" in messages[0]
-        shutil.rmtree(root)
-    assert {".metadata", "common.pt", "manifest.json", "record.json", "rank_00001.npz"} <= hit
+Damage = Callable[[Path, np.random.Generator], None]
+DAMAGES: tuple[Damage, ...] = (flip_a_bit, cut, lengthen, delete)
+KINDS = ("__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt", "manifest.json", "record.json")
+KINDS += ("metadata.json", "random/rank_00001.npz")
+
+
+def assert_passed_over(root: Path, name: str, damage: Damage, rng: np.random.Generator) -> None:
+    """The newest checkpoint of `root`, that of step 2, is damaged in its file `name`, and the one
+    before it is found."""
+    damage(checkpoints.step_folder(root, 2) / name, rng)
+    found, messages = checkpoints.newest_good(root)
+    assert found == checkpoints.step_folder(root, 1), (damage.__name__, name)
+    assert len(messages) == 1
+    assert "It is now called damaged_step_0000000002" in messages[0]
+
+
+def test_damage_to_any_kind_of_file_is_seen(
+    saved: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    for number, name in enumerate(KINDS):
+        for damage in (flip_a_bit, DAMAGES[1 + number % 3]):
+            root = Path(shutil.copytree(saved, tmp_path / f"{number}_{damage.__name__}"))
+            assert_passed_over(root, name, damage, rng)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from geneformer_mcore.checkpoint import state
 from geneformer_mcore.contracts import Batch
 from geneformer_mcore.model import lora
 from geneformer_mcore.model.initial_weights import sharded_parameters, slice_of
+from geneformer_mcore.parallel import groups
 from geneformer_mcore.train.finetuning import LabelledCells
 from geneformer_mcore.train.step import run_schedule
 from tests.distributed import parity, toy, tuned
@@ -88,35 +91,61 @@ def trained_of(stage: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [each for each in stage.parameters() if each.requires_grad]
 
 
-@pytest.mark.parametrize(
-    ("kind", "layouts"),
-    [
-        ((), {(): 1, UNEVEN: 2, SEQUENCE: 2, OVERLAP: 2}),
-        (("finetune.pooling=cls",), {(*SEQUENCE, PACKED): 2}),
-        (LORA, {(): 1, UNEVEN: 2, (TP2,): 2, (*SEQUENCE, PACKED): 2}),
-        (FROZEN, {(TP2,): 2}),
-        (PROBE, {SEQUENCE: 2}),
-        (("model.norm=post", *LORA), {(TP2,): 2}),
-    ],
-    ids=["whole", "cls", "lora", "frozen", "probe", "post-LN lora"],
-)
-def test_gradients_are_those_of_the_plain_reference(
-    kind: tuple[str, ...], layouts: dict[tuple[str, ...], int]
-) -> None:
-    truths: dict[tuple[str, ...], Truth] = {}
-    for layout, ranks in layouts.items():
-        batch = UNEVEN if layout == UNEVEN else ()
-        if batch not in truths:
-            (truths[batch],) = run_ranks(plain, 1, *kind, *batch)
-        expected = truths[batch]
-        assert max(np.abs(each).max() for each in expected.gradients.values()) > 1e-3
-        found = run_ranks(compare, ranks, expected, *kind, *layout)
-        for loss, worst, seen, _ in found:
-            assert loss < 1e-5 * expected.loss, layout
-            assert worst < 1e-5, layout
-            assert seen == set(expected.gradients)
-        if layout == UNEVEN:
-            assert {here for *_, here in found} == {2, 3}
+KINDS: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
+    "whole": ((), [UNEVEN, SEQUENCE, OVERLAP]),
+    "cls": (("finetune.pooling=cls",), [(*SEQUENCE, PACKED)]),
+    "lora": (LORA, [UNEVEN, (TP2,), (*SEQUENCE, PACKED)]),
+    "frozen": (FROZEN, [(TP2,)]),
+    "probe": (PROBE, [SEQUENCE]),
+    "post-LN lora": (("model.norm=post", *LORA), [(TP2,)]),
+}
+"""Name -> (settings, layouts of two ranks)."""
+ALONE = ("whole", "lora")
+"""Those that one rank trains, too."""
+Compared = tuple[float, float, set[str], int]
+
+
+def truths() -> dict[tuple[str, bool], Truth]:
+    """(kind, whether the batch is the uneven one) -> the truth."""
+    wanted = {(name, layout == UNEVEN) for name, (_, layouts) in KINDS.items()
+              for layout in layouts} | {(name, False) for name in ALONE}  # fmt: skip
+    found = {}
+    for name, is_uneven in sorted(wanted):
+        found[name, is_uneven] = plain(*KINDS[name][0], *(UNEVEN if is_uneven else ()))
+        groups.stop(stay=True)
+    return found
+
+
+def compared(
+    expected: dict[tuple[str, bool], Truth], layouts: dict[str, list[tuple[str, ...]]]
+) -> list[tuple[str, tuple[str, ...], Compared]]:
+    """[(kind, layout, what was found)]."""
+    found = []
+    for name, each in layouts.items():
+        for layout in each:
+            truth = expected[name, layout == UNEVEN]
+            found.append((name, layout, compare(truth, *KINDS[name][0], *layout)))
+            groups.stop(stay=True)
+    return found
+
+
+def test_gradients_are_those_of_the_plain_reference() -> None:
+    (expected,) = run_ranks(truths, 1)
+    for truth in expected.values():
+        assert max(np.abs(each).max() for each in truth.gradients.values()) > 1e-3
+    of_two = {name: layouts for name, (_, layouts) in KINDS.items()}
+    alone: dict[str, list[tuple[str, ...]]] = {name: [()] for name in ALONE}
+    here_of: dict[str, set[int]] = {}
+    for ranks, layouts in ((1, alone), (2, of_two)):
+        for of_rank in run_ranks(compared, ranks, expected, layouts):
+            for name, layout, (loss, worst, seen, here) in of_rank:
+                truth = expected[name, layout == UNEVEN]
+                assert loss < 1e-5 * truth.loss, (name, layout)
+                assert worst < 1e-5, (name, layout)
+                assert seen == set(truth.gradients), (name, layout)
+                if layout == UNEVEN:
+                    here_of.setdefault(name, set()).add(here)
+    assert here_of == {"whole": {2, 3}, "lora": {2, 3}}
 
 
 def steps(*overrides: str) -> tuple[set[str], set[str], set[str]]:
@@ -129,25 +158,32 @@ def steps(*overrides: str) -> tuple[set[str], set[str], set[str]]:
     return moved, set(trained) - moved, gone
 
 
-@pytest.mark.parametrize(
-    ("kind", "first", "count"),
-    [
-        ((), "embedding.word_embeddings.weight", 4 * 12 + 2 + 2 + 2),
-        (FROZEN, "encoder.layers.2.self_attention.linear_qkv.weight", 2 * 12 + 2 + 2),
-        (PROBE, "class_head.weight", 2),
-        (LORA, "encoder.layers.0.self_attention.lora_qkv.down", 4 * 8 + 2),
-    ],
-    ids=["whole", "frozen", "probe", "lora"],
-)
-@pytest.mark.parametrize("layout", [(), (TP2,)], ids=["dp2", "tp2"])
-def test_what_is_frozen_stays_bit_for_bit(
-    kind: tuple[str, ...], first: str, count: int, layout: tuple[str, ...]
-) -> None:
-    for moved, still, frozen_that_moved in run_ranks(steps, 2, *kind, *layout):
-        assert not frozen_that_moved
-        assert first in moved
-        assert not still
-        assert len(moved) == count
+MOVED: dict[str, tuple[tuple[str, ...], str, int]] = {
+    "whole": ((), "embedding.word_embeddings.weight", 4 * 12 + 2 + 2 + 2),
+    "frozen": (FROZEN, "encoder.layers.2.self_attention.linear_qkv.weight", 2 * 12 + 2 + 2),
+    "probe": (PROBE, "class_head.weight", 2),
+    "lora": (LORA, "encoder.layers.0.self_attention.lora_qkv.down", 4 * 8 + 2),
+}
+"""Name -> (settings, a weight that is trained, how many are)."""
+
+
+def steps_of_all() -> dict[tuple[str, tuple[str, ...]], tuple[set[str], set[str], set[str]]]:
+    found = {}
+    for name, (kind, *_) in MOVED.items():
+        for layout in ((), (TP2,)):
+            found[name, layout] = steps(*kind, *layout)
+            groups.stop(stay=True)
+    return found
+
+
+def test_what_is_frozen_stays_bit_for_bit() -> None:
+    for of_rank in run_ranks(steps_of_all, 2):
+        for (name, layout), (moved, still, frozen_that_moved) in of_rank.items():
+            _, first, count = MOVED[name]
+            assert not frozen_that_moved, (name, layout)
+            assert first in moved, (name, layout)
+            assert not still, (name, layout)
+            assert len(moved) == count, (name, layout)
 
 
 def begins_as_it_was(*overrides: str) -> tuple[float, float]:
@@ -170,10 +206,17 @@ def begins_as_it_was(*overrides: str) -> tuple[float, float]:
     return first, difference()
 
 
-def test_corrections_begin_without_effect() -> None:
-    ((first, then),) = run_ranks(begins_as_it_was, 1)
+def corrections() -> tuple[tuple[float, float], float]:
+    first = begins_as_it_was()
+    groups.stop(stay=True)
+    return first, folded_is_the_same()
+
+
+def test_corrections_begin_without_effect_and_can_be_added_to_the_matrices() -> None:
+    (((first, then), difference),) = run_ranks(corrections, 1)
     assert first < 1e-6
     assert then > 1e-4
+    assert difference < 1e-5
 
 
 def folded_is_the_same(*overrides: str) -> float:
@@ -190,22 +233,19 @@ def folded_is_the_same(*overrides: str) -> float:
         return float((logits - reference.class_logits(*cells_in(batch))).abs().max())
 
 
-def test_corrections_can_be_added_to_the_matrices() -> None:
-    (difference,) = run_ranks(folded_is_the_same, 1)
-    assert difference < 1e-5
-
-
+AGO = 2
+"""Steps before the checkpoint, and after it."""
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1", "finetune.dropout=0.2")
 
 
 def train_and_save(folder: str, *overrides: str) -> tuple[list[float], dict[str, str]]:
     run = tuned.make(*DROPOUT, *overrides)
-    run.steps(3)
+    run.steps(AGO)
     if run.topology.rank == 0:
         Path(folder).mkdir()
     torch.distributed.barrier()
     state.save(run.trainable, Path(folder), run.topology.rank)
-    return [result.totals.loss for result in run.steps(3)], tuned.digest(run)
+    return [result.totals.loss for result in run.steps(AGO)], tuned.digest(run)
 
 
 def resume(folder: str, *overrides: str) -> tuple[list[float], dict[str, str]]:
@@ -213,19 +253,28 @@ def resume(folder: str, *overrides: str) -> tuple[list[float], dict[str, str]]:
     state.load(run.trainable, Path(folder), run.topology.rank)
     same = replace(run.config.train, seed=toy.Config().train.seed)
     run.feed = tuned.feed(replace(run.config, train=same), run.topology)
-    run.position = 3 * run.config.train.global_batch_size
-    return [result.totals.loss for result in run.steps(3)], tuned.digest(run)
+    run.position = AGO * run.config.train.global_batch_size
+    return [result.totals.loss for result in run.steps(AGO)], tuned.digest(run)
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [UNEVEN, (*LORA, *SEQUENCE, PACKED), (*FROZEN, TP2, "train.precision=bf16")],
-    ids=["whole", "lora", "frozen"],
-)
-def test_it_goes_on_bit_for_bit(overrides: tuple[str, ...], tmp_path: Path) -> None:
-    folder = str(tmp_path / "step")
-    undisturbed = run_ranks(train_and_save, 2, folder, *overrides)
-    assert run_ranks(resume, 2, folder, *overrides) == undisturbed
+RESUMED = {
+    "whole": UNEVEN,
+    "lora": (*LORA, *SEQUENCE, PACKED),
+    "frozen": (*FROZEN, TP2, "train.precision=bf16"),
+}
+
+
+def each_resumed(work: Callable[..., Any], folder: str) -> dict[str, Any]:
+    found = {}
+    for name, overrides in RESUMED.items():
+        found[name] = work(f"{folder}/{name}", *overrides)
+        groups.stop(stay=True)
+    return found
+
+
+def test_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    undisturbed = run_ranks(each_resumed, 2, train_and_save, str(tmp_path))
+    assert run_ranks(each_resumed, 2, resume, str(tmp_path)) == undisturbed
 
 
 def validated(*overrides: str) -> tuple[dict[str, float], float, list[int], list[int]]:
@@ -251,6 +300,14 @@ def validated(*overrides: str) -> tuple[dict[str, float], float, list[int], list
     return said, sum(losses) / len(labels), labels, answers
 
 
+def validated_in(layouts: list[tuple[str, ...]]) -> list[dict[str, float]]:
+    found = []
+    for layout in layouts:
+        found.append(validated(*layout)[0])
+        groups.stop(stay=True)
+    return found
+
+
 def test_validation_counts_every_cell_once_on_any_layout() -> None:
     ((said, loss, labels, answers),) = run_ranks(validated, 1)
     assert len(labels) == said["val_cells"] == 120
@@ -258,8 +315,8 @@ def test_validation_counts_every_cell_once_on_any_layout() -> None:
     assert said["val_accuracy"] == pytest.approx(metrics.accuracy_score(labels, answers))
     f1 = metrics.f1_score(labels, answers, average="macro", zero_division=0)
     assert said["val_macro_f1"] == pytest.approx(f1)
-    for layout in ((), (TP2,), (PACKED,)):
-        for again, *_ in run_ranks(validated, 2, *layout):
+    for of_rank in run_ranks(validated_in, 2, [(), (TP2,), (PACKED,)]):
+        for again in of_rank:
             assert again == pytest.approx(said, rel=1e-6)
 
 
@@ -273,8 +330,15 @@ def no_cell_for_a_rank(*overrides: str) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("kind", [(), PROBE], ids=["whole", "probe"])
-def test_a_rank_without_cells(kind: tuple[str, ...]) -> None:
-    first, second = run_ranks(no_cell_for_a_rank, 2, *kind)
+def both_without_cells() -> list[list[float]]:
+    found = []
+    for kind in ((), PROBE):
+        found.append(no_cell_for_a_rank(*kind))
+        groups.stop(stay=True)
+    return found
+
+
+def test_a_rank_without_cells() -> None:
+    first, second = run_ranks(both_without_cells, 2)
     assert first == second
-    assert all(np.isfinite(first))
+    assert np.isfinite(first).all()

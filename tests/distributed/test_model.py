@@ -11,7 +11,7 @@ from geneformer_mcore.config import load
 from geneformer_mcore.model import flops, geneformer, settings
 from geneformer_mcore.parallel import groups
 from tests.distributed import toy
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import in_turn, run_ranks
 
 CARD_10M = ("train.precision=fp32",)
 CARD_106M = (
@@ -25,6 +25,7 @@ CARD_106M = (
 
 def count_parameters(overrides: tuple[str, ...], vocabulary: int, padded: int) -> int:
     config, _ = load(None, overrides)
+    groups.stop(stay=True)
     groups.build_groups(config.parallel)
     core = settings.transformer_config(
         config.model, config.parallel, config.train.precision, toy.CPU
@@ -34,27 +35,26 @@ def count_parameters(overrides: tuple[str, ...], vocabulary: int, padded: int) -
     return sum(parameter.numel() for parameter in stage.parameters())
 
 
-@pytest.mark.parametrize(
-    ("overrides", "padded", "expected"),
-    [
-        (CARD_10M, 25_429, 10_288_981),
-        (CARD_10M, 25_472, 10_300_032),
-        (CARD_10M, None, 10_332_928),
-        (CARD_106M, 25_429, 106_775_893),
-        (CARD_106M, 25_472, 106_808_960),
-        (CARD_106M, None, 106_907_392),
-    ],
-)
-def test_parameter_counts_are_the_cards(
-    overrides: tuple[str, ...], padded: int, expected: int
-) -> None:
+CARDS = [
+    (CARD_10M, 25_429, 10_288_981),
+    (CARD_10M, 25_472, 10_300_032),
+    (CARD_10M, None, 10_332_928),
+    (CARD_106M, 25_429, 106_775_893),
+    (CARD_106M, 25_472, 106_808_960),
+    (CARD_106M, None, 106_907_392),
+]
+"""(settings, padded size of the vocabulary, parameters)."""
+
+
+def test_parameter_counts_are_the_cards() -> None:
     """Expected: the model card's 10.3M and 106M, at the vocabulary, NVIDIA's padding and ours."""
-    (seen,) = run_ranks(count_parameters, 1, overrides, 25_429, padded)
-    assert seen == expected
+    calls = [(count_parameters, (card, 25_429, padded)) for card, padded, _ in CARDS]
+    (seen,) = run_ranks(in_turn, 1, *calls)
+    assert seen == [expected for _, _, expected in CARDS]
 
 
 def formats(*overrides: str) -> dict[str, set[str]]:
-    run = toy.make("train.precision=bf16", *overrides)
+    run = toy.make("train.precision=bf16", "model.num_layers=2", *overrides)
     (stage,) = run.trainable.stages
     seen: dict[str, set[str]] = {"stream": set(), "inside": set(), "weights": set()}
 
@@ -75,18 +75,16 @@ def formats(*overrides: str) -> dict[str, set[str]]:
     return seen
 
 
-def test_the_residual_stream_stays_in_32_bits_under_bf16() -> None:
-    (seen,) = run_ranks(formats, 1)
-    assert seen == {
+def test_the_residual_stream_stays_in_32_bits_unless_16_are_asked_for() -> None:
+    ((wide, narrow),) = run_ranks(
+        in_turn, 1, (formats, ()), (formats, ("model.fp32_residual=false",))
+    )
+    assert wide == {
         "stream": {"torch.float32"},
         "inside": {"torch.bfloat16"},
         "weights": {"torch.bfloat16"},
     }
-
-
-def test_a_16_bit_residual_stream_can_be_asked_for() -> None:
-    (seen,) = run_ranks(formats, 1, "model.fp32_residual=false")
-    assert seen["stream"] == {"torch.bfloat16"}
+    assert narrow["stream"] == {"torch.bfloat16"}
 
 
 def losses(*overrides: str) -> list[float]:
@@ -94,8 +92,7 @@ def losses(*overrides: str) -> list[float]:
 
 
 def test_bf16_follows_fp32() -> None:
-    (exact,) = run_ranks(losses, 1)
-    (rounded,) = run_ranks(losses, 1, "train.precision=bf16")
+    ((exact, rounded),) = run_ranks(in_turn, 1, (losses, ()), (losses, ("train.precision=bf16",)))
     torch.testing.assert_close(torch.tensor(rounded), torch.tensor(exact), rtol=5e-3, atol=0)
     assert rounded != exact
 

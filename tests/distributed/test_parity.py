@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,13 @@ from geneformer_mcore.contracts import Batch
 from tests.distributed import curves, parity
 from tests.distributed.parity import LAYOUTS, Parity, Truth
 
+SMALL = ("train.global_batch_size=8",)
+"""Four micro batches, of which each of two data-parallel ranks takes two."""
+
 
 @pytest.fixture(scope="module")
 def truth() -> Truth:
-    return parity.truth()
+    return parity.truth(settings=SMALL)
 
 
 def test_the_truth_is_worth_comparing_with(truth: Truth) -> None:
@@ -28,7 +32,7 @@ def test_the_truth_is_worth_comparing_with(truth: Truth) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_one_step(name: str, truth: Truth) -> None:
-    assert_equal(parity.parity(name, truth))
+    assert_equal(parity.parity(name, truth, settings=SMALL))
 
 
 def assert_equal(found: Parity) -> None:
@@ -57,66 +61,64 @@ def emptied(batch: Batch) -> Batch:
     return replace(batch, selected_M=nothing, labels_M=nothing)
 
 
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("tp1 pp1 dp2", nothing_on_rank_1),
-        ("dp2 overlap", nothing_on_rank_1),
-        ("tp1 pp2 dp2", nothing_on_rank_1),
-        ("tp1 pp2 dp1", nothing_in_the_first_batch),
-        ("tp1 pp1 dp2", nothing_in_the_first_batch),
-    ],
-)
-def test_a_rank_or_batch_in_which_nothing_is_predicted(name: str, change: parity.Change) -> None:
-    expected = parity.truth(change, data_size=2 if "dp2" in name else 1)
-    assert expected.norm > 1
-    assert_equal(parity.parity(name, expected, change))
+CHANGES = {
+    "tp1 pp1 dp2": (nothing_on_rank_1, nothing_in_the_first_batch),
+    "dp2 overlap": (nothing_on_rank_1,),
+    "tp1 pp2 dp2": (nothing_on_rank_1,),
+    "tp1 pp2 dp1": (nothing_in_the_first_batch,),
+}
+
+
+@pytest.fixture(scope="module")
+def changed_truth() -> Callable[[parity.Change, int], Truth]:
+    return cache(partial(parity.truth, settings=SMALL))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_rank_or_batch_in_which_nothing_is_predicted(
+    name: str, changed_truth: Callable[[parity.Change, int], Truth]
+) -> None:
+    size = 2 if "dp2" in name else 1
+    cases = [(changed_truth(change, size), change) for change in CHANGES[name]]
+    for (expected, _), found in zip(cases, parity.parities(name, cases, SMALL), strict=True):
+        assert expected.norm > 1
+        assert_equal(found)
 
 
 @pytest.mark.parametrize("name", ["tp1 pp1 dp2", "tp1 pp2 dp1", "pp2 dp2 overlap"])
-def test_a_step_in_which_nothing_is_predicted(name: str) -> None:
-    expected = parity.truth(nothing_anywhere)
+def test_a_step_in_which_nothing_is_predicted(
+    name: str, changed_truth: Callable[[parity.Change, int], Truth]
+) -> None:
+    expected = changed_truth(nothing_anywhere, 1)
     assert math.isnan(expected.loss)
     assert expected.norm == 0
-    found = parity.parity(name, expected, nothing_anywhere)
+    found = parity.parity(name, expected, nothing_anywhere, SMALL)
     assert found.norm == 0
     assert not any(found.gradients.values())
     assert found.loss == 0, "0 genes have a loss of NaN here and there, and nothing else is NaN"
 
 
-CURVES = ("tp1 pp1 dp1", "tp2 pp1 dp1", "tp1 pp2 dp1", "tp1 pp1 dp2", "pp2 interleaved")
-"""Layouts whose loss curves are compared in every run of the tests: half a minute each.
-GENEFORMER_CURVES=all takes all of them, as `python -m tests.parity_table` does."""
-if os.environ.get("GENEFORMER_CURVES") == "all":
-    CURVES = tuple(LAYOUTS)
+STEPS, SAVED_AT = 20, 5
+LARGE_BATCHES = ("train.micro_batch_size=8",)
+CURVES = ("tp2 sequence", "tp1 pp2 dp1", "tp1 pp1 dp2")
+"""Layouts whose loss curves are compared in every run of the tests; `make soak` takes all of them,
+for 100 steps."""
 
 
 @pytest.fixture(scope="module")
 def plain() -> list[float]:
-    losses = curves.plain()
+    losses = curves.plain(STEPS)
     assert losses[-1] < losses[0] - 0.1, "the toy run must learn for this to mean anything"
     return losses
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("parity")
-    folders = {name: root / str(number) for number, name in enumerate(curves.SAVERS)}
-    for name, folder in folders.items():
-        curves.save(name, folder)
-    return folders
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CURVES)
-def test_losses_of_100_steps(name: str, plain: list[float]) -> None:
-    assert curves.largest_difference(curves.from_seed(name), plain) <= 1e-4
+def test_losses_of_20_steps(name: str, plain: list[float]) -> None:
+    assert curves.largest_difference(curves.from_seed(name, STEPS, LARGE_BATCHES), plain) <= 1e-4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CURVES)
-def test_losses_of_50_steps_from_another_layouts_checkpoint(
-    name: str, plain: list[float], checkpoints: dict[str, Path]
-) -> None:
-    losses = curves.from_checkpoint(name, checkpoints[curves.saver_for(name)])
-    assert curves.largest_difference(losses, plain[curves.SAVED_AT :]) <= 1e-4
+def test_losses_from_another_layouts_checkpoint(plain: list[float], tmp_path: Path) -> None:
+    name = "pp2 interleaved"
+    curves.save(curves.saver_for(name), tmp_path / "step", SAVED_AT, LARGE_BATCHES)
+    losses = curves.from_checkpoint(name, tmp_path / "step", SAVED_AT, STEPS, LARGE_BATCHES)
+    assert curves.largest_difference(losses, plain[SAVED_AT:]) <= 1e-4

@@ -18,7 +18,7 @@ from geneformer_mcore.config.sections import CheckpointConfig
 from geneformer_mcore.errors import CheckpointError
 from tests import small_disk
 from tests.distributed import toy
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import in_turn, run_ranks
 
 SMALL = ("model.num_layers=2",)
 
@@ -53,12 +53,11 @@ def saved_while_training_goes_on(root: str, asynchronous: bool) -> list[str]:
 
 
 def test_asynchronously_the_same_bytes_are_written(tmp_path: Path) -> None:
-    written = []
-    for asynchronous in (False, True):
-        root = str(tmp_path / str(asynchronous))
-        for said in run_ranks(saved_while_training_goes_on, 2, root, asynchronous):
-            assert said == [f"saved {checkpoints.step_folder(Path(root), 2)}"]
-        written.append(files_of(root, 2))
+    roots = {asynchronous: str(tmp_path / str(asynchronous)) for asynchronous in (False, True)}
+    calls = [(saved_while_training_goes_on, (root, how)) for how, root in roots.items()]
+    messages = [[f"saved {checkpoints.step_folder(Path(root), 2)}"] for root in roots.values()]
+    assert run_ranks(in_turn, 2, *calls) == [messages] * 2
+    written = [files_of(root, 2) for root in roots.values()]
     assert written[0] == written[1]
     assert any(name.endswith(".npz") for name in written[0])
 

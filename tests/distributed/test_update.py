@@ -9,7 +9,7 @@ import torch
 
 from geneformer_mcore.optim import optimizer as optim
 from tests.distributed import toy
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import in_turn, run_ranks
 
 LR, DECAY, CLIP = 0.25, 0.125, 2.0
 
@@ -80,22 +80,39 @@ def clipped(norm: float, clip: float) -> tuple[float, float, float, dict[str, li
     return seen, first, second, {name: w.flatten().tolist() for name, w in copied(run).items()}
 
 
+Clipped = tuple[float, float, float, dict[str, list[float]]]
+CASES = {
+    "huge": (1e4, CLIP),
+    "at clip": (CLIP, CLIP),
+    "small": (0.75 * CLIP, CLIP),
+    "small, no clip": (0.75 * CLIP, 0.0),
+    "huge, no clip": (1e4, 0.0),
+}
+"""Name -> (norm of the gradient, clip)."""
+
+
+@pytest.fixture(scope="module")
+def lone() -> dict[str, Clipped]:
+    """`clipped` of every case on one rank."""
+    (found,) = run_ranks(in_turn, 1, *((clipped, case) for case in CASES.values()))
+    return dict(zip(CASES, found, strict=True))
+
+
 def assert_close(seen: dict[str, list[float]], expected: dict[str, list[float]]) -> None:
     for name, weights in expected.items():
         torch.testing.assert_close(torch.tensor(seen[name]), torch.tensor(weights), msg=name)
 
 
-def test_a_huge_gradient_is_scaled_to_clip() -> None:
-    ((seen, first, second, weights),) = run_ranks(clipped, 1, 1e4, CLIP)
+def test_a_huge_gradient_is_scaled_to_clip(lone: dict[str, Clipped]) -> None:
+    seen, first, second, weights = lone["huge"]
     assert seen == pytest.approx(1e4)
     assert first == pytest.approx(0.5 * CLIP)
     assert second == pytest.approx(0.5 * CLIP)  # root of (1 - beta2) = 0.25
-    ((_, _, _, scaled),) = run_ranks(clipped, 1, CLIP, CLIP)
-    assert_close(weights, scaled)
+    assert_close(weights, lone["at clip"][-1])
 
 
-def test_ranks_clip_by_the_norm_of_all_shards() -> None:
-    ((_, first, _, serial),) = run_ranks(clipped, 1, 1e4, CLIP)
+def test_ranks_clip_by_the_norm_of_all_shards(lone: dict[str, Clipped]) -> None:
+    _, first, _, serial = lone["huge"]
     (seen_0, first_0, _, weights_0), (seen_1, first_1, _, weights_1) = run_ranks(
         clipped, 2, 1e4, CLIP
     )
@@ -105,19 +122,17 @@ def test_ranks_clip_by_the_norm_of_all_shards() -> None:
     assert_close(weights_0, serial)
 
 
-def test_a_gradient_below_clip_is_left_alone() -> None:
-    ((_, first, _, weights),) = run_ranks(clipped, 1, 0.75 * CLIP, CLIP)
+def test_a_gradient_below_clip_is_left_alone(lone: dict[str, Clipped]) -> None:
+    _, first, _, weights = lone["small"]
     assert first == pytest.approx(0.5 * 0.75 * CLIP)
-    ((_, _, _, unclipped),) = run_ranks(clipped, 1, 0.75 * CLIP, 0.0)
-    assert weights == unclipped
+    assert weights == lone["small, no clip"][-1]
 
 
-def test_clip_0_never_clips() -> None:
-    ((_, first, second, weights),) = run_ranks(clipped, 1, 1e4, 0.0)
+def test_clip_0_never_clips(lone: dict[str, Clipped]) -> None:
+    _, first, second, weights = lone["huge, no clip"]
     assert first == pytest.approx(0.5 * 1e4)
     assert second == pytest.approx(0.5 * 1e4)
-    ((_, _, _, scaled),) = run_ranks(clipped, 1, 1e4, CLIP)
-    assert weights != scaled
+    assert weights != lone["huge"][-1]
 
 
 def moved(lr: float) -> tuple[float, float]:
@@ -130,8 +145,9 @@ def moved(lr: float) -> tuple[float, float]:
     return float(min(move.min() for move in moves)), float(max(move.max() for move in moves))
 
 
-@pytest.mark.parametrize("lr", [0.0, 0.25])
-def test_the_learning_rate_that_was_set_is_the_one_used(lr: float) -> None:
-    ((least, most),) = run_ranks(moved, 1, lr)
-    assert least == pytest.approx(lr, rel=1e-4)
-    assert most == pytest.approx(lr, rel=1e-4)
+def test_the_learning_rate_that_was_set_is_the_one_used() -> None:
+    rates = (0.0, 0.25)
+    (found,) = run_ranks(in_turn, 1, *((moved, (lr,)) for lr in rates))
+    for lr, (least, most) in zip(rates, found, strict=True):
+        assert least == pytest.approx(lr, rel=1e-4)
+        assert most == pytest.approx(lr, rel=1e-4)

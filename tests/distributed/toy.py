@@ -91,7 +91,8 @@ class Toy:
 
 
 def make(*overrides: str) -> Toy:
-    """A toy run on the ranks that are here."""
+    """A toy run on the ranks that are here; groups of an earlier one are left first."""
+    groups.stop(stay=True)
     config, _ = load(None, [*SETTINGS, *overrides])
     plan(config, torch.distributed.get_world_size())
     topology = groups.build_groups(config.parallel)

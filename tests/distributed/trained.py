@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import anndata
@@ -17,6 +19,7 @@ from geneformer_mcore.checkpoint import state
 from geneformer_mcore.checkpoint.record import Identity, Record
 from geneformer_mcore.config import load
 from geneformer_mcore.contracts import NUM_SPECIALS
+from geneformer_mcore.parallel import groups
 from tests.distributed import toy
 from tests.distributed.parity import enlarge
 from tests.distributed.ranks import run_ranks
@@ -29,7 +32,7 @@ ONE_GENE, UNKNOWN, EMPTY, LONG = 3, 5, 11, 17
 STEP = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trained:
     """run: its folder, vocabulary.json in it;  weights: of the one-rank model;  h5ad: cells."""
 
@@ -37,7 +40,7 @@ class Trained:
     weights: dict[str, np.ndarray]
     h5ad: Path
 
-    @property
+    @cached_property
     def vocabulary(self) -> Vocabulary:
         """The one it was trained with."""
         return Vocabulary.load(self.run / "vocabulary.json")
@@ -47,15 +50,20 @@ class Trained:
         """Its one checkpoint."""
         return checkpoints.step_folder(self.run / "checkpoints", STEP)
 
+    @cached_property
     def reference(self) -> Reference:
         """The same model in plain PyTorch and fp64."""
         weights = {name: torch.from_numpy(array) for name, array in self.weights.items()}
         return Reference(weights, num_heads=4, vocabulary_size=toy.VOCABULARY)
 
+    @cached_property
     def counts(self) -> np.ndarray:
-        """float64 [cells, columns]."""
-        return anndata.read_h5ad(self.h5ad).X.toarray().astype(np.float64)
+        """float64 [cells, columns]; read-only."""
+        counts = anndata.read_h5ad(self.h5ad).X.toarray().astype(np.float64)
+        counts.setflags(write=False)
+        return counts
 
+    @cached_property
     def tokens(self) -> list[np.ndarray]:
         """The tokens of every cell, [CLS] first, as plainly as they can be made."""
         known = np.arange(NUM_GENES) + NUM_SPECIALS
@@ -64,19 +72,30 @@ class Trained:
             plain_tokens(row, columns, self.vocabulary, toy.SEQ_LENGTH)
             if row.sum()
             else np.zeros(1, np.int64)
-            for row in self.counts()
+            for row in self.counts
         ]
 
 
-def make(folder: Path, *overrides: str) -> Trained:
-    """Trains it and makes the cells."""
-    run = folder / "run"
-    run.mkdir(parents=True)
-    vocabulary_of(NUM_GENES).save(run / "vocabulary.json")
-    (weights,) = run_ranks(_train, 1, run, *overrides)
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "plain": (),
+    "bf16": ("train.precision=bf16",),
+    "post": ("model.norm=post",),
+    "hides nothing": ("data.mask_probability=1e-6",),
+}
+"""Name of a trained run -> settings."""
+
+
+def make_all(folder: Path) -> dict[str, Trained]:
+    """Trains one of every kind, by one rank, and makes the cells."""
+    vocabulary = vocabulary_of(NUM_GENES)
+    runs = {kind: folder / kind.replace(" ", "_") for kind in KINDS}
+    for run in runs.values():
+        run.mkdir()
+        vocabulary.save(run / "vocabulary.json")
     h5ad = folder / "cells.h5ad"
     made_up_cells().write_h5ad(h5ad)
-    return Trained(run, weights, h5ad)
+    (weights,) = run_ranks(_train_all, 1, runs)
+    return {kind: Trained(run, weights[kind], h5ad) for kind, run in runs.items()}
 
 
 def made_up_cells() -> anndata.AnnData:
@@ -97,6 +116,14 @@ def made_up_cells() -> anndata.AnnData:
     cells.uns["kept"] = "as it was"
     cells.obsm["X_other"] = np.ones((NUM_CELLS, 2), np.float32)
     return cells
+
+
+def _train_all(runs: Mapping[str, Path]) -> dict[str, dict[str, np.ndarray]]:
+    weights = {}
+    for kind, run in runs.items():
+        weights[kind] = _train(run, *KINDS[kind])
+        groups.stop(stay=True)
+    return weights
 
 
 def _train(run: Path, *overrides: str) -> dict[str, np.ndarray]:

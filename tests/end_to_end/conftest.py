@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import anndata
@@ -11,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
+
+from tests import commands
 
 NUM_CELLS, NUM_GENES = 240, 300
 
@@ -35,9 +35,8 @@ def h5ad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def store(h5ad: Path, repository: Path) -> Path:
+def store(h5ad: Path) -> Path:
     """The token store of those cells, with a vocabulary and medians of their own."""
     path = h5ad.with_name("store")
-    command = ["data_prep/build_store.py", "--out", str(path), "--validation-fraction", "0.2"]
-    subprocess.run([sys.executable, *command, str(h5ad)], check=True, cwd=repository, timeout=120)
+    commands.check("data_prep/build_store.py", "--out", path, "--validation-fraction", 0.2, h5ad)
     return path

@@ -24,6 +24,8 @@ from typing import Any
 import torch.distributed as dist
 
 from tests.distributed.ranks import context
+from tests.end_to_end.instants import before as before
+from tests.two_hosts import ADDRESSES, PORT, TwoHosts, enter
 
 SETTINGS = (
     "model.num_layers=2",
@@ -57,6 +59,15 @@ class Start:
         assert pid is not None
         os.kill(pid, number)
 
+    def wait_for(self, path: Path, timeout_s: float = 120) -> None:
+        """Until the file is there; fails if a rank ends before."""
+        deadline = time.monotonic() + timeout_s
+        while not path.exists():
+            ended = [process.exitcode for process in self._processes]
+            assert ended == [None] * len(ended), f"{ended} before {path}:\n{self._file.read_text()}"
+            assert time.monotonic() < deadline, f"no {path}:\n{self._file.read_text()}"
+            time.sleep(0.01)
+
     def wait(self, timeout_s: float = 120) -> list[int | None]:
         """The exit code of each rank; those that have not ended in time are killed and fail."""
         deadline = time.monotonic() + timeout_s
@@ -82,14 +93,23 @@ def start(
     args: tuple = (),
     printed: Path | None = None,
     command: str = "pretrain",
+    hosts: TwoHosts | None = None,
 ) -> Start:
     """Starts `ranks` ranks on the folder `run`; one is started without torchrun's environment.
 
     printed: where they print to; else a file that is not on the disk of `run`
     command: another one of launch/ that takes the same arguments
+    hosts: each of two ranks runs on a host of its own, and the store is rank 0's
     """
     store, where = None, {}
-    if ranks > 1:
+    if hosts is not None:
+        where = {
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": 1,
+            "MASTER_ADDR": ADDRESSES[0],
+            "MASTER_PORT": PORT,
+        }
+    elif ranks > 1:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         where = {
             "WORLD_SIZE": ranks,
@@ -103,12 +123,14 @@ def start(
     printed = printed or Path(own.name)
     processes: list[BaseProcess] = []
     for rank in range(ranks):
-        here = where | {"RANK": rank, "LOCAL_RANK": rank} if where else {}
+        local = 0 if hosts is not None else rank
+        here = where | {"RANK": rank, "LOCAL_RANK": local} if where else {}
         names = {name: str(value) for name, value in here.items()}
         arguments = [f"run.dir={run}", *SETTINGS, *settings]
+        on = (hosts.names[rank], rank) if hosts is not None else None
         process = context.Process(
             target=_rank,
-            args=(command, arguments, names, printed, trouble, (rank, *args)),
+            args=(command, arguments, names, printed, trouble, (rank, *args), on),
             daemon=True,
         )
         process.start()
@@ -123,39 +145,23 @@ def _rank(
     printed: Path,
     trouble: Trouble | None,
     args: tuple,
+    on: tuple[str, int] | None,
 ) -> None:
+    if on is not None:
+        enter(*on)
     os.environ.update(environment)
     into = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(into, stream)
     module = importlib.import_module(f"launch.{command}")
+    from geneformer_mcore.parallel import device
     from geneformer_mcore.train import setup
 
     # The device's peak is for MFU alone, and takes most of a second to measure.
     setup.measured_peak = lambda *_: 1e12  # type: ignore[assignment]
+    # With more threads small products only wait for each other, and for whatever else runs here.
+    device._fair_threads = lambda: 1
     if trouble is not None:
         trouble(*args)
     sys.argv = [f"{command}.py", *arguments]
     sys.exit(module.main())
-
-
-def before(place: str, call: int, do: Callable[[], object]) -> None:
-    """From now on `do` is called before the `call`-th call of `place`, counted from 1.
-
-    place: package.module:name, or package.module:Class.name; as the caller looks it up
-    """
-    module, _, names = place.partition(":")
-    *path, name = names.split(".")
-    owner = importlib.import_module(module)
-    for part in path:
-        owner = getattr(owner, part)
-    whole, calls = getattr(owner, name), 0
-
-    def disturbed(*args: Any, **more: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            do()
-        return whole(*args, **more)
-
-    setattr(owner, name, disturbed)

@@ -151,7 +151,7 @@ def tokens_of(source: Path, vocabulary: Vocabulary = NAMELESS) -> list[list[int]
     return found
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     parts=matrices(),
     var=var(),
@@ -338,7 +338,6 @@ def gc30m(shared_data: Path) -> Vocabulary:
     return Vocabulary.from_medians(medians, names)
 
 
-@pytest.mark.slow
 def test_the_real_files_in_one_command(
     shared_data: Path, gc30m: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,7 +353,6 @@ def test_the_real_files_in_one_command(
     assert [path.stat().st_mtime_ns for path in paths] == [b.st_mtime_ns for b in before]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_file_in_other_forms(
     shared_data: Path, gc30m: Vocabulary, tmp_path: Path, name: str

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,31 +17,29 @@ from geneformer_mcore.store.layout import OBS
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.soma_io import SomaReader
 from geneformer_mcore.store.split_table import SplitTable
+from tests import commands
 from tests.small_cells import gene_id, random_counts
 from tests.small_experiment import write_experiment
 
 SIZES = {"a": 300, "b": 40, "c": 40, "d": 20, "whole": 30}
+# In place of Amazon's servers, a port of this machine on which nothing listens.
+NO_SERVER = {
+    "TILEDB_VFS_S3_ENDPOINT_OVERRIDE": "127.0.0.1:9",
+    "TILEDB_VFS_S3_CONNECT_MAX_TRIES": "1",
+}
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def command(repository: Path, tmp_path: Path) -> Command:
+def command(tmp_path: Path) -> Command:
     def call(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-W", "error", repository / f"data_prep/{name}.py"]
-            + [str(argument) for argument in arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(repository)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return commands.run(f"data_prep/{name}.py", *arguments, cwd=tmp_path)
 
     return call
 
 
-@pytest.fixture
-def address(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Five data sets, of which `d` alone has its tissue, and every tenth cell is of a disease."""
     rng = np.random.default_rng(0)
     cells = {
@@ -61,7 +56,7 @@ def address(tmp_path: Path) -> str:
         )
         for name, size in SIZES.items()
     }
-    return write_experiment(tmp_path / "census", cells)
+    return write_experiment(tmp_path_factory.mktemp("census") / "census", cells)
 
 
 def done(result: subprocess.CompletedProcess[str]) -> str:
@@ -69,7 +64,6 @@ def done(result: subprocess.CompletedProcess[str]) -> str:
     return result.stdout
 
 
-@pytest.mark.slow
 def test_from_the_census_to_a_store(command: Command, address: str, tmp_path: Path) -> None:
     listed = done(
         command(
@@ -95,14 +89,14 @@ def test_from_the_census_to_a_store(command: Command, address: str, tmp_path: Pa
     assert "all 1 assay and 2 tissue_general in training" in told
 
     done(command("build_vocabulary", "--partial", "p0.npz", *units[::2]))
-    done(command("build_vocabulary", "--partial", "p1.npz", "--workers", 2, *units[1::2]))
+    done(command("build_vocabulary", "--partial", "p1.npz", *units[1::2]))
     done(command("build_vocabulary", "--out", "merged.json", "--merge", "p0.npz", "p1.npz"))
     done(command("build_vocabulary", "--out", "v.json", *units))
     assert (tmp_path / "merged.json").read_bytes() == (tmp_path / "v.json").read_bytes()
     assert len(Vocabulary.load(tmp_path / "v.json").feature_ids) == 30
 
-    store = ("build_store", "--vocabulary", "v.json", "--split", "split.json", "--out")
-    assert command(*store, "s", *units).returncode == 0
+    store = ("build_store", "--vocabulary", "v.json", "--split", "split.json", "--workers", 1)
+    assert command(*store, "--out", "s", *units).returncode == 0
     expected = SplitTable.load(tmp_path / "split.json")
     with TokenStore.open(tmp_path / "s") as opened, SomaReader(tmp_path / "s") as reader:
         assert opened.manifest.split == expected.describe()
@@ -119,7 +113,6 @@ def test_from_the_census_to_a_store(command: Command, address: str, tmp_path: Pa
     }
 
 
-@pytest.mark.slow
 def test_errors_end_as_they_should(command: Command, address: str, tmp_path: Path) -> None:
     arguments = ("download_census", "--out", "d", "--uri", address)
     done(command(*arguments))
@@ -148,16 +141,21 @@ def test_errors_end_as_they_should(command: Command, address: str, tmp_path: Pat
     assert not [name for name in ("e", "s.json", "v.json") if (tmp_path / name).exists()]
 
 
-@pytest.mark.slow
+LIMITED = """
+import resource
+from data_prep.download_census import main
+from geneformer_mcore.commands import run
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+run(main)
+"""
+
+
 def test_a_full_disk_ends_with_2(command: Command, address: str, tmp_path: Path) -> None:
-    """In its place a limit to the size of files, which the command inherits."""
+    """In its place a limit to the size of files."""
     arguments = ("download_census", "--out", "d", "--uri", address)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
-    try:
-        ended = command(*arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (tmp_path / "limited.py").write_text(LIMITED)
+    ended = commands.run(tmp_path / "limited.py", *arguments[1:], cwd=tmp_path)
     assert ended.returncode == WRONG_INPUT, ended.stderr
     assert ended.stderr.startswith("error: d/a.h5ad: cannot be written: File too large. Remedy: ")
     assert len(ended.stderr.splitlines()) == 1
@@ -165,22 +163,13 @@ def test_a_full_disk_ends_with_2(command: Command, address: str, tmp_path: Path)
     assert "5 files fetched" in done(command(*arguments))
 
 
-def test_a_network_that_is_not_there_ends_with_75(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # In place of Amazon's servers, a port of this machine on which nothing listens.
-    monkeypatch.setenv("TILEDB_VFS_S3_ENDPOINT_OVERRIDE", "127.0.0.1:9")
-    monkeypatch.setenv("TILEDB_VFS_S3_CONNECT_MAX_TRIES", "1")
-    result = command(
-        *("download_census", "--out", "d", "--attempts", 2, "--uri", "s3://bucket/census")
+def test_a_network_that_is_not_there_ends_with_75(tmp_path: Path) -> None:
+    words = ("--out", "d", "--attempts", 2, "--uri", "s3://bucket/census")
+    result = commands.run(
+        "data_prep/download_census.py", *words, cwd=tmp_path, environment=NO_SERVER
     )
     assert result.returncode == INTERRUPTED
     assert result.stderr.startswith("warning: the plan: s3://bucket/census: ")
     assert "failed 2 times" in result.stderr
     assert "Remedy: start the same command again" in result.stderr
     assert not (tmp_path / "d").exists()
-
-
-@pytest.mark.parametrize("name", ["download_census", "make_split", "build_vocabulary"])
-def test_help_holds_an_example(command: Command, name: str) -> None:
-    assert f"example:\n  python data_prep/{name}.py" in done(command(name, "--help"))

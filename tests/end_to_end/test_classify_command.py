@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import anndata
 import numpy as np
 import pytest
 
-from tests.distributed.commands import commands
+from benchmarks import cell_types
+from geneformer_mcore.errors import DataError
+from tests import commands
 from tests.distributed.ranks import run_ranks
+from tests.distributed.test_classify import classified
 from tests.end_to_end import forked
 
 TINY = (
@@ -72,7 +73,7 @@ def test_cells_of_the_training_are_refused_unless_told(
         )
     ]
     lines = [[*line, "--no-plots", "--resamples", "0"] for line in lines]
-    ((refused, allowed, fine, moved),) = run_ranks(commands, 1, "classify", lines, timeout_s=280)
+    ((refused, allowed, fine, moved),) = run_ranks(classified, 1, lines, timeout_s=280)
     num_train = json.loads((store / "manifest.json").read_text())["rows"]["train"]
     num_seen = num_train[1] - num_train[0]
     assert 100 < num_seen < 240
@@ -93,19 +94,30 @@ def test_cells_of_the_training_are_refused_unless_told(
     assert not (tmp_path / "moved").exists()
 
 
-@pytest.mark.slow
-def test_the_whole_chain_by_one_command(h5ad: Path, repository: Path, tmp_path: Path) -> None:
+def step(*command: str | Path) -> None:
+    """The benchmark's step, forked: pretraining by one rank, and no pictures, which tests of
+    launch/classify.py draw."""
+    words = list(map(str, command))
+    if "launch/pretrain.py" in words:
+        assert words[:2] == ["-m", "torch.distributed.run"]
+        words = words[words.index("launch/pretrain.py") :]
+    commands.check(*words, *(["--no-plots"] if words[0] == "launch/classify.py" else []))
+
+
+def test_the_whole_chain_by_one_command(
+    h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy, other = disguised(h5ad, tmp_path / "copy.h5ad"), strangers(h5ad, tmp_path / "other.h5ad")
-    command = [
-        *(sys.executable, "benchmarks/cell_types.py", "--train", copy, other, "--labelled", h5ad),
+    words = [
+        *("cell_types.py", "--train", copy, other, "--labelled", h5ad),
         *("--out", tmp_path / "out", "--steps", "2", "--resamples", "20", "--set", *TINY),
     ]
-    ended = subprocess.run(
-        list(map(str, command)), cwd=repository, capture_output=True, text=True, timeout=280
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "not on copy.h5ad, which holds 240 of its cells" in ended.stdout
-    assert "PCA(10) 0.561 / 0.775" in ended.stdout
+    monkeypatch.setattr("sys.argv", list(map(str, words)))
+    monkeypatch.setattr(cell_types, "step", step)
+    assert cell_types.main() == 0
+    printed = capsys.readouterr().out
+    assert "not on copy.h5ad, which holds 240 of its cells" in printed
+    assert "PCA(10) 0.561 / 0.775" in printed
     found = json.loads((tmp_path / "out" / "cell_types.json").read_text())
     (of_set,) = found["sets"]
     assert of_set["trained_on"] == ["other.h5ad"]
@@ -117,16 +129,16 @@ def test_the_whole_chain_by_one_command(h5ad: Path, repository: Path, tmp_path: 
     assert len(rows) == 9
 
 
-def test_the_chain_refuses_what_leaves_nothing_to_train_on(
-    h5ad: Path, repository: Path, tmp_path: Path
-) -> None:
+def test_a_step_that_fails_ends_the_chain() -> None:
+    with pytest.raises(DataError, match=r"launch/cache_store\.py ended with 2"):
+        cell_types.step("launch/cache_store.py")
+
+
+def test_the_chain_refuses_what_leaves_nothing_to_train_on(h5ad: Path, tmp_path: Path) -> None:
     for train, told in ((tmp_path / "no.h5ad", "no such file"), (h5ad, "none is left to train on")):
-        command = [
-            *(sys.executable, "benchmarks/cell_types.py", "--train", train, "--labelled", h5ad),
+        ended = commands.run(
+            *("benchmarks/cell_types.py", "--train", train, "--labelled", h5ad),
             *("--out", tmp_path / "out"),
-        ]
-        ended = subprocess.run(
-            list(map(str, command)), cwd=repository, capture_output=True, text=True, timeout=280
         )
         assert ended.returncode == 2, ended.stderr
         assert told in ended.stderr

@@ -78,7 +78,7 @@ def commands(copy: Path) -> list[str]:
     return [value for word, value in every if word == "RUN"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_pip_finds_what_the_base_lacks_and_leaves_its_torch_alone(
     copy: Path, tmp_path: Path, repository: Path
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 from geneformer_mcore.errors import DataError
 from tests.end_to_end import forked
 from tests.end_to_end.test_pretrain import MORE, outcome, records
+from tests.marks import soak
 
 TIMEOUT_S = 8
 TROUBLE_AT = 5
@@ -126,8 +127,8 @@ def nan(whole: Any, trainable: Any, *rest: Any) -> Any:
 TROUBLES = {each.__name__: each for each in (killed, stopped, asleep, failed, refused, nan)}
 
 
-def assert_named(what: str, of_rank: int, run: Path, printed: str, seconds: float) -> None:
-    """The outcome says which rank was lost, and so does what was printed; it took no too long."""
+def assert_named(what: str, of_rank: int, run: Path, printed: str) -> None:
+    """The outcome names the rank that was lost, and so does what was printed."""
     found = outcome(run)
     assert (found["outcome"], found["exit_code"]) == ("failed", 1)
     assert found["step"] == TROUBLE_AT - 1
@@ -139,33 +140,34 @@ def assert_named(what: str, of_rank: int, run: Path, printed: str, seconds: floa
         assert f"rank {of_rank} of 2 is lost" in told
         assert f"rank {1 - of_rank} " in told
     assert "while forward, backward and update" in told or "update for" in told
-    assert seconds < TIMEOUT_S + 10
 
 
 @pytest.mark.parametrize(
     ("what", "of_rank"),
-    [("killed", 0), ("killed", 1), ("stopped", 0), ("stopped", 1), ("asleep", 1)],
+    [soak("killed", 0), ("killed", 1), ("stopped", 0), soak("stopped", 1), ("asleep", 1)],
 )
 def test_a_lost_rank_ends_the_job_in_time_and_is_named(
-    what: str, of_rank: int, store: Path, tmp_path: Path
+    what: str, of_rank: int, store: Path, tmp_path: Path, slack_s: float
 ) -> None:
     codes, printed, seconds = run(what, of_rank, store, tmp_path)
     lost = 1 if what == "asleep" else -signal.SIGKILL
     assert (codes[of_rank], codes[1 - of_rank]) == (lost, 1)
-    assert_named(what, of_rank, tmp_path / "run", printed, seconds)
+    assert_named(what, of_rank, tmp_path / "run", printed)
+    assert seconds < TIMEOUT_S + slack_s
 
 
-@pytest.mark.parametrize(("what", "of_rank"), [("killed", 0), ("stopped", 1)])
+@pytest.mark.parametrize(("what", "of_rank"), [soak("killed", 0), ("stopped", 1)])
 def test_under_torchrun_too(
-    what: str, of_rank: int, repository: Path, store: Path, tmp_path: Path
+    what: str, of_rank: int, repository: Path, store: Path, tmp_path: Path, slack_s: float
 ) -> None:
     """Which asks the others to end when one rank has ended, and heeds none that is stopped."""
     code, printed, seconds = run_by_torchrun(what, of_rank, repository, store, tmp_path)
     assert code == 1
-    assert_named(what, of_rank, tmp_path / "run", printed, seconds)
+    assert_named(what, of_rank, tmp_path / "run", printed)
+    assert seconds < TIMEOUT_S + slack_s
 
 
-def test_an_error_on_one_rank_is_what_all_are_told(store: Path, tmp_path: Path) -> None:
+def test_an_error_on_one_rank_reaches_all(store: Path, tmp_path: Path, slack_s: float) -> None:
     codes, _, seconds = run("failed", 1, store, tmp_path)
     assert codes == [1, 1]
     reason = outcome(tmp_path / "run")["reason"]
@@ -173,7 +175,7 @@ def test_an_error_on_one_rank_is_what_all_are_told(store: Path, tmp_path: Path) 
         "the job failed: rank 1 failed at step 4 while forward, backward and update: "
         "ValueError: a bad cell"
     )
-    assert seconds < 10
+    assert seconds < slack_s
 
 
 def test_a_users_mistake_on_one_rank_is_exit_code_2(store: Path, tmp_path: Path) -> None:

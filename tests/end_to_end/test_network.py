@@ -1,6 +1,7 @@
-"""Training on two hosts, and what becomes of it when the network between them fails.
+"""Training on two hosts, and how it ends when the network between them fails.
 
-The hosts are network namespaces (tests/two_hosts.py); on each runs torchrun, as a user starts it.
+The hosts are network namespaces (tests/two_hosts.py). Ranks are forked onto them; in the soak each
+host runs torchrun, as a user starts it.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.end_to_end import forked
 from tests.end_to_end.test_pretrain import outcome
 from tests.end_to_end.test_pretrain import settings as settings_of
-from tests.kills import final_state
-from tests.two_hosts import ADDRESSES, LINK, Command, TwoHosts, two_hosts, wait_for
+from tests.final_state import FinalState, final_state
+from tests.two_hosts import ADDRESSES, LINK, PORT, Command, TwoHosts, two_hosts, wait_for
 
 TIMEOUT_S = 8
 TROUBLE_AT = 5
-PORT = 29417
 MEETING = f"{ADDRESSES[0]}, {PORT}"
 
 SCRIPT = """
@@ -59,7 +60,7 @@ def hosts() -> Iterator[TwoHosts]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> FinalState:
     """The final state of two ranks of one host."""
     run = tmp_path_factory.mktemp("runs") / "one_host"
     assert forked.start(run, settings_of(store), 2).wait() == [0, 0]
@@ -130,9 +131,54 @@ def assert_finished(both: Sequence[Command]) -> None:
     assert codes == [0, 0], "\n".join(each.printed for each in both)
 
 
-@pytest.mark.slow
+def paused(rank: int, folder: Path) -> None:
+    """Trouble: the rank waits before step TROUBLE_AT until there is a file `go`. Its
+    parallel.timeout_s holds from there on: on a busy machine two ranks may start further apart."""
+    from launch import pretrain
+
+    whole = pretrain._train
+
+    def train(*arguments: Any) -> tuple[int, str]:
+        def pause() -> None:
+            arguments[-1]._limit_s = TIMEOUT_S
+            (folder / f"reached_{rank}").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.01)
+
+        forked.before("geneformer_mcore.train.loop:_step", TROUBLE_AT, pause)
+        return whole(*arguments)
+
+    pretrain._train = train
+
+
+@pytest.mark.parametrize("failure", ["unplug", "silence"])
+def test_a_network_that_fails_ends_both_sides_and_the_run_goes_on_later(
+    failure: str, hosts: TwoHosts, store: Path, tmp_path: Path, undisturbed: FinalState
+) -> None:
+    """A cable taken out is seen by the kernel; a silent network by nothing but time."""
+    run, settings = tmp_path / "run", settings_of(store)
+    both = forked.start(run, settings, 2, paused, (tmp_path,), hosts=hosts)
+    for rank in range(2):
+        both.wait_for(tmp_path / f"reached_{rank}")
+    getattr(hosts, failure)()
+    (tmp_path / "go").touch()
+    assert both.wait(TIMEOUT_S + 60) == [1, 1]
+    found = outcome(run)
+    assert (found["outcome"], found["exit_code"]) == ("failed", 1)
+    assert found["step"] == TROUBLE_AT - 1
+    assert "rank 1 of 2 is lost" in found["reason"]
+    assert "error: rank 1 of 2 is lost" in both.printed
+    assert "error: rank 1 of 2 is cut off from rank 0" in both.printed
+    hosts.mend()
+    again = forked.start(run, settings, 2, hosts=hosts)
+    assert again.wait() == [0, 0], again.printed
+    assert "(step 3, " in again.printed
+    assert final_state(run) == undisturbed
+
+
+@pytest.mark.soak
 def test_two_hosts_train_as_two_ranks_of_one_do(
-    hosts: TwoHosts, job: Job, undisturbed: dict[str, str]
+    hosts: TwoHosts, job: Job, undisturbed: FinalState
 ) -> None:
     """Though one comes late, and the network is silent for two seconds."""
     first = job.start(0, paused=True)
@@ -163,9 +209,9 @@ def assert_both_end_in_time(job: Job, both: Sequence[Command]) -> None:
     assert "error: rank 1 of 2 is cut off from rank 0" in both[1].printed
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_cable_taken_out_ends_both_sides_and_the_run_goes_on_later(
-    hosts: TwoHosts, job: Job, undisturbed: dict[str, str]
+    hosts: TwoHosts, job: Job, undisturbed: FinalState
 ) -> None:
     both = job.start_and_pause()
     hosts.unplug()
@@ -178,7 +224,7 @@ def test_a_cable_taken_out_ends_both_sides_and_the_run_goes_on_later(
     assert final_state(job.run) == undisturbed
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_network_that_loses_all_without_a_word_ends_both_sides(hosts: TwoHosts, job: Job) -> None:
     """No connection is ever reset or closed: nothing but time tells of it."""
     both = job.start_and_pause()
@@ -187,7 +233,7 @@ def test_a_network_that_loses_all_without_a_word_ends_both_sides(hosts: TwoHosts
     assert_both_end_in_time(job, both)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_hosts_that_never_meet_do_not_wait_forever(hosts: TwoHosts, job: Job) -> None:
     """torchrun's own wait and words; its limit is ten minutes unless --rdzv-conf says otherwise."""
     hosts.silence()

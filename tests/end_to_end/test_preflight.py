@@ -19,6 +19,7 @@ import pytest
 
 from geneformer_mcore.parallel.interface import interface_of
 from geneformer_mcore.store.layout import Manifest
+from tests import commands
 from tests.end_to_end import forked
 
 LIMIT = "parallel.timeout_s=20"
@@ -281,18 +282,14 @@ def test_a_rank_that_dies_is_named(store: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["optim.lr=-1", "no.such=1"])
-def test_a_wrong_setting_is_answered_as_by_pretrain(given: str, repository: Path) -> None:
-    command = [sys.executable, "launch/preflight.py", given]
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    ended = subprocess.run(
-        command, cwd=repository, env=environment, capture_output=True, text=True, timeout=60
-    )
+def test_a_wrong_setting_is_answered_as_by_pretrain(given: str) -> None:
+    ended = commands.run("launch/preflight.py", given)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ")
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_through_torchrun(store: Path, tmp_path: Path, repository: Path) -> None:
     torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
     given = [f"data.store={store}", f"run.dir={tmp_path / 'run'}", *forked.SETTINGS]

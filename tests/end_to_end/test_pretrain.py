@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import commands
 from tests.end_to_end import forked
 
 STEPS = 14
@@ -68,11 +69,11 @@ def trace(run: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def finished(repository: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed run."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    ended = start(*command(repository, store, run))
-    assert ended.returncode == 0, ended.stderr
+    ended = forked.start(run, settings(store))
+    assert ended.wait() == [0], ended.printed
     return run
 
 
@@ -156,20 +157,16 @@ def test_a_finished_run_says_so(store: Path, finished: Path) -> None:
     assert trace(finished) == before
 
 
-def test_two_ranks_go_on_from_one_ranks_checkpoint(
-    repository: Path, store: Path, tmp_path: Path
-) -> None:
-    """Elastic: another layout continues with the same cells and losses, under torchrun."""
+def test_two_ranks_go_on_from_one_ranks_checkpoint(store: Path, tmp_path: Path) -> None:
+    """Elastic: another layout continues with the same cells and losses."""
     still = ("model.hidden_dropout=0", "model.attention_dropout=0", "train.validate_every_steps=0")
     whole, run = tmp_path / "whole", tmp_path / "elastic"
     assert forked.start(whole, settings(store, *still)).wait() == [0]
     stopped = forked.start(run, settings(store, *still), 1, signalled, (4, signal.SIGUSR1))
     assert stopped.wait() == [75]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    one = command(repository, store, run, *still)
-    two = start(*torchrun, "--nproc_per_node=2", *one[1:], "parallel.tensor=2")
-    assert two.returncode == 0, two.stderr
-    assert "its layout was" in two.stdout
+    two = forked.start(run, settings(store, *still, "parallel.tensor=2"), 2)
+    assert two.wait() == [0, 0], two.printed
+    assert "its layout was" in two.printed
     expected, seen = records(whole), records(run)
     assert [line["tokens_seen"] for line in seen] == [line["tokens_seen"] for line in expected]
     losses = [line["loss"] for line in expected]
@@ -243,15 +240,8 @@ def test_damaged_checkpoints_do_not_start_the_run_anew(
     assert trace(run) == before, "nothing is lost"
 
 
-def test_without_a_demo_store_make_demo_is_named(repository: Path, tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, str(repository / "launch" / "pretrain.py")],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-        cwd=tmp_path,
-    )
+def test_without_a_demo_store_make_demo_is_named(tmp_path: Path) -> None:
+    ended = commands.run("launch/pretrain.py", cwd=tmp_path)
     assert ended.returncode == 2
     assert "make demo" in ended.stderr
 

@@ -12,7 +12,8 @@ import pytest
 
 from geneformer_mcore.train.profile import WARM_UP_STEPS
 from tests.end_to_end import forked
-from tests.kills import final_state
+from tests.final_state import FinalState, final_state
+from tests.marks import soak
 
 STEPS = 8
 MORE = (
@@ -29,7 +30,7 @@ def settings(store: Path, profile_steps: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> FinalState:
     """The final state of a run without a profile, which leaves no folder of one."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
     assert forked.start(run, settings(store, 0)).wait() == [0]
@@ -47,7 +48,7 @@ def names_in(trace: Path) -> dict[str, int]:
 
 
 def test_the_trace_names_our_parts_of_the_steps_asked_for(
-    store: Path, tmp_path: Path, undisturbed: dict[str, str]
+    store: Path, tmp_path: Path, undisturbed: FinalState
 ) -> None:
     run = tmp_path / "run"
     start = forked.start(run, settings(store, 3))
@@ -63,6 +64,7 @@ def test_the_trace_names_our_parts_of_the_steps_asked_for(
     assert WARM_UP_STEPS == 3
 
 
+@pytest.mark.soak
 def test_rank_0_writes_it(store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     start = forked.start(run, settings(store, 3), 2)
@@ -76,9 +78,9 @@ def interrupted(_rank: int, number: signal.Signals) -> None:
     forked.before("geneformer_mcore.train.loop:train_step", 5, do)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), soak(signal.SIGKILL, -9)])
 def test_an_end_inside_the_window_costs_the_trace_alone(
-    store: Path, tmp_path: Path, undisturbed: dict[str, str], number: signal.Signals, code: int
+    store: Path, tmp_path: Path, undisturbed: FinalState, number: signal.Signals, code: int
 ) -> None:
     run = tmp_path / "run"
     start = forked.start(run, settings(store, 3), 1, interrupted, (number,))
@@ -115,7 +117,7 @@ def test_an_error_inside_the_window_is_told_as_it_is(store: Path, tmp_path: Path
 
 
 def test_a_trace_that_cannot_be_written_ends_no_run(
-    store: Path, tmp_path: Path, undisturbed: dict[str, str]
+    store: Path, tmp_path: Path, undisturbed: FinalState
 ) -> None:
     run = tmp_path / "run"
     start = forked.start(run, settings(store, 3), 1, failing, ("disk",))

@@ -14,7 +14,8 @@ import pytest
 
 from geneformer_mcore.checkpoint import folder as checkpoints
 from tests.end_to_end import forked
-from tests.kills import final_state
+from tests.final_state import FinalState, final_state
+from tests.marks import soak
 
 STEPS = 8
 MORE = (
@@ -44,7 +45,7 @@ OUTCOME = "geneformer_mcore.train.run_folder:RunFolder.close"
 
 
 @pytest.fixture(scope="module")
-def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> FinalState:
     """The final state of a run that no signal reached."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
     assert forked.start(run, settings(store)).wait() == [0]
@@ -94,16 +95,16 @@ def assert_interrupted(start: forked.Start, run: Path, name: str, *steps: int) -
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def assert_goes_on(run: Path, store: Path, undisturbed: dict[str, str], ranks: int = 1) -> None:
+def assert_goes_on(run: Path, store: Path, undisturbed: FinalState | None, ranks: int = 1) -> None:
     start = forked.start(run, settings(store), ranks)
     assert start.wait() == [0] * ranks, start.printed
     if ranks == 1:
         assert final_state(run) == undisturbed
 
 
-@pytest.mark.parametrize("place", [CELLS, MEETING, LOGS])
+@pytest.mark.parametrize("place", [CELLS, soak(MEETING), LOGS])
 def test_before_the_first_step_there_is_nothing_to_save(
-    store: Path, tmp_path: Path, undisturbed: dict[str, str], place: str
+    store: Path, tmp_path: Path, undisturbed: FinalState, place: str
 ) -> None:
     run = tmp_path / "run"
     start = forked.start(run, settings(store), 1, signalled, (0, (place, 1, (TERM, USR1))))
@@ -112,7 +113,7 @@ def test_before_the_first_step_there_is_nothing_to_save(
 
 
 def test_while_it_imports(
-    store: Path, tmp_path: Path, undisturbed: dict[str, str], repository: Path
+    store: Path, tmp_path: Path, undisturbed: FinalState, repository: Path
 ) -> None:
     """As a user starts it; the outcome is cleared before what takes seconds to import."""
     run = tmp_path / "run"
@@ -136,7 +137,7 @@ def test_while_it_imports(
     assert_goes_on(run, store, undisturbed)
 
 
-def test_while_it_restores(store: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+def test_while_it_restores(store: Path, tmp_path: Path, undisturbed: FinalState) -> None:
     run = tmp_path / "run"
     at_step_4 = (0, (STEP, 4, (TERM,)))
     start = forked.start(run, settings(store), 1, signalled, at_step_4)
@@ -149,10 +150,16 @@ def test_while_it_restores(store: Path, tmp_path: Path, undisturbed: dict[str, s
 
 @pytest.mark.parametrize(
     ("place", "more"),
-    [(WRITING, ()), (COMMIT, ()), (RETAIN, ()), (WRITING, ASYNCHRONOUS), (COMMIT, ASYNCHRONOUS)],
+    [
+        (WRITING, ()),
+        soak(COMMIT, ()),
+        soak(RETAIN, ()),
+        soak(WRITING, ASYNCHRONOUS),
+        (COMMIT, ASYNCHRONOUS),
+    ],
 )
 def test_during_a_save(
-    store: Path, tmp_path: Path, undisturbed: dict[str, str], place: str, more: tuple[str, ...]
+    store: Path, tmp_path: Path, undisturbed: FinalState, place: str, more: tuple[str, ...]
 ) -> None:
     """That of step 3. Written beside training, it may be finished some steps later, and the step
     of that time is saved as well."""
@@ -163,9 +170,9 @@ def test_during_a_save(
     assert_goes_on(run, store, undisturbed)
 
 
-@pytest.mark.parametrize("place", [WRITING, COMMIT, RETAIN, OUTCOME])
+@pytest.mark.parametrize("place", [soak(WRITING), soak(COMMIT), RETAIN, OUTCOME])
 def test_a_second_signal_during_the_last_save(
-    store: Path, tmp_path: Path, undisturbed: dict[str, str], place: str
+    store: Path, tmp_path: Path, undisturbed: FinalState, place: str
 ) -> None:
     run = tmp_path / "run"
     reached = ((STEP, 2, (TERM,)), (place, 1, (USR1, INT, TERM)))
@@ -174,7 +181,7 @@ def test_a_second_signal_during_the_last_save(
     assert_goes_on(run, store, undisturbed)
 
 
-def test_during_a_validation(store: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+def test_during_a_validation(store: Path, tmp_path: Path, undisturbed: FinalState) -> None:
     """It is finished, and its loss is kept."""
     run = tmp_path / "run"
     start = forked.start(run, settings(store), 1, signalled, (0, (VALIDATION, 2, (TERM, USR1))))
@@ -185,7 +192,8 @@ def test_during_a_validation(store: Path, tmp_path: Path, undisturbed: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("place", "to"), [(STEP, 0), (BUILDING, 1), (STEP, 1), (VALIDATION, 1), (WRITING, 1)]
+    ("place", "to"),
+    [soak(STEP, 0), soak(BUILDING, 1), (STEP, 1), soak(VALIDATION, 1), (WRITING, 1)],
 )
 def test_one_of_two_ranks_is_enough(store: Path, tmp_path: Path, place: str, to: int) -> None:
     """The other one waits for it in a collective, or goes on, and stops at the same step."""
@@ -194,11 +202,11 @@ def test_one_of_two_ranks_is_enough(store: Path, tmp_path: Path, place: str, to:
     step = {BUILDING: 0, STEP: 1, VALIDATION: 4, WRITING: 3}[place]
     name = "another rank was asked to stop" if to else "signal SIGTERM"
     assert_interrupted(start, run, name, step)
-    assert_goes_on(run, store, {}, ranks=2)
+    assert_goes_on(run, store, None, ranks=2)
 
 
 def test_after_the_last_step_it_is_finished(
-    store: Path, tmp_path: Path, undisturbed: dict[str, str]
+    store: Path, tmp_path: Path, undisturbed: FinalState
 ) -> None:
     run = tmp_path / "run"
     start = forked.start(run, settings(store), 1, signalled, (0, (END, 1, (TERM,))))

@@ -3,138 +3,113 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import fields
+from functools import cache
+from itertools import pairwise
+from typing import get_type_hints
 
-import pytest
+from geneformer_mcore.config.sections import Config
+from tests.rules.sources import COMMAND_FILES, LIBRARY, LIBRARY_FILES, tree_of
 
-from tests.rules.readings import Settings, settings_read
-from tests.rules.sources import LIBRARY, command_files, library_files, tree_of
-
-SECTIONS = LIBRARY / "config" / "sections.py"
-DERIVE = LIBRARY / "config" / "derive.py"
+WHOLE = "config"
+"""The name under which all sections are known, and what they are called here."""
+SECTION_OF = {kind.__name__: name for name, kind in get_type_hints(Config).items()}
+SETTINGS = {
+    f"{name}.{key.name}" for name, kind in get_type_hints(Config).items() for key in fields(kind)
+}
+PLANNING = ("plan", "token_budget")
 
 
 def test_every_setting_has_a_docstring() -> None:
+    classes = [
+        node
+        for node in tree_of(LIBRARY / "config" / "sections.py").body
+        if isinstance(node, ast.ClassDef) and node.name in SECTION_OF
+    ]
+    assert len(classes) == len(SECTION_OF)
     bare = [
-        f"{section.name}.{name}"
-        for section in _sections()
-        for name, follower in _fields(section)
-        if not _is_docstring(follower)
+        f"{section.name}: {ast.unparse(node)}"
+        for section in classes
+        for node, follower in pairwise([*section.body, ast.Pass()])
+        if isinstance(node, ast.AnnAssign) and not _is_docstring(follower)
     ]
     assert not bare
 
 
 def test_every_setting_is_read() -> None:
-    settings = Settings.of(tree_of(SECTIONS))
-    assert len(settings.names()) > 40
-    read = {name for tree in _acting_trees() for name in settings_read(tree, settings)}
-    dead = settings.names() - read
-    assert not dead, f"dead settings: {sorted(dead)}"
-
-
-EXAMPLE = Settings.of(
-    ast.parse(
-        """
-class OptimConfig:
-    lr: float = 1.0
-    clip: float = 1.0
-class TrainConfig:
-    steps: int = 1
-class Config:
-    optim: OptimConfig
-    train: TrainConfig
-"""
-    )
-)
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "x = config.optim.lr",
-        "def f(run):\n    return run.config.optim.lr",
-        "def f(config):\n    optim = config.optim\n    return optim.lr",
-        "def f(run):\n    train, o = run.config.train, run.config.optim\n    return o.lr",
-        "def f(settings: Config):\n    return settings.optim.lr",
-        "def f(o: OptimConfig):\n    return o.lr",
-        "def f(*, o: sections.OptimConfig):\n    def g():\n        return o.lr\n    return g",
-        "class A:\n    def f(self):\n        return self.config.optim.lr",
-        "def f():\n    config, text = load()\n    return config.optim.lr",
-    ],
-)
-def test_a_reading_is_found(code: str) -> None:
-    assert settings_read(ast.parse(code), EXAMPLE) == {"optim.lr"}
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "x = schedule.lr",
-        "x = optim.lr",
-        "x = config.train.lr",
-        "x = config.schedule.lr",
-        "def f(model):\n    return model.lr",
-        "def f(optim: OptimConfig):\n    optim = optim.groups\n    return optim.lr",
-        "def f(o: OptimConfig):\n    pass\ndef g(o):\n    return o.lr",
-        "config.optim.lr = 3",
-        "print(f'{config.optim.lr}')",
-        "x = 'optim.lr'",
-    ],
-)
-def test_what_only_looks_like_a_reading_is_not_one(code: str) -> None:
-    assert not settings_read(ast.parse(code), EXAMPLE)
+    assert len(SETTINGS) > 40
+    dead = SETTINGS - _read_by_all()
+    assert not dead
 
 
 def test_a_dead_setting_would_be_found() -> None:
-    """Settings nobody reads, named like attributes that the library does read of other objects."""
-    text = SECTIONS.read_text()
-    for name in ("step", "rank", "world_size"):
-        assert f".{name}" in (LIBRARY / "train" / "setup.py").read_text()
-        text = text.replace(
-            "    clip: float = 1.0\n", f"    {name}: int = 1\n    clip: float = 1.0\n"
-        )
-    settings = Settings.of(ast.parse(text))
-    read = {name for tree in _acting_trees() for name in settings_read(tree, settings)}
-    assert settings.names() - read == {"optim.step", "optim.rank", "optim.world_size"}
+    """It is named like attributes that the library reads of other objects, or is only shown."""
+    assert not _read_by_all() & {"optim.step", "optim.rank", "optim.world_size"}
+    assert not _read(ast.parse("def f(config):\n    print(f'{config.optim.lr}')"))
 
 
-def _sections() -> list[ast.ClassDef]:
-    found = [
-        node
-        for node in tree_of(SECTIONS).body
-        if isinstance(node, ast.ClassDef) and node.name.endswith("Config") and node.name != "Config"
+def _is_docstring(node: ast.AST) -> bool:
+    value = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(value, ast.Constant) and len(str(value.value)) > 10
+
+
+@cache
+def _read_by_all() -> set[str]:
+    """What the code that acts on settings reads. Checking a range is not acting, so of config/ only
+    `plan` and what it computes with count, and no benchmark does."""
+    planning = tree_of(LIBRARY / "config" / "derive.py").body
+    files = [path for path in LIBRARY_FILES if path.parent.name != "config"]
+    files += [path for path in COMMAND_FILES if path.parent.name in ("launch", "data_prep")]
+    functions = [
+        *(f for f in planning if isinstance(f, ast.FunctionDef) and f.name in PLANNING),
+        *(f for path in files for f in ast.walk(tree_of(path)) if isinstance(f, ast.FunctionDef)),
     ]
-    assert len(found) >= 8
-    return found
+    return {name for function in functions for name in _read(function)}
 
 
-def _fields(section: ast.ClassDef) -> list[tuple[str, ast.stmt | None]]:
-    """(name, the statement that follows) of each field."""
-    followers = [*section.body[1:], None]
-    return [
-        (node.target.id, follower)
-        for node, follower in zip(section.body, followers, strict=True)
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    ]
+def _read(function: ast.AST) -> set[str]:
+    """Every `section.key` that a function reads. What is shown, in an f-string, or set is not."""
+    nodes = list(ast.walk(function))
+    texts = (node for node in nodes if isinstance(node, ast.JoinedStr))
+    shown = {id(node) for text in texts for node in ast.walk(text)}
+    known = _known(nodes)
+    return {
+        f"{_section(node.value, known)}.{node.attr}"
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+        if id(node) not in shown
+    }
 
 
-def _is_docstring(node: ast.stmt | None) -> bool:
+def _known(nodes: list[ast.AST]) -> dict[str, str]:
+    """The section that each name stands for, by its annotation or value."""
+    known = {WHOLE: WHOLE}
+    for node in nodes:
+        if isinstance(node, ast.arg) and node.annotation:
+            kind = ast.unparse(node.annotation).split(".")[-1]
+            known[node.arg] = WHOLE if kind == "Config" else SECTION_OF.get(kind, "")
+        elif isinstance(node, ast.Assign):
+            pairs = [(node.targets[0], node.value)]
+            if isinstance(pairs[0][0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = list(zip(pairs[0][0].elts, node.value.elts, strict=False))
+            known |= {
+                one.id: _section(its, known) for one, its in pairs if isinstance(one, ast.Name)
+            }
+            # It may come from a call, as from load().
+            known[WHOLE] = WHOLE
+    return known
+
+
+def _section(node: ast.expr, known: dict[str, str]) -> str:
+    """What an expression gives: a section, all of them, or "" for anything else."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id, "")
+    if not isinstance(node, ast.Attribute):
+        return ""
+    if node.attr == WHOLE:
+        return WHOLE
     return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-        and len(node.value.value) > 10
+        node.attr
+        if node.attr in SECTION_OF.values() and _section(node.value, known) == WHOLE
+        else ""
     )
-
-
-def _acting_trees() -> list[ast.AST]:
-    """The code that acts on settings. Checking a range is not acting, so of config/ only `plan`
-    and what it computes with count, and no benchmark does."""
-    commands = [path for path in command_files() if path.parent.name != "benchmarks"]
-    library = [path for path in library_files() if path.parent.name != "config"]
-    planning = [
-        node
-        for node in tree_of(DERIVE).body
-        if isinstance(node, ast.FunctionDef) and node.name in ("plan", "token_budget")
-    ]
-    assert len(planning) == 2
-    return [*planning, *(tree_of(path) for path in [*library, *commands])]

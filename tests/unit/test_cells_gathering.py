@@ -85,7 +85,7 @@ def wait_until_at_work(process: subprocess.Popen[str]) -> list[psutil.Process]:
 def test_workers_end_with_a_killed_parent(counting: subprocess.Popen[str]) -> None:
     workers = wait_until_at_work(counting)
     counting.kill()
-    assert not psutil.wait_procs(workers, timeout=20)[1]
+    assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
 def test_an_interrupt_reaches_no_worker_and_ends_all_by_the_parent(
@@ -112,7 +112,7 @@ def test_an_interrupt_reaches_no_worker_and_ends_all_by_the_parent(
     assert counting.returncode == 130, told
     assert told.endswith("interrupted\n")
     assert "Traceback" not in told
-    assert not psutil.wait_procs(workers, timeout=20)[1]
+    assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
 def test_a_killed_worker_is_told_with_the_remedy(counting: subprocess.Popen[str]) -> None:
@@ -127,7 +127,7 @@ def test_a_killed_worker_is_told_with_the_remedy(counting: subprocess.Popen[str]
         re.MULTILINE,
     ), told
     assert "Traceback" not in told
-    assert not psutil.wait_procs(workers, timeout=20)[1]
+    assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
 def test_a_lack_of_memory_is_told_with_the_remedy(

@@ -48,9 +48,10 @@ def dataset(
     )
 
 
-@pytest.fixture
-def cells(rng: np.random.Generator) -> dict[str, anndata.AnnData]:
+@pytest.fixture(scope="module")
+def cells() -> dict[str, anndata.AnnData]:
     """Of `b` every second cell is of a disease, of `c` none is primary data."""
+    rng = np.random.default_rng(20_240_530)
     return {
         "b": dataset(rng, "b", 30, disease=["normal", "cancer"] * 15, tissue_general="gut"),
         "a": dataset(rng, "a", 25, assay=["Smart-seq2"] * 5 + ["10x 3' v3"] * 20),
@@ -59,9 +60,9 @@ def cells(rng: np.random.Generator) -> dict[str, anndata.AnnData]:
     }
 
 
-@pytest.fixture
-def address(tmp_path: Path, cells: dict[str, anndata.AnnData]) -> str:
-    return write_experiment(tmp_path / "census", cells)
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory, cells: dict[str, anndata.AnnData]) -> str:
+    return write_experiment(tmp_path_factory.mktemp("experiment") / "census", cells)
 
 
 def plan_of(address: str, **selection: object) -> CensusPlan:
@@ -175,29 +176,26 @@ def test_parts_meet_and_finished_files_stay(address: str, tmp_path: Path) -> Non
     assert len(list(find_missing(other, plan.units))) == 6
 
 
-@pytest.mark.parametrize(
-    ("harm", "told"),
-    [
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes of"),
-        (lambda path: path.write_bytes(b"\0" + path.read_bytes()[1:]), "changed since"),
-        (lambda path: path.unlink(), "not fetched"),
-        (lambda path: (path.parent / "done/a.0001.json").write_text("{"), "not fetched"),
-    ],
-    ids=["cut", "changed", "gone", "record"],
-)
-def test_damaged_files_are_fetched_again(
-    address: str, tmp_path: Path, harm: Callable[[Path], object], told: str
-) -> None:
+HARMS: list[tuple[Callable[[Path], object], str]] = [
+    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes of"),
+    (lambda path: path.write_bytes(b"\0" + path.read_bytes()[1:]), "changed since"),
+    (lambda path: path.unlink(), "not fetched"),
+    (lambda path: (path.parent / "done/a.0001.json").write_text("{"), "not fetched"),
+]
+
+
+def test_damaged_files_are_fetched_again(address: str, tmp_path: Path) -> None:
     plan, folder = plan_of(address), tmp_path / "out"
     fetching = Fetching.of(plan, folder, AT_ONCE)
     fetch_units(fetching, plan.units)
-    harm(folder / "a.0001.h5ad")
-    ((unit, problem),) = find_missing(fetching, plan.units)
-    assert unit.name == "a.0001"
-    assert told in problem
-    outcome = fetch_units(fetching, plan.units)
-    assert (outcome.there, outcome.fetched) == (5, 1)
-    assert not list(find_missing(fetching, plan.units))
+    for harm, told in HARMS:
+        harm(folder / "a.0001.h5ad")
+        ((unit, problem),) = find_missing(fetching, plan.units)
+        assert unit.name == "a.0001"
+        assert told in problem
+        outcome = fetch_units(fetching, plan.units)
+        assert (outcome.there, outcome.fetched) == (5, 1)
+        assert not list(find_missing(fetching, plan.units))
 
 
 class Failing:
@@ -279,14 +277,13 @@ FULL = "No space left on device"
 
 
 @pytest.mark.parametrize(
-    "failure",
+    ("failure", "place"),
     [
-        OSError(errno.ENOSPC, FULL),
+        (OSError(errno.ENOSPC, FULL), 0),
         # As HDF5 2.0 tells of it, of which the rest is left out here.
-        RuntimeError(f"Set slist enabled failed (file write failed: errno = 28, '{FULL}')"),
+        (RuntimeError(f"Set slist enabled failed (file write failed: errno = 28, '{FULL}')"), 2),
     ],
 )
-@pytest.mark.parametrize("place", [0, 2])
 def test_it_stops_when_the_disk_is_full(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, place: int
 ) -> None:

@@ -12,6 +12,7 @@ from geneformer_mcore.checkpoint.record import (
     RECORD,
     Identity,
     Record,
+    best_step,
     check_continues,
     hidden_values,
 )
@@ -118,3 +119,12 @@ def test_a_value_behind_an_interpolation_must_not_change(monkeypatch: pytest.Mon
     check_continues(recorded, identity("1"))
     with pytest.raises(CheckpointError, match=r"train\.seed: .* has another value now"):
         check_continues(recorded, identity("2"))
+
+
+def test_the_best_step_has_the_lowest_loss(tmp_path: Path) -> None:
+    """Of those that validated and can be read."""
+    for step, loss in ((1, 3.0), (2, 1.5), (3, 2.0), (4, None)):
+        (tmp_path / str(step)).mkdir()
+        replace(RECORDED, val_loss=loss).save(tmp_path / str(step))
+    assert best_step([1, 2, 3, 4, 5], lambda step: tmp_path / str(step)) == 2
+    assert best_step([4, 5], lambda step: tmp_path / str(step)) is None

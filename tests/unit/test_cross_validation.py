@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -31,6 +33,16 @@ def counts(labels: np.ndarray, rng: np.random.Generator) -> Features:
     return Features("counts", sparse.csr_matrix(values), is_counts=True)
 
 
+@pytest.fixture
+def small_forests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten trees on one core where it is not the forest that is tested."""
+
+    def small(**settings: Any) -> RandomForestClassifier:
+        return RandomForestClassifier(**settings | {"n_estimators": 10, "n_jobs": None})
+
+    monkeypatch.setattr(cross_validation, "RandomForestClassifier", small)
+
+
 def test_every_cell_is_predicted_once_by_others(labels: np.ndarray) -> None:
     scheme = cross_validation.stratified(labels, labels != "", seed=0)
     assert scheme.left_out == {"rare": 4}
@@ -50,6 +62,7 @@ def test_too_few_labels_are_refused(labels: np.ndarray) -> None:
             cross_validation.stratified(wrong.astype(object), np.ones(len(wrong), bool), 0)
 
 
+@pytest.mark.usefixtures("small_forests")
 def test_pca_never_sees_the_cells_to_predict(
     labels: np.ndarray, counts: Features, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +98,7 @@ def test_predictions_are_those_of_a_forest_on_the_training_folds_components(
     assert [found[row] for row in test] == expected.tolist()
 
 
+@pytest.mark.usefixtures("small_forests")
 def test_a_donor_is_predicted_from_the_others_alone(rng: np.random.Generator) -> None:
     labels = np.array((["a", "b"] * 30) + ["only one has it"] * 6, object)
     donors = np.array(["x", "y", "z"] * 20 + ["x"] * 6, object)
@@ -116,6 +130,7 @@ def test_what_no_other_donor_can_tell_is_no_scheme() -> None:
     )
 
 
+@pytest.mark.usefixtures("small_forests")
 def test_predictions_repeat_by_seed(labels: np.ndarray, counts: Features) -> None:
     scheme = cross_validation.stratified(labels, labels != "", seed=0)
     first, again = (cross_validation.predict(counts, labels, scheme, 5) for _ in range(2))

@@ -39,6 +39,7 @@ from tests.unit.identified_cells import (
 BATCH = 24
 NUM_CELLS = 500
 SIZES = (1, 2, 3, 4, 8)
+FEW_SIZES = (1, 3, 8)
 STEPS_PAST_AN_EPOCH = NUM_CELLS // BATCH + 3
 
 
@@ -85,8 +86,9 @@ def truth() -> str:
     return stream_hash(Cells(NUM_CELLS), 1, 0)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("prefetch", [0, 1, 4])
+@pytest.mark.parametrize(
+    ("size", "prefetch"), [*((size, 0) for size in SIZES), (1, 1), (2, 4), (3, 1), (8, 4)]
+)
 def test_one_stream_over_ranks_and_prefetching(truth: str, size: int, prefetch: int) -> None:
     assert stream_hash(Cells(NUM_CELLS), size, prefetch) == truth
 
@@ -106,7 +108,7 @@ def steps_of(
         yield sorted(itertools.chain.from_iterable(map(sights, batches)))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", FEW_SIZES)
 @pytest.mark.parametrize("budget", [Budget(64), Budget(200, multiple=2), Budget(5000)])
 def test_packed_the_cells_of_a_step_are_the_same(size: int, budget: Budget) -> None:
     cells = Cells(NUM_CELLS)
@@ -207,7 +209,7 @@ def test_packed_one_stream_from_every_source(source: TokenSource, store: TokenSt
     assert_packed_is_padded(source, store)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", FEW_SIZES)
 def test_one_stream_over_ranks_and_sources(
     truth_of_the_store: str, source: TokenSource, size: int
 ) -> None:
@@ -227,11 +229,11 @@ def test_one_stream_by_dali(store: TokenStore, truth_of_the_store: str) -> None:
     """In a process of its own, as a rank is: once, in one that had run two thousand other tests, a
     thread of DALI's or TileDB's ended all of them with a segmentation fault."""
     pytest.importorskip("nvidia.dali")
-    (found,) = run_ranks(stream_by_dali, 1, store.path, SIZES)
-    assert found == [truth_of_the_store] * len(SIZES)
+    (found,) = run_ranks(stream_by_dali, 1, store.path, FEW_SIZES)
+    assert found == [truth_of_the_store] * len(FEW_SIZES)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_stops_and_restarts_continue_exactly(data: st.DataObject) -> None:
     """Stops at random steps, each time going on with another number of ranks: the cells of every
@@ -331,7 +333,7 @@ def test_cells_are_cut_to_seq_length_wherever_they_come_from(tmp_path) -> None:
         assert list(sights(one)) == list(sights(other))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=12),
     seed=st.integers(0, 2**63 - 1),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from geneformer_mcore.contracts import RaggedCells
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.store import flat
+from tests.distributed.ranks import context
 from tests.unit.identified_cells import Cells, cell
 
 HASH = "ab" * 32
@@ -83,6 +83,14 @@ def test_no_flipped_bit_is_read(tmp_path: Path) -> None:
     assert np.array_equal(_read_all(folder).tokens_T, whole.tokens_T)
 
 
+def test_no_view_of_a_flipped_bit_is_given(tmp_path: Path) -> None:
+    """Training takes single cells, and not spans."""
+    folder = ensure(tmp_path).folder
+    _harm(folder / "tokens.bin", "flip", 0)
+    with pytest.raises(DataError, match="do not fit their sum"):
+        flat.FlatCopy(folder, HASH).views(np.array([0]))
+
+
 def test_a_copy_of_another_store_is_not_taken(tmp_path: Path) -> None:
     folder = ensure(tmp_path).folder
     with pytest.raises(DataError, match="copy of another store"):
@@ -90,7 +98,6 @@ def test_a_copy_of_another_store_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_processes_of_a_node_make_one_copy(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
     with context.Pool(3) as pool:
         reads = pool.map(_reads_of_ensure, [tmp_path] * 3)
     assert sorted(bool(number) for number in reads) == [False, False, True]

@@ -1,4 +1,4 @@
-"""What a job's script decides, with stand-ins for SLURM's commands; the real ones: tests/slurm."""
+"""What a job's script decides, with stand-ins for SLURM's commands; the real: test_slurm.py."""
 
 from __future__ import annotations
 

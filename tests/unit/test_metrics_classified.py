@@ -35,3 +35,5 @@ def test_the_commonest_class() -> None:
     found = classified.majority(COUNTS)
     assert found["accuracy"] == pytest.approx(7 / 18)
     assert found["macro_f1"] == pytest.approx(2 * 7 / 25 / 3)
+    # The commonest true one, not the one that is predicted most.
+    assert classified.majority(np.array([[1, 5], [0, 3]]))["accuracy"] == pytest.approx(6 / 9)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +23,7 @@ from geneformer_mcore.errors import DataError, LostWorkerError, NetworkError, Ou
 from geneformer_mcore.store import plan
 from geneformer_mcore.store.ingest import build_store
 from geneformer_mcore.store.own_vocabulary import vocabulary_of_inputs
+from tests import commands
 from tests.small_cells import random_counts, vocabulary_of, write_h5ad
 
 NUM_GENES, NUM_CELLS = 40, 90
@@ -214,23 +213,20 @@ def test_exit_codes(error: Exception, code: int, capsys: pytest.CaptureFixture[s
     ],
 )
 def test_build_store_stores_nothing_then(
-    inputs: list[Path], tmp_path: Path, repository: Path, bad: str, code: int, message: str
+    inputs: list[Path], tmp_path: Path, bad: str, code: int, message: str
 ) -> None:
     (tmp_path / "io.h5ad").symlink_to("/proc/self/mem")
     vocabulary_of(NUM_GENES).save(tmp_path / "v.json")
     words = ["--out", "s", "--vocabulary", "v.json", "a.h5ad", bad]
-    result = subprocess.run(
-        [sys.executable, str(repository / "data_prep/build_store.py"), *words],
+    result = commands.run(
+        "data_prep/build_store.py",
+        *words,
         cwd=tmp_path,
         # In place of Amazon's servers, a port of this machine on which nothing listens.
-        env={
-            **os.environ,
+        environment={
             "TILEDB_VFS_S3_ENDPOINT_OVERRIDE": "127.0.0.1:9",
             "TILEDB_VFS_S3_CONNECT_MAX_TRIES": "1",
         },
-        capture_output=True,
-        text=True,
-        check=False,
     )
     assert result.returncode == code, result.stderr
     assert message in result.stderr

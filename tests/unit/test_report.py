@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 
 from geneformer_mcore.downstream import loss_plot, report, results
 from geneformer_mcore.errors import DataError
+from tests import commands
 
 CONFIG = """
 data: {seq_length: 256}
@@ -57,15 +56,6 @@ def run_dir(tmp_path: Path) -> Path:
         "2024-05-30T12:00:00+00:00 started\n  not a time\n2024-05-30T12:00:45+00:00 done\n"
     )
     return folder
-
-
-def command(repository: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(repository / script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def test_numbers_are_those_of_the_folder(run_dir) -> None:
@@ -198,10 +188,10 @@ def test_the_plot_is_a_picture_of_all_curves(run_dir, monkeypatch) -> None:
     assert validation.get_ydata().tolist() == [5.5, 4.75]
 
 
-def test_the_command_writes_both_files_and_ends_with_the_runs_code(repository, run_dir) -> None:
+def test_the_command_writes_both_files_and_ends_with_the_runs_code(run_dir) -> None:
     (run_dir / "outcome.json").write_text(json.dumps(SAVED))
     out = run_dir / "kept" / "numbers.json"
-    done = command(repository, "launch/report.py", str(run_dir), "--json", str(out))
+    done = commands.run("launch/report.py", str(run_dir), "--json", str(out))
     assert done.returncode == 75, done.stderr
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     kept = json.loads(out.read_text())
@@ -212,25 +202,25 @@ def test_the_command_writes_both_files_and_ends_with_the_runs_code(repository, r
     assert str(run_dir.parent) not in out.read_text(), "no path of one machine is kept"
 
 
-def test_the_command_refuses_without_a_traceback(repository, tmp_path) -> None:
-    done = command(repository, "launch/report.py", str(tmp_path / "none"))
+def test_the_command_refuses_without_a_traceback(tmp_path) -> None:
+    done = commands.run("launch/report.py", str(tmp_path / "none"))
     assert done.returncode == 2
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("place", ["metrics.jsonl/numbers.json", "checkpoints"])
-def test_the_command_names_the_place_it_cannot_write_to(repository, run_dir, place: str) -> None:
-    done = command(repository, "launch/report.py", str(run_dir), "--json", str(run_dir / place))
+def test_the_command_names_the_place_it_cannot_write_to(run_dir, place: str) -> None:
+    done = commands.run("launch/report.py", str(run_dir), "--json", str(run_dir / place))
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {run_dir / place} cannot be written")
     assert len(done.stderr.splitlines()) == 1
     assert "validation           4.7500" in done.stdout, "the table is shown all the same"
 
 
-def test_a_plot_that_cannot_be_written_is_one_message(repository, run_dir) -> None:
+def test_a_plot_that_cannot_be_written_is_one_message(run_dir) -> None:
     (run_dir / "loss.png").mkdir()
-    done = command(repository, "launch/report.py", str(run_dir))
+    done = commands.run("launch/report.py", str(run_dir))
     assert done.returncode == 2
     assert done.stderr == f"error: the plot {run_dir}/loss.png cannot be written: Is a directory.\n"
 
@@ -285,12 +275,12 @@ def readme(tmp_path: Path, run_dir: Path) -> list[str]:
     return ["--readme", str(tmp_path / "README.md"), "--results", str(kept)]
 
 
-def test_readme_tables_are_filled_from_the_measurements(repository, tmp_path, readme) -> None:
-    before = command(repository, "benchmarks/readme_tables.py", "--check", *readme)
+def test_readme_tables_are_filled_from_the_measurements(tmp_path, readme) -> None:
+    before = commands.run("benchmarks/readme_tables.py", "--check", *readme)
     assert before.returncode == 1
     assert "-old" in before.stderr
     assert (tmp_path / "README.md").read_text() == TABLE_README, "a check changes nothing"
-    assert command(repository, "benchmarks/readme_tables.py", *readme).returncode == 0
+    assert commands.run("benchmarks/readme_tables.py", *readme).returncode == 0
     filled = (tmp_path / "README.md").read_text()
     assert "| **validation loss** | **4.750** |" in filled
     assert "| baseline: unigram | 6.000 |" in filled
@@ -304,21 +294,21 @@ def test_readme_tables_are_filled_from_the_measurements(repository, tmp_path, re
     assert "apex" not in filled.split("torch 2.13.0; commit 0123456789ab")[0].splitlines()[-1]
     assert filled.startswith("# Title\n")
     assert "\nbetween\n" in filled
-    assert command(repository, "benchmarks/readme_tables.py", "--check", *readme).returncode == 0
+    assert commands.run("benchmarks/readme_tables.py", "--check", *readme).returncode == 0
 
 
-def test_a_changed_number_in_the_readme_is_found(repository, tmp_path, readme) -> None:
-    command(repository, "benchmarks/readme_tables.py", *readme)
+def test_a_changed_number_in_the_readme_is_found(tmp_path, readme) -> None:
+    commands.run("benchmarks/readme_tables.py", *readme)
     page = tmp_path / "README.md"
     page.write_text(page.read_text().replace("4.750", "2.340"))
-    checked = command(repository, "benchmarks/readme_tables.py", "--check", *readme)
+    checked = commands.run("benchmarks/readme_tables.py", "--check", *readme)
     assert checked.returncode == 1
     assert "-| **validation loss** | **2.340** |" in checked.stderr
     assert "+| **validation loss** | **4.750** |" in checked.stderr
 
 
-def test_an_unknown_table_is_refused(repository, tmp_path, readme) -> None:
+def test_an_unknown_table_is_refused(tmp_path, readme) -> None:
     (tmp_path / "README.md").write_text("<!-- table: demmo -->\n<!-- end table -->\n")
-    refused = command(repository, "benchmarks/readme_tables.py", *readme)
+    refused = commands.run("benchmarks/readme_tables.py", *readme)
     assert refused.returncode == 2
     assert "no table is called demmo; there are demo, real_job, finetune, tflops" in refused.stderr

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +18,7 @@ from geneformer_mcore.store.check import check_store
 from geneformer_mcore.store.ingest import build_store
 from geneformer_mcore.store.layout import MANIFEST_FILE, Manifest
 from geneformer_mcore.store.staging import StagedFolder, check_target
+from tests import commands
 from tests.small_cells import random_counts, vocabulary_of, write_h5ad
 
 NUM_GENES = 30
@@ -164,12 +163,20 @@ owner, name = {
 }[stage]
 original = getattr(owner, name)
 
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
 def limited(*arguments):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     return original(*arguments)
 
+def main_and_room_for_its_message():
+    try:
+        return main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
 setattr(owner, name, limited)
-run(main)
+run(main_and_room_for_its_message)
 """
 
 
@@ -181,22 +188,16 @@ def test_no_room_ends_with_two_and_work_is_kept(
     file: Path,
     stage: str,
     units: int,
-    repository: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     target = tmp_path / "store"
     before = build_store([file], target, vocabulary_of(NUM_GENES))
     vocabulary_of(NUM_GENES).save(tmp_path / "v.json")
     names = sorted(os.listdir(tmp_path))
+    (tmp_path / "limited.py").write_text(LIMITED)
     arguments = ["--out", target, "--overwrite", "--vocabulary", "v.json", "--workers", 1, file]
-    result = subprocess.run(
-        [sys.executable, "-c", LIMITED, stage, "1000", *map(str, arguments)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(repository)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = commands.run(tmp_path / "limited.py", stage, 1000, *arguments, cwd=tmp_path)
+    (tmp_path / "limited.py").unlink()
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
     *told, error = result.stderr.splitlines()
     assert error.startswith(f"error: {target}: there is no room for the store: File too large.")

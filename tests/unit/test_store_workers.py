@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -37,53 +37,66 @@ class Doing:
         if fate == "exit":
             os._exit(7)
         if fate == "slow":
-            time.sleep(0.5)
+            time.sleep(0.1)
         tell(job)
         tell(1)
         return 2 * job, os.getpid()
 
 
-@pytest.mark.parametrize(("number", "most"), [(1, None), (3, None), (3, 2), (3, 0)])
-def test_every_job_once(number: int, most: int | None) -> None:
+@pytest.fixture(scope="module")
+def three() -> Iterator[Workers]:
+    """Three processes, which live from test to test as they do from one work to the next."""
+    with Workers(3) as workers:
+        yield workers
+
+
+@pytest.mark.parametrize("most", [None, 2, 0])
+def test_every_job_once(three: Workers, most: int | None) -> None:
+    expected = 3 if most is None else max(1, most)
+    assert_every_job_once(three, most, expected)
+
+
+def test_every_job_once_in_this_process() -> None:
+    with Workers(1) as workers:
+        assert_every_job_once(workers, None, 1)
+
+
+def assert_every_job_once(workers: Workers, most: int | None, expected: int) -> None:
     told: dict[int, int] = {}
 
     def tell(job: int, cells: int) -> None:
         told[job] = told.get(job, 0) + cells
 
-    with Workers(number) as workers:
-        for first in (0, 100):  # Processes live from one work to the next.
-            jobs = range(first, first + 20)
-            work = Doing({first: "slow", first + 3: "data"})
-            outcomes = dict(workers.run(work, jobs, tell, most=most))
-            assert sorted(outcomes) == list(jobs)
-            assert str(outcomes.pop(first + 3)) == f"{first + 3} is wrong"
-            assert all(result == 2 * job for job, (result, _) in outcomes.items())
-            processes = {process for _, process in outcomes.values()}
-            expected = number if most is None else max(1, most)
-            assert len(processes) == expected
-            assert (os.getpid() in processes) == (expected == 1)
+    processes_of_runs = []
+    for first in (0, 100):  # Processes live from one work to the next.
+        jobs = range(first, first + 20)
+        outcomes = dict(workers.run(Doing({first + 3: "data"}), jobs, tell, most=most))
+        assert sorted(outcomes) == list(jobs)
+        assert str(outcomes.pop(first + 3)) == f"{first + 3} is wrong"
+        assert all(result == 2 * job for job, (result, _) in outcomes.items())
+        processes_of_runs.append({process for _, process in outcomes.values()})
     assert told == {job: job + 1 for job in (*range(20), *range(100, 120)) if job not in (3, 103)}
+    processes, others = processes_of_runs
+    assert processes == others
+    assert len(processes) == expected
+    assert (os.getpid() in processes) == (expected == 1)
 
 
-def test_jobs_that_are_not_wanted_any_more_are_left_out() -> None:
-    done: list[int] = []
-    for number in (1, 2):
-        with Workers(number) as workers:
-            outcomes = workers.run(Doing({}), range(9), is_wanted=lambda job: job % 3 != 0)
-            done += sorted(job for job, _ in outcomes)
-    assert done == [1, 2, 4, 5, 7, 8] * 2
+@pytest.mark.parametrize("most", [1, 3])
+def test_jobs_that_are_not_wanted_any_more_are_left_out(three: Workers, most: int) -> None:
+    outcomes = three.run(Doing({}), range(9), is_wanted=lambda job: job % 3 != 0, most=most)
+    assert sorted(job for job, _ in outcomes) == [1, 2, 4, 5, 7, 8]
 
 
-def test_a_chain_is_done_by_one_process_in_order() -> None:
+def test_a_chain_is_done_by_one_process_in_order(three: Workers) -> None:
     def chain(job: int) -> str | None:
         return None if job % 4 == 0 else f"chain {job % 4}"
 
     order: list[int] = []
-    with Workers(3) as workers:
-        outcomes: dict[int, tuple[int, int]] = {}
-        for job, outcome in workers.run(Doing({1: "slow", 4: "slow"}), range(40), chain=chain):
-            outcomes[job] = outcome
-            order.append(job)
+    outcomes: dict[int, tuple[int, int]] = {}
+    for job, outcome in three.run(Doing({1: "slow", 4: "slow"}), range(40), chain=chain):
+        outcomes[job] = outcome
+        order.append(job)
     assert sorted(outcomes) == list(range(40))
     for number in (1, 2, 3):
         jobs = [job for job in order if job % 4 == number]

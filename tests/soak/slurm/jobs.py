@@ -11,11 +11,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.kills import final_state
-from tests.slurm.cluster import Cluster
+from tests.final_state import FinalState, final_state
+from tests.soak.slurm.cluster import Cluster
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = "slurm/pretrain_106m.sh"
+CONFIGURATION = "configs/geneformer_106m.yaml"
+"""What that script trains."""
 TOY = (
     "model.num_layers=2",
     "model.hidden_size=32",
@@ -47,7 +49,7 @@ class Job:
     run: Path
     log_file: Path
 
-    def at_step(self, step: int, restarts: int = 0, timeout_s: float = 180) -> None:
+    def at_step(self, step: int, restarts: int = 0, timeout_s: float = 600) -> None:
         """Waits until that step is logged, by the start after so many restarts."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -57,7 +59,7 @@ class Job:
             time.sleep(0.1)
         raise AssertionError(f"no step {step} after {timeout_s} s, {self.state()}:\n{self.log}")
 
-    def ended(self, timeout_s: float = 240) -> str:
+    def ended(self, timeout_s: float = 600) -> str:
         """The state in which it ended."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -96,7 +98,7 @@ class Job:
         """outcome.json of its run."""
         return json.loads((self.run / "outcome.json").read_text())
 
-    def weights(self) -> dict[str, str]:
+    def weights(self) -> FinalState:
         """Digests of the final weights, moments and random states."""
         return final_state(self.run)
 

@@ -296,7 +296,7 @@ def _free_ports(number: int) -> int:
 
 
 def main() -> None:
-    """A cluster to try things on, until Ctrl-C: python -m tests.slurm.cluster [FOLDER]."""
+    """A cluster to try things on, until Ctrl-C: python -m tests.soak.slurm.cluster [FOLDER]."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="slurm_"))
     with Cluster(folder) as cluster:
         print(f"export SLURM_CONF={cluster.environment()['SLURM_CONF']}", flush=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import anndata
 import pytest
 
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import ROOT
+from tests.soak.slurm.cluster import Cluster
+from tests.soak.slurm.jobs import ROOT
 
 TASKS = 4
 pytestmark = pytest.mark.timeout(400)

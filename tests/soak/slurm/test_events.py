@@ -1,7 +1,8 @@
 """What befalls a job on a cluster, and what becomes of it: the table of docs/cluster.md.
 
 Every job runs the project's own script as it is, and ends with the weights of a job that nothing
-disturbed, byte for byte. Most of them take minutes: `make test-slurm`.
+disturbed, byte for byte. A soak (`make soak`, or pytest on this folder); a job that is signalled
+once is in tests/end_to_end/test_slurm.py.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import Clean
-from tests.slurm.jobs import SLOW, Job, submit
+from tests.soak.slurm.cluster import Cluster
+from tests.soak.slurm.conftest import Clean
+from tests.soak.slurm.jobs import SLOW, Job, submit
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def run_to_end(job: Job, clean: Clean, reason: str) -> None:
@@ -60,7 +61,6 @@ def test_usr1_to_the_script(cluster: Cluster, clean: Clean, store: Path, tmp_pat
     run_to_end(job, clean, "as interrupted (signal SIGUSR1; saved at step ")
 
 
-@pytest.mark.usefixtures("every_event")
 def test_requeued(cluster: Cluster, clean: Clean, store: Path, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path / "run", store)
     job.at_step(20)
@@ -68,7 +68,6 @@ def test_requeued(cluster: Cluster, clean: Clean, store: Path, tmp_path: Path) -
     run_to_end(job, clean, "as interrupted (signal SIGTERM; saved at step ")
 
 
-@pytest.mark.usefixtures("every_event")
 @pytest.mark.parametrize(
     ("options", "signal"),
     [
@@ -93,7 +92,6 @@ def test_the_time_is_up(
     run_to_end(job, clean, f"as interrupted (signal {signal}; saved at step ")
 
 
-@pytest.mark.usefixtures("every_event")
 def test_preempted(cluster: Cluster, clean: Clean, store: Path, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path / "run", store, options=("--partition=low",))
     job.at_step(20)
@@ -103,7 +101,6 @@ def test_preempted(cluster: Cluster, clean: Clean, store: Path, tmp_path: Path) 
     assert "JobState=COMPLETED" in cluster.run("scontrol", "show", "job", other)
 
 
-@pytest.mark.usefixtures("every_event")
 def test_preempted_before_it_trains(
     cluster: Cluster, clean: Clean, store: Path, tmp_path: Path
 ) -> None:
@@ -118,7 +115,6 @@ def test_preempted_before_it_trains(
     assert job.weights() == clean.job.weights()
 
 
-@pytest.mark.usefixtures("every_event")
 def test_cancelled_is_saved_and_not_started_again(
     cluster: Cluster, clean: Clean, store: Path, tmp_path: Path
 ) -> None:
@@ -131,7 +127,6 @@ def test_cancelled_is_saved_and_not_started_again(
     run_again(job, clean, store)
 
 
-@pytest.mark.usefixtures("every_event")
 def test_a_killed_rank_ends_the_job_which_is_not_started_again(
     cluster: Cluster, clean: Clean, store: Path, tmp_path: Path
 ) -> None:
@@ -145,7 +140,6 @@ def test_a_killed_rank_ends_the_job_which_is_not_started_again(
     run_again(job, clean, store, *SLOW)
 
 
-@pytest.mark.usefixtures("every_event")
 def test_a_node_loses_its_power(
     cluster: Cluster, clean: Clean, store: Path, tmp_path: Path
 ) -> None:
@@ -162,7 +156,6 @@ def test_a_node_loses_its_power(
     assert "continues from" in job.log
 
 
-@pytest.mark.usefixtures("every_event")
 def test_a_dead_slurmd(cluster: Cluster, clean: Clean, store: Path, tmp_path: Path) -> None:
     """The daemon alone: what it has started goes on, until SLURM takes the node for lost."""
     job = submit(cluster, tmp_path / "run", store, "parallel.timeout_s=300")
@@ -175,7 +168,6 @@ def test_a_dead_slurmd(cluster: Cluster, clean: Clean, store: Path, tmp_path: Pa
     run_to_end(job, clean, "as interrupted (signal SIGTERM; saved at step ")
 
 
-@pytest.mark.usefixtures("every_event")
 def test_on_one_node_nothing_listens_to_others(
     cluster: Cluster, store: Path, tmp_path: Path
 ) -> None:
@@ -194,7 +186,6 @@ def test_on_one_node_nothing_listens_to_others(
     assert set(found) == {"127.0.0.1"}
 
 
-@pytest.mark.usefixtures("every_event")
 def test_restarts_are_bounded(
     cluster: Cluster, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +215,7 @@ def run_again(job: Job, clean: Clean, store: Path, *settings: str) -> None:
     assert again.weights() == clean.job.weights()
 
 
-def wait_until(holds: Callable[[], bool], job: Job, timeout_s: float = 150) -> None:
+def wait_until(holds: Callable[[], bool], job: Job, timeout_s: float = 600) -> None:
     """Fails with the job's log if it does not come to hold."""
     deadline = time.monotonic() + timeout_s
     while not holds():

@@ -1,23 +1,26 @@
 """Kills a save at every system call by which it touches files, one after the other.
 
-    python -m tests.kill_points [--every 1]
+    python -m tests.soak.kill_points [--first 1] [--every 1]
 
 A process that has a checkpoint of step 1 forks a child, which saves step 2 under strace; at the
 n-th call that opens, writes, syncs, renames or removes something strace kills it (`inject`). Then
 step 1 must be there and verify, step 2 must be whole or not there, and the next save must go
-through and clear what was left. n goes up to the last call of the save. Needs strace.
+through and clear what was left. n goes up to the last call of the save. Needs strace. A few chosen
+calls: tests/end_to_end/test_kill_points.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,41 +39,64 @@ CALLS = (
     "openat,creat,write,pwrite64,writev,fsync,fdatasync,ftruncate,rename,renameat,renameat2,"
     "mkdir,mkdirat,unlink,unlinkat,rmdir,link,linkat,symlink,symlinkat,chmod,fchmod"
 )
+_CALL = re.compile(r"\d+ +(\w+\(.*)")
 
 
 def main() -> int:
     """Prints how many calls there are, and what was left at each."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--first", type=int, default=1, help="call to begin with")
     parser.add_argument("--every", type=int, default=1, help="try each n-th call only")
-    every = parser.parse_args().every
-    ignore_known_warnings()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        good = Path(folder, "good")
-        assert run_to_end(save_in_child(good, 1)) == 0
-        left: Counter[str] = Counter()
-        number = 1
-        while True:
-            root = Path(folder, "root")
-            shutil.copytree(good, root)
-            ended = run_to_end(save_in_child(root, 2), kill_at=number)
-            left[check(root, was_killed=ended == -signal.SIGKILL)] += 1
-            shutil.rmtree(root)
-            if ended == 0:
-                break
-            assert ended == -signal.SIGKILL, ended
-            number += every
-    print(f"{number} calls, {left.total() - 1} of them tried; afterwards: {dict(left)}")
+        good = saved_once(Path(folder))
+        calls = calls_of_a_save(good)
+        tried = range(arguments.first, len(calls) + 1, arguments.every)
+        left = Counter(killed_at(good, calls, number) for number in tried)
+    print(f"{len(calls)} calls, {len(tried)} of them tried; afterwards: {dict(left)}")
     return 0
 
 
-def check(root: Path, was_killed: bool) -> str:
-    """What a start would find."""
+def saved_once(folder: Path) -> Path:
+    """A new folder of checkpoints, with that of step 1."""
+    ignore_known_warnings()
+    good = folder / "good"
+    assert run_to_end(save_in_child(good, 1)) == 0
+    return good
+
+
+def calls_of_a_save(good: Path) -> list[str]:
+    """What a save of step 2 that nothing disturbs asks of the system, in order: name(arguments."""
+    root, said = good.with_name("root"), good.with_name("calls")
+    shutil.copytree(good, root)
+    assert run_to_end(save_in_child(root, 2), ["-o", str(said)]) == 0
+    shutil.rmtree(root)
+    found = (_CALL.match(line) for line in said.read_text().splitlines())
+    return [match[1] for match in found if match]
+
+
+def killed_at(good: Path, calls: Sequence[str], number: int) -> str:
+    """What was left by a save that was killed at that one of its `calls`, counted from 1."""
+    root = good.with_name("root")
+    shutil.copytree(good, root)
+    # strace counts the calls of each name by themselves.
+    names = [call.partition("(")[0] for call in calls[:number]]
+    when = names.count(names[-1])
+    inject = ["-e", f"inject={names[-1]}:signal=KILL:when={when}"]
+    ended = run_to_end(save_in_child(root, 2), inject)
+    assert ended == -signal.SIGKILL, f"{calls[number - 1]}: ended with {ended}"
+    left = check(root)
+    shutil.rmtree(root)
+    return left
+
+
+def check(root: Path) -> str:
+    """What a start would find after a kill."""
     newest, messages = checkpoints.newest_good(root)
     assert newest is not None
     assert messages == []
     steps = checkpoints.steps(root)
     assert steps in ([1], [1, 2])
-    assert was_killed or steps == [1, 2]
     checkpoints.verify(checkpoints.step_folder(root, 1))
     assert run_to_end(save_in_child(root, 2)) == 0
     assert checkpoints.steps(root) == [1, 2]
@@ -107,13 +133,12 @@ def save(root: Path, step: int) -> None:
     saver.begin(run.trainable, record)
 
 
-def run_to_end(child: int, kill_at: int | None = None) -> int:
-    """Lets a child go on, under strace if it is to be killed; its exit code, or -signal."""
+def run_to_end(child: int, options: Sequence[str] = ()) -> int:
+    """Lets a child go on, under strace if there are options of it; its exit code, or -signal."""
     tracer = None
-    if kill_at is not None:
-        inject = f"inject={CALLS}:signal=KILL:when={kill_at}"
+    if options:
         tracer = subprocess.Popen(
-            ["strace", "-f", "-p", str(child), "-e", f"trace={CALLS}", "-e", inject],
+            ["strace", "-f", "-p", str(child), "-e", f"trace={CALLS}", *options],
             stderr=subprocess.PIPE,
             text=True,
         )

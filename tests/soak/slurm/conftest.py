@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.conftest import h5ad, store  # noqa: F401  fixtures
-from tests.slurm import cluster as slurm
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import Job, submit
+from tests.soak.slurm import cluster as slurm
+from tests.soak.slurm.cluster import Cluster
+from tests.soak.slurm.jobs import Job, submit
 
 
 @pytest.fixture(scope="session")
@@ -49,10 +49,3 @@ def clean(
     tasks = {node: cluster.tasks(node) for node in cluster.nodes}
     job.ended()
     return Clean(job, tasks)
-
-
-@pytest.fixture
-def every_event(request: pytest.FixtureRequest) -> None:
-    """For tests that take minutes: they are run by `make test-slurm`."""
-    if not request.config.getoption("--all-events"):
-        pytest.skip("takes minutes: make test-slurm")

@@ -1,0 +1,171 @@
+"""The second tier of tests: the faults of `make test` again, many times and at random places.
+
+    python -m tests.soak [--only NAME ...] [--short] [--results FILE] [--list]
+
+    parts, one after the other  ->  shares, each a process with a time limit  ->  results, a table
+
+All parts together are meant to take at most 40 minutes on two cores that do nothing else. A share
+that has passed is not run again for the same commit: a soak that was interrupted goes on when it is
+started again. What the processes print is in build/soak/NAME_NUMBER.log. Needs strace; SLURM's
+events need root, slurm-wlm and munge, and are skipped elsewhere. Exit code 1 on any failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.soak.parts import FOLDER, PARTS, ROOT, Part, counted
+
+NO_TESTS = 5
+"""pytest's exit code where nothing is selected."""
+TOLD_LINES = 30
+CLEARING_S = 60.0
+Result = dict[str, Any]
+
+
+def main() -> int:
+    """Runs what was asked for, and prints a line for each share and a table of all parts."""
+    arguments = _arguments()
+    parts = [part for part in PARTS if not arguments.only or part.name in arguments.only]
+    if arguments.list:
+        print("\n".join(f"{part.name:<20} {part.what}" for part in parts))
+        return 0
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    results = Results(arguments.results, commit())
+    for part in parts:
+        run_part(part, arguments.short, results)
+    table, is_failed = summary(parts, arguments.short, results)
+    print(table)
+    return int(is_failed)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description="Runs the soak.")
+    names = [part.name for part in PARTS]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--short", action="store_true", help="a few repetitions of each part")
+    parser.add_argument("--results", type=Path, default=FOLDER / "results.json", metavar="FILE")
+    parser.add_argument("--list", action="store_true", help="name the parts and stop")
+    return parser.parse_args()
+
+
+def commit() -> str:
+    """Of the work tree; empty if it has changes, or there is no repository: nothing is known of it
+    from before."""
+    said = []
+    for command in (("rev-parse", "HEAD"), ("status", "--porcelain")):
+        ended = subprocess.run(
+            ["git", *command], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        said.append(ended.stdout.strip() if ended.returncode == 0 else "unknown")
+    return said[0] if not said[1] else ""
+
+
+class Results:
+    """{name of a share: its result} of one commit, in a file."""
+
+    def __init__(self, file: Path, commit: str) -> None:
+        found = json.loads(file.read_text()) if file.exists() else {}
+        is_same = bool(commit) and found.get("commit") == commit
+        self.of: dict[str, Result] = found["shares"] if is_same else {}
+        self._file, self._commit = file, commit
+
+    def has_passed(self, name: str) -> bool:
+        """Whether that share need not be run."""
+        return name in self.of and not self.of[name]["failures"]
+
+    def keep(self, name: str, result: Result) -> None:
+        """Writes it down at once."""
+        self.of[name] = result
+        text = json.dumps({"commit": self._commit, "shares": self.of}, indent=1)
+        part = self._file.with_name(f".{self._file.name}.part")
+        part.write_text(text + "\n")
+        part.replace(self._file)
+
+
+def names_of(part: Part, is_short: bool) -> list[str]:
+    """Of its shares."""
+    kind = "_short" if is_short else ""
+    return [f"{part.name}{kind}_{n}" for n in range(1, len(part.commands(is_short)) + 1)]
+
+
+def run_part(part: Part, is_short: bool, results: Results) -> None:
+    """Runs the shares of a part that have not passed."""
+    commands = part.commands(is_short)
+    for name, command in zip(names_of(part, is_short), commands, strict=True):
+        if results.has_passed(name):
+            print(f"{name}: passed before", flush=True)
+            continue
+        result = run_share(name, command, part.limit_s)
+        results.keep(name, result)
+        print(f"{name}: {result['failures']} failures, {result['seconds']} s", flush=True)
+
+
+def run_share(name: str, command: Sequence[str], limit_s: float) -> Result:
+    """{"repetitions", "failures", "seconds"} of one process."""
+    log, began = FOLDER / f"{name}.log", time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GENEFORMER_GENCODE": "off"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        code = ended(process, limit_s)
+    printed = log.read_text()
+    code = 0 if code == NO_TESTS else code
+    repetitions, failures = counted(printed, code)
+    if failures:
+        why = f"ended with {code}" if code is not None else f"did not end in {limit_s:g} s"
+        print(f"{name} {why}: {log}", *printed.splitlines()[-TOLD_LINES:], sep="\n")
+    seconds = round(time.monotonic() - began)
+    return {"repetitions": repetitions, "failures": failures, "seconds": seconds}
+
+
+def ended(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
+    """Its exit code, or None if it did not end in time. Nothing of it is left in any case."""
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        # So that pytest puts away what a test has started, such as a cluster.
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(CLEARING_S)
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def summary(parts: Sequence[Part], is_short: bool, results: Results) -> tuple[str, bool]:
+    """(a row for each part, whether one has failed)."""
+    lines = [f"\n{'part':<20} {'repetitions':>11} {'failures':>8} {'seconds':>8}"]
+    total = {"repetitions": 0, "failures": 0, "seconds": 0}
+    for part in parts:
+        found = [results.of[name] for name in names_of(part, is_short)]
+        row = {key: sum(each[key] for each in found) for key in total}
+        total = {key: total[key] + row[key] for key in total}
+        lines.append(_line(part.name, row))
+    lines.append(_line("all", total))
+    return "\n".join(lines), total["failures"] > 0
+
+
+def _line(name: str, row: dict[str, int]) -> str:
+    return f"{name:<20} {row['repetitions']:>11} {row['failures']:>8} {row['seconds']:>8}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
