@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import json
 import math
 import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,15 @@ def small(tmp_path: Path) -> dict[str, Any]:
     }
 
 
+EARLY = {
+    "from __future__ import annotations",
+    "import os",
+    "import sys",
+    "from pathlib import Path",
+}
+REMOVAL = "\n    sys.path.remove(sys.path[0])\n"
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_as_typed_no_script_hides_the_standard_library(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -81,6 +92,16 @@ def test_as_typed_no_script_hides_the_standard_library(
     assert end.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: {name}.py")
     assert str(script.parent) not in sys.path
+    # Here Python's own is imported already: what comes before the removal is read.
+    text = script.read_text()
+    nodes = ast.walk(ast.parse(text[: text.index(REMOVAL)] + REMOVAL))
+    imports = (ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))
+    assert set(imports) <= EARLY
+
+
+def test_a_fresh_interpreter_starts_a_benchmark() -> None:
+    command = [sys.executable, "benchmarks/tflops.py", "--help"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
 
 
 REFUSED = [
