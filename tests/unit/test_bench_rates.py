@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from scipy import sparse
 
@@ -121,6 +124,20 @@ class FakeData:
 
     def __len__(self) -> int:
         return len(self.truth.keys_N)
+
+
+def test_memory_is_summed_over_all_processes() -> None:
+    hold = "b = bytearray(60_000_000); print(flush=True); input()"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])"
+    command = [sys.executable, "-c", f"b = bytearray(60_000_000); {child}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        found = ingest._memory(process.pid)
+        alone = psutil.Process(process.pid).memory_info().rss
+        process.communicate(b"\n")
+    assert found["rss"] > alone + 60_000_000 > 120_000_000
+    assert 120_000_000 < found["pss"] <= found["rss"]
 
 
 def test_a_turn_of_a_loader(monkeypatch: pytest.MonkeyPatch) -> None:

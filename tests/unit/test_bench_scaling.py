@@ -13,6 +13,7 @@ import pytest
 from benchmarks import readme_tables, scaling
 from benchmarks.scaling_model import deals, feeding, lengths, pages, study
 from benchmarks.scaling_model.hardware import GPUS, MODELS, SEQ_LENGTH, Network
+from benchmarks.scaling_model.speed import speed
 from benchmarks.scaling_model.step import Assumptions, Job, all_reduce_s, step
 
 
@@ -42,6 +43,30 @@ def test_what_a_rank_executes_by_hand() -> None:
     second = 128_000 + 10 * (30**2 + 98**2) + 0.15 * 29
     assert found.flops == pytest.approx([first, second])
     assert found.useful == pytest.approx([200_000 + 0.15 * 99, 39_000 + 0.15 * 29])
+
+
+def test_simulated_ranks_are_the_real_packing() -> None:
+    steps = list(deals.batches(lengths.made_up(), 2048, 3, seed=1))
+    packed, dealt = deals.simulate(steps, 128, 16 * SEQ_LENGTH, MODELS["106m"])
+    assert packed.tokens.max() <= pages.BAR
+    assert packed.micro_batches == dealt.micro_batches == 1
+    for values, power in ((dealt.tokens, 1), (dealt.squares, 2)):
+        work = [(cells.astype(float) ** power).reshape(16, 128).sum(0) for cells in steps]
+        assert values == pytest.approx([load.max() / load.mean() for load in work])
+    assert 1 < packed.factor < 1.02 < 1.1 < dealt.factor
+
+
+def test_measured_speeds_go_before_estimates(tmp_path: Path) -> None:
+    usual = {"model": "106m", "precision": "bf16", "attention_dropout": 0.1, "seq_length": 2048}
+    measured = ((16, 90.0, 2048.0), (64, 99.0, 2048.0), (16, 150.0, 1300.0))
+    names = ("micro_batch", "cells_per_s", "tokens_per_cell")
+    rows = [usual | dict(zip(names, each, strict=True)) for each in measured]
+    content = {"machine": "x, 1 x NVIDIA A100-SXM4-80GB", "rows": rows}
+    (tmp_path / "tflops_a100.json").write_text(json.dumps(content))
+    found = speed("A100", MODELS["106m"], tmp_path)
+    assert (found.cells_per_s, found.source) == (90.0, "measured: tflops_a100.json")
+    for gpu, model in (("A100", "10m"), ("H200", "106m")):
+        assert speed(gpu, MODELS[model], tmp_path).source.startswith("estimate, not measured")
 
 
 def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import readme_tables
+from benchmarks.side_by_side import session_summary
 from geneformer_mcore.errors import DataError
 
 
@@ -73,3 +74,26 @@ def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
         assert "not measured" in readme_tables.filled(page_of(name), tmp_path), name
     with pytest.raises(DataError, match="no table is called other"):
         readme_tables.filled(page_of("other"), tmp_path)
+
+
+def test_the_bars_of_a_gpu_session_are_of_its_best_rows(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    measured = rows("a", "b", cells_per_s=(200.0, 150.0), tflops_padded_equivalent=(310.0, 350.0))
+    found = [row | {"model": "106m", "packing": "padded"} for row in measured]
+    steps = rows("ours_packed", "ours_padded", "hf_dynamic", "hf_padded", cells_per_s=(9, 6, 3, 1))
+    for name, content in {
+        "parts/tflops_106m": {"rows": found, "skipped": []},
+        "machine": {"tflops_file": "tflops_h200.json"},
+        "session": {"parts": []},
+        "train_step_106m": {"rows": [*steps, {"name": "te_layers", "not_measured": "no"}]},
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    chosen = "[DEBUG]: Selected backend = FusedAttention (sub-backend 1)\n"
+    (tmp_path / "check_te.log").write_text(chosen * 3)
+    session_summary.write(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    goals = [(goal["value"], goal["met"]) for goal in summary["goals"]]
+    nothing = (None, None)
+    assert goals == [(350, True), (200, True), nothing, nothing, (3, True), nothing]
+    assert summary["te_chose"] == ["Selected backend = FusedAttention (sub-backend 1)"]
+    assert json.loads((tmp_path / "tflops_h200.json").read_text())["rows"] == found
