@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -52,17 +53,23 @@ def _benchmark(script: list[str], printed: str, change: dict[str, Any]) -> None:
             setattr(owner, name, value)
     subprocess.Popen = _Forking  # type: ignore[misc]
     with open(printed, "w") as out:
-        _become(script, out.fileno(), out.fileno())
+        _become(script, out.fileno(), out.fileno(), ROOT, None)
 
 
-def _become(script: list[str], out: int, errors: int) -> NoReturn:
+def _become(
+    script: list[str], out: int, errors: int, cwd: Any, env: Mapping[str, str] | None
+) -> NoReturn:
     """What a fresh interpreter would do with a script of this project."""
     code: Any = 1
     try:
         os.dup2(out, 1)
         os.dup2(errors, 2)
+        os.chdir(cwd or ".")
+        if env is not None:
+            os.environ.clear()
+            os.environ.update(env)
         sys.argv = [str(word) for word in script[1:]]
-        module = (ROOT / script[1]).relative_to(ROOT).with_suffix("")
+        module = Path(script[1]).resolve().relative_to(ROOT).with_suffix("")
         run(importlib.import_module(".".join(module.parts)).main)
     except SystemExit as end:
         code = end.code
@@ -81,11 +88,12 @@ class _Forking(subprocess.Popen):
         if args[0] != sys.executable or not str(args[1]).endswith(".py"):
             super()._execute_child(args, *given)  # type: ignore[misc]
             return
-        pipes = given[9:15]
+        where, pipes = given[4:6], given[9:15]
         sys.stdout.flush()
         self.pid = os.fork()
         if not self.pid:
             os.setsid()
-            _become(args, 1 if pipes[3] < 0 else pipes[3], 2 if pipes[5] < 0 else pipes[5])
+            streams = (1 if pipes[3] < 0 else pipes[3], 2 if pipes[5] < 0 else pipes[5])
+            _become(args, *streams, *where)
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]

@@ -99,8 +99,9 @@ def step(*command: str | Path) -> None:
     launch/classify.py draw."""
     words = list(map(str, command))
     if "launch/pretrain.py" in words:
-        assert words[:2] == ["-m", "torch.distributed.run"]
-        words = words[words.index("launch/pretrain.py") :]
+        ranks = ["--nproc_per_node=3", "--rdzv-backend=loopback", "--max-restarts=0"]
+        assert words[:5] == ["-m", "torch.distributed.run", *ranks]
+        words = words[5:]
     commands.check(*words, *(["--no-plots"] if words[0] == "launch/classify.py" else []))
 
 
@@ -110,7 +111,8 @@ def test_the_whole_chain_by_one_command(
     copy, other = disguised(h5ad, tmp_path / "copy.h5ad"), strangers(h5ad, tmp_path / "other.h5ad")
     words = [
         *("cell_types.py", "--train", copy, other, "--labelled", h5ad),
-        *("--out", tmp_path / "out", "--steps", "2", "--resamples", "20", "--set", *TINY),
+        *("--out", tmp_path / "out", "--steps", "2", "--ranks", "3"),
+        *("--resamples", "20", "--set", *TINY),
     ]
     monkeypatch.setattr("sys.argv", list(map(str, words)))
     monkeypatch.setattr(cell_types, "step", step)
