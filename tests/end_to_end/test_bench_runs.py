@@ -224,7 +224,8 @@ def test_train_step_makes_a_flat_copy_of_counts(
 @pytest.mark.timeout(900)
 def test_a_gpu_session_with_tflops_and_train_step(tmp_path: Path, small: dict[str, Any]) -> None:
     out = tmp_path / "new" / "out"
-    ended = forked("gpu_session", "--toy", "--seconds", 800, "--out", out, change=small)
+    words = ("--toy", "--seconds", 800, "--out", out)
+    ended = forked("gpu_session", *words, change=small, limit_s=880)
     assert ended.code == 0, ended.printed
     names = ("machine", "check_te", "check_sdpa", "tflops_10m", "train_step_10m")
     parts = [(part["name"], part["state"]) for part in read(out / "session.json")["parts"]]
