@@ -45,11 +45,6 @@ def peak(*_: object) -> float:
     return 1e12
 
 
-def one_thread() -> int:
-    """Of a rank: with small matrices several only wait for one another."""
-    return 1
-
-
 @pytest.fixture
 def counts(tmp_path: Path, rng: np.random.Generator) -> Path:
     return write_h5ad(tmp_path / "counts.h5ad", random_counts(rng, 40, 300))
@@ -66,7 +61,6 @@ def small(tmp_path: Path) -> dict[str, Any]:
         "benchmarks.side_by_side.turn:MIN_S": 0.0,
         "benchmarks.side_by_side.tflops_run:measured_peak": peak,
         "benchmarks.side_by_side.session_check:measured_peak": peak,
-        "geneformer_mcore.parallel.device:_fair_threads": one_thread,
     }
 
 
