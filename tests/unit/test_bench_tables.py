@@ -14,7 +14,7 @@ from benchmarks.side_by_side import session_summary
 from geneformer_mcore.errors import DataError
 
 
-def rows(*names: str, **columns: tuple[Any, Any]) -> list[dict[str, Any]]:
+def rows(*names: str, **columns: tuple[Any, ...]) -> list[dict[str, Any]]:
     """One row per name, with the columns' values."""
     values = [dict(zip(columns, each, strict=True)) for each in zip(*columns.values(), strict=True)]
     return [{"name": name} | found for name, found in zip(names, values, strict=True)]
