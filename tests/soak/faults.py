@@ -479,7 +479,7 @@ MODEL = (
         "return [of_query.mul_(self.scale), of_key, of_value]",
         "return [of_query, of_key, of_value]",
         "tests/unit/test_blockwise.py",
-        "tests/distributed/test_session_checks.py",
+        "tests/distributed/test_bench_steps.py",
     ),
     _fault(
         "model/cores",
