@@ -435,7 +435,9 @@ MODEL = (
     # Segments, not an index_add: the same order of addition each time, on a GPU too.
     return torch.segment_reduce(genes_TH, "mean", lengths=batch.lengths_N - 1)
 """,
-        """    genes_TH = rows_TH[_is_real(batch).flatten()].float()
+        """    genes_TH = rows_TH[((inside_BS >= 0) & _is_real(batch)).flatten()].float()
+    if len(batch.lengths_N) == 0:
+        return genes_TH
     return torch.segment_reduce(genes_TH, "mean", lengths=batch.lengths_N)
 """,
         "tests/distributed/test_embed.py",
