@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.soak.parts import FOLDER, PARTS, ROOT, Part, counted
+from tests.soak.tree import commit
 
 NO_TESTS = 5
 """pytest's exit code where nothing is selected."""
@@ -41,7 +42,7 @@ def main() -> int:
         print("\n".join(f"{part.name:<20} {part.what}" for part in parts))
         return 0
     FOLDER.mkdir(parents=True, exist_ok=True)
-    results = Results(arguments.results, commit())
+    results = Results(arguments.results, commit(ROOT))
     for part in parts:
         run_part(part, arguments.short, results)
     table, is_failed = summary(parts, arguments.short, results)
@@ -57,18 +58,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=FOLDER / "results.json", metavar="FILE")
     parser.add_argument("--list", action="store_true", help="name the parts and stop")
     return parser.parse_args()
-
-
-def commit() -> str:
-    """Of the work tree; empty if it has changes, or there is no repository: nothing is known of it
-    from before."""
-    said = []
-    for command in (("rev-parse", "HEAD"), ("status", "--porcelain")):
-        ended = subprocess.run(
-            ["git", *command], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        said.append(ended.stdout.strip() if ended.returncode == 0 else "unknown")
-    return said[0] if not said[1] else ""
 
 
 class Results:

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.soak.faults import FAULTS, PACKAGE_TESTS, Fault
+from tests.soak.tree import commit
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "geneformer_mcore"
@@ -43,6 +44,7 @@ CONTROL_LIMIT_S = 7200.0
 CAUGHT, MISSED, NOT_APPLICABLE = "caught", "missed", "not applicable"
 UNDECIDED = "undecided"
 """Its likeliest tests pass, and those of its package are still to come."""
+_LASTING = (CAUGHT, UNDECIDED)
 PASSED = "all passed"
 _MOST_SAID = 40
 _PLUGIN = """
@@ -242,17 +244,18 @@ def judged(ended: dict[str, Any]) -> dict[str, Any]:
 
 
 class Results:
-    """What was found, in a file that the next start goes on from if the commit is the same."""
+    """What was found, in a file that the next start goes on from if the commit is the same. Only
+    what was caught, or is undecided, is not tried from the start again."""
 
-    def __init__(self, path: Path | None, tree: Path) -> None:
-        command = ["git", "-C", str(tree), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    def __init__(self, path: Path | None, commit: str) -> None:
         self.content: dict[str, Any] = {"commit": commit, "faults": {}}
         self._path, self._lock = path, threading.Lock()
         if path is not None and path.exists():
             before = json.loads(path.read_text())
-            if before["commit"] == commit:
-                self.content = before
+            if commit and before["commit"] == commit:
+                found = before["faults"].items()
+                kept = {name: each for name, each in found if each["outcome"] in _LASTING}
+                self.content["faults"] = kept
 
     def of(self, fault: Fault) -> dict[str, Any] | None:
         """What is known of this very fault."""
@@ -397,7 +400,7 @@ def main() -> int:
     settings = parser.parse_args()
     tree, faults = settings.tree.resolve(), chosen(settings)
     assert len({fault.name for fault in FAULTS}) == len(FAULTS), "two faults have one name"
-    results = Results(settings.results, tree)
+    results = Results(settings.results, commit(tree))
     with tempfile.TemporaryDirectory(prefix="faults_", ignore_cleanup_errors=True) as folder:
         if not run_all(tree, Path(folder), faults, results, settings):
             return 1
