@@ -7,7 +7,8 @@
 All parts together are meant to take at most 40 minutes on two cores that do nothing else. A share
 that has passed is not run again for the same commit: a soak that was interrupted goes on when it is
 started again. What the processes print is in build/soak/NAME_NUMBER.log. Needs strace; SLURM's
-events need root, slurm-wlm and munge, and are skipped elsewhere. Exit code 1 on any failure.
+events need root, slurm-wlm and munge, and are skipped elsewhere. Exit code 1 on any failure; a
+share that has done nothing, and was not skipped, is one.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.soak.parts import FOLDER, PARTS, ROOT, Part, counted
+from tests.soak.parts import FOLDER, PARTS, ROOT, Part, counted, skipped
 from tests.soak.tree import commit
 
 NO_TESTS = 5
 """pytest's exit code where nothing is selected."""
-TOLD_LINES = 30
+SHOWN_LINES = 30
 CLEARING_S = 60.0
 Result = dict[str, Any]
 
@@ -71,7 +72,8 @@ class Results:
 
     def has_passed(self, name: str) -> bool:
         """Whether that share need not be run."""
-        return name in self.of and not self.of[name]["failures"]
+        found = self.of.get(name)
+        return found is not None and not found["failures"] and not found["skipped"]
 
     def keep(self, name: str, result: Result) -> None:
         """Writes it down at once."""
@@ -95,13 +97,16 @@ def run_part(part: Part, is_short: bool, results: Results) -> None:
         if results.has_passed(name):
             print(f"{name}: passed before", flush=True)
             continue
-        result = run_share(name, command, part.limit_s)
+        result = run_share(name, command, part.limit_s, 0 if is_short else 1)
         results.keep(name, result)
         print(f"{name}: {result['failures']} failures, {result['seconds']} s", flush=True)
 
 
-def run_share(name: str, command: Sequence[str], limit_s: float) -> Result:
-    """{"repetitions", "failures", "seconds"} of one process."""
+def run_share(name: str, command: Sequence[str], limit_s: float, least: int) -> Result:
+    """{"repetitions", "failures", "seconds", "skipped": why} of one process.
+
+    least: repetitions; with fewer it has failed, unless all was skipped
+    """
     log, began = FOLDER / f"{name}.log", time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -114,13 +119,24 @@ def run_share(name: str, command: Sequence[str], limit_s: float) -> Result:
         )
         code = ended(process, limit_s)
     printed = log.read_text()
+    seconds = round(time.monotonic() - began)
+    result, why = judged(printed, code, least)
+    if result["failures"]:
+        why = why or f"did not end in {limit_s:g} s"
+        print(f"{name} {why}: {log}", *printed.splitlines()[-SHOWN_LINES:], sep="\n")
+    return result | {"seconds": seconds}
+
+
+def judged(printed: str, code: int | None, least: int) -> tuple[Result, str]:
+    """(what a process comes to, why it has failed); the code is None if it did not end in time."""
     code = 0 if code == NO_TESTS else code
     repetitions, failures = counted(printed, code)
-    if failures:
-        why = f"ended with {code}" if code is not None else f"did not end in {limit_s:g} s"
-        print(f"{name} {why}: {log}", *printed.splitlines()[-TOLD_LINES:], sep="\n")
-    seconds = round(time.monotonic() - began)
-    return {"repetitions": repetitions, "failures": failures, "seconds": seconds}
+    is_idle = repetitions == failures == 0
+    reason = skipped(printed) if is_idle else ""
+    why = "" if code is None else f"ended with {code}"
+    if not failures and not reason and repetitions < least:
+        failures, why = 1, "nothing ran"
+    return {"repetitions": repetitions, "failures": failures, "skipped": reason}, why
 
 
 def ended(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
@@ -147,7 +163,9 @@ def summary(parts: Sequence[Part], is_short: bool, results: Results) -> tuple[st
         found = [results.of[name] for name in names_of(part, is_short)]
         row = {key: sum(each[key] for each in found) for key in total}
         total = {key: total[key] + row[key] for key in total}
-        lines.append(_line(part.name, row))
+        reasons = dict.fromkeys(each["skipped"] for each in found if each["skipped"])
+        skips = f"  skipped: {'; '.join(reasons)}" if reasons else ""
+        lines.append(_line(part.name, row) + skips)
     lines.append(_line("all", total))
     return "\n".join(lines), total["failures"] > 0
 
