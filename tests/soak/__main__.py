@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -25,6 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.soak.parts import FOLDER, PARTS, ROOT, Part, counted, skipped
 from tests.soak.tree import commit
 
@@ -32,6 +35,8 @@ NO_TESTS = 5
 """pytest's exit code where nothing is selected."""
 SHOWN_LINES = 30
 CLEARING_S = 60.0
+_SET_CHILD_SUBREAPER = 36
+"""Of Linux's prctl."""
 Result = dict[str, Any]
 
 
@@ -43,6 +48,7 @@ def main() -> int:
         print("\n".join(f"{part.name:<20} {part.what}" for part in parts))
         return 0
     FOLDER.mkdir(parents=True, exist_ok=True)
+    adopt_orphans()
     results = Results(arguments.results, commit(ROOT))
     for part in parts:
         run_part(part, arguments.short, results)
@@ -140,19 +146,40 @@ def judged(printed: str, code: int | None, least: int) -> tuple[Result, str]:
 
 
 def ended(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
-    """Its exit code, or None if it did not end in time. Nothing of it is left in any case."""
+    """Its exit code, or None if it did not end in time. Nothing that it has started is left."""
+    started: list[psutil.Process] = []
     try:
         return process.wait(limit_s)
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
         # So that pytest puts away what a test has started, such as a cluster.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(CLEARING_S)
+        if isinstance(stopped, KeyboardInterrupt):
+            raise
         return None
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
+        kill_all(started)
+
+
+def kill_all(processes: Sequence[psutil.Process]) -> None:
+    """Those, and whatever else this process has inherited: daemons leave their session."""
+    while found := [*processes, *psutil.Process().children(recursive=True)]:
+        for each in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(found, timeout=10)
+        processes = ()
+
+
+def adopt_orphans() -> None:
+    """From here on a process whose parent has ended becomes this process's child, not init's."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0, os.strerror(ctypes.get_errno())
 
 
 def summary(parts: Sequence[Part], is_short: bool, results: Results) -> tuple[str, bool]:
