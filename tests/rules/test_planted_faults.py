@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.rules.sources import LIBRARY, LIBRARY_FILES, ROOT
 from tests.soak.faults import FAULTS, PACKAGE_TESTS, Fault
+from tests.soak.planted_faults import CAUGHT, MISSED, Results, judged
 
 LEAST = 40
 LEAST_PER_PACKAGE = 2
@@ -39,3 +42,38 @@ def test_every_named_test_file_exists() -> None:
     patterns = {name for fault in FAULTS for name in fault.first}
     patterns |= {name for names in PACKAGE_TESTS.values() for name in names}
     assert [each for each in sorted(patterns) if not list(ROOT.glob(each))] == []
+
+
+@pytest.mark.parametrize(
+    ("why", "outcome", "if_it_hangs"),
+    [
+        ("assert 1 == 2", CAUGHT, CAUGHT),
+        ("AssertionError: two runs did not end in the same state", CAUGHT, CAUGHT),
+        ("AssertionError: ranks [0, 1] did not end in time", MISSED, CAUGHT),
+        ("AssertionError: not ended in time: [0, None] ... assert None not in", MISSED, CAUGHT),
+        ("AssertionError: ['a.py'] did not end in 1e+03 s:", MISSED, CAUGHT),
+        ("subprocess.TimeoutExpired: Command", MISSED, CAUGHT),
+        ("Failed: Timeout (>300.0s) from pytest-timeout.", MISSED, MISSED),
+        ("ModuleNotFoundError: No module named 'a'", MISSED, MISSED),
+    ],
+)
+def test_a_test_that_waits_in_vain_catches_what_hangs_alone(
+    why: str, outcome: str, if_it_hangs: str
+) -> None:
+    ended = {"code": 1, "failures": [("a test", why)]}
+    fault = replace(FAULTS[0], hangs=False)
+    assert judged(ended, fault)["outcome"] == outcome
+    assert judged(ended, replace(fault, hangs=True))["outcome"] == if_it_hangs
+
+
+def test_results_hold_for_the_same_commit_and_what_was_missed_is_tried_again(
+    tmp_path: Path,
+) -> None:
+    caught, missed = FAULTS[:2]
+    for commit, is_open in (("a commit", False), ("", True)):
+        results = Results(tmp_path / "results", commit)
+        results.add(caught, {"outcome": CAUGHT, "by": "a test", "why": ""})
+        results.add(missed, {"outcome": MISSED, "by": "", "why": ""})
+        again = Results(tmp_path / "results", commit)
+        assert (again.is_open(caught), again.is_open(missed)) == (is_open, True)
+    assert Results(tmp_path / "results", "another").is_open(caught)

@@ -116,7 +116,8 @@ PACKAGE_TESTS: dict[str, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class Fault:
     """file: within geneformer_mcore;  first: test files that are run before those of the package,
-    as they are the likeliest to catch it."""
+    as they are the likeliest to catch it;  hangs: a user would see a job that does not end, so a
+    test that waited for one in vain has caught it."""
 
     name: str
     package: str
@@ -124,11 +125,14 @@ class Fault:
     old: str
     new: str
     first: tuple[str, ...] = ()
+    hangs: bool = False
 
 
-def _fault(package: str, name: str, file: str, old: str, new: str, *first: str) -> Fault:
+def _fault(
+    package: str, name: str, file: str, old: str, new: str, *first: str, hangs: bool = False
+) -> Fault:
     folder = "" if package == "top" else f"{package}/"
-    return Fault(f"{package}: {name}", package, f"{folder}{file}", old, new, first)
+    return Fault(f"{package}: {name}", package, f"{folder}{file}", old, new, first, hangs)
 
 
 CELLS = (
@@ -373,6 +377,7 @@ PARALLEL = (
         "        return time.monotonic() - since - allowed_s\n",
         "        return min(0.0, time.monotonic() - since - allowed_s)\n",
         "tests/unit/test_watch.py",
+        hangs=True,
     ),
     _fault(
         "parallel",

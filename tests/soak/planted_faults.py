@@ -8,7 +8,8 @@
 A fault is caught if a test fails that passes without it: at the end those tests are run once more
 in a copy without any fault. First of all the whole selection must pass so (--no-control: not).
 Exit code 1 if a fault is missed. Anything but a failing test, such as a module that cannot be
-imported or a test that does not end, catches nothing.
+imported or a test that does not end, catches nothing; nor does a test whose ranks or commands do
+not end in its time, but for faults that make a job hang (Fault.hangs).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -46,6 +48,9 @@ UNDECIDED = "undecided"
 """Its likeliest tests pass, and those of its package are still to come."""
 _LASTING = (CAUGHT, UNDECIDED)
 PASSED = "all passed"
+_NO_CATCH = re.compile(r"Timeout \(>|ImportError|ModuleNotFoundError|SyntaxError")
+_LATE = re.compile(r"TimeoutExpired|(did not end|not ended) in (time|[\d.e+]+ s)")
+"""A test has waited in vain for what it had started (ranks.py, forked.py, commands.py)."""
 _MOST_SAID = 40
 _PLUGIN = """
 import os
@@ -60,10 +65,12 @@ def pytest_sessionstart(session):
 def pytest_runtest_logreport(report):
     if report.failed:
         words = str(report.longreprtext).splitlines() or [""]
+        crash = getattr(report.longrepr, "reprcrash", None)
+        said = (crash.message.splitlines() if crash else []) or [""]
         with open(os.environ["PLANTED_FAILURES"], "a") as file:
-            file.write(f"{report.nodeid}\\t{words[-1]}\\n")
+            file.write(f"{report.nodeid}\\t{said[0]} ... {words[-1]}\\n")
 """
-"""A pytest plugin that writes down which tests fail, and the last line of why."""
+"""A pytest plugin that writes down which tests fail, and the first and last line of why."""
 
 
 class Copy:
@@ -225,10 +232,10 @@ def try_fault(copy: Copy, fault: Fault, tests: list[str]) -> dict[str, Any]:
         ended = copy.run(tests, LIMIT_S, ["-x"])
     finally:
         copy.restore()
-    return judged(ended) | {"seconds": ended["seconds"]}
+    return judged(ended, fault) | {"seconds": ended["seconds"]}
 
 
-def judged(ended: dict[str, Any]) -> dict[str, Any]:
+def judged(ended: dict[str, Any], fault: Fault) -> dict[str, Any]:
     """What a run of tests comes to."""
     if ended["code"] == 0:
         return {"outcome": MISSED, "by": "", "why": PASSED}
@@ -238,7 +245,7 @@ def judged(ended: dict[str, Any]) -> dict[str, Any]:
         print("\n".join(ended["said"]))
         return {"outcome": MISSED, "by": "", "why": f"pytest ended with {ended['code']}"}
     by, why = ended["failures"][0]
-    if "Timeout (>" in why or "ImportError" in why or "SyntaxError" in why:
+    if _NO_CATCH.search(why) or (_LATE.search(why) and not fault.hangs):
         return {"outcome": MISSED, "by": by, "why": why}
     return {"outcome": CAUGHT, "by": by, "why": why}
 
