@@ -61,7 +61,9 @@ class Share(subprocess.Popen):
             time.sleep(0.02)
         if timeout != 600:
             return super().wait(timeout)
-        raise KeyboardInterrupt if sys.argv[2] == "interrupted" else subprocess.TimeoutExpired("", 1)
+        if sys.argv[2] == "interrupted":
+            raise KeyboardInterrupt
+        raise subprocess.TimeoutExpired("", timeout)
 
 soak.adopt_orphans()
 command = [sys.executable, "-c", sys.argv[1]]

@@ -600,7 +600,7 @@ CHECKPOINT = (
     ),
     _fault(
         "checkpoint",
-        "dropout begins anew after a restart",
+        "dropout begins at its seed after a restart",
         "state.py",
         "    if rank is not None:\n        _load_random_states(folder, rank)\n",
         "",

@@ -53,7 +53,7 @@ PARTS = (
     ),
     Part(
         "kills-asynchronous",
-        "the same, saves written beside training",
+        "the same, saves written while it trains",
         _kills("--asynchronous"),
         _module("kills", "--kills", 2, "--steps", 20, "--asynchronous"),
         900,

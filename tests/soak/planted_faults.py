@@ -97,7 +97,7 @@ class Copy:
         )
 
     def restore(self) -> None:
-        """Makes the copy as the tree is: changed files are copied, strange ones removed."""
+        """Makes the copy as the tree is: changed files are copied, unknown ones removed."""
         # Compiled loops hold for the same files, wherever they lie.
         compiled = (self.tree / LIBRARY).rglob("*.nb[ci]")
         names = [
@@ -208,7 +208,7 @@ def tests_of(tree: Path, patterns: Iterable[str], must_match: bool) -> list[str]
     found: list[str] = []
     for pattern in patterns:
         names = sorted(path.relative_to(tree).as_posix() for path in tree.glob(pattern))
-        assert names or not must_match, f"no test file matches {pattern}: mend faults.py"
+        assert names or not must_match, f"no test file matches {pattern}: correct faults.py"
         found += names
     return list(dict.fromkeys(found))
 
@@ -275,7 +275,7 @@ class Results:
         return found is None or found["outcome"] == UNDECIDED
 
     def add(self, fault: Fault, result: dict[str, Any]) -> None:
-        """Keeps it, and tells."""
+        """Keeps it, and prints a line."""
         with self._lock:
             self.content["faults"][fault.name] = result | {"digest": _digest(fault)}
             self.save()
