@@ -40,10 +40,10 @@ def final_state(run: Path) -> FinalState:
     root = run / "checkpoints"
     last = checkpoints.step_folder(root, checkpoints.steps(root)[-1])
     files = json.loads((last / checkpoints.MANIFEST).read_text())["files"]
-    of_state = (".distcp", ".npz", "common.pt")
-    return FinalState(
-        run, {name: each["sha256"] for name, each in files.items() if name.endswith(of_state)}
-    )
+    of_state = {".distcp", ".npz", ".pt"}
+    kept = {name: each["sha256"] for name, each in files.items() if Path(name).suffix in of_state}
+    assert {Path(name).suffix for name in kept} == of_state, f"{last} holds {sorted(files)}"
+    return FinalState(run, kept)
 
 
 def explain(left: FinalState, right: FinalState) -> list[str]:

@@ -19,6 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {"geneformer_mcore.errors", "geneformer_mcore.contracts", "geneformer_mcore"}
 """Nearly all tests import them: those are `make test`."""
+BY_FOLDER = {
+    "slurm/": {"tests/unit/test_job_script.py", "tests/unit/test_array_script.py"},
+    "configs/": {"tests/unit/test_config.py"},
+}
+"""Tests of files that no test imports."""
 PYTEST = ("-q", "-x", "-n", "2", "--dist", "loadscope", "-m", "not slow and not soak")
 
 
@@ -70,8 +75,9 @@ def tests_of(changed: list[str], imports: dict[str, set[str]]) -> set[str]:
     """The test files, and folders of them, for the files that have changed."""
     found = {"tests/rules"} if changed else set()
     for name in changed:
+        found |= next((BY_FOLDER[each] for each in BY_FOLDER if name.startswith(each)), set())
         if name.startswith("tests/") and Path(name).name.startswith("test_"):
-            if name.split("/")[1] not in ("slurm", "soak", "rules") and (ROOT / name).exists():
+            if name.split("/")[1] not in ("soak", "rules") and (ROOT / name).exists():
                 found.add(name)
         elif name.endswith(".py") and module_of(name) not in SHARED:
             package = ".".join(Path(name).parent.parts)

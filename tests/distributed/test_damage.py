@@ -5,6 +5,7 @@ Random damage, often: tests/soak/checkpoint_damage.py.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,9 @@ def assert_passed_over(root: Path, name: str, damage: Damage, rng: np.random.Gen
 def test_damage_to_any_kind_of_file_is_seen(
     saved: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
+    files = [path for path in checkpoints.step_folder(saved, 2).rglob("*") if path.is_file()]
+    kinds = {re.sub(r"\d+", "N", path.name) for path in files}
+    assert kinds == {re.sub(r"\d+", "N", Path(name).name) for name in KINDS}, "a new kind of file"
     for number, name in enumerate(KINDS):
         for damage in (flip_a_bit, DAMAGES[1 + number % 3]):
             root = Path(shutil.copytree(saved, tmp_path / f"{number}_{damage.__name__}"))

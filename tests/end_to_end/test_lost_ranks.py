@@ -144,7 +144,14 @@ def assert_named(what: str, of_rank: int, run: Path, printed: str) -> None:
 
 @pytest.mark.parametrize(
     ("what", "of_rank"),
-    [soak("killed", 0), ("killed", 1), ("stopped", 0), soak("stopped", 1), ("asleep", 1)],
+    [
+        soak("killed", 0),
+        ("killed", 1),
+        ("stopped", 0),
+        soak("stopped", 1),
+        ("asleep", 1),
+        soak("asleep", 0),
+    ],
 )
 def test_a_lost_rank_ends_the_job_in_time_and_is_named(
     what: str, of_rank: int, store: Path, tmp_path: Path, slack_s: float
@@ -167,12 +174,15 @@ def test_under_torchrun_too(
     assert seconds < TIMEOUT_S + slack_s
 
 
-def test_an_error_on_one_rank_reaches_all(store: Path, tmp_path: Path, slack_s: float) -> None:
-    codes, _, seconds = run("failed", 1, store, tmp_path)
+@pytest.mark.parametrize("of_rank", [1, soak(0)])
+def test_an_error_on_one_rank_reaches_all(
+    of_rank: int, store: Path, tmp_path: Path, slack_s: float
+) -> None:
+    codes, _, seconds = run("failed", of_rank, store, tmp_path)
     assert codes == [1, 1]
     reason = outcome(tmp_path / "run")["reason"]
     assert reason == (
-        "the job failed: rank 1 failed at step 4 while forward, backward and update: "
+        f"the job failed: rank {of_rank} failed at step 4 while forward, backward and update: "
         "ValueError: a bad cell"
     )
     assert seconds < slack_s

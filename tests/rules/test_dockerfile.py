@@ -22,7 +22,10 @@ REFUSED = (
     r"^ADD ",
     r"^(CMD|ENTRYPOINT) [^\[]",
     r"pip install (?!--no-cache-dir)",
-    r"^(ENV|ARG) .*(TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY)",
+    r"^FROM (?!\$\{BASE\}$)",
+    r"^(ENV|ARG) .*(?i:TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY)",
+    r"apt-get install (?!.*--no-install-recommends)",
+    r"apt-get (?!.*rm -rf /var/lib/apt/lists)",
 )
 
 

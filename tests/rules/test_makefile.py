@@ -32,7 +32,7 @@ def make(project: Path, *arguments: str) -> str:
     own = {"PATH": f"{project / 'programs'}:{os.environ['PATH']}"}
     command = ["make", "-C", str(project), *arguments]
     made = subprocess.run(
-        command, env=os.environ | own, stdout=subprocess.PIPE, text=True, check=True
+        command, env=os.environ | own, stdout=subprocess.PIPE, text=True, check=True, timeout=60
     )
     return made.stdout
 
@@ -52,6 +52,8 @@ def test_another_interpreter_is_another_environment(project: Path) -> None:
     other = executable(project / "other", "#!/bin/sh\necho '3.14.0 (other) /opt/other'\n")
     # An environment made from an interpreter is no other one.
     base = Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}")
+    if not base.exists():
+        pytest.skip(f"there is no {base}")
     assert stamp(sys.executable) == stamp(base) != stamp(other)
     moved = shutil.copytree(project, project.with_name("moved"))
     assert stamp(base, moved) != stamp(base)
