@@ -9,7 +9,6 @@ step. Two-layer stages make Megatron's gradient buckets end at places that need 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint import load as load_tensors
 
-from geneformer_mcore.checkpoint import plain_metadata, state
+from geneformer_mcore.checkpoint import state
 from tests.distributed import toy
 from tests.distributed.parity import INTERLEAVED, OVERLAP, PACKED, PP2, SEQUENCE, TP2
 from tests.distributed.ranks import run_ranks
+from tests.final_state import read_whole
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp1 pp1 dp1": (1, ()),
@@ -48,6 +46,8 @@ so where a gradient is nearly 0 even its sign may differ: a small lr keeps that 
 
 Pair = tuple[str, str]
 """(saver, loader)."""
+_whole = cache(read_whole)
+"""Each checkpoint is compared with several others."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Checkpoints:
     def lost(self, saver: str, loader: str, rel: float = 1e-6) -> list[str]:
         """What was lost between the two, in words."""
         before, after = self.saved(saver), self.loaded(saver, loader)
-        first, second = read_whole(before.folder), read_whole(after.folder)
+        first, second = _whole(before.folder), _whole(after.folder)
         # NaN, which nobody wrote, is equal to nothing.
         found = [
             key
@@ -146,22 +146,6 @@ def load(
         run.position = steps[0] * run.config.train.global_batch_size
         losses[folder] = [result.totals.loss for result in run.steps(steps[1])]
     return losses
-
-
-@cache
-def read_whole(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, put together from its parts by torch alone."""
-    with plain_metadata.read_by_torch(), warnings.catch_warnings():
-        # It remarks on what it is told: that no other rank reads along.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        reader = FileSystemReader(folder)
-        described = reader.read_metadata().state_dict_metadata
-        whole = {
-            key: torch.full(entry.size, float("nan"), dtype=entry.properties.dtype)
-            for key, entry in described.items()
-        }
-        load_tensors(whole, storage_reader=reader, no_dist=True)
-    return whole
 
 
 def steps_counted(folder: Path) -> list[float]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.resharding import BF16, GENTLE, TWO_LAYERS, Checkpoints, Pair, read_whole
+from tests.distributed.resharding import BF16, GENTLE, TWO_LAYERS, Checkpoints, Pair
+from tests.final_state import read_whole
 
 PAIRS = [
     ("tp2 pp1 dp1", "tp1 pp1 dp1"),

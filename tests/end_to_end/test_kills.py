@@ -45,7 +45,7 @@ KILLS: list[Kill] = [
     (((REMOVING, 1), (UNLINK, 2)), [4, 6]),
 ]
 """Of one start after the other, each of which meets what the ones before have left."""
-BESIDE_TRAINING: list[Kill] = [
+ASYNCHRONOUS: list[Kill] = [
     (((WRITING, 1),), []),
     (((SEALING, 1),), []),
     (((POINTING, 1),), [2]),
@@ -77,7 +77,7 @@ def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> object
 
 @pytest.mark.parametrize(
     ("kills", "more"),
-    [(KILLS, ()), (BESIDE_TRAINING, ("checkpoint.asynchronous=true",))],
+    [(KILLS, ()), (ASYNCHRONOUS, ("checkpoint.asynchronous=true",))],
     ids=["synchronous", "asynchronous"],
 )
 def test_killed_in_each_phase_it_ends_as_if_it_had_not_been(

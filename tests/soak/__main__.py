@@ -7,13 +7,15 @@
 All parts together are meant to take at most 40 minutes on two cores that do nothing else. A share
 that has passed is not run again for the same commit: a soak that was interrupted goes on when it is
 started again. What the processes print is in build/soak/NAME_NUMBER.log. Needs strace; SLURM's
-events need root, slurm-wlm and munge, and are skipped elsewhere. Exit code 1 on any failure.
+events need root, slurm-wlm and munge, and are skipped elsewhere. Exit code 1 on any failure; a
+share that has done nothing, and was not skipped, is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -24,12 +26,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.soak.parts import FOLDER, PARTS, ROOT, Part, counted
+import psutil
+
+from tests.soak.parts import FOLDER, PARTS, ROOT, Part, counted, skipped
+from tests.soak.tree import commit
 
 NO_TESTS = 5
 """pytest's exit code where nothing is selected."""
-TOLD_LINES = 30
+SHOWN_LINES = 30
 CLEARING_S = 60.0
+_SET_CHILD_SUBREAPER = 36
+"""Of Linux's prctl."""
 Result = dict[str, Any]
 
 
@@ -41,7 +48,8 @@ def main() -> int:
         print("\n".join(f"{part.name:<20} {part.what}" for part in parts))
         return 0
     FOLDER.mkdir(parents=True, exist_ok=True)
-    results = Results(arguments.results, commit())
+    adopt_orphans()
+    results = Results(arguments.results, commit(ROOT))
     for part in parts:
         run_part(part, arguments.short, results)
     table, is_failed = summary(parts, arguments.short, results)
@@ -59,18 +67,6 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def commit() -> str:
-    """Of the work tree; empty if it has changes, or there is no repository: nothing is known of it
-    from before."""
-    said = []
-    for command in (("rev-parse", "HEAD"), ("status", "--porcelain")):
-        ended = subprocess.run(
-            ["git", *command], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        said.append(ended.stdout.strip() if ended.returncode == 0 else "unknown")
-    return said[0] if not said[1] else ""
-
-
 class Results:
     """{name of a share: its result} of one commit, in a file."""
 
@@ -82,7 +78,8 @@ class Results:
 
     def has_passed(self, name: str) -> bool:
         """Whether that share need not be run."""
-        return name in self.of and not self.of[name]["failures"]
+        found = self.of.get(name)
+        return found is not None and not found["failures"] and not found["skipped"]
 
     def keep(self, name: str, result: Result) -> None:
         """Writes it down at once."""
@@ -106,13 +103,16 @@ def run_part(part: Part, is_short: bool, results: Results) -> None:
         if results.has_passed(name):
             print(f"{name}: passed before", flush=True)
             continue
-        result = run_share(name, command, part.limit_s)
+        result = run_share(name, command, part.limit_s, 0 if is_short else 1)
         results.keep(name, result)
         print(f"{name}: {result['failures']} failures, {result['seconds']} s", flush=True)
 
 
-def run_share(name: str, command: Sequence[str], limit_s: float) -> Result:
-    """{"repetitions", "failures", "seconds"} of one process."""
+def run_share(name: str, command: Sequence[str], limit_s: float, least: int) -> Result:
+    """{"repetitions", "failures", "seconds", "skipped": why} of one process.
+
+    least: repetitions; with fewer it has failed, unless all was skipped
+    """
     log, began = FOLDER / f"{name}.log", time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -125,29 +125,61 @@ def run_share(name: str, command: Sequence[str], limit_s: float) -> Result:
         )
         code = ended(process, limit_s)
     printed = log.read_text()
+    seconds = round(time.monotonic() - began)
+    result, why = judged(printed, code, least)
+    if result["failures"]:
+        why = why or f"did not end in {limit_s:g} s"
+        print(f"{name} {why}: {log}", *printed.splitlines()[-SHOWN_LINES:], sep="\n")
+    return result | {"seconds": seconds}
+
+
+def judged(printed: str, code: int | None, least: int) -> tuple[Result, str]:
+    """(what a process comes to, why it has failed); the code is None if it did not end in time."""
     code = 0 if code == NO_TESTS else code
     repetitions, failures = counted(printed, code)
-    if failures:
-        why = f"ended with {code}" if code is not None else f"did not end in {limit_s:g} s"
-        print(f"{name} {why}: {log}", *printed.splitlines()[-TOLD_LINES:], sep="\n")
-    seconds = round(time.monotonic() - began)
-    return {"repetitions": repetitions, "failures": failures, "seconds": seconds}
+    is_idle = repetitions == failures == 0
+    reason = skipped(printed) if is_idle else ""
+    why = "" if code is None else f"ended with {code}"
+    if not failures and not reason and repetitions < least:
+        failures, why = 1, "nothing ran"
+    return {"repetitions": repetitions, "failures": failures, "skipped": reason}, why
 
 
 def ended(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
-    """Its exit code, or None if it did not end in time. Nothing of it is left in any case."""
+    """Its exit code, or None if it did not end in time. Nothing that it has started is left."""
+    started: list[psutil.Process] = []
     try:
         return process.wait(limit_s)
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
         # So that pytest puts away what a test has started, such as a cluster.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(CLEARING_S)
+        if isinstance(stopped, KeyboardInterrupt):
+            raise
         return None
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
+        kill_all(started)
+
+
+def kill_all(processes: Sequence[psutil.Process]) -> None:
+    """Those, and whatever else this process has inherited: daemons leave their session."""
+    while found := [*processes, *psutil.Process().children(recursive=True)]:
+        for each in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(found, timeout=10)
+        processes = ()
+
+
+def adopt_orphans() -> None:
+    """From here on a process whose parent has ended becomes this process's child, not init's."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0, os.strerror(ctypes.get_errno())
 
 
 def summary(parts: Sequence[Part], is_short: bool, results: Results) -> tuple[str, bool]:
@@ -158,7 +190,9 @@ def summary(parts: Sequence[Part], is_short: bool, results: Results) -> tuple[st
         found = [results.of[name] for name in names_of(part, is_short)]
         row = {key: sum(each[key] for each in found) for key in total}
         total = {key: total[key] + row[key] for key in total}
-        lines.append(_line(part.name, row))
+        reasons = dict.fromkeys(each["skipped"] for each in found if each["skipped"])
+        skips = f"  skipped: {'; '.join(reasons)}" if reasons else ""
+        lines.append(_line(part.name, row) + skips)
     lines.append(_line("all", total))
     return "\n".join(lines), total["failures"] > 0
 

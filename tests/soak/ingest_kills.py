@@ -63,9 +63,9 @@ def killed(inputs: Path, folder: Path, kills: int, expected: str) -> Counter[str
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 fell[where] += 1
-        told = process.communicate()[1]
+        errors = process.communicate()[1]
         if not (folder / "s").exists():
-            assert process.returncode == -signal.SIGKILL, told
+            assert process.returncode == -signal.SIGKILL, errors
             continue
         assert whole(folder) == expected
         # A kill after the store had its name leaves its units: the next command clears them.
@@ -78,8 +78,8 @@ def killed(inputs: Path, folder: Path, kills: int, expected: str) -> Counter[str
 
 def finished(process: subprocess.Popen[str], folder: Path) -> str:
     """The content of the store of a build that is let through."""
-    told = process.communicate()[1]
-    assert process.returncode == 0, told
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
     assert os.listdir(folder) == ["s"]
     return whole(folder)
 

@@ -39,6 +39,8 @@ CALLS = (
     "openat,creat,write,pwrite64,writev,fsync,fdatasync,ftruncate,rename,renameat,renameat2,"
     "mkdir,mkdirat,unlink,unlinkat,rmdir,link,linkat,symlink,symlinkat,chmod,fchmod"
 )
+LEAST_CALLS = 100
+"""A save makes more than twice as many: with fewer, strace has not seen it."""
 _CALL = re.compile(r"\d+ +(\w+\(.*)")
 
 
@@ -51,6 +53,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         good = saved_once(Path(folder))
         calls = calls_of_a_save(good)
+        assert len(calls) > LEAST_CALLS, f"strace has seen {len(calls)} calls"
         tried = range(arguments.first, len(calls) + 1, arguments.every)
         left = Counter(killed_at(good, calls, number) for number in tried)
     print(f"{len(calls)} calls, {len(tried)} of them tried; afterwards: {dict(left)}")

@@ -46,7 +46,7 @@ LONGEST_WAIT_S = {"start": 2.0, "step": 0.5}
 """Between what is waited for, a start or its first step, and the kill: some steps and saves."""
 IN_START = 0.1
 """Share of the kills that may fall before the first step."""
-ENOUGH = 30
+ENOUGH = 20
 """Kills of which three in ten must fall inside a save."""
 
 

@@ -35,7 +35,7 @@ def _module(name: str, *arguments: object) -> tuple[str, ...]:
 
 
 def _tests(*arguments: str) -> tuple[str, ...]:
-    return ("-m", "pytest", "-q", *arguments)
+    return ("-m", "pytest", "-q", "-rs", *arguments)
 
 
 def _kills(*more: str) -> tuple[tuple[str, ...], ...]:
@@ -53,7 +53,7 @@ PARTS = (
     ),
     Part(
         "kills-asynchronous",
-        "the same, saves written beside training",
+        "the same, saves written while it trains",
         _kills("--asynchronous"),
         _module("kills", "--kills", 2, "--steps", 20, "--asynchronous"),
         900,
@@ -134,10 +134,17 @@ _FAILED = (
     re.compile(r"\b(\d+) errors?\b.* in "),
     re.compile(r"^missed: (\d+)$", re.MULTILINE),
 )
+_SKIPPED = re.compile(r"^SKIPPED \[\d+\] [^ ]+: (.*)$", re.MULTILINE)
 
 
-def counted(printed: str, code: int) -> tuple[int, int]:
-    """(repetitions, failures) of a process, by what it has printed and by its exit code."""
+def skipped(printed: str) -> str:
+    """Why pytest has skipped tests; empty if it has not."""
+    return "; ".join(dict.fromkeys(_SKIPPED.findall(printed)))
+
+
+def counted(printed: str, code: int | None) -> tuple[int, int]:
+    """(repetitions, failures) of a process, by what it has printed and by its exit code, which is
+    None if it did not end in time."""
     passed = sum(int(found[-1]) for pattern in _COUNTED if (found := pattern.findall(printed)))
     failed = sum(int(found[-1]) for pattern in _FAILED if (found := pattern.findall(printed)))
     return passed + failed, max(failed, int(code != 0))

@@ -8,7 +8,8 @@
 A fault is caught if a test fails that passes without it: at the end those tests are run once more
 in a copy without any fault. First of all the whole selection must pass so (--no-control: not).
 Exit code 1 if a fault is missed. Anything but a failing test, such as a module that cannot be
-imported or a test that does not end, catches nothing.
+imported or a test that does not end, catches nothing; nor does a test whose ranks or commands do
+not end in its time, but for faults that make a job hang (Fault.hangs).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.soak.faults import FAULTS, PACKAGE_TESTS, Fault
+from tests.soak.tree import commit
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "geneformer_mcore"
@@ -43,7 +46,11 @@ CONTROL_LIMIT_S = 7200.0
 CAUGHT, MISSED, NOT_APPLICABLE = "caught", "missed", "not applicable"
 UNDECIDED = "undecided"
 """Its likeliest tests pass, and those of its package are still to come."""
+_LASTING = (CAUGHT, UNDECIDED)
 PASSED = "all passed"
+_NO_CATCH = re.compile(r"Timeout \(>|ImportError|ModuleNotFoundError|SyntaxError")
+_LATE = re.compile(r"TimeoutExpired|(did not end|not ended) in (time|[\d.e+]+ s)")
+"""A test has waited in vain for what it had started (ranks.py, forked.py, commands.py)."""
 _MOST_SAID = 40
 _PLUGIN = """
 import os
@@ -58,10 +65,12 @@ def pytest_sessionstart(session):
 def pytest_runtest_logreport(report):
     if report.failed:
         words = str(report.longreprtext).splitlines() or [""]
+        crash = getattr(report.longrepr, "reprcrash", None)
+        said = (crash.message.splitlines() if crash else []) or [""]
         with open(os.environ["PLANTED_FAILURES"], "a") as file:
-            file.write(f"{report.nodeid}\\t{words[-1]}\\n")
+            file.write(f"{report.nodeid}\\t{said[0]} ... {words[-1]}\\n")
 """
-"""A pytest plugin that writes down which tests fail, and the last line of why."""
+"""A pytest plugin that writes down which tests fail, and the first and last line of why."""
 
 
 class Copy:
@@ -88,7 +97,7 @@ class Copy:
         )
 
     def restore(self) -> None:
-        """Makes the copy as the tree is: changed files are copied, strange ones removed."""
+        """Makes the copy as the tree is: changed files are copied, unknown ones removed."""
         # Compiled loops hold for the same files, wherever they lie.
         compiled = (self.tree / LIBRARY).rglob("*.nb[ci]")
         names = [
@@ -199,7 +208,7 @@ def tests_of(tree: Path, patterns: Iterable[str], must_match: bool) -> list[str]
     found: list[str] = []
     for pattern in patterns:
         names = sorted(path.relative_to(tree).as_posix() for path in tree.glob(pattern))
-        assert names or not must_match, f"no test file matches {pattern}: mend faults.py"
+        assert names or not must_match, f"no test file matches {pattern}: correct faults.py"
         found += names
     return list(dict.fromkeys(found))
 
@@ -223,10 +232,10 @@ def try_fault(copy: Copy, fault: Fault, tests: list[str]) -> dict[str, Any]:
         ended = copy.run(tests, LIMIT_S, ["-x"])
     finally:
         copy.restore()
-    return judged(ended) | {"seconds": ended["seconds"]}
+    return judged(ended, fault) | {"seconds": ended["seconds"]}
 
 
-def judged(ended: dict[str, Any]) -> dict[str, Any]:
+def judged(ended: dict[str, Any], fault: Fault) -> dict[str, Any]:
     """What a run of tests comes to."""
     if ended["code"] == 0:
         return {"outcome": MISSED, "by": "", "why": PASSED}
@@ -236,23 +245,24 @@ def judged(ended: dict[str, Any]) -> dict[str, Any]:
         print("\n".join(ended["said"]))
         return {"outcome": MISSED, "by": "", "why": f"pytest ended with {ended['code']}"}
     by, why = ended["failures"][0]
-    if "Timeout (>" in why or "ImportError" in why or "SyntaxError" in why:
+    if _NO_CATCH.search(why) or (_LATE.search(why) and not fault.hangs):
         return {"outcome": MISSED, "by": by, "why": why}
     return {"outcome": CAUGHT, "by": by, "why": why}
 
 
 class Results:
-    """What was found, in a file that the next start goes on from if the commit is the same."""
+    """What was found, in a file that the next start goes on from if the commit is the same. Only
+    what was caught, or is undecided, is not tried from the start again."""
 
-    def __init__(self, path: Path | None, tree: Path) -> None:
-        command = ["git", "-C", str(tree), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    def __init__(self, path: Path | None, commit: str) -> None:
         self.content: dict[str, Any] = {"commit": commit, "faults": {}}
         self._path, self._lock = path, threading.Lock()
         if path is not None and path.exists():
             before = json.loads(path.read_text())
-            if before["commit"] == commit:
-                self.content = before
+            if commit and before["commit"] == commit:
+                found = before["faults"].items()
+                kept = {name: each for name, each in found if each["outcome"] in _LASTING}
+                self.content["faults"] = kept
 
     def of(self, fault: Fault) -> dict[str, Any] | None:
         """What is known of this very fault."""
@@ -265,7 +275,7 @@ class Results:
         return found is None or found["outcome"] == UNDECIDED
 
     def add(self, fault: Fault, result: dict[str, Any]) -> None:
-        """Keeps it, and tells."""
+        """Keeps it, and prints a line."""
         with self._lock:
             self.content["faults"][fault.name] = result | {"digest": _digest(fault)}
             self.save()
@@ -397,7 +407,7 @@ def main() -> int:
     settings = parser.parse_args()
     tree, faults = settings.tree.resolve(), chosen(settings)
     assert len({fault.name for fault in FAULTS}) == len(FAULTS), "two faults have one name"
-    results = Results(settings.results, tree)
+    results = Results(settings.results, commit(tree))
     with tempfile.TemporaryDirectory(prefix="faults_", ignore_cleanup_errors=True) as folder:
         if not run_all(tree, Path(folder), faults, results, settings):
             return 1

@@ -58,14 +58,14 @@ class Task:
         )
 
     def submitted(self) -> list[str]:
-        return [line for line in self.told() if line.startswith("sbatch ")]
+        return [line for line in self.noted() if line.startswith("sbatch ")]
 
     def built(self) -> str:
         """The end of the only command on a node."""
-        (line,) = (line for line in self.told() if line.startswith("srun "))
+        (line,) = (line for line in self.noted() if line.startswith("srun "))
         return line.partition("python data_prep/build_store.py ")[2]
 
-    def told(self) -> list[str]:
+    def noted(self) -> list[str]:
         return self.notes.read_text().splitlines() if self.notes.exists() else []
 
 
@@ -88,7 +88,7 @@ def test_it_is_submitted_once(task: Task) -> None:
     assert task.start(*ASKED, COMMENTS="77").returncode == 0
     assert task.start(*ASKED, SLURM_ARRAY_TASK_ID="7").returncode == 0
     assert task.submitted() == []
-    assert "--part 2/4" in task.told()[-1]
+    assert "--part 2/4" in task.noted()[-1]
 
 
 def test_the_last_job_does_all_that_is_left(task: Task) -> None:
@@ -99,8 +99,8 @@ def test_the_last_job_does_all_that_is_left(task: Task) -> None:
 
 def test_what_makes_no_sense_is_refused(task: Task) -> None:
     without = task.start("--out", "store", "a.h5ad")
-    assert (without.returncode, task.told()) == (2, [])
+    assert (without.returncode, task.noted()) == (2, [])
     assert "parts of a store need --vocabulary" in without.stderr
     torn = task.start(*ASKED, SLURM_ARRAY_TASK_COUNT="3")
-    assert (torn.returncode, task.told()) == (2, [])
+    assert (torn.returncode, task.noted()) == (2, [])
     assert "--array must be whole, such as 0-31: it has 3 tasks from 5 to 8" in torn.stderr

@@ -258,7 +258,7 @@ def _program(name: str) -> str | None:
 
 
 def _start(configuration: str, *command: str) -> None:
-    """A daemon, which goes into the background by itself; its log tells what failed."""
+    """A daemon, which goes into the background by itself; its log says what failed."""
     subprocess.run(
         command,
         env={**os.environ, "PATH": _PATH, "SLURM_CONF": configuration},

@@ -31,7 +31,7 @@ def cluster() -> Iterator[Cluster]:
 
 @dataclass(frozen=True)
 class Clean:
-    """A job that has ended, and nothing befell it; tasks: what ran under its srun, by node."""
+    """A job that has ended, undisturbed; tasks: what ran under its srun, by node."""
 
     job: Job
     tasks: dict[str, list[list[str]]]

@@ -1,4 +1,4 @@
-"""What befalls a job on a cluster, and what becomes of it: the table of docs/cluster.md.
+"""What can happen to a job on a cluster, and what becomes of it: the table of docs/cluster.md.
 
 Every job runs the project's own script as it is, and ends with the weights of a job that nothing
 disturbed, byte for byte. A soak (`make soak`, or pytest on this folder); a job that is signalled
@@ -26,14 +26,14 @@ def run_to_end(job: Job, clean: Clean, reason: str) -> None:
     """It starts again once, for that reason, and finishes."""
     assert job.ended() == "COMPLETED", job.log
     assert job.restarts == 1, job.log
-    (told,) = (line for line in job.lines() if line.startswith("restart "))
-    assert told.startswith(f"restart 1 of job {job.number}: ")
-    assert reason in told
+    (line,) = (each for each in job.lines() if each.startswith("restart "))
+    assert line.startswith(f"restart 1 of job {job.number}: ")
+    assert reason in line
     assert job.outcome()["exit_code"] == 0
     assert job.weights() == clean.job.weights()
 
 
-def test_a_job_that_nothing_befalls(clean: Clean) -> None:
+def test_a_job_that_nothing_disturbs(clean: Clean) -> None:
     assert clean.job.state() == "COMPLETED"
     assert clean.job.shown("ExitCode") == "0:0"
     assert clean.job.restarts == 0
@@ -104,7 +104,7 @@ def test_preempted(cluster: Cluster, clean: Clean, store: Path, tmp_path: Path) 
 def test_preempted_before_it_trains(
     cluster: Cluster, clean: Clean, store: Path, tmp_path: Path
 ) -> None:
-    """SLURM tells its steps alone, and they die of it."""
+    """SLURM signals its steps alone, and they die of it."""
     options = ("--partition=low",)
     job = submit(cluster, tmp_path / "run", store, options=options, preflight=True)
     wait_until(lambda: any(cluster.tasks(node) for node in cluster.nodes), job)
@@ -151,8 +151,8 @@ def test_a_node_loses_its_power(
     run_to_end(job, clean, "as failed (rank 1 of 2 is lost")
     # Whichever comes first: the end of the peers, or SLURM's own judgement.
     waits = "a node does not answer: waiting for SLURM to start this job again"
-    is_told = "stopped by SLURM, which starts this job again if it was requeued and not cancelled"
-    assert {waits, is_told} & set(job.lines()), job.log
+    stopped = "stopped by SLURM, which starts this job again if it was requeued and not cancelled"
+    assert {waits, stopped} & set(job.lines()), job.log
     assert "continues from" in job.log
 
 
