@@ -117,7 +117,7 @@ PARTS = (
     Part(
         "planted-faults",
         "faults planted into the code, one at a time, that tests must catch",
-        (_module("planted_faults", "--results", FOLDER / "planted_faults.json"),),
+        (_module("planted_faults", "--no-control", "--results", FOLDER / "planted_faults.json"),),
         _module("planted_faults", "--package", "cells", "--no-control"),
         3600,
     ),
