@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from geneformer_mcore.checkpoint import state
+from geneformer_mcore.train.step import StepResult
 from tests.distributed import toy
 from tests.distributed.ranks import run_ranks
 
 STEPS, LOADED_AT = 10, 7
+Seen = tuple[float, float, int, int, int, int]
 LARGE_BATCHES = "train.micro_batch_size=8"
 
 LAYOUTS = {
@@ -24,7 +26,7 @@ LAYOUTS = {
 """tp2 with sequences, pp2 and dp2 alone are compared with plain PyTorch's curve: test_parity.py."""
 
 
-def from_seed(*overrides: str) -> list[tuple[float, float]]:
+def from_seed(*overrides: str) -> list[Seen]:
     return seen(toy.make(LARGE_BATCHES, *overrides).steps(STEPS))
 
 
@@ -35,7 +37,7 @@ def save_at(folder: str, step: int) -> None:
     state.save(run.trainable, Path(folder), run.topology.rank)
 
 
-def from_checkpoint(folder: str, *overrides: str) -> list[tuple[float, float]]:
+def from_checkpoint(folder: str, *overrides: str) -> list[Seen]:
     run = toy.make("train.seed=99", LARGE_BATCHES, *overrides)  # its own weights must not matter
     state.load(run.trainable, Path(folder), None)
     run.feed = toy.feed(toy.load(None, [*toy.SETTINGS, LARGE_BATCHES, *overrides])[0], run.topology)
@@ -43,9 +45,14 @@ def from_checkpoint(folder: str, *overrides: str) -> list[tuple[float, float]]:
     return seen(run.steps(STEPS - LOADED_AT))
 
 
-def seen(results: list) -> list[tuple[float, float]]:
+def seen(results: list[StepResult]) -> list[Seen]:
+    """(loss, gradient norm, genes predicted, cells, tokens, squared lengths) of each step."""
     assert all(result.updated for result in results)
-    return [(result.totals.loss, result.grad_norm) for result in results]
+    totals = [result.totals for result in results]
+    return [
+        (t.loss, r.grad_norm, t.num_predicted, t.num_cells, t.num_tokens, t.sum_squared_lengths)
+        for r, t in zip(results, totals, strict=True)
+    ]
 
 
 def from_both(folder: str, *overrides: str) -> tuple[list, list]:
@@ -53,7 +60,7 @@ def from_both(folder: str, *overrides: str) -> tuple[list, list]:
 
 
 @pytest.fixture(scope="module")
-def serial() -> list[tuple[float, float]]:
+def serial() -> list[Seen]:
     (losses,) = run_ranks(from_seed, 1)
     assert losses[-1][0] < losses[0][0] - 0.1, "the toy run must learn for this to mean anything"
     return losses
@@ -77,9 +84,11 @@ def test_same_losses_from_the_seed_and_from_a_checkpoint(
 
 
 def assert_close(seen_here: list, serial: list) -> None:
-    (losses, norms), (serial_losses, serial_norms) = (
-        torch.tensor(pairs, dtype=torch.float64).T for pairs in (seen_here, serial)
+    (losses, norms, *counts), (serial_losses, serial_norms, *serial_counts) = (
+        torch.tensor(steps, dtype=torch.float64).T for steps in (seen_here, serial)
     )
+    # A sum that every tensor rank takes part in leaves the mean loss as it is, and doubles these.
+    assert torch.equal(torch.stack(counts), torch.stack(serial_counts))
     torch.testing.assert_close(losses, serial_losses, rtol=1e-4, atol=0)
     # The norm tells a factor that Adam would hide. At equal weights, that is: later the last bits
     # of tiny gradients, which Adam makes as large as the others, have moved the weights apart.
@@ -96,5 +105,5 @@ def unequal_ranks() -> tuple[list[float], list[int]]:
 def test_uneven_counts_per_rank_do_not_change_the_loss(serial: list) -> None:
     results = run_ranks(unequal_ranks, 2)
     assert results[0][1] != results[1][1], "the two ranks should predict different numbers of genes"
-    losses = [loss for loss, _ in serial[:3]]
+    losses = [loss for loss, *_ in serial[:3]]
     assert results[0][0] == pytest.approx(losses, rel=1e-6)
