@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -44,10 +46,20 @@ def saved_while_training_goes_on(root: str, asynchronous: bool) -> list[str]:
     said: list[str] = []
     saver = saver_of(run, root, said, asynchronous=asynchronous)
     run.steps(2)
-    saver.begin(run.trainable, record(2))
-    assert saver.is_going_on == asynchronous
-    run.steps(3)
-    saver.finish()
+    trained, write = threading.Event(), state.Snapshot.write
+
+    def write_afterwards(snapshot: state.Snapshot) -> None:
+        # A thread that is quicker than training would write the right bytes without a copy.
+        assert trained.wait(100)
+        write(snapshot)
+
+    later = write_afterwards if asynchronous else write
+    with mock.patch.object(state.Snapshot, "write", later):
+        saver.begin(run.trainable, record(2))
+        assert saver.is_going_on == asynchronous
+        run.steps(3)
+        trained.set()
+        saver.finish()
     assert not saver.is_going_on
     return said
 

@@ -97,6 +97,7 @@ PACKAGE_TESTS: dict[str, tuple[str, ...]] = {
         "tests/distributed/test_parity.py",
         "tests/end_to_end/test_signals.py",
         "tests/end_to_end/test_pretrain.py",
+        "tests/end_to_end/test_lost_ranks.py",
     ),
     "downstream": (
         "tests/unit/test_cross_validation.py",
@@ -730,7 +731,7 @@ TRAIN = (
         "step.py",
         "    if not left_out:\n",
         "    if grad_norm or not left_out:\n",
-        "tests/end_to_end/test_pretrain.py",
+        "tests/end_to_end/test_lost_ranks.py",
     ),
     _fault(
         "train",
