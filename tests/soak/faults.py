@@ -609,10 +609,10 @@ CHECKPOINT = (
     ),
     _fault(
         "checkpoint",
-        "an asynchronous save writes what training changes meanwhile",
+        "an asynchronous save writes the random states of a later step",
         "state.py",
-        "            buckets = [_copied(bucket) for bucket in buckets]\n",
-        "            buckets = list(buckets)\n",
+        "_write_random_states(self._random_states, self._folder, self._rank)",
+        "_write_random_states(_random_states(), self._folder, self._rank)",
         "tests/distributed/test_saving.py",
     ),
     _fault(
