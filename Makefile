@@ -2,7 +2,7 @@
 # make demo   real cells -> token store -> a short pretraining -> summary and loss plot
 # make test   every test
 # make quick  the unit tests of what differs from the branch main, and the rules of the house
-# make soak   many repetitions of the rare faults, in up to 40 minutes (ONLY="kills slurm" for some)
+# make soak   many repetitions of the rare faults, in about two hours (ONLY="kills slurm" for some)
 # make lint   style, types, directions of imports, shell scripts
 # make image  the image for GPU nodes, by docker (DOCKER=podman); BASE=... pins another base
 # make clean  removes all that these made; your own runs stay

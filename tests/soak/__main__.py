@@ -4,11 +4,11 @@
 
     parts, one after the other  ->  shares, each a process with a time limit  ->  results, a table
 
-All parts together are meant to take at most 40 minutes on two cores that do nothing else. A share
-that has passed is not run again for the same commit: a soak that was interrupted goes on when it is
-started again. What the processes print is in build/soak/NAME_NUMBER.log. Needs strace; SLURM's
-events need root, slurm-wlm and munge, and are skipped elsewhere. Exit code 1 on any failure; a
-share that has done nothing, and was not skipped, is one.
+All parts together take about two hours on two cores. A share that has passed is not run again for
+the same commit: a soak that was interrupted goes on when it is started again. What the processes
+print is in build/soak/NAME_NUMBER.log. Needs strace; SLURM's events need root, slurm-wlm and munge,
+and are skipped elsewhere. Exit code 1 on any failure; a share that has done nothing, and was not
+skipped, is one.
 """
 
 from __future__ import annotations
