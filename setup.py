@@ -36,7 +36,7 @@ setup(
         "matplotlib",
     ],
     # torchrun finds its backends so.
-    entry_points={"torchrun.handlers": ["loopback = geneformer_mcore.parallel.loopback:handler"]},
+    entry_points={"torchrun.handlers": ["loopback = geneformer_mcore.distributed.network:handler"]},
     extras_require={
         # NVIDIA's apex is used where it is found, and is in no list: `apex` on PyPI is another
         # project (see geneformer_mcore/backends.py).

@@ -33,9 +33,9 @@ from typing import Any
 
 from benchmarks.side_by_side import cell_type_folders
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.cells.output import check_place, whole_file
-from geneformer_mcore.commands import FINISHED, run
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.exit_codes import FINISHED, run
+from geneformer_mcore.io.files import check_place, whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/cell_types.yaml"

@@ -40,10 +40,10 @@ from benchmarks.side_by_side.sizes import VOCABULARY
 from benchmarks.side_by_side.tflops_cells import made_up
 from benchmarks.side_by_side.tflops_grid import MEAN_TOKENS
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import DEFECT, FINISHED, run
 from geneformer_mcore.errors import ConfigError, DataError
-from geneformer_mcore.metrics import kept
-from geneformer_mcore.store.flat import ensure
+from geneformer_mcore.exit_codes import DEFECT, FINISHED, run
+from geneformer_mcore.io import files
+from geneformer_mcore.store.local_cache import ensure
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 470.0
@@ -58,7 +58,7 @@ def main() -> int:
     if arguments.part:
         return _child(arguments)
     out = arguments.out.resolve()
-    kept.check_place(out / "session.json")
+    files.check_result_place(out / "session.json")
     with tempfile.TemporaryDirectory() as work:
         cells = _cells(arguments.cells, Path(work), 64 if arguments.toy else 2048)
         parts = toy_parts(out, cells) if arguments.toy else all_parts(out, cells)

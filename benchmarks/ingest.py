@@ -36,11 +36,11 @@ import numpy as np
 import psutil
 
 from benchmarks.side_by_side.goals import Goal
-from geneformer_mcore.commands import run
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store import plan
-from geneformer_mcore.store.buckets import count_buckets
-from geneformer_mcore.store.split import SPLITS
+from geneformer_mcore.exit_codes import run
+from geneformer_mcore.store.ingest import plan
+from geneformer_mcore.store.ingest.buckets import count_buckets
+from geneformer_mcore.store.split.table import SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS_OF_SET = 50_000

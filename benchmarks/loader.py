@@ -37,9 +37,9 @@ from benchmarks.side_by_side.goals import Goal
 from benchmarks.side_by_side.loader_rows import LEGEND, goals_of, row, table
 from benchmarks.side_by_side.picture import save_bars
 from benchmarks.side_by_side.versions import NOT_INSTALLED, version_of
-from geneformer_mcore.commands import run
 from geneformer_mcore.errors import ConfigError
-from geneformer_mcore.metrics import kept
+from geneformer_mcore.exit_codes import run
+from geneformer_mcore.io import files
 
 TITLES = {COUNTS: "raw counts out", TOKENS: "padded batches of tokens out"}
 TIMEOUT_S = 1800
@@ -80,7 +80,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ConfigError("\n".join(problems))
     for path in (arguments.json, arguments.png, arguments.work / "about.json"):
         if path:
-            kept.check_place(path)
+            files.check_result_place(path)
 
 
 def _prepare(arguments: argparse.Namespace, chosen: dict[str, type[Contestant]]) -> dict[str, str]:
@@ -219,7 +219,7 @@ def _save(
             "conditions": _conditions(about, arguments.runs),
             "runs": arguments.runs,
         }
-        kept.save(arguments.json, content | about | where)
+        files.save_json(arguments.json, content | about | where)
     if arguments.png:
         panels = {
             f"{TITLES[title]}, batches of {BATCH_SIZE}": [

@@ -36,14 +36,14 @@ from benchmarks.side_by_side.goals import Goal, ratio
 from benchmarks.side_by_side.picture import text_table
 from benchmarks.side_by_side.sizes import CONFIGS
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import run
 from geneformer_mcore.errors import ConfigError
-from geneformer_mcore.metrics import kept
-from geneformer_mcore.model.flops import ModelShape, Work, forward_flops
+from geneformer_mcore.exit_codes import run
+from geneformer_mcore.io import files
+from geneformer_mcore.model.flops import ModelShape, Workload, forward_flops
 
 if TYPE_CHECKING:
     from benchmarks.side_by_side.padded_variants import Padded
-    from geneformer_mcore.downstream.shifts import Job
+    from geneformer_mcore.perturb.displacements import Job
 
 OURS, WHOLE = "packed, original once", "padded, a forward per variant"
 STATES = "padded, a forward per variant, without the head"
@@ -70,13 +70,13 @@ class Side:
         """Floating-point operations per variant: of ours with a share of the original's forward, of
         the others of a forward of seq_length tokens, as this way of them is."""
         head = seq_length if self.name == WHOLE else 0
-        padded = forward_flops(shape, Work(seq_length, seq_length**2, head))
+        padded = forward_flops(shape, Workload(seq_length, seq_length**2, head))
         if self.name != OURS:
             return float(padded)
         found = 0
         for length, variants in zip(self.tokens, self.variants, strict=True):
-            original = forward_flops(shape, Work(length + 1, (length + 1) ** 2, 0))
-            found += original + variants * forward_flops(shape, Work(length, length**2, 0))
+            original = forward_flops(shape, Workload(length + 1, (length + 1) ** 2, 0))
+            found += original + variants * forward_flops(shape, Workload(length, length**2, 0))
         return found / sum(self.variants)
 
     def as_json(self, shape: ModelShape, seq_length: int) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def main() -> int:
             "largest_difference": apart,
             "data": arguments.cells.name,
         }
-        kept.save(arguments.json, content | provenance())
+        files.save_json(arguments.json, content | provenance())
     return 0 if apart < 1e-5 else 1
 
 
@@ -233,11 +233,11 @@ def check(arguments: argparse.Namespace) -> None:
     if problems:
         raise ConfigError("\n".join(problems))
     if arguments.json:
-        kept.check_place(arguments.json)
+        files.check_result_place(arguments.json)
 
 
 def _vocabulary(path: Path) -> Any:
-    from geneformer_mcore.cells.vocabulary import Vocabulary
+    from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
     return Vocabulary.from_medians(json.loads(path.read_text()))
 

@@ -34,8 +34,8 @@ from benchmarks.side_by_side.page_text import (
     share,
 )
 from benchmarks.side_by_side.run_pages import RUN_ROWS
-from geneformer_mcore.commands import run
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.exit_codes import run
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)

@@ -8,7 +8,7 @@
 Every combination of what is listed is a row; what cannot be, or finds no memory, is left out with
 its reason. Cells go through the real feed, model, loss and optimizer: made-up ones of full length
 where they are padded, and of a mean of 1,300 tokens where they are packed (--lengths), or those of
-a flat copy of tokens (--cells, see geneformer_mcore/store/flat.py). Results are kept row by row.
+a flat copy of tokens (--cells, see geneformer_mcore/store/local_cache.py). Results are kept row by row.
 
 Needs torch, megatron-core, numpy and omegaconf, nothing else.
 """
@@ -31,10 +31,10 @@ from benchmarks.side_by_side.sizes import CONFIGS, VOCABULARY
 from benchmarks.side_by_side.tflops_cells import FULL, Cells, of_flat_copy
 from benchmarks.side_by_side.tflops_grid import PACKINGS, Asked, grid, usual
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import DEFECT, FINISHED, run
 from geneformer_mcore.config.sections import Attention, ParallelConfig, Precision
 from geneformer_mcore.errors import ConfigError, DataError
-from geneformer_mcore.metrics import kept
+from geneformer_mcore.exit_codes import DEFECT, FINISHED, run
+from geneformer_mcore.io import files
 
 if TYPE_CHECKING:
     from benchmarks.side_by_side.tflops_run import Conditions, Results
@@ -48,13 +48,13 @@ def main() -> int:
     import torch
 
     from benchmarks.side_by_side import tflops_run
-    from geneformer_mcore.parallel import device, groups
+    from geneformer_mcore.distributed import device, groups
 
     on_gpu = torch.cuda.is_available()
     out = arguments.json
     if out is not None:
         out = tflops_run.file_in(out) if out.is_dir() else out
-        kept.check_place(out)
+        files.check_result_place(out)
     conditions = tflops_run.Conditions(
         seq_length=arguments.seq_length,
         num_micro_batches=arguments.micro_batches_per_step,

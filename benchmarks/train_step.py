@@ -19,7 +19,7 @@ that fails, is listed as skipped. BertForMaskedLM comes with
 
     pip install -c requirements.lock transformers        (version as measured: setup.py, [bench])
 
-A flat copy of tokens (geneformer_mcore/store/flat.py) is a folder: that which pretraining with
+A flat copy of tokens (geneformer_mcore/store/local_cache.py) is a folder: that which pretraining with
 data.cache_dir=DIR makes, or that which is made here of files of counts, through a store, in --work.
 With one, torch, megatron-core, numpy and omegaconf are all that ours needs: carry it to a bare GPU
 machine. The cells' genes must be tokens of a vocabulary of at most 25,429.
@@ -46,9 +46,9 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.peers.all_steps import NAMES, contestants
 from benchmarks.side_by_side.sizes import CONFIGS, VOCABULARY
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import run
 from geneformer_mcore.errors import ConfigError
-from geneformer_mcore.metrics import kept
+from geneformer_mcore.exit_codes import run
+from geneformer_mcore.io import files
 
 if TYPE_CHECKING:
     from benchmarks.peers.step_contestant import Job
@@ -88,7 +88,7 @@ def main() -> int:
     if arguments.make:
         print(f"The flat copy: {job.cells}")
         return 0
-    kept.save(arguments.work / _JOB, asdict(job))
+    files.save_json(arguments.work / _JOB, asdict(job))
     return _measure(arguments, job, on_gpu)
 
 
@@ -114,7 +114,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ConfigError("\n".join(problems))
     for path in (arguments.json, arguments.work / _JOB):
         if path:
-            kept.check_place(path)
+            files.check_result_place(path)
 
 
 def fill_in(arguments: argparse.Namespace, usual: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ def _measure(arguments: argparse.Namespace, job: Job, on_gpu: bool) -> int:
         from geneformer_mcore.metrics.provenance import provenance
 
         content = {"rows": rows, "conditions": conditions, "settings": job.changes}
-        kept.save(arguments.json, content | provenance())
+        files.save_json(arguments.json, content | provenance())
     return 0
 
 
@@ -219,7 +219,7 @@ def _child(arguments: argparse.Namespace) -> int:
     name, _, micro = arguments.turn.partition(":")
     asked = json.loads((arguments.work / _JOB).read_text())
     job = Job(**(asked | {"changes": tuple(asked["changes"])}))
-    kept.save(arguments.work / _RESULT, take_turn(contestants()[name], job, int(micro)))
+    files.save_json(arguments.work / _RESULT, take_turn(contestants()[name], job, int(micro)))
     return 0
 
 

@@ -8,12 +8,12 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from geneformer_mcore.commands import FINISHED, WRONG_INPUT, run
+from geneformer_mcore.exit_codes import FINISHED, WRONG_INPUT, run
 
 if TYPE_CHECKING:
-    from geneformer_mcore.cells.vocabulary import Vocabulary
-    from geneformer_mcore.store.progress import ProgressLine
-    from geneformer_mcore.store.split import SplitRule
+    from geneformer_mcore.io.progress import ProgressLine
+    from geneformer_mcore.store.split.table import SplitRule
+    from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 EXAMPLE = """example:
   python data_prep/build_store.py --out stores/mine --vocabulary vocabulary.json a.h5ad b.h5ad
@@ -90,21 +90,21 @@ def _parse() -> argparse.Namespace:
 def main() -> int:
     """Builds the store, or does a part of it, and prints what became of each input."""
     arguments = _parse()
-    from geneformer_mcore.store.staging import check_target
+    from geneformer_mcore.store.ingest.staging import check_target
 
     check_target(arguments.out, arguments.overwrite)
     if arguments.report:
-        from geneformer_mcore.downstream.store_report import check_folder
+        from geneformer_mcore.report.store import check_folder
 
         check_folder(arguments.report)
     return _build(arguments)
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from geneformer_mcore.store.ingest import build_store, tokenise_part
-    from geneformer_mcore.store.plan import Part
-    from geneformer_mcore.store.progress import ProgressLine
-    from geneformer_mcore.store.report_text import refused_lines, source_lines, summary
+    from geneformer_mcore.io.progress import ProgressLine
+    from geneformer_mcore.store.ingest.build import build_store, tokenise_part
+    from geneformer_mcore.store.ingest.plan import Part
+    from geneformer_mcore.store.report import refused_lines, source_lines, summary
 
     started = time.monotonic()
     with ProgressLine("cells") as progress:
@@ -132,10 +132,9 @@ def _build(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace, progress: ProgressLine) -> dict[str, Any]:
     """Those arguments of ingest.build_store that it shares with tokenise_part."""
-    from geneformer_mcore.cells.corpus import InputOptions
-    from geneformer_mcore.cells.genes import load_symbols
-    from geneformer_mcore.store.split import RandomSplit
-    from geneformer_mcore.store.split_table import SplitTable
+    from geneformer_mcore.store.split.table import RandomSplit, SplitTable
+    from geneformer_mcore.tokenizer.corpus import InputOptions
+    from geneformer_mcore.tokenizer.genes import load_symbols
 
     symbols = load_symbols(arguments.symbols) if arguments.symbols else {}
     options = InputOptions(
@@ -164,9 +163,9 @@ def _settings(arguments: argparse.Namespace, progress: ProgressLine) -> dict[str
 def _vocabulary(
     arguments: argparse.Namespace, options: Any, workers: int, progress: ProgressLine
 ) -> Vocabulary:
-    from geneformer_mcore.cells.corpus import describe_other_ids
-    from geneformer_mcore.cells.vocabulary import Vocabulary
-    from geneformer_mcore.store.own_vocabulary import vocabulary_of_inputs
+    from geneformer_mcore.store.ingest.build import vocabulary_of_inputs
+    from geneformer_mcore.tokenizer.corpus import describe_other_ids
+    from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
     if arguments.vocabulary:
         return Vocabulary.load(arguments.vocabulary)
@@ -185,7 +184,7 @@ def _vocabulary(
 
 
 def _write_report(folder: str, store: str) -> None:
-    from geneformer_mcore.downstream.store_report import write_report
+    from geneformer_mcore.report.store import write_report
 
     write_report(store, folder)
     print(f"report: {folder}/report.md")

@@ -6,10 +6,10 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from geneformer_mcore.commands import run
+from geneformer_mcore.exit_codes import run
 
 if TYPE_CHECKING:
-    from geneformer_mcore.cells.tally import Tally
+    from geneformer_mcore.tokenizer.tally import Tally
 
 EXAMPLE = """example:
   python data_prep/build_vocabulary.py --out vocabulary.json heart.h5ad lung.h5ad
@@ -54,10 +54,10 @@ def _parse() -> argparse.Namespace:
 
 
 def _tally(arguments: argparse.Namespace) -> Tally:
-    from geneformer_mcore.cells.corpus import InputOptions
-    from geneformer_mcore.cells.gathering import gather, merge_parts
-    from geneformer_mcore.cells.genes import load_symbols
-    from geneformer_mcore.store.progress import ProgressLine
+    from geneformer_mcore.io.progress import ProgressLine
+    from geneformer_mcore.tokenizer.build import gather, merge_parts
+    from geneformer_mcore.tokenizer.corpus import InputOptions
+    from geneformer_mcore.tokenizer.genes import load_symbols
 
     if arguments.merge:
         return merge_parts(arguments.merge, arguments.memory_gb)
@@ -72,9 +72,9 @@ def _tally(arguments: argparse.Namespace) -> Tally:
 def main() -> None:
     """Reads all files, writes the vocabulary or the partial file, says what it holds."""
     arguments = _parse()
-    from geneformer_mcore.cells.corpus import describe_other_ids
-    from geneformer_mcore.cells.output import check_output
-    from geneformer_mcore.cells.tally_file import save_tally
+    from geneformer_mcore.io.files import check_output
+    from geneformer_mcore.tokenizer.corpus import describe_other_ids
+    from geneformer_mcore.tokenizer.tally import save_tally
 
     check_output(arguments.out or arguments.partial, arguments.overwrite)
     tally = _tally(arguments)

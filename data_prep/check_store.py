@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from geneformer_mcore.commands import WRONG_INPUT, run
+from geneformer_mcore.exit_codes import WRONG_INPUT, run
 
 EXAMPLE = """example:
   python data_prep/check_store.py stores/demo
@@ -25,9 +25,9 @@ def _parse() -> argparse.Namespace:
 def main() -> int:
     """Prints the problems, or that there are none."""
     arguments = _parse()
+    from geneformer_mcore.io.progress import ProgressLine
     from geneformer_mcore.store.check import check_store
     from geneformer_mcore.store.layout import Manifest
-    from geneformer_mcore.store.progress import ProgressLine
 
     started = time.monotonic()
     with ProgressLine("cells") as progress:

@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geneformer_mcore.commands import run
 from geneformer_mcore.errors import DataError, MissingBackendError
+from geneformer_mcore.exit_codes import run
 
 if TYPE_CHECKING:
     import anndata
@@ -104,8 +104,8 @@ def make_demo(source: Path, symbols: dict[str, str]) -> tuple[anndata.AnnData, f
 def main() -> None:
     """Writes the demo's h5ad and says what it holds."""
     arguments = _parse()
-    from geneformer_mcore.cells.gencode import read_gencode
-    from geneformer_mcore.cells.output import check_output, whole_file
+    from geneformer_mcore.io.files import check_output, whole_file
+    from geneformer_mcore.tokenizer.gencode import read_gencode
 
     check_output(arguments.out, overwrite=True)
     cells, distance = make_demo(find_cells(), read_gencode(Path(arguments.gencode)))

@@ -7,15 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geneformer_mcore.commands import FINISHED, INTERRUPTED, WRONG_INPUT, run
+from geneformer_mcore.exit_codes import FINISHED, INTERRUPTED, WRONG_INPUT, run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from geneformer_mcore.store.census_plan import CensusPlan, CensusUnit
-    from geneformer_mcore.store.census_units import Fetching, Outcome
-    from geneformer_mcore.store.progress import ProgressLine
-    from geneformer_mcore.store.retry import Retry
+    from geneformer_mcore.io.progress import ProgressLine
+    from geneformer_mcore.io.retry import Retry
+    from geneformer_mcore.store.census_download import CensusPlan, CensusUnit, Fetching, Outcome
 
 EXAMPLE = """example:
   python data_prep/download_census.py --out census --limit-cells 100000
@@ -56,10 +55,10 @@ def main() -> int:
     """Plans, and lists, checks or fetches what is planned."""
     arguments = _parse()
     from geneformer_mcore.errors import NetworkError
-    from geneformer_mcore.store.census_units import Fetching, fetch_units
-    from geneformer_mcore.store.plan import Part
-    from geneformer_mcore.store.progress import ProgressLine
-    from geneformer_mcore.store.retry import Retry
+    from geneformer_mcore.io.progress import ProgressLine
+    from geneformer_mcore.io.retry import Retry
+    from geneformer_mcore.store.census_download import Fetching, fetch_units
+    from geneformer_mcore.store.ingest.plan import Part
 
     folder = Path(arguments.out)
     retry = Retry(arguments.attempts)
@@ -83,10 +82,10 @@ def main() -> int:
 
 
 def _plan(arguments: argparse.Namespace, retry: Retry, progress: ProgressLine) -> CensusPlan:
-    from geneformer_mcore.cells.census import Release, find_release
-    from geneformer_mcore.cells.output import check_place
-    from geneformer_mcore.store.census_plan import Selection, prepare_plan
-    from geneformer_mcore.store.sources import address_of
+    from geneformer_mcore.io.census import Release, find_release
+    from geneformer_mcore.io.files import check_place
+    from geneformer_mcore.store.census_download import Selection, prepare_plan
+    from geneformer_mcore.store.ingest.sources import address_of
 
     uri = address_of(arguments.uri) if arguments.uri else None
     asked = {
@@ -109,7 +108,7 @@ def _plan(arguments: argparse.Namespace, retry: Retry, progress: ProgressLine) -
 
 
 def _check(fetching: Fetching, units: Sequence[CensusUnit], progress: ProgressLine) -> int:
-    from geneformer_mcore.store.census_units import find_missing
+    from geneformer_mcore.store.census_download import find_missing
 
     problems = list(find_missing(fetching, units, progress.update))
     for unit, problem in problems:

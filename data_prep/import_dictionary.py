@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from geneformer_mcore.commands import run
+from geneformer_mcore.exit_codes import run
 
 EXAMPLE = """example:
   python data_prep/import_dictionary.py --medians gene_median_dictionary.pkl \\
@@ -33,9 +33,9 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Reads the dictionaries, writes the vocabulary, says what it holds."""
     arguments = _parse()
-    from geneformer_mcore.cells.dictionary import import_dictionary
-    from geneformer_mcore.cells.genes import load_symbols
-    from geneformer_mcore.cells.output import check_output
+    from geneformer_mcore.io.files import check_output
+    from geneformer_mcore.tokenizer.dictionary import import_dictionary
+    from geneformer_mcore.tokenizer.genes import load_symbols
 
     check_output(arguments.out, overwrite=True)
     names: dict[str, str] = {}

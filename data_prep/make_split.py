@@ -6,11 +6,11 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from geneformer_mcore.commands import run
+from geneformer_mcore.exit_codes import run
 
 if TYPE_CHECKING:
-    from geneformer_mcore.store.dataset_table import DatasetTable
-    from geneformer_mcore.store.split_table import SplitTable
+    from geneformer_mcore.store.split.dataset_table import DatasetTable
+    from geneformer_mcore.store.split.table import SplitTable
 
 EXAMPLE = """example:
   python data_prep/make_split.py census/ --policy card --out split.json \\
@@ -66,9 +66,9 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Counts the data sets, chooses, writes the file and says what it chose."""
     arguments = _parse()
-    from geneformer_mcore.cells.output import check_output
-    from geneformer_mcore.store.dataset_table import read_dataset_table
-    from geneformer_mcore.store.split_policy import make_split
+    from geneformer_mcore.io.files import check_output
+    from geneformer_mcore.store.split.dataset_table import read_dataset_table
+    from geneformer_mcore.store.split.policy import make_split
 
     check_output(arguments.out, arguments.overwrite)
     table = read_dataset_table(arguments.sources)

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     """`geneformer_mcore.embed` and `.perturb`, imported only when they are asked for."""
     if name in ("embed", "perturb"):
-        from geneformer_mcore.downstream import notebook
+        from geneformer_mcore import api
 
-        return getattr(notebook, name)
+        return getattr(api, name)
     raise AttributeError(f"module 'geneformer_mcore' has no attribute {name!r}")

@@ -6,9 +6,13 @@ Nothing is imported to answer it, so asking costs microseconds and has no side e
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from numba import njit
 
 from geneformer_mcore.errors import MissingBackendError
 
@@ -74,3 +78,20 @@ def _is_nvidia_apex() -> bool:
             "name, and Megatron-Core would mistake it for NVIDIA's. Remedy: pip uninstall apex."
         )
     return True
+
+
+# Compiling number loops with numba, with an on-disk cache where one can be kept.
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled on its first call; it holds no lock of the interpreter meanwhile.
+
+    Floating point stays strict (no reassociation, no fused multiply-add): token order is exact.
+    Division by zero gives infinity or NaN, not an exception, whose test would forbid SIMD.
+    """
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:
+        # numba finds no folder it may write a cache to: a read-only installation without a home.
+        return njit(**options)(function)

@@ -4,6 +4,8 @@ Every message states the rule, the numbers that broke it, and the remedy. Comman
 a traceback and end with exit code 2 (see commands.run); `assert` is kept for our own invariants.
 """
 
+from __future__ import annotations
+
 
 class GeneformerError(Exception):
     """Anything the user can mend. Its message is complete: it is printed as it stands."""
@@ -17,12 +19,12 @@ class DataError(GeneformerError):
     """A file of counts, a vocabulary or a token store is missing, damaged or does not fit."""
 
 
-class OutsideError(DataError):
+class ExternalIOError(DataError):
     """What an input is read through failed (a disk, a limit), not the input: nothing may be
     concluded of it, least of all that it can be left out."""
 
 
-class NetworkError(OutsideError):
+class NetworkError(ExternalIOError):
     """A network failed to the last attempt: the same command may well do, started again."""
 
 

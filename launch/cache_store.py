@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from geneformer_mcore import config as settings
-from geneformer_mcore.commands import FINISHED, run
 from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.exit_codes import FINISHED, run
 
 EXAMPLE = """example: srun --ntasks-per-node=1 python launch/cache_store.py \\
     --config configs/geneformer_10m.yaml data.store=stores/census data.cache_dir=/local/tokens"""
@@ -35,10 +35,10 @@ def main() -> int:
     config, _ = settings.load(arguments.config, arguments.settings)
     if not config.data.cache_dir:
         raise ConfigError("data.cache_dir names no folder: give it one on this node's own disk.")
-    from geneformer_mcore.train import data
+    from geneformer_mcore.training import datasets
 
     started = time.monotonic()
-    cells = data.open_cells(config)
+    cells = datasets.open_cells(config)
     print(f"{cells.name}: in {config.data.cache_dir}, {time.monotonic() - started:.1f} s")
     return FINISHED
 

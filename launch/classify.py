@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geneformer_mcore.backends import ignore_known_warnings, require
-from geneformer_mcore.commands import FINISHED, complain, run
-from geneformer_mcore.downstream import options
 from geneformer_mcore.errors import ConfigError, GeneformerError
+from geneformer_mcore.exit_codes import FINISHED, report_error, run
+from geneformer_mcore.inference import options
 
 if TYPE_CHECKING:
-    from geneformer_mcore.downstream.classify import Request
+    from geneformer_mcore.celltypes.classify import ClassifyRequest
 
 EXAMPLE = """examples:
   python launch/classify.py --checkpoint runs/lung --untrained --input blood.h5ad --out blood_types
@@ -40,7 +40,7 @@ def main() -> int:
     try:
         _classify(arguments)
     except GeneformerError as error:
-        return complain(error)
+        return report_error(error)
     return FINISHED
 
 
@@ -48,30 +48,30 @@ def _classify(arguments: argparse.Namespace) -> None:
     for name in ("scanpy", "sklearn"):
         require(name)
     # Only now what takes seconds to import.
-    from geneformer_mcore.cells.output import check_place
-    from geneformer_mcore.checkpoint.converted import check_free, whole_folder
-    from geneformer_mcore.downstream import classification_text, classify
+    from geneformer_mcore.celltypes import classify, tables
+    from geneformer_mcore.convert.converted_run import check_free, whole_folder
+    from geneformer_mcore.io.files import check_place
 
     request = _request(arguments)
     check_free(arguments.out)
     check_place(arguments.out)
     found = classify.classify(request)
     with whole_folder(arguments.out) as partial:
-        names = classification_text.save(found, partial)
-    print("\n".join(classification_text.lines(found)), flush=True)
+        names = tables.save(found, partial)
+    print("\n".join(tables.lines(found)), flush=True)
     if not arguments.no_plots:
         # Afterwards: whatever befalls a picture, the figures are there.
-        from geneformer_mcore.downstream import classification_plots
+        from geneformer_mcore.celltypes import plots
 
-        names += classification_plots.save(found, arguments.out, request.seed)
+        names += plots.save(found, arguments.out, request.seed)
     print(f"{arguments.out}: {', '.join(names)}")
 
 
-def _request(arguments: argparse.Namespace) -> Request:
-    from geneformer_mcore.downstream.classify import Request
-    from geneformer_mcore.downstream.embed import Choices
+def _request(arguments: argparse.Namespace) -> ClassifyRequest:
+    from geneformer_mcore.celltypes.classify import ClassifyRequest
+    from geneformer_mcore.inference.embed import Choices
 
-    return Request(
+    return ClassifyRequest(
         source=arguments.input,
         checkpoints=_named(arguments.checkpoint),
         obsm=arguments.obsm,

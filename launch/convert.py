@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from geneformer_mcore.commands import run
 from geneformer_mcore.config.sections import Activation
+from geneformer_mcore.exit_codes import run
 
 EXAMPLE = """examples:
   python launch/convert.py from-hf Geneformer/gf-6L-10M-i2048 --out runs/hf_10m \\
@@ -31,7 +31,7 @@ def main() -> None:
     from geneformer_mcore.backends import ignore_known_warnings
 
     ignore_known_warnings()
-    from geneformer_mcore.downstream import convert
+    from geneformer_mcore.convert import convert
 
     if arguments.command == "from-hf":
         lines = convert.from_hf(

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import run, told_by_first_rank
-from geneformer_mcore.downstream import options
+from geneformer_mcore.exit_codes import report_on_first_rank, run
+from geneformer_mcore.inference import options
 
 if TYPE_CHECKING:
-    from geneformer_mcore.downstream.embed import Request
+    from geneformer_mcore.inference.embed import EmbedRequest
 
 EXAMPLE = """examples:
   python launch/embed.py --checkpoint runs/lung --input a.h5ad --output b.h5ad
@@ -37,15 +37,15 @@ def main() -> int:
     arguments = _arguments()
     ignore_known_warnings()
     # Only now what takes seconds to import.
-    from geneformer_mcore.downstream import embed
+    from geneformer_mcore.inference import embed
 
-    return told_by_first_rank(lambda is_first: embed.run(_request(arguments), is_first))
+    return report_on_first_rank(lambda is_first: embed.run(_request(arguments), is_first))
 
 
-def _request(arguments: argparse.Namespace) -> Request:
-    from geneformer_mcore.downstream.embed import Choices, Request
+def _request(arguments: argparse.Namespace) -> EmbedRequest:
+    from geneformer_mcore.inference.embed import Choices, EmbedRequest
 
-    return Request(
+    return EmbedRequest(
         checkpoint=arguments.checkpoint,
         source=arguments.input or "",
         output=arguments.output,

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import FINISHED, complain, run
-from geneformer_mcore.downstream import options
 from geneformer_mcore.errors import GeneformerError
+from geneformer_mcore.exit_codes import FINISHED, report_error, run
+from geneformer_mcore.inference import options
 
 if TYPE_CHECKING:
-    from geneformer_mcore.downstream.evaluate import Evaluation
+    from geneformer_mcore.inference.evaluate import Evaluation
 
 EXAMPLE = """examples:
   python launch/evaluate.py --checkpoint runs/lung --store stores/lung --json evaluation.json
@@ -42,14 +42,14 @@ def main() -> int:
         if found is not None:
             _show(arguments, found)
     except GeneformerError as error:
-        return complain(error)
+        return report_error(error)
     return FINISHED
 
 
 def _evaluate(arguments: argparse.Namespace, is_first: bool) -> Evaluation | None:
     # Only now what takes seconds to import.
-    from geneformer_mcore.cells.output import check_place
-    from geneformer_mcore.downstream import evaluate
+    from geneformer_mcore.inference import evaluate
+    from geneformer_mcore.io.files import check_place
 
     if arguments.json is not None:
         check_place(arguments.json)
@@ -58,7 +58,7 @@ def _evaluate(arguments: argparse.Namespace, is_first: bool) -> Evaluation | Non
     fractions = arguments.mask_fractions
     columns = arguments.by
     return evaluate.evaluate(
-        evaluate.Request(
+        evaluate.EvaluateRequest(
             checkpoint=arguments.checkpoint,
             store=arguments.store,
             split=arguments.split,
@@ -75,13 +75,13 @@ def _evaluate(arguments: argparse.Namespace, is_first: bool) -> Evaluation | Non
 
 
 def _show(arguments: argparse.Namespace, found: Evaluation) -> None:
-    from geneformer_mcore.downstream import evaluation_text
+    from geneformer_mcore.inference import evaluate
 
-    print("\n".join(evaluation_text.lines(found)))
+    print("\n".join(evaluate.lines(found)))
     if arguments.json is not None:
-        evaluation_text.save_json(found, arguments.json)
+        evaluate.save_json(found, arguments.json)
     if arguments.plot is not None:
-        for path in evaluation_text.save_plots(found, arguments.plot):
+        for path in evaluate.save_plots(found, arguments.plot):
             print(f"plot: {path}")
 
 

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import run, told_by_first_rank
-from geneformer_mcore.downstream import options
 from geneformer_mcore.errors import ConfigError, GeneformerError
-from geneformer_mcore.train import job
-from geneformer_mcore.train.interruption import Interruption
-from geneformer_mcore.train.run_folder import RunFolder
+from geneformer_mcore.exit_codes import report_on_first_rank, run
+from geneformer_mcore.inference import options
+from geneformer_mcore.training import job, trainer
+from geneformer_mcore.training.run_folder import RunFolder
+from geneformer_mcore.training.signals import Interruption
 
 if TYPE_CHECKING:
-    from geneformer_mcore.downstream.predict import Request
-    from geneformer_mcore.parallel.watch import Watch
-    from geneformer_mcore.train.task import Task
+    from geneformer_mcore.distributed.watchdog import Watchdog
+    from geneformer_mcore.inference.predict import PredictRequest
+    from geneformer_mcore.training.task import Task
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "finetune.yaml"
 EXAMPLE = """examples:
@@ -63,13 +63,13 @@ def main() -> int:
         return job.show(text, plan, config.run.dir)
 
     def open_task() -> Task:
-        from geneformer_mcore.train.finetuning import FineTuning, Origin
+        from geneformer_mcore.training.finetuning import FineTuning, Origin
 
         return FineTuning.opened(config, Origin(*origin))
 
-    def work(folder: RunFolder, watch: Watch) -> tuple[int, str]:
+    def work(folder: RunFolder, watch: Watchdog) -> tuple[int, str]:
         after = partial(_test, config)
-        return job.train(config, text, plan, folder, interruption, watch, open_task, after)
+        return trainer.train(config, text, plan, folder, interruption, watch, open_task, after)
 
     return job.ended(config, interruption, work)
 
@@ -96,16 +96,18 @@ def _settings(
             "fine-tuning needs --label: the column of the store's obs that holds the classes. "
             "(To predict with a fine-tuned run, give --predict and --output.)"
         )
-    from geneformer_mcore.downstream import basis
+    from geneformer_mcore.inference import pretrained
 
-    model = basis.find(config.finetune.checkpoint, arguments.vocabulary, config.run.dir)
-    config, text = settings.load(file, overrides, basis.settings_of(model))
-    basis.check_same(config, model)
-    return config, text, (model.folder, basis.name_of(model), model.vocabulary.checksum)
+    model = pretrained.find_base_model(
+        config.finetune.checkpoint, arguments.vocabulary, config.run.dir
+    )
+    config, text = settings.load(file, overrides, pretrained.settings_of_base_model(model))
+    pretrained.check_same(config, model)
+    return config, text, (model.folder, pretrained.name_of(model), model.vocabulary.checksum)
 
 
 def _test(config: settings.Config) -> None:
-    from geneformer_mcore.downstream import predict
+    from geneformer_mcore.inference import predict
 
     parallel = config.parallel
     layout = [f"parallel.tensor={parallel.tensor}", f"parallel.sequence={parallel.sequence}"]
@@ -121,17 +123,17 @@ def _predict(arguments: argparse.Namespace) -> int:
         if arguments.output is None:
             raise ConfigError("--predict and --output go together: cells, and where they go.")
         # Only now what takes seconds to import.
-        from geneformer_mcore.downstream import predict
+        from geneformer_mcore.inference import predict
 
         return predict.run(_request(arguments), is_first)
 
-    return told_by_first_rank(work)
+    return report_on_first_rank(work)
 
 
-def _request(arguments: argparse.Namespace) -> Request:
-    from geneformer_mcore.downstream.predict import Request
+def _request(arguments: argparse.Namespace) -> PredictRequest:
+    from geneformer_mcore.inference.predict import PredictRequest
 
-    return Request(
+    return PredictRequest(
         checkpoint=arguments.checkpoint,
         source=arguments.predict,
         output=arguments.output,

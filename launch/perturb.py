@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import run, told_by_first_rank
-from geneformer_mcore.downstream import options
+from geneformer_mcore.exit_codes import report_on_first_rank, run
+from geneformer_mcore.inference import options
 
 if TYPE_CHECKING:
-    from geneformer_mcore.downstream.perturb_command import Request
+    from geneformer_mcore.perturb.request import PerturbRequest
 
 EXAMPLE = """examples:
   python launch/perturb.py --checkpoint runs/lung --input a.h5ad --genes GATA4 TBX5 \\
@@ -38,20 +38,20 @@ def main() -> int:
     arguments = _arguments()
     ignore_known_warnings()
     # Only now what takes seconds to import.
-    from geneformer_mcore.downstream import perturb_command
+    from geneformer_mcore.perturb import request
 
-    return told_by_first_rank(lambda is_first: perturb_command.run(_request(arguments), is_first))
+    return report_on_first_rank(lambda is_first: request.run(_request(arguments), is_first))
 
 
-def _request(arguments: argparse.Namespace) -> Request:
-    from geneformer_mcore.downstream.embed import Choices
-    from geneformer_mcore.downstream.perturb_command import Request
-    from geneformer_mcore.downstream.perturb_question import ALL_GENES, Question
+def _request(arguments: argparse.Namespace) -> PerturbRequest:
+    from geneformer_mcore.inference.embed import Choices
+    from geneformer_mcore.perturb.question import ALL_GENES, Question
+    from geneformer_mcore.perturb.request import PerturbRequest
 
     top = ALL_GENES if arguments.all_genes else arguments.top
     # The layout may stand behind the genes, whose names have no "=".
     words = [word for text in arguments.genes for word in text.split(",")]
-    return Request(
+    return PerturbRequest(
         checkpoint=arguments.checkpoint,
         source=arguments.input,
         question=Question(

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.commands import DEFECT, complain, end_after_last_words, tell
 from geneformer_mcore.errors import GeneformerError
+from geneformer_mcore.exit_codes import DEFECT, end_after_last_words, print_stderr, report_error
 
 if TYPE_CHECKING:
-    from geneformer_mcore.parallel.watch import LostRankError
+    from geneformer_mcore.distributed.watchdog import LostRankError
     from geneformer_mcore.preflight.shared_folder import Traces
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
@@ -41,17 +41,17 @@ def main() -> int:
         config, text = settings.load(arguments.config or DEMO, arguments.settings)
         settings.plan(config, int(os.environ.get("WORLD_SIZE", "1")))
     except GeneformerError as error:
-        return complain(error)
+        return report_error(error)
     ignore_known_warnings()
     # Only now what takes seconds to import: a wrong setting is answered at once.
-    from geneformer_mcore.parallel.watch import LostRankError, Watch
+    from geneformer_mcore.distributed.watchdog import LostRankError, Watchdog
     from geneformer_mcore.preflight import flight
     from geneformer_mcore.preflight.shared_folder import Traces
 
     traces = Traces()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, partial(_end_on_signal, traces))
-    watch = Watch(min(flight.LIMIT_S, config.parallel.timeout_s), partial(_end_lost, traces))
+    watch = Watchdog(min(flight.LIMIT_S, config.parallel.timeout_s), partial(_end_lost, traces))
     try:
         with watch:
             code, result = flight.fly(config, text, watch, traces, _say)
@@ -59,10 +59,10 @@ def main() -> int:
                 _keep(arguments.json, result)
         return code
     except GeneformerError as error:
-        return complain(error)
+        return report_error(error)
     except LostRankError as error:
         if error.tell:
-            tell(f"error: {error}")
+            print_stderr(f"error: {error}")
         return error.code
     except Exception:
         traceback.print_exc()
@@ -72,7 +72,7 @@ def main() -> int:
 def _end_lost(traces: Traces, loss: LostRankError) -> None:
     def last_words() -> None:
         if loss.tell:
-            tell(f"error: {loss}")
+            print_stderr(f"error: {loss}")
         traces.clear()
 
     end_after_last_words(loss.code, last_words)
@@ -85,9 +85,9 @@ def _end_on_signal(traces: Traces, number: int, _frame: Any) -> None:
 
 
 def _keep(path: Path, result: dict[str, Any]) -> None:
-    from geneformer_mcore.metrics import kept
+    from geneformer_mcore.io import files
 
-    kept.save(path, result)
+    files.save_json(path, result)
 
 
 def _say(text: str) -> None:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import ConfigError, DataError, GeneformerError
-from geneformer_mcore.train import job
-from geneformer_mcore.train.interruption import Interruption
-from geneformer_mcore.train.run_folder import RunFolder
+from geneformer_mcore.training import job, trainer
+from geneformer_mcore.training.run_folder import RunFolder
+from geneformer_mcore.training.signals import Interruption
 
 if TYPE_CHECKING:
-    from geneformer_mcore.parallel.watch import Watch
-    from geneformer_mcore.train.task import Task
+    from geneformer_mcore.distributed.watchdog import Watchdog
+    from geneformer_mcore.training.task import Task
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 EXAMPLE = """example:
@@ -48,7 +48,7 @@ def main() -> int:
         return job.show(text, plan, config.run.dir)
     ignore_known_warnings()
 
-    def work(folder: RunFolder, watch: Watch) -> tuple[int, str]:
+    def work(folder: RunFolder, watch: Watchdog) -> tuple[int, str]:
         return _train(config, text, plan, folder, interruption, watch)
 
     return job.ended(config, interruption, work)
@@ -60,19 +60,19 @@ def _train(
     plan: settings.Plan,
     folder: RunFolder,
     interruption: Interruption,
-    watch: Watch,
+    watch: Watchdog,
 ) -> tuple[int, str]:
     _demo_store_hint(config)
     open_task = partial(_pretraining, config)
-    return job.train(config, text, plan, folder, interruption, watch, open_task)
+    return trainer.train(config, text, plan, folder, interruption, watch, open_task)
 
 
 def _pretraining(config: settings.Config) -> Task:
     # Only now what takes seconds to import: a user's error is answered at once.
-    from geneformer_mcore.train import data
-    from geneformer_mcore.train.pretraining import Pretraining
+    from geneformer_mcore.training import datasets
+    from geneformer_mcore.training.pretraining import Pretraining
 
-    return Pretraining(config, data.open_cells(config))
+    return Pretraining(config, datasets.open_cells(config))
 
 
 def _demo_store_hint(config: settings.Config) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from geneformer_mcore.commands import run
+from geneformer_mcore.exit_codes import run
 
 EXAMPLE = "example: python launch/report.py runs/mine --json build/mine/report.json"
 
@@ -23,16 +23,16 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers here")
     arguments = parser.parse_args()
     # Only now what takes seconds to import.
-    from geneformer_mcore.downstream import loss_plot, report, results
-    from geneformer_mcore.metrics import kept
+    from geneformer_mcore.io import files
+    from geneformer_mcore.report import figures, results
 
     found = results.load(arguments.run_dir)
     plot = arguments.run_dir / "loss.png" if found.train.steps else None
-    print(report.text(found, plot))
+    print(results.text(found, plot))
     if plot is not None:
-        loss_plot.save(found, plot)
+        figures.save_loss(found, plot)
     if arguments.json is not None:
-        kept.save(arguments.json, report.as_json(found))
+        files.save_json(arguments.json, results.as_json(found))
     return found.exit_code
 
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.store import progress
+from geneformer_mcore.io import progress
 from tests.distributed.ranks import context
 
 ROOT = Path(__file__).resolve().parents[1]

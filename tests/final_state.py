@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import load as load_tensors
 
 from geneformer_mcore.checkpoint import folder as checkpoints
-from geneformer_mcore.checkpoint import plain_metadata
+from geneformer_mcore.checkpoint import safe_metadata
 from geneformer_mcore.errors import CheckpointError
 
 RECORDED = ("loss", "grad_norm", "lr", "val_loss")
@@ -67,7 +67,7 @@ def explain(left: FinalState, right: FinalState) -> list[str]:
 
 def read_whole(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, put together from its parts by torch alone."""
-    with plain_metadata.read_by_torch(), warnings.catch_warnings():
+    with safe_metadata.read_by_torch(), warnings.catch_warnings():
         # It remarks on what it was asked for: that no other rank reads along.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         reader = FileSystemReader(folder)

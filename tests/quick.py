@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = {"geneformer_mcore.errors", "geneformer_mcore.contracts", "geneformer_mcore"}
+SHARED = {"geneformer_mcore.errors", "geneformer_mcore.types", "geneformer_mcore"}
 """Nearly all tests import them: those are `make test`."""
 BY_FOLDER = {
     "slurm/": {"tests/unit/test_job_script.py", "tests/unit/test_array_script.py"},
@@ -95,7 +95,7 @@ def _tests_of_module(module: str, package: str, imports: dict[str, set[str]]) ->
 
 
 def module_of(name: str) -> str:
-    """geneformer_mcore.cells.ranks of geneformer_mcore/cells/ranks.py"""
+    """geneformer_mcore.tokenizer.rank_encoder of geneformer_mcore/tokenizer/rank_encoder.py"""
     return name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from geneformer_mcore.cells.normalise import CountBlock
-from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.contracts import CLS, NUM_SPECIALS
+from geneformer_mcore.io.blocks import CountBlock
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from geneformer_mcore.types import CLS, NUM_SPECIALS
 
 
 def gene_id(number: int) -> str:

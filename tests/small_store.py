@@ -7,16 +7,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from geneformer_mcore.cells.corpus import InputOptions
-from geneformer_mcore.store.buckets import bucket_codes, by_bucket
+from geneformer_mcore.store.ingest.buckets import bucket_codes, by_bucket
+from geneformer_mcore.store.ingest.merge import Merge, write_store
+from geneformer_mcore.store.ingest.plan import Recipe, UnitReport, write_cells
+from geneformer_mcore.store.ingest.staging import StagedFolder
 from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.layout import Manifest
-from geneformer_mcore.store.merge import Merge
-from geneformer_mcore.store.plan import Recipe
-from geneformer_mcore.store.split import SPLITS, RandomSplit
-from geneformer_mcore.store.staging import StagedFolder
-from geneformer_mcore.store.unit_file import UnitReport, write_cells
-from geneformer_mcore.store.writer import write_store
+from geneformer_mcore.store.split.table import SPLITS, RandomSplit
+from geneformer_mcore.tokenizer.corpus import InputOptions
 from tests.small_cells import vocabulary_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.peers.step_contestant import Job
-from geneformer_mcore.store.flat import ensure
+from geneformer_mcore.store.local_cache import ensure
 from tests.distributed import toy
 
 

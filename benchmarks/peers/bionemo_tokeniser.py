@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 from scipy import sparse
 
-from geneformer_mcore.contracts import CLS
+from geneformer_mcore.types import CLS
 
 
 class BioNeMoTokeniser:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import sparse
 
-from geneformer_mcore.contracts import CLS
+from geneformer_mcore.types import CLS
 
 
 def exact_tokens(

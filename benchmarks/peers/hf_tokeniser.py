@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from scipy import sparse
 
-from geneformer_mcore.contracts import CLS
+from geneformer_mcore.types import CLS
 
 ROWS_PER_BLOCK = 512
 _TARGET_SUM = 10_000

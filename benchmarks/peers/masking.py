@@ -19,7 +19,7 @@ from benchmarks.peers.hf_arrow import HFArrow
 from benchmarks.peers.padding import sums_of_padded
 from benchmarks.peers.sc_dataset import BlocksOfArray
 from benchmarks.peers.scdl import ScdlTokens
-from geneformer_mcore.contracts import CLS, MASK, NUM_SPECIALS, PAD
+from geneformer_mcore.types import CLS, MASK, NUM_SPECIALS, PAD
 
 IGNORED = -100
 _SELECTED, _MASKED, _RANDOM = 0.15, 0.8, 0.02

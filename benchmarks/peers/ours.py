@@ -21,16 +21,16 @@ import numpy as np
 from benchmarks.peers.contestant import BATCH_SIZE, SEED, TOKENS, Contestant
 from benchmarks.peers.padding import PAD_MULTIPLE, sums_of_padded
 from benchmarks.side_by_side.prepared import SEQ_LENGTH, Prepared
-from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.config.sections import DataConfig
-from geneformer_mcore.contracts import Batch, TokenSource
-from geneformer_mcore.feed.counts_source import MIN_SPAN_CELLS, CountsSource
-from geneformer_mcore.feed.loader import Feed, Share
-from geneformer_mcore.feed.masks import Masking
-from geneformer_mcore.feed.order import Order
-from geneformer_mcore.store import flat
+from geneformer_mcore.data.counts_source import MIN_SPAN_CELLS, CountsSource
+from geneformer_mcore.data.loader import Feed, Share
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.data.sampler import Sampler
+from geneformer_mcore.store import local_cache
 from geneformer_mcore.store.reader import TokenStore
-from geneformer_mcore.store.split import RandomSplit
+from geneformer_mcore.store.split.table import RandomSplit
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from geneformer_mcore.types import Batch, TokenSource
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = DataConfig()
@@ -50,7 +50,7 @@ def flat_copy(data: Prepared) -> None:
     """The node-local flat copy of the store."""
     with TokenStore.open(data.place("store_of_tokens")) as store:
         manifest = store.manifest
-        flat.ensure(store, manifest.content_hash, manifest.tokens, data.place("flat_copy"))
+        local_cache.ensure(store, manifest.content_hash, manifest.tokens, data.place("flat_copy"))
 
 
 class _Ours(Contestant):
@@ -106,7 +106,9 @@ class FromFlatCopy(_Ours):
     def feed(self, data: Prepared) -> Feed:
         store = TokenStore.open(data.place("store_of_tokens"))
         manifest = store.manifest
-        copy = flat.ensure(store, manifest.content_hash, manifest.tokens, data.place("flat_copy"))
+        copy = local_cache.ensure(
+            store, manifest.content_hash, manifest.tokens, data.place("flat_copy")
+        )
         return make_feed(copy, len(store), store.vocabulary)
 
 
@@ -133,7 +135,7 @@ def make_feed(
     masked, random, kept = DEFAULTS.mask_fractions
     return Feed(
         source,
-        Order(0, num_cells, spans, window_spans, SEED),
+        Sampler(0, num_cells, spans, window_spans, SEED),
         Masking(DEFAULTS.mask_probability, (masked, random, kept), vocabulary.size, SEED),
         Share(BATCH_SIZE, BATCH_SIZE, 0, 1),
         SEQ_LENGTH,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.peers.ours import FromH5ad
 from benchmarks.peers.soma_ml import experiment
 from benchmarks.side_by_side.prepared import Prepared
-from geneformer_mcore.feed.loader import Feed
+from geneformer_mcore.data.loader import Feed
 
 
 class FromExperiment(FromH5ad):

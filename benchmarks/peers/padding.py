@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from benchmarks.side_by_side.prepared import SEQ_LENGTH
-from geneformer_mcore.contracts import PAD
-from geneformer_mcore.feed.batch import padded_length
+from geneformer_mcore.data.collate import padded_length
+from geneformer_mcore.types import PAD
 
 PAD_MULTIPLE = 64
 

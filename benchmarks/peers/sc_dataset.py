@@ -20,7 +20,7 @@ from benchmarks.peers.ours import store_of_tokens
 from benchmarks.peers.padding import padded, sums_of_padded
 from benchmarks.peers.token_files import tokens_arrow, tokens_dense, tokens_h5ad
 from benchmarks.side_by_side.prepared import Prepared
-from geneformer_mcore.contracts import PAD
+from geneformer_mcore.types import PAD
 
 BLOCK_CELLS, FETCH_FACTOR = 64, 16
 

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.side_by_side.sizes import CONFIGS, VOCABULARY
 from geneformer_mcore.config import Config, load
-from geneformer_mcore.contracts import Batch
-from geneformer_mcore.model.flops import ModelShape, Work, padded_work
+from geneformer_mcore.model.flops import ModelShape, Workload, padded_workload
+from geneformer_mcore.types import Batch
 
 NEVER = -1e4
 """Output bias of the rows that pad the vocabulary: their probability is 0, and so is what a peer's
@@ -103,19 +103,19 @@ class StepContestant(ABC):
     def step(self, placed: list[Any]) -> float:
         """A full training step. The mean loss per predicted gene, in nats, before it."""
 
-    def computed(self, batches: list[Batch], needed: Work) -> Work:
+    def computed(self, batches: list[Batch], needed: Workload) -> Workload:
         """What it computes on: here, every position of every padded cell, all predicted.
 
         needed: what the same cells consist of
         """
         shapes = [batch.tokens_BS.shape for batch in batches]
-        parts = [padded_work(num_positions, num_cells) for num_cells, num_positions in shapes]
+        parts = [padded_workload(num_positions, num_cells) for num_cells, num_positions in shapes]
         return add(parts)
 
 
-def add(parts: list[Work]) -> Work:
+def add(parts: list[Workload]) -> Workload:
     """The sum of several amounts of work."""
-    return Work(
+    return Workload(
         sum(part.tokens for part in parts),
         sum(part.sum_squared_lengths for part in parts),
         sum(part.num_predicted for part in parts),

@@ -15,8 +15,8 @@ from benchmarks.peers.step_contestant import NEVER, Job
 from benchmarks.peers.steps_torch import Labelled, TorchStep
 from geneformer_mcore import backends
 from geneformer_mcore.config.sections import Precision
-from geneformer_mcore.contracts import PAD, padded_vocabulary_size
-from geneformer_mcore.model.settings import LAYERNORM_EPSILON
+from geneformer_mcore.model.megatron_config import LAYERNORM_EPSILON
+from geneformer_mcore.types import PAD, padded_vocabulary_size
 
 TOKEN_TYPES = 2
 """BertConfig's default, which Geneformer leaves as it is."""

@@ -18,14 +18,15 @@ from benchmarks.side_by_side.step_cells import StepCells
 from geneformer_mcore import backends
 from geneformer_mcore.config import Config, plan
 from geneformer_mcore.config.sections import ModelConfig, ParallelConfig, Precision
-from geneformer_mcore.contracts import PAD, Batch, padded_vocabulary_size
-from geneformer_mcore.feed.loader import Feed, Share
-from geneformer_mcore.model import attention, geneformer, initial_weights, settings
-from geneformer_mcore.model.flops import Work
+from geneformer_mcore.data.loader import Feed, Share
+from geneformer_mcore.distributed import device, groups
+from geneformer_mcore.model import geneformer, init, megatron_config
+from geneformer_mcore.model.attention import select
+from geneformer_mcore.model.flops import Workload
 from geneformer_mcore.optim import optimizer as optim
-from geneformer_mcore.parallel import device, groups
-from geneformer_mcore.train.budget import budget
-from geneformer_mcore.train.step import train_step
+from geneformer_mcore.training.datasets import budget
+from geneformer_mcore.training.step import train_step
+from geneformer_mcore.types import PAD, Batch, padded_vocabulary_size
 
 
 class MegatronStep(StepContestant):
@@ -49,7 +50,7 @@ class MegatronStep(StepContestant):
         self.topology = groups.topology()
         groups.seed_dropout(self.config.train.seed, self.topology)
         config = self.config
-        core = settings.transformer_config(
+        core = megatron_config.transformer_config(
             config.model, config.parallel, config.train.precision, here
         )
         stages = self.stages(core, job.vocabulary_size)
@@ -69,7 +70,7 @@ class MegatronStep(StepContestant):
             config.model, core, self.here, vocabulary_size, length, packed=config.data.packing
         )
         for stage in stages:
-            initial_weights.fill(stage, config.train.seed)
+            init.fill(stage, config.train.seed)
         return stages
 
     def batches(self, number: int) -> list[Batch]:
@@ -93,12 +94,12 @@ class OursPadded(MegatronStep):
         config = self.config
         stream = ", 32-bit residuals" if config.train.precision is Precision.bf16 else ""
         precision, packed = config.train.precision, config.data.packing
-        chosen = attention.choose(config.model, self.here, precision, packed).value
+        chosen = select.choose(config.model, self.here, precision, packed).value
         return f"{chosen} attention, {config.train.precision.value} weights{stream}, {self._rows()}"
 
-    def computed(self, batches: list[Batch], needed: Work) -> Work:
+    def computed(self, batches: list[Batch], needed: Workload) -> Workload:
         padded = super().computed(batches, needed)
-        return Work(padded.tokens, padded.sum_squared_lengths, needed.num_predicted)
+        return Workload(padded.tokens, padded.sum_squared_lengths, needed.num_predicted)
 
     def _rows(self) -> str:
         return f"padded per step to multiples of {self.config.data.pad_multiple}"
@@ -115,10 +116,10 @@ class OursPacked(OursPadded):
         packed = ["data.packing=true", f"data.tokens_per_micro_batch={room}"]
         return [*super().changes(job, micro_batch), *packed]
 
-    def computed(self, batches: list[Batch], needed: Work) -> Work:
+    def computed(self, batches: list[Batch], needed: Workload) -> Workload:
         # Attention stays within a cell: its square is that of the cells, not that of the row.
         tokens = sum(batch.tokens_BS.numel() for batch in batches)
-        return Work(tokens, needed.sum_squared_lengths, needed.num_predicted)
+        return Workload(tokens, needed.sum_squared_lengths, needed.num_predicted)
 
     def _rows(self) -> str:
         return "packed"
@@ -143,7 +144,7 @@ class PlainMegatron(MegatronStep):
         length = self.config.data.seq_length
         stage = PlainBert(core, self.config.model, _layers(self.here), vocabulary_size, length)
         stage = stage.to(device=self.here, dtype=core.params_dtype)
-        initial_weights.fill(stage, self.config.train.seed)
+        init.fill(stage, self.config.train.seed)
         with torch.no_grad():
             stage.output_layer.bias[vocabulary_size:] = NEVER
         return [stage]
@@ -176,7 +177,7 @@ class PlainBert(BertModel):
             add_binary_head=False,
         )
         # Its head has a fixed activation, under this name.
-        self.lm_head.gelu = settings.ACTIVATIONS[model.head_activation or model.activation]
+        self.lm_head.gelu = megatron_config.ACTIVATIONS[model.head_activation or model.activation]
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """fp32 [M]: the loss is taken everywhere, and kept where a gene was hidden."""

@@ -15,8 +15,8 @@ from benchmarks.peers.step_contestant import NEVER, Job
 from benchmarks.peers.steps_torch import IGNORED, Labelled, TorchStep
 from geneformer_mcore import backends
 from geneformer_mcore.config.sections import Activation, ModelConfig, Precision
-from geneformer_mcore.contracts import padded_vocabulary_size
-from geneformer_mcore.model.settings import ACTIVATIONS, INIT_STD, LAYERNORM_EPSILON
+from geneformer_mcore.model.megatron_config import ACTIVATIONS, INIT_STD, LAYERNORM_EPSILON
+from geneformer_mcore.types import padded_vocabulary_size
 
 _ACTIVATIONS = {Activation.relu: "relu", Activation.gelu: "gelu"}
 """TE's names."""

@@ -14,7 +14,7 @@ import torch
 from benchmarks.peers.step_contestant import Job, StepContestant
 from benchmarks.side_by_side.step_cells import StepCells
 from geneformer_mcore.config.sections import OptimConfig
-from geneformer_mcore.contracts import PAD, Batch
+from geneformer_mcore.types import PAD, Batch
 
 IGNORED = -100
 """The label of a position that torch's cross entropy leaves out."""

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import sparse
 
 from benchmarks.side_by_side.prepared import SEQ_LENGTH, Prepared
-from geneformer_mcore.contracts import PAD
+from geneformer_mcore.types import PAD
 
 
 def tokens_h5ad(data: Prepared) -> None:

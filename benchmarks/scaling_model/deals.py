@@ -18,9 +18,9 @@ import numpy as np
 
 from benchmarks.scaling_model.hardware import SEQ_LENGTH, Model
 from geneformer_mcore.config.sections import DataConfig
-from geneformer_mcore.feed.batch import padded_length, pieces
-from geneformer_mcore.feed.packing import pack
-from geneformer_mcore.model.flops import ModelShape, Work, train_flops
+from geneformer_mcore.data.collate import padded_length, pieces
+from geneformer_mcore.data.packing import pack
+from geneformer_mcore.model.flops import ModelShape, Workload, train_flops
 
 PAD_MULTIPLE = DataConfig().pad_multiple
 MASKED = DataConfig().mask_probability
@@ -38,7 +38,7 @@ class Costs:
     @classmethod
     def of(cls, shape: ModelShape) -> Costs:
         """Those of a model."""
-        return cls(*(train_flops(shape, Work(*one)) for one in np.eye(3, dtype=int).tolist()))
+        return cls(*(train_flops(shape, Workload(*one)) for one in np.eye(3, dtype=int).tolist()))
 
     def of_cells(self, lengths_N: np.ndarray) -> np.ndarray:
         """float64 [N], FLOPs of each cell; all but [CLS] may be predicted."""

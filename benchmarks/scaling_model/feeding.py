@@ -24,12 +24,12 @@ import numpy as np
 
 from benchmarks.scaling_model.hardware import SEQ_LENGTH, VOCABULARY
 from geneformer_mcore.config.sections import DataConfig
-from geneformer_mcore.contracts import CLS, NUM_SPECIALS, RaggedCells
-from geneformer_mcore.feed.loader import Budget, Feed, Share
-from geneformer_mcore.feed.masks import Masking
-from geneformer_mcore.feed.order import Order
-from geneformer_mcore.feed.packing import pack
-from geneformer_mcore.store import flat
+from geneformer_mcore.data.loader import Budget, Feed, Share
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.data.packing import pack
+from geneformer_mcore.data.sampler import Sampler
+from geneformer_mcore.store import local_cache
+from geneformer_mcore.types import CLS, NUM_SPECIALS, RaggedCells
 
 CELLS = 32_768
 """One window of the default settings."""
@@ -67,14 +67,14 @@ def measure(lengths: np.ndarray, ranks: int, budget: int, global_batch: int) -> 
     cells = MadeUpTokens(rng.choice(lengths, CELLS))
     num_tokens = int(cells.read(0, CELLS).offsets[-1])
     with tempfile.TemporaryDirectory() as cache:
-        flat.ensure(cells, "0" * 64, num_tokens, cache)
+        local_cache.ensure(cells, "0" * 64, num_tokens, cache)
         (folder,) = (path for path in Path(cache).iterdir() if path.is_dir())
         return _one_rank(folder, ranks, budget, global_batch)
 
 
 def _one_rank(folder: Path, ranks: int, budget: int, global_batch: int) -> dict[str, float]:
-    _feed(flat.FlatCopy(folder), ranks, budget, global_batch).step(0)  # compiles
-    copy = flat.FlatCopy(folder)
+    _feed(local_cache.FlatCopy(folder), ranks, budget, global_batch).step(0)  # compiles
+    copy = local_cache.FlatCopy(folder)
     feed = _feed(copy, ranks, budget, global_batch)
     epoch = range(0, CELLS - global_batch + 1, global_batch)
     first = [_timed(feed.step, at) for at in epoch]
@@ -91,7 +91,7 @@ def _one_rank(folder: Path, ranks: int, budget: int, global_batch: int) -> dict[
 
 
 def _whole_batch(
-    copy: flat.FlatCopy, order: Order, ranks: int, budget: int, size: int
+    copy: local_cache.FlatCopy, order: Sampler, ranks: int, budget: int, size: int
 ) -> dict[str, float]:
     """Medians of what every rank does for the whole global batch."""
     seconds: dict[str, list[float]] = {"places_s": [], "lengths_s": [], "pack_s": []}
@@ -104,11 +104,11 @@ def _whole_batch(
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def _feed(copy: flat.FlatCopy, ranks: int, budget: int, global_batch: int) -> Feed:
+def _feed(copy: local_cache.FlatCopy, ranks: int, budget: int, global_batch: int) -> Feed:
     masked, random, kept = _DATA.mask_fractions
     return Feed(
         copy,
-        Order(0, CELLS, _DATA.span_cells, _DATA.window_spans, 0),
+        Sampler(0, CELLS, _DATA.span_cells, _DATA.window_spans, 0),
         Masking(_DATA.mask_probability, (masked, random, kept), VOCABULARY, 0),
         Share(global_batch, budget // SEQ_LENGTH, 0, ranks),
         SEQ_LENGTH,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from geneformer_mcore.contracts import padded_vocabulary_size
 from geneformer_mcore.model.flops import ModelShape, num_parameters
+from geneformer_mcore.types import padded_vocabulary_size
 
 VOCABULARY = 25_429
 SEQ_LENGTH = 2048

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.scaling_model.hardware import SEQ_LENGTH
-from geneformer_mcore.cells.corpus import InputOptions
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store.flat import FlatCopy
+from geneformer_mcore.store.local_cache import FlatCopy
 from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.tokenizer.corpus import InputOptions
 
 DEMO_STORE = Path(__file__).resolve().parents[2] / "build" / "demo" / "store"
 MADE_UP_CELLS = 8192

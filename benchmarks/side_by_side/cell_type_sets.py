@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from geneformer_mcore.cells.corpus import InputOptions
-from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.downstream import overlap, results
-from geneformer_mcore.downstream.cells import CountedCells
-from geneformer_mcore.downstream.training_cells import TrainingCells
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.inference import data_leakage
+from geneformer_mcore.inference.cells import CountedCells
+from geneformer_mcore.inference.data_leakage import TrainingCells
 from geneformer_mcore.metrics.provenance import provenance
+from geneformer_mcore.report import results
+from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 SEQ_LENGTH = 512
 """Tokens by which cells are compared: several times what is looked at."""
@@ -72,7 +73,7 @@ def _num_common(labelled: Path, train: Path, vocabulary: Vocabulary) -> int:
     has_gene_V[judged.genes.token_of_column] = True
     try:
         training = TrainingCells(str(train), learned, 0, len(learned), SEQ_LENGTH)
-        return int(overlap.find(judged, has_gene_V, training).same_N.sum())
+        return int(data_leakage.find(judged, has_gene_V, training).same_N.sum())
     finally:
         judged.close()
         learned.close()

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from geneformer_mcore.cells.counts import CountsFile
-from geneformer_mcore.cells.dictionary import import_dictionary
-from geneformer_mcore.cells.genes import find_gene_ids
-from geneformer_mcore.cells.vocabulary import Vocabulary
+from geneformer_mcore.io.h5ad import CountsFile
+from geneformer_mcore.tokenizer.dictionary import import_dictionary
+from geneformer_mcore.tokenizer.genes import find_gene_ids
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 POOL_CELLS = 2000
 _POOL_SETS = 4

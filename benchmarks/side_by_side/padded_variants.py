@@ -16,28 +16,26 @@ from typing import cast
 import numpy as np
 import torch
 
-from geneformer_mcore.cells.corpus import InputOptions
-from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.config import Config, load
-from geneformer_mcore.config.sections import Attention, Precision
-from geneformer_mcore.contracts import NUM_SPECIALS, Batch, CellViews, RaggedCells
-from geneformer_mcore.downstream import encoder
-from geneformer_mcore.downstream.cells import CountedCells
-from geneformer_mcore.downstream.chosen_cells import ChosenCells, drawn, ragged
-from geneformer_mcore.downstream.encoder import Encoder
-from geneformer_mcore.downstream.perturbations import Perturbation, Sets
-from geneformer_mcore.downstream.pretrained import Pretrained
-from geneformer_mcore.downstream.shifts import Job, of_all_cells
-from geneformer_mcore.downstream.survey import survey
-from geneformer_mcore.downstream.variants import Editor, Mode
-from geneformer_mcore.feed.batch import make_batch
-from geneformer_mcore.feed.masks import Masking
-from geneformer_mcore.model import geneformer, inference, initial_weights, settings, states
+from geneformer_mcore.config.sections import Attention, Pooling, Precision
+from geneformer_mcore.data.collate import make_batch
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.distributed import device, groups
+from geneformer_mcore.inference import encoder
+from geneformer_mcore.inference.cells import ChosenCells, CountedCells, drawn, ragged
+from geneformer_mcore.inference.encoder import Encoder
+from geneformer_mcore.inference.pretrained import Pretrained
+from geneformer_mcore.io.progress import no_progress
+from geneformer_mcore.model import forward_only, geneformer, init, megatron_config
 from geneformer_mcore.model.flops import ModelShape
 from geneformer_mcore.model.geneformer import Geneformer
-from geneformer_mcore.model.states import Pooling
-from geneformer_mcore.parallel import device, groups
-from geneformer_mcore.store.progress import no_progress
+from geneformer_mcore.perturb.displacements import Job, of_all_cells
+from geneformer_mcore.perturb.perturbed_cells import Editor, Mode
+from geneformer_mcore.perturb.question import Perturbation, Sets
+from geneformer_mcore.perturb.statistics import survey
+from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from geneformer_mcore.types import NUM_SPECIALS, Batch, CellViews, RaggedCells
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,9 @@ class Padded:
 
         def finish(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Tensor:
             stage.logits(hidden_SBH, everywhere)
-            return states.pool(hidden_SBH, batch, Pooling.mean)
+            return forward_only.pool(hidden_SBH, batch, Pooling.mean)
 
-        return inference.through(self.stages, [batch], finish)
+        return forward_only.through(self.stages, [batch], finish)
 
     def packed(self, job: Job, cell: int, genes: np.ndarray) -> np.ndarray:
         """float64 [variants], the same by ours."""
@@ -120,7 +118,7 @@ class Padded:
         )
 
     def _vectors(self, batches: list[Batch]) -> list[torch.Tensor]:
-        return states.of_cells(self.stages, batches, Pooling.mean)
+        return forward_only.cell_embeddings(self.stages, batches, Pooling.mean)
 
 
 def size(job: Job) -> tuple[ModelShape, int]:
@@ -176,8 +174,8 @@ class _Random:
 
 
 def _stages(config: Config, size: int, here: torch.device, packed: bool) -> list[Geneformer]:
-    core = settings.transformer_config(config.model, config.parallel, Precision.fp32, here)
+    core = megatron_config.transformer_config(config.model, config.parallel, Precision.fp32, here)
     stages = geneformer.build(config.model, core, here, size, config.data.seq_length, packed=packed)
     for stage in stages:
-        initial_weights.fill(stage, config.train.seed)
+        init.fill(stage, config.train.seed)
     return stages

@@ -18,10 +18,10 @@ import pandas as pd
 
 from benchmarks.peers.hf_tokeniser import blocks
 from benchmarks.side_by_side.cells import Cells
-from geneformer_mcore.cells.normalise import CountBlock
-from geneformer_mcore.cells.ranks import RankEncoder
-from geneformer_mcore.cells.vocabulary import Vocabulary
+from geneformer_mcore.io.blocks import CountBlock
 from geneformer_mcore.store.keys import cell_keys
+from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 SEQ_LENGTH = 2048
 

@@ -18,12 +18,13 @@ from benchmarks.side_by_side import session_dropout, session_kernels, session_mo
 from benchmarks.side_by_side.tflops_run import file_in
 from geneformer_mcore import backends
 from geneformer_mcore.config.sections import Attention, ParallelConfig, Precision
+from geneformer_mcore.distributed import device, groups
 from geneformer_mcore.errors import GeneformerError
-from geneformer_mcore.metrics import kept
-from geneformer_mcore.metrics.ceiling import measured_peak
+from geneformer_mcore.io import files
+from geneformer_mcore.metrics.peak_flops import measured_peak
 from geneformer_mcore.metrics.provenance import provenance
-from geneformer_mcore.model import attention, settings
-from geneformer_mcore.parallel import device, groups
+from geneformer_mcore.model import megatron_config
+from geneformer_mcore.model.attention import select
 
 DROPOUT = 0.1
 """The card's."""
@@ -38,7 +39,8 @@ def machine(out: Path) -> bool:
         "cudnn": torch.backends.cudnn.version(),
         "transformer_engine": backends.is_available("transformer_engine"),
         "tflops_peaks": {
-            name.value: measured_peak(here, dtype) / 1e12 for name, dtype in settings.DTYPES.items()
+            name.value: measured_peak(here, dtype) / 1e12
+            for name, dtype in megatron_config.DTYPES.items()
         },
         "auto": {
             f"{precision.value} {cells}": _auto(precision, here, cells == "packed")
@@ -54,7 +56,7 @@ def machine(out: Path) -> bool:
             "memory_mib": about.total_memory / 2**20,
             "multiprocessors": about.multi_processor_count,
         }
-    kept.save(out / "machine.json", found)
+    files.save_json(out / "machine.json", found)
     return True
 
 
@@ -62,7 +64,7 @@ def _auto(precision: Precision, here: torch.device, packed: bool) -> str:
     """What model.attention=auto takes, or why it takes nothing."""
     model = session_model.config_of("auto", precision.value, 64, DROPOUT).model
     try:
-        return attention.choose(model, here, precision, packed).value
+        return select.choose(model, here, precision, packed).value
     except GeneformerError as error:
         return str(error)
 
@@ -81,7 +83,7 @@ def check(name: str, out: Path, seq_length: int) -> bool:
             entry |= _tried(partial(_one, name, precision, packed, here, seq_length))
             found.append(entry | {"seconds": time.monotonic() - began})
             print(found[-1], flush=True)
-            kept.save(out / f"check_{name}.json", {"checks": found} | provenance())
+            files.save_json(out / f"check_{name}.json", {"checks": found} | provenance())
     groups.stop()
     return all(entry.get("sound", True) for entry in found)
 
@@ -99,7 +101,7 @@ def _one(
     name: str, precision: str, packed: bool, here: torch.device, seq_length: int
 ) -> dict[str, Any]:
     config = session_model.config_of(name, precision, seq_length)
-    attention.choose(config.model, here, config.train.precision)
+    select.choose(config.model, here, config.train.precision)
     found, plain = (
         session_model.differences(each, packed, here)
         for each in (config, session_model.config_of(Attention.plain.value, precision, seq_length))

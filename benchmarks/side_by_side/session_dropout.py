@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from geneformer_mcore.model.attention import packed_pieces
+from geneformer_mcore.model.attention.select import packed_pieces
 from geneformer_mcore.model.geneformer import Geneformer
 
 TOLERANCE = 0.006

@@ -19,11 +19,11 @@ import torch
 
 from geneformer_mcore.config import Config, load
 from geneformer_mcore.config.sections import ParallelConfig
-from geneformer_mcore.contracts import CLS, NUM_SPECIALS, Batch, CellViews
-from geneformer_mcore.feed.batch import make_batch
-from geneformer_mcore.feed.masks import Masking
-from geneformer_mcore.model import geneformer, initial_weights, settings
+from geneformer_mcore.data.collate import make_batch
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.model import geneformer, init, megatron_config
 from geneformer_mcore.model.geneformer import Geneformer
+from geneformer_mcore.types import CLS, NUM_SPECIALS, Batch, CellViews
 from tests.reference import Reference
 
 VOCABULARY = 1000
@@ -48,10 +48,12 @@ def config_of(attention: str, precision: str, seq_length: int, dropout: float = 
 
 def stage_of(config: Config, here: torch.device) -> Geneformer:
     """The model with enlarged weights, the same ones whatever the attention."""
-    core = settings.transformer_config(config.model, ParallelConfig(), config.train.precision, here)
+    core = megatron_config.transformer_config(
+        config.model, ParallelConfig(), config.train.precision, here
+    )
     length = config.data.seq_length
     (stage,) = geneformer.build(config.model, core, here, VOCABULARY, length)
-    initial_weights.fill(stage, config.train.seed)
+    init.fill(stage, config.train.seed)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, weights in sorted(stage.named_parameters()):

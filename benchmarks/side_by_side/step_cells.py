@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from geneformer_mcore.config import Config
-from geneformer_mcore.contracts import Batch, CellViews
+from geneformer_mcore.data.collate import make_batch, padded_length
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.data.sampler import Sampler
 from geneformer_mcore.errors import ConfigError, DataError
-from geneformer_mcore.feed.batch import make_batch, padded_length
-from geneformer_mcore.feed.masks import Masking
-from geneformer_mcore.feed.order import Order
-from geneformer_mcore.model.flops import Work
-from geneformer_mcore.store.flat import FlatCopy
+from geneformer_mcore.model.flops import Workload
+from geneformer_mcore.store.local_cache import FlatCopy
+from geneformer_mcore.types import Batch, CellViews
 
 ROOT = Path(__file__).resolve().parents[2]
 _MANIFEST = "flat.json"
@@ -33,7 +33,7 @@ class StepCells:
     """Cells of a flat copy in the order of training. Step n takes those from n x size on."""
 
     source: FlatCopy
-    order: Order
+    order: Sampler
     masking: Masking
     seq_length: int
     size: int
@@ -46,7 +46,7 @@ class StepCells:
         masked, random, kept = data.mask_fractions
         return cls(
             source,
-            Order(0, len(source), data.span_cells, data.window_spans, train.seed),
+            Sampler(0, len(source), data.span_cells, data.window_spans, train.seed),
             Masking(data.mask_probability, (masked, random, kept), vocabulary_size, train.seed),
             data.seq_length,
             train.global_batch_size,
@@ -71,11 +71,11 @@ class StepCells:
         parts = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
         return [self._batch(_those(cells, part), epochs[part], pad_multiple) for part in parts]
 
-    def needed(self, number: int, num_predicted: int) -> Work:
+    def needed(self, number: int, num_predicted: int) -> Workload:
         """What a step's cells consist of: real tokens, predicted positions only."""
         cells, _ = self.step(number)
         lengths_N = cells.lengths_N
-        return Work(int(lengths_N.sum()), int(np.square(lengths_N).sum()), num_predicted)
+        return Workload(int(lengths_N.sum()), int(np.square(lengths_N).sum()), num_predicted)
 
     def _batch(self, cells: CellViews, epochs: np.ndarray, pad_multiple: int) -> Batch:
         width = padded_length(int(cells.lengths_N.max()), pad_multiple, self.seq_length)
@@ -159,7 +159,7 @@ def _build_store(inputs: Sequence[Path], vocabulary: Path | None, store: Path) -
 
 def _flat_copy(work: Path) -> Path:
     # Only here: a machine to which a flat copy is carried has no TileDB.
-    from geneformer_mcore.store.flat import ensure
+    from geneformer_mcore.store.local_cache import ensure
     from geneformer_mcore.store.reader import TokenStore
 
     store = TokenStore.open(work / "store")

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.peers.all_steps import HF_DYNAMIC, HF_PADDED
 from benchmarks.side_by_side.picture import text_table
 from benchmarks.side_by_side.versions import version_of
-from geneformer_mcore.model.flops import ModelShape, Work, executed_flops
+from geneformer_mcore.model.flops import ModelShape, Workload, executed_flops
 
 HEAD = (
     *("training step", "peer", "micro batch", "cells/s", "tokens/s", "TFLOPS executed"),
@@ -96,7 +96,7 @@ def _ratios(mine: Sequence[float], theirs: Sequence[float] | None) -> list[float
 
 def _rates(turns: Sequence[dict[str, Any]], shape: ModelShape) -> dict[str, float]:
     # Every round has the same cells.
-    needed, computed = Work(**turns[0]["needed"]), Work(**turns[0]["computed"])
+    needed, computed = Workload(**turns[0]["needed"]), Workload(**turns[0]["computed"])
     cells = turns[0]["cells"]
     cells_per_s = statistics.median(rate(turn) for turn in turns)
     seconds = cells / cells_per_s

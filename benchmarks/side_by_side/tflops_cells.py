@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geneformer_mcore.contracts import CLS, NUM_SPECIALS, CellViews, RaggedCells
+from geneformer_mcore.types import CLS, NUM_SPECIALS, CellViews, RaggedCells
 
 if TYPE_CHECKING:
-    from geneformer_mcore.store.flat import FlatCopy
+    from geneformer_mcore.store.local_cache import FlatCopy
 
 FULL = 0
 """Instead of a mean: every cell has as many tokens as fit."""
@@ -108,7 +108,7 @@ def _cut(lengths: np.ndarray, seq_length: int) -> np.ndarray:
 
 def of_flat_copy(folder: Path, seq_length: int) -> Cells:
     """Those of a flat copy. Raises DataError if there is no sound one."""
-    from geneformer_mcore.store.flat import FlatCopy
+    from geneformer_mcore.store.local_cache import FlatCopy
 
     source = FlatCopy(folder)
     lengths_N = source.views(np.arange(len(source))).lengths_N

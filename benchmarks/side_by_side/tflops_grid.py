@@ -123,10 +123,10 @@ def config_of(
 
 def why_not(config: Config, here: torch.device) -> str:
     """Why it cannot be measured on this machine; "" if it can."""
-    from geneformer_mcore.model import attention
+    from geneformer_mcore.model.attention import select
 
     try:
-        attention.choose(config.model, here, config.train.precision, config.data.packing)
+        select.choose(config.model, here, config.train.precision, config.data.packing)
     except GeneformerError as error:
         return str(error)
     return ""

@@ -14,7 +14,7 @@ from benchmarks.side_by_side.tflops_steps import Measured, Step
 from geneformer_mcore.config import Config
 from geneformer_mcore.metrics.meter import Meter
 from geneformer_mcore.model.flops import ModelShape
-from geneformer_mcore.train.step import Totals
+from geneformer_mcore.training.step import Totals
 
 HOW = """
 padded-equivalent TFLOPS  cells/s x FLOPs of a cell of {seq_length} tokens, all predicted:

@@ -23,10 +23,11 @@ from benchmarks.side_by_side.tflops_grid import Setting, config_of, why_not
 from benchmarks.side_by_side.tflops_steps import measure
 from geneformer_mcore.config import Config
 from geneformer_mcore.errors import ConfigError, GeneformerError
-from geneformer_mcore.metrics import kept
-from geneformer_mcore.metrics.ceiling import measured_peak
+from geneformer_mcore.io import files
+from geneformer_mcore.metrics.peak_flops import measured_peak
 from geneformer_mcore.metrics.provenance import machine, provenance
-from geneformer_mcore.model import attention, fused, settings
+from geneformer_mcore.model import fused, megatron_config
+from geneformer_mcore.model.attention import select
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,11 @@ def _row(
     peaks: dict[str, float],
 ) -> dict[str, Any]:
     if setting.precision not in peaks:
-        dtype = settings.DTYPES[config.train.precision]
+        dtype = megatron_config.DTYPES[config.train.precision]
         peaks[setting.precision] = measured_peak(here, dtype)
     cells = conditions.cells(setting)
     measured = measure(config, cells, here, conditions.warmup, conditions.steps)
-    chosen = attention.choose(config.model, here, config.train.precision, config.data.packing).value
+    chosen = select.choose(config.model, here, config.train.precision, config.data.packing).value
     peak = peaks[setting.precision]
     compiled = fused.is_compiled(config.model.compile, here)
     return tflops_rows.row(setting, config, cells, chosen, compiled, measured, peak)
@@ -165,7 +166,7 @@ def save(results: Results, conditions: Conditions) -> None:
         "warmup": conditions.warmup,
         "tflops_peaks": {name: peak / 1e12 for name, peak in results.peaks.items()},
     }
-    kept.save(conditions.out, content | provenance())
+    files.save_json(conditions.out, content | provenance())
 
 
 def file_in(folder: Path) -> Path:

@@ -17,15 +17,14 @@ from benchmarks.side_by_side.memory import forget_peak_mib, peak_mib, wait_for
 from benchmarks.side_by_side.sizes import VOCABULARY
 from benchmarks.side_by_side.tflops_cells import Cells
 from geneformer_mcore.config import Config
-from geneformer_mcore.feed.loader import Feed, Share
-from geneformer_mcore.feed.masks import Masking
-from geneformer_mcore.feed.order import Order
-from geneformer_mcore.feed.transfer import steps_on_device
-from geneformer_mcore.model import geneformer, initial_weights, settings
+from geneformer_mcore.data.loader import Feed, Share, steps_on_device
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.data.sampler import Sampler
+from geneformer_mcore.distributed import groups
+from geneformer_mcore.model import geneformer, init, megatron_config
 from geneformer_mcore.optim import optimizer as optim
-from geneformer_mcore.parallel import groups
-from geneformer_mcore.train.budget import budget
-from geneformer_mcore.train.step import Totals, train_step
+from geneformer_mcore.training.datasets import budget
+from geneformer_mcore.training.step import Totals, train_step
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,9 @@ def _let_go(trainable: optim.Trainable) -> None:
 
 
 def _trainable(config: Config, here: torch.device) -> optim.Trainable:
-    core = settings.transformer_config(config.model, config.parallel, config.train.precision, here)
+    core = megatron_config.transformer_config(
+        config.model, config.parallel, config.train.precision, here
+    )
     stages = geneformer.build(
         config.model,
         core,
@@ -115,7 +116,7 @@ def _trainable(config: Config, here: torch.device) -> optim.Trainable:
         packed=config.data.packing,
     )
     for stage in stages:
-        initial_weights.fill(stage, config.train.seed)
+        init.fill(stage, config.train.seed)
     return optim.wrap(stages, config.optim, config.parallel)
 
 
@@ -124,7 +125,7 @@ def _feed(config: Config, cells: Cells) -> Feed:
     masked, random, kept = data.mask_fractions
     masking = Masking(data.mask_probability, (masked, random, kept), VOCABULARY, config.train.seed)
     num_cells = cells.source.num_cells
-    order = Order(0, num_cells, data.span_cells, data.window_spans, config.train.seed)
+    order = Sampler(0, num_cells, data.span_cells, data.window_spans, config.train.seed)
     return Feed(
         cells.source,
         order,

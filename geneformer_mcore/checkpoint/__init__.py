@@ -1,1 +1,1 @@
-"""What a run can continue from (floor 8)."""
+"""Step folders: saved, verified, restored (floor 9)."""

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from geneformer_mcore.errors import CheckpointError
-from geneformer_mcore.store.sealed_json import read_sealed, write_sealed
+from geneformer_mcore.io.files import read_sealed, write_sealed
 
 MANIFEST = "manifest.json"
 LATEST = "latest"

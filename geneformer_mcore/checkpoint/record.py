@@ -141,7 +141,7 @@ def _read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RECORD).read_text())
 
 
-def hidden_values(config: Config, text: str) -> dict[str, str]:
+def interpolated_values(config: Config, text: str) -> dict[str, str]:
     """Digests of the values behind interpolations such as ${oc.env:SEED}: enough to see that one
     has changed, without writing it down."""
     written = _flat(text)

@@ -18,7 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from geneformer_mcore.checkpoint import plain_metadata
+from geneformer_mcore.checkpoint import safe_metadata
 from geneformer_mcore.errors import CheckpointError
 from geneformer_mcore.optim import optimizer as optim
 
@@ -112,7 +112,7 @@ def load(trainable: optim.Trainable, folder: Path, rank: int | None) -> None:
 
     Raises CheckpointError if `folder` holds anything that is no tensor (see plain_metadata).
     """
-    with plain_metadata.read_by_torch():
+    with safe_metadata.read_by_torch():
         state = dist_checkpointing.load(_description(trainable, is_loading=True), str(folder))
     for number, stage in enumerate(trainable.stages):
         missing, unexpected = stage.load_state_dict(state[f"model{number}"], strict=False)

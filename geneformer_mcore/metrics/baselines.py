@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from geneformer_mcore.contracts import NUM_SPECIALS, RaggedCells
+from geneformer_mcore.types import NUM_SPECIALS, RaggedCells
 
 ALPHAS = (0.01, 0.1, 1.0, 10.0)
 """Pseudo-counts per gene that the unigram is tried with."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from geneformer_mcore.model.flops import (
     ModelShape,
-    Work,
+    Workload,
     executed_flops,
     padded_equivalent_flops,
 )
@@ -172,5 +172,5 @@ class Meter:
     def _executed_tflops(self, window: Window, seconds: float) -> float | None:
         if self.shape is None:
             return None
-        work = Work(window.tokens, window.sum_squared_lengths, window.num_predicted)
+        work = Workload(window.tokens, window.sum_squared_lengths, window.num_predicted)
         return executed_flops(self.shape, work) / seconds / self.world_size / FLOPS_PER_TFLOPS

@@ -1,1 +1,1 @@
-"""The encoder and its prediction head on Megatron-Core (floor 6)."""
+"""The encoder and its prediction head on Megatron-Core (floor 7)."""

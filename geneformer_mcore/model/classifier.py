@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_mcore.config.sections import FinetuneConfig
-from geneformer_mcore.contracts import Batch
-from geneformer_mcore.feed.places import cells_of
-from geneformer_mcore.model import inference, lora, states
+from geneformer_mcore.data.collate import cells_of
+from geneformer_mcore.model import forward_only, lora
 from geneformer_mcore.model.geneformer import Geneformer
+from geneformer_mcore.types import Batch
 
 _HEAD = "class_head."
 
@@ -60,12 +60,12 @@ class CellClassifier(Geneformer):
 
     def class_logits(self, hidden_SBH: torch.Tensor, batch: Batch) -> torch.Tensor:
         """fp32 [N, C] of every cell of the batch; each must have a gene."""
-        whole_SBH = inference.whole(hidden_SBH, self)
-        return self.class_head(states.pool(whole_SBH, batch, self.pooling))
+        whole_SBH = forward_only.whole(hidden_SBH, self)
+        return self.class_head(forward_only.pool(whole_SBH, batch, self.pooling))
 
 
 def probabilities(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Tensor:
-    """fp32 [N, C] (an inference.Finish)."""
+    """fp32 [N, C] (an forward_only.Finish)."""
     assert isinstance(stage, CellClassifier)
     return stage.class_logits(hidden_SBH, batch).softmax(dim=1)
 

@@ -43,7 +43,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What a number of cells consist of, as far as arithmetic is concerned."""
 
     tokens: int
@@ -54,9 +54,9 @@ class Work:
     """Sum of m over the cells: positions whose gene is predicted."""
 
 
-def padded_work(seq_length: int, cells: int = 1) -> Work:
+def padded_workload(seq_length: int, cells: int = 1) -> Workload:
     """`cells` cells of `seq_length` tokens each, all positions predicted."""
-    return Work(cells * seq_length, cells * seq_length**2, cells * seq_length)
+    return Workload(cells * seq_length, cells * seq_length**2, cells * seq_length)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class FlopBreakdown:
         return self.linear + self.attention + self.head + self.vocabulary
 
 
-def forward_breakdown(shape: ModelShape, work: Work) -> FlopBreakdown:
+def forward_breakdown(shape: ModelShape, work: Workload) -> FlopBreakdown:
     """FLOPs of one forward pass over `work`, by part."""
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
     return FlopBreakdown(
@@ -85,22 +85,22 @@ def forward_breakdown(shape: ModelShape, work: Work) -> FlopBreakdown:
     )
 
 
-def forward_flops(shape: ModelShape, work: Work) -> int:
+def forward_flops(shape: ModelShape, work: Workload) -> int:
     """FLOPs of one forward pass over `work`."""
     return forward_breakdown(shape, work).total
 
 
-def train_flops(shape: ModelShape, work: Work) -> int:
+def train_flops(shape: ModelShape, work: Workload) -> int:
     """FLOPs of one forward and backward pass over `work`: 3 x forward."""
     return TRAIN_OVER_FORWARD * forward_flops(shape, work)
 
 
 def padded_equivalent_flops(shape: ModelShape, seq_length: int, cells: int = 1) -> int:
     """Training FLOPs of `cells` cells, counted as if each were full and predicted everywhere."""
-    return train_flops(shape, padded_work(seq_length, cells))
+    return train_flops(shape, padded_workload(seq_length, cells))
 
 
-def executed_flops(shape: ModelShape, work: Work) -> int:
+def executed_flops(shape: ModelShape, work: Workload) -> int:
     """Training FLOPs that `work` truly needs. The numerator of MFU."""
     return train_flops(shape, work)
 

@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from geneformer_mcore.config.sections import Attention, Norm
 from geneformer_mcore.model import fused
-from geneformer_mcore.model.attention import core_attention
+from geneformer_mcore.model.attention.select import core_attention
 
 # It remarks on every feed-forward block that is not its own.
 logging.getLogger(transformer_layer.__name__).setLevel(logging.ERROR)

@@ -1,1 +1,1 @@
-"""Learning rate, gradients and AdamW (floor 7)."""
+"""Learning rate, gradients and AdamW (floor 8)."""

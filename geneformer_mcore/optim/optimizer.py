@@ -25,6 +25,31 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from geneformer_mcore.config.sections import OptimConfig, ParallelConfig
 from geneformer_mcore.model.geneformer import Geneformer
 
+# The learning rate as a pure function of the step.
+#
+# lr |    /""-._
+#    |   /       `-._
+#    |  /            `-.________ min_lr
+#    +--------------------------- step
+#     warm-up    cosine     hold
+
+
+def learning_rate(
+    step: int, steps: int, warmup_steps: int, hold_steps: int, optim: OptimConfig
+) -> float:
+    """Learning rate of update number `step` (0 is the first) of `steps`.
+
+    Linear from lr / warmup_steps to lr, then a cosine to min_lr, then min_lr for `hold_steps`.
+    """
+    if step < warmup_steps:
+        return optim.lr * (step + 1) / warmup_steps
+    decay_steps = steps - warmup_steps - hold_steps
+    if step >= warmup_steps + decay_steps:
+        return optim.min_lr
+    progress = (step - warmup_steps) / decay_steps
+    return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 _OVERLAPPED_BUCKETS = 4
 """Parts of a stage whose gradients travel one by one while the backward pass goes on. Megatron's
 own measure, 40 million weights a bucket, would leave a model of 10 million with a single one, sent

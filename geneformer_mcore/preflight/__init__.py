@@ -1,1 +1,1 @@
-"""What can be known of a job before it trains: nodes, folders, room, clocks, network (floor 10)."""
+"""Checks of a cluster before a run (floor 12)."""

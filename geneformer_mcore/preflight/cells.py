@@ -8,13 +8,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.config import Config
 from geneformer_mcore.config.sections import Source
 from geneformer_mcore.errors import GeneformerError
-from geneformer_mcore.metrics.room import free_bytes
-from geneformer_mcore.store import flat
+from geneformer_mcore.io.files import free_bytes
+from geneformer_mcore.store import local_cache
 from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _store(config: Config) -> Seen:
         )
     cache_problem, cache = "", ""
     if data.cache_dir:
-        needed = flat.num_bytes(manifest.tokens, manifest.cells)
+        needed = local_cache.num_bytes(manifest.tokens, manifest.cells)
         cache_problem, cache = _cache(Path(data.cache_dir), manifest.content_hash, needed)
     return Seen(
         problem, manifest.content_hash, manifest.cells, manifest.tokens, size, cache_problem, cache
@@ -68,7 +68,7 @@ def _store(config: Config) -> Seen:
 
 def _cache(cache: Path, content_hash: str, needed: int) -> tuple[str, str]:
     """(problem, state) of the folder for the flat copy; nothing is left in it."""
-    if flat.is_there(cache, content_hash):
+    if local_cache.is_there(cache, content_hash):
         return "", "there"
     place = next(each for each in [cache.absolute(), *cache.absolute().parents] if each.exists())
     try:
@@ -85,7 +85,7 @@ def _cache(cache: Path, content_hash: str, needed: int) -> tuple[str, str]:
 
 def _counts(config: Config) -> Seen:
     """That the files are there. Their cells are counted by training: that may take minutes."""
-    from geneformer_mcore.feed.counts_source import find_inputs
+    from geneformer_mcore.data.counts_source import find_inputs
 
     vocabulary = Vocabulary.load(config.data.vocabulary)
     digest = hashlib.sha256(vocabulary.checksum.encode())

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from geneformer_mcore.parallel.groups import Meeting
+from geneformer_mcore.distributed.groups import Rendezvous
 
 
 class Exchange:
@@ -23,7 +23,7 @@ class Exchange:
     watch of a job ends it before.
     """
 
-    def __init__(self, meeting: Meeting) -> None:
+    def __init__(self, meeting: Rendezvous) -> None:
         self.rank, self.world_size = meeting.rank, meeting.world_size
         self._store: Store = PrefixStore("preflight", meeting.store)
         self._calls = 0

@@ -14,11 +14,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from geneformer_mcore.checkpoint import size
-from geneformer_mcore.commands import FINISHED, WRONG_INPUT
+from geneformer_mcore.checkpoint import manager
 from geneformer_mcore.config import Config
-from geneformer_mcore.parallel import device, groups
-from geneformer_mcore.parallel.watch import Watch
+from geneformer_mcore.distributed import device, groups
+from geneformer_mcore.distributed.watchdog import Watchdog
+from geneformer_mcore.exit_codes import FINISHED, WRONG_INPUT
 from geneformer_mcore.preflight import cells, clocks, node, reduce, shared_folder, table, verdicts
 from geneformer_mcore.preflight.cells import Seen
 from geneformer_mcore.preflight.clocks import Offset
@@ -40,7 +40,7 @@ Say = Callable[[str], None]
 
 
 def fly(
-    config: Config, text: str, watch: Watch, traces: Traces, say: Say
+    config: Config, text: str, watch: Watchdog, traces: Traces, say: Say
 ) -> tuple[int, dict[str, Any]]:
     """The exit code, equal on all ranks, and on rank 0 the whole result, fit for JSON.
 
@@ -77,7 +77,7 @@ def fly(
 
 
 def look(
-    exchange: Exchange, config: Config, text: str, watch: Watch, traces: Traces
+    exchange: Exchange, config: Config, text: str, watch: Watchdog, traces: Traces
 ) -> tuple[list[Member], Shared | None]:
     """The nodes of the job on rank 0, and what they say of the run folder."""
     here = node.look(text)
@@ -114,7 +114,7 @@ def members_of(
 def judge(config: Config, members: Sequence[Member], shared: Shared) -> list[Finding]:
     """All findings but those of the all-reduce."""
     folder = Path(config.run.dir).absolute()
-    there = size.bytes_there(folder / "checkpoints")
+    there = manager.bytes_there(folder / "checkpoints")
     cached = [verdicts.judge_cache(members, config.data.cache_dir)] if config.data.cache_dir else []
     return [
         verdicts.judge_cells(members, config.data.store),
@@ -133,7 +133,7 @@ def _hinders(finding: Finding) -> bool:
 
 
 def _reduce(
-    exchange: Exchange, meeting: groups.Meeting, config: Config, watch: Watch
+    exchange: Exchange, meeting: groups.Rendezvous, config: Config, watch: Watchdog
 ) -> list[list[Reduced]]:
     """What every rank found in its groups, on rank 0."""
     watch.doing("building the process groups")

@@ -14,8 +14,8 @@ import torch
 
 import geneformer_mcore
 from geneformer_mcore import backends
+from geneformer_mcore.distributed import network
 from geneformer_mcore.metrics.provenance import commit
-from geneformer_mcore.parallel import interface
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NAMESPACE = Path("/proc/self/ns/net")
@@ -66,7 +66,7 @@ def look(settings_text: str) -> Node:
     """This rank's node. settings_text: the settings as written, to be the same everywhere."""
     rank = _environment("RANK", 0)
     master = os.environ.get("MASTER_ADDR", "")
-    route = interface.route_to(master) if master else None
+    route = network.route_to(master) if master else None
     chosen = os.environ.get("GLOO_SOCKET_IFNAME", "")
     used = chosen or (route.interface if route else "")
     gpus = _gpus()
@@ -87,7 +87,7 @@ def look(settings_text: str) -> Node:
         own_address=route.address if route else "",
         chosen=chosen,
         interface=used,
-        interface_address=interface.address_on(used) if used else "",
+        interface_address=network.address_on(used) if used else "",
         versions=versions(settings_text) | _commit(),
     )
 

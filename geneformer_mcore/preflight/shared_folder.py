@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from geneformer_mcore.metrics.room import free_bytes
+from geneformer_mcore.io.files import free_bytes
 from geneformer_mcore.preflight import in_use
 from geneformer_mcore.preflight.exchange import Exchange
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from geneformer_mcore.checkpoint import size
+from geneformer_mcore.checkpoint import manager
 from geneformer_mcore.config import Config
 from geneformer_mcore.preflight import clocks
 from geneformer_mcore.preflight.cells import Seen
@@ -125,7 +125,7 @@ def judge_room(config: Config, members: Sequence[Member], shared: Shared, there:
     if not vocabulary or view is None or view.token.problem or view.free < 0:
         return skipped("room", "the cells and the run folder must be there first")
     world_size = sum(len(each.ranks) for each in members)
-    one, number = size.bytes_of_one(config, vocabulary, world_size), size.most_at_once(config)
+    one, number = manager.bytes_of_one(config, vocabulary, world_size), manager.most_at_once(config)
     needed = max(0, one * number - there)
     told = (
         f"up to {number} checkpoints of {one:,} bytes at a time (checkpoint.keep_last, keep_every, "

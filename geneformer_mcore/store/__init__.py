@@ -1,1 +1,1 @@
-"""The store of tokenised cells: a SOMA Collection, its writer, its reader (floor 4); no torch."""
+"""The store of tokenised cells: a SOMA Collection, its reader, its checks (floor 5); no torch."""

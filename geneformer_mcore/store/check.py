@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from geneformer_mcore.contracts import CLS, NUM_SPECIALS, RaggedCells
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store.content_hash import ContentHash
+from geneformer_mcore.io.progress import Progress, no_progress
 from geneformer_mcore.store.keys import cell_keys
-from geneformer_mcore.store.layout import OBS, TOKENS
-from geneformer_mcore.store.progress import Progress, no_progress
+from geneformer_mcore.store.layout import OBS, TOKENS, ContentHash
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.soma_io import SomaReader
+from geneformer_mcore.types import CLS, NUM_SPECIALS, RaggedCells
 
 _ROWS = 4096
 _MAX_PROBLEMS = 20

@@ -13,16 +13,21 @@ soma_joinid is one cell.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store.sealed_json import checksum_of
-from geneformer_mcore.store.split import SPLITS
+from geneformer_mcore.io.files import checksum_of
+from geneformer_mcore.store.split.table import SPLITS
 
 SCHEMA_VERSION = 1
 TOKENS = "tokens"
@@ -142,3 +147,129 @@ def _problem(manifest: Manifest) -> str | None:
     if end != manifest.cells:
         return f"the splits' rows end at {end:,}, and there are {manifest.cells:,} cells"
     return None
+
+
+# The files a store consists of, so that none is missed, added, cut or changed.
+#
+# finished store  ->  {path: [bytes, SHA-256]}  ->  manifest  ->  compared whenever it is opened
+#
+# TileDB's own filters check the tiles that are read, not which fragments are there, nor what
+# metadata says of them. Tiles are left to the filters: of their files only the size is kept, which
+# makes opening a store cheap.
+
+_FRAGMENTS = "__fragments"
+_FRAGMENT_METADATA = "__fragment_metadata.tdb"
+
+
+def list_files(folder: Path) -> dict[str, Path]:
+    """{path relative to `folder`: file} of all files in it but the manifest, sorted."""
+    found = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent) / name
+            found[path.relative_to(folder).as_posix()] = path
+    found.pop(MANIFEST_FILE, None)
+    return dict(sorted(found.items()))
+
+
+def describe_files(folder: Path) -> dict[str, list[Any]]:
+    """{path: [bytes, SHA-256]}, what the manifest keeps; no SHA-256 (None) for files of tiles."""
+    return {
+        name: [path.stat().st_size, None if _is_tiles(name) else _digest(path)]
+        for name, path in list_files(folder).items()
+    }
+
+
+def find_changes(folder: Path, expected: Mapping[str, list[Any]]) -> list[str]:
+    """What is wrong with the files in `folder`, in a few words each; OSError if unreadable."""
+    there = list_files(folder)
+    problems = [f"{name} is missing" for name in expected if name not in there]
+    for name, path in there.items():
+        if name not in expected:
+            problems.append(f"{name} is not of the store")
+            continue
+        size, digest = expected[name]
+        found = path.stat().st_size
+        if found != size:
+            problems.append(f"{name} has {found:,} bytes of {size:,}")
+        elif digest is not None and _digest(path) != digest:
+            problems.append(f"{name} was changed since it was written")
+    return problems
+
+
+def _is_tiles(name: str) -> bool:
+    parts = name.split("/")
+    return _FRAGMENTS in parts and parts[-1] != _FRAGMENT_METADATA
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# One hash for all a store holds, whatever the blocks its rows come in.
+#
+#     rows in order  ->  per column: is it there? | its lengths | its bytes  ->  SHA-256 each
+#                    ->  SHA-256 over the columns' names, types and digests
+#
+# A column is hashed as three streams over all rows: validity (one byte per row); for text and
+# tokens the lengths in bytes (int64); the values, little-endian, laid end to end, missing ones as
+# zero.
+
+
+class _ColumnHash:
+    def __init__(self) -> None:
+        self._streams = tuple(hashlib.sha256() for _ in range(3))
+
+    def update(self, column: pa.ChunkedArray) -> None:
+        validity, lengths, values = self._streams
+        for array in column.chunks:
+            validity.update(array.is_valid().cast(pa.uint8()).to_numpy(zero_copy_only=False).data)
+            if pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type):
+                offsets, raw = text_buffers(array)
+                lengths.update(np.diff(offsets).astype("<i8").data)
+                values.update(raw.data)
+            else:
+                filled = pc.fill_null(array, pa.scalar(0).cast(array.type))
+                numbers = filled.to_numpy(zero_copy_only=False)
+                values.update(np.ascontiguousarray(numbers).astype(_little(numbers.dtype)).data)
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(b"".join(part.digest() for part in self._streams)).hexdigest()
+
+
+def text_buffers(array: pa.LargeBinaryArray | pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets int64 [rows + 1] from 0, bytes uint8) of text or binary; missing values are empty"""
+    if array.null_count:
+        array = pc.fill_null(array, b"" if pa.types.is_large_binary(array.type) else "")
+    _, offsets_buffer, raw_buffer = array.buffers()
+    window = slice(array.offset, array.offset + len(array) + 1)
+    offsets = np.frombuffer(offsets_buffer, dtype=np.int64)[window]
+    raw = np.frombuffer(raw_buffer, dtype=np.uint8) if raw_buffer else np.empty(0, np.uint8)
+    return offsets - offsets[0], raw[offsets[0] : offsets[-1]]
+
+
+def _little(dtype: np.dtype) -> np.dtype:
+    return dtype.newbyteorder("<")
+
+
+class ContentHash:
+    """Takes in a store's rows in order, as Arrow tables of any size with the same columns."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, _ColumnHash] = {}
+        self._types: dict[str, str] = {}
+
+    def update(self, table: pa.Table) -> None:
+        """The next rows. Columns are known by name; their order does not matter."""
+        for name in table.column_names:
+            column = self._columns.setdefault(name, _ColumnHash())
+            self._types[name] = str(table.schema.field(name).type)
+            column.update(table[name])
+
+    def hexdigest(self) -> str:
+        """SHA-256 over the canonical JSON of {column: [type, digest]}."""
+        columns = {
+            name: [self._types[name], column.hexdigest()] for name, column in self._columns.items()
+        }
+        return hashlib.sha256(json.dumps(columns, sort_keys=True).encode()).hexdigest()

@@ -12,13 +12,18 @@ from types import TracebackType
 import numpy as np
 import pyarrow as pa
 
-from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.contracts import RaggedCells
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store.content_hash import text_buffers
-from geneformer_mcore.store.files import find_changes
-from geneformer_mcore.store.layout import OBS, TOKENS, VOCABULARY_FILE, Manifest
+from geneformer_mcore.store.layout import (
+    OBS,
+    TOKENS,
+    VOCABULARY_FILE,
+    Manifest,
+    find_changes,
+    text_buffers,
+)
 from geneformer_mcore.store.soma_io import SomaReader
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from geneformer_mcore.types import RaggedCells
 
 _ROWS_PER_PART = 65_536
 _PART_TYPES = {"cell_key": np.uint64, "n_tokens": np.uint16}
@@ -27,7 +32,7 @@ _MOST_TOLD = 5
 
 
 class TokenStore:
-    """A store open for reading (a contracts.TokenSource); pickled by its path, opened anew there.
+    """A store open for reading (a types.TokenSource); pickled by its path, opened anew there.
 
     path:        its folder
     manifest:    what it holds

@@ -19,8 +19,8 @@ import pyarrow as pa
 import tiledbsoma
 from tiledbsoma._managed_query import ManagedQuery
 
-from geneformer_mcore.cells.soma import soma_context
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.soma import soma_context
 from geneformer_mcore.store.layout import OBS, TOKENS
 
 TILE_CAPACITY = 1024

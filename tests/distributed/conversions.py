@@ -9,16 +9,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.checkpoint import converted, safetensors_file, state, whole
+from geneformer_mcore.checkpoint import safetensors_file, state, weights_reader
 from geneformer_mcore.config import Config, load
-from geneformer_mcore.contracts import PAD, Batch
-from geneformer_mcore.downstream import convert
-from geneformer_mcore.feed.batch import pieces
-from geneformer_mcore.model import geneformer, settings
-from geneformer_mcore.model.initial_weights import sharded_parameters, slice_of
+from geneformer_mcore.convert import convert, converted_run
+from geneformer_mcore.data.collate import pieces
+from geneformer_mcore.distributed import groups
+from geneformer_mcore.model import geneformer, megatron_config
+from geneformer_mcore.model.init import sharded_parameters, slice_of
 from geneformer_mcore.optim import optimizer as optim
-from geneformer_mcore.parallel import groups
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from geneformer_mcore.types import PAD, Batch
 from tests.distributed import toy
 
 V1_SPECIALS = ("<pad>", "<mask>")
@@ -101,16 +101,16 @@ def from_bionemo(path: str, out: str, vocabulary: str, heads: int) -> list[str]:
 
 def loaded(run: str, *overrides: str) -> tuple[Config, optim.Trainable]:
     """A run's newest checkpoint as training loads it, under the layout of `overrides`."""
-    config, _ = load(Path(run) / converted.CONFIG, [*overrides, "model.attention_dropout=0"])
+    config, _ = load(Path(run) / converted_run.CONFIG, [*overrides, "model.attention_dropout=0"])
     topology = groups.build_groups(config.parallel)
     groups.seed_dropout(config.train.seed, topology)
-    core = settings.transformer_config(
+    core = megatron_config.transformer_config(
         config.model, config.parallel, config.train.precision, toy.CPU
     )
-    size = Vocabulary.load(Path(run) / converted.VOCABULARY).size
+    size = Vocabulary.load(Path(run) / converted_run.VOCABULARY).size
     stages = geneformer.build(config.model, core, toy.CPU, size, config.data.seq_length)
     trainable = optim.wrap(stages, config.optim, config.parallel)
-    state.load(trainable, whole.step_of(Path(run)), None)
+    state.load(trainable, weights_reader.step_of(Path(run)), None)
     return config, trainable
 
 
@@ -120,7 +120,7 @@ def logits(run: str, cells: list[np.ndarray], packed: bool) -> list[np.ndarray]:
     (stage,) = trainable.stages
     stage.eval()
     batch, rows = (_packed if packed else _padded)(cells)
-    size = Vocabulary.load(Path(run) / converted.VOCABULARY).size
+    size = Vocabulary.load(Path(run) / converted_run.VOCABULARY).size
     with torch.no_grad():
         found = stage.logits(stage.encode(batch), batch.selected_M)[:, :size]
     assert config.data.packing == packed
@@ -184,7 +184,7 @@ def slices_that_differ_in(run: str, layouts: list[tuple[str, ...]]) -> list[list
 def slices_that_differ(run: str, *overrides: str) -> list[str]:
     """Names of parameters that are not what the checkpoint holds, and of moments that are not 0."""
     _, trainable = loaded(run, *overrides)
-    weights = whole.read_weights(whole.step_of(Path(run)))
+    weights = weights_reader.read_weights(weights_reader.step_of(Path(run)))
     seen, wrong = 0, []
     for stage in trainable.stages:
         for entry in sharded_parameters(stage):
@@ -216,19 +216,19 @@ def trained(run: str, *overrides: str) -> None:
     toy_run.steps(3)
     vocabulary = vocabulary_of(toy.VOCABULARY - 5)
     root = Path(run) / "checkpoints"
-    staging = converted.checkpoints.make_staging(root, 3)
-    text = converted.dump(toy_run.config)
+    staging = converted_run.checkpoints.make_staging(root, 3)
+    text = converted_run.dump(toy_run.config)
     state.save(toy_run.trainable, staging, 0)
     convert.Record(
         step=3,
         cells_seen=48,
         meters={},
-        identity=converted.Identity(text, {}, vocabulary.checksum, "c0ffee"),
+        identity=converted_run.Identity(text, {}, vocabulary.checksum, "c0ffee"),
         layout={},
         versions={"torch": "2"},
         guard={},
         val_loss=6.25,
     ).save(staging)
-    converted.checkpoints.commit(staging, root, 3)
-    vocabulary.save(Path(run) / converted.VOCABULARY)
-    (Path(run) / converted.CONFIG).write_text(text)
+    converted_run.checkpoints.commit(staging, root, 3)
+    vocabulary.save(Path(run) / converted_run.VOCABULARY)
+    (Path(run) / converted_run.CONFIG).write_text(text)

@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from geneformer_mcore.contracts import PAD, Batch
-from geneformer_mcore.feed.places import cells_of
+from geneformer_mcore.data.collate import cells_of
 from geneformer_mcore.model.geneformer import Geneformer
-from geneformer_mcore.model.initial_weights import sharded_parameters, slice_of
+from geneformer_mcore.model.init import sharded_parameters, slice_of
 from geneformer_mcore.optim import optimizer as optim
-from geneformer_mcore.train.step import Totals, run_schedule
+from geneformer_mcore.training.step import Totals, run_schedule
+from geneformer_mcore.types import PAD, Batch
 from tests.distributed import toy
 from tests.distributed.ranks import run_ranks
 from tests.reference import Reference

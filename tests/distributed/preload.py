@@ -7,20 +7,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import megatron.core.transformer.moe.experts  # noqa: F401  # as the first model does
 
-    import geneformer_mcore.checkpoint.saving
-    import geneformer_mcore.checkpoint.state
-    import geneformer_mcore.downstream.embed
-    import geneformer_mcore.downstream.evaluation_text
-    import geneformer_mcore.feed.loader
-    import geneformer_mcore.train.data
-    import geneformer_mcore.train.finetuning
-    import geneformer_mcore.train.loop
-    import geneformer_mcore.train.pretraining  # noqa: F401
     import launch.embed
     import launch.evaluate
     import launch.finetune
     import launch.pretrain  # noqa: F401
-    from geneformer_mcore.parallel import device
+    from geneformer_mcore.distributed import device
     from tests.distributed import toy
 
 # Whatever a command asks for: threads of small products only wait for each other, and burn a core

@@ -106,7 +106,7 @@ def _started(
 ) -> Any:
     import torch.distributed as dist
 
-    from geneformer_mcore.parallel import device
+    from geneformer_mcore.distributed import device
 
     device.start(threads=1)
     dist.init_process_group(

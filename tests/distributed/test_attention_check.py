@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from geneformer_mcore.errors import ConfigError
-from geneformer_mcore.model import attention, attention_check
+from geneformer_mcore.model.attention import select, selftest
 from tests.distributed import toy
 from tests.distributed.ranks import in_turn, run_ranks
 
@@ -19,7 +19,7 @@ ONE_LAYER = "model.num_layers=1"  # only the first is looked at
 def checked(packed: bool, *overrides: str) -> tuple[float, bool]:
     run = toy.make(ONE_LAYER, "model.attention_dropout=0.1", *overrides)
     before = torch.get_rng_state()
-    worst = attention_check.check(run.trainable.stages[0], toy.CPU, packed)
+    worst = selftest.check(run.trainable.stages[0], toy.CPU, packed)
     core = run.trainable.stages[0].encoder.layers[0].self_attention.core_attention
     return worst, torch.equal(before, torch.get_rng_state()) and core.training
 
@@ -54,7 +54,7 @@ def spoilt(how: str, packed: bool) -> str:
     def one_cell(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None, **rest: Any) -> Any:
         if packed:
             ends = torch.tensor([0, len(q)], dtype=torch.int32)
-            rest["packed_seq_params"] = attention.packed_pieces(ends, len(q))
+            rest["packed_seq_params"] = select.packed_pieces(ends, len(q))
         return right(q, k, v, None, **rest)
 
     spoil = {
@@ -66,7 +66,7 @@ def spoilt(how: str, packed: bool) -> str:
     spoil["error"] = lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no sublibrary.\nmore"))
     core.forward = spoil[how]
     try:
-        attention_check.check(run.trainable.stages[0], toy.CPU, packed)
+        selftest.check(run.trainable.stages[0], toy.CPU, packed)
     except ConfigError as error:
         return str(error)
     return ""

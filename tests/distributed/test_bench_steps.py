@@ -25,11 +25,11 @@ from benchmarks.side_by_side.tflops_grid import Setting
 from benchmarks.side_by_side.tflops_run import Conditions
 from geneformer_mcore.backends import is_available
 from geneformer_mcore.config.sections import ParallelConfig
-from geneformer_mcore.contracts import PAD, Batch
+from geneformer_mcore.distributed import groups
 from geneformer_mcore.model import flops
-from geneformer_mcore.model.cores import blockwise, sdpa
-from geneformer_mcore.model.flops import ModelShape, Work, train_flops
-from geneformer_mcore.parallel import groups
+from geneformer_mcore.model.attention import backends, blockwise
+from geneformer_mcore.model.flops import ModelShape, Workload, train_flops
+from geneformer_mcore.types import PAD, Batch
 from tests.distributed import toy
 from tests.distributed.ranks import run_ranks
 from tests.step_job import job_in
@@ -61,7 +61,7 @@ class Found(NamedTuple):
     """With two other micro batches."""
     seen: list[tuple[list[int], list[int]]]
     """(tokens as shown, labels) of every cell of two steps, sorted."""
-    counted: tuple[float, Work, Work]
+    counted: tuple[float, Workload, Workload]
     """FLOPs of a step as torch counts them, what it says it computes on, what is needed."""
 
 
@@ -83,7 +83,7 @@ def seen(batches: list[Batch]) -> Iterator[tuple[list[int], list[int]]]:
             yield tokens_S[tokens_S != PAD].tolist(), batch.labels_M[cell_M == row].tolist()
 
 
-def counted(job: Job, name: str) -> tuple[float, Work, Work]:
+def counted(job: Job, name: str) -> tuple[float, Workload, Workload]:
     one = made(job, name)
     batches = one.batches(0)
     cells = StepCells.open(job.cells, one.config, toy.VOCABULARY)
@@ -198,14 +198,14 @@ def begin() -> None:
 def differences_with_wrong_scores() -> list[bool]:
     """Whether attention with scores a thousandth off (bf16: a third) is taken for right."""
     begin()
-    right = sdpa.SdpaAttention._attend
+    right = backends.SdpaAttention._attend
     found = []
     for precision, packed, fault in (("fp32", False, 1e-3), ("bf16", True, 0.3)):
 
         def wrong(self: Any, query: Any, *others: Any, by: float = 1 + fault) -> Any:
             return right(self, query * by, *others)
 
-        sdpa.SdpaAttention._attend = wrong  # type: ignore[method-assign]
+        backends.SdpaAttention._attend = wrong  # type: ignore[method-assign]
         configs = [session_model.config_of(name, precision, LENGTH) for name in ("plain", "sdpa")]
         plain, off = (session_model.differences(each, packed, toy.CPU) for each in configs)
         found += [session_model.alike(off, plain)]

@@ -12,13 +12,13 @@ def sizes(folder: Path, given: list[str]) -> tuple[int, int]:
     """(bytes of this rank's tensors, bytes foretold of all)."""
     import torch.distributed as dist
 
-    from geneformer_mcore.checkpoint import size
+    from geneformer_mcore.checkpoint import manager
     from geneformer_mcore.checkpoint.state import Snapshot
 
     made = toy.make(*given)
     made.steps(1)
     snapshot = Snapshot(made.trainable, folder, dist.get_rank(), training_goes_on=False)
-    return snapshot.num_bytes, size.bytes_of_tensors(made.config, toy.VOCABULARY)
+    return snapshot.num_bytes, manager.bytes_of_tensors(made.config, toy.VOCABULARY)
 
 
 def test_size(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def labelled(model: Trained, tmp_path_factory: pytest.TempPathFactory) -> Traine
 
 def classified(lines: list[list[str]]) -> list[Ended]:
     """launch/classify.py with each of `lines`, and small forests on one core."""
-    from geneformer_mcore.downstream import cross_validation
+    from geneformer_mcore.celltypes import cross_validation
 
     def small(**settings: Any) -> RandomForestClassifier:
         return RandomForestClassifier(**settings | {"n_estimators": TREES, "n_jobs": None})
@@ -220,12 +220,12 @@ def test_wrong_input_is_answered_in_one_message(labelled: Trained, tmp_path: Pat
 
 def with_broken_pictures(words: list[str]) -> str:
     """How the command breaks when a picture cannot be drawn."""
-    from geneformer_mcore.downstream import classification_plots
+    from geneformer_mcore.celltypes import plots
 
     def broken(*_: object) -> None:
         raise RuntimeError("no map today")
 
-    classification_plots._umaps = broken  # type: ignore[assignment]
+    plots._umaps = broken  # type: ignore[assignment]
     try:
         classified([words])
     except RuntimeError as error:

@@ -20,11 +20,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.checkpoint import converted, safetensors_file, whole
-from geneformer_mcore.downstream import convert
+from geneformer_mcore.checkpoint import safetensors_file, weights_reader
+from geneformer_mcore.convert import convert, converted_run, hf_keys
 from geneformer_mcore.errors import GeneformerError
-from geneformer_mcore.model import hf_keys
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from tests import plain_bert
 from tests.distributed import conversions, toy
 from tests.distributed.conversions import V1_SPECIALS, V2_SPECIALS
@@ -233,7 +232,7 @@ def test_real_cells(shared_data: Path, tmp_path: Path) -> None:
 
 def test_new_tokens_take_no_probability(small: dict[tuple[str, ...], Path]) -> None:
     run = small[V1_SPECIALS] / "run"
-    weights = whole.read_weights(whole.step_of(run))
+    weights = weights_reader.read_weights(weights_reader.step_of(run))
     new = [0, 3, 4]  # [CLS], [SEP], [UKW]
     assert not weights[hf_keys.WORDS][new].any()
     cells = [np.array([5, 1, 9], np.int32)]
@@ -248,7 +247,7 @@ def test_hugging_face_to_us_and_back_is_bitwise(
     specials: tuple, small: dict[tuple[str, ...], Path], tmp_path: Path
 ) -> None:
     run, folder = small[specials] / "run", small[specials] / "hf"
-    convert.to_hf(run, tmp_path / "back", tokens_path=run / converted.TOKENS)
+    convert.to_hf(run, tmp_path / "back", tokens_path=run / converted_run.TOKENS)
     before = safetensors_file.read(folder / "model.safetensors")
     after = safetensors_file.read(tmp_path / "back" / "model.safetensors")
     types, positions = (f"bert.embeddings.{kind}_embeddings.weight" for kind in
@@ -265,7 +264,9 @@ def test_hugging_face_to_us_and_back_is_bitwise(
 
 def assert_same_weights(one: Path, other: Path) -> None:
     """Of two runs, bit for bit, but for rows that pad the vocabulary."""
-    first, second = (whole.read_weights(whole.step_of(path)) for path in (one, other))
+    first, second = (
+        weights_reader.read_weights(weights_reader.step_of(path)) for path in (one, other)
+    )
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         rows = (
@@ -281,7 +282,7 @@ def test_us_to_hugging_face_and_back_is_bitwise(
     run_ranks(conversions.all_from_hf, 1, calls)
     for name, each in exported.items():
         assert_same_weights(each.run, tmp_path / name)
-        weights = whole.read_weights(whole.step_of(each.run))
+        weights = weights_reader.read_weights(weights_reader.step_of(each.run))
         exact = weights["encoder.layers.0.mlp.linear_fc1.weight"]
         assert (exact.bfloat16().float() != exact).any(), "fp32 weights, whatever they were used in"
 
@@ -341,7 +342,7 @@ def test_every_layout_loads_it_with_moments_of_zero(small: dict[tuple[str, ...],
 
 def bionemo(path: Path, run: Path, kind: str) -> None:
     """Our trained weights as BioNeMo would have saved them, with padding to 704 rows."""
-    ours = whole.read_weights(whole.step_of(run))
+    ours = weights_reader.read_weights(weights_reader.step_of(run))
     ours = {name: each[:704] if "word" in name or "output" in name else each
             for name, each in ours.items()}  # fmt: skip
     if kind == "bionemo 1":
@@ -480,7 +481,7 @@ def test_pickled_weights_and_published_dictionaries_are_read(tmp_path: Path) -> 
         1,
         *(str(path) for path in (folder, run, tmp_path / "tokens.pkl", tmp_path / "medians.pkl")),
     )
-    ours = whole.read_weights(whole.step_of(run))
+    ours = weights_reader.read_weights(weights_reader.step_of(run))
     theirs = weights["bert.embeddings.word_embeddings.weight"]
     wanted = [tokens[name] for name in ("<cls>", "<mask>", "<pad>", "<eos>")]
     assert torch.equal(ours[hf_keys.WORDS][:4], theirs[wanted])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from geneformer_mcore.checkpoint import folder as checkpoints
-from geneformer_mcore.checkpoint import saving
+from geneformer_mcore.checkpoint import manager
 from geneformer_mcore.config.sections import CheckpointConfig
 from tests.distributed import toy
 from tests.distributed.ranks import run_ranks
@@ -23,7 +23,7 @@ from tests.distributed.test_saving import record
 
 def save_twice(root: str) -> None:
     run = toy.make("model.num_layers=1", "parallel.tensor=2")
-    saver = saving.Saver(
+    saver = manager.CheckpointManager(
         Path(root), CheckpointConfig(), run.topology.rank, toy.CPU, lambda line: None
     )
     for step in (1, 2):

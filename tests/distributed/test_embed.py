@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 
-from geneformer_mcore.store.ingest import build_store
+from geneformer_mcore.store.ingest.build import build_store
 from tests.distributed import toy, trained
 from tests.distributed.commands import Ended, calls, commands
 from tests.distributed.parity import PP2, SEQUENCE, TP2

@@ -7,8 +7,8 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from geneformer_mcore.parallel import groups
-from geneformer_mcore.train.evaluate import evaluate, validation_steps
+from geneformer_mcore.distributed import groups
+from geneformer_mcore.training.step import evaluate, validation_steps
 from tests.distributed import toy
 from tests.distributed.ranks import run_ranks
 

@@ -17,13 +17,13 @@ from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.checkpoint import state
 from geneformer_mcore.checkpoint.record import Identity, Record
 from geneformer_mcore.config import load
-from geneformer_mcore.contracts import MASK, NUM_SPECIALS
-from geneformer_mcore.feed.masks import VALIDATION_EPOCH, Masking
+from geneformer_mcore.data.masking import VALIDATION_EPOCH, Masking
 from geneformer_mcore.metrics import baselines
-from geneformer_mcore.model.predictions import losses_and_ranks
-from geneformer_mcore.store.ingest import build_store
+from geneformer_mcore.model.forward_only import losses_and_ranks
+from geneformer_mcore.store.ingest.build import build_store
 from geneformer_mcore.store.reader import TokenStore
-from geneformer_mcore.store.split import RandomSplit
+from geneformer_mcore.store.split.table import RandomSplit
+from geneformer_mcore.types import MASK, NUM_SPECIALS
 from tests.distributed import toy, trained
 from tests.distributed.commands import commands
 from tests.distributed.parity import PP2, SEQUENCE, TP2

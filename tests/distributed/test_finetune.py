@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from sklearn import metrics
 
 from geneformer_mcore.checkpoint import state
-from geneformer_mcore.contracts import Batch
+from geneformer_mcore.distributed import groups
 from geneformer_mcore.model import lora
-from geneformer_mcore.model.initial_weights import sharded_parameters, slice_of
-from geneformer_mcore.parallel import groups
-from geneformer_mcore.train.finetuning import LabelledCells
-from geneformer_mcore.train.step import run_schedule
+from geneformer_mcore.model.init import sharded_parameters, slice_of
+from geneformer_mcore.training.finetuning import LabelledCells
+from geneformer_mcore.training.step import run_schedule
+from geneformer_mcore.types import Batch
 from tests.distributed import parity, toy, tuned
 from tests.distributed.parity import OVERLAP, PACKED, SEQUENCE, TP2, in_rows
 from tests.distributed.ranks import run_ranks

@@ -11,7 +11,8 @@ import torch
 
 from geneformer_mcore.config.sections import Attention, ModelConfig, Precision
 from geneformer_mcore.errors import ConfigError
-from geneformer_mcore.model import attention, fused
+from geneformer_mcore.model import fused
+from geneformer_mcore.model.attention import select
 from tests.distributed import toy
 from tests.distributed.ranks import in_turn, run_ranks
 
@@ -43,7 +44,7 @@ def test_te_may_not_fall_back_unless_it_is_allowed_to(
     monkeypatch.setenv(UNFUSED, said or "")
     if said is None:
         monkeypatch.delenv(UNFUSED)
-    attention.core_attention(Attention.te)
+    select.core_attention(Attention.te)
     assert os.environ[UNFUSED] == found
 
 
@@ -53,8 +54,8 @@ GPU = torch.device("cuda", 0)
 def stand_in_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], te: bool) -> None:
     """A GPU that only answers what it can."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(attention.backends, "is_available", lambda name: te)
-    monkeypatch.setattr(attention.backends, "require", lambda name: None)
+    monkeypatch.setattr(select.backends, "is_available", lambda name: te)
+    monkeypatch.setattr(select.backends, "require", lambda name: None)
 
 
 @pytest.mark.parametrize(
@@ -81,17 +82,17 @@ def test_auto_takes_what_the_gpu_has(
     packed: str,
 ) -> None:
     stand_in_gpu(monkeypatch, capability, te)
-    chosen = [attention.choose(ModelConfig(), GPU, precision, each) for each in (False, True)]
+    chosen = [select.choose(ModelConfig(), GPU, precision, each) for each in (False, True)]
     assert [each.value for each in chosen] == [padded, packed]
 
 
 def test_deterministic_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_gpu(monkeypatch, (9, 0), te=True)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert attention.choose(ModelConfig(), GPU, Precision.bf16, True) is Attention.flash
+    assert select.choose(ModelConfig(), GPU, Precision.bf16, True) is Attention.flash
     asked = ModelConfig(attention=Attention.te)
     with pytest.raises(ConfigError, match=r"512 GiB.*deterministic.*attention=flash"):
-        attention.choose(asked, GPU, Precision.bf16, True)
+        select.choose(asked, GPU, Precision.bf16, True)
 
 
 @pytest.mark.parametrize(
@@ -126,16 +127,16 @@ def test_flash_where_it_does_not_run(
 ) -> None:
     stand_in_gpu(monkeypatch, capability, te=False)
     model = ModelConfig(hidden_size=hidden)
-    assert attention.choose(model, GPU, Precision.fp16, True) is Attention.sdpa
+    assert select.choose(model, GPU, Precision.fp16, True) is Attention.sdpa
     model.attention = Attention.flash
     with pytest.raises(ConfigError, match=f"Ampere.*heads of {hidden // 4}"):
-        attention.choose(model, GPU, Precision.fp16, True)
+        select.choose(model, GPU, Precision.fp16, True)
 
 
 @pytest.mark.parametrize("asked", [Attention.te, Attention.flash])
 def test_fused_kernels_are_for_16_bits(monkeypatch: pytest.MonkeyPatch, asked: Attention) -> None:
     stand_in_gpu(monkeypatch, (9, 0), te=True)
     model, gpu = ModelConfig(attention=asked), GPU
-    assert attention.choose(model, gpu, Precision.bf16) is asked
+    assert select.choose(model, gpu, Precision.bf16) is asked
     with pytest.raises(ConfigError, match=f"attention={asked.value} needs an NVIDIA GPU and 16"):
-        attention.choose(model, gpu, Precision.fp32)
+        select.choose(model, gpu, Precision.fp32)

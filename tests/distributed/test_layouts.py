@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from geneformer_mcore.checkpoint import state
-from geneformer_mcore.train.step import StepResult
+from geneformer_mcore.training.step import StepResult
 from tests.distributed import toy
 from tests.distributed.ranks import run_ranks
 

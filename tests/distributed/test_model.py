@@ -8,8 +8,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from geneformer_mcore.config import load
-from geneformer_mcore.model import flops, geneformer, settings
-from geneformer_mcore.parallel import groups
+from geneformer_mcore.distributed import groups
+from geneformer_mcore.model import flops, geneformer, megatron_config
 from tests.distributed import toy
 from tests.distributed.ranks import in_turn, run_ranks
 
@@ -27,7 +27,7 @@ def count_parameters(overrides: tuple[str, ...], vocabulary: int, padded: int) -
     config, _ = load(None, overrides)
     groups.stop(stay=True)
     groups.build_groups(config.parallel)
-    core = settings.transformer_config(
+    core = megatron_config.transformer_config(
         config.model, config.parallel, config.train.precision, toy.CPU
     )
     core.perform_initialization = False  # only sizes matter here
@@ -150,7 +150,7 @@ def counted_and_expected() -> tuple[float, float, float]:
         batch.keys_N,
     )
     cells, positions = full.tokens_BS.shape
-    work = flops.Work(cells * positions, cells * positions**2, len(full.labels_M))
+    work = flops.Workload(cells * positions, cells * positions**2, len(full.labels_M))
     with FlopCounterMode(display=False) as counter:
         run.trainable.chunks[0](full).sum().backward()
     attention = flops.forward_breakdown(shape, work).attention * flops.TRAIN_OVER_FORWARD

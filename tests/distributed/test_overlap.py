@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from geneformer_mcore.checkpoint import state
-from geneformer_mcore.parallel import groups
-from geneformer_mcore.train.evaluate import evaluate
+from geneformer_mcore.distributed import groups
+from geneformer_mcore.training.step import evaluate
 from tests.distributed import toy
 from tests.distributed.parity import INTERLEAVED, OVERLAP
 from tests.distributed.ranks import run_ranks

@@ -11,11 +11,10 @@ import torch
 from megatron.core import tensor_parallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from geneformer_mcore.contracts import NUM_SPECIALS, Batch, padded_vocabulary_size
-from geneformer_mcore.feed.batch import make_batch, padded_length
-from geneformer_mcore.feed.masks import Masking
-from geneformer_mcore.feed.places import positions_in_cells
-from geneformer_mcore.model.flops import ModelShape, Work, executed_flops, forward_breakdown
+from geneformer_mcore.data.collate import make_batch, padded_length, positions_in_cells
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.model.flops import ModelShape, Workload, executed_flops, forward_breakdown
+from geneformer_mcore.types import NUM_SPECIALS, Batch, padded_vocabulary_size
 from tests.distributed import toy
 from tests.distributed.curves import SMOOTH
 from tests.distributed.parity import PACKED, SEQUENCE, TP2, enlarge
@@ -167,12 +166,12 @@ def test_executed_flops_are_what_torch_counts() -> None:
     ((total, lengths, predicted),) = run_ranks(counted, 1, room)
     assert len(lengths) == 16
     squares = sum(length**2 for length in lengths)
-    work = Work(sum(lengths), squares, predicted)
+    work = Workload(sum(lengths), squares, predicted)
     shape = ModelShape(4, 32, 64, padded_vocabulary_size(toy.VOCABULARY))
     assert total == pytest.approx(executed_flops(shape, work), rel=0.01)
     attention = 3 * forward_breakdown(shape, work).attention
     assert attention > 0.05 * total, "attention must weigh enough for the test to see it"
-    across = Work(sum(lengths), sum(lengths) ** 2, predicted)
+    across = Workload(sum(lengths), sum(lengths) ** 2, predicted)
     assert executed_flops(shape, across) > 2 * total, "attention across cells would be seen, too"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from geneformer_mcore.contracts import Batch
+from geneformer_mcore.types import Batch
 from tests.distributed import curves, parity
 from tests.distributed.parity import LAYOUTS, Parity, Truth
 

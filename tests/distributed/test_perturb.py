@@ -16,9 +16,9 @@ import pytest
 import torch
 from scipy import sparse
 
-from geneformer_mcore.contracts import CLS, NUM_SPECIALS
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store.ingest import build_store
+from geneformer_mcore.store.ingest.build import build_store
+from geneformer_mcore.types import CLS, NUM_SPECIALS
 from tests.distributed import toy, trained
 from tests.distributed.commands import calls, commands
 from tests.distributed.parity import PP2, TP2

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from geneformer_mcore.contracts import NUM_SPECIALS
-from geneformer_mcore.downstream import perturb, shift_table, shifts
-from geneformer_mcore.downstream.chosen_cells import CountedCell
-from geneformer_mcore.downstream.controls import Controls
-from geneformer_mcore.downstream.perturbations import GeneNames, Sets
-from geneformer_mcore.model.shifts import COLUMNS
-from geneformer_mcore.store.progress import no_progress
+from geneformer_mcore.inference.cells import CountedCell
+from geneformer_mcore.io.progress import no_progress
+from geneformer_mcore.model.forward_only import DISPLACEMENT_COLUMNS
+from geneformer_mcore.perturb import displacements, perturb, statistics
+from geneformer_mcore.perturb.question import GeneNames, Sets
+from geneformer_mcore.perturb.statistics import Controls
+from geneformer_mcore.types import NUM_SPECIALS
 from tests.distributed.ranks import run_ranks
 from tests.small_cells import vocabulary_of
 
 NUM_CELLS, NUM_GENES = 1000, 500
-WHOLE = NUM_CELLS * NUM_GENES * len(COLUMNS) * 4
+WHOLE = NUM_CELLS * NUM_GENES * len(DISPLACEMENT_COLUMNS) * 4
 NAMES = GeneNames(vocabulary_of(NUM_GENES), {}, {})
 ASKED = [NAMES.single(NUM_SPECIALS + number) for number in range(NUM_GENES)]
 
@@ -54,7 +54,7 @@ def numbered(job: Any, cells: list[CountedCell], values_NPC: np.ndarray) -> Iter
 
 
 def all_cells(data_size: int, rank: int) -> tuple[int, np.ndarray | None]:
-    shifts._block, shifts.GATHERED_VALUES = numbered, 1 << 14
+    displacements._block, displacements.GATHERED_VALUES = numbered, 1 << 14
     engine = SimpleNamespace(
         topology=SimpleNamespace(data_rank=rank, data_size=data_size),
         tokens_per_batch=20,
@@ -63,7 +63,7 @@ def all_cells(data_size: int, rank: int) -> tuple[int, np.ndarray | None]:
     )
     sets = Sets(ASKED, NUM_GENES + NUM_SPECIALS)
     job = SimpleNamespace(engine=engine, cells=Many(), sets=sets, total=NUM_CELLS)
-    return peak_bytes(lambda: shifts.of_all_cells(job, no_progress))  # type: ignore[arg-type]
+    return peak_bytes(lambda: displacements.of_all_cells(job, no_progress))  # type: ignore[arg-type]
 
 
 def of_rank(data_size: int) -> tuple[int, np.ndarray | None]:
@@ -86,13 +86,13 @@ def test_first_rank_holds_two_copies_and_others_their_own_cells() -> None:
 
 
 def test_a_table_needs_no_further_copy(monkeypatch: Any, rng: np.random.Generator) -> None:
-    monkeypatch.setattr(shift_table, "COPIED_VALUES", 1 << 14)
-    values_NPC = rng.random((NUM_CELLS, NUM_GENES, len(COLUMNS)), np.float32)
+    monkeypatch.setattr(statistics, "COPIED_VALUES", 1 << 14)
+    values_NPC = rng.random((NUM_CELLS, NUM_GENES, len(DISPLACEMENT_COLUMNS)), np.float32)
     values_NPC[rng.random(values_NPC.shape) < 0.3] = np.nan
     number_P = np.full(NUM_GENES, NUM_CELLS)
-    tested = shift_table.Tested(ASKED, number_P, number_P)
+    tested = statistics.Tested(ASKED, number_P, number_P)
     alone = Controls(ASKED, [np.array([0, 1, 2])] * NUM_GENES)
-    peak, rows = peak_bytes(lambda: shift_table.table(tested, NAMES, alone, values_NPC, True))
+    peak, rows = peak_bytes(lambda: statistics.table(tested, NAMES, alone, values_NPC, True))
     assert peak < 0.3 * WHOLE
     shift_NP = values_NPC[:, :, 0].astype(np.float64)
     np.testing.assert_array_equal(rows["shift"], np.nanmean(shift_NP, axis=0))

@@ -11,7 +11,8 @@ import torch
 from geneformer_mcore.checkpoint import state
 from geneformer_mcore.config.sections import Precision
 from geneformer_mcore.errors import ConfigError
-from geneformer_mcore.model import attention, settings
+from geneformer_mcore.model import megatron_config
+from geneformer_mcore.model.attention import select
 from tests.distributed import toy
 from tests.distributed.curves import SMOOTH
 from tests.distributed.ranks import in_turn, run_ranks
@@ -63,9 +64,9 @@ def test_eight_bits_need_transformer_engine() -> None:
     for asked in ("auto", "sdpa"):
         model = toy.load(None, [f"model.attention={asked}"])[0].model
         with pytest.raises(ConfigError, match=r"fp8 needs an NVIDIA GPU and model\.attention=te"):
-            attention.choose(model, toy.CPU, Precision.fp8)
-    core = settings.transformer_config(config.model, config.parallel, Precision.fp8, toy.CPU)
-    assert settings.precision_of(core) is Precision.fp8
+            select.choose(model, toy.CPU, Precision.fp8)
+    core = megatron_config.transformer_config(config.model, config.parallel, Precision.fp8, toy.CPU)
+    assert megatron_config.precision_of(core) is Precision.fp8
     assert (core.fp8, core.params_dtype) == ("hybrid", torch.bfloat16)
 
 

@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 
 from geneformer_mcore.checkpoint import folder as checkpoints
-from geneformer_mcore.checkpoint import saving, state
-from geneformer_mcore.checkpoint.plain_metadata import METADATA
+from geneformer_mcore.checkpoint import manager, state
 from geneformer_mcore.checkpoint.record import Identity, Record
+from geneformer_mcore.checkpoint.safe_metadata import METADATA
 from geneformer_mcore.config.sections import CheckpointConfig
 from geneformer_mcore.errors import CheckpointError
 from tests import small_disk
@@ -25,9 +25,11 @@ from tests.distributed.ranks import in_turn, run_ranks
 SMALL = ("model.num_layers=2",)
 
 
-def saver_of(run: toy.Toy, root: str, said: list[str], **settings: Any) -> saving.Saver:
+def saver_of(
+    run: toy.Toy, root: str, said: list[str], **settings: Any
+) -> manager.CheckpointManager:
     config = CheckpointConfig(**settings)
-    return saving.Saver(Path(root), config, run.topology.rank, toy.CPU, said.append)
+    return manager.CheckpointManager(Path(root), config, run.topology.rank, toy.CPU, said.append)
 
 
 def record(step: int, val_loss: float | None = None) -> Record:
@@ -91,7 +93,7 @@ def writing_fails(root: str, how: str, rank: int) -> str:
         state.Snapshot.write = write  # type: ignore[method-assign]
     try:
         saver.begin(run.trainable, record(2))
-    except (CheckpointError, saving.SaveDeadlineError) as error:
+    except (CheckpointError, manager.SaveDeadlineError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 
 from geneformer_mcore.config import Config, load, plan
-from geneformer_mcore.contracts import NUM_SPECIALS, CellViews, RaggedCells
-from geneformer_mcore.feed.loader import Feed, Share
-from geneformer_mcore.feed.masks import Masking
-from geneformer_mcore.feed.order import Order
-from geneformer_mcore.model import geneformer, initial_weights, settings
+from geneformer_mcore.data.loader import Feed, Share
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.data.sampler import Sampler
+from geneformer_mcore.distributed import groups
+from geneformer_mcore.model import geneformer, init, megatron_config
 from geneformer_mcore.optim import optimizer as optim
-from geneformer_mcore.parallel import groups
-from geneformer_mcore.train.budget import budget
-from geneformer_mcore.train.step import StepResult, train_step
+from geneformer_mcore.training.datasets import budget
+from geneformer_mcore.training.step import StepResult, train_step
+from geneformer_mcore.types import NUM_SPECIALS, CellViews, RaggedCells
 
 VOCABULARY = 700
 SEQ_LENGTH = 96
@@ -103,10 +103,12 @@ def make(*overrides: str) -> Toy:
 
 def stages(config: Config, **build: int) -> list[geneformer.Geneformer]:
     """This rank's stages with their initial weights."""
-    core = settings.transformer_config(config.model, config.parallel, config.train.precision, CPU)
+    core = megatron_config.transformer_config(
+        config.model, config.parallel, config.train.precision, CPU
+    )
     built = geneformer.build(config.model, core, CPU, VOCABULARY, SEQ_LENGTH, **build)
     for stage in built:
-        initial_weights.fill(stage, config.train.seed)
+        init.fill(stage, config.train.seed)
     return built
 
 
@@ -116,7 +118,7 @@ def feed(config: Config, topology: groups.Topology) -> Feed:
     cells = ToyCells()
     return Feed(
         cells,
-        Order(0, cells.num_cells, 16, 2, train.seed),
+        Sampler(0, cells.num_cells, 16, 2, train.seed),
         Masking(0.15, (0.8, 0.02, 0.18), VOCABULARY, train.seed),
         Share(
             train.global_batch_size, train.micro_batch_size, topology.data_rank, topology.data_size

@@ -13,13 +13,13 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.checkpoint import state
 from geneformer_mcore.checkpoint.record import Identity, Record
 from geneformer_mcore.config import load
-from geneformer_mcore.contracts import NUM_SPECIALS
-from geneformer_mcore.parallel import groups
+from geneformer_mcore.distributed import groups
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from geneformer_mcore.types import NUM_SPECIALS
 from tests.distributed import toy
 from tests.distributed.parity import enlarge
 from tests.distributed.ranks import run_ranks

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from geneformer_mcore.config import Config, load, plan
-from geneformer_mcore.feed.batch import make_batch
-from geneformer_mcore.feed.labelled import LabelledBatches
-from geneformer_mcore.feed.loader import Feed
-from geneformer_mcore.model import classifier, geneformer, initial_weights, lora, settings
+from geneformer_mcore.data.collate import make_batch
+from geneformer_mcore.data.labelled import LabelledBatches
+from geneformer_mcore.data.loader import Feed
+from geneformer_mcore.distributed import groups
+from geneformer_mcore.model import classifier, geneformer, init, lora, megatron_config
 from geneformer_mcore.model.classifier import CellClassifier
-from geneformer_mcore.model.initial_weights import sharded_parameters, slice_of
+from geneformer_mcore.model.init import sharded_parameters, slice_of
 from geneformer_mcore.optim import optimizer as optim
-from geneformer_mcore.parallel import groups
 from tests.distributed import toy
 
 CLASSES = 3
@@ -37,7 +37,7 @@ def make(*overrides: str) -> toy.Toy:
 
 def stages(config: Config) -> list[geneformer.Geneformer]:
     """The one stage, as FineTuning makes it."""
-    core = settings.transformer_config(
+    core = megatron_config.transformer_config(
         config.model, config.parallel, config.train.precision, toy.CPU
     )
     built = geneformer.build(
@@ -53,7 +53,7 @@ def stages(config: Config) -> list[geneformer.Geneformer]:
         assert isinstance(stage, CellClassifier)
         lora.attach(stage, config.finetune)
         stage.add_head(CLASSES, config.finetune)
-        initial_weights.fill(stage, config.train.seed)
+        init.fill(stage, config.train.seed)
         classifier.freeze(stage, config.finetune)
     return built
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from geneformer_mcore.commands import run
+from geneformer_mcore.exit_codes import run
 from tests.distributed.ranks import context
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -154,8 +154,8 @@ def _rank(
     for stream in (1, 2):
         os.dup2(into, stream)
     module = importlib.import_module(f"launch.{command}")
-    from geneformer_mcore.parallel import device
-    from geneformer_mcore.train import setup
+    from geneformer_mcore.distributed import device
+    from geneformer_mcore.training import setup
 
     # The device's peak is for MFU alone, and takes most of a second to measure.
     setup.measured_peak = lambda *_: 1e12  # type: ignore[assignment]

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from data_prep.build_store import main as build_store
-from geneformer_mcore.cells import dense
-from geneformer_mcore.cells.corpus import InputOptions, find_genes
-from geneformer_mcore.cells.genes import map_genes
-from geneformer_mcore.cells.ranks import RankEncoder
-from geneformer_mcore.cells.vocabulary import Vocabulary
+from geneformer_mcore.io import h5ad
 from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.tokenizer.corpus import InputOptions, find_genes
+from geneformer_mcore.tokenizer.genes import map_genes
+from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from tests.small_cells import gene_id, plain_tokens, random_counts
 from tests.small_experiment import write_experiment
 
@@ -304,7 +304,7 @@ def test_empty_first_and_last_cells_leave_no_trace_of_the_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a CSR matrix, its CSC twin and its dense one in tall chunks, by one command each."""
-    monkeypatch.setattr(dense, "BAND_BYTES", 100)
+    monkeypatch.setattr(h5ad, "BAND_BYTES", 100)
     VOCABULARY.save(tmp_path / "v.json")
     counts = COUNTS.copy()
     counts[[0, 1, -2, -1]] = 0

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.commands import INTERRUPTED, WRONG_INPUT
+from geneformer_mcore.exit_codes import INTERRUPTED, WRONG_INPUT
 from geneformer_mcore.store.layout import OBS
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.soma_io import SomaReader
-from geneformer_mcore.store.split_table import SplitTable
+from geneformer_mcore.store.split.table import SplitTable
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from tests import commands
 from tests.small_cells import gene_id, random_counts
 from tests.small_experiment import write_experiment
@@ -144,7 +144,7 @@ def test_errors_end_as_they_should(command: Command, address: str, tmp_path: Pat
 LIMITED = """
 import resource
 from data_prep.download_census import main
-from geneformer_mcore.commands import run
+from geneformer_mcore.exit_codes import run
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 run(main)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from geneformer_mcore.checkpoint import whole
-from geneformer_mcore.model.hf_keys import WORDS
+from geneformer_mcore.checkpoint import weights_reader
+from geneformer_mcore.convert.hf_keys import WORDS
 from tests import commands, plain_bert
 from tests.distributed import conversions
 from tests.end_to_end import forked
@@ -71,7 +71,7 @@ def test_pretraining_goes_on_from_it(
     assert started.wait() == [0] * ranks, started.printed
     assert "begins with the converted weights" in started.printed
     first, last = (
-        whole.read_weights(tmp_path / "run" / "checkpoints" / f"step_{step:010d}")[WORDS]
+        weights_reader.read_weights(tmp_path / "run" / "checkpoints" / f"step_{step:010d}")[WORDS]
         for step in (0, 4)
     )
     moved = (last - first).abs().max()

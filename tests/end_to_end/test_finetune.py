@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from geneformer_mcore.checkpoint import whole
+from geneformer_mcore.checkpoint import weights_reader
 from tests import commands as built
 from tests.distributed.commands import commands
 from tests.distributed.ranks import run_ranks
@@ -78,7 +78,9 @@ def test_it_learns_an_easy_label_and_tells_of_it(finished: Path, base: Path) -> 
     assert last["val_macro_f1"] > 0.9
     assert last["val_loss"] < 0.4
     assert records(finished)[0]["tflops_executed"] is None
-    before, after = (whole.read_weights(whole.step_of(run)) for run in (base, finished))
+    before, after = (
+        weights_reader.read_weights(weights_reader.step_of(run)) for run in (base, finished)
+    )
     assert all((after[name] == weights).all() for name, weights in before.items())
 
 
@@ -103,7 +105,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     for kept in ("loss", "grad_norm", "val_loss", "val_accuracy"):
         seen = [[each[kept] for each in records(of) if kept in each] for of in (run, finished)]
         assert seen[0] == seen[1]
-    was, is_now = (whole.read_weights(whole.step_of(of)) for of in (finished, run))
+    was, is_now = (
+        weights_reader.read_weights(weights_reader.step_of(of)) for of in (finished, run)
+    )
     assert all((is_now[name] == weights).all() for name, weights in was.items())
     told = [(of / "test" / "predictions.csv").read_text() for of in (finished, run)]
     assert told[0] == told[1]
@@ -124,7 +128,7 @@ def test_a_finished_run_says_so_and_tells_again(
 def interrupted(_rank: int, number: signal.Signals) -> None:
     """Trouble: the signal comes while test cells are being told."""
     forked.before(
-        "geneformer_mcore.downstream.encoder:per_cell", 1, partial(os.kill, os.getpid(), number)
+        "geneformer_mcore.inference.encoder:per_cell", 1, partial(os.kill, os.getpid(), number)
     )
 
 

@@ -90,7 +90,7 @@ def filled(rank: int, place: str, call: int, disk: Path) -> None:
 
 ASYNCHRONOUS = ("checkpoint.asynchronous=true",)
 BEFORE_IT = (
-    "geneformer_mcore.train.loop:_save",
+    "geneformer_mcore.training.trainer:_save",
     "it takes more than 1,048,576 bytes, 0 are free, 1,048,576 missing",
 )
 WITHIN_IT = ("geneformer_mcore.checkpoint.state:Snapshot.write", "")
@@ -142,7 +142,7 @@ def test_a_disk_full_of_what_is_told(
     if name == "tensorboard":
         (disk / name).mkdir()
     # The last block of a file has room for some more lines: it fills up in the next few steps.
-    trouble = ("geneformer_mcore.train.loop:train_step", 5, disk)
+    trouble = ("geneformer_mcore.training.trainer:train_step", 5, disk)
     start = forked.start(run, settings(store, "train.steps=1000"), 1, filled, trouble)
     assert_refused(start, run, str(run / name), "No space left on device (0 of 8,388,608 bytes")
     assert newest(run) == outcome(run)["step"] // 3 * 3 >= 3
@@ -155,7 +155,7 @@ def test_a_disk_full_of_what_is_told(
 def test_a_disk_full_of_everything(disk: Path, store: Path, undisturbed: FinalState) -> None:
     run = disk / "run"
     start = forked.start(
-        run, settings(store), 2, filled, ("geneformer_mcore.train.loop:train_step", 5, disk)
+        run, settings(store), 2, filled, ("geneformer_mcore.training.trainer:train_step", 5, disk)
     )
     assert_refused(start, run, "No space left on device", ranks=2)
     assert newest(run) == 3
@@ -171,7 +171,7 @@ def test_a_disk_full_at_the_start(
     disk: Path, store: Path, undisturbed: FinalState, name: str
 ) -> None:
     run = disk / "run"
-    place = f"geneformer_mcore.train.setup:{name}"
+    place = f"geneformer_mcore.training.setup:{name}"
     start = forked.start(run, settings(store), 1, filled, (place, 1, disk))
     assert_refused(start, run, "No space left on device (0 of ")
     (disk / "filler").unlink()
@@ -182,7 +182,7 @@ def test_how_a_run_ended_is_told_on_a_full_disk(
     disk: Path, store: Path, undisturbed: FinalState
 ) -> None:
     run = disk / "run"
-    last = ("geneformer_mcore.parallel.groups:stop", 1, disk)
+    last = ("geneformer_mcore.distributed.groups:stop", 1, disk)
     start = forked.start(run, settings(store), 1, filled, last)
     assert start.wait() == [0], start.printed
     assert outcome(run)["outcome"] == "finished"
@@ -203,7 +203,7 @@ def test_a_full_disk_of_the_console_changes_nothing(
     disk: Path, store: Path, undisturbed: FinalState, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    trouble = ("geneformer_mcore.train.setup:_announce", 1, disk)
+    trouble = ("geneformer_mcore.training.setup:_announce", 1, disk)
     start = forked.start(run, settings(store), 1, filled, trouble, disk / "printed")
     assert start.wait() == [0], start.printed
     assert final_state(run) == undisturbed
@@ -230,7 +230,7 @@ def covered(rank: int, call: int, folder: Path) -> None:
     """Trouble: the folder becomes read-only, but for what is open already."""
     if rank == 0:
         do = partial(small_disk.cover_read_only, folder)
-        forked.before("geneformer_mcore.train.loop:train_step", call, do)
+        forked.before("geneformer_mcore.training.trainer:train_step", call, do)
 
 
 @pytest.mark.parametrize("ranks", [soak(1), 2])

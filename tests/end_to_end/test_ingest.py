@@ -21,7 +21,7 @@ import pytest
 
 from geneformer_mcore.store.check import check_store
 from geneformer_mcore.store.layout import Manifest
-from geneformer_mcore.store.split_table import SplitTable
+from geneformer_mcore.store.split.table import SplitTable
 from tests import commands
 from tests.small_cells import random_counts, vocabulary_of, write_h5ad
 
@@ -30,8 +30,8 @@ NUM_GENES, CELLS_A, CELLS_B = 400, 400, 500
 SMALL_UNITS = """
 import os, signal, sys, time
 from pathlib import Path
-from geneformer_mcore.commands import run
-from geneformer_mcore.store import ingest, plan, tokenise
+from geneformer_mcore.exit_codes import run
+from geneformer_mcore.store.ingest import build as ingest, plan, tokenise
 from data_prep.build_store import main
 from tests.end_to_end.instants import before
 
@@ -280,11 +280,11 @@ def start(inputs: Path, folder: Path, repository: Path, workers: int = 2) -> sub
 KILLS = (
     # (place, call), and what is there then of: finished units, the store in the making, its
     # manifest, the mark that it is published, the store.
-    ("geneformer_mcore.store.tokenise:write_report 3", (2, False, False, False, False)),
-    ("geneformer_mcore.store.content_hash:ContentHash.update 1", (18, True, False, False, False)),
-    ("geneformer_mcore.store.staging:_sync_tree 1", (18, True, True, False, False)),
-    ("geneformer_mcore.store.staging:StagedFolder._rename 1", (18, True, True, True, False)),
-    ("geneformer_mcore.store.staging:_clear 1", (18, False, False, True, True)),
+    ("geneformer_mcore.store.ingest.tokenise:write_report 3", (2, False, False, False, False)),
+    ("geneformer_mcore.store.layout:ContentHash.update 1", (18, True, False, False, False)),
+    ("geneformer_mcore.store.ingest.staging:_sync_tree 1", (18, True, True, False, False)),
+    ("geneformer_mcore.store.ingest.staging:StagedFolder._rename 1", (18, True, True, True, False)),
+    ("geneformer_mcore.store.ingest.staging:_clear 1", (18, False, False, True, True)),
 )
 """Of one start after the other, each of which meets what the ones before have left. Many kills at
 random instants: tests/soak/ingest_kills.py."""

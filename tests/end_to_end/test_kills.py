@@ -22,9 +22,9 @@ MORE = (
     "checkpoint.save_every_steps=2",
     "checkpoint.keep_last=2",
 )
-CELLS = "geneformer_mcore.train.data:open_cells"
+CELLS = "geneformer_mcore.training.datasets:open_cells"
 RESTORING = "geneformer_mcore.checkpoint.state:load"
-STEP = "geneformer_mcore.train.loop:train_step"
+STEP = "geneformer_mcore.training.trainer:train_step"
 WRITING = "geneformer_mcore.checkpoint.state:Snapshot.write"
 SEALING = "geneformer_mcore.checkpoint.folder:write_sealed"
 POINTING = "geneformer_mcore.checkpoint.folder:_point"

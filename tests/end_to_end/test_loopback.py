@@ -11,7 +11,7 @@ from pathlib import Path
 LOOK = """
 import json, os, psutil, sys
 from geneformer_mcore.config.sections import ParallelConfig
-from geneformer_mcore.parallel import collectives, device, groups
+from geneformer_mcore.distributed import collectives, device, groups
 
 topology = groups.start(device.start(), ParallelConfig(timeout_s=60))
 collectives.barrier()

@@ -35,9 +35,9 @@ if __name__ == "__main__":
 def troubled(rank: int, of_rank: int, what: str, note: str) -> None:
     """Trouble: `what`, a name in TROUBLES, befalls rank `of_rank` at step TROUBLE_AT; the time is
     written into the file `note`."""
-    from geneformer_mcore.train import loop
+    from geneformer_mcore.training import trainer
 
-    whole, calls = loop.train_step, 0
+    whole, calls = trainer.train_step, 0
 
     def train_step(trainable: Any, *rest: Any) -> Any:
         nonlocal calls
@@ -48,7 +48,7 @@ def troubled(rank: int, of_rank: int, what: str, note: str) -> None:
         return TROUBLES[what](whole, trainable, *rest)
 
     if rank == of_rank:
-        loop.train_step = train_step
+        trainer.train_step = train_step
 
 
 def settings(store: Path, *more: str) -> list[str]:

@@ -46,7 +46,7 @@ def pause():
 
 if __name__ == "__main__":
     pretrain._train = train
-    forked.before("geneformer_mcore.train.loop:_step", {step}, pause)
+    forked.before("geneformer_mcore.training.trainer:_step", {step}, pause)
     sys.exit(pretrain.main())
 """
 """A run that waits before a step until it is told to go on: the network is cut there. Its
@@ -145,7 +145,7 @@ def paused(rank: int, folder: Path) -> None:
             while not (folder / "go").exists():
                 time.sleep(0.01)
 
-        forked.before("geneformer_mcore.train.loop:_step", TROUBLE_AT, pause)
+        forked.before("geneformer_mcore.training.trainer:_step", TROUBLE_AT, pause)
         return whole(*arguments)
 
     pretrain._train = train

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from geneformer_mcore.parallel.interface import interface_of
+from geneformer_mcore.distributed.network import interface_of
 from geneformer_mcore.store.layout import Manifest
 from tests import commands
 from tests.end_to_end import forked

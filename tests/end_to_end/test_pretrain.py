@@ -43,7 +43,7 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
 def signalled(_rank: int, step: int, number: signal.Signals) -> None:
     """Trouble: the signal comes when so many steps have been made by this start."""
     forked.before(
-        "geneformer_mcore.train.loop:_step", step + 1, partial(os.kill, os.getpid(), number)
+        "geneformer_mcore.training.trainer:_step", step + 1, partial(os.kill, os.getpid(), number)
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from geneformer_mcore.train.profile import WARM_UP_STEPS
+from geneformer_mcore.training.profiler import WARM_UP_STEPS
 from tests.end_to_end import forked
 from tests.final_state import FinalState, final_state
 from tests.marks import soak
@@ -75,7 +75,7 @@ def test_rank_0_writes_it(store: Path, tmp_path: Path) -> None:
 def interrupted(_rank: int, number: signal.Signals) -> None:
     """Trouble: a signal inside the window, which begins with step 4."""
     do = partial(os.kill, os.getpid(), number)
-    forked.before("geneformer_mcore.train.loop:train_step", 5, do)
+    forked.before("geneformer_mcore.training.trainer:train_step", 5, do)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), soak(signal.SIGKILL, -9)])
@@ -99,7 +99,7 @@ def failing(_rank: int, how: str) -> None:
         def fail() -> None:
             raise ValueError("a bad cell")
 
-        forked.before("geneformer_mcore.train.loop:train_step", 5, fail)
+        forked.before("geneformer_mcore.training.trainer:train_step", 5, fail)
         return
     from torch.profiler import profile
 

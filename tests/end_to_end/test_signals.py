@@ -30,18 +30,18 @@ ASYNCHRONOUS = ("checkpoint.asynchronous=true",)
 BETWEEN_S = 0.05
 """Between two signals: as one, they would be handled at once."""
 
-CELLS = "geneformer_mcore.train.data:open_cells"
-MEETING = "geneformer_mcore.parallel.groups:start"
-BUILDING = "geneformer_mcore.train.setup:_meter"
+CELLS = "geneformer_mcore.training.datasets:open_cells"
+MEETING = "geneformer_mcore.distributed.groups:start"
+BUILDING = "geneformer_mcore.training.setup:_meter"
 RESTORING = "geneformer_mcore.checkpoint.state:load"
-LOGS = "geneformer_mcore.train.setup:_announce"
-STEP = "geneformer_mcore.train.loop:train_step"
-VALIDATION = "geneformer_mcore.train.evaluate:run_schedule"
+LOGS = "geneformer_mcore.training.setup:_announce"
+STEP = "geneformer_mcore.training.trainer:train_step"
+VALIDATION = "geneformer_mcore.training.step:run_schedule"
 WRITING = "geneformer_mcore.checkpoint.state:Snapshot.write"
 COMMIT = "geneformer_mcore.checkpoint.folder:commit"
 RETAIN = "geneformer_mcore.checkpoint.folder:retain"
-END = "geneformer_mcore.parallel.groups:stop"
-OUTCOME = "geneformer_mcore.train.run_folder:RunFolder.close"
+END = "geneformer_mcore.distributed.groups:stop"
+OUTCOME = "geneformer_mcore.training.run_folder:RunFolder.close"
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_after_the_last_step_it_is_finished(
 
 LATE = """
 import os, signal, sys
-from geneformer_mcore.train.interruption import Interruption
+from geneformer_mcore.training.signals import Interruption
 
 class Late:
     # Bound here: by then modules are empty.

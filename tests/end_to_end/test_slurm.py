@@ -23,7 +23,7 @@ SITE = """
 import os
 if "LOCAL_RANK" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
     from tests.end_to_end.instants import wait_for_a_signal
-    wait_for_a_signal("geneformer_mcore.train.loop:train_step", 6)
+    wait_for_a_signal("geneformer_mcore.training.trainer:train_step", 6)
 """
 
 

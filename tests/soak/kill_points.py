@@ -29,10 +29,10 @@ from torch._C._distributed_c10d import HashStore
 
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.checkpoint import folder as checkpoints
-from geneformer_mcore.checkpoint import saving
+from geneformer_mcore.checkpoint import manager
 from geneformer_mcore.checkpoint.record import Identity, Record
 from geneformer_mcore.config.sections import CheckpointConfig
-from geneformer_mcore.parallel import device
+from geneformer_mcore.distributed import device
 from tests.distributed import toy
 
 CALLS = (
@@ -130,8 +130,10 @@ def save(root: Path, step: int) -> None:
     run = toy.make("model.num_layers=1")
     record = Record(step, 0, {}, Identity("", {}, "", ""), {}, {}, {})
     # strace counts calls per thread: here one thread makes them all, in the same order.
-    saving._Caught.start = saving._Caught.run  # type: ignore[method-assign]
-    saver = saving.Saver(root, CheckpointConfig(), 0, torch.device("cpu"), lambda line: None)
+    manager._Caught.start = manager._Caught.run  # type: ignore[method-assign]
+    saver = manager.CheckpointManager(
+        root, CheckpointConfig(), 0, torch.device("cpu"), lambda line: None
+    )
     os.kill(os.getpid(), signal.SIGSTOP)
     saver.begin(run.trainable, record)
 

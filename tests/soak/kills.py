@@ -213,7 +213,7 @@ def _rank(run: Path, rank: int, ranks: int, port: int, settings: Sequence[str]) 
     for stream in (1, 2):
         os.dup2(said, stream)
     import launch.pretrain as pretrain
-    from geneformer_mcore.train import setup
+    from geneformer_mcore.training import setup
 
     # The device's peak is for MFU alone, and takes most of a second to measure.
     setup.measured_peak = lambda *_: 1e12  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from geneformer_mcore.store.check import check_store
-from geneformer_mcore.store.files import list_files
+from geneformer_mcore.store.layout import list_files
 from tests.unit.test_store_damage import is_seen_flipped, write_some_cells
 
 LEAST_SEEN = 0.9

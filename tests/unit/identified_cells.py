@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from geneformer_mcore.contracts import CLS, NUM_SPECIALS, CellViews, RaggedCells
-from geneformer_mcore.feed.loader import Feed, Share
-from geneformer_mcore.feed.masks import Masking
-from geneformer_mcore.feed.order import Order
+from geneformer_mcore.data.loader import Feed, Share
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.data.sampler import Sampler
+from geneformer_mcore.types import CLS, NUM_SPECIALS, CellViews, RaggedCells
 
 VOCABULARY = 300
 MASKING = Masking(0.15, (0.8, 0.02, 0.18), VOCABULARY, seed=1)
@@ -47,7 +47,7 @@ def views(block: RaggedCells) -> CellViews:
 
 def feed(source: Cells, rank: int = 0, size: int = 1, batch: int = 24, **changes: int) -> Feed:
     """A feed with spans of 8 cells, in windows of 3."""
-    order = Order(0, source.num_cells, span_cells=8, window_spans=3, seed=7)
+    order = Sampler(0, source.num_cells, span_cells=8, window_spans=3, seed=7)
     share = Share(batch, changes.get("micro", batch // size), rank, size)
     return Feed(source, order, MASKING, share, changes.get("seq_length", 64), pad_multiple=16)
 

@@ -26,11 +26,11 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from data_prep.build_store import main as build_store
-from geneformer_mcore.cells import gencode
-from geneformer_mcore.cells.inputs import open_counts
-from geneformer_mcore.commands import run
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.exit_codes import run
+from geneformer_mcore.io.counts import open_counts
 from geneformer_mcore.store.layout import Manifest
+from geneformer_mcore.tokenizer import gencode
 from tests.small_cells import gene_id, random_counts, vocabulary_of, write_h5ad
 from tests.small_experiment import ORGANISM, write_experiment
 

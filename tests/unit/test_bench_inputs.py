@@ -26,7 +26,7 @@ from benchmarks.side_by_side.tflops_cells import FULL
 from benchmarks.side_by_side.tflops_grid import MEAN_TOKENS, Asked, Setting, grid
 from benchmarks.side_by_side.tflops_run import Conditions, possible
 from benchmarks.tokenize import num_different
-from geneformer_mcore.contracts import CLS, MASK, NUM_SPECIALS, PAD
+from geneformer_mcore.types import CLS, MASK, NUM_SPECIALS, PAD
 from tests.small_cells import gene_id, plain_tokens, random_counts, vocabulary_of
 
 GENES = 400

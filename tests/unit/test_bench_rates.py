@@ -30,8 +30,13 @@ from benchmarks.side_by_side.tflops_rows import row as tflops_row
 from benchmarks.side_by_side.tflops_run import Conditions
 from benchmarks.side_by_side.tflops_steps import Measured, Step
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.model.flops import ModelShape, Work, executed_flops, padded_equivalent_flops
-from geneformer_mcore.train.step import Totals
+from geneformer_mcore.model.flops import (
+    ModelShape,
+    Workload,
+    executed_flops,
+    padded_equivalent_flops,
+)
+from geneformer_mcore.training.step import Totals
 from tests.small_cells import vocabulary_of
 
 
@@ -229,8 +234,8 @@ def a_turn(seconds: float) -> dict[str, Any]:
         "cells": 8,
         "peak_mib": 100.0,
         "about": "plain",
-        "needed": vars(Work(400, 30_000, 60)),
-        "computed": vars(Work(500, 40_000, 500)),
+        "needed": vars(Workload(400, 30_000, 60)),
+        "computed": vars(Workload(500, 40_000, 500)),
     }
 
 
@@ -248,7 +253,7 @@ def test_training_steps() -> None:
     ours, theirs, failed = rows
     assert (ours["cells_per_s"], ours["tokens_per_s"], ours["fill"]) == (4, 200, 0.8)
     for name, work in (("executed", (400, 30_000, 60)), ("computed", (500, 40_000, 500))):
-        flops = executed_flops(shape, Work(*work)) / 2
+        flops = executed_flops(shape, Workload(*work)) / 2
         assert ours[f"tflops_{name}"] * 1e12 == pytest.approx(flops)
     assert (ours["hf_dynamic_ratio"], ours["hf_padded_ratio"]) == ([2, 1, 4], None)
     assert theirs["hf_dynamic_ratio"] == [1, 1, 1]
@@ -297,7 +302,7 @@ def test_tflops() -> None:
     )
     assert (found["fill"], found["peak_mib"]) == (0.8, 123)
     shape = ModelShape(6, 256, 512, 25_429)
-    flops = executed_flops(shape, Work(4000, 8_000_000, 300)) / 2
+    flops = executed_flops(shape, Workload(4000, 8_000_000, 300)) / 2
     assert found["tflops_executed"] * 1e12 == pytest.approx(flops)
     assert found["mfu"] == pytest.approx(flops / 1e12)
     padded = padded_equivalent_flops(shape, 2048)

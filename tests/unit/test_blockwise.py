@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from geneformer_mcore import backends
-from geneformer_mcore.model.cores import blockwise
-from geneformer_mcore.model.cores.flash import bounds_of
+from geneformer_mcore.model.attention import blockwise
+from geneformer_mcore.model.attention.backends import bounds_of
 
 HEADS, WIDTH = 3, 8
 
@@ -89,11 +89,11 @@ def test_seeds_and_blocks_draw_apart() -> None:
 @pytest.mark.skipif(not backends.is_available("numba"), reason="numba is not installed")
 @pytest.mark.parametrize("size", [1, 7, 4096, 70_001])
 def test_compiled_and_plain_drop_the_same(size: int) -> None:
-    from geneformer_mcore.model.cores import kernels
+    from geneformer_mcore.model.attention import blockwise
 
     values = torch.ones(size)
     key, below = 2**32 - 5, round(0.1 * 2**32)  # counts on over the end
-    kernels.drop(values.numpy(), np.uint32(key), np.uint32(below))
+    blockwise._drop_block(values.numpy(), np.uint32(key), np.uint32(below))
     assert torch.equal(values.bool(), blockwise._kept(values, key, below))
 
 

@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from geneformer_mcore.cells import annotated
-from geneformer_mcore.cells import obs as obs_module
-from geneformer_mcore.cells.annotated import Beside
-from geneformer_mcore.cells.counts import CountsFile
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io import anndata_out
+from geneformer_mcore.io import frames as obs_module
+from geneformer_mcore.io.anndata_out import Beside
+from geneformer_mcore.io.h5ad import CountsFile
 
 BESIDE = Beside(
     {"X_new": np.arange(8, dtype=np.float16).reshape(4, 2)},
@@ -50,13 +50,13 @@ def test_copy(adata: anndata.AnnData, tmp_path: Path) -> None:
     source, target = tmp_path / "a.h5ad", tmp_path / "deep" / "b.h5ad"
     adata.write_h5ad(source)
     before = source.read_bytes()
-    annotated.write_copy(source, target, BESIDE)
+    anndata_out.write_copy(source, target, BESIDE)
     assert source.read_bytes() == before
     found = check(target)
     assert found.obs.columns.tolist() == ["kind", "flag"]
     np.testing.assert_array_equal(found.X.toarray(), adata.X.toarray())
     # What has these names already is replaced.
-    annotated.write_copy(target, tmp_path / "c.h5ad", BESIDE)
+    anndata_out.write_copy(target, tmp_path / "c.h5ad", BESIDE)
     assert check(tmp_path / "c.h5ad").obs.columns.tolist() == ["kind", "flag"]
     assert sorted(path.name for path in target.parent.iterdir()) == ["b.h5ad"]
 
@@ -69,12 +69,12 @@ def test_copy_of_a_file_from_before_there_were_groups(tmp_path: Path) -> None:
         for name, size in (("obs", 4), ("var", 3)):
             names = [(f"{name}{i}".encode(),) for i in range(size)]
             file[name] = np.array(names, dtype=[("index", "S8")])
-    annotated.write_copy(source, target, BESIDE)
+    anndata_out.write_copy(source, target, BESIDE)
     assert check(target).obs_names.tolist() == ["obs0", "obs1", "obs2", "obs3"]
 
 
 def test_new(adata: anndata.AnnData, tmp_path: Path) -> None:
-    annotated.write_new(adata.obs, tmp_path / "b.h5ad", BESIDE)
+    anndata_out.write_new(adata.obs, tmp_path / "b.h5ad", BESIDE)
     assert check(tmp_path / "b.h5ad").obs["kind"].tolist() == list("abab")
 
 
@@ -104,9 +104,9 @@ def columns_of_many_kinds() -> pd.DataFrame:
 def test_obs_of_any_kind_can_be_written(tmp_path: Path) -> None:
     obs = columns_of_many_kinds()
     before = obs.copy()
-    annotated.write_new(obs, tmp_path / "new.h5ad", BESIDE)
+    anndata_out.write_new(obs, tmp_path / "new.h5ad", BESIDE)
     var = pd.DataFrame(index=["g1", "g2"])
-    annotated.of_matrix(np.ones((4, 2)), obs, var, {}, {}).write_h5ad(tmp_path / "matrix.h5ad")
+    anndata_out.of_matrix(np.ones((4, 2)), obs, var, {}, {}).write_h5ad(tmp_path / "matrix.h5ad")
     pd.testing.assert_frame_equal(obs, before)
     for name in ("new", "matrix"):
         found = anndata.read_h5ad(tmp_path / f"{name}.h5ad").obs
@@ -131,7 +131,9 @@ def test_obs_of_more_text_than_is_kept_as_categories(tmp_path: Path) -> None:
     with CountsFile(tmp_path / "a.h5ad") as counts:
         obs = counts.read_obs(0, number)
     assert isinstance(obs["clone"].dtype, pd.StringDtype)
-    annotated.of_matrix(np.ones((3, 1)), obs[:3], cells.var, {}, {}).write_h5ad(tmp_path / "b.h5ad")
+    anndata_out.of_matrix(np.ones((3, 1)), obs[:3], cells.var, {}, {}).write_h5ad(
+        tmp_path / "b.h5ad"
+    )
     assert anndata.read_h5ad(tmp_path / "b.h5ad").obs["clone"].tolist() == names[:3]
 
 
@@ -141,7 +143,7 @@ def test_counts_in_memory_as_a_file(place: str, adata: anndata.AnnData) -> None:
         adata.raw = adata
     if place != "layers/counts":
         del adata.layers["counts"]
-    with annotated.as_file(adata[1:], None) as path, CountsFile(path) as counts:
+    with anndata_out.as_file(adata[1:], None) as path, CountsFile(path) as counts:
         assert counts.location == place
         assert counts.read_cell_ids(0, 3) == ["c1", "c2", "c3"]
         assert counts.gene_columns()["symbol"] == ["x", "y", "z"]
@@ -152,7 +154,7 @@ def test_counts_in_memory_as_a_file(place: str, adata: anndata.AnnData) -> None:
 def test_what_is_no_anndata_is_refused() -> None:
     with (
         pytest.raises(DataError, match="an AnnData is needed, and this is DataFrame"),
-        annotated.as_file(pd.DataFrame(), None),
+        anndata_out.as_file(pd.DataFrame(), None),
     ):
         pass
 
@@ -164,18 +166,18 @@ def test_obsm_that_cannot_be_used_is_told(adata: anndata.AnnData, tmp_path: Path
     adata.obsm["infinite"] = np.where(values == 3, np.inf, values)
     adata.obsm["huge"] = np.where(values == 3, 1e300, values)
     adata.write_h5ad(path)
-    np.testing.assert_array_equal(annotated.read_obsm(path, "good"), values.astype(np.float32))
+    np.testing.assert_array_equal(anndata_out.read_obsm(path, "good"), values.astype(np.float32))
     for name in ("infinite", "huge"):
         with pytest.raises(DataError, match="1 cells have infinite ones"):
-            annotated.read_obsm(path, name)
+            anndata_out.read_obsm(path, name)
     with pytest.raises(DataError, match="no array 'other' of numbers; it holds good, huge, inf"):
-        annotated.read_obsm(path, "other")
+        anndata_out.read_obsm(path, "other")
     with h5py.File(path, "r+") as file:
         del file["obsm"]
         file["obsm"] = np.ones(3)
     with pytest.raises(DataError, match="it holds nothing"):
-        annotated.read_obsm(path, "good")
+        anndata_out.read_obsm(path, "good")
     path.write_text("no h5ad")
     for wrong in (path, tmp_path, tmp_path / "nowhere"):
         with pytest.raises(DataError, match="from an h5ad file only"):
-            annotated.read_obsm(wrong, "good")
+            anndata_out.read_obsm(wrong, "good")

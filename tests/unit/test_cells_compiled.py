@@ -9,7 +9,7 @@ from typing import Any
 import numba
 import pytest
 
-from geneformer_mcore.cells import compiled as module
+from geneformer_mcore import backends as module
 
 
 def test_without_a_place_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

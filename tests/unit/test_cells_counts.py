@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from geneformer_mcore.cells.counts import CountsFile
-from geneformer_mcore.cells.inputs import open_counts
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.counts import open_counts
+from geneformer_mcore.io.h5ad import CountsFile
 from tests.small_cells import gene_id, random_counts, write_h5ad
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from geneformer_mcore.cells.dictionary import import_dictionary, read_dictionary
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.tokenizer.dictionary import import_dictionary, read_dictionary
 
 MEDIANS = {"ENSG00000000001": 2.5, "ENSG00000000003": 0.5, "ENSG00000000002": 1.0}
 TOKENS = {"<pad>": 0, "<mask>": 1, **{f"ENSG0000000000{i}": i + 1 for i in (1, 2, 3)}}

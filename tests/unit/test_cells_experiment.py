@@ -15,13 +15,11 @@ import tiledbsoma
 import tiledbsoma.io
 from scipy import sparse
 
-from geneformer_mcore.cells import experiment as experiment_module
-from geneformer_mcore.cells import soma_frame, soma_matrix
-from geneformer_mcore.cells.experiment import ExperimentCounts
-from geneformer_mcore.cells.inputs import open_counts
-from geneformer_mcore.cells.joinids import JoinIds
-from geneformer_mcore.cells.soma import soma_context
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io import soma
+from geneformer_mcore.io import soma as experiment_module
+from geneformer_mcore.io.counts import open_counts
+from geneformer_mcore.io.soma import ExperimentCounts, JoinIds, soma_context
 from tests.small_cells import gene_id, random_counts
 from tests.small_experiment import ORGANISM, write_experiment
 
@@ -156,12 +154,12 @@ def test_blocks_are_all_rows(
 def test_an_answer_out_of_order_is_put_in_order(
     census: Path, counts: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = soma_matrix.SomaMatrix._sparse
+    original = soma.SomaMatrix._sparse
 
-    def reversed_parts(matrix: soma_matrix.SomaMatrix, ids: np.ndarray) -> list[object]:
+    def reversed_parts(matrix: soma.SomaMatrix, ids: np.ndarray) -> list[object]:
         return [tuple(a[::-1].copy() for a in part) for part in original(matrix, ids)]
 
-    monkeypatch.setattr(soma_matrix.SomaMatrix, "_sparse", reversed_parts)
+    monkeypatch.setattr(soma.SomaMatrix, "_sparse", reversed_parts)
     with ExperimentCounts(census) as opened:
         np.testing.assert_array_equal(dense_of(opened, 3, 20), counts[3:20])
 
@@ -169,13 +167,13 @@ def test_an_answer_out_of_order_is_put_in_order(
 def test_rows_of_obs_that_come_out_of_order_are_put_in_order(
     census: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = soma_frame.SomaFrame._query
+    original = soma.SomaFrame._query
 
     def reversed_rows(*asked: object) -> pa.Table:
         table = original(*asked)
         return table.take(np.arange(len(table))[::-1])
 
-    monkeypatch.setattr(soma_frame.SomaFrame, "_query", reversed_rows)
+    monkeypatch.setattr(soma.SomaFrame, "_query", reversed_rows)
     with ExperimentCounts(census) as opened:
         assert opened.read_cell_ids(11, 15) == ["a11", "a12", "b0", "b1"]
 
@@ -329,7 +327,7 @@ def test_fingerprint_tells_what_was_written_and_chosen(
 
 
 def test_the_census_is_read_unsigned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("geneformer_mcore.cells.soma._contexts", {})
+    monkeypatch.setattr("geneformer_mcore.io.soma._contexts", {})
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     public = soma_context("s3://bucket/census").tiledb_config

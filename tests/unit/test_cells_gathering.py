@@ -16,16 +16,16 @@ import numpy as np
 import psutil
 import pytest
 
-from geneformer_mcore.cells import gathering
-from geneformer_mcore.cells.corpus import InputOptions
 from geneformer_mcore.errors import LostWorkerError
+from geneformer_mcore.tokenizer import build
+from geneformer_mcore.tokenizer.corpus import InputOptions
 from tests.small_cells import random_counts, write_h5ad
 
 COUNTING = """
 import time
 from data_prep.build_store import main
-from geneformer_mcore.cells import gathering
-from geneformer_mcore.commands import run
+from geneformer_mcore.tokenizer import build as gathering
+from geneformer_mcore.exit_codes import run
 
 def for_ever():
     print("at work", flush=True)
@@ -138,6 +138,6 @@ def test_a_lack_of_memory_is_told_with_the_remedy(
         yield
 
     file = write_h5ad(tmp_path / "a.h5ad", random_counts(np.random.default_rng(0), 20, 10))
-    monkeypatch.setattr(gathering, "_read", read)
+    monkeypatch.setattr(build, "_read", read)
     with pytest.raises(LostWorkerError, match=r"not enough memory \(.*\), while .*--memory-gb"):
-        gathering.gather([file], InputOptions())
+        build.gather([file], InputOptions())

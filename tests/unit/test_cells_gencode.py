@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from scipy import sparse
 
-from geneformer_mcore.cells import gencode
-from geneformer_mcore.cells.corpus import InputOptions, find_genes
-from geneformer_mcore.cells.gathering import build_vocabulary
-from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.tokenizer import gencode
+from geneformer_mcore.tokenizer.build import build_vocabulary
+from geneformer_mcore.tokenizer.corpus import InputOptions, find_genes
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from tests.small_cells import gene_id, vocabulary_of, write_h5ad
 
 TABLE = f"{gene_id(1)},TP53,2,1396,x\n{gene_id(2)},MYC,6,632,x\n".encode()

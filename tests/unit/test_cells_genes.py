@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from geneformer_mcore.cells.genes import (
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.tokenizer.genes import (
     GeneIds,
     clean_id,
     find_gene_ids,
@@ -16,8 +17,7 @@ from geneformer_mcore.cells.genes import (
     map_genes,
     names_as_symbols,
 )
-from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from tests.small_cells import gene_id, vocabulary_of
 
 

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from geneformer_mcore.cells import compressed, dense, turned
-from geneformer_mcore.cells.matrix import StoredMatrix, is_matrix, open_matrix
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io import h5ad
+from geneformer_mcore.io.h5ad import StoredMatrix, is_matrix, open_matrix
 from tests.small_cells import random_counts
 
 SHAPE = (41, 23)
@@ -73,9 +73,9 @@ def test_rows_are_the_matrix(
     kind: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dense, "BAND_BYTES", 300)
-    monkeypatch.setattr(turned, "RANGE_ENTRIES", 40)
-    monkeypatch.setattr(turned, "BATCH_ENTRIES", 33)
+    monkeypatch.setattr(h5ad, "BAND_BYTES", 300)
+    monkeypatch.setattr(h5ad, "RANGE_ENTRIES", 40)
+    monkeypatch.setattr(h5ad, "BATCH_ENTRIES", 33)
     typed = counts.astype(kind)
     matrix = open_matrix(store(file, typed, form), "X")
     assert matrix.shape == SHAPE
@@ -103,9 +103,9 @@ def test_turned_whatever_the_sizes_of_ranges_and_batches(
         pytest.MonkeyPatch.context() as patch,
         h5py.File("memory", "w", driver="core", backing_store=False) as file,
     ):
-        patch.setattr(turned, "RANGE_ENTRIES", ranges)
-        patch.setattr(turned, "BATCH_ENTRIES", batch)
-        patch.setattr(dense, "BAND_BYTES", 300)
+        patch.setattr(h5ad, "RANGE_ENTRIES", ranges)
+        patch.setattr(h5ad, "BATCH_ENTRIES", batch)
+        patch.setattr(h5ad, "BAND_BYTES", 300)
         matrix = open_matrix(store(file, counts, form), "X")
         for start, stop in ((0, 41), (11, 30), (0, 1), (leading, leading + 1), (40, 41)):
             np.testing.assert_array_equal(rows_of(matrix, start, stop), counts[start:stop])
@@ -120,9 +120,9 @@ def test_turned_on_disk(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(turned, "IN_MEMORY_BYTES", 100)
-    monkeypatch.setattr(turned, "RANGE_ENTRIES", 40)
-    monkeypatch.setattr(dense, "BAND_BYTES", 300)
+    monkeypatch.setattr(h5ad, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(h5ad, "RANGE_ENTRIES", 40)
+    monkeypatch.setattr(h5ad, "BAND_BYTES", 300)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     matrix = open_matrix(store(file, counts, form), "X")
     assert matrix.is_sequential
@@ -135,7 +135,7 @@ def test_turned_on_disk(
 def test_no_room_to_turn_on_disk(
     file: h5py.File, counts: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turned, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(h5ad, "IN_MEMORY_BYTES", 100)
     full = shutil.disk_usage(tempfile.gettempdir())._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
     matrix = open_matrix(store(file, counts, "csc"), "a.h5ad: X")
@@ -150,7 +150,7 @@ def test_a_disk_that_fills_while_it_is_turned(
         def write(self, raw: object) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(turned, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(h5ad, "IN_MEMORY_BYTES", 100)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
     matrix = open_matrix(store(file, counts, "csc"), "a.h5ad: X")
     with pytest.raises(DataError, match=r"a\.h5ad: X lies by columns.*No space left.*TMPDIR"):
@@ -169,9 +169,9 @@ def test_what_is_small_or_lies_by_rows_is_not_sequential(
 def test_blocks_fit_the_budget(
     file: h5py.File, counts: np.ndarray, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (dense, turned):
+    for module in (h5ad, h5ad):
         monkeypatch.setattr(module, "BLOCK_ENTRIES", 60)
-    monkeypatch.setattr(dense, "BAND_BYTES", 300)
+    monkeypatch.setattr(h5ad, "BAND_BYTES", 300)
     matrix = open_matrix(store(file, counts, form), "X")
     start, sizes = 0, []
     while start < 41:
@@ -187,7 +187,7 @@ def test_blocks_fit_the_budget(
 def test_a_row_longer_than_the_budget_is_a_block_of_its_own(
     file: h5py.File, counts: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (dense, turned):
+    for module in (h5ad, h5ad):
         monkeypatch.setattr(module, "BLOCK_ENTRIES", 1)
     for form in ("csr", "csc", "dense"):
         matrix = open_matrix(store(file, counts, form), "X")
@@ -246,4 +246,4 @@ def test_the_index_takes_what_the_file_says(file: h5py.File, counts: np.ndarray)
     group["indptr"][3] = 10**6
     with pytest.raises(DataError, match=r"X is damaged: an index \(indptr\)"):
         open_matrix(group, "X")
-    assert compressed.encoding_of(group) == "csc"
+    assert h5ad.encoding_of(group) == "csc"

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from geneformer_mcore.cells import gathering
-from geneformer_mcore.cells.corpus import InputOptions, describe_other_ids
-from geneformer_mcore.cells.gathering import build_vocabulary, gather, merge_parts
-from geneformer_mcore.cells.sketch import RELATIVE_ERROR
-from geneformer_mcore.cells.tally import FileRecord, Tally
-from geneformer_mcore.cells.tally_file import load_tally, save_tally
-from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.tokenizer import build
+from geneformer_mcore.tokenizer.build import build_vocabulary, gather, merge_parts
+from geneformer_mcore.tokenizer.corpus import InputOptions, describe_other_ids
+from geneformer_mcore.tokenizer.medians import RELATIVE_ERROR
+from geneformer_mcore.tokenizer.tally import FileRecord, Tally, load_tally, save_tally
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from tests.small_cells import block_of, gene_id, random_counts, write_h5ad
 
 NEVER_GB = 1e-7
@@ -137,7 +136,7 @@ def test_workers_parts_and_order_do_not_matter(
     assert whole.origin is not None
     assert (whole.origin["method"], whole.origin["cells"]) == (method, 126)
     assert whole.origin["files"][1] == {"name": "1.h5ad", "cells": 31}
-    monkeypatch.setattr("geneformer_mcore.cells.gathering.ROWS_PER_UNIT", 7)
+    monkeypatch.setattr("geneformer_mcore.tokenizer.build.ROWS_PER_UNIT", 7)
     seen = []
     by_workers = build_vocabulary(
         corpus[::-1], options, memory_gb, workers=2, progress=lambda *news: seen.append(news)
@@ -270,12 +269,12 @@ def test_changed_parts_are_refused(corpus: list[Path], tmp_path: Path) -> None:
 def test_workers_share_the_room_for_values(
     corpus: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    units = [gathering.Unit(str(corpus[0]), 0, 30)]
+    units = [build.Unit(str(corpus[0]), 0, 30)]
     for held_by_others, is_exact in ((0, True), (1_000, False)):
         shared = [Value("q", number) for number in (0, 0, held_by_others)]
-        monkeypatch.setattr(gathering, "_worker", gathering._Worker())
-        gathering._become_worker(units, InputOptions(), 1_000, *shared)
-        tally = gathering._work()
+        monkeypatch.setattr(build, "_worker", build._Worker())
+        build._become_worker(units, InputOptions(), 1_000, *shared)
+        tally = build._work()
         assert (tally.cells, tally.collector.is_exact) == (30, is_exact)
         assert shared[1].value == 30
         assert shared[2].value == held_by_others + tally.collector.num_values
@@ -284,7 +283,7 @@ def test_workers_share_the_room_for_values(
 def test_parts_of_another_version_are_refused(
     corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("geneformer_mcore.cells.tally_file.VERSION", 2)
+    monkeypatch.setattr("geneformer_mcore.tokenizer.tally.VERSION", 2)
     save_tally(gather(corpus[:1], InputOptions()), tmp_path / "a.npz")
     monkeypatch.undo()
     with pytest.raises(DataError, match="version 2, this program reads 1"):

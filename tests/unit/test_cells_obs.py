@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geneformer_mcore.cells import obs as obs_module
-from geneformer_mcore.cells.obs import StoredFrame
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io import frames as obs_module
+from geneformer_mcore.io.frames import StoredFrame
 
 NUM_ROWS = 11
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from geneformer_mcore.cells.output import check_output, whole_file
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.files import check_output, whole_file
 
 
 def test_a_new_file_in_new_folders_is_fine_and_nothing_is_made(tmp_path: Path) -> None:

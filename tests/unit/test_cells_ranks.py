@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from geneformer_mcore.cells.counts import CountsFile
-from geneformer_mcore.cells.dictionary import import_dictionary
-from geneformer_mcore.cells.genes import find_gene_ids, map_genes
-from geneformer_mcore.cells.normalise import CountBlock
-from geneformer_mcore.cells.ranks import RankedCells, RankEncoder
-from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.contracts import CLS, NUM_SPECIALS
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.blocks import CountBlock
+from geneformer_mcore.io.h5ad import CountsFile
+from geneformer_mcore.tokenizer.dictionary import import_dictionary
+from geneformer_mcore.tokenizer.genes import find_gene_ids, map_genes
+from geneformer_mcore.tokenizer.rank_encoder import RankedCells, RankEncoder
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from geneformer_mcore.types import CLS, NUM_SPECIALS
 from tests.small_cells import block_of, plain_tokens, random_counts, vocabulary_of
 
 

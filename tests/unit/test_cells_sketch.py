@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geneformer_mcore.cells.medians import MedianCollector
-from geneformer_mcore.cells.sketch import RELATIVE_ERROR, Histograms
+from geneformer_mcore.tokenizer.medians import RELATIVE_ERROR, Histograms, MedianCollector
 
 NUM_GENES = 3
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from geneformer_mcore.cells.vocabulary import MAX_TOKENS, Vocabulary
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.tokenizer.vocabulary import MAX_TOKENS, Vocabulary
 from tests.small_cells import gene_id, vocabulary_of
 
 

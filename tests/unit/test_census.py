@@ -18,15 +18,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from geneformer_mcore.cells import census
-from geneformer_mcore.cells.census import CARD_FILTER, Release, find_release
-from geneformer_mcore.cells.outside import is_network_fault
 from geneformer_mcore.errors import DataError, MissingBackendError, NetworkError
-from geneformer_mcore.store import census_units
-from geneformer_mcore.store.census_plan import CensusPlan, Selection, make_plan, prepare_plan
-from geneformer_mcore.store.census_units import Fetching, fetch_units, find_missing
-from geneformer_mcore.store.dataset_table import read_dataset_table
-from geneformer_mcore.store.retry import Retry
+from geneformer_mcore.io import census
+from geneformer_mcore.io.census import CARD_FILTER, Release, find_release
+from geneformer_mcore.io.retry import Retry, is_network_fault
+from geneformer_mcore.store import census_download
+from geneformer_mcore.store.census_download import (
+    CensusPlan,
+    Fetching,
+    Selection,
+    fetch_units,
+    find_missing,
+    make_plan,
+    prepare_plan,
+)
+from geneformer_mcore.store.split.dataset_table import read_dataset_table
 from tests.small_cells import gene_id, random_counts
 from tests.small_experiment import write_experiment
 
@@ -224,7 +230,7 @@ def test_network_faults_are_tried_again(
 ) -> None:
     plan = plan_of(address, cells_per_unit=100)
     failing = Failing({"a": 2})
-    monkeypatch.setattr(census_units, "fetch_cells", failing)
+    monkeypatch.setattr(census_download, "fetch_cells", failing)
     told: list[tuple[str, int, int]] = []
     fetching = Fetching.of(plan, tmp_path / "out", AT_ONCE)
     outcome = fetch_units(fetching, plan.units, progress=lambda *news: told.append(news))
@@ -245,7 +251,7 @@ def test_a_unit_that_fails_keeps_no_other_back(
 ) -> None:
     plan = plan_of(address, cells_per_unit=100)
     fetching = Fetching.of(plan, tmp_path / "out", AT_ONCE)
-    monkeypatch.setattr(census_units, "fetch_cells", Failing({"a": 9}))
+    monkeypatch.setattr(census_download, "fetch_cells", Failing({"a": 9}))
     outcome = fetch_units(fetching, plan.units)
     assert (outcome.fetched, outcome.not_begun, outcome.wrong) == (2, 0, [])
     assert outcome.network[0].startswith("a: failed 3 times, last with: ")
@@ -253,7 +259,7 @@ def test_a_unit_that_fails_keeps_no_other_back(
     assert not list((tmp_path / "out").glob(".*"))
     # What is wrong with the data is not tried again.
     failing = Failing({"a": 9}, ValueError("a count of -1"))
-    monkeypatch.setattr(census_units, "fetch_cells", failing)
+    monkeypatch.setattr(census_download, "fetch_cells", failing)
     outcome = fetch_units(fetching, plan.units)
     assert (outcome.fetched, outcome.network, failing.calls) == (0, [], 1)
     assert "cannot be read" in outcome.wrong[0]
@@ -263,12 +269,12 @@ def test_it_stops_when_the_network_is_gone(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(address)
-    monkeypatch.setattr(census_units, "fetch_cells", Failing(dict.fromkeys("abd", 99)))
+    monkeypatch.setattr(census_download, "fetch_cells", Failing(dict.fromkeys("abd", 99)))
     outcome = fetch_units(Fetching.of(plan, tmp_path / "out", AT_ONCE), plan.units)
     assert (len(outcome.network), outcome.not_begun) == (3, 3)
     # As many failures, one in between that does not fail: the network is there.
     some = Failing({30: 99, 40: 99, 0: 99, 20: 99})
-    monkeypatch.setattr(census_units, "fetch_cells", some)
+    monkeypatch.setattr(census_download, "fetch_cells", some)
     outcome = fetch_units(Fetching.of(plan, tmp_path / "out", AT_ONCE), plan.units)
     assert (len(outcome.network), outcome.fetched, outcome.not_begun) == (4, 2, 0)
 
@@ -296,7 +302,7 @@ def test_it_stops_when_the_disk_is_full(
             raise failure
         write(cells, path, **options)
 
-    monkeypatch.setattr(census_units, "fetch_cells", fetched)
+    monkeypatch.setattr(census_download, "fetch_cells", fetched)
     with monkeypatch.context() as patch:
         patch.setattr(anndata.AnnData, "write_h5ad", fail)
         outcome = fetch_units(fetching, plan.units)

@@ -10,7 +10,7 @@ import pytest
 
 from geneformer_mcore.checkpoint import folder
 from geneformer_mcore.errors import CheckpointError
-from geneformer_mcore.store.sealed_json import write_sealed
+from geneformer_mcore.io.files import write_sealed
 
 RENAME = Path.rename
 

@@ -14,7 +14,7 @@ from geneformer_mcore.checkpoint.record import (
     Record,
     best_step,
     check_continues,
-    hidden_values,
+    interpolated_values,
 )
 from geneformer_mcore.config import load
 from geneformer_mcore.errors import CheckpointError
@@ -113,7 +113,7 @@ def test_a_value_behind_an_interpolation_must_not_change(monkeypatch: pytest.Mon
     def identity(seed: str) -> Identity:
         monkeypatch.setenv("RUN_SEED", seed)
         config, written = load(None, ["train.seed=${oc.decode:${oc.env:RUN_SEED}}"])
-        return Identity(written, hidden_values(config, written), "v", "c")
+        return Identity(written, interpolated_values(config, written), "v", "c")
 
     recorded = replace(RECORDED, identity=identity("1"))
     check_continues(recorded, identity("1"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from geneformer_mcore.contracts import CellViews, RaggedCells
+from geneformer_mcore.types import CellViews, RaggedCells
 
 CELLS = RaggedCells(
     np.array([0, 7, 9, 0, 8, 0, 6, 5], np.uint16),

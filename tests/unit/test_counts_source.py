@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.contracts import CLS
+from geneformer_mcore.data import counts_source
+from geneformer_mcore.data.counts_source import CountsSource, find_inputs
+from geneformer_mcore.data.loader import Feed, Share
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.data.sampler import Sampler
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.feed import counts_source
-from geneformer_mcore.feed.counts_source import CountsSource, find_inputs
-from geneformer_mcore.feed.loader import Feed, Share
-from geneformer_mcore.feed.masks import Masking
-from geneformer_mcore.feed.order import Order
-from geneformer_mcore.store.ingest import build_store
+from geneformer_mcore.store.ingest.build import build_store
 from geneformer_mcore.store.reader import TokenStore
-from geneformer_mcore.store.split import SPLITS, RandomSplit
+from geneformer_mcore.store.split.table import SPLITS, RandomSplit
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from geneformer_mcore.types import CLS
 from tests.unit.test_feed_stream import sights
 
 GENES = [f"ENSG{number:011d}" for number in range(60)]
@@ -83,7 +83,7 @@ def test_the_stream_shows_the_same_cells_under_the_same_masks(
         start, stop = cells.rows("train")
         masking = Masking(0.15, (0.8, 0.02, 0.18), VOCABULARY.size, 5)
         share = Share(1, 1, 0, 1)
-        each = Feed(cells, Order(start, stop - start, 16, 2, 9), masking, share, SEQ_LENGTH, 8)
+        each = Feed(cells, Sampler(start, stop - start, 16, 2, 9), masking, share, SEQ_LENGTH, 8)
         seen = [s for i in range(stop - start) for batch in each.step(i) for s in sights(batch)]
         assert len(dict(seen)) == len(seen), "each cell once"
         return dict(seen)

@@ -10,8 +10,8 @@ from scipy import sparse
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
 
-from geneformer_mcore.downstream import cross_validation
-from geneformer_mcore.downstream.cross_validation import FOREST, Features, Scheme
+from geneformer_mcore.celltypes import cross_validation
+from geneformer_mcore.celltypes.cross_validation import FOREST, Features, Scheme
 from geneformer_mcore.errors import DataError
 
 NUM_CELLS, NUM_GENES = 90, 40

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from geneformer_mcore.parallel import device
+from geneformer_mcore.distributed import device
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from geneformer_mcore.parallel import groups
-from geneformer_mcore.parallel.groups import Topology
+from geneformer_mcore.distributed import groups
+from geneformer_mcore.distributed.groups import Topology
 
 TENSOR, PIPELINE, DATA = 2, 3, 4
 

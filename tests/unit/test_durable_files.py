@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from geneformer_mcore.checkpoint import folder as checkpoints
-from geneformer_mcore.contracts import RaggedCells
 from geneformer_mcore.metrics.sinks import drop_later_steps
-from geneformer_mcore.store import flat
+from geneformer_mcore.store import local_cache
+from geneformer_mcore.store.ingest.staging import StagedFolder
 from geneformer_mcore.store.layout import MANIFEST_FILE
-from geneformer_mcore.store.staging import StagedFolder
-from geneformer_mcore.train.run_folder import RunFolder
+from geneformer_mcore.training.run_folder import RunFolder
+from geneformer_mcore.types import RaggedCells
 
 Calls = list[tuple[str, str]]
 
@@ -88,7 +88,7 @@ class OneCell:
 
 
 def test_flat_copy(tmp_path: Path, calls: Calls) -> None:
-    copy = flat.ensure(OneCell(), "c" * 64, 2, tmp_path)
+    copy = local_cache.ensure(OneCell(), "c" * 64, 2, tmp_path)
     partial = copy.folder.with_name(f".{copy.folder.name}.partial")
     paths = {str(partial), *(str(partial / path.name) for path in copy.folder.iterdir())}
     assert paths <= synced_before(calls, copy.folder)

@@ -7,17 +7,16 @@ import itertools
 import numpy as np
 import pytest
 
-from geneformer_mcore.contracts import CLS, MASK, NUM_SPECIALS, PAD, RaggedCells
-from geneformer_mcore.feed.batch import make_batch, padded_length, truncate
-from geneformer_mcore.feed.control import ShuffledGenes
-from geneformer_mcore.feed.masks import Masking
-from geneformer_mcore.feed.order import Order
+from geneformer_mcore.data.collate import PermutedGenes, make_batch, padded_length, truncate
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.data.sampler import Sampler
+from geneformer_mcore.types import CLS, MASK, NUM_SPECIALS, PAD, RaggedCells
 from tests.unit.identified_cells import MASKING, VOCABULARY, Cells, cell, feed, ragged, views
 
 
 @pytest.mark.parametrize("num_cells", [1, 7, 8, 9, 100, 1000])
 def test_each_epoch_sees_each_cell_once_in_an_order_of_its_own(num_cells: int) -> None:
-    order = Order(5, num_cells, span_cells=8, window_spans=3, seed=7)
+    order = Sampler(5, num_cells, span_cells=8, window_spans=3, seed=7)
     rows, epochs = order.rows(0, 3 * num_cells)
     for epoch in range(3):
         seen = rows[epochs == epoch]
@@ -27,14 +26,14 @@ def test_each_epoch_sees_each_cell_once_in_an_order_of_its_own(num_cells: int) -
 
 
 def test_the_order_can_be_asked_from_anywhere() -> None:
-    order = Order(0, 100, span_cells=8, window_spans=3, seed=7)
+    order = Sampler(0, 100, span_cells=8, window_spans=3, seed=7)
     whole, _ = order.rows(0, 500)
     for start, stop in itertools.pairwise([0, 1, 17, 99, 100, 101, 333, 500]):
         assert np.array_equal(order.rows(start, stop)[0], whole[start:stop])
 
 
 def test_the_order_is_the_seeds() -> None:
-    orders = [Order(0, 1000, 8, 3, seed).rows(0, 1000)[0] for seed in (7, 7, 8)]
+    orders = [Sampler(0, 1000, 8, 3, seed).rows(0, 1000)[0] for seed in (7, 7, 8)]
     assert np.array_equal(orders[0], orders[1])
     assert not np.array_equal(orders[0], orders[2])
 
@@ -42,7 +41,7 @@ def test_the_order_is_the_seeds() -> None:
 def test_the_order_never_changes() -> None:
     """A golden, because the order is part of every checkpoint's meaning: another one would break
     exact resume. It is what this very line gave at version 0.1.0; print it to make it again."""
-    assert Order(0, 20, 4, 2, 7).rows(0, 20)[0].tolist() == GOLDEN_ORDER
+    assert Sampler(0, 20, 4, 2, 7).rows(0, 20)[0].tolist() == GOLDEN_ORDER
 
 
 def test_masks_never_change() -> None:
@@ -188,13 +187,13 @@ def test_spans_are_read_whole_and_once_per_epoch() -> None:
 
 def test_the_control_shuffles_genes_within_each_cell() -> None:
     source = Cells(60)
-    plain, shuffled = source.read(40, 60), ShuffledGenes(source, 1, 64).read(40, 60)
+    plain, shuffled = source.read(40, 60), PermutedGenes(source, 1, 64).read(40, 60)
     assert np.array_equal(plain.offsets, shuffled.offsets)
     for start, stop in itertools.pairwise(plain.offsets):
         assert shuffled.tokens_T[start] == CLS
         assert sorted(plain.tokens_T[start:stop]) == sorted(shuffled.tokens_T[start:stop])
     assert (plain.tokens_T != shuffled.tokens_T).mean() > 0.8
-    part = ShuffledGenes(source, 1, 64).read(45, 46)
+    part = PermutedGenes(source, 1, 64).read(45, 46)
     first = plain.offsets[5]
     assert np.array_equal(part.tokens_T, shuffled.tokens_T[first : first + len(part.tokens_T)])
 

@@ -13,17 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nvidia.dali import Pipeline
 
-from geneformer_mcore import backends, commands
-from geneformer_mcore.contracts import CLS, MASK, NUM_SPECIALS, Batch, CellViews
+from geneformer_mcore import backends, exit_codes
+from geneformer_mcore.data import collate
+from geneformer_mcore.data import collate as batch_module
+from geneformer_mcore.data.collate import Collator, make_batch, make_batch_plainly
+from geneformer_mcore.data.dali import DaliBatches, MaskingPipeline
+from geneformer_mcore.data.loader import Feed, Share
+from geneformer_mcore.data.masking import VALIDATION_EPOCH, Masking
+from geneformer_mcore.data.sampler import Sampler
 from geneformer_mcore.errors import MissingBackendError
-from geneformer_mcore.feed import batch as batch_module
-from geneformer_mcore.feed import kernels
-from geneformer_mcore.feed.batch import BatchMaker, make_batch, make_batch_plainly
-from geneformer_mcore.feed.dali import DaliBatches
-from geneformer_mcore.feed.dali_pipeline import MaskingPipeline
-from geneformer_mcore.feed.loader import Feed, Share
-from geneformer_mcore.feed.masks import VALIDATION_EPOCH, Masking
-from geneformer_mcore.feed.order import Order
+from geneformer_mcore.types import CLS, MASK, NUM_SPECIALS, Batch, CellViews
 from tests.unit.identified_cells import MASKING, Cells
 
 CPU = torch.device("cpu")
@@ -67,7 +66,7 @@ def assert_equal(ours: Batch, expected: Batch) -> None:
     assert np.array_equal(ours.keys_N, expected.keys_N)
 
 
-def same_of(maker: BatchMaker, lengths: list[int], masking: Masking, num_positions: int) -> Batch:
+def same_of(maker: Collator, lengths: list[int], masking: Masking, num_positions: int) -> Batch:
     """A batch of random cells, all of which count, after it was found equal to the default's."""
     rng = np.random.default_rng(sum(lengths))
     cells = scattered(rng, lengths, masking.vocabulary_size)
@@ -134,8 +133,8 @@ def test_threads_may_share_a_maker(dali: DaliBatches) -> None:
             pass
 
 
-def feed_of(maker: BatchMaker, seq_length: int, data_size: int = 1) -> Feed:
-    order = Order(0, 100, span_cells=8, window_spans=3, seed=7)
+def feed_of(maker: Collator, seq_length: int, data_size: int = 1) -> Feed:
+    order = Sampler(0, 100, span_cells=8, window_spans=3, seed=7)
     share = Share(24, micro_batch_size=4, data_rank=data_size - 1, data_size=data_size)
     return Feed(Cells(100), order, MASKING, share, seq_length, 8, maker)
 
@@ -203,7 +202,7 @@ def test_it_is_dali_that_masks_and_pads(monkeypatch: pytest.MonkeyPatch) -> None
     run = Pipeline.run
     monkeypatch.setattr(Pipeline, "run", spied)
     monkeypatch.setattr(Masking, "apply", forbidden)
-    monkeypatch.setattr(kernels, "fill_batch", forbidden)
+    monkeypatch.setattr(collate, "fill_batch", forbidden)
     for name in ("make_batch", "make_batch_plainly", "_make_compiled"):
         monkeypatch.setattr(batch_module, name, forbidden)
     assert_equal(DaliBatches(CPU)(*asked), expected)
@@ -274,8 +273,8 @@ def test_a_missing_dali_is_the_users_to_install(capsys: pytest.CaptureFixture[st
     with pytest.raises(MissingBackendError, match="pip install nvidia-dali-cuda130"):
         DaliBatches(CPU)
     with pytest.raises(SystemExit) as ended:
-        commands.run(lambda: DaliBatches(CPU) and 0)
-    assert ended.value.code == commands.WRONG_INPUT == 2
+        exit_codes.run(lambda: DaliBatches(CPU) and 0)
+    assert ended.value.code == exit_codes.WRONG_INPUT == 2
     assert "data.loader=thread" in capsys.readouterr().err
 
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geneformer_mcore.contracts import CellViews, RaggedCells
+from geneformer_mcore.data import packing
+from geneformer_mcore.data.loader import Budget, Feed, Share
+from geneformer_mcore.data.packing import Packing, imbalance, pack
+from geneformer_mcore.data.sampler import Sampler
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.feed import packing
-from geneformer_mcore.feed.loader import Budget, Feed, Share
-from geneformer_mcore.feed.order import Order
-from geneformer_mcore.feed.packing import Packing, imbalance, pack
+from geneformer_mcore.types import CellViews, RaggedCells
 from tests.unit.identified_cells import MASKING
 
 SEQ_LENGTH = 2048
@@ -201,7 +201,7 @@ def test_a_rank_touches_no_cell_of_another(rng: np.random.Generator) -> None:
     for rank in range(4):
         source = KnowingCells(lengths)
         share = Share(96, 8, rank, 4)
-        feed = Feed(source, Order(0, 96, 8, 3, 7), MASKING, share, 50, 1, budget=Budget(400))
+        feed = Feed(source, Sampler(0, 96, 8, 3, 7), MASKING, share, 50, 1, budget=Budget(400))
         batches = feed.step(0)
         keys = {int(key) for batch in batches for key in batch.keys_N}
         assert source.touched == keys

@@ -14,15 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geneformer_mcore.contracts import NUM_SPECIALS, Batch, KnownLengths, RaggedCells, TokenSource
-from geneformer_mcore.feed.batch import BatchMaker, make_batch, make_batch_plainly
-from geneformer_mcore.feed.loader import Budget, Feed, Share
-from geneformer_mcore.feed.masks import Masking
-from geneformer_mcore.feed.order import Order
-from geneformer_mcore.feed.places import cells_of
-from geneformer_mcore.store import flat
+from geneformer_mcore.data.collate import Collator, cells_of, make_batch, make_batch_plainly
+from geneformer_mcore.data.loader import Budget, Feed, Share
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.data.sampler import Sampler
+from geneformer_mcore.store import local_cache
 from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.types import NUM_SPECIALS, Batch, KnownLengths, RaggedCells, TokenSource
 from tests.distributed.ranks import run_ranks
 from tests.small_store import write_small_store
 from tests.unit.identified_cells import (
@@ -61,10 +60,10 @@ def stream_hash(
     size: int,
     prefetch: int,
     steps: int = 45,
-    maker: BatchMaker = make_batch,
+    maker: Collator = make_batch,
 ) -> str:
     """Of the cells and masks of all ranks, step after step, in the order of the global batch."""
-    order = Order(0, NUM_CELLS, span_cells=8, window_spans=3, seed=7)
+    order = Sampler(0, NUM_CELLS, span_cells=8, window_spans=3, seed=7)
     feeds = [
         Feed(source, order, MASKING, Share(BATCH, BATCH // size, rank, size), 64, 16, maker)
         for rank in range(size)
@@ -94,10 +93,10 @@ def test_one_stream_over_ranks_and_prefetching(truth: str, size: int, prefetch: 
 
 
 def steps_of(
-    source: TokenSource, size: int, budget: Budget | None, maker: BatchMaker = make_batch
+    source: TokenSource, size: int, budget: Budget | None, maker: Collator = make_batch
 ) -> Iterator[list[tuple[int, bytes]]]:
     """The cells and masks of all ranks, step after step, sorted."""
-    order = Order(0, NUM_CELLS, span_cells=8, window_spans=3, seed=7)
+    order = Sampler(0, NUM_CELLS, span_cells=8, window_spans=3, seed=7)
     share = [Share(BATCH, BATCH // size, rank, size) for rank in range(size)]
     feeds = [Feed(source, order, MASKING, each, 64, 16, maker, budget) for each in share]
     for position in range(0, 45 * BATCH, BATCH):
@@ -130,7 +129,7 @@ def test_packed_steps_that_straddle_windows(
     size: int, global_batch: int, window_spans: int
 ) -> None:
     """A rank's cells come in the order of its micro batches, newer windows before older ones."""
-    order = Order(0, NUM_CELLS, span_cells=16, window_spans=window_spans, seed=3)
+    order = Sampler(0, NUM_CELLS, span_cells=16, window_spans=window_spans, seed=3)
     sources = Spanned(NUM_CELLS), Cells(NUM_CELLS)
     assert [isinstance(source, KnownLengths) for source in sources] == [True, False]
     for rank in range(size):
@@ -146,7 +145,7 @@ def test_packed_steps_that_straddle_windows(
 
 
 def test_packed_batches_are_full() -> None:
-    order = Order(0, NUM_CELLS, span_cells=8, window_spans=3, seed=7)
+    order = Sampler(0, NUM_CELLS, span_cells=8, window_spans=3, seed=7)
     feed = Feed(Cells(NUM_CELLS), order, MASKING, Share(BATCH, 1, 0, 1), 64, 8, budget=Budget(200))
     for position in range(0, 10 * BATCH, BATCH):
         batches = feed.step(position)
@@ -193,12 +192,12 @@ def source(
 ) -> TokenSource:
     if request.param == "flat copy":
         manifest, cache = store.manifest, tmp_path_factory.mktemp("cache")
-        return flat.ensure(store, manifest.content_hash, manifest.tokens, cache)
+        return local_cache.ensure(store, manifest.content_hash, manifest.tokens, cache)
     return store
 
 
 def assert_packed_is_padded(
-    source: TokenSource, store: TokenStore, maker: BatchMaker = make_batch
+    source: TokenSource, store: TokenStore, maker: Collator = make_batch
 ) -> None:
     padded = steps_of(store, 1, None)
     for packed, wanted in zip(steps_of(source, 3, Budget(150), maker), padded, strict=True):
@@ -217,7 +216,7 @@ def test_one_stream_over_ranks_and_sources(
 
 
 def stream_by_dali(path: Path, sizes: tuple[int, ...]) -> list[str]:
-    from geneformer_mcore.feed.dali import DaliBatches
+    from geneformer_mcore.data.dali import DaliBatches
 
     maker = DaliBatches(torch.device("cpu"))
     with TokenStore.open(path) as store:
@@ -290,7 +289,7 @@ def test_a_rank_reads_only_the_spans_it_meets(size: int, spans_per_window: int) 
     """Of every full window of eight spans; no span twice in an epoch, but by ranks that share it
     (three ranks share all)."""
     sources = [Cells(16 * 64) for _ in range(size)]
-    order = Order(0, 16 * 64, span_cells=16, window_spans=8, seed=3)
+    order = Sampler(0, 16 * 64, span_cells=16, window_spans=8, seed=3)
     for rank, source in enumerate(sources):
         each = Feed(source, order, MASKING, Share(24, 24 // size, rank, size), 64, 16)
         for step in range(16 * 64 // 24):
@@ -299,7 +298,7 @@ def test_a_rank_reads_only_the_spans_it_meets(size: int, spans_per_window: int) 
 
 
 def test_a_batch_mixes_as_many_spans_as_a_window_holds() -> None:
-    order = Order(0, 64 * 64, span_cells=64, window_spans=16, seed=3)
+    order = Sampler(0, 64 * 64, span_cells=64, window_spans=16, seed=3)
     rows, _ = order.rows(0, 64 * 64)
     spans = (rows // 64).reshape(-1, 32)
     assert min(len(np.unique(batch)) for batch in spans) == 16
@@ -311,7 +310,7 @@ def test_a_batch_mixes_as_many_spans_as_a_window_holds() -> None:
 def test_a_batch_larger_than_several_windows_is_whole() -> None:
     """More spans at once than two windows hold: the pool grows, and gives the same cells."""
     source = Cells(200)
-    order = Order(0, 200, span_cells=8, window_spans=1, seed=5)
+    order = Sampler(0, 200, span_cells=8, window_spans=1, seed=5)
     each = Feed(source, order, MASKING, Share(72, 72, 0, 1), 64, 16)
     seen = [key for step in range(3) for b in each.step(step * 72) for key in b.keys_N.tolist()]
     assert seen == order.rows(0, 216)[0].tolist()
@@ -321,8 +320,8 @@ def test_a_batch_larger_than_several_windows_is_whole() -> None:
 
 
 def test_cells_are_cut_to_seq_length_wherever_they_come_from(tmp_path) -> None:
-    copy = flat.ensure(Cells(NUM_CELLS), "d" * 64, 10**5, tmp_path)
-    order = Order(0, NUM_CELLS, 8, 3, 7)
+    copy = local_cache.ensure(Cells(NUM_CELLS), "d" * 64, 10**5, tmp_path)
+    order = Sampler(0, NUM_CELLS, 8, 3, 7)
     share = Share(BATCH, BATCH, 0, 1)
     short, from_copy = (
         Feed(source, order, MASKING, share, 20, 4) for source in (Cells(NUM_CELLS), copy)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from geneformer_mcore.contracts import RaggedCells
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store import flat
+from geneformer_mcore.store import local_cache
+from geneformer_mcore.types import RaggedCells
 from tests.distributed.ranks import context
 from tests.unit.identified_cells import Cells, cell
 
@@ -19,8 +19,8 @@ HASH = "ab" * 32
 NUM_CELLS = 3000  # three blocks
 
 
-def ensure(cache: Path, source: Cells | None = None) -> flat.FlatCopy:
-    return flat.ensure(source or Cells(NUM_CELLS), HASH, 10**6, cache)
+def ensure(cache: Path, source: Cells | None = None) -> local_cache.FlatCopy:
+    return local_cache.ensure(source or Cells(NUM_CELLS), HASH, 10**6, cache)
 
 
 def test_a_copy_holds_the_cells(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_truncated_tokens_are_noticed_when_opened(tmp_path: Path) -> None:
     folder = ensure(tmp_path).folder
     _harm(folder / "tokens.bin", "truncate")
     with pytest.raises(DataError, match=r"is not [\d,]+ bytes long"):
-        flat.FlatCopy(folder, HASH)
+        local_cache.FlatCopy(folder, HASH)
 
 
 def test_no_flipped_bit_is_read(tmp_path: Path) -> None:
@@ -88,13 +88,13 @@ def test_no_view_of_a_flipped_bit_is_given(tmp_path: Path) -> None:
     folder = ensure(tmp_path).folder
     _harm(folder / "tokens.bin", "flip", 0)
     with pytest.raises(DataError, match="do not fit their sum"):
-        flat.FlatCopy(folder, HASH).views(np.array([0]))
+        local_cache.FlatCopy(folder, HASH).views(np.array([0]))
 
 
 def test_a_copy_of_another_store_is_not_taken(tmp_path: Path) -> None:
     folder = ensure(tmp_path).folder
     with pytest.raises(DataError, match="copy of another store"):
-        flat.FlatCopy(folder, "cd" * 32)
+        local_cache.FlatCopy(folder, "cd" * 32)
 
 
 def test_processes_of_a_node_make_one_copy(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_copy_that_fails_leaves_nothing(
                 raise failure
             return super().read(start, stop)
 
-    monkeypatch.setattr(flat, "_CELLS_PER_READ", flat.BLOCK_CELLS)
+    monkeypatch.setattr(local_cache, "_CELLS_PER_READ", local_cache.BLOCK_CELLS)
     with pytest.raises(told, match="No space left" if told is DataError else None):
         ensure(tmp_path, Fails(NUM_CELLS))
     assert os.listdir(tmp_path) == [f".{HASH[:16]}.lock"]
@@ -162,7 +162,7 @@ def _reads_of_ensure(cache: Path) -> int:
 
 
 def _read_all(folder: Path) -> RaggedCells:
-    return flat.FlatCopy(folder, HASH).read(0, NUM_CELLS)
+    return local_cache.FlatCopy(folder, HASH).read(0, NUM_CELLS)
 
 
 def _harm(path: Path, harm: str, bit: int = 77) -> None:

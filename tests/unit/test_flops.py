@@ -8,13 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from geneformer_mcore.model.flops import (
     ModelShape,
-    Work,
+    Workload,
     executed_flops,
     forward_breakdown,
     forward_flops,
     num_parameters,
     padded_equivalent_flops,
-    padded_work,
+    padded_workload,
     train_flops,
 )
 
@@ -53,7 +53,7 @@ def test_train_gflop_of_a_full_cell(
 ) -> None:
     padded = padded_equivalent_flops(shape, SEQ_LENGTH) / 1e9
     assert padded == pytest.approx(all_predicted, abs=0.05)
-    fifteen_percent = Work(SEQ_LENGTH, SEQ_LENGTH**2, round(0.15 * SEQ_LENGTH))
+    fifteen_percent = Workload(SEQ_LENGTH, SEQ_LENGTH**2, round(0.15 * SEQ_LENGTH))
     assert executed_flops(shape, fifteen_percent) / 1e9 == pytest.approx(some_predicted, abs=0.1)
 
 
@@ -64,25 +64,25 @@ def test_train_gflop_of_a_full_cell(
 def test_shares_of_a_full_cell(
     shape: ModelShape, linear: float, attention: float, vocabulary: float
 ) -> None:
-    parts = forward_breakdown(shape, padded_work(SEQ_LENGTH))
+    parts = forward_breakdown(shape, padded_workload(SEQ_LENGTH))
     shares = [100 * part / parts.total for part in (parts.linear, parts.attention)]
     assert shares == pytest.approx([linear, attention], abs=0.06)
     assert 100 * parts.vocabulary / parts.total == pytest.approx(vocabulary, abs=0.06)
 
 
 def test_training_is_three_forward_passes() -> None:
-    work = Work(tokens=700, sum_squared_lengths=300_000, num_predicted=90)
+    work = Workload(tokens=700, sum_squared_lengths=300_000, num_predicted=90)
     assert train_flops(shape_10m(), work) == 3 * forward_flops(shape_10m(), work)
 
 
 def test_packed_cells_cost_the_sum_of_their_squares() -> None:
     lengths = [100, 900]
     apart = sum(
-        forward_flops(shape_10m(), Work(length, length**2, length // 5)) for length in lengths
+        forward_flops(shape_10m(), Workload(length, length**2, length // 5)) for length in lengths
     )
-    together = Work(sum(lengths), sum(n * n for n in lengths), sum(n // 5 for n in lengths))
+    together = Workload(sum(lengths), sum(n * n for n in lengths), sum(n // 5 for n in lengths))
     assert forward_flops(shape_10m(), together) == apart
-    one_long_cell = Work(1000, 1000**2, 200)
+    one_long_cell = Workload(1000, 1000**2, 200)
     assert forward_flops(shape_10m(), one_long_cell) > apart
 
 
@@ -90,7 +90,7 @@ def test_formulas_are_what_torch_counts() -> None:
     shape, tokens, predicted = ModelShape(1, 32, 80, 50), 24, 5
     with FlopCounterMode(display=False) as counter:
         _one_layer_and_head(shape, tokens, predicted).sum().backward()
-    assert counter.get_total_flops() == train_flops(shape, Work(tokens, tokens**2, predicted))
+    assert counter.get_total_flops() == train_flops(shape, Workload(tokens, tokens**2, predicted))
 
 
 def _one_layer_and_head(shape: ModelShape, tokens: int, predicted: int) -> torch.Tensor:

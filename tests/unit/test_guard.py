@@ -8,11 +8,11 @@ import math
 import pytest
 
 from geneformer_mcore.config.sections import NonFinite, Precision, TrainConfig
-from geneformer_mcore.train.guard import Guard, SkippedTooOftenError
+from geneformer_mcore.training.spike_guard import SpikeGuard, TooManySkippedUpdatesError
 
 
-def guard(**settings: object) -> Guard:
-    return Guard(TrainConfig(**settings))  # type: ignore[arg-type]
+def guard(**settings: object) -> SpikeGuard:
+    return SpikeGuard(TrainConfig(**settings))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_what_is_not_finite_is_left_out(loss: float, grad_norm: float, reason: s
     assert guard().reason(loss, grad_norm) == reason
 
 
-def filled(sigma: float = 4.0, window: int = 10) -> Guard:
+def filled(sigma: float = 4.0, window: int = 10) -> SpikeGuard:
     """Losses 6 +- 0.1, norms 1 +- 0.1, both with a standard deviation of 0.1."""
     made = guard(spike_sigma=sigma, spike_window=window)
     for number in range(window):
@@ -62,7 +62,7 @@ def test_what_was_left_out_does_not_move_the_window() -> None:
 
 
 def test_the_policy_stop_ends_the_run_at_once() -> None:
-    with pytest.raises(SkippedTooOftenError, match=r"step 3\. train\.non_finite=skip would"):
+    with pytest.raises(TooManySkippedUpdatesError, match=r"step 3\. train\.non_finite=skip would"):
         guard(non_finite=NonFinite.stop).left_out("step 3", math.nan, 1.0)
     guard(non_finite=NonFinite.stop).left_out("step 3", 6.0, 1.0)  # a spike
 
@@ -70,14 +70,14 @@ def test_the_policy_stop_ends_the_run_at_once() -> None:
 def test_an_overflow_of_a_scaled_gradient_is_no_reason_to_stop() -> None:
     made = guard(non_finite=NonFinite.stop, precision=Precision.fp16, max_skips=2)
     made.left_out("step 3", 6.0, math.inf)
-    with pytest.raises(SkippedTooOftenError, match="non_finite"):
+    with pytest.raises(TooManySkippedUpdatesError, match="non_finite"):
         made.left_out("step 4", math.nan, math.inf)
     made.made(6.0, 1.0)
     made.left_out("a", 6.0, math.inf)
     made.left_out("b", 6.0, math.nan)
-    with pytest.raises(SkippedTooOftenError, match="number 3 in a row"):
+    with pytest.raises(TooManySkippedUpdatesError, match="number 3 in a row"):
         made.left_out("c", 6.0, math.inf)
-    with pytest.raises(SkippedTooOftenError, match="non_finite"):
+    with pytest.raises(TooManySkippedUpdatesError, match="non_finite"):
         guard(non_finite=NonFinite.stop).left_out("step 3", 6.0, math.inf)
 
 
@@ -89,7 +89,9 @@ def test_skips_in_a_row_are_bounded() -> None:
         made.made(6.0, 1.0)
     made.left_out("a", math.nan, 1.0)
     made.left_out("b", math.nan, 1.0)
-    with pytest.raises(SkippedTooOftenError, match=r"c\. It is number 3 in a row.*max_skips is 2"):
+    with pytest.raises(
+        TooManySkippedUpdatesError, match=r"c\. It is number 3 in a row.*max_skips is 2"
+    ):
         made.left_out("c", math.nan, 1.0)
     assert made.skipped == 9
 

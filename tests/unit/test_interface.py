@@ -8,8 +8,8 @@ from collections import namedtuple
 
 import pytest
 
-from geneformer_mcore.parallel import groups, interface
-from geneformer_mcore.parallel.interface import Route
+from geneformer_mcore.distributed import groups, network
+from geneformer_mcore.distributed.network import Route
 
 Entry = namedtuple("Entry", "family address")
 NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -29,7 +29,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interface.psutil, "net_if_addrs", lambda: INTERFACES)
+    monkeypatch.setattr(network.psutil, "net_if_addrs", lambda: INTERFACES)
 
 
 @pytest.mark.usefixtures("interfaces")
@@ -45,24 +45,24 @@ def interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_interface_that_holds_an_address(address: str, name: str) -> None:
-    assert interface.interface_of(address) == name
+    assert network.interface_of(address) == name
 
 
 @pytest.mark.usefixtures("interfaces")
 def test_the_address_of_an_interface() -> None:
-    assert interface.address_on("ib0") == "198.51.100.7"
-    assert interface.address_on("none") == ""
+    assert network.address_on("ib0") == "198.51.100.7"
+    assert network.address_on("none") == ""
 
 
 def test_loopback_for_real() -> None:
-    route = interface.route_to("127.0.0.1")
+    route = network.route_to("127.0.0.1")
     assert route is not None
     assert (route.address, route.is_loopback) == ("127.0.0.1", True)
-    assert interface.address_on(route.interface) == "127.0.0.1"
+    assert network.address_on(route.interface) == "127.0.0.1"
 
 
 def test_a_name_that_nobody_knows() -> None:
-    assert interface.route_to("no-such-host.invalid") is None
+    assert network.route_to("no-such-host.invalid") is None
 
 
 def test_own_address_in_the_network_for_real() -> None:
@@ -73,17 +73,17 @@ def test_own_address_in_the_network_for_real() -> None:
         except OSError:
             pytest.skip("this machine has no network")
         own = probe.getsockname()[0]
-    route = interface.route_to(own)
+    route = network.route_to(own)
     assert route is not None
     assert (route.address, route.is_loopback) == (own, False)
-    assert route.interface == interface.interface_of(own) != ""
+    assert route.interface == network.interface_of(own) != ""
 
 
 def test_several_machines_take_the_one_that_leads_to_the_master(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     route = Route("192.0.2.1", "192.0.2.5", "eth0")
-    monkeypatch.setattr(interface, "route_to", lambda host: route if host == "head" else None)
+    monkeypatch.setattr(network, "route_to", lambda host: route if host == "head" else None)
     monkeypatch.setenv("MASTER_ADDR", "head")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     groups._choose_interface(4)
@@ -91,10 +91,10 @@ def test_several_machines_take_the_one_that_leads_to_the_master(
 
 
 def test_what_the_environment_says_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interface, "route_to", lambda _: Route("192.0.2.1", "192.0.2.5", "eth0"))
+    monkeypatch.setattr(network, "route_to", lambda _: Route("192.0.2.1", "192.0.2.5", "eth0"))
     for name in NAMES:
         monkeypatch.setenv(name, "ib0")
-    interface.choose()
+    network.choose()
     assert [os.environ[name] for name in NAMES] == ["ib0", "ib0"]
 
 
@@ -109,8 +109,8 @@ def test_what_the_environment_says_stays(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_nothing_is_chosen_by_a_route_that_says_nothing(
     route: Route | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interface, "route_to", lambda _: route)
-    interface.choose()
+    monkeypatch.setattr(network, "route_to", lambda _: route)
+    network.choose()
     assert not [name for name in NAMES if name in os.environ]
 
 

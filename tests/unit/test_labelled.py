@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from geneformer_mcore.cells.corpus import InputOptions
-from geneformer_mcore.downstream import labelled
+from geneformer_mcore.celltypes import labelled
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.tokenizer.corpus import InputOptions
 from tests.small_cells import random_counts, write_h5ad
 
 OBS = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from geneformer_mcore.contracts import CLS, NUM_SPECIALS, RaggedCells
 from geneformer_mcore.metrics import baselines
+from geneformer_mcore.types import CLS, NUM_SPECIALS, RaggedCells
 
 VOCABULARY = 60
 

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from geneformer_mcore.metrics.meter import Meter
-from geneformer_mcore.model.flops import ModelShape, Work, executed_flops, padded_equivalent_flops
+from geneformer_mcore.model.flops import (
+    ModelShape,
+    Workload,
+    executed_flops,
+    padded_equivalent_flops,
+)
 
 SHAPE = ModelShape(num_layers=2, hidden_size=64, ffn_hidden_size=128, vocabulary_size=1000)
 SEQ_LENGTH = 256
@@ -89,7 +94,7 @@ def test_tflops_are_per_rank() -> None:
     meter.add(**one_step())
     found = record(meter)
     padded = padded_equivalent_flops(SHAPE, SEQ_LENGTH, cells=8) / 2 / 4
-    executed = executed_flops(SHAPE, Work(800, 80_000, 160)) / 2 / 4
+    executed = executed_flops(SHAPE, Workload(800, 80_000, 160)) / 2 / 4
     assert found["tflops_padded_equivalent"] * 1e12 == pytest.approx(padded)
     assert found["tflops_executed"] * 1e12 == pytest.approx(executed)
     assert found["mfu"] == pytest.approx(executed / 2e9)

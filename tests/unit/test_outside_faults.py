@@ -12,17 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from geneformer_mcore.cells import turned
-from geneformer_mcore.cells.compressed import RowGroup
-from geneformer_mcore.cells.corpus import InputOptions
-from geneformer_mcore.cells.normalise import CountBlock
-from geneformer_mcore.cells.outside import raise_if_outside
-from geneformer_mcore.cells.soma import unreadable
-from geneformer_mcore.commands import run
-from geneformer_mcore.errors import DataError, LostWorkerError, NetworkError, OutsideError
-from geneformer_mcore.store import plan
-from geneformer_mcore.store.ingest import build_store
-from geneformer_mcore.store.own_vocabulary import vocabulary_of_inputs
+from geneformer_mcore.errors import DataError, ExternalIOError, LostWorkerError, NetworkError
+from geneformer_mcore.exit_codes import run
+from geneformer_mcore.io import h5ad
+from geneformer_mcore.io.blocks import CountBlock
+from geneformer_mcore.io.h5ad import RowGroup
+from geneformer_mcore.io.retry import raise_if_io_error
+from geneformer_mcore.io.soma import unreadable
+from geneformer_mcore.store.ingest import plan
+from geneformer_mcore.store.ingest.build import build_store, vocabulary_of_inputs
+from geneformer_mcore.tokenizer.corpus import InputOptions
 from tests import commands
 from tests.small_cells import random_counts, vocabulary_of, write_h5ad
 
@@ -42,10 +41,10 @@ def numbered(code: int) -> OSError:
         ("s3://b/x: obs", RuntimeError(CURL), NetworkError),
         ("a.h5ad", TimeoutError("NFS"), NetworkError),
         ("a.h5ad", numbered(errno.ETIMEDOUT), NetworkError),
-        ("a.h5ad", numbered(errno.EIO), OutsideError),
-        ("a.h5ad", numbered(errno.ESTALE), OutsideError),
-        ("a.h5ad", numbered(errno.EMFILE), OutsideError),
-        ("a/soma", RuntimeError("IO Error: cannot read; Input/output error"), OutsideError),
+        ("a.h5ad", numbered(errno.EIO), ExternalIOError),
+        ("a.h5ad", numbered(errno.ESTALE), ExternalIOError),
+        ("a.h5ad", numbered(errno.EMFILE), ExternalIOError),
+        ("a/soma", RuntimeError("IO Error: cannot read; Input/output error"), ExternalIOError),
         ("a.h5ad", MemoryError(), MemoryError),
         ("a.h5ad", LARGE, MemoryError),
         ("a.h5ad", numbered(errno.ENOMEM), MemoryError),
@@ -65,10 +64,10 @@ def test_which_faults_are_no_input_s(
     name: str, error: Exception, kind: type[Exception] | None
 ) -> None:
     if kind is None:
-        raise_if_outside(name, error)
+        raise_if_io_error(name, error)
         return
     with pytest.raises(kind) as found:
-        raise_if_outside(name, error)
+        raise_if_io_error(name, error)
     assert type(found.value) is kind
     assert name in str(found.value)
 
@@ -106,8 +105,8 @@ def fail_from_row(row: int, error: Exception) -> Callable[..., CountBlock]:
     ("error", "kind", "message"),
     [
         (ConnectionResetError("reset by peer"), NetworkError, "a.h5ad: X: the network failed"),
-        (numbered(errno.EIO), OutsideError, "a.h5ad: X: reading failed.*Input/output error"),
-        (numbered(errno.ENOSPC), OutsideError, "a.h5ad: X: reading failed.*No space left"),
+        (numbered(errno.EIO), ExternalIOError, "a.h5ad: X: reading failed.*Input/output error"),
+        (numbered(errno.ENOSPC), ExternalIOError, "a.h5ad: X: reading failed.*No space left"),
         (MemoryError(), LostWorkerError, "not enough memory .*a.h5ad.* fewer --workers"),
     ],
     ids=str,
@@ -149,7 +148,7 @@ def test_a_full_folder_of_temporary_files_ends_the_build(
 ) -> None:
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
-    monkeypatch.setattr(turned, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(h5ad, "IN_MEMORY_BYTES", 100)
     usage = shutil.disk_usage
 
     def full(folder: object) -> object:
@@ -157,7 +156,9 @@ def test_a_full_folder_of_temporary_files_ends_the_build(
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", full)
-        with pytest.raises(OutsideError, match=r"b\.h5ad: X lies by columns.*/scratch and .*TMPDI"):
+        with pytest.raises(
+            ExternalIOError, match=r"b\.h5ad: X lies by columns.*/scratch and .*TMPDI"
+        ):
             build_store(inputs, tmp_path / "s", vocabulary_of(NUM_GENES))
     assert not (tmp_path / "s").exists()
     assert len(list((tmp_path / ".s.staging/units").glob("*.json"))) == 3
@@ -170,9 +171,12 @@ def test_no_folder_of_temporary_files_at_all(
     def none() -> str:
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
-    monkeypatch.setattr(turned, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(h5ad, "IN_MEMORY_BYTES", 100)
     monkeypatch.setattr(tempfile, "gettempdir", none)
-    with InputOptions().open(inputs[1]) as counts, pytest.raises(OutsideError, match="No usable"):
+    with (
+        InputOptions().open(inputs[1]) as counts,
+        pytest.raises(ExternalIOError, match="No usable"),
+    ):
         counts.read_rows(0, 3)
 
 
@@ -180,7 +184,7 @@ def test_the_inputs_own_vocabulary_is_not_made_without_them_either(
     inputs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RowGroup, "read_rows", fail_from_row(60, numbered(errno.EIO)))
-    with pytest.raises(OutsideError, match=r"a\.h5ad"):
+    with pytest.raises(ExternalIOError, match=r"a\.h5ad"):
         vocabulary_of_inputs(inputs, InputOptions())
 
 
@@ -188,7 +192,7 @@ def test_the_inputs_own_vocabulary_is_not_made_without_them_either(
     ("error", "code"),
     [
         (DataError("bad"), 2),
-        (OutsideError("full"), 2),
+        (ExternalIOError("full"), 2),
         (NetworkError("gone"), 75),
         (LostWorkerError("killed"), 1),
     ],

@@ -9,16 +9,15 @@ import anndata
 import numpy as np
 import pytest
 
-from geneformer_mcore.cells.corpus import InputOptions
-from geneformer_mcore.cells.dictionary import import_dictionary
-from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.contracts import NUM_SPECIALS, RaggedCells
-from geneformer_mcore.downstream import overlap, training_cells
-from geneformer_mcore.downstream.cells import CountedCells
-from geneformer_mcore.downstream.overlap import Overlap
-from geneformer_mcore.downstream.training_cells import TrainingCells
-from geneformer_mcore.feed.counts_source import CountsSource
-from geneformer_mcore.store.split import RandomSplit
+from geneformer_mcore.data.counts_source import CountsSource
+from geneformer_mcore.inference import data_leakage
+from geneformer_mcore.inference.cells import CountedCells
+from geneformer_mcore.inference.data_leakage import Overlap, TrainingCells
+from geneformer_mcore.store.split.table import RandomSplit
+from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.dictionary import import_dictionary
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from geneformer_mcore.types import NUM_SPECIALS, RaggedCells
 from tests.small_cells import gene_id, random_counts, vocabulary_of, write_h5ad
 
 NUM_CELLS, NUM_GENES, SEQ_LENGTH = 60, 900, 200
@@ -55,7 +54,7 @@ def compared(judged: Path, trained_on: Path, vocabulary: Vocabulary) -> Overlap:
     training, _ = opened(trained_on, vocabulary)
     cells, has_gene_V = opened(judged, vocabulary)
     source = TrainingCells("", InMemory(training), 0, len(training), SEQ_LENGTH)
-    return overlap.find(InMemory(cells), has_gene_V, source)
+    return data_leakage.find(InMemory(cells), has_gene_V, source)
 
 
 def compared_with_all(judged: Path, files: list[Path], vocabulary: Vocabulary) -> Overlap:
@@ -64,7 +63,7 @@ def compared_with_all(judged: Path, files: list[Path], vocabulary: Vocabulary) -
     cells, has_gene_V = opened(judged, vocabulary)
     training = TrainingCells("", source, 0, len(source), SEQ_LENGTH, source.datasets)
     try:
-        return overlap.find(InMemory(cells), has_gene_V, training)
+        return data_leakage.find(InMemory(cells), has_gene_V, training)
     finally:
         source.close()
 
@@ -121,7 +120,7 @@ def test_blocks_make_no_difference(
     training = write_h5ad(tmp_path / "a.h5ad", counts[20:50])
     judged = write_h5ad(tmp_path / "b.h5ad", counts)
     whole = compared(judged, training, vocabulary_of(NUM_GENES))
-    for module in (overlap, training_cells):
+    for module in (data_leakage, data_leakage):
         monkeypatch.setattr(module, "BLOCK_CELLS", 7)
     parts = compared(judged, training, vocabulary_of(NUM_GENES))
     np.testing.assert_array_equal(whole.share_N, parts.share_N)
@@ -148,7 +147,7 @@ def test_windows_are_told_apart_exactly() -> None:
     cells = RaggedCells(tokens, np.array([0, 5, 11]), np.zeros(2, np.uint64))
     both_V = np.ones(65_536, bool)
     both_V[:NUM_SPECIALS] = False
-    owners, windows = overlap._windows(cells, both_V[None], np.zeros(2, int))
+    owners, windows = data_leakage._windows(cells, both_V[None], np.zeros(2, int))
     assert owners.tolist() == [0, 0, 1, 1]
     assert len(set(windows.tolist())) == 4
     assert windows[0] == 5 | 6 << 16 | 7 << 32 | 8 << 48

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from geneformer_mcore.contracts import NUM_SPECIALS
-from geneformer_mcore.downstream import controls
-from geneformer_mcore.downstream.perturbations import GeneNames, Perturbation
-from geneformer_mcore.downstream.survey import Survey
-from geneformer_mcore.downstream.variants import Mode
+from geneformer_mcore.perturb import statistics
+from geneformer_mcore.perturb.perturbed_cells import Mode
+from geneformer_mcore.perturb.question import GeneNames, Perturbation
+from geneformer_mcore.perturb.statistics import Survey
+from geneformer_mcore.types import NUM_SPECIALS
 from tests.small_cells import vocabulary_of
 
 NUM_GENES = 2000
@@ -33,17 +33,17 @@ def singles(tokens: object) -> list[Perturbation]:
 def test_p_of_known_numbers() -> None:
     effects = np.array([3.0, 0.0, np.nan, 1.0, 2.0, 3.0, np.nan])
     mine = [np.array([3, 4, 5, 6]), np.array([3, 4, 5]), np.array([3, 4]), np.array([6])]
-    p, q = controls.p_values(effects, mine, two_sided=False)
+    p, q = statistics.p_values(effects, mine, two_sided=False)
     np.testing.assert_allclose(p, [2 / 4, 4 / 4, np.nan, np.nan])
     np.testing.assert_allclose(q, [1, 1, np.nan, np.nan])
-    p, _ = controls.p_values(effects, mine, two_sided=True)
+    p, _ = statistics.p_values(effects, mine, two_sided=True)
     np.testing.assert_allclose(p, [1.0, 2 * 1 / 4, np.nan, np.nan])
 
 
 def test_q_is_that_of_benjamini_and_hochberg() -> None:
     p = np.array([0.01, 0.04, np.nan, 0.03, 0.005])
-    np.testing.assert_allclose(controls.q_values(p), [0.02, 0.04, np.nan, 0.04, 0.02])
-    assert np.isnan(controls.q_values(np.array([np.nan]))).all()
+    np.testing.assert_allclose(statistics.q_values(p), [0.02, 0.04, np.nan, 0.04, 0.02])
+    assert np.isnan(statistics.q_values(np.array([np.nan]))).all()
 
 
 @pytest.mark.parametrize("two_sided", [False, True])
@@ -51,13 +51,13 @@ def test_without_an_effect_p_is_uniform(two_sided: bool, rng: np.random.Generato
     """Effects depend on how many cells a gene is in and where it stands, and on nothing else."""
     found = surveyed(rng)
     asked = singles(rng.choice(np.arange(NUM_SPECIALS, NUM_GENES - 100), 150, replace=False))
-    drawn = controls.draw(asked, found, NAMES, 60, 0, NUM_SPECIALS)
+    drawn = statistics.draw(asked, found, NAMES, 60, 0, NUM_SPECIALS)
     p = []
     for _ in range(20):
         tokens = [each.tokens[0] for each in drawn.all]
         scale = np.sqrt(found.in_sentence_V[tokens]) * np.exp(-found.rank_V[tokens])
         effects = scale + 3 * rng.normal(size=len(tokens))
-        p.append(controls.p_values(effects, drawn.of, two_sided)[0])
+        p.append(statistics.p_values(effects, drawn.of, two_sided)[0])
     assert stats.kstest(np.concatenate(p), "uniform").statistic < 0.05
     # Of 60 controls p comes in steps of 1 / 61, two-sided of 2 / 61: 3 / 61 is the last below 0.05.
     assert np.mean(np.concatenate(p) <= 0.05) == pytest.approx(
@@ -68,20 +68,20 @@ def test_without_an_effect_p_is_uniform(two_sided: bool, rng: np.random.Generato
 def test_a_planted_effect_is_found(rng: np.random.Generator) -> None:
     found = surveyed(rng)
     asked = singles(rng.choice(np.arange(NUM_SPECIALS, NUM_GENES - 100), 40, replace=False))
-    drawn = controls.draw(asked, found, NAMES, 400, 0, NUM_SPECIALS)
+    drawn = statistics.draw(asked, found, NAMES, 400, 0, NUM_SPECIALS)
     effects = rng.normal(size=len(drawn.all))
     effects[[4, 9]] = 6, 7
-    p, q = controls.p_values(effects, drawn.of, two_sided=False)
+    p, q = statistics.p_values(effects, drawn.of, two_sided=False)
     assert set(np.flatnonzero(q < 0.1)) == {4, 9}
     assert p[4] == 1 / (1 + len(drawn.of[4]))
-    _, q = controls.p_values(-effects, drawn.of, two_sided=True)
+    _, q = statistics.p_values(-effects, drawn.of, two_sided=True)
     assert set(np.flatnonzero(q < 0.2)) == {4, 9}
 
 
 def test_controls_are_as_common_and_stand_as_high(rng: np.random.Generator) -> None:
     found = surveyed(rng)
     asked = singles([10, 500, 1200, VOCABULARY.size - 3])
-    drawn = controls.draw(asked, found, NAMES, 50, 0, NUM_SPECIALS)
+    drawn = statistics.draw(asked, found, NAMES, 50, 0, NUM_SPECIALS)
     assert drawn.all[:4] == asked
     for perturbation, mine in zip(asked, drawn.of, strict=True):
         (token,) = perturbation.tokens
@@ -97,18 +97,18 @@ def test_controls_are_as_common_and_stand_as_high(rng: np.random.Generator) -> N
                 assert np.log2(found.in_sentence_V[other]) // 1 == level
                 if level >= 6:  # enough genes there for ranges of ranks
                     assert abs(found.rank_V[other] - found.rank_V[token]) < 0.35
-    again = controls.draw(asked, found, NAMES, 50, 0, NUM_SPECIALS)
+    again = statistics.draw(asked, found, NAMES, 50, 0, NUM_SPECIALS)
     assert again.all == drawn.all
-    assert controls.draw(asked, found, NAMES, 50, 1, NUM_SPECIALS).all != drawn.all
-    assert controls.draw(asked, found, NAMES, 0, 0, NUM_SPECIALS).all == asked
-    seen = controls.draw(asked, found, NAMES, 50, 0, NUM_SPECIALS, Mode.delete)
+    assert statistics.draw(asked, found, NAMES, 50, 1, NUM_SPECIALS).all != drawn.all
+    assert statistics.draw(asked, found, NAMES, 0, 0, NUM_SPECIALS).all == asked
+    seen = statistics.draw(asked, found, NAMES, 50, 0, NUM_SPECIALS, Mode.delete)
     assert [len(mine) for mine in seen.of] == [*(len(mine) for mine in drawn.of[:3]), 0]
 
 
 def test_controls_of_a_group_are_groups(rng: np.random.Generator) -> None:
     found = surveyed(rng)
     group = Perturbation("trio", (10, 500, 1200))
-    drawn = controls.draw([group], found, NAMES, 30, 0, NUM_SPECIALS)
+    drawn = statistics.draw([group], found, NAMES, 30, 0, NUM_SPECIALS)
     levels = np.floor(np.log2(np.maximum(found.in_sentence_V, 0.5)))
     assert len(drawn.of[0]) == 30
     for number in drawn.of[0]:
@@ -124,12 +124,12 @@ def test_a_set_of_genes_is_a_control_once(mode: Mode) -> None:
     in_sentence[10:14] = 40
     found = Survey(300, in_sentence, in_sentence, np.where(in_sentence > 0, 0.5, np.nan))
     asked = [Perturbation("pair", (13, 10)), Perturbation("other", (12, 11))]
-    drawn = controls.draw(asked, found, NAMES, 200, 0, NUM_SPECIALS, mode)
+    drawn = statistics.draw(asked, found, NAMES, 200, 0, NUM_SPECIALS, mode)
     for group, mine in zip(asked, drawn.of, strict=True):
         sets = [frozenset(drawn.all[number].tokens) for number in mine]
         assert len(sets) == len(set(sets)) == 5
         assert frozenset(group.tokens) not in sets
-    p, _ = controls.p_values(-np.arange(len(drawn.all)) * 1.0, drawn.of, two_sided=False)
+    p, _ = statistics.p_values(-np.arange(len(drawn.all)) * 1.0, drawn.of, two_sided=False)
     assert p[0] == 1 / 6, "a larger effect than that of all five"
     deleted = {frozenset(each.tokens) for each in drawn.all}
     assert mode is Mode.overexpress or len(deleted) == len(drawn.all), "nothing is deleted twice"
@@ -138,7 +138,7 @@ def test_a_set_of_genes_is_a_control_once(mode: Mode) -> None:
 def test_a_gene_asked_for_may_be_a_control_and_is_perturbed_once(rng: np.random.Generator) -> None:
     found = surveyed(rng)
     genes = found.genes[:300]
-    drawn = controls.draw(singles(genes), found, NAMES, 500, 0, NUM_SPECIALS)
+    drawn = statistics.draw(singles(genes), found, NAMES, 500, 0, NUM_SPECIALS)
     tokens = [each.tokens for each in drawn.all]
     assert len(set(tokens)) == len(tokens) <= NUM_GENES
     assert min(drawn.of[0]) < 300, "some of the controls were asked for"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from geneformer_mcore.cells.ranks import RankEncoder
-from geneformer_mcore.contracts import CLS, NUM_SPECIALS
-from geneformer_mcore.downstream.chosen_cells import CountedCell
-from geneformer_mcore.downstream.perturbations import GeneNames, Perturbation, Sets, distinct
-from geneformer_mcore.downstream.variants import Editor, Mode
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.inference.cells import CountedCell
+from geneformer_mcore.perturb.perturbed_cells import Editor, Mode
+from geneformer_mcore.perturb.question import GeneNames, Perturbation, Sets, distinct
+from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
+from geneformer_mcore.types import CLS, NUM_SPECIALS
 from tests.small_cells import gene_id, plain_tokens, vocabulary_of
 
 NUM_GENES, SEQ_LENGTH = 300, 40

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, filesystem
 from torch.distributed.checkpoint import metadata as descriptions
 
-from geneformer_mcore.checkpoint import plain_metadata
+from geneformer_mcore.checkpoint import safe_metadata
 from geneformer_mcore.errors import CheckpointError
 
 
@@ -29,15 +29,15 @@ def described(path: str = "a.distcp", **entries: Any) -> descriptions.Metadata:
 def write(folder: Path, content: Any) -> Path:
     folder.mkdir()
     (folder / "a.distcp").write_bytes(b"tensors")
-    (folder / plain_metadata.METADATA).write_bytes(pickle.dumps(content))
+    (folder / safe_metadata.METADATA).write_bytes(pickle.dumps(content))
     return folder
 
 
 def test_a_plain_description_is_read_as_it_is(tmp_path: Path) -> None:
     folder = write(tmp_path / "step", described())
-    assert plain_metadata.load(folder).state_dict_metadata == described().state_dict_metadata
+    assert safe_metadata.load(folder).state_dict_metadata == described().state_dict_metadata
     theirs = FileSystemReader.read_metadata
-    with plain_metadata.read_by_torch():
+    with safe_metadata.read_by_torch():
         read = FileSystemReader(folder).read_metadata()
     assert read.storage_data == described().storage_data
     assert FileSystemReader.read_metadata is theirs
@@ -55,7 +55,7 @@ class Malicious:
 def test_code_in_it_is_refused_and_not_run(tmp_path: Path, nested: bool) -> None:
     mine = Malicious(tmp_path / "hacked")
     folder = write(tmp_path / "step", described(extra=mine) if nested else mine)
-    with plain_metadata.read_by_torch(), pytest.raises(CheckpointError, match="asks for posix"):
+    with safe_metadata.read_by_torch(), pytest.raises(CheckpointError, match="asks for posix"):
         FileSystemReader(folder).read_metadata()
     assert not (tmp_path / "hacked").exists()
 
@@ -72,12 +72,12 @@ def test_code_in_it_is_refused_and_not_run(tmp_path: Path, nested: bool) -> None
 )
 def test_what_it_must_not_say(tmp_path: Path, content: Any, why: str) -> None:
     with pytest.raises(CheckpointError, match=why):
-        plain_metadata.load(write(tmp_path / "step", content))
+        safe_metadata.load(write(tmp_path / "step", content))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"nonsense", pickle.dumps(described())[:-20]])
 def test_what_is_no_pickle(tmp_path: Path, content: bytes) -> None:
     folder = write(tmp_path / "step", described())
-    (folder / plain_metadata.METADATA).write_bytes(content)
+    (folder / safe_metadata.METADATA).write_bytes(content)
     with pytest.raises(CheckpointError, match="is not what this program writes"):
-        plain_metadata.load(folder)
+        safe_metadata.load(folder)

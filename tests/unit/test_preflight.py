@@ -11,10 +11,10 @@ import pytest
 from torch._C._distributed_c10d import HashStore
 
 from geneformer_mcore import config as settings
-from geneformer_mcore.checkpoint import size
+from geneformer_mcore.checkpoint import manager
 from geneformer_mcore.config import Config
 from geneformer_mcore.config.sections import Source
-from geneformer_mcore.parallel.groups import Meeting
+from geneformer_mcore.distributed.groups import Rendezvous
 from geneformer_mcore.preflight import cells, clocks, flight, in_use, reduce, table, verdicts
 from geneformer_mcore.preflight.cells import Seen
 from geneformer_mcore.preflight.clocks import Offset, offset_of
@@ -172,7 +172,7 @@ def test_two_network_namespaces_of_one_kernel_are_two_machines() -> None:
 def test_room_counts_what_is_there_already() -> None:
     config = Config()
     config.checkpoint.keep_last, config.checkpoint.keep_best = 2, False
-    needed = 3 * size.bytes_of_one(config, 1000, 2)
+    needed = 3 * manager.bytes_of_one(config, 1000, 2)
     enough = Shared({0: view(needed)}, [])
     assert verdicts.judge_room(config, [member(0)], enough, 0).state is State.ok
     short = Shared({0: view(needed - 1)}, [])
@@ -196,16 +196,16 @@ def test_room_counts_what_is_there_already() -> None:
 )
 def test_checkpoints_that_are_kept(given: list[str], number: int) -> None:
     config, _ = settings.load(None, ["checkpoint.save_every_steps=200", *given])
-    assert size.most_at_once(config) == number
+    assert manager.most_at_once(config) == number
 
 
 def test_checkpoints_that_are_there_are_measured(tmp_path: Path) -> None:
-    assert size.bytes_there(tmp_path / "none") == 0
+    assert manager.bytes_there(tmp_path / "none") == 0
     (tmp_path / "step_0000000010" / "random").mkdir(parents=True)
     (tmp_path / "step_0000000010" / "a").write_bytes(b"12345")
     (tmp_path / "step_0000000010" / "random" / "b").write_bytes(b"123")
     (tmp_path / "other").write_bytes(b"1")
-    assert size.bytes_there(tmp_path) == 8
+    assert manager.bytes_there(tmp_path) == 8
 
 
 def test_a_file_rank_0_does_not_see_is_told() -> None:
@@ -243,7 +243,7 @@ def test_clocks_by_a_store() -> None:
     store, found = HashStore(), {}
 
     def measure(rank: int) -> None:
-        exchange = Exchange(Meeting(store, rank, 2))
+        exchange = Exchange(Rendezvous(store, rank, 2))
         found[rank] = clocks.measure(exchange, [0, 1])
 
     threads = [threading.Thread(target=measure, args=(rank,)) for rank in (0, 1)]

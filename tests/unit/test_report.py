@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from geneformer_mcore.downstream import loss_plot, report, results
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.report import figures, results
 from tests import commands
 
 CONFIG = """
@@ -70,7 +70,7 @@ def test_numbers_are_those_of_the_folder(run_dir) -> None:
 
 
 def test_the_table_sets_losses_beside_baselines(run_dir) -> None:
-    table = report.text(results.load(run_dir), run_dir / "loss.png")
+    table = results.text(results.load(run_dir), run_dir / "loss.png")
     assert "step 40 of 40" in table
     assert "4.7500" in table
     assert "6.0000   baseline; validation is 1.250 below" in table
@@ -86,7 +86,7 @@ def test_the_table_sets_losses_beside_baselines(run_dir) -> None:
 
 def test_an_interrupted_run_says_so(run_dir) -> None:
     (run_dir / "outcome.json").write_text(json.dumps(SAVED))
-    table = report.text(results.load(run_dir))
+    table = results.text(results.load(run_dir))
     assert "NOT FINISHED" in table
     assert "exit code 75: SIGTERM" in table
     assert f"(run.dir={run_dir}) continues it" in table
@@ -99,13 +99,13 @@ def test_a_killed_run_is_a_defect(run_dir) -> None:
     found = results.load(run_dir)
     assert found.exit_code == 1
     assert found.step == 40
-    assert "killed, or still runs" in report.text(found)
+    assert "killed, or still runs" in results.text(found)
 
 
 def test_a_run_that_was_refused_has_no_table_of_dashes(tmp_path) -> None:
     refused = FINISHED | {"outcome": "refused", "exit_code": 2, "step": 0, "reason": "no store"}
     (tmp_path / "outcome.json").write_text(json.dumps(refused))
-    table = report.text(results.load(tmp_path))
+    table = results.text(results.load(tmp_path))
     assert table.splitlines()[-1].endswith("exit code 2: no store")
 
 
@@ -113,8 +113,8 @@ def test_a_run_without_validation_or_baselines(run_dir) -> None:
     (run_dir / "baselines.json").unlink()
     (run_dir / "metrics.jsonl").write_text(json.dumps(training(10)) + "\n")
     found = results.load(run_dir)
-    assert "validation           -" in report.text(found)
-    loss_plot.save(found, run_dir / "loss.png")
+    assert "validation           -" in results.text(found)
+    figures.save_loss(found, run_dir / "loss.png")
 
 
 @pytest.mark.parametrize("content", [None, "notes.txt"])
@@ -148,12 +148,12 @@ def test_baselines_that_cannot_be_read_do_not_end_the_report(run_dir, content: s
     place.unlink()
     place.write_text(content) if content else place.mkdir()
     found = results.load(run_dir)
-    table = report.text(found)
+    table = results.text(found)
     assert "unigram              -   not readable (baselines.json)" in table
     assert "gene given rank      -   not readable (baselines.json)" in table
     assert "validation           4.7500" in table
-    assert report.as_json(found)["baselines"] is None
-    loss_plot.save(found, run_dir / "loss.png")
+    assert results.as_json(found)["baselines"] is None
+    figures.save_loss(found, run_dir / "loss.png")
 
 
 def test_metrics_cut_within_a_character_are_read_up_to_there(run_dir) -> None:
@@ -171,8 +171,8 @@ def test_half_an_outcome_is_none(run_dir, content: str) -> None:
 
 def test_the_plot_is_a_picture_of_all_curves(run_dir, monkeypatch) -> None:
     drawn = []
-    monkeypatch.setattr(loss_plot.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    loss_plot.save(results.load(run_dir), run_dir / "loss.png")
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    figures.save_loss(results.load(run_dir), run_dir / "loss.png")
     (axes,) = drawn[0].axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == [
@@ -269,7 +269,7 @@ def readme(tmp_path: Path, run_dir: Path) -> list[str]:
     """Arguments of readme_tables.py: a README and results with one run and one benchmark."""
     kept = tmp_path / "results"
     kept.mkdir()
-    (kept / "demo.json").write_text(json.dumps(report.as_json(results.load(run_dir))))
+    (kept / "demo.json").write_text(json.dumps(results.as_json(results.load(run_dir))))
     (kept / "tflops_cpu.json").write_text(json.dumps(TFLOPS))
     (tmp_path / "README.md").write_text(TABLE_README)
     return ["--readme", str(tmp_path / "README.md"), "--results", str(kept)]

@@ -11,8 +11,8 @@ import psutil
 import pytest
 from torch._C._distributed_c10d import FileStore
 
-from geneformer_mcore.parallel import roll_call
-from geneformer_mcore.parallel.roll_call import Answer, RollCall, judge
+from geneformer_mcore.distributed import watchdog
+from geneformer_mcore.distributed.watchdog import Answer, HealthCheck, judge
 
 
 def waiting(for_s: float = 60.0, step: int = 12) -> Answer:
@@ -36,7 +36,7 @@ def test_a_rank_with_an_error_of_its_own_comes_before_silent_ones() -> None:
 
 def test_a_mistake_of_the_users_is_told_as_one() -> None:
     wrong = Answer("saving a checkpoint", 1.0, 12, "no room", 2, at_fault=True)
-    assert judge({0: waiting(), 1: wrong}, 2, 60) == roll_call.Verdict(2, "no room")
+    assert judge({0: waiting(), 1: wrong}, 2, 60) == watchdog.Verdict(2, "no room")
 
 
 def test_if_all_answer_the_one_that_does_something_else_shows() -> None:
@@ -59,8 +59,8 @@ def store(tmp_path: Path) -> FileStore:
 def test_answers_are_collected_from_those_who_give_them(
     store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roll_call, "ANSWER_S", 0.3)
-    ranks = [RollCall(store, rank, 3) for rank in range(3)]
+    monkeypatch.setattr(watchdog, "ANSWER_S", 0.3)
+    ranks = [HealthCheck(store, rank, 3) for rank in range(3)]
     assert not ranks[1].is_called()
     ranks[0].call()
     assert ranks[1].is_called()
@@ -80,9 +80,9 @@ def test_a_lost_neighbour_is_ended_and_nobody_else(
     process_of = psutil.Process
     for rank, sleeper in enumerate(sleepers):
         monkeypatch.setattr(psutil, "Process", lambda process=sleeper.pid: process_of(process))
-        RollCall(store, rank, 3)
+        HealthCheck(store, rank, 3)
     monkeypatch.setattr(psutil, "Process", process_of)
-    mine = RollCall(store, 2, 3)
+    mine = HealthCheck(store, 2, 3)
     mine.kill_lost_neighbours({1: waiting(), 2: waiting()})
     assert sleepers[0].wait(timeout=10) == -9
     time.sleep(0.1)

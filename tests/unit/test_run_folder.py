@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.commands import DEFECT, FINISHED, INTERRUPTED, WRONG_INPUT
 from geneformer_mcore.errors import ConfigError
-from geneformer_mcore.train.run_folder import RunFolder
+from geneformer_mcore.exit_codes import DEFECT, FINISHED, INTERRUPTED, WRONG_INPUT
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from geneformer_mcore.training.run_folder import RunFolder
 from tests.small_cells import vocabulary_of
 
 

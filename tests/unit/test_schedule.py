@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from geneformer_mcore.config.sections import OptimConfig
-from geneformer_mcore.optim.schedule import learning_rate
+from geneformer_mcore.optim.optimizer import learning_rate
 
 OPTIM = OptimConfig(lr=1e-3, min_lr=1e-5)
 

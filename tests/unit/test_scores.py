@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from geneformer_mcore.downstream.scores import Scores, draws_macro_f1
+from geneformer_mcore.celltypes.cross_validation import Scores, draws_macro_f1
 
 LABELS = np.array(["a", "b", "c", "d"], object)
 

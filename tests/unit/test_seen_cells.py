@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from geneformer_mcore.cells.corpus import InputOptions
-from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.checkpoint.record import Identity, Record
 from geneformer_mcore.config import parse
-from geneformer_mcore.downstream import seen_cells
-from geneformer_mcore.downstream.cells import CountedCells
-from geneformer_mcore.downstream.pretrained import Pretrained
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.inference import data_leakage
+from geneformer_mcore.inference.cells import CountedCells
+from geneformer_mcore.inference.pretrained import Pretrained
+from geneformer_mcore.io.progress import no_progress
 from geneformer_mcore.store.layout import Manifest
-from geneformer_mcore.store.progress import no_progress
+from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from tests.small_cells import random_counts, vocabulary_of, write_h5ad
 from tests.small_store import write_small_store
 
@@ -62,7 +62,7 @@ def places(rng: np.random.Generator, tmp_path: Path) -> dict[str, Any]:
 def check(
     h5ad: Path, models: dict[str, Pretrained], store: Path | None = None, allow: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
-    return seen_cells.check(h5ad.name, models, lambda _: opened(h5ad), store, allow, no_progress)
+    return data_leakage.check(h5ad.name, models, lambda _: opened(h5ad), store, allow, no_progress)
 
 
 def test_of_a_fine_tuned_model_only_its_tuning_is_known(
@@ -75,11 +75,11 @@ def test_of_a_fine_tuned_model_only_its_tuning_is_known(
     assert "tuned was fine-tuned" in note
     assert "(lung abc) has seen these cells was not checked" in note
     told = f"0 of {NUM_CELLS} cells fine-tuned on, its pretraining not checked"
-    assert seen_cells.summary(found["tuned"]) == told
+    assert data_leakage.summary(found["tuned"]) == told
     plain = model(store, content, tmp_path, VOCABULARY)
     found, notes = check(mine, {"plain": plain})
     assert not notes
-    assert seen_cells.summary(found["plain"]) == f"0 of {NUM_CELLS} cells trained on"
+    assert data_leakage.summary(found["plain"]) == f"0 of {NUM_CELLS} cells trained on"
 
 
 def test_a_training_store_is_taken_by_those_that_were_trained_on_it(
@@ -122,7 +122,7 @@ def test_cells_too_short_to_tell_are_not_called_unseen(
     found, (note,) = check(write_h5ad(tmp_path / "a.h5ad", counts), trained)
     assert note.startswith("2 of 6 cells have too few genes")
     told = "0 of 4 cells trained on, 2 with too few genes to tell"
-    assert seen_cells.summary(found["m"]) == told
+    assert data_leakage.summary(found["m"]) == told
     found, _ = check(write_h5ad(tmp_path / "b.h5ad", counts[:2]), trained)
-    assert "0 of" not in seen_cells.summary(found["m"])
-    assert "no cell has genes enough to tell" in seen_cells.summary(found["m"])
+    assert "0 of" not in data_leakage.summary(found["m"])
+    assert "no cell has genes enough to tell" in data_leakage.summary(found["m"])

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from geneformer_mcore.downstream import shift_plot
+from geneformer_mcore.perturb import outputs
 
 
 @pytest.mark.parametrize("goal", ["", "goal_"])
@@ -20,7 +20,7 @@ def test_what_has_no_p_is_not_counted_as_not_significant(goal: str) -> None:
         index=[f"gene{number}" for number in range(8)],
     )  # fmt: skip
     axes = Figure().add_subplot()
-    shift_plot._volcano(axes, rows, bool(goal))
+    outputs._volcano(axes, rows, bool(goal))
     legend = axes.get_legend()
     assert legend is not None
     texts = [text.get_text() for text in legend.get_texts()]

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store.dataset_table import COVERED, Dataset, DatasetTable
-from geneformer_mcore.store.split_policy import POLICIES, choose_roles, make_split
+from geneformer_mcore.store.split.dataset_table import COVERED, Dataset, DatasetTable
+from geneformer_mcore.store.split.policy import POLICIES, choose_roles, make_split
 
 
 def dataset(name: str, cells: int, assays: str = "a", tissues: str = "t") -> Dataset:

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from geneformer_mcore.cells.corpus import InputOptions
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store import dataset_table
-from geneformer_mcore.store.dataset_table import Dataset, DatasetTable, read_dataset_table
-from geneformer_mcore.store.ingest import build_store
+from geneformer_mcore.store.ingest.build import build_store
+from geneformer_mcore.store.split import dataset_table
+from geneformer_mcore.store.split.dataset_table import Dataset, DatasetTable, read_dataset_table
+from geneformer_mcore.tokenizer.corpus import InputOptions
 from tests.small_cells import gene_id, random_counts, vocabulary_of, write_h5ad
 from tests.small_experiment import write_experiment
 

@@ -12,7 +12,7 @@ import pytest
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.store.keys import cell_keys
-from geneformer_mcore.store.split_table import SplitTable
+from geneformer_mcore.store.split.table import SplitTable
 
 TABLE = SplitTable(
     "card",
@@ -96,7 +96,7 @@ def test_damage_is_seen(tmp_path: Path) -> None:
 
 
 def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("geneformer_mcore.store.split_table.VERSION", 2)
+    monkeypatch.setattr("geneformer_mcore.store.split.table.VERSION", 2)
     TABLE.save(tmp_path / "split.json")
     monkeypatch.undo()
     with pytest.raises(DataError, match=r"version 2 of split.json, this program reads 1"):

@@ -14,15 +14,15 @@ import pytest
 import tiledbsoma
 from scipy import sparse
 
-from geneformer_mcore.cells.vocabulary import Vocabulary
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store import buckets, ingest, merge, plan, tokenise
 from geneformer_mcore.store.check import check_store
-from geneformer_mcore.store.ingest import build_store
+from geneformer_mcore.store.ingest import buckets, build, merge, plan, tokenise
+from geneformer_mcore.store.ingest.build import build_store
+from geneformer_mcore.store.ingest.staging import StagedFolder
 from geneformer_mcore.store.keys import cell_keys, order_keys
 from geneformer_mcore.store.layout import Manifest
-from geneformer_mcore.store.split import SPLITS, RandomSplit
-from geneformer_mcore.store.staging import StagedFolder
+from geneformer_mcore.store.split.table import SPLITS, RandomSplit
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from tests.small_cells import gene_id, plain_tokens, random_counts, vocabulary_of, write_h5ad
 
 NUM_GENES = 60
@@ -185,7 +185,7 @@ def test_content_depends_on_the_cells_alone(
     monkeypatch.setattr(merge, "ROWS_PER_WRITE", 11)
     monkeypatch.setattr(merge, "_FILES_KEPT_OPEN", 2)
     monkeypatch.setattr(tokenise, "ROWS_PER_BLOCK", 7)
-    monkeypatch.setattr(ingest, "_CELLS_PER_WORKER", 1)
+    monkeypatch.setattr(build, "_CELLS_PER_WORKER", 1)
     other = tmp_path / "other"
     build_store(files[::-1], other, vocabulary, seq_length=10, split_rule=SPLIT, workers=workers)
     ours, theirs = Manifest.load(other), Manifest.load(store)

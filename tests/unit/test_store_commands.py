@@ -18,10 +18,10 @@ import pytest
 from scipy import sparse
 
 from data_prep.demo_cells import recover_counts
-from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.commands import run
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.exit_codes import run
 from geneformer_mcore.store.layout import Manifest
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from tests import commands
 from tests.small_cells import gene_id, random_counts, vocabulary_of, write_h5ad
 

@@ -14,7 +14,7 @@ import tiledbsoma
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.store.check import check_store
-from geneformer_mcore.store.files import list_files
+from geneformer_mcore.store.layout import list_files
 from geneformer_mcore.store.reader import TokenStore
 from tests.small_store import write_small_store
 

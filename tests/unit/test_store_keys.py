@@ -9,7 +9,7 @@ import pytest
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.store.keys import cell_keys, order_keys, split_draws
-from geneformer_mcore.store.split import RandomSplit
+from geneformer_mcore.store.split.table import RandomSplit
 
 IDS = [f"c{number}" for number in range(40_000)]
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store.labels import (
+from geneformer_mcore.store.ingest.labels import (
     INTEGER,
     NUMBER,
     TEXT,

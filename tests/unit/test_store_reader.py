@@ -15,14 +15,14 @@ import pyarrow as pa
 import pytest
 import tiledbsoma
 
-from geneformer_mcore.cells.vocabulary import Vocabulary
-from geneformer_mcore.contracts import RaggedCells
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.store import reader, soma_io
 from geneformer_mcore.store.check import check_store
 from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from geneformer_mcore.types import RaggedCells
 from tests.small_cells import vocabulary_of
 from tests.small_store import write_small_store
 

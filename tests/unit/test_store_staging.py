@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store import lock, plan, staging
+from geneformer_mcore.io import files
 from geneformer_mcore.store.check import check_store
-from geneformer_mcore.store.ingest import build_store
+from geneformer_mcore.store.ingest import plan, staging
+from geneformer_mcore.store.ingest.build import build_store
+from geneformer_mcore.store.ingest.staging import StagedFolder, check_target
 from geneformer_mcore.store.layout import MANIFEST_FILE, Manifest
-from geneformer_mcore.store.staging import StagedFolder, check_target
 from tests import commands
 from tests.small_cells import random_counts, vocabulary_of, write_h5ad
 
@@ -148,8 +149,8 @@ def test_a_place_where_no_store_can_be_is_refused_early(
 
 LIMITED = """
 import resource, sys
-from geneformer_mcore.commands import run
-from geneformer_mcore.store import ingest, merge, plan, tokenise, writer
+from geneformer_mcore.exit_codes import run
+from geneformer_mcore.store.ingest import build as ingest, merge, plan, tokenise, merge as writer
 from data_prep.build_store import main
 
 plan.LEAST_ROWS_PER_UNIT = 50
@@ -289,14 +290,14 @@ def test_a_lock_on_a_folder_that_was_cleared_meanwhile_is_taken_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "store"
-    flock, cleared = lock.fcntl.flock, []
+    flock, cleared = files.fcntl.flock, []
 
     def clear_first(descriptor: int, kind: int) -> None:
         if not cleared:
             cleared.append(shutil.rmtree(tmp_path / ".store.staging"))
         flock(descriptor, kind)
 
-    monkeypatch.setattr(lock.fcntl, "flock", clear_first)
+    monkeypatch.setattr(files.fcntl, "flock", clear_first)
     first = hold(target)
     with pytest.raises(DataError, match="another process is writing it now"):
         hold(target)

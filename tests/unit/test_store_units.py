@@ -13,29 +13,34 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 
-from geneformer_mcore.cells.corpus import InputOptions
-from geneformer_mcore.cells.genes import GeneMap
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.store import plan as plans
-from geneformer_mcore.store.buckets import (
+from geneformer_mcore.store.ingest import plan as plans
+from geneformer_mcore.store.ingest.buckets import (
     CELLS_PER_BUCKET,
     bucket_codes,
     by_bucket,
     count_buckets,
     sorted_cells,
 )
-from geneformer_mcore.store.keys import order_keys
-from geneformer_mcore.store.plan import Part, Plan, Recipe, declare, join, make_plan
-from geneformer_mcore.store.source_report import _binned, _median, _reached, sum_skipped
-from geneformer_mcore.store.sources import Refusal, Source, in_order
-from geneformer_mcore.store.split import RandomSplit
-from geneformer_mcore.store.unit_file import (
+from geneformer_mcore.store.ingest.plan import (
+    Part,
+    Plan,
+    Recipe,
     UnitReader,
+    declare,
+    join,
+    make_plan,
     read_report,
     read_sound_report,
     remove_others,
     write_report,
 )
+from geneformer_mcore.store.ingest.sources import InputSource, Refusal, in_order
+from geneformer_mcore.store.keys import order_keys
+from geneformer_mcore.store.report import _binned, _median, _reached, sum_skipped
+from geneformer_mcore.store.split.table import RandomSplit
+from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import GeneMap
 from tests.small_cells import vocabulary_of
 from tests.small_store import cells_table, write_unit
 
@@ -143,11 +148,11 @@ def test_reports_of_damaged_units_are_none(tmp_path: Path) -> None:
 # Plans
 
 
-def source(name: str, num_cells: int, **changes: object) -> Source:
+def source(name: str, num_cells: int, **changes: object) -> InputSource:
     gene_map = GeneMap(np.arange(3, dtype=np.int32), "index", 3, 0, 0, 0, 0)
     fields = {"fingerprint": {"size": 7}, "location": "X", "stem": name, "gene_map": gene_map}
     fields |= changes
-    return Source(
+    return InputSource(
         name=name,
         address=f"/{name}",
         num_cells=num_cells,
@@ -271,7 +276,7 @@ def test_skipped_are_summed_by_reason() -> None:
 
 
 def test_progress_and_clock() -> None:
-    from geneformer_mcore.store import progress
+    from geneformer_mcore.io import progress
 
     lines: list[str] = []
     stream = SimpleNamespace(

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from geneformer_mcore.errors import DataError, LostWorkerError
-from geneformer_mcore.store.workers import Workers
+from geneformer_mcore.io.workers import Workers
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from geneformer_mcore.contracts import NUM_SPECIALS, SPECIAL_TOKENS
+from geneformer_mcore.convert import hf_keys, token_rows
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.model import hf_keys, token_rows
+from geneformer_mcore.types import NUM_SPECIALS, SPECIAL_TOKENS
 
 GENES = ("ENSG1", "ENSG2", "ENSG3")
 

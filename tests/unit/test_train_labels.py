@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from geneformer_mcore.contracts import CellViews, KnownLengths, RaggedCells, RandomAccess
+from geneformer_mcore.data.collate import make_batch
+from geneformer_mcore.data.labelled import LabelledBatches, labelled_source
+from geneformer_mcore.data.masking import Masking
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.feed.batch import make_batch
-from geneformer_mcore.feed.labelled import LabelledBatches, labelled_source
-from geneformer_mcore.feed.masks import Masking
-from geneformer_mcore.train.data import Cells
-from geneformer_mcore.train.labels import labelled
+from geneformer_mcore.training.datasets import RunCells
+from geneformer_mcore.training.finetuning import labelled
+from geneformer_mcore.types import CellViews, KnownLengths, RaggedCells, RandomAccess
 from tests.small_cells import vocabulary_of
 
 NUM_CELLS = 20
@@ -48,10 +48,10 @@ class Mapped(Stored):
         return everything.part(rows)
 
 
-def cells_with(values: Sequence[object], source: Stored | None = None) -> Cells:
+def cells_with(values: Sequence[object], source: Stored | None = None) -> RunCells:
     keys = np.arange(NUM_CELLS).astype(np.uint64) * np.uint64(7)
     table = pa.table({"cell_key": keys, "kind": pa.array(values)})
-    return Cells(
+    return RunCells(
         name="stores/x",
         vocabulary=vocabulary_of(9),
         content_hash="c",
@@ -103,7 +103,7 @@ def test_the_cells_are_those_with_a_label(kind: type[Stored]) -> None:
 
 
 def test_cells_far_apart_are_read_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("geneformer_mcore.feed.labelled._FAR", 3)
+    monkeypatch.setattr("geneformer_mcore.data.labelled._FAR", 3)
     stored = Stored()
     block = labelled_source(stored, np.array([0, 2, 9, 10, 19])).read(0, 5)
     assert stored.asked == [(0, 3), (9, 11), (19, 20)]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from geneformer_mcore.parallel import roll_call, watch
-from geneformer_mcore.parallel.watch import LostRankError, Watch
+from geneformer_mcore.distributed import watchdog
+from geneformer_mcore.distributed.watchdog import LostRankError, Watchdog
 
 
 class Silenced:
@@ -32,9 +32,9 @@ class Silenced:
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Silenced]:
-    monkeypatch.setattr(roll_call, "PrefixStore", lambda _prefix, store: store)
+    monkeypatch.setattr(watchdog, "PrefixStore", lambda _prefix, store: store)
     for name in ("_LOOK_S", "_STORE_S", "_JUDGED_S"):
-        monkeypatch.setattr(watch, name, 0.1)
+        monkeypatch.setattr(watchdog, name, 0.1)
     made = Silenced()
     yield made
     made.over.set()
@@ -44,7 +44,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Silenced]:
 def test_a_rank_that_stands_still_says_that_it_is_cut_off(store: Silenced, how: str) -> None:
     losses: list[LostRankError] = []
     ended = threading.Event()
-    with Watch(0.3, lambda loss: (losses.append(loss), ended.set())) as lookout:
+    with Watchdog(0.3, lambda loss: (losses.append(loss), ended.set())) as lookout:
         lookout.join(store, 5, 8)
         lookout.doing("a step", step=3)
         getattr(store, how).set()
@@ -58,7 +58,7 @@ def test_a_rank_that_stands_still_says_that_it_is_cut_off(store: Silenced, how: 
 @pytest.mark.parametrize("how", ["silent", "closed"])
 def test_an_error_of_lost_contact_is_explained_then_too(store: Silenced, how: str) -> None:
     def loses_contact() -> None:
-        with Watch(60, pytest.fail) as lookout:
+        with Watchdog(60, pytest.fail) as lookout:
             lookout.join(store, 5, 8)
             getattr(store, how).set()
             raise RuntimeError("[gloo] Connection reset by peer")
@@ -70,6 +70,6 @@ def test_an_error_of_lost_contact_is_explained_then_too(store: Silenced, how: st
 def test_a_process_of_its_own_is_cut_off_from_none() -> None:
     losses: list[str] = []
     ended = threading.Event()
-    with Watch(0.1, lambda loss: (losses.append(str(loss)), ended.set())):
+    with Watchdog(0.1, lambda loss: (losses.append(str(loss)), ended.set())):
         assert ended.wait(20)
     assert losses[0].startswith("no rank got on for 0.1 s")

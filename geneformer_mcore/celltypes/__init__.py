@@ -1,0 +1,1 @@
+"""The model card's benchmark of cell types (floor 12)."""

@@ -1,0 +1,130 @@
+"""Cells whose type is known, from one AnnData file: labels, donors, and counts as PCA takes them.
+
+obs     ->  which column holds the labels, which the donors?  ->  text per cell, "" for none
+counts  ->  the very matrix that the models read  ->  CSR  ->  / total * 10,000  ->  log(1 + x)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.inference.cells import naming_our_options
+from geneformer_mcore.tokenizer.corpus import InputOptions
+
+LABELS = ("celltype", "celltypes", "celllabel", "celltypeannotation", "cellontologyclass")
+DONORS = ("donorid", "donor", "patientid", "patient", "individual", "subject", "subjectid")
+"""Columns of obs that are taken unasked, in this order; written in capitals, with `_`, `.` or a
+space in them, they are the same."""
+COUNTS_PER_CELL = 10_000.0
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What is known of the cells of a file, in its order.
+
+    label, donor: the columns of obs; "" where there is none of donors
+    labels_N:     object, text; "" where a cell has none
+    donors_N:     the same; None where there is no such column
+    """
+
+    label: str
+    donor: str
+    names: list[str]
+    labels_N: np.ndarray
+    donors_N: np.ndarray | None
+    counts_NG: sparse.csr_matrix
+
+    def without_counts(self) -> Labelled:
+        """The same, with an empty matrix of the same shape: the counts take most of the room."""
+        return replace(self, counts_NG=sparse.csr_matrix(self.counts_NG.shape, dtype=np.float32))
+
+
+def read(source: str, label: str, donor: str, options: InputOptions) -> Labelled:
+    """The cells of an h5ad file or Experiment.
+
+    label, donor: columns of obs, "" to look for one (see LABELS, DONORS). A column of donors that
+    was not asked for is taken only if it names at least two.
+    Raises DataError if there is no such column, or the counts are none.
+    """
+    with naming_our_options(), options.open(source) as counts:
+        obs = counts.read_obs(0, counts.num_cells)
+        label = find_column(obs, label, LABELS, source, "--label")
+        labels_N = _texts(obs[label])
+        donor, donors_N = _donors(obs, donor, source)
+        blocks = [
+            sparse.csr_matrix(
+                (block.data.astype(np.float32), block.indices, block.indptr),
+                (len(block), counts.num_columns),
+            )
+            for block in counts.blocks()
+        ]
+    matrix = sparse.vstack(blocks, format="csr")
+    return Labelled(label, donor, [str(name) for name in obs.index], labels_N, donors_N, matrix)
+
+
+def _donors(obs: pd.DataFrame, donor: str, source: str) -> tuple[str, np.ndarray | None]:
+    if not donor and _guess(obs, DONORS) is None:
+        return "", None
+    column = find_column(obs, donor, DONORS, source, "--donor")
+    donors_N = _texts(obs[column])
+    found = sorted(set(donors_N) - {""})
+    if len(found) >= 2:
+        return column, donors_N
+    if not donor:
+        return "", None
+    raise DataError(
+        f"{source}: to leave one donor out, obs column {column!r} must name at least 2 donors, and "
+        f"names {len(found)} ({', '.join(found) or 'none'}). Remedy: name another --donor, or none."
+    )
+
+
+def find_column(
+    obs: pd.DataFrame, asked: str, usual: Sequence[str], source: str, option: str
+) -> str:
+    """The column asked for, or the first that bears a usual name. DataError if there is none."""
+    if asked in obs.columns:
+        return asked
+    found = None if asked else _guess(obs, usual)
+    if found is not None:
+        return found
+    wanted = f"no column {asked!r}" if asked else f"no column called {', '.join(usual)} or alike"
+    raise DataError(
+        f"{source}: obs has {wanted}; its columns: {', '.join(map(str, obs.columns)) or 'none'}. "
+        f"Remedy: name one with {option}."
+    )
+
+
+def _guess(obs: pd.DataFrame, usual: Sequence[str]) -> str | None:
+    plain = {re.sub(r"[\W_]", "", str(name)).lower(): str(name) for name in reversed(obs.columns)}
+    return next((plain[name] for name in usual if name in plain), None)
+
+
+def _texts(column: pd.Series) -> np.ndarray:
+    values = column.astype(object)
+    return np.where(values.isna(), "", values.astype(str).str.strip()).astype(object)
+
+
+def log_counts(counts_NG: sparse.csr_matrix, usable_N: np.ndarray) -> sparse.csr_matrix:
+    """float32, log(1 + counts / total of the cell * 10,000), as scanpy makes them.
+
+    Each cell by itself: nothing of one goes into another. Rows that are not `usable_N` (bool) are
+    left empty; no other may be.
+    """
+    import scanpy
+
+    adata = scanpy.AnnData(counts_NG[usable_N])
+    scanpy.pp.normalize_total(adata, target_sum=COUNTS_PER_CELL)
+    scanpy.pp.log1p(adata)
+    logs = adata.X
+    # The same numbers, spread over all rows: large ones are not copied.
+    lengths_N = np.zeros(len(usable_N), logs.indptr.dtype)
+    lengths_N[usable_N] = np.diff(logs.indptr)
+    indptr = np.concatenate([[0], np.cumsum(lengths_N)])
+    return sparse.csr_matrix((logs.data, logs.indices, indptr), counts_NG.shape)

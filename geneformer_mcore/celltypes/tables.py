@@ -1,0 +1,206 @@
+"""A classification as the model card's table, as JSON, and every prediction as CSV.
+
+Classification  ->  lines for the console  |  table.md  |  results.json  |  predictions.csv
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geneformer_mcore.celltypes.classify import Classification, Judged
+from geneformer_mcore.celltypes.cross_validation import BY_DONOR, MIN_DONORS
+from geneformer_mcore.inference import data_leakage
+from geneformer_mcore.metrics.provenance import provenance
+
+HEAD = ("features", "classifier", "macro F1", "95 %", "accuracy", "95 %", "F1 over folds")
+GAIN = "F1 over PCA + forest"
+_MOST_NAMED = 8
+
+
+def lines(found: Classification) -> list[str]:
+    """What the command prints."""
+    shown = [*_about(found), ""]
+    for judged in found.judged:
+        shown += [*_about_scheme(judged), "", *_aligned([_head(), *_rows(judged)]), ""]
+    shown += [best(judged) for judged in found.judged]
+    return shown + [f"note: {note}" for note in found.notes]
+
+
+def markdown(found: Classification) -> str:
+    """The same for a page."""
+    shown = [f"# Cell types of {found.facts['input']}", "", *_about(found), ""]
+    for judged in found.judged:
+        shown += [f"## {judged.scheme.name}", "", *_about_scheme(judged), ""]
+        shown += [_row_of(_head()), _row_of(["---"] * len(_head()))]
+        shown += [*map(_row_of, _rows(judged)), "", best(judged), ""]
+    return "\n".join([*shown, *(f"- {note}" for note in found.notes)]).rstrip() + "\n"
+
+
+def content(found: Classification) -> dict[str, Any]:
+    """All figures as plain JSON, with machine, versions and commit."""
+    return {
+        **found.facts,
+        "schemes": [
+            {
+                "name": judged.scheme.name,
+                "cells": len(judged.scheme.cells),
+                "labels": judged.labels,
+                "labels_left_out": judged.scheme.left_out,
+                "rows": [
+                    {"features": each.features, "classifier": each.classifier, **each.scores}
+                    for each in judged.methods
+                ],
+                "best": {
+                    "pca": judged.best.pca.classifier,
+                    "features": judged.best.other.features,
+                    "classifier": judged.best.other.classifier,
+                    "macro_f1_over_best_pca": judged.best.gain,
+                },
+            }
+            for judged in found.judged
+        ],
+        "notes": found.notes,
+        **provenance(),
+    }
+
+
+def save(found: Classification, folder: Path) -> list[str]:
+    """Writes results.json, table.md and predictions.csv into a folder. Gives their names."""
+    (folder / "results.json").write_text(json.dumps(content(found), indent=1) + "\n")
+    (folder / "table.md").write_text(markdown(found))
+    with (folder / "predictions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["cell", "scheme", "fold", "features", "classifier", "label", "predicted"])
+        for judged in found.judged:
+            writer.writerows(_predictions(found, judged))
+    return ["results.json", "table.md", "predictions.csv"]
+
+
+def _predictions(found: Classification, judged: Judged) -> list[list[str]]:
+    scheme, cells = judged.scheme, found.cells
+    fold_of = np.full(len(cells.names), "", object)
+    for name, (_, test) in scheme.folds.items():
+        fold_of[test] = name
+    return [
+        [
+            *(cells.names[row], scheme.name, fold_of[row]),
+            *(each.features, each.classifier, cells.labels_N[row], predicted),
+        ]
+        for each in judged.methods
+        for row, predicted in zip(scheme.cells, each.predicted_N, strict=True)
+    ]
+
+
+def best(judged: Judged) -> str:
+    """The best of PCA, the best of the others, and whether that is ahead of it. No verdict without
+    an interval."""
+    pca, other, gain = judged.best.pca, judged.best.other, judged.best.gain
+    of_pca = sum(each.features == pca.features for each in judged.methods)
+    return (
+        f"{judged.scheme.name}: best of {of_pca} on PCA: {pca.classifier}, "
+        f"{pca.scores['macro_f1']['value']:.3f}; best of {len(judged.methods) - of_pca} others: "
+        f"{other.features}, {other.classifier}, {other.scores['macro_f1']['value']:.3f}; "
+        f"{_gain(gain)} against that PCA: {_verdict(gain)}."
+    )
+
+
+def _verdict(gain: dict[str, float]) -> str:
+    if "low" not in gain:
+        return "no interval, so no verdict"
+    found = "ahead" if gain["low"] > 0 else "behind" if gain["high"] < 0 else "not told apart"
+    return f"{found} (not corrected for choosing the best of several)"
+
+
+def _about(found: Classification) -> list[str]:
+    facts = found.facts
+    donors = f", donors by {facts['donor']}" if facts["donor"] else ""
+    left_out = facts["left_out"]
+    reasons = [f"{number:,} with {why.replace('_', ' ')}" for why, number in left_out.items()]
+    shown = [
+        f"{facts['input']}: {facts['num_cells']:,} cells x {facts['num_genes']:,} genes, labels by "
+        f"{facts['label']}{donors}; left out for every method: {', '.join(reasons)}"
+    ]
+    for name, model in facts["models"].items():
+        shape, what = model["model"], f"step {model['step']:,}"
+        if model["random_weights"]:
+            what = f"random weights, seed {facts['seed']}"
+        checked = facts["overlap"].get(name)
+        seen = f"; {data_leakage.summary(checked)}" if checked else ""
+        shown.append(
+            f"{name}: {shape['num_layers']} layers x {shape['hidden_size']}, "
+            f"{shape['seq_length']:,} tokens, {what}{seen}"
+        )
+    return shown
+
+
+def _about_scheme(judged: Judged) -> list[str]:
+    scheme = judged.scheme
+    text = (
+        f"{scheme.name}: {len(scheme.cells):,} cells, {len(judged.labels)} labels, "
+        f"{len(scheme.folds)} folds{_drawn(judged)}"
+    )
+    if not scheme.left_out:
+        return [text]
+    named = [f"{label} ({cells})" for label, cells in scheme.left_out.items()][:_MOST_NAMED]
+    more = ", ..." if len(scheme.left_out) > _MOST_NAMED else ""
+    return [f"{text}; labels left out as too rare: {', '.join(named)}{more}"]
+
+
+def _drawn(judged: Judged) -> str:
+    """What the intervals were drawn over, where that is not cells."""
+    if judged.scheme.name != BY_DONOR:
+        return ""
+    if len(judged.scheme.folds) < MIN_DONORS:
+        return f"; intervals need {MIN_DONORS} donors"
+    return "; intervals over donors"
+
+
+def _head() -> list[str]:
+    return [*HEAD, GAIN]
+
+
+def _rows(judged: Judged) -> list[list[str]]:
+    return [
+        _row(each.features, each.classifier, each.scores, is_baseline=number == 0)
+        for number, each in enumerate(judged.methods)
+    ]
+
+
+def _row(features: str, classifier: str, scores: dict[str, Any], *, is_baseline: bool) -> list[str]:
+    """One line of the table, of scores as Scores.of gives them."""
+    of_folds = np.array([fold["macro_f1"] for fold in scores["folds"].values()])
+    return [
+        features,
+        classifier,
+        f"{scores['macro_f1']['value']:.3f}",
+        _span(scores["macro_f1"]),
+        f"{scores['accuracy']['value']:.3f}",
+        _span(scores["accuracy"]),
+        f"{of_folds.mean():.3f} ± {of_folds.std(ddof=1):.3f}",
+        "-" if is_baseline else _gain(scores["macro_f1_over_baseline"]),
+    ]
+
+
+def _gain(gain: dict[str, float]) -> str:
+    return f"{gain['value']:+.3f}" + (f" ({_span(gain)})" if "low" in gain else "")
+
+
+def _span(interval: dict[str, float]) -> str:
+    return f"{interval['low']:.3f} to {interval['high']:.3f}" if "low" in interval else "-"
+
+
+def _row_of(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        for cells in rows
+    ]

@@ -1,0 +1,1 @@
+"""Models of others as runs of ours, and back (floor 12)."""

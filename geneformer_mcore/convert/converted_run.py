@@ -1,0 +1,144 @@
+"""Weights from elsewhere as the run folder of a run that has made no step yet.
+
+weights, settings, vocabulary  ->  RUN/vocabulary.json
+                                   RUN/config.yaml
+                                   RUN/origin.json, ...                  where they are from
+                                   RUN/checkpoints/step_0000000000/      as training writes it
+
+The checkpoint is a whole one, with moments of 0: it loads under any layout, by the code that loads
+all others. Pretraining goes on from it with any cells and recipe (see record.check_continues).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import HashStore
+
+from geneformer_mcore import backends
+from geneformer_mcore.checkpoint import folder as checkpoints
+from geneformer_mcore.checkpoint import state
+from geneformer_mcore.checkpoint.record import Identity, Record
+from geneformer_mcore.config import Config, dump
+from geneformer_mcore.convert.hf_keys import Weights
+from geneformer_mcore.distributed import device, groups
+from geneformer_mcore.errors import ConfigError, DataError
+from geneformer_mcore.model import geneformer, init, megatron_config
+from geneformer_mcore.optim import optimizer as optim
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+
+VOCABULARY, CONFIG, ORIGIN = "vocabulary.json", "config.yaml", "origin.json"
+TOKENS = "token_dictionary.json"
+"""{name: id} of the model that the weights are from, where its ids are not ours."""
+
+
+def check_free(out: Path) -> None:
+    """Raises DataError if there is something at `out` already."""
+    if out.exists() or out.is_symlink():
+        raise DataError(f"{out}: exists already, and nothing is replaced. Remedy: name another.")
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Gives a folder to fill, which becomes `out` at the end; after an error nothing is left."""
+    check_free(out)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        check_free(out)
+        partial.rename(out)
+    except OSError as error:
+        raise DataError(
+            f"{out}: cannot be written: {error.strerror or error}. Remedy: choose another place, "
+            "or make room and give yourself the right to write there."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write(
+    out: Path,
+    config: Config,
+    vocabulary: Vocabulary,
+    weights: Weights,
+    files: dict[str, dict[str, Any]],
+) -> None:
+    """Writes the run folder `out`.
+
+    weights: {our name: whole tensor}, vocabulary rows without padding; files: {name: JSON content}
+    to lay beside. Raises DataError if `out` is there, or cannot be written.
+    """
+    config.run.dir = str(out)
+    text = dump(config)
+    with whole_folder(out) as partial, alone(config) as here:
+        trainable = _trainable(config, vocabulary.size, weights, here)
+        root = partial / "checkpoints"
+        staging = checkpoints.make_staging(root, 0)
+        record = Record(
+            step=0,
+            cells_seen=0,
+            meters={},
+            identity=Identity(text, {}, vocabulary.checksum, content=""),
+            layout={},
+            versions=backends.describe(),
+            guard={},
+        )
+        state.save(trainable, staging, rank=0)
+        record.save(staging)
+        checkpoints.commit(staging, root, 0)
+        vocabulary.save(partial / VOCABULARY)
+        (partial / CONFIG).write_text(text)
+        for name, content in files.items():
+            (partial / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def alone(config: Config) -> Iterator[torch.device]:
+    """Megatron's groups of one process, which has the whole model."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"one process converts a model, and torchrun has started {os.environ['WORLD_SIZE']}. "
+            "Remedy: start it by plain python."
+        )
+    here = device.start()
+    topology = groups.join(groups.Rendezvous(HashStore(), 0, 1), here, config.parallel)
+    groups.seed_dropout(config.train.seed, topology)
+    try:
+        yield here
+    finally:
+        groups.stop()
+
+
+def _trainable(
+    config: Config, num_tokens: int, weights: Weights, here: torch.device
+) -> optim.Trainable:
+    core = megatron_config.transformer_config(
+        config.model, config.parallel, config.train.precision, here
+    )
+    stages = geneformer.build(config.model, core, here, num_tokens, config.data.seq_length)
+    for stage in stages:
+        _fill(stage, weights)
+    return optim.wrap(stages, config.optim, config.parallel)
+
+
+def _fill(stage: geneformer.Geneformer, weights: Weights) -> None:
+    """Rows that pad the vocabulary become 0: they take no part in anything."""
+    left = dict(weights)
+    with torch.no_grad():
+        for entry in init.sharded_parameters(stage):
+            whole = left.pop(entry.key)
+            padding = entry.global_shape[0] - len(whole)
+            if padding:
+                assert entry.key.startswith(("embedding.word", "output_layer"))
+                whole = torch.cat([whole, whole.new_zeros(padding, *whole.shape[1:])])
+            assert tuple(whole.shape) == tuple(entry.global_shape), entry.key
+            entry.data.copy_(whole)
+    assert not left, left.keys()

@@ -1,0 +1,256 @@
+"""A folder in Hugging Face's format: read as what it says it is, and written.
+
+config.json                             what model it is
+model.safetensors | pytorch_model.bin   its weights
+token_dictionary.json, vocabulary.json  what its rows mean; of ours, and of others that have them
+tokenizer.json, tokenizer_config.json, README.md   written, never read
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geneformer_mcore.checkpoint import safetensors_file
+from geneformer_mcore.config.sections import Activation, ModelConfig, Norm
+from geneformer_mcore.errors import CheckpointError, ConfigError
+from geneformer_mcore.model.megatron_config import INIT_STD, LAYERNORM_EPSILON
+from geneformer_mcore.types import SPECIAL_TOKENS
+
+CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
+TOKENS, VOCABULARY = "token_dictionary.json", "vocabulary.json"
+
+_CLASSES = {
+    "bert": (Norm.post, "BertForMaskedLM"),
+    "megatron-bert": (Norm.pre, "MegatronBertForMaskedLM"),
+}
+"""model_type -> (where it normalises, its class). The second is BERT with pre-LN as we have it."""
+_TYPE_OF = {norm: (name, of) for name, (norm, of) in _CLASSES.items()}
+_ACTIVATIONS = {
+    "relu": Activation.relu,
+    "gelu": Activation.gelu,
+    "gelu_pytorch_tanh": Activation.gelu_tanh,
+    "gelu_new": Activation.gelu_tanh,
+}
+_THEIR_ACTIVATION = {
+    Activation.relu: "relu",
+    Activation.gelu: "gelu",
+    Activation.gelu_tanh: "gelu_pytorch_tanh",
+}
+_NUMBERS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("intermediate_size", "max_position_embeddings"),
+)
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a config.json says."""
+
+    model: ModelConfig
+    num_tokens: int
+    num_positions: int
+
+
+def read_config(folder: Path) -> Described:
+    """What model is in `folder`. Raises CheckpointError if it is none that we can compute."""
+    path = folder / CONFIG
+    content = read_json(path)
+    numbers = {name: content.get(name) for name in _NUMBERS}
+    problems = [
+        f"{name} must be a whole number above 0, and is {number!r}"
+        for name, number in numbers.items()
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1
+    ]
+    problems += _unlike_ours(content)
+    if problems:
+        raise CheckpointError(
+            f"{path} describes no model that can be converted:\n  "
+            + "\n  ".join(problems)
+            + "\nRemedy: give the folder of a BertForMaskedLM, such as Geneformer V1 or V2."
+        )
+    model = ModelConfig(
+        num_layers=content["num_hidden_layers"],
+        hidden_size=content["hidden_size"],
+        ffn_hidden_size=content["intermediate_size"],
+        num_attention_heads=content["num_attention_heads"],
+        hidden_dropout=float(content.get("hidden_dropout_prob", 0.1)),
+        attention_dropout=float(content.get("attention_probs_dropout_prob", 0.1)),
+        activation=_ACTIVATIONS[content.get("hidden_act", "gelu")],
+        norm=_CLASSES[content["model_type"]][0],
+    )
+    return Described(model, content["vocab_size"], content["max_position_embeddings"])
+
+
+def _unlike_ours(content: dict[str, Any]) -> list[str]:
+    """What of a config.json has no counterpart here. Defaults are those of transformers."""
+    wanted: dict[str, tuple[Any, tuple]] = {
+        "model_type": (None, tuple(_CLASSES)),
+        "hidden_act": ("gelu", tuple(_ACTIVATIONS)),
+        "layer_norm_eps": (LAYERNORM_EPSILON, (LAYERNORM_EPSILON,)),
+        "position_embedding_type": ("absolute", ("absolute", None)),
+        "tie_word_embeddings": (True, (True,)),
+        "is_decoder": (False, (False,)),
+        "add_cross_attention": (False, (False,)),
+    }
+    problems = []
+    for name, (default, allowed) in wanted.items():
+        value = content.get(name, default)
+        if value not in allowed:
+            shown = " or ".join(str(each) for each in allowed if each is not None)
+            problems.append(f"{name} must be {shown}, and is {value!r}")
+    return problems
+
+
+def config_json(
+    model: ModelConfig, num_tokens: int, num_positions: int, tokens: dict[str, int]
+) -> dict[str, Any]:
+    """The content of a config.json. tokens: {name: row}.
+
+    Raises ConfigError for a model that none of their classes computes.
+    """
+    head = model.head_activation or model.activation
+    if head is not model.activation:
+        raise ConfigError(
+            f"Hugging Face's classes have one activation, and this model has two: "
+            f"model.activation={model.activation.value}, model.head_activation={head.value}. "
+            "There is no class that computes it."
+        )
+    model_type, class_name = _TYPE_OF[model.norm]
+    padding = next((tokens[name] for name in ("[PAD]", "<pad>") if name in tokens), None)
+    return {
+        "architectures": [class_name],
+        "model_type": model_type,
+        "vocab_size": num_tokens,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "intermediate_size": model.ffn_hidden_size,
+        "hidden_act": _THEIR_ACTIVATION[model.activation],
+        "hidden_dropout_prob": model.hidden_dropout,
+        "attention_probs_dropout_prob": model.attention_dropout,
+        "max_position_embeddings": num_positions,
+        "type_vocab_size": 1,
+        "layer_norm_eps": LAYERNORM_EPSILON,
+        "initializer_range": INIT_STD,
+        "pad_token_id": padding,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+    }
+
+
+def tokenizer_json(tokens: dict[str, int]) -> dict[str, Any]:
+    """A tokenizer of gene ids with blanks between, which puts [CLS] first if there is one. It does
+    not rank genes: that takes counts and medians."""
+    specials = [name for name in SPECIAL_TOKENS if name in tokens]
+    specials += [name for name in tokens if name.startswith("<")]
+    first = next((name for name in ("[CLS]", "<cls>") if name in tokens), None)
+    unknown = next((name for name in ("[UKW]", "<unk>") if name in tokens), None)
+    cell = {"Sequence": {"id": "A", "type_id": 0}}
+    content: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": tokens[name],
+                "content": name,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for name in specials
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": tokens, "unk_token": unknown or "<unknown>"},
+    }
+    if first is not None:
+        start = {"SpecialToken": {"id": first, "type_id": 0}}
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [start, cell],
+            "pair": [start, cell, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {first: {"id": first, "ids": [tokens[first]], "tokens": [first]}},
+        }
+    return content
+
+
+def tokenizer_config(tokens: dict[str, int], num_positions: int) -> dict[str, Any]:
+    """The content of a tokenizer_config.json."""
+    roles = {
+        "cls_token": ("[CLS]", "<cls>"),
+        "mask_token": ("[MASK]", "<mask>"),
+        "pad_token": ("[PAD]", "<pad>"),
+        "sep_token": ("[SEP]", "<eos>"),
+        "unk_token": ("[UKW]", "<unk>"),
+    }
+    named = {
+        role: next((name for name in names if name in tokens), None)
+        for role, names in roles.items()
+    }
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": num_positions,
+        **{role: name for role, name in named.items() if name is not None},
+    }
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """{their name: tensor} of a folder. Raises CheckpointError where there are none."""
+    if (folder / WEIGHTS).is_file():
+        return safetensors_file.read(folder / WEIGHTS)
+    if (folder / PICKLED).is_file():
+        return read_state_dict(folder / PICKLED)
+    raise CheckpointError(
+        f"{folder} must hold {WEIGHTS} or {PICKLED}, and holds neither. Remedy: give the folder "
+        "of a model; one that is cut into several files must be saved as one."
+    )
+
+
+def read_state_dict(path: Path) -> dict[str, Any]:
+    """{name: tensor} of a file by torch.save, or of one below "state_dict" or "model" in it.
+
+    Raises CheckpointError for anything but tensors and plain containers.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: must be a plain state dict, {{name: tensor}}, written by torch.save, and is "
+            f"not: {why} Remedy: save `model.state_dict()` alone."
+        ) from error
+    for inner in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(inner), dict):
+            content = content[inner]
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise CheckpointError(
+            f"{path}: must be a plain state dict, {{name: tensor}}, and is a "
+            f"{type(content).__name__}. Remedy: save `model.state_dict()` alone."
+        )
+    return {name: each for name, each in content.items() if isinstance(each, torch.Tensor)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError if there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is no JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold an object, and holds {type(content).__name__}.")
+    return content

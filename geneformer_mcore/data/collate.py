@@ -1,0 +1,378 @@
+"""A control for what a model has learned: the same cells with their genes in a random order.
+
+A model that reads expression ranks must do worse on them; one that has only learned which genes
+occur together must not.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from geneformer_mcore.backends import compiled, is_available
+from geneformer_mcore.data.masking import Masking, mix, mix_scalar
+from geneformer_mcore.types import (
+    MASK,
+    NUM_SPECIALS,
+    PAD,
+    Batch,
+    CellViews,
+    RaggedCells,
+    TokenSource,
+)
+
+# Where the tokens of a batch stand in their cells, and whose they are; on the batch's device.
+
+
+def positions_in_cells(batch: Batch) -> torch.Tensor:
+    """int64 [B, S], the place of every token within its cell, 0 for [CLS]; of padding any that
+    the model has."""
+    num_positions = batch.tokens_BS.shape[1]
+    places_S = torch.arange(num_positions, device=batch.tokens_BS.device)
+    if batch.bounds is None:
+        return places_S.expand_as(batch.tokens_BS)
+    inside_S = places_S - batch.bounds[_pieces_of(batch.bounds, places_S)]
+    # Behind the last cell there are pieces longer than the model has positions for.
+    is_real_S = places_S < batch.bounds[len(batch.lengths_N)]
+    return torch.where(is_real_S, inside_S, 0)[None]
+
+
+def cells_of(batch: Batch, places_M: torch.Tensor) -> torch.Tensor:
+    """int64 [M], the cell (its number within the batch) that flat places belong to."""
+    if batch.bounds is None:
+        return places_M // batch.tokens_BS.shape[1]
+    return _pieces_of(batch.bounds, places_M)
+
+
+def _pieces_of(bounds: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    return torch.searchsorted(bounds, places, right=True) - 1
+
+
+# The compiled loops of the feed: cells masked, padded and put into a batch in one go.
+#
+#     cells wherever they lie --fill_batch--> padded tokens with masks, selected places, labels
+#
+# What they compute is defined by `masks.Masking.apply` and `batch.make_batch_plainly`, the same in
+# numpy, against which they are tested bit by bit. numba's cache on disk looks at one file, so what
+# is compiled together lies together.
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_UNIT = 2.0**-53
+
+
+@compiled
+def copy_cut(
+    tokens_T: np.ndarray, offsets: np.ndarray, longest: int, out_tokens_T: np.ndarray
+) -> None:
+    """Lays cells (see types.RaggedCells) end to end, at most `longest` tokens of each."""
+    written = 0
+    for cell in range(len(offsets) - 1):
+        start = offsets[cell]
+        length = min(offsets[cell + 1] - start, longest)
+        for k in range(length):
+            out_tokens_T[written + k] = tokens_T[start + k]
+        written += length
+
+
+@compiled
+def _mix(x: np.uint64) -> np.uint64:
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+@compiled
+def _select(bits_S: np.ndarray, below: np.uint64, places_M: np.ndarray) -> int:
+    """The places, 0 ([CLS]) apart, whose bits stay below a bound; how many there are."""
+    # Without branches, for selected places come at random: what is not kept is overwritten next.
+    # Unsigned, for an index that may be negative costs a test.
+    n = np.uint64(0)
+    for i in range(np.uint64(1), np.uint64(len(bits_S))):
+        places_M[n] = i
+        n += np.uint64((bits_S[i] >> np.uint64(11)) < below)
+    return int(n)
+
+
+@compiled
+def _show(
+    bits_M: np.ndarray,
+    masked_below: np.uint64,
+    random_below: np.uint64,
+    num_genes: int,
+    shown_M: np.ndarray,
+) -> None:
+    """What is shown at selected places with these bits: [MASK], a random gene, or -1: unchanged."""
+    for k in range(len(bits_M)):
+        action = _mix(bits_M[k] ^ _MIX_1) >> np.uint64(11)
+        unit = np.float64(_mix(bits_M[k] ^ _MIX_2) >> np.uint64(11)) * _UNIT
+        gene = np.int32(NUM_SPECIALS) + np.int32(unit * num_genes)
+        changed = np.int32(MASK) if action < masked_below else gene
+        shown_M[k] = changed if action < random_below else np.int32(-1)
+
+
+@compiled
+def _largest(numbers_N: np.ndarray) -> int:
+    largest = 0
+    for number in numbers_N:
+        largest = max(largest, number)
+    return largest
+
+
+@compiled
+def fill_batch(
+    tokens_T: np.ndarray,
+    starts_N: np.ndarray,
+    lengths_N: np.ndarray,
+    keys_N: np.ndarray,
+    epochs_N: np.ndarray,
+    seed_bits: np.uint64,
+    idle_N: np.ndarray,
+    selected_below: np.uint64,
+    masked_below: np.uint64,
+    random_below: np.uint64,
+    num_genes: int,
+    rows: np.ndarray,
+    tokens: np.ndarray,
+    selected_M: np.ndarray,
+    labels_M: np.ndarray,
+) -> int:
+    """Fills a micro batch; returns M, the number of selected places.
+
+    tokens_T, starts_N, lengths_N:  the cells (see types.CellViews)
+    keys_N, epochs_N, seed_bits:    what the cells' random streams are of (masking.Masking.streams)
+    *_below:    bounds on 53 random bits: a probability p is ceil(p * 2^53)
+    rows:       int64 [N + 1], where the row of each cell lies in `tokens` (see collate.rows_of)
+    tokens:     int32, the flattened batch to fill
+    selected_M, labels_M: int64, room for every token
+    """
+    longest = _largest(lengths_N)
+    bits = np.empty(longest, np.uint64)
+    places = np.empty(longest + 1, np.int32)
+    chosen = np.empty(longest, np.uint64)
+    shown = np.empty(longest, np.int32)
+    if len(starts_N) == 0:
+        tokens[:] = PAD
+    m = 0
+    for b in range(len(starts_N)):
+        length = lengths_N[b]
+        cell = tokens_T[starts_N[b] : starts_N[b] + length]
+        row = tokens[rows[b] : rows[b + 1]]
+        # Plain loops over one thing each: these the compiler turns into SIMD.
+        for i in range(len(cell)):
+            row[i] = cell[i]
+        row[length:] = PAD
+        if idle_N[b]:
+            continue
+        stream = _mix(_mix(keys_N[b] ^ seed_bits) + np.uint64(epochs_N[b]))
+        for i in range(len(cell)):
+            bits[i] = _mix(stream + np.uint64(i) * _GOLDEN)
+        n = _select(bits[:length], selected_below, places)
+        for k in range(n):
+            chosen[k] = bits[np.uint64(places[k])]
+        _show(chosen[:n], masked_below, random_below, num_genes, shown)
+        selected, labels = selected_M[m : m + n], labels_M[m : m + n]
+        for k in range(n):
+            place = np.uint64(places[k])
+            token = row[place]
+            labels[k] = token
+            row[place] = shown[k] if shown[k] >= 0 else token
+            selected[k] = rows[b] + np.int64(places[k])
+        m += n
+    return m
+
+
+# Tokenised cells -> padded or packed micro batches with masks.
+#
+# CellViews, at most seq_length long -> masked -> a row per cell, padded to one length per step
+#                                              -> or one row of cells end to end, packed -> Batch
+
+_REST_PIECE = 2048
+"""Positions of the pieces into which the unused rest of a packed batch is cut: as long as long
+cells, so that a batch that is nearly empty costs no more than a full one."""
+
+
+class Collator(Protocol):
+    """Whatever makes a micro batch of cells: the loops of this host, or DALI on a GPU."""
+
+    def __call__(
+        self,
+        cells: CellViews,
+        epochs_N: np.ndarray,
+        idle_N: np.ndarray,
+        masking: Masking,
+        num_positions: int,
+        packed: bool = False,
+    ) -> Batch:
+        """One micro batch of `num_positions` positions; no cell may be longer, and packed, all
+        cells together may not be.
+
+        epochs_N: int64 [N], the epoch each cell is seen in
+        idle_N: bool [N], cells that only fill the shape: nothing is predicted in them.
+        """
+        ...
+
+
+def truncate(cells: RaggedCells, seq_length: int) -> RaggedCells:
+    """The same cells with at most `seq_length` tokens each: the highest-ranked genes stay."""
+    lengths = cells.lengths
+    if lengths.max(initial=0) <= seq_length:
+        return cells
+    place_T = np.arange(len(cells.tokens_T)) - np.repeat(cells.offsets[:-1], lengths)
+    offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, seq_length))]).astype(np.int64)
+    return RaggedCells(cells.tokens_T[place_T < seq_length], offsets, cells.keys_N)
+
+
+def padded_length(longest: int, multiple: int, most: int) -> int:
+    """Positions of a row: `longest` rounded up to `multiple` (0: always `most`), and never more
+    than `most`, for which there is room."""
+    if multiple == 0:
+        return most
+    return min(-(-longest // multiple) * multiple, most)
+
+
+def rows_of(lengths_N: np.ndarray, num_positions: int, packed: bool) -> np.ndarray:
+    """int64 [N + 1]: where the row of each cell begins in the flattened batch, and where the last
+    one ends. Between the last token of a cell and the end of its row lies padding."""
+    if not packed:
+        return np.arange(len(lengths_N) + 1) * num_positions
+    starts_N = np.cumsum(lengths_N) - lengths_N
+    return np.concatenate([starts_N, [num_positions]]).astype(np.int64)
+
+
+def pieces(lengths_N: np.ndarray, num_positions: int) -> tuple[np.ndarray, int]:
+    """Bounds of a packed batch, int32 (see types.Batch), and tokens of its longest piece."""
+    ends_N = np.cumsum(lengths_N)
+    used = int(ends_N[-1]) if len(ends_N) else 0
+    rest = np.arange(used, num_positions, _REST_PIECE)
+    bounds = np.concatenate([[0], ends_N, rest[1:], [num_positions] * (len(rest) > 0)])
+    return bounds.astype(np.int32), int(np.diff(bounds).max())
+
+
+def assembled(
+    cells: CellViews,
+    tokens: torch.Tensor,
+    selected_M: torch.Tensor,
+    labels_M: torch.Tensor,
+    num_positions: int,
+    packed: bool,
+) -> Batch:
+    """The batch of `cells` whose flattened tokens and masks are given, on their device."""
+    bounds, longest = pieces(cells.lengths_N, num_positions) if packed else (None, 0)
+    return Batch(
+        tokens_BS=tokens.view(-1, num_positions),
+        lengths_N=torch.from_numpy(cells.lengths_N).to(tokens.device),
+        selected_M=selected_M,
+        labels_M=labels_M,
+        keys_N=cells.keys_N,
+        bounds=None if bounds is None else torch.from_numpy(bounds).to(tokens.device),
+        longest=longest,
+    )
+
+
+def make_batch(
+    cells: CellViews,
+    epochs_N: np.ndarray,
+    idle_N: np.ndarray,
+    masking: Masking,
+    num_positions: int,
+    packed: bool = False,
+) -> Batch:
+    """A BatchMaker: by compiled loops where numba is here, else by numpy, with equal results."""
+    needed = cells.lengths_N.sum() if packed else cells.lengths_N.max(initial=0)
+    assert needed <= num_positions
+    make = _make_compiled if is_available("numba") else make_batch_plainly
+    return make(cells, epochs_N, idle_N, masking, num_positions, packed)
+
+
+def make_batch_plainly(
+    cells: CellViews,
+    epochs_N: np.ndarray,
+    idle_N: np.ndarray,
+    masking: Masking,
+    num_positions: int,
+    packed: bool = False,
+) -> Batch:
+    """A BatchMaker in numpy alone: what a batch is, in few lines, and a tenth as fast."""
+    ragged, lengths = cells.ragged(), cells.lengths_N
+    seen_T, selected_T = masking.apply(ragged, epochs_N)
+    selected_T &= ~np.repeat(idle_N, lengths)
+    # Where each token goes in the flattened batch.
+    rows = rows_of(lengths, num_positions, packed)
+    place_T = np.arange(len(seen_T)) + np.repeat(rows[:-1] - ragged.offsets[:-1], lengths)
+    tokens = np.full(rows[-1], PAD, dtype=np.int32)
+    # Idle cells are shown as they are.
+    tokens[place_T] = np.where(selected_T, seen_T, ragged.tokens_T)
+    return assembled(
+        cells,
+        torch.from_numpy(tokens),
+        torch.from_numpy(place_T[selected_T]),
+        torch.from_numpy(ragged.tokens_T[selected_T].astype(np.int64)),
+        num_positions,
+        packed,
+    )
+
+
+def _make_compiled(
+    cells: CellViews,
+    epochs_N: np.ndarray,
+    idle_N: np.ndarray,
+    masking: Masking,
+    num_positions: int,
+    packed: bool,
+) -> Batch:
+
+    rows = rows_of(cells.lengths_N, num_positions, packed)
+    tokens = np.empty(rows[-1], dtype=np.int32)
+    room = int(cells.lengths_N.sum()) + 1
+    selected, labels = np.empty(room, np.int64), np.empty(room, np.int64)
+    num_selected = fill_batch(
+        cells.tokens_T,
+        cells.starts_N,
+        cells.lengths_N,
+        cells.keys_N,
+        epochs_N,
+        masking.seed_bits,
+        idle_N,
+        *masking.bounds(),
+        masking.vocabulary_size - NUM_SPECIALS,
+        rows,
+        tokens,
+        selected,
+        labels,
+    )
+    return assembled(
+        cells,
+        torch.from_numpy(tokens),
+        # Copied: a view would keep the room for all tokens alive.
+        torch.from_numpy(selected[:num_selected].copy()),
+        torch.from_numpy(labels[:num_selected].copy()),
+        num_positions,
+        packed,
+    )
+
+
+class PermutedGenes:
+    """A source whose cells hold the genes of `source`'s, [CLS] first, the others shuffled by
+    (seed, cell_key). Implements types.TokenSource."""
+
+    def __init__(self, source: TokenSource, seed: int, seq_length: int) -> None:
+        """seq_length: to which cells are cut first, so that only genes a model sees take part."""
+        self.source = source
+        self.seed = seed
+        self.seq_length = seq_length
+
+    def read(self, start: int, stop: int) -> RaggedCells:
+        """Rows start..stop-1, shuffled within each cell."""
+        cells = truncate(self.source.read(start, stop), self.seq_length)
+        cell_T = np.repeat(np.arange(len(cells)), cells.lengths)
+        stream_N = mix(cells.keys_N ^ mix_scalar(self.seed))
+        place_T = np.arange(len(cell_T)) - cells.offsets[:-1][cell_T]
+        bits_T = mix(stream_N[cell_T] + place_T.astype(np.uint64))
+        bits_T[cells.offsets[:-1]] = 0  # [CLS] stays in front
+        order = np.lexsort((bits_T, cell_T))
+        return RaggedCells(cells.tokens_T[order], cells.offsets, cells.keys_N)

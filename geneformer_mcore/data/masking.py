@@ -1,0 +1,117 @@
+"""Which genes of a cell are hidden: a pure function of (seed, epoch, cell_key, place in the cell).
+
+Row numbers, ranks, threads and batch shapes play no part, so a cell is masked alike in every
+layout and after every restart. A counter-based hash (SplitMix64: Steele, Lea and Flood, "Fast
+splittable pseudorandom number generators", 2014) gives each place its own random bits, for a whole
+block of cells in a dozen numpy calls.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from geneformer_mcore.types import MASK, NUM_SPECIALS, RaggedCells
+
+VALIDATION_EPOCH = 2**62
+"""Validation masks its cells as in this epoch, each time: no training epoch comes here."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How genes are selected and what is shown in their place.
+
+    probability:  of a gene being selected, independent per gene; [CLS] never is
+    fractions:    of the selected: shown as [MASK], as a random gene, unchanged
+    """
+
+    probability: float
+    fractions: tuple[float, float, float]
+    vocabulary_size: int
+    seed: int
+
+    def apply(self, cells: RaggedCells, epochs_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the model sees and where it must predict.
+
+        epochs_N: int64 [N], the epoch each cell is seen in.
+        Returns uint16 [T] tokens with masks, and bool [T], True at the selected places.
+        """
+        lengths = cells.lengths
+        first_T = np.repeat(cells.offsets[:-1], lengths)
+        place_T = (np.arange(len(cells.tokens_T)) - first_T).astype(np.uint64)
+        bits_T = mix(np.repeat(self.streams(cells.keys_N, epochs_N), lengths) + place_T * _GOLDEN)
+        selected_T = _unit(bits_T) < self.probability
+        selected_T[cells.offsets[:-1]] = False  # [CLS]
+        seen_T = cells.tokens_T.copy()
+        here = np.flatnonzero(selected_T)
+        seen_T[here] = self._shown(bits_T[here], cells.tokens_T[here])
+        return seen_T, selected_T
+
+    def streams(self, keys_N: np.ndarray, epochs_N: np.ndarray) -> np.ndarray:
+        """uint64 [N], where the random bits of each cell come from: bits of its place i are
+        `mix(stream + i * 0x9E3779B97F4A7C15)`."""
+        return mix(mix(keys_N ^ self.seed_bits) + epochs_N.astype(np.uint64))
+
+    @cached_property
+    def seed_bits(self) -> np.uint64:
+        """The seed, mixed."""
+        return mix_scalar(self.seed)
+
+    def bounds(self) -> tuple[np.uint64, np.uint64, np.uint64]:
+        """What 53 random bits must stay below: to be selected; then, to be shown as [MASK]; else,
+        to be shown as a random gene."""
+        masked, random, _unchanged = self.fractions
+        shares = (self.probability, masked, masked + random)
+        # x * 2^-53 < p exactly where the whole number x < ceil(p * 2^53).
+        selected_below, masked_below, random_below = (
+            np.uint64(math.ceil(share * 2.0**53)) for share in shares
+        )
+        return selected_below, masked_below, random_below
+
+    def validation_positions(self, cells: RaggedCells) -> tuple[np.ndarray, np.ndarray]:
+        """What validation asks for in `cells`: int64 [M] true token ids and int64 [M] their places
+        within their cells, 1 for the highest-ranked gene."""
+        labels_M, places_M, _ = self.validation_genes(cells)
+        return labels_M, places_M
+
+    def validation_genes(self, cells: RaggedCells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same, and int64 [M] the number of the cell that each is of."""
+        epochs_N = np.full(len(cells), VALIDATION_EPOCH)
+        _, selected_T = self.apply(cells, epochs_N)
+        here = np.flatnonzero(selected_T)
+        cell_M = np.searchsorted(cells.offsets, here, side="right") - 1
+        return cells.tokens_T[here].astype(np.int64), here - cells.offsets[cell_M], cell_M
+
+    def _shown(self, bits_M: np.ndarray, tokens_M: np.ndarray) -> np.ndarray:
+        # A second and a third hash of the same bits: independent of the first decision.
+        action = _unit(mix(bits_M ^ _MIX_1))
+        genes = self.vocabulary_size - NUM_SPECIALS
+        random_gene = NUM_SPECIALS + (_unit(mix(bits_M ^ _MIX_2)) * genes).astype(np.uint16)
+        masked, random, _unchanged = self.fractions
+        shown = np.where(action < masked + random, random_gene, tokens_M)
+        return np.where(action < masked, np.uint16(MASK), shown)
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function. uint64 in and out, wrapping."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+def mix_scalar(value: int) -> np.uint64:
+    """`mix` of one number."""
+    return mix(np.array([value], dtype=np.uint64))[0]
+
+
+def _unit(bits: np.ndarray) -> np.ndarray:
+    """float64 in [0, 1) from the upper 53 bits."""
+    return (bits >> np.uint64(11)) * 2.0**-53

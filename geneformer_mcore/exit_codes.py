@@ -1,0 +1,82 @@
+"""How every command ends: the exit code, and a user's error as one message (floor 1)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from geneformer_mcore.errors import GeneformerError, LostWorkerError, NetworkError
+
+FINISHED, DEFECT, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 75
+"""Exit codes: finished; a defect, hang or lost rank; the user's to mend; saved, start me again."""
+EXIT_INTERRUPTED_BY_KEY = 130
+_LAST_WORDS_S = 4.0
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Runs `main` and ends the process with its exit code (None counts as 0).
+
+    A GeneformerError becomes its message on stderr and exit code 2 (a NetworkError: 75), without a
+    traceback; so does a LostWorkerError, with exit code 1. Anything else is a defect of ours and
+    keeps its traceback (exit code 1).
+    """
+    try:
+        code = main() or 0
+    except (GeneformerError, LostWorkerError) as error:
+        sys.stdout.flush()
+        print_stderr(f"error: {error}")
+        code = exit_code_of(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED_BY_KEY
+    raise SystemExit(code)
+
+
+def print_stderr(line: str) -> None:
+    """Prints to stderr, if that can be written: a full disk must not change how a command ends."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def report_error(error: GeneformerError) -> int:
+    """Tells a user's error, and gives the exit code for it. Of ranks, one per machine tells: what
+    all of them meet is told once, and what only one machine meets is seen, too."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print_stderr(f"error: {error}")
+    return exit_code_of(error)
+
+
+def report_on_first_rank(work: Callable[[bool], Sequence[str]]) -> int:
+    """Does `work` on every rank, and gives its exit code. It is called with whether this is the
+    first rank, where the lines that come back are printed."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        lines = work(is_first)
+    except GeneformerError as error:
+        return report_error(error)
+    if is_first:
+        print("\n".join(lines))
+    return FINISHED
+
+
+def end_after_last_words(code: int, last_words: Callable[[], None]) -> NoReturn:
+    """Ends this process, whose main thread waits for a rank that will not come, or for a disk: that
+    may keep `last_words` waiting in this thread, too, and then it ends without."""
+    at_last = threading.Timer(_LAST_WORDS_S, os._exit, [code])
+    at_last.daemon = True
+    at_last.start()
+    try:
+        last_words()
+    finally:
+        os._exit(code)
+
+
+def exit_code_of(error: GeneformerError | LostWorkerError) -> int:
+    """The code that a command ends with by `error`."""
+    if isinstance(error, NetworkError):
+        return INTERRUPTED
+    return DEFECT if isinstance(error, LostWorkerError) else WRONG_INPUT

@@ -1,0 +1,1 @@
+"""A trained model at work: embed, evaluate, predict (floor 11)."""

@@ -1,0 +1,274 @@
+"""Cells that a trained model is used on, by row number, in the order in which they lie.
+
+a.h5ad | SOMA Experiment  ->  counts  ->  ranked by the model's vocabulary  ->  RaggedCells
+token store               ->  tokens, if they are of that vocabulary        ->  RaggedCells
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+
+from geneformer_mcore.data.collate import truncate
+from geneformer_mcore.errors import ConfigError, DataError
+from geneformer_mcore.io.blocks import CountBlock
+from geneformer_mcore.store.layout import MANIFEST_FILE, OBS, VOCABULARY_FILE
+from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.store.soma_io import SomaReader
+from geneformer_mcore.tokenizer.corpus import InputOptions, find_genes
+from geneformer_mcore.tokenizer.genes import map_genes
+from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from geneformer_mcore.types import RaggedCells
+
+
+class Cells(Protocol):
+    """Cells in a fixed order. A cell without a known gene is its [CLS] alone.
+
+    path: the h5ad file they are of; None where there is none
+    """
+
+    path: Path | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> RaggedCells:
+        """Rows start..stop-1, at most the model's seq_length tokens each."""
+        ...
+
+    def obs(self) -> pd.DataFrame:
+        """What is known of every cell, indexed by its name."""
+        ...
+
+    def close(self) -> None:
+        """Closes the files."""
+        ...
+
+
+def open_cells(
+    source: str, vocabulary: Vocabulary, seq_length: int, options: InputOptions
+) -> Cells:
+    """The cells of a token store, an h5ad file or an Experiment. Raises DataError if they do not
+    suit the vocabulary, or cannot be read."""
+    folder = Path(source)
+    if "://" not in source and (folder / MANIFEST_FILE).exists():
+        return StoredCells(source, vocabulary, seq_length)
+    with naming_our_options():
+        return CountedCells(source, vocabulary, seq_length, options)
+
+
+class CountedCells:
+    """Cells of a file of counts, ranked as they are read, as they are for a store.
+
+    counts:   the open file;  genes: its columns as tokens;  encoder: what ranks them
+    """
+
+    def __init__(
+        self, source: str, vocabulary: Vocabulary, seq_length: int, options: InputOptions
+    ) -> None:
+        self.counts = options.open(source)
+        genes = find_genes(self.counts, options, vocabulary)
+        allow = options.allow_low_overlap
+        self.genes = map_genes(genes, vocabulary, source, allow, options.allow_no_overlap)
+        self.encoder = RankEncoder(vocabulary, seq_length)
+        self.path = Path(source) if "://" not in source and Path(source).is_file() else None
+
+    def __len__(self) -> int:
+        return self.counts.num_cells
+
+    def read(self, start: int, stop: int) -> RaggedCells:
+        """Implements Cells. Cells have no keys here: nothing of them is masked."""
+        tokens, lengths = [np.empty(0, np.uint16)], [np.empty(0, np.int64)]
+        with naming_our_options():
+            for block in self.counts.blocks(start=start, stop=stop):
+                ranked = self.encoder.encode(block, self.genes.token_of_column)
+                tokens.append(ranked.tokens_T)
+                lengths.append(np.diff(ranked.offsets))
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+        return RaggedCells(np.concatenate(tokens), offsets, np.zeros(stop - start, np.uint64))
+
+    def obs(self) -> pd.DataFrame:
+        """Implements Cells."""
+        return self.counts.read_obs(0, len(self))
+
+    def close(self) -> None:
+        """Implements Cells."""
+        self.counts.close()
+
+
+class StoredCells:
+    """Cells of a token store, or of one split of it, in its order."""
+
+    path: Path | None = None
+
+    def __init__(
+        self, source: str, vocabulary: Vocabulary, seq_length: int, split: str = ""
+    ) -> None:
+        self.store = TokenStore.open(source)
+        self._start, self._stop = self.store.rows(split) if split else (0, len(self.store))
+        self._seq_length = seq_length
+        found = self.store.vocabulary.checksum
+        if found != vocabulary.checksum:
+            raise DataError(
+                f"{source}: its {VOCABULARY_FILE} (checksum {found[:12]}) must be the model's "
+                f"(checksum {vocabulary.checksum[:12]}): its token ids mean other genes. Remedy: "
+                "give the h5ad files of these cells, or build a store of them with --vocabulary "
+                "and the model's vocabulary."
+            )
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def read(self, start: int, stop: int) -> RaggedCells:
+        """Implements Cells."""
+        return self._read(self._start + start, self._start + stop)
+
+    def training_cells(self, most: int) -> RaggedCells:
+        """The first `most` of the store's training cells."""
+        start, stop = self.store.rows("train")
+        return self._read(start, min(stop, start + most))
+
+    def _read(self, start: int, stop: int) -> RaggedCells:
+        return truncate(self.store.read(start, stop), self._seq_length)
+
+    def obs(self) -> pd.DataFrame:
+        """Implements Cells."""
+        with SomaReader(self.store.path) as reader:
+            table = reader.read(OBS, self._start, self._stop, reader.columns(OBS))
+        return table.to_pandas().set_index("cell_id")
+
+    def close(self) -> None:
+        """Implements Cells."""
+        self.store.close()
+
+
+@contextmanager
+def naming_our_options() -> Iterator[None]:
+    """What is wrong with counts is told with the options of data_prep/, where --layer is the layer
+    of the counts; here that is the model's."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(str(error).replace("--layer", "--counts-layer")) from error
+
+
+# Some cells of a file of counts: those with a label, a number of them drawn at random.
+#
+# obs column = value, at most so many -> row numbers, ascending -> cell by cell: counts, sentence
+
+MOST_LISTED = 12
+
+
+@dataclass(frozen=True)
+class CountedCell:
+    """One cell, before and after it was ranked.
+
+    place:      its number among the chosen cells
+    columns_E:  int32, the columns in which it has entries;  counts_E: float64, what stands there
+    tokens_T:   uint16, its sentence, [CLS] first
+    """
+
+    place: int
+    columns_E: np.ndarray
+    counts_E: np.ndarray
+    tokens_T: np.ndarray
+
+
+class ChosenCells:
+    """The cells of `rows_N` (int64, ascending) of a file of counts. Implements cells.Cells."""
+
+    path: Path | None = None
+
+    def __init__(self, cells: CountedCells, rows_N: np.ndarray) -> None:
+        self.cells, self.rows_N = cells, rows_N
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    def counted(self, start: int, stop: int) -> Iterator[CountedCell]:
+        """The chosen cells start..stop-1, one by one."""
+        place = start
+        for block in self._blocks(start, stop):
+            ranked = self.cells.encoder.encode(block, self.cells.genes.token_of_column)
+            sentences = pairwise(ranked.offsets)
+            for entries, tokens in zip(pairwise(block.indptr), sentences, strict=True):
+                here = slice(*entries)
+                yield CountedCell(
+                    place, block.indices[here], block.data[here], ranked.tokens_T[slice(*tokens)]
+                )
+                place += 1
+
+    def read(self, start: int, stop: int) -> RaggedCells:
+        """Implements Cells."""
+        found = [cell.tokens_T for cell in self.counted(start, stop)]
+        return ragged(found)
+
+    def obs(self) -> pd.DataFrame:
+        """Implements Cells."""
+        return self.cells.obs().iloc[self.rows_N]
+
+    def close(self) -> None:
+        """Implements Cells. The file belongs to whoever opened it."""
+
+    def _blocks(self, start: int, stop: int) -> Iterator[CountBlock]:
+        rows_N = self.rows_N[start:stop]
+        # Neighbours in the file are read together.
+        breaks = np.flatnonzero(np.diff(rows_N) != 1) + 1
+        with naming_our_options():
+            for run in np.split(rows_N, breaks):
+                if len(run):
+                    yield from self.cells.counts.blocks(start=int(run[0]), stop=int(run[-1]) + 1)
+
+
+def ragged(sentences: list[np.ndarray]) -> RaggedCells:
+    """Sentences (uint16 each) laid end to end; their keys are their numbers."""
+    lengths = [len(tokens) for tokens in sentences]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens_T = np.concatenate([np.empty(0, np.uint16), *sentences])
+    return RaggedCells(tokens_T, offsets, np.arange(len(sentences), dtype=np.uint64))
+
+
+def rows_with(obs: pd.DataFrame, label: str, source: str) -> np.ndarray:
+    """int64, the rows whose column has the value of `label`, "COLUMN=VALUE". Raises ConfigError
+    for another form, DataError where there is no such column, or no cell with the value."""
+    column, equals, value = label.partition("=")
+    if not (column and equals and value):
+        raise ConfigError(
+            f"cells are named by COLUMN=VALUE, a column of obs and one of its values, such as "
+            f"cell_type=fibroblast, and got {label}."
+        )
+    if column not in obs.columns:
+        raise DataError(
+            f"{source}: obs has no column {column} that can be read. It has "
+            f"{_some(obs.columns)}. Remedy: COLUMN=VALUE with one of these."
+        )
+    values = obs[column].astype(str)
+    rows = np.flatnonzero(values.to_numpy() == value)
+    if not len(rows):
+        there = values.value_counts()
+        found = [f"{name} ({number:,})" for name, number in there.items()]
+        raise DataError(
+            f"{source}: no cell of obs column {column} is {value}. Values and cells: "
+            f"{_some(found)}. Remedy: one of these, written as here."
+        )
+    return rows.astype(np.int64)
+
+
+def drawn(rows_N: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """At most so many of the rows, drawn at random by `seed`, ascending; 0: all."""
+    if most == 0 or len(rows_N) <= most:
+        return rows_N
+    return np.sort(np.random.default_rng(seed).choice(rows_N, most, replace=False))
+
+
+def _some(names: object) -> str:
+    listed = [str(name) for name in names]  # type: ignore[attr-defined]
+    more = len(listed) - MOST_LISTED
+    return ", ".join(listed[:MOST_LISTED]) + (f" and {more:,} more" if more > 0 else "")

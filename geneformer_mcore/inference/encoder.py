@@ -1,0 +1,272 @@
+"""A trained encoder on the ranks that are here, and cells through it.
+
+Pretrained -> process groups -> stages with their weights, cut after the layer asked for
+blocks of rows, dealt to data-parallel ranks -> packed -> states -> numbers per cell
+                                                                 -> in the input's order, rank 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from geneformer_mcore.checkpoint import weights_reader
+from geneformer_mcore.config import plan
+from geneformer_mcore.config.sections import Pooling, Precision
+from geneformer_mcore.data.collate import make_batch, padded_length
+from geneformer_mcore.data.masking import VALIDATION_EPOCH, Masking
+from geneformer_mcore.data.packing import pack
+from geneformer_mcore.distributed import collectives, device, groups
+from geneformer_mcore.distributed.groups import Topology
+from geneformer_mcore.errors import ConfigError, DataError, GeneformerError
+from geneformer_mcore.inference.cells import Cells
+from geneformer_mcore.inference.pretrained import Pretrained
+from geneformer_mcore.io.progress import Progress
+from geneformer_mcore.model import forward_only, geneformer, init, lora, megatron_config
+from geneformer_mcore.model.classifier import CellClassifier
+from geneformer_mcore.types import Batch, CellViews
+
+BLOCK_CELLS = 1024
+"""Cells that are read and packed together, at most."""
+TOKENS_ON_CPU, TOKENS_ON_GPU = 8192, 65_536
+"""Of a batch, at most, unless told otherwise."""
+PAD_MULTIPLE = 64
+WAIT_S = 24 * 3600.0
+"""How long ranks wait for each other: those that are done, for those that have more to do."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """One stage of the model on this rank, ready to be used.
+
+    tokens_per_batch:  of a packed batch, at most
+    """
+
+    pretrained: Pretrained
+    stages: list[geneformer.Geneformer]
+    topology: Topology
+    device: torch.device
+    precision: Precision
+    tokens_per_batch: int
+
+    @property
+    def holds_states(self) -> bool:
+        """Whether this rank answers for its cells: one of each data-parallel group does."""
+        return self.topology.is_last_stage and self.topology.tensor_rank == 0
+
+
+@dataclass(frozen=True)
+class CellFunction:
+    """What is made of cells.
+
+    name:        for the progress line
+    width:       numbers per cell
+    masking:     what is hidden of them; probability 0 hides nothing
+    of_batches:  [cells, width] of each batch, where this rank holds the last stage
+    """
+
+    name: str
+    width: int
+    masking: Masking
+    of_batches: Callable[[list[geneformer.Geneformer], list[Batch]], list[torch.Tensor]]
+
+
+def no_masking(encoder: Encoder) -> Masking:
+    """That of cells which are looked at whole."""
+    return Masking(0.0, (1.0, 0.0, 0.0), encoder.pretrained.vocabulary.size, 0)
+
+
+def embedding(encoder: Encoder, pooling: Pooling) -> CellFunction:
+    """One vector per cell: nothing of it is hidden."""
+    return CellFunction(
+        "embedding",
+        encoder.pretrained.config.model.hidden_size,
+        no_masking(encoder),
+        partial(forward_only.cell_embeddings, pooling=pooling),
+    )
+
+
+@contextmanager
+def started(
+    pretrained: Pretrained,
+    precision: Precision | None = None,
+    tokens_per_batch: int = 0,
+    layers: int | None = None,
+    num_classes: int = 0,
+) -> Iterator[Encoder]:
+    """Joins the other ranks, builds the model and loads its weights; leaves them at the end.
+
+    precision: None takes fp32 on a CPU, and on a GPU what the model was trained in (bf16 for fp8)
+    layers:    cuts the model behind so many; None leaves it whole
+    num_classes: that a fine-tuned model tells apart; 0 leaves its classifier where it is
+    Raises ConfigError where the layout does not suit the model or the ranks, or a batch no cell.
+    """
+    config = pretrained.config
+    _check_budget(tokens_per_batch, config.data.seq_length)
+    here = device.start()
+    config.train.precision = chosen = _precision(pretrained, precision, here)
+    if chosen is Precision.fp32:
+        config.model.fp32_residual = True
+    tokens = tokens_per_batch or _default_tokens(config.data.seq_length, here)
+    config.data.packing, config.data.tokens_per_micro_batch = True, tokens
+    was_there = torch.distributed.is_initialized()
+    topology = _join(pretrained, here)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            groups.seed_dropout(0, topology)
+            stages = _stages(pretrained, chosen, here, num_classes)
+        _fill(stages, pretrained)
+        if layers is not None:
+            forward_only.cut(stages, layers)
+        yield Encoder(pretrained, stages, topology, here, chosen, tokens)
+    finally:
+        groups.stop(stay=was_there)
+
+
+def _fill(stages: list[geneformer.Geneformer], pretrained: Pretrained) -> None:
+    if pretrained.initial_seed is None:
+        weights_reader.load(stages, pretrained.folder)
+        return
+    for stage in stages:
+        init.fill(stage, pretrained.initial_seed)
+
+
+def _stages(
+    pretrained: Pretrained, precision: Precision, here: torch.device, num_classes: int
+) -> list[geneformer.Geneformer]:
+    config = pretrained.config
+    core = megatron_config.transformer_config(config.model, config.parallel, precision, here)
+    size, length = pretrained.vocabulary.size, config.data.seq_length
+    kind = CellClassifier if num_classes else None
+    stages = geneformer.build(config.model, core, here, size, length, packed=True, kind=kind)
+    for stage in stages:
+        lora.attach(stage, config.finetune)
+        if isinstance(stage, CellClassifier):
+            stage.add_head(num_classes, config.finetune)
+    return stages
+
+
+def _check_budget(tokens: int, seq_length: int) -> None:
+    if tokens < 0 or 0 < tokens < seq_length:
+        raise ConfigError(
+            f"tokens per batch ({tokens}) must be at least the {seq_length} tokens that a cell may "
+            "have for this model, or 0 for what suits the device. Remedy: --tokens-per-batch "
+            f"{seq_length} or more."
+        )
+
+
+def _join(pretrained: Pretrained, here: torch.device) -> Topology:
+    parallel = pretrained.config.parallel
+    if torch.distributed.is_initialized():
+        plan(pretrained.config, torch.distributed.get_world_size())
+        return groups.build_groups(parallel, WAIT_S)
+    meeting = groups.meet(parallel)
+    plan(pretrained.config, meeting.world_size)
+    return groups.join(meeting, here, parallel, WAIT_S)
+
+
+def _precision(pretrained: Pretrained, asked: Precision | None, here: torch.device) -> Precision:
+    if asked is not None:
+        return asked
+    if here.type != "cuda":
+        return Precision.fp32
+    trained = pretrained.config.train.precision
+    return Precision.bf16 if trained is Precision.fp8 else trained
+
+
+def _default_tokens(seq_length: int, here: torch.device) -> int:
+    return max(seq_length, TOKENS_ON_GPU if here.type == "cuda" else TOKENS_ON_CPU)
+
+
+def per_cell(
+    encoder: Encoder, cells: Cells, work: CellFunction, dtype: type[np.floating], progress: Progress
+) -> np.ndarray | None:
+    """On rank 0 [cells, width of the work] in the order of the cells, NaN for those without a known
+    gene; None on the other ranks. Every rank raises what any rank met.
+
+    Blocks of neighbouring rows are dealt in turn; a rank reads and ranks its own blocks only.
+    """
+    rows: list[np.ndarray] = [np.empty(0, np.int64)]
+    values: list[np.ndarray] = [np.empty((0, work.width), dtype)]
+    problem = ""
+    try:
+        for found_N, found_NW in _of_this_rank(encoder, cells, work, dtype, progress):
+            rows.append(found_N)
+            values.append(found_NW)
+    except GeneformerError as error:
+        problem = str(error)
+    problem = collectives.first_problem(problem)
+    if problem:
+        raise DataError(problem)
+    return collectives.rows_on_first_rank(
+        np.concatenate(rows), np.concatenate(values), len(cells), encoder.device
+    )
+
+
+def _of_this_rank(
+    encoder: Encoder, cells: Cells, work: CellFunction, dtype: type[np.floating], progress: Progress
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    topology, total = encoder.topology, len(cells)
+    size = min(BLOCK_CELLS, -(-total // topology.data_size))
+    starts = range(topology.data_rank * size, total, topology.data_size * size)
+    for number, start in enumerate(starts):
+        # Of all ranks' cells: each has done about as much as this one.
+        progress(work.name, min(total, number * size * topology.data_size), total)
+        block = cells.read(start, min(start + size, total))
+        known_N = np.flatnonzero(block.lengths > 1)
+        if len(known_N):
+            views = CellViews(block.tokens_T, block.offsets[:-1], block.lengths, block.keys_N)
+            values_NW = _block(encoder, views.part(known_N), work, dtype)
+            if encoder.holds_states:
+                yield start + known_N, values_NW
+    progress(work.name, total, total)
+
+
+def _block(
+    encoder: Encoder, cells: CellViews, work: CellFunction, dtype: type[np.floating]
+) -> np.ndarray:
+    """[cells, width], NaN where this rank has none."""
+    bins, made = batches(encoder, cells, work.masking)
+    found = work.of_batches(encoder.stages, made)
+    values_NW = np.full((len(cells), work.width), np.nan, dtype)
+    for members, of_batch in zip(bins, found, strict=False):
+        values_NW[members] = of_batch.cpu().numpy()
+    return values_NW
+
+
+def batches(
+    encoder: Encoder, cells: CellViews, masking: Masking
+) -> tuple[list[np.ndarray], list[Batch]]:
+    """Which cells go together, and the packed batches of them, all of one shape, on the device."""
+    config = encoder.pretrained.config
+    packing = pack(cells.lengths_N, encoder.tokens_per_batch, 1)
+    multiple = int(np.lcm(PAD_MULTIPLE, config.parallel.tensor))
+    num_positions = padded_length(packing.most_tokens, multiple, encoder.tokens_per_batch)
+    bins = [members for members in packing.bins if len(members)]
+    made = []
+    for members in bins:
+        epochs = np.full(len(members), VALIDATION_EPOCH)
+        idle = np.full(len(members), masking.probability == 0)
+        batch = make_batch(cells.part(members), epochs, idle, masking, num_positions, packed=True)
+        made.append(batch.to(encoder.device))
+    return bins, made
+
+
+def number_of_layer(layer: str, num_layers: int) -> int | None:
+    """How many layers to keep for `last` (None: all, and the final norm), `second-to-last`, or a
+    number. Raises ConfigError for any other."""
+    if layer == "last":
+        return None
+    if layer == "second-to-last":
+        return num_layers - 1
+    if layer.isdecimal() and int(layer) <= num_layers:
+        return int(layer)
+    raise ConfigError(
+        f"the layer must be last, second-to-last or a number from 0 (the embedding) to "
+        f"{num_layers}, the layers of this model, and is {layer}."
+    )

@@ -1,0 +1,1 @@
+"""Cells x genes from files and to files (floor 3); no torch."""

@@ -1,0 +1,222 @@
+"""AnnData files that are given out: an input's copy, or a new one, with something beside its cells.
+
+a.h5ad, byte for byte  ->  + obsm, obs column, uns  ->  b.h5ad
+obs alone (a store)    ->  + obsm, obs column, uns  ->  b.h5ad
+numbers, obs, var      ->  an AnnData in memory
+AnnData in memory      ->  its counts in a file, for what reads files
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.files import whole_file
+
+_TIMES = {"date", "datetime", "datetime64", "time", "timedelta", "timedelta64"}
+"""What pandas calls columns of them."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is put beside cells, under the names AnnData has for it.
+
+    obsm:  name -> [cells, ...]    obs: name -> [cells]    uns: name -> plain values
+    """
+
+    obsm: Mapping[str, np.ndarray]
+    obs: Mapping[str, np.ndarray | pd.Categorical]
+    uns: Mapping[str, Any]
+
+    def put(self, adata: Any) -> None:
+        """Into an AnnData in memory, over what has these names. A view becomes an AnnData of its
+        own, as with scanpy's functions: what it is a view of stays as it is."""
+        if adata.is_view:
+            adata._init_as_actual(adata.copy())
+        for name, values in self.obs.items():
+            adata.obs[name] = values
+        for name, values in self.obsm.items():
+            adata.obsm[name] = values
+        for name, values in self.uns.items():
+            adata.uns[name] = values
+
+
+def write_copy(source: Path, target: Path, beside: Beside) -> None:
+    """Copies the h5ad file `source` to `target` with `beside` in it; `source` is only read."""
+    with whole_file(target) as partial:
+        shutil.copyfile(source, partial)
+        with h5py.File(partial, "r+") as file:
+            is_current = _is_frame(file.get("obs"))
+            if is_current:
+                _add(file, beside)
+        if not is_current:
+            _write_anew(source, partial, beside)
+
+
+def read_obsm(path: Path, name: str) -> np.ndarray:
+    """float32 [cells, width], obsm[name] of an h5ad file; NaN may stand in it. Raises DataError if
+    the file is none, or there is no such array of numbers that float32 can hold."""
+    try:
+        with h5py.File(path, "r") as file:
+            values = _obsm_of(path, file.get("obsm", {}), name)
+    except OSError as error:
+        raise DataError(
+            f"{path}: obsm {name} can be read from an h5ad file only, and this cannot be read as "
+            f"one: {error}. Remedy: check the path, or write the cells as h5ad."
+        ) from error
+    with np.errstate(over="ignore"):
+        values_NH = values.astype(np.float32)
+    if np.isinf(values_NH).any():
+        raise DataError(
+            f"{path}: obsm {name} must be finite numbers (NaN for cells without any), and "
+            f"{int(np.isinf(values_NH).any(axis=1).sum()):,} cells have infinite ones. Remedy: "
+            "embed these cells again."
+        )
+    return values_NH
+
+
+def _obsm_of(path: Path, group: Any, name: str) -> np.ndarray:
+    found = group.get(name) if isinstance(group, Mapping | h5py.Group) else None
+    if isinstance(found, h5py.Dataset) and found.ndim == 2 and found.dtype.kind in "fiu":
+        return found[:]
+    there = ", ".join(group) if isinstance(group, Mapping | h5py.Group) else ""
+    raise DataError(
+        f"{path}: obsm has no array {name!r} of numbers; it holds {there or 'nothing'}. Remedy: "
+        "launch/embed.py writes X_geneformer."
+    )
+
+
+def write_new(obs: pd.DataFrame, target: Path, beside: Beside) -> None:
+    """Writes an AnnData file of cells without counts."""
+    import anndata
+
+    adata = anndata.AnnData(obs=_writable(obs))
+    beside.put(adata)
+    with whole_file(target) as partial:
+        adata.write_h5ad(partial)
+
+
+def of_matrix(
+    values: np.ndarray,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    layers: Mapping[str, np.ndarray],
+    uns: Mapping[str, Any],
+) -> Any:
+    """An AnnData in memory of [cells, columns] numbers, and layers of the same shape."""
+    import anndata
+
+    return anndata.AnnData(values, obs=_writable(obs), var=var, layers=dict(layers), uns=dict(uns))
+
+
+def require(adata: Any) -> None:
+    """Raises DataError if it is no AnnData."""
+    import anndata
+
+    if not isinstance(adata, anndata.AnnData):
+        raise DataError(f"an AnnData is needed, and this is {type(adata).__name__}.")
+
+
+@contextmanager
+def as_file(adata: Any, layer: str | None, columns: Collection[str] = ()) -> Iterator[Path]:
+    """A file for as long as it is needed, with what counts are looked for in: X, raw, the layer
+    "counts" or the one asked for, and the columns of var that hold text; and `columns` of obs, as
+    text, where there are any of that name.
+
+    Raises DataError if `adata` is no AnnData, or cannot be written.
+    """
+    import anndata
+
+    require(adata)
+    layers = {name: adata.layers[name] for name in ("counts", layer) if name in adata.layers}
+    obs = pd.DataFrame(index=adata.obs_names.astype(str))
+    for name in ("dataset_id", *columns):
+        if name in adata.obs:
+            obs[name] = adata.obs[name].astype(str).to_numpy()
+    slim = anndata.AnnData(X=adata.X, obs=obs, var=_texts(adata.var), layers=layers)
+    if adata.raw is not None:
+        slim.raw = anndata.AnnData(X=adata.raw.X, obs=obs, var=_texts(adata.raw.var))
+    with TemporaryDirectory(prefix="geneformer_") as folder, warnings.catch_warnings():
+        # Of names that are not unique, for one: those that read the file judge that.
+        warnings.simplefilter("ignore")
+        path = Path(folder) / "adata.h5ad"
+        try:
+            slim.write_h5ad(path)
+        except OSError as error:
+            raise DataError(
+                f"the counts of the AnnData cannot be written to {folder}: {error.strerror}. "
+                "Remedy: make room there, or name another folder in TMPDIR."
+            ) from error
+        yield path
+
+
+def _writable(obs: pd.DataFrame) -> pd.DataFrame:
+    """The same values, in columns of the kinds that AnnData writes: text as objects where there is
+    some for every cell, else as categories; times as text; numbers that may be missing as floats.
+    Whether they can be written shows only when they are, which is after all work."""
+    columns = {name: _writable_column(obs[name]) for name in obs.columns}
+    return pd.DataFrame(columns, index=obs.index)
+
+
+def _writable_column(column: pd.Series) -> pd.Series:
+    kind = column.dtype
+    if isinstance(kind, pd.Float32Dtype | pd.Float64Dtype):
+        return column.astype(kind.numpy_dtype)
+    if isinstance(kind, pd.CategoricalDtype) or kind.kind not in "OmM":
+        return column  # which leaves objects, text of any kind, and times
+    values = column.astype(object)
+    if pd.api.types.infer_dtype(column, skipna=True) in _TIMES:
+        values = values.map(str, na_action="ignore")
+    return values.astype("category") if values.isna().any() else values
+
+
+def _texts(var: pd.DataFrame) -> pd.DataFrame:
+    columns = {
+        name: var[name].astype(str).to_numpy()
+        for name in var.columns
+        if any(isinstance(value, str) for value in var[name].head(100))
+    }
+    return pd.DataFrame(columns, index=var.index.astype(str))
+
+
+def _is_frame(obs: Any) -> bool:
+    """Whether a group is written as AnnData writes data frames since 0.7."""
+    return isinstance(obs, h5py.Group) and obs.attrs.get("encoding-type") == "dataframe"
+
+
+def _add(file: h5py.File, beside: Beside) -> None:
+    from anndata.io import write_elem
+
+    groups: dict[str, Mapping[str, Any]] = {"obsm": beside.obsm, "uns": beside.uns}
+    for group, values in groups.items():
+        if group not in file:
+            write_elem(file, group, {})
+        for name, value in values.items():
+            write_elem(file[group], name, value)
+    columns = [str(name) for name in file["obs"].attrs["column-order"]]
+    for name, column in beside.obs.items():
+        write_elem(file["obs"], name, column)
+        columns += [name] if name not in columns else []
+    text = h5py.string_dtype()
+    file["obs"].attrs["column-order"] = np.array(columns, dtype=text)
+
+
+def _write_anew(source: Path, target: Path, beside: Beside) -> None:
+    import anndata
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the file is old
+        adata = anndata.read_h5ad(source)
+        beside.put(adata)
+        adata.write_h5ad(target)

@@ -1,0 +1,153 @@
+"""The CELLxGENE Census: where a release lies, which of its cells are asked for, a piece of them.
+
+    version  ->  release: address of the organism's SOMA Experiment
+    address + filter  ->  what each cell is of: data set, assay, tissue
+    address + filter + data set + joinids a..b  ->  AnnData with raw counts
+
+`cellxgene_census` (extra `census`) finds releases; for an Experiment given by its address it is not
+needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from scipy import sparse
+
+from geneformer_mcore.backends import require
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.soma import FAILURES, ExperimentCounts, open_experiment, unreadable
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+CARD_FILTER = "suspension_type != 'na' and is_primary_data == True and disease == 'normal'"
+"""The model card's cells: of people's cells those that are of a normal tissue, and each once."""
+
+ORGANISM = "homo_sapiens"
+STABLE = "stable"
+"""The release that the Census itself recommends."""
+
+TABLE_COLUMNS = ("dataset_id", "assay", "tissue_general")
+"""What a split by data set goes by."""
+
+OBS_COLUMNS = (
+    *TABLE_COLUMNS,
+    "sex",
+    "development_stage",
+    "self_reported_ethnicity",
+    "cell_type",
+    "tissue",
+    "disease",
+    "donor_id",
+    "suspension_type",
+    "is_primary_data",
+)
+"""Columns of obs that are kept: the model card's, and what cells are labelled by."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """build: the Census' own name of it, a date; address: of the organism's Experiment."""
+
+    build: str
+    address: str
+
+
+def find_release(version: str, organism: str = ORGANISM) -> Release:
+    """The release `version` ("stable", "latest" or a date).
+
+    Raises MissingBackendError without the package, DataError for an unknown version or organism;
+    an OSError or RuntimeError is the network's.
+    """
+    require("cellxgene_census")
+    import cellxgene_census
+
+    try:
+        build = cellxgene_census.get_census_version_description(version)["release_build"]
+        # By its date: `stable` may become another release while this runs.
+        with cellxgene_census.open_soma(census_version=build) as census:
+            return Release(build, census["census_data"][organism].uri)
+    except ValueError as error:
+        raise DataError(
+            f"no Census version {version!r}: {error} Remedy: stable, latest or a release's date."
+        ) from error
+    except KeyError:
+        raise DataError(
+            f"the Census {version} has no organism {organism!r}. Remedy: homo_sapiens, "
+            "mus_musculus, or another that it has."
+        ) from None
+
+
+def read_cells(address: str, value_filter: str | None) -> Iterator[pa.Table]:
+    """soma_joinid and those of TABLE_COLUMNS there are, of the cells for which the filter holds.
+
+    DataError if the Experiment cannot be read so.
+    """
+    with closing(open_experiment(address)) as experiment:
+        obs = experiment["obs"]
+        columns = [name for name in TABLE_COLUMNS if name in obs.schema.names]
+        if "dataset_id" not in columns:
+            raise DataError(
+                f"{address}: obs has no dataset_id: it does not have the Census' schema. Remedy: "
+                "build_store.py takes any SOMA Experiment as it is."
+            )
+        try:
+            yield from obs.read(column_names=["soma_joinid", *columns], value_filter=value_filter)
+        except FAILURES as error:
+            what = f"obs cannot be read by the filter {value_filter!r}"
+            raise unreadable(address, what, error) from error
+
+
+def fetch_cells(
+    address: str,
+    value_filter: str | None,
+    dataset_id: str,
+    first: int,
+    last: int,
+    tell: Callable[[int], None],
+) -> AnnData:
+    """The cells of one data set whose joinids lie in first..last: X = raw counts (CSR float32).
+
+    obs: OBS_COLUMNS as far as there are, index: the Census' cell ids; var: feature_id (index) and
+    feature_name. `tell` is called with how many more cells were read.
+    """
+    import anndata  # Takes a second, which only those who fetch must wait.
+
+    own = f"dataset_id == '{dataset_id}'"
+    where = f"({value_filter}) and {own}" if value_filter else own
+    joinids = np.arange(first, last + 1)
+    with ExperimentCounts(address, value_filter=where, joinids=joinids) as counts:
+        blocks = []
+        for block in counts.blocks():
+            blocks.append((block.data.astype(np.float32), block.indices, np.diff(block.indptr)))
+            tell(len(block))
+        data, indices, lengths = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        shape = (counts.num_cells, counts.num_columns)
+        obs = counts.read_obs(0, counts.num_cells)
+        columns = counts.gene_columns()
+        genes = [str(gene) for gene in columns.get("feature_id", columns["index"])]
+        var = pd.DataFrame(
+            {"feature_name": counts.gene_names()}, pd.Index(genes, name="feature_id")
+        )
+    kept = obs[[name for name in OBS_COLUMNS if name in obs]]
+    matrix = sparse.csr_matrix((data, indices, indptr), shape)
+    return anndata.AnnData(matrix, obs=_without_unused_categories(kept), var=var)
+
+
+def _without_unused_categories(obs: pd.DataFrame) -> pd.DataFrame:
+    # A category column names all labels of the Census, and a piece has few of them.
+    return pd.DataFrame(
+        {
+            name: column.cat.remove_unused_categories() if column.dtype == "category" else column
+            for name, column in obs.items()
+        },
+        index=obs.index,
+    )

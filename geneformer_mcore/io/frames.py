@@ -1,0 +1,234 @@
+"""A data frame of an AnnData file (its obs or var), read by rows and never as a whole.
+
+    HDF5 group | table  ->  which columns, of which kind?  ->  rows a..b of each  ->  pandas
+
+Kinds: arrays (numbers, truth values, text), categories (codes + categories), nullable arrays
+(values + mask). A column of another kind (lists, records, matrices) is named and not read. All
+forms that AnnData has written are known: tables (before 0.7), `__categories` (0.7), encodings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.blocks import READ_FAILURES
+from geneformer_mcore.io.retry import raise_if_io_error
+
+# Which gene each column of a file is: ids found, cleaned, mapped from symbols, and counted.
+#
+# var  ->  feature_id | ensembl_id | gene_ids | index  ->  version off, blanks dropped
+#      ->  symbols: a given table | the vocabulary's names | GENCODE, where there are no ids
+#      ->  token id of each column (0: not in the vocabulary)
+
+NAME_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "gene_name")
+"""Where gene names (symbols) are looked for in `var`, in this order; else its row names."""
+
+MAX_CATEGORIES = 10_000
+"""A column of more categories is read as plain values: its categories are as long as itself."""
+
+_INDEX_NAMES = ("_index", "index")
+_OLD_CATEGORIES = "__categories"
+
+Column = Callable[[int, int], Any]
+"""Rows start..stop-1 of a column, as a numpy or pandas array whose dtype is always the same."""
+
+
+class StoredFrame:
+    """A data frame in an open HDF5 file; `name` is what messages call it.
+
+    columns:   the names of all columns, in order, also of those that cannot be read
+    num_rows:  rows of each
+
+    Raises DataError where columns differ in length or there are no row names, and KeyError,
+    ValueError, TypeError or OSError where the file is no AnnData file.
+    """
+
+    def __init__(
+        self, item: h5py.Group | h5py.Dataset, name: str, old_categories: Any = None
+    ) -> None:
+        """old_categories: the file's `uns`, where AnnData before 0.7 kept `COLUMN_categories`."""
+        self.name = name
+        self._item = item
+        self._old_categories = {} if old_categories is None else old_categories
+        if isinstance(item, h5py.Dataset):
+            self._index = _first_of(_INDEX_NAMES, item.dtype.names) or item.dtype.names[0]
+            self.columns = [column for column in item.dtype.names if column != self._index]
+            self.num_rows = int(item.shape[0])
+            return
+        self._index = _text(item.attrs.get("_index")) or _first_of(_INDEX_NAMES, item)
+        if self._index is None or self._index not in item:
+            raise DataError(f"{name} has no row names. Remedy: write the file anew with anndata.")
+        order = item.attrs.get("column-order")
+        names = sorted(item) if order is None else [_text(column) for column in order]
+        self.columns = [n for n in names if n not in (self._index, _OLD_CATEGORIES)]
+        self.num_rows = _length(item[self._index]) or 0
+        self._check_lengths()
+
+    @cached_property
+    def readable(self) -> dict[str, Column]:
+        """{column: its reader}, of the columns that can be read."""
+        found = {name: self._open(name) for name in self.columns}
+        return {name: column for name, column in found.items() if column is not None}
+
+    def read(self, start: int, stop: int) -> pd.DataFrame:
+        """Rows start..stop-1 of every readable column; the index holds the row names, as text."""
+        columns = {name: column(start, stop) for name, column in self.readable.items()}
+        return pd.DataFrame(columns, index=pd.Index(self.row_names(start, stop), dtype=object))
+
+    def row_names(self, start: int, stop: int) -> list[str]:
+        """The names of rows start..stop-1."""
+        return [str(name) for name in self._names(start, stop)]
+
+    @cached_property
+    def _names(self) -> Column:
+        column = self._open(self._index)
+        if column is None:
+            raise DataError(f"{self.name}: the row names are no text. Remedy: write the file anew.")
+        return column
+
+    def _check_lengths(self) -> None:
+        for column in self.columns:
+            length = _length(self._item[column])
+            if length not in (None, self.num_rows):
+                raise DataError(
+                    f"{self.name}: column {column} holds {length:,} values, and there are "
+                    f"{self.num_rows:,} row names. Remedy: write the file again."
+                )
+
+    def _open(self, name: str) -> Column | None:
+        with self._telling(f"column {name} cannot be read"):
+            column = self._find(name)
+        if column is None:
+            return None
+
+        def read(start: int, stop: int) -> Any:
+            with self._telling(f"column {name}, rows {start} to {stop - 1}, cannot be read"):
+                return column(start, stop)
+
+        return read
+
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except READ_FAILURES as error:
+            raise_if_io_error(self.name, error)
+            raise DataError(
+                f"{self.name}: {what}: {error}. Remedy: the file is damaged; get it again."
+            ) from error
+
+    def _find(self, name: str) -> Column | None:
+        if isinstance(self._item, h5py.Dataset):
+            return self._open_field(name)
+        item = self._item[name]
+        if isinstance(item, h5py.Dataset):
+            if "categories" not in item.attrs:
+                return _array(item)
+            # AnnData 0.7: the codes point at their categories.
+            return self._categories(name, item, item.file[item.attrs["categories"]])
+        if {"codes", "categories"} <= set(item):
+            return self._categories(name, item["codes"], item["categories"])
+        if {"values", "mask"} <= set(item):
+            return _nullable(item)
+        return None
+
+    def _open_field(self, name: str) -> Column | None:
+        field, kind = self._item.fields(name), self._item.dtype[name]
+        categories = self._old_categories.get(f"{name}_categories")
+        if isinstance(categories, h5py.Dataset) and kind.kind in "iu":
+            return self._categories(name, field, categories)
+        if h5py.check_string_dtype(kind) or kind.kind in "SU":
+            return lambda start, stop: _decoded(field[start:stop])
+        return None if kind.shape or kind.kind not in "biuf" else _numbers(field)
+
+    def _categories(self, name: str, codes: Any, categories: Any) -> Column | None:
+        read = _open_values(categories)
+        if read is None:
+            return None
+        values = pd.Index(read(0, _length(categories) or 0))
+
+        def codes_of(start: int, stop: int) -> np.ndarray:
+            found = np.asarray(codes[start:stop]).astype(np.int64)
+            if len(found) and int(found.max()) >= len(values):
+                raise DataError(
+                    f"{self.name}: column {name} has code {int(found.max())} for one of "
+                    f"{len(values):,} categories. Remedy: get or write the file again."
+                )
+            return np.maximum(found, -1)
+
+        if len(values) > MAX_CATEGORIES or not values.is_unique:
+            plain = pd.array(values.tolist())
+            return lambda start, stop: plain.take(codes_of(start, stop), allow_fill=True)
+        dtype = pd.CategoricalDtype(values)
+        return lambda start, stop: pd.Categorical.from_codes(codes_of(start, stop), dtype=dtype)
+
+
+def _open_values(item: Any) -> Column | None:
+    """The reader of an array, plain or nullable; None for what is neither."""
+    if isinstance(item, h5py.Dataset):
+        return _array(item)
+    return _nullable(item) if {"values", "mask"} <= set(item) else None
+
+
+def _array(item: h5py.Dataset) -> Column | None:
+    if len(item.shape) != 1:
+        return None
+    if h5py.check_string_dtype(item.dtype):
+        return lambda start, stop: item.asstr()[start:stop].astype(object)
+    return _numbers(item) if item.dtype.kind in "biuf" else None
+
+
+def _numbers(item: Any) -> Column:
+    def read(start: int, stop: int) -> np.ndarray:
+        values = np.asarray(item[start:stop])
+        return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+    return read
+
+
+def _nullable(item: Mapping[str, Any]) -> Column | None:
+    read, mask = _array(item["values"]), item["mask"]
+    if read is None:
+        return None
+
+    def read_masked(start: int, stop: int) -> Any:
+        values, is_missing = read(start, stop), np.asarray(mask[start:stop], dtype=bool)
+        if values.dtype == object:
+            return pd.array(np.where(is_missing, None, values), dtype="string")
+        if values.dtype == bool:
+            return pd.arrays.BooleanArray(values, is_missing)
+        if values.dtype.kind in "iu":
+            return pd.arrays.IntegerArray(values, is_missing)
+        return np.where(is_missing, np.nan, values)
+
+    return read_masked
+
+
+def _decoded(values: np.ndarray) -> np.ndarray:
+    texts = [value.decode() if isinstance(value, bytes) else str(value) for value in values]
+    return np.array(texts, dtype=object)
+
+
+def _length(item: h5py.Group | h5py.Dataset) -> int | None:
+    """Rows of a column; None where it is of a kind that is not known."""
+    if isinstance(item, h5py.Dataset):
+        return int(item.shape[0]) if item.shape else None
+    known = (part for part in ("codes", "values") if part in item)
+    part = next(known, None)
+    return None if part is None else _length(item[part])
+
+
+def _first_of(names: tuple[str, ...], there: Any) -> str | None:
+    return next((name for name in names if name in there), None)
+
+
+def _text(name: Any) -> Any:
+    return name.decode() if isinstance(name, bytes) else name

@@ -1,0 +1,153 @@
+"""Doing again what a network spoiled, a few times, and then no more.
+
+work  ->  fails as networks do?  ->  wait 2, 4, 8, ... s  ->  work again  ->  its result
+                                                          ->  NetworkError, after the last time
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import random
+import re
+import socket
+import sys
+import time
+import urllib.error
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from geneformer_mcore.errors import DataError, ExternalIOError, NetworkError
+
+# Faults of what an input is read through, not of the input: a network, a disk, a limit, memory.
+#
+#     error while an input is read  ->  a network's?            ->  NetworkError
+#                                   ->  memory ran out?         ->  MemoryError
+#                                   ->  the disk's, a limit's?  ->  OutsideError
+#                                   ->  none of these: the input is bad, and the caller says so
+#
+# Taken for a bad input, such a fault would have it left out of a store, without need and for good.
+
+_REMOTE = re.compile(
+    r"curl|HTTP[^0-9-]*(-1|429|5\d\d)|timed? ?out|connection|network|slow ?down", re.IGNORECASE
+)
+"""TileDB has no error of its own for a network that fails: the message alone tells. A 403 or 404 is
+no fault of the network's."""
+
+_ADDRESS = re.compile(r"\w+://\S*")
+"""May hold any word."""
+
+_OF_NETWORKS = (ConnectionError, TimeoutError, socket.gaierror, urllib.error.URLError)
+
+_CODES = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENODEV,
+    errno.ENOTCONN,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EMFILE,
+    errno.ENFILE,
+)
+_TEXTS = tuple(os.strerror(code) for code in _CODES)
+"""TileDB quotes them in errors that have no number."""
+
+
+def raise_if_io_error(name: str, error: BaseException) -> None:
+    """Raises what fits (see above) unless the input `name`, a path or URI, is to blame for `error`.
+
+    HDF5 calls a lack of memory and a damaged size the same: what it says, the input is blamed for.
+    """
+    if is_network_fault(error, by_text="://" in name and not name.startswith("file://")):
+        raise NetworkError(
+            f"{name}: the network failed: {_first_line(error)}. Remedy: start the same command "
+            "again; what is done is kept."
+        ) from error
+    if _is_lack_of_memory(error):
+        raise MemoryError(f"{name}: {_first_line(error)}") from error
+    number = getattr(error, "errno", None)
+    if number in _CODES or (number is None and any(text in str(error) for text in _TEXTS)):
+        raise ExternalIOError(
+            f"{name}: reading failed, and not by what the input holds: {_first_line(error)}. "
+            "Remedy: see to the disk or the limit, and start the same command again, which goes "
+            "on; or leave the input out."
+        ) from error
+
+
+def is_network_fault(error: BaseException, by_text: bool = True) -> bool:
+    """Whether an error, or one that it comes of, is such as networks make.
+
+    by_text: it may also be told by its message, where what was read lies in a network
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, (*_OF_NETWORKS, NetworkError)):
+            return True
+        # A message of ours quotes paths and filters, which may hold any word; an error that has a
+        # number is this machine's own.
+        is_local = isinstance(found, DataError) or getattr(found, "errno", None) is not None
+        if by_text and not is_local and _REMOTE.search(_ADDRESS.sub("", str(found))):
+            return True
+        found = found.__cause__
+    return False
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    if not isinstance(error, MemoryError):
+        return getattr(error, "errno", None) == errno.ENOMEM or "bad_alloc" in str(error)
+    array: Any = error
+    if not hasattr(error, "shape"):
+        return True
+    # numpy's: an array beyond all memory there is comes of a damaged size.
+    wanted = math.prod(array.shape) * array.dtype.itemsize
+    return wanted <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n")[0].rstrip(".") or type(error).__name__
+
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Retry:
+    """attempts: how often at most; wait_s: before the second, twice as long before each further."""
+
+    attempts: int = 6
+    wait_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise DataError(f"--attempts must be 1 or more, not {self.attempts}.")
+
+    def call(self, what: str, work: Callable[[], Result]) -> Result:
+        """What `work` returns; `what` names it in messages, one of which goes to stderr per retry.
+
+        Raises NetworkError after the last attempt, and at once whatever is no fault of a network.
+        """
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return work()
+            except (OSError, RuntimeError, DataError) as error:
+                if not is_network_fault(error):
+                    raise
+                if attempt == self.attempts:
+                    message = f"{what}: failed {attempt} times, last with: {_reason(error)}"
+                    raise NetworkError(message) from error
+                self._wait(what, attempt, error)
+        raise AssertionError("there is at least one attempt")
+
+    def _wait(self, what: str, attempt: int, error: Exception) -> None:
+        # Somewhat at random: tasks of an array that failed together shall not come back together.
+        seconds = self.wait_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
+        again = f"Again in {seconds:.0f} s ({attempt} of {self.attempts} attempts made)."
+        print(f"warning: {what}: {_reason(error)}. {again}", file=sys.stderr, flush=True)
+        time.sleep(seconds)
+
+
+def _reason(error: Exception) -> str:
+    # Its remedy is for what the user can mend.
+    return str(error).split("\n")[0].split(" Remedy:")[0].rstrip(".")

@@ -1,0 +1,566 @@
+"""The one TileDB context of a process, and what is opened with it to be read.
+
+address  ->  on this machine | in S3  ->  the process' context: few threads, bounded buffers
+         ->  an Experiment, or the human one of a Census
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import tiledbsoma
+
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.blocks import BLOCK_ENTRIES, CountBlock, check_counts, looks_normalised
+from geneformer_mcore.io.frames import MAX_CATEGORIES, NAME_COLUMNS
+from geneformer_mcore.io.h5ad import count_rows, place_entries, sort_columns
+from geneformer_mcore.io.retry import raise_if_io_error
+
+_THREADS = 2
+_MIB = 1 << 20
+_SETTINGS = {
+    # TileDB starts one thread per core for each of these unless told otherwise.
+    "sm.compute_concurrency_level": str(_THREADS),
+    "sm.io_concurrency_level": str(_THREADS),
+    "soma.compute_concurrency_level": str(_THREADS),
+    "soma.init_buffer_bytes": str(32 * _MIB),
+    # Consolidation takes its buffers out of this; the default of 10 GiB makes it slow and greedy.
+    "sm.mem.total_budget": str(512 * _MIB),
+    # No parallel merge of tiles before a read: in TileDB 2.30 its threads at times give back memory
+    # to an allocator that is gone (MergeUnit's destructor), and the process ends with SIGSEGV.
+    # Without it reads are as fast.
+    "sm.query.sparse_global_order.preprocess_tile_merge": "0",
+}
+_PUBLIC_S3 = {
+    # Where the Census lies, open to all.
+    "vfs.s3.region": "us-west-2",
+    "vfs.s3.no_sign_request": "true",
+    # Reading from afar waits more than it works.
+    "sm.io_concurrency_level": "16",
+}
+
+HUMAN = "census_data/homo_sapiens"
+"""Where the human Experiment lies in a Census."""
+
+FAILURES = (tiledbsoma.SOMAError, RuntimeError, KeyError, TypeError, ValueError, OSError)
+"""What reading a damaged or missing SOMA object raises."""
+
+_contexts: dict[bool, tuple[int, tiledbsoma.SOMATileDBContext]] = {}
+
+
+def soma_context(address: str = "") -> tiledbsoma.SOMATileDBContext:
+    """This process' context for what lies at `address` (a path or URI).
+
+    s3:// is read unsigned in the Census' region, unless the environment names a user of AWS: then
+    TileDB's own rules hold. DataError in a child forked after TileDB was used: it would hang.
+    """
+    is_public = address.startswith("s3://") and not _has_aws_user()
+    if is_public not in _contexts:
+        settings = _SETTINGS | (_PUBLIC_S3 if is_public else {})
+        context = tiledbsoma.SOMATileDBContext(tiledb_config=settings)
+        _contexts[is_public] = (os.getpid(), context)
+    if any(owner != os.getpid() for owner, _ in _contexts.values()):
+        raise DataError(
+            "a store cannot be used in a process forked after TileDB was used in its parent: it "
+            "would hang. Remedy: start the process with the method `spawn`, or use a thread."
+        )
+    return _contexts[is_public][1]
+
+
+def _has_aws_user() -> bool:
+    return any(name in os.environ for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE"))
+
+
+def open_experiment(address: str) -> Any:
+    """The Experiment at `address`, or the human one of the Census there, open for reading.
+
+    DataError if there is neither.
+    """
+    try:
+        found = tiledbsoma.open(address, context=soma_context(address))
+        for part in HUMAN.split("/"):
+            if found.soma_type == "SOMACollection" and part in found:
+                found = found[part]
+        is_experiment = found.soma_type == "SOMAExperiment" and "obs" in found
+    except FAILURES as error:
+        raise unreadable(address, "cannot be opened as a SOMA Experiment", error) from error
+    if not is_experiment:
+        kind = found.soma_type
+        found.close()
+        raise DataError(
+            f"{address}: a {kind}, and a SOMAExperiment with obs is needed. Remedy: name the "
+            f"Experiment, or a Census, which holds one as {HUMAN}."
+        )
+    return found
+
+
+def unreadable(name: str, what: str, error: Exception) -> DataError:
+    """The error for a SOMA object that fails when it is read. Raises another one at once if that is
+    no fault of the object's (see outside)."""
+    raise_if_io_error(name, error)
+    reason = str(error).split("\n")[0]
+    return DataError(
+        f"{name}: {what}: {reason}. Remedy: check the address and the filter; get a damaged copy "
+        "again."
+    )
+
+
+def last_write_ms(address: str) -> int:
+    """When the array at `address` was last written, in ms since 1970, by its fragments' names.
+
+    0 for one that does not lie on this machine: to list it would cost a request.
+    """
+    url = urlparse(address)
+    if url.scheme not in ("", "file"):
+        return 0
+    names = (path.name for path in Path(unquote(url.path), "__fragments").glob("__*"))
+    return max((int(name.split("_")[3]) for name in names), default=0)
+
+
+# The soma_joinids of chosen cells, kept as runs: the Census' data sets are few runs of many cells.
+#
+# ids, ascending  ->  runs of neighbours (first id, place of the first)  ->  ids of places a..b
+
+
+class JoinIds:
+    """Ascending ids, by their places 0, 1, ...; 16 bytes for each run of neighbours."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        """ids: int64, strictly ascending (else ValueError)."""
+        if len(ids) and (int(ids[0]) < 0 or np.any(np.diff(ids) <= 0)):
+            raise ValueError("joinids must ascend from 0 or above, each once")
+        breaks = np.flatnonzero(np.diff(ids) != 1) + 1
+        self._places = np.concatenate([np.zeros(min(1, len(ids)), np.int64), breaks])
+        self._firsts = ids[self._places].astype(np.int64)
+        self._length = len(ids)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """int64: the ids of places start..stop-1."""
+        places = np.arange(start, stop)
+        runs = np.searchsorted(self._places, places, side="right") - 1
+        return self._firsts[runs] + places - self._places[runs]
+
+    def describe(self) -> bytes:
+        """What is the same for the same ids alone."""
+        return self._places.tobytes() + self._firsts.tobytes() + str(self._length).encode()
+
+
+def as_coordinates(ids: np.ndarray) -> slice | np.ndarray:
+    """What SOMA reads best: a slice where ids are neighbours (its end is part of it), else all."""
+    if len(ids) and int(ids[-1]) - int(ids[0]) == len(ids) - 1:
+        return slice(int(ids[0]), int(ids[-1]))
+    return ids
+
+
+# A SOMA data frame (an Experiment's obs or var), read by joinids.
+#
+# joinids -> one query -> in order of joinids, none missing? -> Arrow -> pandas, dtypes fixed
+
+JOINID = "soma_joinid"
+
+# Where values can be missing, a slice with some must have the dtype of one with none.
+_NULLABLE = {
+    pa.bool_(): pd.BooleanDtype(),
+    pa.int8(): pd.Int8Dtype(),
+    pa.int16(): pd.Int16Dtype(),
+    pa.int32(): pd.Int32Dtype(),
+    pa.int64(): pd.Int64Dtype(),
+    pa.uint8(): pd.UInt8Dtype(),
+    pa.uint16(): pd.UInt16Dtype(),
+    pa.uint32(): pd.UInt32Dtype(),
+    pa.uint64(): pd.UInt64Dtype(),
+}
+
+
+class SomaFrame:
+    """An open SOMA DataFrame indexed by soma_joinid; `name` is what messages call it."""
+
+    def __init__(self, frame: Any, name: str) -> None:
+        """DataError if it is indexed by other columns."""
+        self.name, self.address, self._frame = name, str(frame.uri), frame
+        if tuple(frame.index_column_names) != (JOINID,):
+            raise DataError(
+                f"{name} is indexed by {', '.join(frame.index_column_names)}, and {JOINID} is "
+                "needed. Remedy: write it anew with tiledbsoma.io."
+            )
+        self.kinds = {field.name: field.type for field in frame.schema if field.name != JOINID}
+
+    def holds_text(self, column: str) -> bool:
+        """Whether `column` holds text, or categories that are text."""
+        kind = self.kinds[column]
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+    def joinids(self, value_filter: str | None, among: np.ndarray | None) -> np.ndarray:
+        """int64, ascending: those of the rows (of `among`) for which the filter holds."""
+        coordinates = () if among is None else (as_coordinates(among),)
+        return np.sort(self._query(coordinates, [JOINID], value_filter)[JOINID].to_numpy())
+
+    def read(self, ids: np.ndarray, columns: list[str]) -> pa.Table:
+        """The rows of `ids` (ascending), in order. DataError if one is not there."""
+        table = self._query((as_coordinates(ids),), [JOINID, *columns], None)
+        found = table[JOINID].to_numpy()
+        if len(found) != len(ids) or not np.array_equal(np.sort(found), ids):
+            raise DataError(
+                f"{self.name} holds {len(found):,} of the {len(ids):,} rows asked for. Remedy: get "
+                "or write it again."
+            )
+        return table.take(np.argsort(found)).drop_columns(JOINID)
+
+    def read_all(self) -> pa.Table:
+        """Every row, in order, with its joinid."""
+        table = self._query((), [JOINID, *self.kinds], None)
+        return table.sort_by(JOINID)
+
+    def _query(self, coordinates: tuple[Any, ...], columns: list[str], where: str | None) -> Any:
+        if coordinates and isinstance(coordinates[0], np.ndarray) and not len(coordinates[0]):
+            return self._frame.schema.empty_table().select(columns)
+        try:
+            found = self._frame.read(coordinates, column_names=columns, value_filter=where)
+            return found.concat()
+        except FAILURES as error:
+            what = f"cannot be read by the filter {where!r}" if where else "cannot be read"
+            raise unreadable(self.name, what, error) from error
+
+
+def texts(column: pa.ChunkedArray) -> list[str]:
+    """The values as text, "" where missing."""
+    return ["" if value is None else str(value) for value in column.to_pylist()]
+
+
+def as_pandas(column: pa.ChunkedArray) -> Any:
+    """The column as a pandas array of a dtype that its type alone decides; None: of no known kind.
+
+    Dictionaries become categories, of their whole dictionary, up to MAX_CATEGORIES.
+    """
+    array = column.unify_dictionaries().combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.chunks else pa.array([], column.type)
+    if pa.types.is_dictionary(array.type):
+        if len(array.dictionary) <= MAX_CATEGORIES:
+            codes = array.indices.fill_null(-1).to_numpy()
+            return pd.Categorical.from_codes(codes, array.dictionary.to_pandas())
+        array = array.dictionary_decode()
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        return pd.array(array.to_numpy(zero_copy_only=False), dtype="string")
+    known = array.type in _NULLABLE or pa.types.is_floating(array.type)
+    if not known and not pa.types.is_temporal(array.type):
+        return None
+    return array.to_pandas(types_mapper=_NULLABLE.get).array
+
+
+# A layer of X of a SOMA Experiment, read by joinids in bounded memory.
+#
+# joinids  ->  one query, its answer in parts of bounded size  ->  entries by rows  ->  CSR
+
+_SPARSE = ("soma_dim_0", "soma_dim_1", "soma_data")
+
+Part = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Some entries: place of the row among those asked for int32, column int32, value float32 | 64."""
+
+_BAND_VALUES = 4 << 20
+"""Of a dense array, so many values are read at once."""
+
+
+class SomaMatrix:
+    """An open SOMA SparseNDArray or DenseNDArray, cells x genes; `name` is what messages call it.
+
+    num_columns: of its shape, which may be wider than there are genes
+    """
+
+    def __init__(self, array: Any, name: str) -> None:
+        self.name, self._array = name, array
+        self.num_columns = int(array.shape[1])
+        self.address = str(array.uri)
+
+    def read(self, ids: np.ndarray, start: int) -> CountBlock:
+        """The rows of `ids` (ascending) as a block whose first row is `start`; values unchecked.
+
+        DataError if they cannot be read.
+        """
+        try:
+            is_dense = self._array.soma_type == "SOMADenseNDArray"
+            parts = self._dense(ids) if is_dense else self._sparse(ids)
+        except FAILURES as error:
+            what = f"the rows of joinids {ids[0]:,} to {ids[-1]:,} cannot be read"
+            raise unreadable(self.name, what, error) from error
+        indptr = np.zeros(len(ids) + 1, np.int64)
+        for rows, _, _ in parts:
+            count_rows(rows, indptr[1:])
+        indptr = np.cumsum(indptr)
+        values, columns = np.empty(int(indptr[-1])), np.empty(int(indptr[-1]), np.int32)
+        nexts = indptr[:-1].copy()
+        while parts:  # Each is given back once its entries have their place.
+            place_entries(*parts.pop(0), nexts, columns, values)
+        sort_columns(indptr, columns, values)
+        return CountBlock(values, columns, indptr, start)
+
+    def _sparse(self, ids: np.ndarray) -> list[Part]:
+        coordinates, parts = as_coordinates(ids), []
+        for table in self._array.read((coordinates,)).tables():
+            rows, columns, values = (table[name].to_numpy() for name in _SPARSE)
+            is_run = isinstance(coordinates, slice)
+            places = rows - ids[0] if is_run else np.searchsorted(ids, rows)
+            parts.append(_part(places, columns, values))
+        return parts
+
+    def _dense(self, ids: np.ndarray) -> list[Part]:
+        parts = []
+        most = max(1, _BAND_VALUES // self.num_columns)
+        place = 0
+        for run in np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1):
+            for first in range(int(run[0]), int(run[-1]) + 1, most):
+                last = min(first + most - 1, int(run[-1]))
+                rows = self._array.read((slice(first, last),)).to_numpy()
+                places, columns = np.nonzero(rows)
+                parts.append(_part(places + place, columns, rows[places, columns]))
+                place += len(rows)
+        return parts
+
+
+def _part(places: np.ndarray, columns: np.ndarray, values: np.ndarray) -> Part:
+    # Two kinds of value, so that the compiled loops exist in two variants.
+    kind = np.float32 if values.dtype == np.float32 else np.float64
+    # What int32 does not hold must not become another column: the highest is none, and refused.
+    columns = np.minimum(columns, np.iinfo(np.int32).max)
+    return places.astype(np.int32), columns.astype(np.int32), values.astype(kind)
+
+
+# Counts of a SOMA Experiment, the Census' among them, as validated CSR blocks.
+#
+#     path | s3://...  ->  Experiment (of a Census: its human one)  ->  which layer of X?
+#     obs (filter | joinids)  ->  the cells, in ascending order of soma_joinid
+#                             ->  rows a..b: one query of X by joinids  ->  CSR  ->  checked
+#
+# Row i is the i-th of the chosen cells, whatever gaps their joinids have.
+
+ROWS_PER_BLOCK = 4096
+
+CELL_ID_COLUMNS = ("observation_joinid", "obs_id", "cell_id")
+"""Where the ids of cells are looked for in obs, in this order; where missing, the soma_joinid."""
+
+LAYERS = ("raw", "counts", "data")
+"""Layers of X that may hold the counts, in this order; else the only one there is."""
+
+_FIRST_ROWS = 512
+_PROBED_PLACES = 16
+
+
+class ExperimentCounts:
+    """A SOMA Experiment, open for reading; see counts.Counts for what it gives.
+
+    name:         the address, as given; stem: the last part of it
+    location:     "X/LAYER"; passed_over: layers before it whose values are plainly no counts
+    num_columns:  up to the last gene of var; X's shape may be far wider
+    """
+
+    is_sequential = False
+
+    def __init__(
+        self,
+        address: str | Path,
+        layer: str | None = None,
+        allow_normalised: bool = False,
+        value_filter: str | None = None,
+        joinids: np.ndarray | None = None,
+    ) -> None:
+        """Opens the Experiment at `address`, a path or URI, or the human one of a Census there.
+
+        layer:         of X ("raw" or "X/raw"); None: see LAYERS
+        value_filter:  SOMA's, over obs: only cells for which it holds
+        joinids:       int64, ascending: only these cells
+        Raises DataError if it cannot be read, or has no such layer or cells.
+        """
+        self.name = str(address)
+        self.stem = self.name.rstrip("/").rsplit("/", 1)[-1]
+        self._whole_numbers = not allow_normalised
+        self._longest = 0.0  # Entries per row of the longest block read so far.
+        self._experiment = open_experiment(self.name)
+        try:
+            self._open(layer, value_filter, joinids)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, FAILURES):
+                raise unreadable(self.name, "cannot be read", error) from error
+            raise
+
+    def _open(self, layer: str | None, where: str | None, among: np.ndarray | None) -> None:
+        measurement = self._measurement()
+        self._obs = SomaFrame(self._experiment["obs"], f"{self.name}: obs")
+        self._var = SomaFrame(measurement["var"], f"{self.name}: var")
+        self._ids = JoinIds(self._obs.joinids(where, among))
+        self.num_cells = len(self._ids)
+        if among is not None and where is None and self.num_cells != len(among):
+            raise DataError(
+                f"{self.name}: obs holds {self.num_cells:,} of the {len(among):,} cells asked for."
+            )
+        if not self.num_cells:
+            chosen = " for which the filter holds" if where else ""
+            raise DataError(
+                f"{self.name}: no cells{chosen}: there is nothing to encode. Remedy: leave it out."
+            )
+        self._layers = list(measurement["X"]) if "X" in measurement else []
+        self.location, self.passed_over, self._matrix = self._find_counts(measurement, layer)
+        genes = self._var.joinids(None, None)
+        if not len(genes):
+            raise DataError(
+                f"{self.name}: var names no genes: there is nothing to encode. Remedy: leave it "
+                "out."
+            )
+        # tiledbsoma.io once gave every X room for 2,147,483,646 genes.
+        self.num_columns = min(self._matrix.num_columns, int(genes[-1]) + 1)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """The cells chosen and, where it lies on this machine, the time of the last write in ms.
+
+        A Census in S3 is never written again.
+        """
+        written = [last_write_ms(part.address) for part in (self._obs, self._matrix)]
+        return {
+            "cells": self.num_cells,
+            "chosen": sha256(self._ids.describe()).hexdigest()[:16],
+            "written_ms": max(written),
+        }
+
+    @property
+    def obs_columns(self) -> list[str]:
+        """The columns of obs, soma_joinid left out."""
+        return list(self._obs.kinds)
+
+    def read_obs(self, start: int, stop: int) -> pd.DataFrame:
+        """Rows start..stop-1 of obs, indexed by cell id."""
+        if start == stop:
+            return self.read_obs(0, 1).iloc[:0]  # With the categories of the others.
+        ids = self._ids.read(start, stop)
+        table = self._obs.read(ids, self.obs_columns)
+        columns = {name: as_pandas(table[name]) for name in table.column_names}
+        index = pd.Index(self._cell_ids(table, ids), dtype=object)
+        return pd.DataFrame({n: c for n, c in columns.items() if c is not None}, index=index)
+
+    def read_cell_ids(self, start: int, stop: int) -> list[str]:
+        """The ids of rows start..stop-1 (see CELL_ID_COLUMNS)."""
+        ids = self._ids.read(start, stop)
+        there = [name for name in CELL_ID_COLUMNS if name in self._obs.kinds]
+        return self._cell_ids(self._obs.read(ids, there), ids)
+
+    def read_dataset_ids(self, start: int, stop: int) -> list[str]:
+        """The dataset of each cell: obs' `dataset_id`, else the stem."""
+        if "dataset_id" not in self._obs.kinds:
+            return [self.stem] * (stop - start)
+        table = self._obs.read(self._ids.read(start, stop), ["dataset_id"])
+        return [name or self.stem for name in texts(table["dataset_id"])]
+
+    def gene_columns(self) -> dict[str, Sequence[object]]:
+        """The columns of var that hold text; `var_id` (else `feature_id`) under "index" too."""
+        return dict(self._gene_texts)
+
+    def gene_names(self) -> list[str]:
+        """One name (symbol) per column, from var's column of symbols, else its ids."""
+        found = (name for name in NAME_COLUMNS if name in self._gene_texts)
+        return self._gene_texts[next(found, "index")]
+
+    def blocks(
+        self, num_rows: int = ROWS_PER_BLOCK, start: int = 0, stop: int | None = None
+    ) -> Iterator[CountBlock]:
+        """Rows start..stop-1 in blocks of at most `num_rows`, every value checked.
+
+        How long rows are shows once some were read: blocks have BLOCK_ENTRIES at most if none of
+        their cells has twice the genes of the longest block before.
+        """
+        stop = self.num_cells if stop is None else stop
+        while start < stop:
+            fitting = max(1, int(BLOCK_ENTRIES / self._longest)) if self._longest else _FIRST_ROWS
+            block = self.read_rows(start, min(start + num_rows, start + fitting, stop))
+            yield block
+            start += len(block)
+            self._longest = max(self._longest, len(block.data) / len(block), 1.0)
+
+    def read_rows(self, start: int, stop: int) -> CountBlock:
+        """Rows start..stop-1, every value checked.
+
+        Raises DataError with row, gene, value and remedy at a value that is no count.
+        """
+        block = self._matrix.read(self._ids.read(start, stop), start)
+        check_counts(block, self, self._matrix.name, self._whole_numbers, self._layers)
+        return block
+
+    def close(self) -> None:
+        """Closes the Experiment; blocks already read stay good."""
+        self._experiment.close()
+
+    def __enter__(self) -> ExperimentCounts:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @cached_property
+    def _gene_texts(self) -> dict[str, list[str]]:
+        table = self._var.read_all()
+        places = table[JOINID].to_numpy()
+        columns = {}
+        for name in self._var.kinds:
+            if self._var.holds_text(name):
+                by_place = dict(zip(places.tolist(), texts(table[name]), strict=True))
+                columns[name] = [by_place.get(i, "") for i in range(self.num_columns)]
+        plain = [str(place) for place in range(self.num_columns)]
+        index = columns.get("var_id", columns.get("feature_id", plain))
+        return columns | {"index": index}
+
+    def _cell_ids(self, table: pa.Table, ids: np.ndarray) -> list[str]:
+        there = (name for name in CELL_ID_COLUMNS if name in table.column_names)
+        name = next(there, None)
+        found = texts(table[name]) if name else [""] * len(ids)
+        return [text or str(joinid) for text, joinid in zip(found, ids.tolist(), strict=True)]
+
+    def _measurement(self) -> Any:
+        names = list(self._experiment["ms"]) if "ms" in self._experiment else []
+        name = "RNA" if "RNA" in names or len(names) != 1 else names[0]
+        if name not in names:
+            raise DataError(
+                f"{self.name}: no measurement RNA in ms; it has: {', '.join(names) or 'none'}. "
+                "Remedy: name an Experiment of gene counts."
+            )
+        return self._experiment["ms"][name]
+
+    def _find_counts(
+        self, measurement: Any, layer: str | None
+    ) -> tuple[str, tuple[str, ...], SomaMatrix]:
+        """(location, places passed over, matrix)."""
+        wanted = LAYERS if layer is None else (layer.removeprefix("X/"),)
+        places = [name for name in wanted if name in self._layers]
+        if not places and layer is None and len(self._layers) == 1:
+            places = self._layers
+        for i, name in enumerate(places):
+            matrix = SomaMatrix(measurement["X"][name], f"{self.name}: X/{name}")
+            if name == places[-1] or not self._whole_numbers or not self._is_normalised(matrix):
+                return f"X/{name}", tuple(f"X/{place}" for place in places[:i]), matrix
+        raise DataError(
+            f"{self.name}: no layer X/{' or X/'.join(wanted)}; it has: "
+            f"{', '.join(self._layers) or 'none'}. Remedy: name the layer of the raw counts with "
+            "--layer."
+        )
+
+    def _is_normalised(self, matrix: SomaMatrix) -> bool:
+        step = max(1, self.num_cells // _PROBED_PLACES)
+        ids = np.array([self._ids.read(row, row + 1)[0] for row in range(0, self.num_cells, step)])
+        return looks_normalised(matrix.read(ids, 0).data)

@@ -1,0 +1,1 @@
+"""softmax(QK)V: the choice of code for it, and that code."""

@@ -1,1 +1,0 @@
-"""softmax(QK)V, one module per way of computing it."""

@@ -1,1 +1,0 @@
-"""Devices, process groups and collectives (floor 5)."""

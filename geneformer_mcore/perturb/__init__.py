@@ -1,0 +1,1 @@
+"""Genes deleted or overexpressed in silico (floor 12)."""

@@ -1,0 +1,243 @@
+"""Every variant of every chosen cell through the encoder, many to a batch, on all ranks.
+
+chosen cells, dealt to data-parallel ranks
+  -> as many as fit a batch: embedded once, their states kept
+  -> their variants, one after the other -> some batches' worth -> packed -> shifts
+  -> [cells, perturbations, COLUMNS], on the rank that had the cell
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from geneformer_mcore.config.sections import Pooling
+from geneformer_mcore.distributed import collectives
+from geneformer_mcore.errors import DataError, GeneformerError
+from geneformer_mcore.inference import encoder
+from geneformer_mcore.inference.cells import ChosenCells, CountedCell, ragged
+from geneformer_mcore.inference.encoder import Encoder
+from geneformer_mcore.io.progress import Progress
+from geneformer_mcore.model import forward_only
+from geneformer_mcore.model.forward_only import DISPLACEMENT_COLUMNS, Originals, Variants
+from geneformer_mcore.perturb.moved_genes import MovedGenes
+from geneformer_mcore.perturb.perturbed_cells import Editor, Mode
+from geneformer_mcore.perturb.question import Sets
+from geneformer_mcore.types import CellViews, RaggedCells
+
+BLOCK_CELLS = 32
+"""Neighbouring cells that are dealt to one rank together, at most."""
+CHUNK_BATCHES = 8
+"""Batches that are made and sent through the encoder together: enough to pack well."""
+GATHERED_VALUES = 1 << 24
+"""Numbers that ranks send to the first one at once, about."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of the encoder.
+
+    sets:     the genes of every perturbation
+    goal_H:   the vector that cells may move toward, or None
+    moved:    where the shifts of single genes are added up, or None
+    total:    variants there are of all cells, for the progress line
+    """
+
+    engine: Encoder
+    cells: ChosenCells
+    editor: Editor
+    sets: Sets
+    pooling: Pooling
+    goal_H: np.ndarray | None
+    moved: MovedGenes | None
+    total: int
+
+
+def of_all_cells(job: Job, progress: Progress) -> np.ndarray | None:
+    """On rank 0 float32 [cells, perturbations, COLUMNS], NaN where a cell has none of the genes;
+    None on the other ranks. Every rank raises what any rank met.
+
+    Each rank holds the values of its own cells, and rank 0 those of all beside.
+    """
+    places_N = np.concatenate([np.empty(0, np.int64), *_of_this_rank(job)])
+    values_NPC = np.full(
+        (len(places_N), len(job.sets), len(DISPLACEMENT_COLUMNS)), np.nan, np.float32
+    )
+    problem = ""
+    try:
+        _fill(job, values_NPC, progress)
+    except GeneformerError as error:
+        problem = str(error)
+    problem = collectives.first_problem(problem)
+    if problem:
+        raise DataError(problem)
+    if not job.engine.holds_states:
+        places_N, values_NPC = places_N[:0], np.empty((0, *values_NPC.shape[1:]), np.float32)
+    values_NW = values_NPC.reshape(len(places_N), len(job.sets) * len(DISPLACEMENT_COLUMNS))
+    gathered_NW = _gathered(places_N, values_NW, job)
+    if gathered_NW is None:
+        return None
+    return gathered_NW.reshape(len(job.cells), len(job.sets), len(DISPLACEMENT_COLUMNS))
+
+
+def _gathered(places_N: np.ndarray, values_NW: np.ndarray, job: Job) -> np.ndarray | None:
+    total, width = len(job.cells), values_NW.shape[1]
+    rows = max(1, GATHERED_VALUES // width)
+    found_NW = None
+    for start in range(0, total, rows):
+        stop = min(start + rows, total)
+        here = slice(*np.searchsorted(places_N, (start, stop)))
+        part_NW = collectives.rows_on_first_rank(
+            places_N[here] - start, values_NW[here], stop - start, job.engine.device
+        )
+        if part_NW is not None:
+            if found_NW is None:
+                found_NW = np.empty((total, width), np.float32)
+            found_NW[start:stop] = part_NW
+    return found_NW
+
+
+def _of_this_rank(job: Job) -> Iterator[np.ndarray]:
+    """int64, ascending: the cells of this rank, by blocks of neighbours."""
+    topology, total = job.engine.topology, len(job.cells)
+    size = max(1, min(BLOCK_CELLS, -(-total // topology.data_size)))
+    for start in range(topology.data_rank * size, total, topology.data_size * size):
+        yield np.arange(start, min(start + size, total), dtype=np.int64)
+
+
+def _fill(job: Job, values_NPC: np.ndarray, progress: Progress) -> None:
+    """Fills in the values of the cells of this rank, which are there in their order."""
+    ranks, filled, done = job.engine.topology.data_size, 0, 0
+    for block in _of_this_rank(job):
+        counted = job.cells.counted(int(block[0]), int(block[-1]) + 1)
+        for cells in _fitting(counted, job.engine.tokens_per_batch):
+            here_NPC = values_NPC[filled : filled + len(cells)]
+            for number in _block(job, cells, here_NPC):
+                done += number
+                # Of all ranks: each has done about as much as this one.
+                progress("perturbing", min(job.total, done * ranks), job.total)
+            filled += len(cells)
+
+
+def _fitting(cells: Iterator[CountedCell], budget: int) -> Iterator[list[CountedCell]]:
+    """Cells by as many as fit a batch."""
+    here: list[CountedCell] = []
+    used = 0
+    for cell in cells:
+        if here and used + len(cell.tokens_T) > budget:
+            yield here
+            here, used = [], 0
+        here.append(cell)
+        used += len(cell.tokens_T)
+    if here:
+        yield here
+
+
+def _block(job: Job, cells: list[CountedCell], values_NPC: np.ndarray) -> Iterator[int]:
+    """Fills in the values of cells whose originals fit one batch; gives how many are new."""
+    known = [number for number, cell in enumerate(cells) if len(cell.tokens_T) > 1]
+    if not known:
+        return
+    sentences = ragged([cells[number].tokens_T for number in known])
+    engine = job.engine
+    _, (batch,) = encoder.batches(engine, _views(sentences), encoder.no_masking(engine))
+    goal_H = None if job.goal_H is None else torch.from_numpy(job.goal_H).to(engine.device)
+    before = forward_only.originals(engine.stages, batch, job.pooling, goal_H)
+    chunk = _Chunk()
+    for number, start in zip(known, sentences.offsets.tolist(), strict=False):
+        for part in _variants(job, cells[number], known.index(number), int(start)):
+            chunk.add(part, number)
+            if chunk.num_tokens >= CHUNK_BATCHES * engine.tokens_per_batch:
+                yield _encode(job, chunk, before, values_NPC)
+                chunk = _Chunk()
+    if chunk.parts:
+        yield _encode(job, chunk, before, values_NPC)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some variants of one cell.
+
+    original:   the cell's number among those of its batch
+    which_N:    the perturbation of each variant
+    places_T:   see model.shifts.Variants
+    """
+
+    original: int
+    which_N: np.ndarray
+    sentences: RaggedCells
+    places_T: np.ndarray
+
+
+@dataclass
+class _Chunk:
+    """Parts that are encoded together, and the row of the values that each belongs to."""
+
+    parts: list[_Part] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+
+    def add(self, part: _Part, row: int) -> None:
+        self.parts.append(part)
+        self.rows.append(row)
+        self.num_tokens += len(part.sentences.tokens_T)
+
+
+def _variants(job: Job, cell: CountedCell, original: int, start: int) -> Iterator[_Part]:
+    """The variants of one cell, some at a time; start: where its states begin."""
+    everything = job.editor.mode is Mode.overexpress
+    which = np.arange(len(job.sets))
+    which = which if everything else which[job.sets.in_sentence(cell.tokens_T)]
+    place_of = np.full(job.engine.pretrained.vocabulary.size, -1, np.int64)
+    place_of[cell.tokens_T] = start + np.arange(len(cell.tokens_T))
+    longest = max(len(cell.counts_E), len(cell.tokens_T))
+    step = max(1, CHUNK_BATCHES * job.engine.tokens_per_batch // longest)
+    for first in range(0, len(which), step):
+        some = which[first : first + step]
+        made = job.editor.variants(cell, [job.sets.tokens[number] for number in some])
+        # Of a cell that lost all its genes nothing is left to embed.
+        kept = np.flatnonzero(made.lengths > 1)
+        if len(kept):
+            sentences = _views(made).part(kept).ragged()
+            places_T = place_of[sentences.tokens_T]
+            places_T[sentences.offsets[:-1]] = -1  # [CLS] is no gene.
+            yield _Part(original, some[kept], sentences, places_T)
+
+
+def _encode(job: Job, chunk: _Chunk, before: Originals | None, values_NPC: np.ndarray) -> int:
+    """Sends a chunk through the encoder; gives its number of variants."""
+    device = job.engine.device
+    which_N = np.concatenate([part.which_N for part in chunk.parts])
+    sizes = [len(part.which_N) for part in chunk.parts]
+    rows_N = np.repeat(chunk.rows, sizes)
+    originals_N = np.repeat([part.original for part in chunk.parts], sizes)
+    lengths_N = np.concatenate([part.sentences.lengths for part in chunk.parts])
+    starts_N = np.cumsum(lengths_N) - lengths_N
+    tokens_T = np.concatenate([part.sentences.tokens_T for part in chunk.parts])
+    places_T = np.concatenate([part.places_T for part in chunk.parts])
+    views = CellViews(tokens_T, starts_N, lengths_N, np.arange(len(which_N), dtype=np.uint64))
+    bins, batches = encoder.batches(job.engine, views, encoder.no_masking(job.engine))
+    inside = [np.concatenate([np.arange(starts_N[v], starts_N[v] + lengths_N[v]) for v in members])
+              for members in bins]  # fmt: skip
+    variants = [
+        Variants(
+            batch,
+            torch.from_numpy(originals_N[members]).to(device),
+            torch.from_numpy(places_T[tokens]).to(device),
+        )
+        for batch, members, tokens in zip(batches, bins, inside, strict=True)
+    ]
+    found = forward_only.of_variants(job.engine.stages, variants, before, job.pooling)
+    for members, tokens, (values_NC, moved_T) in zip(bins, inside, found, strict=False):
+        values_NPC[rows_N[members], which_N[members]] = values_NC.cpu().numpy()
+        if job.moved is not None and job.engine.holds_states:
+            owners_T = np.repeat(which_N[members], lengths_N[members])
+            job.moved.add(owners_T, tokens_T[tokens], moved_T.cpu().numpy())
+    return len(which_N)
+
+
+def _views(cells: RaggedCells) -> CellViews:
+    return CellViews(cells.tokens_T, cells.offsets[:-1], cells.lengths, cells.keys_N)

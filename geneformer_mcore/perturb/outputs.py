@@ -1,0 +1,146 @@
+"""What perturbations do, as a PNG: bars of a few, or of many how unlikely over how far.
+
+table  ->  up to 20 perturbations, or no p  ->  shifts with their spread, and their controls'
+       ->  more                             ->  p over the shift beside its controls', some names
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from geneformer_mcore.inference.embed import FACTS
+from geneformer_mcore.io import anndata_out
+from geneformer_mcore.io.files import whole_file
+from geneformer_mcore.perturb.perturb import Answer
+
+# What perturbations do, as files: a table, an AnnData of cells x perturbations, moved genes.
+#
+# Answer -> .csv | .tsv, most certain first -> .h5ad, X and layers -> .csv | .tsv of moved genes
+
+TABLES, ANNDATA, PICTURES = (".csv", ".tsv"), (".h5ad",), (".png",)
+
+
+def write_table(path: Path, answer: Answer) -> None:
+    """Writes the rows, those with the smallest p first, of equals those with the larger shift."""
+    rows = answer.table
+    largest_first = rows.sort_values("shift", ascending=False, kind="stable")
+    _write(path, largest_first.sort_values("p", kind="stable").reset_index())
+
+
+def write_moved_genes(path: Path, answer: Answer) -> None:
+    """Writes the most moved genes of every perturbation."""
+    assert answer.moved_genes is not None
+    _write(path, answer.moved_genes)
+
+
+def write_cells(path: Path, answer: Answer) -> None:
+    """Writes cells x perturbations."""
+    with whole_file(path) as partial:
+        as_anndata(answer).write_h5ad(partial)
+
+
+def as_anndata(answer: Answer) -> Any:
+    """AnnData: X the shift of each cell's vector, layers the other shifts, var the table."""
+    others = {name: values for name, values in answer.layers.items() if name != "shift"}
+    return anndata_out.of_matrix(
+        answer.layers["shift"], answer.obs, answer.table, others, {FACTS: answer.facts}
+    )
+
+
+def _write(path: Path, rows: pd.DataFrame) -> None:
+    with whole_file(path) as partial:
+        rows.to_csv(partial, sep="\t" if path.suffix == ".tsv" else ",", index=False)
+
+
+# Okabe and Ito's colours, which most eyes can tell apart.
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
+MOST_BARS, MOST_NAMES = 20, 8
+SIGNIFICANT = 0.05
+
+
+def save(path: Path, answer: Answer) -> None:
+    """Writes the plot to `path` (PNG). No display is needed or opened. Raises DataError where it
+    cannot."""
+    rows = answer.table[answer.table["n_cells"] > 0]
+    has_goal = "goal_shift" in rows
+    as_bars = len(rows) <= MOST_BARS or rows["p"].isna().all()
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if as_bars:
+        _bars(axes, rows, "goal_shift" if has_goal else "shift")
+    else:
+        _volcano(axes, rows, has_goal)
+    what = answer.facts["perturb"]
+    verb = {"delete": "deleted", "overexpress": "overexpressed"}[what["mode"]]
+    goal = f", toward {what['goal']}" if has_goal else ""
+    axes.set_title(f"{len(answer.obs):,} cells, genes {verb}{goal}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+
+
+def _bars(axes: Axes, rows: pd.DataFrame, column: str) -> None:
+    largest = rows.reindex(rows[column].abs().sort_values(ascending=False).index)[:MOST_BARS][::-1]
+    places = np.arange(len(largest))
+    error = (largest[f"{column}_sd"] / np.sqrt(largest["n_cells"])).fillna(0)
+    axes.barh(places, largest[column], xerr=error, color=BLUE, ecolor=GREY, height=0.7)
+    if column == "shift" and largest["control_shift"].notna().any():
+        axes.plot(largest["control_shift"], places, "|", color=ORANGE, markersize=13,
+                  markeredgewidth=2, label="mean of its controls")  # fmt: skip
+        axes.legend(frameon=False)
+    q = "goal_q" if column == "goal_shift" else "q"
+    marks = [" *" if value < SIGNIFICANT else "" for value in largest[q]]
+    axes.set_yticks(
+        places, [f"{name}{mark}" for name, mark in zip(largest.index, marks, strict=True)]
+    )
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    axes.set_xlabel(f"{_words(column)}, mean and standard error over cells (* q < {SIGNIFICANT})")
+
+
+def _volcano(axes: Axes, rows: pd.DataFrame, has_goal: bool) -> None:
+    if has_goal:
+        x, p, q, label = rows["goal_shift"], rows["goal_p"], rows["goal_q"], _words("goal_shift")
+    else:
+        x, p, q = np.log2(rows["shift"] / rows["control_shift"]), rows["p"], rows["q"]
+        label = "log2 of shift (1 - cosine) over the mean of its controls"
+    height = -np.log10(p)
+    is_found, has_none = (q < SIGNIFICANT).to_numpy(), q.isna().to_numpy()
+    for chosen, colour, name in (
+        (~is_found & ~has_none, GREY, f"q >= {SIGNIFICANT}"),
+        (is_found, ORANGE, f"q < {SIGNIFICANT}"),
+        # Without a place, so that no mark is drawn: its controls are in no cell.
+        (has_none, "none", "no p, not shown"),
+    ):
+        if chosen.any():
+            axes.scatter(
+                x[chosen],
+                height[chosen],
+                s=14,
+                color=colour,
+                alpha=0.8,
+                label=f"{name}: {chosen.sum():,}",
+            )
+    named = pd.DataFrame({"p": p, "far": -x.abs()}).dropna().sort_values(["p", "far"])
+    for name in named.index[:MOST_NAMES]:
+        axes.annotate(name, (x[name], height[name]), (3, 3), textcoords="offset points", fontsize=7)
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    axes.set_xlabel(label)
+    axes.set_ylabel("-log10 p, against random genes")
+    # Framed: a mark of the legend without one looks like another gene.
+    axes.legend(framealpha=1, loc="lower right")
+
+
+def _words(column: str) -> str:
+    return {
+        "shift": "shift of the cell (1 - cosine)",
+        "goal_shift": "shift toward the goal (cosine after - before)",
+    }[column]

@@ -1,0 +1,139 @@
+"""launch/perturb.py, but for its command line: checks places, asks, and writes what is answered.
+
+Request  ->  places of all outputs  ->  Answer on the first rank  ->  files  ->  lines for the user
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.inference import pretrained
+from geneformer_mcore.inference.cells import rows_with
+from geneformer_mcore.inference.embed import Choices, check_target
+from geneformer_mcore.io import anndata_out
+from geneformer_mcore.perturb import outputs
+from geneformer_mcore.perturb.perturb import Answer, perturb
+from geneformer_mcore.perturb.question import Question
+from geneformer_mcore.tokenizer.corpus import InputOptions
+
+
+@dataclass(frozen=True)
+class PerturbRequest:
+    """What launch/perturb.py was asked for; at least one of the four outputs."""
+
+    checkpoint: Path
+    source: str
+    question: Question
+    table: Path | None = None
+    output: Path | None = None
+    plot: Path | None = None
+    gene_effects: Path | None = None
+    choices: Choices = field(default_factory=Choices)
+    vocabulary: Path | None = None
+    options: InputOptions = field(default_factory=InputOptions)
+    layout: Sequence[str] = ()
+    overwrite: bool = False
+
+
+def run(request: PerturbRequest, is_first: bool) -> list[str]:
+    """Perturbs on the ranks that are here, and writes from the first one.
+
+    Returns lines that say what was found and written, on the first rank. Raises a GeneformerError
+    for all that the user can mend, the outputs' places before any work.
+    """
+    _check(request)
+    model = pretrained.find(request.checkpoint, request.vocabulary, request.layout)
+    started_s = time.monotonic()
+    answer = perturb(
+        model, request.source, request.question, request.choices, request.options, is_first
+    )
+    if answer is None:
+        return []
+    written = [
+        (request.table, outputs.write_table),
+        (request.output, outputs.write_cells),
+        (request.gene_effects, outputs.write_moved_genes),
+        (request.plot, outputs.save),
+    ]
+    lines = list(answer.lines)
+    for path, write in written:
+        if path is not None:
+            write(path, answer)
+            lines.append(f"{path}: written")
+    return [*lines, *_summary(answer, time.monotonic() - started_s)]
+
+
+def _check(request: PerturbRequest) -> None:
+    kinds = [
+        (request.table, outputs.TABLES),
+        (request.output, outputs.ANNDATA),
+        (request.plot, outputs.PICTURES),
+        (request.gene_effects, outputs.TABLES),
+    ]
+    places = [(path, suffixes) for path, suffixes in kinds if path is not None]
+    if not places:
+        raise ConfigError(
+            "nothing is to be written: give --table, --output, --plot or --gene-effects."
+        )
+    if request.gene_effects is not None and request.question.moved < 1:
+        raise ConfigError(
+            f"--gene-effects lists the most moved genes, and --most-moved is "
+            f"{request.question.moved}. Remedy: --most-moved of at least 1, or no --gene-effects."
+        )
+    resolved = [path.resolve() for path, _ in places]
+    if len({*resolved, Path(request.source).resolve()}) <= len(resolved):
+        raise ConfigError(
+            "input and outputs must be different files: no output may take another's place, and "
+            "the input is never changed."
+        )
+    for path, suffixes in places:
+        check_target(path, suffixes, request.overwrite)
+
+
+def _summary(answer: Answer, seconds: float) -> list[str]:
+    rows = answer.table
+    variants = int(rows["n_cells"].sum())
+    found = int((rows["q"] < 0.05).sum())
+    lines = [
+        f"{len(answer.obs):,} cells x {len(rows):,} perturbations ({variants:,} variants, and "
+        f"those of {answer.facts['perturb']['num_controls']:,} controls), {seconds:.1f} s; "
+        f"{found:,} with q < 0.05"
+    ]
+    absent = rows.index[rows["n_cells"] == 0].tolist()
+    if absent:
+        lines.append(
+            f"in none of the cells: {', '.join(absent[:10])}" + " ..." * (len(absent) > 10)
+        )
+    return lines
+
+
+def perturb_adata(
+    adata: Any,
+    checkpoint: str | Path,
+    question: Question,
+    choices: Choices,
+    vocabulary: str | Path | None,
+    counts_layer: str | None,
+) -> Any:
+    """The same for an AnnData in memory, in this process alone; gives an AnnData."""
+    anndata_out.require(adata)
+    question.check()
+    # Against its own obs, of which the file gets these columns alone.
+    for label in filter(None, (question.start, question.goal)):
+        rows_with(adata.obs, label, "the AnnData")
+    model = pretrained.find(checkpoint, vocabulary)
+    columns = {label.partition("=")[0] for label in (question.start, question.goal)}
+    with anndata_out.as_file(adata, counts_layer, columns) as path:
+        options = InputOptions(layer=counts_layer)
+        answer = perturb(model, str(path), question, choices, options, shows_progress=True)
+    if answer is None:
+        raise ConfigError(
+            "geneformer_mcore.perturb works in one process, and this is one of several. Remedy: "
+            "torchrun launch/perturb.py."
+        )
+    return outputs.as_anndata(replace(answer, obs=adata.obs.iloc[answer.rows_N]))

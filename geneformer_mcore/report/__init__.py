@@ -1,0 +1,1 @@
+"""Finished and stopped runs, and stores, as tables and plots (floor 10)."""

@@ -1,0 +1,147 @@
+"""A confusion matrix as a PNG: a row per true class, in shares of its cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.files import whole_file
+from geneformer_mcore.report.results import Curve, Results
+
+# The loss curve of a run as a PNG: training, validation, and the baselines to beat.
+
+# Okabe and Ito's colours, which most eyes can tell apart.
+BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#666666", "#009E73"
+BASELINES = (
+    ("unigram", "baseline: unigram", GREY, "--"),
+    ("gene_given_rank", "baseline: gene given rank", GREEN, "-."),
+)
+
+
+def save_loss(results: Results, path: Path) -> None:
+    """Writes the plot of `results` to `path` (PNG). No display is needed or opened. Raises
+    DataError where it cannot."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    baselines = results.baselines or {}
+    for name, label, colour, style in BASELINES:
+        if name in baselines:
+            nats = baselines[name]
+            axes.axhline(nats, color=colour, linestyle=style, label=f"{label} ({nats:.2f})")
+    axes.plot(*_points(results.train), color=BLUE, linewidth=1.4, label="training")
+    last = results.validation.last
+    label = "validation" if last is None else f"validation (last {last:.2f})"
+    axes.plot(*_points(results.validation), "o-", color=ORANGE, markersize=5, label=label)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per masked gene)")
+    axes.set_title(results.run_dir.name)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise DataError(f"the plot {path} cannot be written: {error.strerror}.") from None
+
+
+def _points(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [steps] twice; a missing loss is a gap."""
+    return np.array(curve.steps, dtype=np.float64), np.array(curve.losses, dtype=np.float64)
+
+
+# How long the cells of an input are, as a PNG: a histogram of tokens per stored cell.
+MOST_BARS = 64
+
+
+def save_lengths(source: dict[str, Any], seq_length: int, path: Path) -> None:
+    """Writes the plot of one source of a manifest (see SourceReport) to `path`. No display is
+    needed or opened. Raises DataError where it cannot be written."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    edges, cells = _bars(source["lengths"])
+    axes.stairs(cells, edges, fill=True, color=BLUE, alpha=0.85)
+    median = source["tokens_median"]
+    axes.axvline(median, color=ORANGE, linewidth=1.4, label=f"median {median:,.0f}")
+    # Cells cut to the full length stand in one bar, which must not flatten all others.
+    most = max(cells[:-1].max(initial=0), 1)
+    if cells[-1] > 2 * most:
+        axes.set_ylim(0, 1.5 * most)
+        axes.annotate(
+            f"{cells[-1]:,.0f} cells",
+            (edges[-1], 1.4 * most),
+            (-10, 0),
+            ha="right",
+            textcoords="offset points",
+            color=BLUE,
+        )
+    axes.set_xlim(0, edges[-1])
+    axes.set_xlabel("tokens per cell, [CLS] included")
+    axes.set_ylabel(f"cells per {edges[-1] - edges[-2]:,} tokens")
+    stored, cut = source["cells_stored"], source["cells_cut"]
+    axes.set_title(f"{source['name']}: {stored:,} cells, {cut:,} cut to {seq_length:,} tokens")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise DataError(f"the plot {path} cannot be written: {error.strerror}.") from None
+
+
+def _bars(lengths: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(edges [bars + 1] in tokens, cells [bars]), a few bins to a bar; see SourceReport.lengths."""
+    cells = np.array(lengths["cells"])
+    bins = max(1, -(-len(cells) // MOST_BARS))
+    padded = np.pad(cells, (-len(cells) % bins, 0))
+    bars = padded.reshape(-1, bins).sum(axis=1)
+    edges = (np.arange(len(bars) + 1) * bins - (len(padded) - len(cells))) * lengths["bin_tokens"]
+    return np.maximum(edges, 0), bars
+
+
+_MOST_NUMBERED = 25
+"""Classes up to which every field shows its number: more would not be legible."""
+
+
+def save_confusion(counts_CC: np.ndarray, classes: Sequence[str], label: str, path: Path) -> None:
+    """Writes the plot to `path`. No display is needed or opened. Raises DataError where it cannot.
+
+    counts_CC: cells by true (row) and predicted class (column)
+    """
+    size = max(4.5, 0.42 * len(classes) + 2.5)
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    of_each = counts_CC.sum(axis=1)
+    shares_CC = counts_CC / np.maximum(of_each, 1)[:, None]
+    picture = axes.imshow(shares_CC, cmap="Blues", vmin=0, vmax=1)
+    places = range(len(classes))
+    axes.set_xticks(places, classes, rotation=45, ha="right", rotation_mode="anchor")
+    rows = [f"{name} ({count:,})" for name, count in zip(classes, of_each, strict=True)]
+    axes.set_yticks(places, rows)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("label (test cells)")
+    accuracy = counts_CC.trace() / counts_CC.sum()
+    axes.set_title(f"{label}: {accuracy:.1%} of {counts_CC.sum():,} test cells", fontsize=11)
+    if len(classes) <= _MOST_NUMBERED:
+        for true, predicted in zip(*np.nonzero(counts_CC), strict=True):
+            dark = shares_CC[true, predicted] > 0.5
+            axes.text(
+                predicted,
+                true,
+                f"{counts_CC[true, predicted]}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if dark else "black",
+            )
+    figure.colorbar(picture, ax=axes, label="share of the row", shrink=0.7)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")

@@ -1,0 +1,321 @@
+"""What the folder of a finished or stopped run says, as numbers.
+
+    config.yaml  metrics.jsonl  baselines.json  outcome.json  log.txt  ->  Results
+
+A run may have been killed at any moment, so half a line or no file at all is no error.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.exit_codes import DEFECT, FINISHED, INTERRUPTED
+from geneformer_mcore.metrics.provenance import provenance
+
+RATES = (
+    "cells_per_s",
+    "tokens_per_s",
+    "tflops_padded_equivalent",
+    "tflops_executed",
+    "mfu",
+    "data_wait_fraction",
+)
+"""Keys of metrics.jsonl of which the report shows the median over the log steps: one slow moment,
+such as the first step's, does not move it."""
+BASELINES = ("unigram", "gene_given_rank")
+"""Keys of baselines.json, in nats."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses in nats against the step, None where a step predicted nothing."""
+
+    steps: list[int]
+    losses: list[float | None]
+
+    @property
+    def last(self) -> float | None:
+        """The last loss there is."""
+        return next((loss for loss in reversed(self.losses) if loss is not None), None)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run's folder says. Losses in nats per masked gene, times in seconds."""
+
+    run_dir: Path
+    config: dict[str, Any]
+    """The sections of config.yaml."""
+    outcome: dict[str, Any]
+    """outcome.json; where there is none, an outcome that says so."""
+    train: Curve
+    validation: Curve
+    val_loss_cell_mean: float | None
+    """Mean over validation cells of each cell's mean loss, as the model card counts it."""
+    shuffled_loss: float | None
+    """Validation loss with the genes of each cell in a random order; None before the last step."""
+    rates: dict[str, float | None]
+    """Medians of RATES."""
+    baselines: dict[str, Any] | None
+    """baselines.json: BASELINES and what they were counted on; empty if the run made none, None if
+    the file is there and cannot be read."""
+    train_s: float
+    """Spent in training steps, without validation and saving."""
+    wall_s: float | None
+    """From the first to the last line of log.txt, pauses between starts included."""
+
+    @property
+    def exit_code(self) -> int:
+        """The run's own, which torchrun does not hand on."""
+        return int(self.outcome["exit_code"])
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged."""
+        return self.train.steps[-1] if self.train.steps else 0
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps that were asked for."""
+        return self.config.get("train", {}).get("steps")
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint's folder."""
+        found = sorted((self.run_dir / "checkpoints").glob("step_" + "[0-9]" * 10))
+        return found[-1] if found else None
+
+
+def load(run_dir: Path) -> Results:
+    """Reads a run's folder. Raises DataError if there is none, it holds nothing of a run, or what
+    it holds cannot be read."""
+    if not run_dir.is_dir():
+        raise DataError(f"{run_dir} is not a folder: give the run.dir of a run.")
+    try:
+        return _load(run_dir)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename} cannot be read ({error.strerror}): give the run.dir of a run, or "
+            "mend its permissions."
+        ) from None
+
+
+def _load(run_dir: Path) -> Results:
+    if not any((run_dir / name).exists() for name in ("outcome.json", "metrics.jsonl")):
+        raise DataError(
+            f"{run_dir} holds neither outcome.json nor metrics.jsonl: give the run.dir of a run."
+        )
+    records = _records(run_dir / "metrics.jsonl")
+    training = [record for record in records if "loss" in record]
+    validations = [record for record in records if "val_loss" in record]
+    return Results(
+        run_dir=run_dir,
+        config=_sections(run_dir / "config.yaml"),
+        outcome=_outcome(run_dir / "outcome.json"),
+        train=_curve(training, "loss"),
+        validation=_curve(validations, "val_loss"),
+        val_loss_cell_mean=validations[-1].get("val_loss_cell_mean") if validations else None,
+        shuffled_loss=validations[-1].get("val_loss_shuffled_genes") if validations else None,
+        rates={name: _median(training, name) for name in RATES},
+        baselines=_baselines(run_dir / "baselines.json"),
+        train_s=_train_seconds(training),
+        wall_s=_wall_seconds(run_dir / "log.txt"),
+    )
+
+
+def _curve(records: list[dict[str, Any]], name: str) -> Curve:
+    return Curve([record["step"] for record in records], [record[name] for record in records])
+
+
+def _median(records: list[dict[str, Any]], name: str) -> float | None:
+    values = [record[name] for record in records if record.get(name) is not None]
+    return statistics.median(values) if values else None
+
+
+def _train_seconds(records: list[dict[str, Any]]) -> float:
+    """Sum over the records of seconds per step x steps since the record before."""
+    previous, seconds = 0, 0.0
+    for record in records:
+        seconds += record.get("step_s", 0.0) * (record["step"] - previous)
+        previous = record["step"]
+    return seconds
+
+
+def _wall_seconds(path: Path) -> float | None:
+    times = []
+    for line in _text(path).splitlines():
+        try:
+            times.append(datetime.fromisoformat(line.partition(" ")[0]))
+        except ValueError:
+            continue
+    return (times[-1] - times[0]).total_seconds() if times else None
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; half a line, as a kill leaves it, is left out."""
+    records = []
+    for line in _text(path).splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def _outcome(path: Path) -> dict[str, Any]:
+    found = _json(path)
+    if isinstance(found.get("exit_code"), int) and {"outcome", "reason"} <= set(found):
+        return found
+    reason = "it left no outcome.json: it was killed, or still runs"
+    return {"outcome": "unknown", "exit_code": DEFECT, "reason": reason}
+
+
+def _baselines(path: Path) -> dict[str, Any] | None:
+    # Only something to compare with: the run's own numbers are shown without it.
+    try:
+        found = _json(path)
+    except (DataError, OSError):
+        return None
+    numbers = [found.get(name, 0.0) for name in BASELINES]
+    return found if all(isinstance(number, int | float) for number in numbers) else None
+
+
+def _sections(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(_text(path))
+    except yaml.YAMLError:
+        raise DataError(f"{path} is not YAML: it was damaged after the run wrote it.") from None
+    sections = found if isinstance(found, dict) else {}
+    return {name: keys for name, keys in sections.items() if isinstance(keys, dict)}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_text(path) or "{}")
+    except ValueError:
+        raise DataError(f"{path} is not JSON: it was damaged after the run wrote it.") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _text(path: Path) -> str:
+    """The file's text, "" where there is none. A kill may have cut it within a character."""
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+# A finished or stopped run in one short table, or as JSON to keep.
+#
+#     Results (results.py)  ->  text, JSON
+#
+# The plot of the same numbers: loss_plot.py.
+
+
+def text(results: Results, plot: Path | None = None) -> str:
+    """The table that `make demo` ends with."""
+    lines = [f"run                    {results.run_dir}", _ending(results)]
+    if not results.train.steps:
+        return "\n".join(lines)
+    lines.append("")
+    lines += [*_loss_lines(results), "", *_speed_lines(results), ""]
+    lines.append(f"checkpoint             {results.checkpoint or 'none'}")
+    lines.append(f"TensorBoard            tensorboard --logdir {results.run_dir / 'tensorboard'}")
+    if plot is not None:
+        lines.append(f"loss plot              {plot}")
+    return "\n".join(lines)
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """The same numbers for a file that is kept, with machine, versions and commit as they are now.
+
+    No path but the run folder's own name is in it.
+    """
+    settings = {name: results.config.get(name, {}) for name in ("model", "parallel", "train")}
+    return {
+        "run": results.run_dir.name,
+        **results.outcome,
+        "logged_step": results.step,
+        "settings": settings | {"seq_length": results.config.get("data", {}).get("seq_length")},
+        "train_loss": results.train.last,
+        "val_loss": results.validation.last,
+        "val_loss_cell_mean": results.val_loss_cell_mean,
+        "val_loss_shuffled_genes": results.shuffled_loss,
+        "baselines": results.baselines,
+        **results.rates,
+        "train_s": results.train_s,
+        "wall_s": results.wall_s,
+        "curves": {"train": asdict(results.train), "validation": asdict(results.validation)},
+        **provenance(),
+    }
+
+
+def _ending(results: Results) -> str:
+    outcome, of = results.outcome, results.total_steps or "?"
+    if results.exit_code == FINISHED:
+        return f"finished               step {results.step} of {of}"
+    lines = [
+        f"NOT FINISHED           {outcome['outcome']} at step {results.step} of {of}, "
+        f"exit code {results.exit_code}: {outcome['reason']}"
+    ]
+    if results.exit_code == INTERRUPTED:
+        lines.append(
+            f"                       the same command (run.dir={results.run_dir}) continues it"
+        )
+    return "\n".join(lines)
+
+
+def _loss_lines(results: Results) -> list[str]:
+    validation = results.validation.last
+    lines = [
+        "loss                   nats per masked gene",
+        f"  training             {_number(results.train.last)}   (last log step)",
+        f"  validation           {_number(validation)}",
+    ]
+    if results.shuffled_loss is not None:
+        lines.append(
+            f"  genes shuffled       {_number(results.shuffled_loss)}   control: validation with "
+            "each cell's genes in a random order"
+        )
+    for name, label in zip(BASELINES, ("unigram", "gene given rank"), strict=True):
+        lines.append(f"  {label:<20} {_baseline(results.baselines, name, validation)}")
+    return lines
+
+
+def _baseline(baselines: dict[str, Any] | None, name: str, validation: float | None) -> str:
+    if baselines is None:
+        return "-   not readable (baselines.json)"
+    line = f"{_number(baselines.get(name))}   baseline"
+    if validation is None or name not in baselines:
+        return line
+    return f"{line}; validation is {_difference(validation, baselines[name])}"
+
+
+def _speed_lines(results: Results) -> list[str]:
+    rates = results.rates
+    wall = "" if results.wall_s is None else f" of {results.wall_s:,.0f} s in all"
+    return [
+        "speed                  median of the log steps",
+        f"  cells/s              {_number(rates['cells_per_s'], ',.1f')}",
+        f"  tokens/s             {_number(rates['tokens_per_s'], ',.0f')}   (padding not counted)",
+        f"  TFLOPS per rank      {_number(rates['tflops_padded_equivalent'], '.4g')} "
+        f"padded-equivalent, {_number(rates['tflops_executed'], '.4g')} executed",
+        f"  MFU                  {_number(rates['mfu'], '.1%')}   (executed / measured peak)",
+        f"  waiting for data     {_number(rates['data_wait_fraction'], '.1%')}",
+        f"  time                 {results.train_s:,.0f} s in training steps{wall}",
+    ]
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _difference(loss: float, baseline: float) -> str:
+    return f"{abs(loss - baseline):.3f} {'below' if loss < baseline else 'ABOVE'}"

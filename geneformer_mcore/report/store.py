@@ -1,0 +1,74 @@
+"""The report of a store as files: what became of each input, and how long its cells are.
+
+STORE/manifest.json  ->  report.json, report.md, lengths_NAME.png per input
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from geneformer_mcore.io.files import check_place, whole_file
+from geneformer_mcore.report import figures
+from geneformer_mcore.store.layout import Manifest
+from geneformer_mcore.store.report import markdown_lines, skipped_text, summary
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raises DataError if no report can be written into `folder`."""
+    check_place(Path(folder) / "report.json")
+
+
+def write_report(store: str | Path, folder: str | Path) -> None:
+    """Writes the report of the store at `store` into `folder`, over one that is there.
+
+    Raises DataError if the store is none, or a file cannot be written.
+    """
+    manifest, folder = Manifest.load(store), Path(folder)
+    plots = _plot_names([source["name"] for source in manifest.sources])
+    content = asdict(manifest)
+    content.pop("files")
+    with whole_file(folder / "report.json") as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+    for source, name in zip(manifest.sources, plots, strict=True):
+        with whole_file(folder / name) as partial:
+            figures.save_lengths(source, manifest.seq_length, partial)
+    with whole_file(folder / "report.md") as partial:
+        partial.write_text("\n".join(_markdown(manifest, plots)) + "\n")
+
+
+def _plot_names(names: list[str]) -> list[str]:
+    """One file name per input, even where inputs in different folders have one name."""
+    found: list[str] = []
+    for number, name in enumerate(names):
+        plain = re.sub(r"[^\w.-]+", "_", name.removesuffix(".h5ad")).strip("_")
+        plot = f"lengths_{plain}.png"
+        found.append(f"lengths_{plain}_{number}.png" if plot in found else plot)
+    return found
+
+
+def _markdown(manifest: Manifest, plots: list[str]) -> list[str]:
+    lines = ["# What became of the inputs", "", f"{summary(manifest)}.", ""]
+    lines += [*markdown_lines(manifest), ""]
+    lines += [f"Skipped over all inputs: {skipped_text(manifest.skipped)}.", ""]
+    if manifest.refused:
+        lines += ["## Left out altogether", ""]
+        lines += [f"- `{item['name']}`: {item['reason']}" for item in manifest.refused]
+        lines += [""]
+    lines += ["## Tokens per cell", ""]
+    for source, plot in zip(manifest.sources, plots, strict=True):
+        lines += [f"### {source['name']}", "", *_facts(source), "", f"![{source['name']}]({plot})"]
+        lines += [""]
+    return lines
+
+
+def _facts(source: dict[str, Any]) -> list[str]:
+    left_out = ", ".join(source["obs_columns_left_out"]) or "none"
+    return [
+        f"{source['datasets']:,} data sets; genes: {source['genes_blank']:,} without id, "
+        f"{source['genes_repeated']:,} repeated (summed), {source['symbols_mapped']:,} mapped from "
+        f"symbols; obs columns left out: {left_out}.",
+    ]

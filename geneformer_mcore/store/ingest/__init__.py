@@ -1,0 +1,1 @@
+"""From files of counts to a store, by several processes, through any number of kills."""

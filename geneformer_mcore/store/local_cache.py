@@ -1,0 +1,257 @@
+"""A store's tokens as one flat file on a node's own disk: any cell costs a look into memory.
+
+    store  --ensure, once per node-->  CACHE/CONTENT_HASH/  tokens.bin   uint16, cells end to end
+                                                            offsets.bin  int64 [cells + 1]
+                                                            keys.bin     uint64 [cells]
+                                                            sums.bin     SHA-256 of every block
+                                                            flat.json    written last
+    FlatCopy: opened, sizes and indices verified  ->  a cell's block verified when first touched
+
+Rows are the store's. The store stays the truth: a copy may be deleted at any time, and is made
+again by the next run that wants it. Numbers are little-endian. Needs numpy alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.files import read_sealed, write_sealed
+from geneformer_mcore.types import CellViews, RaggedCells, TokenSource
+
+FORMAT_VERSION = 1
+BLOCK_CELLS = 1024
+"""Cells that share a checksum."""
+
+_DIGEST_BYTES = 32
+_CELLS_PER_READ = 4096
+_MANIFEST = "flat.json"
+_FILES = ("tokens.bin", "offsets.bin", "keys.bin", "sums.bin")
+
+Progress = Callable[[str, int, int], None]
+
+
+class Copyable(TokenSource, Protocol):
+    """What a flat copy can be made of: rows 0..len-1."""
+
+    def __len__(self) -> int: ...
+
+
+def ensure(
+    source: Copyable,
+    content_hash: str,
+    num_tokens: int,
+    cache: str | Path,
+    progress: Progress | None = None,
+) -> FlatCopy:
+    """The flat copy of `source` in the folder `cache`, made now if it is not there or is damaged.
+
+    Processes of one node may call this at the same time: one makes the copy, the others wait.
+    content_hash: equal for equal cells; names the copy
+    num_tokens: tokens of all cells, for the room that must be free
+    Raises DataError if the copy cannot be written, or there is no room for it.
+    """
+    cache = Path(cache)
+    folder = cache / content_hash[:16]
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f".{folder.name}.lock"):
+            try:
+                return FlatCopy(folder, content_hash)
+            except DataError:
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(_partial(folder), ignore_errors=True)
+            _check_room(cache, num_bytes(num_tokens, len(source)))
+            _make(source, content_hash, folder, progress)
+            return FlatCopy(folder, content_hash)
+    except OSError as error:
+        raise DataError(
+            f"{cache}: the flat copy cannot be written: {error.strerror or error}. Remedy: name "
+            "another folder with data.cache_dir, or leave it empty to read the store itself."
+        ) from error
+
+
+def num_bytes(num_tokens: int, num_cells: int) -> int:
+    """Bytes that a flat copy takes, but for its sums: 32 per 1024 cells."""
+    return 2 * num_tokens + 16 * num_cells
+
+
+def is_there(cache: str | Path, content_hash: str) -> bool:
+    """Whether there is a finished copy, by its name and manifest: nothing else of it is read."""
+    content = read_sealed(Path(cache) / content_hash[:16] / _MANIFEST)
+    return content is not None and content.get("content_hash") == content_hash
+
+
+class FlatCopy:
+    """A flat copy open for reading (types.RandomAccess and KnownLengths).
+
+    Raises DataError if it is unsound."""
+
+    def __init__(self, folder: str | Path, content_hash: str | None = None) -> None:
+        """content_hash: what it must be a copy of; None: whatever it is one of."""
+        self.folder = Path(folder)
+        content = self._manifest()
+        if content_hash not in (None, content["content_hash"]):
+            raise self._damaged("it is a copy of another store")
+        self.num_cells = int(content["cells"])
+        self._offsets = self._array("offsets.bin", "<i8", self.num_cells + 1, content)
+        self._keys = self._array("keys.bin", "<u8", self.num_cells, content)
+        num_blocks = -(-self.num_cells // BLOCK_CELLS)
+        self._sums = self._array("sums.bin", "u1", num_blocks * _DIGEST_BYTES, content)
+        self._tokens_T = self._map("tokens.bin", "<u2", int(self._offsets[-1]))
+        self._is_verified = np.zeros(num_blocks, dtype=bool)
+
+    def __len__(self) -> int:
+        return self.num_cells
+
+    def views(self, rows: np.ndarray) -> CellViews:
+        """The cells of `rows` (int64 [N]). DataError where a checksum does not hold."""
+        self._verify(rows // BLOCK_CELLS)
+        starts_N = self._offsets[rows]
+        lengths_N = self._offsets[rows + 1] - starts_N
+        return CellViews(self._tokens_T, starts_N, lengths_N, self._keys[rows])
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [N], tokens of the cells of `rows` (int64 [N]), no block of which is touched."""
+        return self._offsets[rows + 1] - self._offsets[rows]
+
+    def read(self, start: int, stop: int) -> RaggedCells:
+        """Rows start..stop-1, sharing the file's memory."""
+        if stop > start:
+            self._verify(np.arange(start // BLOCK_CELLS, (stop - 1) // BLOCK_CELLS + 1))
+        offsets = self._offsets[start : stop + 1]
+        tokens_T = self._tokens_T[offsets[0] : offsets[-1]]
+        return RaggedCells(tokens_T, offsets - offsets[0], self._keys[start:stop])
+
+    def _verify(self, blocks: np.ndarray) -> None:
+        for block in np.unique(blocks[~self._is_verified[blocks]]):
+            first, last = _bounds(self._offsets, int(block), self.num_cells)
+            found = hashlib.sha256(self._tokens_T[first:last].data).digest()
+            start = int(block) * _DIGEST_BYTES
+            if found != self._sums[start : start + _DIGEST_BYTES].tobytes():
+                raise self._damaged(f"cells {block * BLOCK_CELLS:,} and on do not fit their sum")
+            self._is_verified[block] = True
+
+    def _manifest(self) -> dict:
+        content = read_sealed(self.folder / _MANIFEST)
+        if content is None:
+            raise self._damaged(f"{_MANIFEST} is not there, or not as it was written")
+        if content.get("format_version") != FORMAT_VERSION:
+            raise self._damaged(f"format {content.get('format_version')}, not {FORMAT_VERSION}")
+        return content
+
+    def _array(self, name: str, kind: str, length: int, manifest: dict) -> np.ndarray:
+        array = self._map(name, kind, length)
+        if hashlib.sha256(array.data).hexdigest() != manifest["sha256"][name]:
+            raise self._damaged(f"{name} does not fit its sum")
+        return array
+
+    def _map(self, name: str, kind: str, length: int) -> np.ndarray:
+        path = self.folder / name
+        size = length * np.dtype(kind).itemsize
+        if not path.is_file() or path.stat().st_size != size:
+            raise self._damaged(f"{name} is not {size:,} bytes long")
+        # As a plain array: slices of a memmap are slower to make.
+        return np.asarray(np.memmap(path, dtype=kind, mode="r", shape=(length,)))
+
+    def _damaged(self, what: str) -> DataError:
+        return DataError(
+            f"{self.folder}: damaged flat copy of a store: {what}. Remedy: delete this folder; the "
+            "next run makes the copy again."
+        )
+
+
+def _make(source: Copyable, content_hash: str, folder: Path, progress: Progress | None) -> None:
+    partial = _partial(folder)
+    try:
+        partial.mkdir()
+        _fill(partial, source, content_hash, progress)
+        os.rename(partial, folder)
+    except BaseException:
+        # The disk may be full of it, and no run may ever want this copy again.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _fill(partial: Path, source: Copyable, content_hash: str, progress: Progress | None) -> None:
+    """Writes all files of a copy, the manifest last, down to the disk."""
+    num_cells = len(source)
+    lengths, sums = [], b""
+    with (partial / "tokens.bin").open("wb") as tokens, (partial / "keys.bin").open("wb") as keys:
+        for start in range(0, num_cells, _CELLS_PER_READ):
+            stop = min(start + _CELLS_PER_READ, num_cells)
+            cells = source.read(start, stop)
+            tokens.write(cells.tokens_T.astype("<u2", copy=False).data)
+            keys.write(cells.keys_N.astype("<u8", copy=False).data)
+            lengths.append(cells.lengths)
+            sums += b"".join(_block_sums(cells))
+            if progress:
+                progress("copying the store to data.cache_dir", stop, num_cells)
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype("<i8")
+    (partial / "offsets.bin").write_bytes(offsets.tobytes())
+    (partial / "sums.bin").write_bytes(sums)
+    hashes = {name: _sha256(partial / name) for name in _FILES if name != "tokens.bin"}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "content_hash": content_hash,
+        "cells": num_cells,
+        "sha256": hashes,
+    }
+    write_sealed(partial / _MANIFEST, manifest)
+    for path in [*partial.iterdir(), partial]:
+        _sync(path)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _block_sums(cells: RaggedCells) -> Iterator[bytes]:
+    """Digest after digest; `cells` begins at the first cell of a block."""
+    for block in range(-(-len(cells) // BLOCK_CELLS)):
+        first, last = _bounds(cells.offsets, block, len(cells))
+        yield hashlib.sha256(cells.tokens_T[first:last].astype("<u2", copy=False).data).digest()
+
+
+def _bounds(offsets: np.ndarray, block: int, num_cells: int) -> tuple[int, int]:
+    stop = min((block + 1) * BLOCK_CELLS, num_cells)
+    return int(offsets[block * BLOCK_CELLS]), int(offsets[stop])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock of this node; it goes with the process, however that ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _check_room(cache: Path, needed: int) -> None:
+    free = shutil.disk_usage(cache).free
+    if free < needed:
+        raise DataError(
+            f"{cache}: a flat copy of the store takes {needed:,} bytes, {free:,} are free. Remedy: "
+            "make room, name another folder with data.cache_dir, or leave that empty."
+        )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

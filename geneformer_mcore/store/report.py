@@ -1,0 +1,205 @@
+"""The report of a build as text: one row per input, the sum, and what was left out.
+
+Manifest  ->  rows of cells (words)  ->  aligned for a console | Markdown
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from geneformer_mcore.store.ingest.plan import UnitReport
+from geneformer_mcore.store.ingest.sources import InputSource
+from geneformer_mcore.store.layout import Manifest
+
+# What became of each input: cells in, stored, skipped and why; genes and counts the model knows.
+#
+# a source, the reports of its units  ->  SourceReport (kept in the manifest)
+
+_MOST_BINS = 128
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What became of one input; the manifest keeps it.
+
+    cells_in, cells_stored, skipped:  skipped is {reason: cells}
+    genes_*:                          see genes.GeneMap; genes_known are in the vocabulary
+    counts_covered:                   share of all counts that known genes hold
+    cells_cut:                        cells with more known genes than seq_length has room for
+    tokens_mean, _median, _p5, _p95:  tokens per stored cell, [CLS] included: 5 % have at most p5
+    lengths:                          {"bin_tokens": width, "cells": [stored cells with 0 to
+                                      width - 1 tokens, with width to 2 width - 1, ...]}
+    """
+
+    name: str
+    datasets: int
+    counts_location: str
+    passed_over: list[str]
+    gene_ids_location: str
+    genes_known: int
+    genes_unknown: int
+    genes_blank: int
+    genes_repeated: int
+    symbols_mapped: int
+    obs_columns_left_out: list[str]
+    cells_in: int
+    cells_stored: int
+    skipped: dict[str, int]
+    counts_covered: float
+    cells_cut: int
+    tokens_mean: float
+    tokens_median: float
+    tokens_p5: float
+    tokens_p95: float
+    lengths: dict[str, Any]
+
+
+def report_source(source: InputSource, units: Sequence[UnitReport]) -> SourceReport:
+    """The report of one source from those of all its units, in their order."""
+    lengths = np.sum([unit.lengths for unit in units], axis=0)
+    counts = sum(unit.counts for unit in units)
+    cells, tokens = int(lengths.sum()), sum(unit.tokens for unit in units)
+    genes = source.gene_map
+    return SourceReport(
+        name=source.short_name,
+        datasets=len(set().union(*(unit.datasets for unit in units))),
+        counts_location=source.location,
+        passed_over=list(source.passed_over),
+        gene_ids_location=genes.location,
+        genes_known=genes.num_known,
+        genes_unknown=genes.num_unknown,
+        genes_blank=genes.num_blank,
+        genes_repeated=genes.num_repeated,
+        symbols_mapped=genes.num_mapped_symbols,
+        obs_columns_left_out=list(source.left_out),
+        cells_in=source.num_cells,
+        cells_stored=cells,
+        skipped=sum_skipped(unit.skipped for unit in units),
+        counts_covered=sum(unit.known_counts for unit in units) / counts if counts else 0.0,
+        cells_cut=sum(unit.cells_cut for unit in units),
+        tokens_mean=tokens / cells if cells else 0.0,
+        tokens_median=_median(lengths),
+        tokens_p5=_reached(lengths, 0.05),
+        tokens_p95=_reached(lengths, 0.95),
+        lengths=_binned(lengths),
+    )
+
+
+def sum_skipped(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """{reason: cells} over all parts, the reasons sorted."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(sorted(total.items()))
+
+
+def _median(cells_of_length: np.ndarray) -> float:
+    """The exact median of whole numbers given by how often each occurs; 0 where there is none."""
+    reached = np.cumsum(cells_of_length)
+    number = int(reached[-1])
+    if not number:
+        return 0.0
+    # The places of the middle one, or of the middle two.
+    middle = np.searchsorted(reached, [(number - 1) // 2 + 1, number // 2 + 1])
+    return float(middle.mean())
+
+
+def _reached(cells_of_length: np.ndarray, share: float) -> float:
+    """The least length that `share` of the cells do not exceed; 0 where there is no cell."""
+    reached = np.cumsum(cells_of_length)
+    return float(np.searchsorted(reached, share * reached[-1])) if reached[-1] else 0.0
+
+
+def _binned(cells_of_length: np.ndarray) -> dict[str, Any]:
+    width = -(-len(cells_of_length) // _MOST_BINS)
+    padded = np.pad(cells_of_length, (0, -len(cells_of_length) % width))
+    return {"bin_tokens": width, "cells": padded.reshape(-1, width).sum(axis=1).tolist()}
+
+
+HEADINGS = (
+    "input",
+    "cells",
+    "stored",
+    "skipped",
+    "genes known",
+    "counts covered",
+    "tokens mean",
+    "5 %",
+    "median",
+    "95 %",
+    "cut",
+    "counts in",
+    "gene ids in",
+)
+_TEXT = ("input", "skipped", "counts in", "gene ids in")
+
+
+def source_rows(manifest: Manifest) -> list[list[str]]:
+    """One row per stored input, with a value for each of HEADINGS."""
+    return [_row(source) for source in manifest.sources]
+
+
+def _row(source: dict[str, Any]) -> list[str]:
+    genes = source["genes_known"] + source["genes_unknown"]
+    passed_over = "".join(f" ({place} passed over)" for place in source["passed_over"])
+    return [
+        source["name"],
+        f"{source['cells_in']:,}",
+        f"{source['cells_stored']:,}",
+        skipped_text(source["skipped"]),
+        f"{source['genes_known']:,} of {genes:,} ({source['genes_known'] / max(1, genes):.1%})",
+        f"{source['counts_covered']:.1%}",
+        *(f"{source[f'tokens_{what}']:,.0f}" for what in ("mean", "p5", "median", "p95")),
+        f"{source['cells_cut']:,}",
+        source["counts_location"] + passed_over,
+        f"var {source['gene_ids_location']}",
+    ]
+
+
+def skipped_text(skipped: dict[str, int]) -> str:
+    """ "2 no counts, 1 no gene of the vocabulary", or "0"."""
+    return ", ".join(f"{number:,} {why}" for why, number in skipped.items()) or "0"
+
+
+def source_lines(manifest: Manifest) -> list[str]:
+    """The table for a console, headings first."""
+    rows = [list(HEADINGS), *source_rows(manifest)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        columns = zip(HEADINGS, row, widths, strict=True)
+        return "  ".join(
+            text.ljust(width) if name in _TEXT else text.rjust(width)
+            for name, text, width in columns
+        ).rstrip()
+
+    return [line(row) for row in rows]
+
+
+def markdown_lines(manifest: Manifest) -> list[str]:
+    """The same table in Markdown."""
+    rules = [":--" if name in _TEXT else "--:" for name in HEADINGS]
+    rows = [list(HEADINGS), rules, *source_rows(manifest)]
+    return ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
+
+
+def summary(manifest: Manifest) -> str:
+    """The whole store in a line."""
+    rows = ", ".join(f"{split} {stop - start:,}" for split, (start, stop) in manifest.rows.items())
+    return (
+        f"{manifest.cells:,} cells ({rows}), {manifest.tokens:,} tokens, content "
+        f"{manifest.content_hash[:12]}"
+    )
+
+
+def refused_lines(refused: Sequence[dict[str, str]], num_inputs: int) -> list[str]:
+    """What to end with where inputs were left out; nothing where none was."""
+    if not refused:
+        return []
+    head = f"error: {len(refused)} of {num_inputs} inputs are not in the store:"
+    return [head, *(f"  {item['reason']}" for item in refused)]

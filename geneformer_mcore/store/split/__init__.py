@@ -1,0 +1,1 @@
+"""Training, validation and test cells: by cell, or by whole data sets."""

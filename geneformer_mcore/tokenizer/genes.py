@@ -1,0 +1,296 @@
+"""Which gene each column of a file is: ids found, cleaned, mapped from symbols, and counted.
+
+var  ->  feature_id | ensembl_id | gene_ids | index  ->  version off, blanks dropped
+     ->  symbols: a given table | the vocabulary's names | GENCODE, where there are no ids
+     ->  token id of each column (0: not in the vocabulary)
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.frames import NAME_COLUMNS
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+
+ID_COLUMNS = ("feature_id", "ensembl_id", "gene_ids", "index")
+"""Where gene ids are looked for in `var`, in this order; "index" is its row names."""
+
+_ENOUGH = 0.9
+"""Where so much of a column is known by a table, the next one is not asked for."""
+
+BLANKS = frozenset({"", "na", "nan", "n/a", "none", "null", "<na>", "-"})
+MIN_OVERLAP = 0.10
+"""Below this share of a file's genes in the vocabulary, a file is refused unless allowed."""
+
+_ENSEMBL = re.compile(r"(ENS[A-Z]*G\d{6,})(?:\.\d+)?(?:_PAR_Y)?")
+
+
+def clean_id(gene: object) -> str:
+    """The id without spaces and Ensembl version ("ENSG00000141510.17" -> "ENSG00000141510").
+
+    Blank and NA become "". Only Ensembl ids lose a suffix: in a symbol such as "AC000061.1" the
+    number is part of the name. A gene of the Y's pseudoautosomal region joins its twin on the X.
+    """
+    text = str(gene).strip()
+    if text.lower() in BLANKS:
+        return ""
+    match = _ENSEMBL.fullmatch(text)
+    return match.group(1) if match else text
+
+
+def is_ensembl_id(gene: str) -> bool:
+    """Whether `gene` has the form of an Ensembl gene id, of any species."""
+    return _ENSEMBL.fullmatch(gene) is not None
+
+
+@dataclass(frozen=True)
+class GeneIds:
+    """The cleaned gene id of every column of a file ("" for none), and where they were found.
+
+    num_mapped_symbols:  columns whose id is from a table of symbols
+    symbols_from:        which tables: "the given table", "the vocabulary's names", "GENCODE"
+    """
+
+    ids: tuple[str, ...]
+    location: str
+    num_mapped_symbols: int = 0
+    symbols_from: str = ""
+
+    @property
+    def num_blank(self) -> int:
+        """Columns without an id."""
+        return sum(not gene for gene in self.ids)
+
+
+Table = Callable[[], Mapping[str, str] | None]
+"""Gives {symbol: id} when it is asked for; None: there is none at hand."""
+
+
+def find_gene_ids(
+    columns: Mapping[str, Sequence[object]],
+    known: Collection[str] | None = None,
+    symbols: Mapping[str, str] | None = None,
+    tables: Mapping[str, Table] | None = None,
+) -> GeneIds:
+    """Gene ids from the first of ID_COLUMNS that speaks ids, else by symbols.
+
+    A column speaks ids if at least half of what it holds is known, or has the form of an Ensembl id
+    while at least one is known. Columns of other names come after ID_COLUMNS. Where none does,
+    `tables` are asked in turn, each for what those before leave open, until nearly all of a column
+    is known; then the column with the most known genes is taken, as it is if no table knows more.
+
+    columns:  {name: one value per gene} of `var`, "index" always among them
+    known:    the ids of the vocabulary; None: whatever has the form of an Ensembl id is known
+    symbols:  {symbol: id} that the user gave, for values that are not known by themselves
+    tables:   {where from: table} for files that name genes by symbol
+    """
+    ordered = [name for name in (*ID_COLUMNS, *NAME_COLUMNS) if name in columns]
+    ordered += [name for name in columns if name not in ordered]
+    cleaned = {name: [clean_id(gene) for gene in columns[name]] for name in ordered}
+    finder = _Finder(cleaned, known)
+    plain = finder.candidates(symbols or {}, "the given table")
+    speaking = finder.first_speaking(plain)
+    if speaking:
+        return speaking
+    found, table, origins = list(plain), dict(symbols or {}), []
+    for origin, get in () if finder.some_ensembl() else (tables or {}).items():
+        more = get()
+        if not more:
+            continue
+        table = {**more, **table}
+        origins.append(origin)
+        mapped = finder.candidates(table, " and ".join(origins))
+        # Without a vocabulary, a table that does not fit must not throw most genes away.
+        found += [one for one in mapped if known is not None or finder.share_known(one) >= 0.5]
+        if any(finder.share_known(one) >= _ENOUGH for one in mapped):
+            break
+    return max(found, key=finder.num_known)
+
+
+class _Finder:
+    """What find_gene_ids asks of columns, cleaned, in the order in which they are looked at."""
+
+    def __init__(self, columns: Mapping[str, list[str]], known: Collection[str] | None) -> None:
+        self._columns, self._known = columns, known
+
+    def candidates(self, symbols: Mapping[str, str], origin: str) -> list[GeneIds]:
+        """Every column with its unknown values mapped by `symbols`."""
+        return [self._map(name, symbols, origin) for name in self._columns]
+
+    def first_speaking(self, candidates: Sequence[GeneIds]) -> GeneIds | None:
+        """The first with half its values known; else of Ensembl's form, and one of them known."""
+        half = (one for one in candidates if self.share_known(one) >= 0.5)
+        ensembl = (one for one in candidates if self._is_ensembl(one.location))
+        some = (one for one in ensembl if self.num_known(one))
+        return next(half, None) or next(some, None)
+
+    def some_ensembl(self) -> bool:
+        """Whether at least half of some column has the form of Ensembl ids."""
+        return any(self._is_ensembl(name) for name in self._columns)
+
+    def num_known(self, found: GeneIds) -> int:
+        """Columns whose gene is known."""
+        return sum(self._is_known(gene) for gene in found.ids if gene)
+
+    def share_known(self, found: GeneIds) -> float:
+        """Those, of the columns that were not blank in the file."""
+        return self.num_known(found) / max(1, sum(map(bool, self._columns[found.location])))
+
+    def _map(self, name: str, symbols: Mapping[str, str], origin: str) -> GeneIds:
+        def by_symbol(gene: str) -> str:
+            # Without a vocabulary to tell symbols from ids, an unmapped symbol would become a gene.
+            return symbols.get(gene, "" if symbols and self._known is None else gene)
+
+        genes = self._columns[name]
+        ids = tuple(gene if self._is_known(gene) else by_symbol(gene) for gene in genes)
+        changed = sum(bool(b) and a != b for a, b in zip(genes, ids, strict=True))
+        return GeneIds(ids, name, changed, origin if changed else "")
+
+    def _is_known(self, gene: str) -> bool:
+        return gene in self._known if self._known is not None else is_ensembl_id(gene)
+
+    def _is_ensembl(self, name: str) -> bool:
+        genes = [gene for gene in self._columns[name] if gene]
+        return bool(genes) and sum(map(is_ensembl_id, genes)) * 2 >= len(genes)
+
+
+def names_as_symbols(vocabulary: Vocabulary) -> dict[str, str]:
+    """{name: id} of the vocabulary's names, where a name is one gene's alone and not its id."""
+    times = Counter(vocabulary.names)
+    pairs = zip(vocabulary.names, vocabulary.feature_ids, strict=True)
+    return {name: gene for name, gene in pairs if times[name] == 1 and name != gene}
+
+
+@dataclass(frozen=True)
+class GeneMap:
+    """The columns of one file as tokens.
+
+    token_of_column:  int32 [columns], 0 for a column that is not in the vocabulary
+    num_known:        distinct genes of the file that are in the vocabulary
+    num_unknown:      distinct genes of the file that are not
+    num_blank:        columns without an id, dropped
+    num_repeated:     columns beyond the first of their gene, whose counts are summed
+    """
+
+    token_of_column: np.ndarray
+    location: str
+    num_known: int
+    num_unknown: int
+    num_blank: int
+    num_repeated: int
+    num_mapped_symbols: int
+
+    @property
+    def overlap(self) -> float:
+        """Share of the file's distinct genes that the vocabulary knows."""
+        return self.num_known / max(1, self.num_known + self.num_unknown)
+
+
+def map_genes(
+    genes: GeneIds,
+    vocabulary: Vocabulary,
+    source: str,
+    allow_low_overlap: bool = False,
+    allow_no_overlap: bool = False,
+) -> GeneMap:
+    """The tokens of a file's genes. Raises DataError where too few are in the vocabulary.
+
+    allow_low_overlap:  under 10 % may be
+    allow_no_overlap:   none may be; a file whose columns have no ids at all is refused even so
+    """
+    tokens = vocabulary.token_ids
+    token_of_column = np.array([tokens.get(gene, 0) for gene in genes.ids], dtype=np.int32)
+    distinct = {gene for gene in genes.ids if gene}
+    num_known = sum(gene in tokens for gene in distinct)
+    gene_map = GeneMap(
+        token_of_column,
+        genes.location,
+        num_known,
+        len(distinct) - num_known,
+        genes.num_blank,
+        len(genes.ids) - genes.num_blank - len(distinct),
+        genes.num_mapped_symbols,
+    )
+    is_none, is_low = num_known == 0, 0 < gene_map.overlap < MIN_OVERLAP
+    if not distinct or (is_none and not allow_no_overlap) or (is_low and not allow_low_overlap):
+        raise DataError(_overlap_message(genes, distinct, gene_map, vocabulary, source))
+    return gene_map
+
+
+def _overlap_message(
+    genes: GeneIds, distinct: set[str], gene_map: GeneMap, vocabulary: Vocabulary, source: str
+) -> str:
+    unknown = sorted(gene for gene in distinct if gene not in vocabulary.token_ids)
+    allow = "" if gene_map.num_known == 0 else ", or --allow-low-overlap if so few genes are meant"
+    mapped = (
+        f", {genes.num_mapped_symbols:,} of them mapped from symbols by {genes.symbols_from}"
+        if genes.num_mapped_symbols
+        else ""
+    )
+    return (
+        f"{source}: {gene_map.num_known:,} of {len(distinct):,} genes ({gene_map.overlap:.1%}) are "
+        f"in the vocabulary{mapped}, at least {MIN_OVERLAP:.0%} must be. Gene ids of the file "
+        f"(var {genes.location}): {', '.join(unknown[:3]) or 'all blank'}; of the vocabulary: "
+        f"{', '.join(vocabulary.feature_ids[:3])}. Remedy: give the file's var a column "
+        "`feature_id` or `ensembl_id` with ids of the vocabulary's kind, or a table symbol -> id "
+        f"with --symbols FILE or the variable GENEFORMER_GENCODE{allow}."
+    )
+
+
+def load_symbols(path: str | Path) -> dict[str, str]:
+    """{symbol: gene id} from a file (see parse_symbols). DataError if it cannot be read."""
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
+    return parse_symbols(raw, path)
+
+
+def parse_symbols(raw: bytes, path: str | Path) -> dict[str, str]:
+    """{symbol: gene id} of JSON ({symbol: id}) or a GENCODE table (lines `id,symbol,...`).
+
+    Either may be gzipped. Of a symbol that several ids carry in a table, the first stands.
+    path: for messages. Raises DataError if there is no symbol in it.
+    """
+    try:
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: the table of symbols cannot be read: {error}.") from error
+    is_json = text.lstrip()[:1] == "{"
+    symbols = _parse_json_symbols(text, path) if is_json else _parse_gencode(text)
+    if not symbols:
+        raise DataError(
+            f"{path}: no symbol with an Ensembl id found. Remedy: JSON {{symbol: id}}, or lines "
+            "`id,symbol,...` as in GENCODE's table of genes."
+        )
+    return symbols
+
+
+def _parse_json_symbols(text: str, path: str | Path) -> dict[str, str]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}.") from error
+    if not all(isinstance(gene, str) for gene in content.values()):
+        raise DataError(f"{path}: must be {{symbol: id}}, both text.")
+    return {symbol: clean_id(gene) for symbol, gene in content.items() if clean_id(gene)}
+
+
+def _parse_gencode(text: str) -> dict[str, str]:
+    symbols: dict[str, str] = {}
+    for row in csv.reader(io.StringIO(text)):
+        if len(row) > 1 and is_ensembl_id(row[0]) and row[1]:
+            symbols.setdefault(row[1], clean_id(row[0]))
+    return symbols

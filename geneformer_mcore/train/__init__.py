@@ -1,1 +1,0 @@
-"""A run: one step, evaluation, set-up and the loop (floor 9)."""

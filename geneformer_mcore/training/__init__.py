@@ -1,0 +1,1 @@
+"""A run: one step, validation, set-up and the loop (floor 11)."""

@@ -1,0 +1,210 @@
+"""From settings to cells: what is read, where from, in which order.
+
+data.source=tokens: token store  [-> flat copy in data.cache_dir]  ->  Cells  ->  feeds
+data.source=counts: h5ad files, SOMA Experiments + data.vocabulary ->  Cells  ->  feeds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from geneformer_mcore.config import Config
+from geneformer_mcore.config.derive import token_budget
+from geneformer_mcore.config.sections import Loader, Source
+from geneformer_mcore.data.collate import Collator, PermutedGenes, make_batch
+from geneformer_mcore.data.loader import Budget, Feed, Share
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.data.sampler import Sampler
+from geneformer_mcore.distributed.groups import Topology
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.progress import ProgressLine
+from geneformer_mcore.store import local_cache
+from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.store.split.table import RandomSplit, SplitRule
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from geneformer_mcore.types import TokenSource
+
+# From settings to how cells are packed.
+
+
+def budget(config: Config) -> Budget | None:
+    """How cells are packed; None if they are padded."""
+    if not config.data.packing:
+        return None
+    parallel = config.parallel
+    # The interleaved schedule runs micro batches in groups of as many as there are stages.
+    return Budget(token_budget(config), parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
+
+
+@dataclass(frozen=True)
+class RunCells:
+    """All cells of a run, numbered, and the source to read them from.
+
+    rows:        {split: (start, stop)}
+    seq_length:  tokens to which the source has cut its cells
+    span_cells, window_spans:  how far neighbouring cells are shuffled (see feed.order)
+    names:       the cell ids of any rows (int64 [N])
+    labels:      `cell_key` and the label column of a name, of all cells; None where they have none
+    """
+
+    name: str
+    vocabulary: Vocabulary
+    content_hash: str
+    rows: dict[str, tuple[int, int]]
+    seq_length: int
+    source: TokenSource
+    span_cells: int
+    window_spans: int
+    names: Callable[[np.ndarray], list[str]]
+    labels: Callable[[str], pa.Table] | None = None
+
+    def count(self, split: str) -> int:
+        """Cells of a split."""
+        start, stop = self.rows[split]
+        return stop - start
+
+
+def open_cells(config: Config) -> RunCells:
+    """The cells of a run; the flat copy is made here if one is asked for and not there.
+
+    Raises DataError if they do not suit the settings.
+    """
+    cells = _counts(config) if config.data.source is Source.counts else _store(config)
+    check_splits(config, cells)
+    return cells
+
+
+def check_splits(config: Config, cells: RunCells) -> None:
+    """Raises DataError if there is nothing to train on, or to validate on where that is asked."""
+    if cells.count("train") == 0:
+        raise DataError(f"{cells.name} has no training cells, so there is nothing to train on.")
+    if config.train.validate_every_steps and cells.count("validation") == 0:
+        raise DataError(
+            f"{cells.name} has no validation cells, and train.validate_every_steps is "
+            f"{config.train.validate_every_steps}. Set it to 0, or build the store with a "
+            "--validation-fraction."
+        )
+
+
+def _store(config: Config) -> RunCells:
+    data = config.data
+    store = TokenStore.open(data.store)
+    manifest = store.manifest
+    if data.seq_length > manifest.seq_length:
+        raise DataError(
+            f"data.seq_length ({data.seq_length}) exceeds the {manifest.seq_length} tokens to "
+            f"which {store.path} cut its cells. Lower it, or build the store again with a longer "
+            "--seq-length."
+        )
+    source: TokenSource = store
+    if data.cache_dir:
+        with ProgressLine("cells") as progress:
+            source = local_cache.ensure(
+                store, manifest.content_hash, manifest.tokens, data.cache_dir, progress.update
+            )
+    return RunCells(
+        name=data.store,
+        vocabulary=store.vocabulary,
+        content_hash=manifest.content_hash,
+        rows={split: store.rows(split) for split in manifest.rows},
+        seq_length=manifest.seq_length,
+        source=source,
+        span_cells=data.span_cells,
+        window_spans=data.window_spans,
+        names=store.cell_ids,
+        labels=store.labels,
+    )
+
+
+def _counts(config: Config) -> RunCells:
+    # Only here: who reads tokens needs none of what reads counts.
+    from geneformer_mcore.data.counts_source import MIN_SPAN_CELLS, CountsSource, find_inputs
+    from geneformer_mcore.store.split.table import SPLITS
+
+    data = config.data
+    vocabulary = Vocabulary.load(data.vocabulary)
+    source = CountsSource(find_inputs(data.store), vocabulary, data.seq_length, _split(config))
+    span_cells = max(data.span_cells, MIN_SPAN_CELLS)
+    return RunCells(
+        name=source.name,
+        vocabulary=vocabulary,
+        content_hash=source.content_hash,
+        rows={split: source.rows(split) for split in SPLITS},
+        seq_length=data.seq_length,
+        source=source,
+        span_cells=span_cells,
+        # As many cells as with shorter spans: memory stays what it was.
+        window_spans=max(1, data.window_spans * data.span_cells // span_cells),
+        names=source.cell_ids,
+    )
+
+
+def _split(config: Config) -> SplitRule:
+    if not config.data.split:
+        return RandomSplit()
+    from geneformer_mcore.store.split.table import SplitTable
+
+    return SplitTable.load(config.data.split)
+
+
+def feed(config: Config, cells: RunCells, topology: Topology, device: torch.device) -> Feed:
+    """This rank's training cells."""
+    return split_feed(config, cells, "train", cells.source, topology, maker(config, device))
+
+
+def validation_feeds(
+    config: Config, cells: RunCells, topology: Topology, device: torch.device
+) -> tuple[Feed, Feed]:
+    """This rank's held-out cells, and the same with their genes shuffled, as a control."""
+    shuffled = PermutedGenes(cells.source, config.train.seed, config.data.seq_length)
+    make = maker(config, device)
+    return (
+        split_feed(config, cells, "validation", cells.source, topology, make),
+        split_feed(config, cells, "validation", shuffled, topology, make),
+    )
+
+
+def split_feed(
+    config: Config,
+    cells: RunCells,
+    split: str,
+    source: TokenSource,
+    topology: Topology,
+    maker: Collator,
+) -> Feed:
+    """This rank's cells of a split, read from `source`."""
+    data, train = config.data, config.train
+    start, stop = cells.rows[split]
+    # Validation reads few cells, again and again: span by span, not a window of many at once.
+    window_spans = cells.window_spans if split == "train" else 1
+    masked, random, kept = data.mask_fractions
+    return Feed(
+        source,
+        Sampler(start, stop - start, cells.span_cells, window_spans, train.seed),
+        Masking(data.mask_probability, (masked, random, kept), cells.vocabulary.size, train.seed),
+        Share(
+            train.global_batch_size,
+            train.micro_batch_size,
+            topology.data_rank,
+            topology.data_size,
+        ),
+        data.seq_length,
+        # Under sequence parallel every tensor rank takes an equal share of the positions.
+        int(np.lcm(data.pad_multiple, config.parallel.tensor)),
+        maker,
+        budget(config),
+    )
+
+
+def maker(config: Config, device: torch.device) -> Collator:
+    """What makes batches, as settings have it."""
+    if config.data.loader is Loader.thread:
+        return make_batch
+    from geneformer_mcore.data.dali import DaliBatches
+
+    return DaliBatches(device)

@@ -1,0 +1,105 @@
+"""A training command from its settings to its exit code, the same for every task.
+
+settings -> run folder, lookout -> task, ranks, model, newest checkpoint -> loop -> [after]
+         -> exit code, outcome.json
+
+Light to import: what takes seconds comes in once the settings are known to be right.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geneformer_mcore.config import Config, Plan
+from geneformer_mcore.errors import ConfigError, GeneformerError
+from geneformer_mcore.exit_codes import (
+    DEFECT,
+    FINISHED,
+    WRONG_INPUT,
+    end_after_last_words,
+    print_stderr,
+    report_error,
+)
+from geneformer_mcore.training.run_folder import RunFolder
+from geneformer_mcore.training.signals import Interruption
+
+if TYPE_CHECKING:
+    from geneformer_mcore.distributed.watchdog import LostRankError, Watchdog
+
+
+def environment(name: str, default: int) -> int:
+    """What torchrun says; the default for a plain `python`."""
+    return int(os.environ.get(name, default))
+
+
+def ended(
+    config: Config,
+    interruption: Interruption,
+    work: Callable[[RunFolder, Watchdog], tuple[int, str]],
+) -> int:
+    """Does `work` in the run's folder, which gives exit code and reason; rank 0 writes both into
+    outcome.json, whatever happens."""
+    # Only now what takes a second to import: a wrong setting is answered at once.
+    from geneformer_mcore.distributed.watchdog import LostRankError, Watchdog
+
+    folder = RunFolder(config.run.dir)
+    watch = Watchdog(config.parallel.timeout_s, partial(_end_lost, folder))
+    try:
+        if environment("RANK", 0) == 0:
+            folder.open()
+        with watch:
+            code, reason = work(folder, watch)
+    except GeneformerError as error:
+        code, reason = report_error(error), str(error)
+    except LostRankError as error:
+        code, reason = error.code, str(error)
+        _tell_of_loss(folder, error)
+    except BaseException as error:
+        code, reason = DEFECT, f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+    try:
+        folder.close(code, reason)
+    except ConfigError as error:  # a disk that is read-only now
+        print_stderr(f"outcome.json still says 'running': {error}")
+    interruption.over()
+    return code
+
+
+def refuse_settings(error: GeneformerError, run_dir: str) -> int:
+    """Tells what is wrong. A run that is there already must not keep the outcome of its last
+    start."""
+    report_error(error)
+    if environment("RANK", 0) == 0 and Path(run_dir).is_dir():
+        try:
+            folder = RunFolder(run_dir)
+            folder.open()
+            folder.close(WRONG_INPUT, str(error))
+        except GeneformerError:
+            pass  # in use, or not to be written: the first message is the one that matters
+    return WRONG_INPUT
+
+
+def show(text: str, plan: Plan, run_dir: str) -> int:
+    """--dry-run: the settings and what follows from them."""
+    if environment("RANK", 0) == 0:
+        print(text, end="")
+        # Interpolations in the text above are as they were written; a launcher needs the folder.
+        print(f"# run folder: {Path(run_dir).absolute()}")
+        for name, value in vars(plan).items():
+            print(f"# {name}: {value}")
+    return FINISHED
+
+
+def _end_lost(folder: RunFolder, loss: LostRankError) -> None:
+    end_after_last_words(loss.code, partial(_tell_of_loss, folder, loss))
+
+
+def _tell_of_loss(folder: RunFolder, loss: LostRankError) -> None:
+    if loss.tell:
+        print_stderr(f"error: {loss}")
+        folder.take_over(loss.code, str(loss), loss.step)

@@ -1,0 +1,134 @@
+"""The task of pretraining: hidden genes are restored, and held-out cells say how well.
+
+cells -> masked -> loss per hidden gene         -> training
+held-out cells -> the same masks each time      -> validation loss, beside baselines
+               -> their genes in a random order -> control, after the last step
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from geneformer_mcore.config import Config
+from geneformer_mcore.data.collate import truncate
+from geneformer_mcore.data.loader import Feed
+from geneformer_mcore.distributed.groups import Topology
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.metrics import baselines
+from geneformer_mcore.model import geneformer, init, megatron_config
+from geneformer_mcore.model.flops import ModelShape
+from geneformer_mcore.model.geneformer import Geneformer
+from geneformer_mcore.optim.optimizer import Trainable
+from geneformer_mcore.training import datasets
+from geneformer_mcore.training.datasets import RunCells
+from geneformer_mcore.training.run_folder import RunFolder
+from geneformer_mcore.training.step import evaluate
+from geneformer_mcore.training.task import HeldOut
+
+BASELINE_CELLS = 20_000
+"""Training cells that the baselines are counted on, at most."""
+
+
+@dataclass(frozen=True)
+class MaskedGenes:
+    """Held-out cells with hidden genes (a HeldOut). control: the same, their genes shuffled."""
+
+    validation: Feed
+    control: Feed
+    limit: int
+    topology: Topology
+    device: torch.device
+
+    def evaluate(
+        self, trainable: Trainable, is_last: bool, begun: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Implements HeldOut. val_loss: nats per hidden gene."""
+        rest = (self.limit, self.topology, self.device, begun)
+        totals = evaluate(trainable, self.validation, *rest)
+        assert not math.isnan(totals.loss), "validation predicted nothing"
+        record = {
+            "val_loss": totals.loss,
+            "val_loss_cell_mean": totals.cell_mean,
+            "val_cells": totals.num_cells,
+            "val_predicted": totals.num_predicted,
+        }
+        if is_last:
+            record["val_loss_shuffled_genes"] = evaluate(trainable, self.control, *rest).loss
+        return record
+
+
+class Pretraining:
+    """Masked genes (a Task)."""
+
+    def __init__(self, config: Config, cells: RunCells) -> None:
+        self.cells = cells
+        self.config = config
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Implements Task: settings and cells say all."""
+        return {}
+
+    @property
+    def shape(self) -> ModelShape:
+        """Implements Task."""
+        model = self.config.model
+        return ModelShape(
+            model.num_layers,
+            model.hidden_size,
+            model.ffn_hidden_size,
+            self.cells.vocabulary.size,
+        )
+
+    def stages(self, device: torch.device) -> list[Geneformer]:
+        """Implements Task: initial weights, all of them trained."""
+        config = self.config
+        core = megatron_config.transformer_config(
+            config.model, config.parallel, config.train.precision, device
+        )
+        size, length = self.cells.vocabulary.size, config.data.seq_length
+        stages = geneformer.build(
+            config.model, core, device, size, length, packed=config.data.packing
+        )
+        for stage in stages:
+            init.fill(stage, config.train.seed)
+        return stages
+
+    def feed(self, topology: Topology, device: torch.device) -> Feed:
+        """Implements Task."""
+        return datasets.feed(self.config, self.cells, topology, device)
+
+    def held_out(self, topology: Topology, device: torch.device) -> MaskedGenes | None:
+        """Implements Task."""
+        train = self.config.train
+        if train.validate_every_steps == 0:
+            return None
+        feeds = datasets.validation_feeds(self.config, self.cells, topology, device)
+        return MaskedGenes(*feeds, train.validate_batches, topology, device)
+
+    def describe(self, folder: RunFolder, feed: Feed, held_out: HeldOut | None) -> list[str]:
+        """Implements Task: scores the baselines on the very positions that validation asks for."""
+        if held_out is None:
+            return []
+        assert isinstance(held_out, MaskedGenes)
+        cells, train = self.cells, self.config.train
+        first = feed.order.first_row
+        last = first + min(feed.order.num_cells, BASELINE_CELLS)
+        seen = truncate(cells.source.read(first, last), self.config.data.seq_length)
+        asked = held_out.validation.validation_cells(train.validate_batches)
+        labels, places = held_out.validation.masking.validation_positions(asked)
+        if len(labels) == 0:
+            raise DataError(
+                f"validation would predict no gene in its {len(asked)} cell(s) with "
+                f"data.mask_probability={self.config.data.mask_probability}. Raise that or "
+                "train.validate_batches, or set train.validate_every_steps=0."
+            )
+        scores = baselines.score(seen, cells.vocabulary.size, labels, places)
+        folder.write_baselines(json.dumps(scores, indent=1) + "\n")
+        return []

@@ -1,0 +1,203 @@
+"""The folder of a run: where everything lies, and how the last start of it ended.
+
+config.yaml  metrics.jsonl  tensorboard/  checkpoints/  log.txt  outcome.json  baselines.json
+skipped.jsonl (updates that were left out, if any)  profile/ (if train.profile_steps)
+labels.json (of fine-tuning: the classes, instead of baselines.json)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from geneformer_mcore.checkpoint import folder as checkpoints
+from geneformer_mcore.errors import ConfigError, DataError
+from geneformer_mcore.exit_codes import DEFECT, FINISHED, INTERRUPTED, WRONG_INPUT
+from geneformer_mcore.io.files import unwritable, writing
+from geneformer_mcore.store.layout import VOCABULARY_FILE
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+
+_TAKE_OVER_S = 2.0
+"""How long a killed process may take to give its lock back."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+_RUNNING = "running"
+_NAMES = {
+    FINISHED: "finished",
+    INTERRUPTED: "interrupted",
+    WRONG_INPUT: "refused",
+    DEFECT: "failed",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a start of the run ended. restart: starts of this run folder before this one."""
+
+    outcome: str
+    exit_code: int
+    step: int
+    reason: str
+    restart: int
+
+
+class RunFolder:
+    """Paths of a run, and its outcome.json. Only rank 0 writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.step = 0
+        self._outcome = self.path / "outcome.json"
+        self._restart = 0
+        self._lock: IO[str] | None = None
+
+    def open(self) -> None:
+        """Makes the folder, takes its lock and clears the outcome: until `close`, that says that
+        this start was killed, which is what is true if `close` is never reached.
+
+        Raises ConfigError if the folder cannot be used, or another start is using it.
+        """
+        path = self.path
+        try:
+            for path in (self.path, self.checkpoints, self.path / "tensorboard"):
+                path.mkdir(parents=True, exist_ok=True)
+            path = self.path / ".lock"
+            self._lock = _locked(path)
+            # What a start left behind that ended within a save may be what fills the disk.
+            checkpoints.clear(self.checkpoints)
+            path = self._outcome
+            self._restart = self._previous().get("restart", -1) + 1
+            self._write(Outcome(_RUNNING, DEFECT, 0, "not ended by itself", self._restart))
+        except BlockingIOError:
+            raise ConfigError(
+                f"another start of the run in {self.path} is still going, and two would spoil each "
+                "other's checkpoints. Wait for it, stop it, or choose another run.dir."
+            ) from None
+        except OSError as error:
+            raise unwritable(path, error) from None
+
+    def close(self, exit_code: int, reason: str) -> None:
+        """Writes how this start ended, atomically. Does nothing on ranks that did not open it.
+
+        Raises ConfigError where it cannot: the file says then what `open` wrote.
+        """
+        if self._lock is None:
+            return
+        name, line = _NAMES[exit_code], " ".join(reason.split())[:1000]
+        outcome = Outcome(name, exit_code, self.step, line, self._restart)
+        lock, self._lock = self._lock, None
+        with lock, writing(self._outcome):
+            try:
+                self._write(outcome)
+            except OSError as error:
+                if error.errno not in _NO_ROOM or not self._outcome.exists():
+                    raise
+                # How a run ended must be told on a full disk, too. The file there has a block.
+                _overwrite(self._outcome, _text_of(outcome))
+
+    def take_over(self, exit_code: int, reason: str, step: int) -> None:
+        """Writes how this start ended in place of rank 0, which is lost: for the first rank that is
+        left. Does nothing while rank 0 still holds the folder, or if it has told its end: it knew
+        more than a rank that was cut off from it."""
+        deadline = time.monotonic() + _TAKE_OVER_S
+        while self._lock is None and time.monotonic() < deadline:
+            try:
+                self._lock = _locked(self.path / ".lock")
+            except OSError:
+                time.sleep(0.1)
+        if self._lock is None:
+            return
+        previous = self._previous()
+        if previous.get("outcome", _RUNNING) != _RUNNING:
+            self._lock.close()
+            self._lock = None
+            return
+        self.step, self._restart = step, previous.get("restart", 0)
+        self.close(exit_code, reason)
+
+    def write_config(self, text: str) -> None:
+        """Keeps the merged settings beside the results. Raises ConfigError where it cannot, as the
+        following do."""
+        with writing(self.path / "config.yaml"):
+            _replace(self.path / "config.yaml", text)
+
+    def write_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Keeps which gene each token is, so that the folder can be used without its store."""
+        path = self.path / VOCABULARY_FILE
+        if vocabulary.is_saved(path):  # by an earlier start, which this one continues
+            return
+        try:
+            vocabulary.save(path)
+        except DataError as error:
+            raise ConfigError(f"{error} Then start the same command again.") from error
+
+    def write_baselines(self, text: str) -> None:
+        """Keeps what the loss is to be compared with."""
+        with writing(self.path / "baselines.json"):
+            _replace(self.path / "baselines.json", text)
+
+    def write_labels(self, text: str) -> None:
+        """Keeps which classes a model was fine-tuned to tell."""
+        with writing(self.path / "labels.json"):
+            _replace(self.path / "labels.json", text)
+
+    def write_skipped(self, record: dict[str, Any]) -> None:
+        """Adds a line on an update that was left out."""
+        path = self.path / "skipped.jsonl"
+        with writing(path), path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _previous(self) -> dict[str, Any]:
+        try:
+            previous = json.loads(self._outcome.read_text())
+        except (OSError, ValueError):
+            return {}
+        return previous if isinstance(previous, dict) else {}
+
+    def _write(self, outcome: Outcome) -> None:
+        _replace(self._outcome, _text_of(outcome))
+
+
+def _text_of(outcome: Outcome) -> str:
+    return json.dumps(asdict(outcome), indent=1) + "\n"
+
+
+def _locked(path: Path) -> IO[str]:
+    """The file, locked until it is closed or this process ends, however it ends."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _replace(path: Path, text: str) -> None:
+    staging = path.with_name(f".{path.name}.new")
+    try:
+        with staging.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            staging.unlink()
+        raise
+
+
+def _overwrite(path: Path, text: str) -> None:
+    with path.open("r+") as file:
+        file.write(text)
+        file.flush()
+        file.truncate()
+        os.fsync(file.fileno())
