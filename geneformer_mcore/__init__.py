@@ -1,6 +1,6 @@
 """Pretraining of Geneformer, a BERT over ranked genes of single cells, on Megatron-Core."""
 
-__version__ = "0.1.0"
+from geneformer_mcore.version import __version__ as __version__
 
 
 def __getattr__(name: str) -> object:

@@ -18,6 +18,8 @@ from geneformer_mcore.errors import CheckpointError
 
 FORMAT_VERSION = 3
 RECORD = "record.json"
+ORIGIN = "origin.json"
+"""Of a run directory: the model of others that its weights were converted from."""
 
 _MAY_DIFFER = frozenset(
     {

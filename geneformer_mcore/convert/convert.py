@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from geneformer_mcore.checkpoint import safetensors_file, weights_reader
-from geneformer_mcore.checkpoint.record import Record
+from geneformer_mcore.checkpoint.record import ORIGIN, Record
 from geneformer_mcore.config import Config, load
 from geneformer_mcore.config.sections import Activation, ModelConfig, Precision
 from geneformer_mcore.convert import (
@@ -71,7 +71,7 @@ def from_hf(
         "new_tokens": new,
     }
     config = _config(described.model, described.num_positions)
-    files: dict[str, dict] = {converted_run.ORIGIN: origin, converted_run.TOKENS: dict(tokens)}
+    files: dict[str, dict] = {ORIGIN: origin, converted_run.TOKENS: dict(tokens)}
     converted_run.write(out, config, vocabulary, ours, files)
     return [*_told(out, config, vocabulary), *_of_new_tokens(new)]
 
@@ -87,7 +87,7 @@ def from_bionemo(
     ours, model = bionemo_keys.from_bionemo(theirs, vocabulary.size, activation, heads)
     config = _config(model, len(ours[hf_keys.POSITIONS]))
     origin = {"from": "BioNeMo", "name": path.name, "sha256": _hash(path)}
-    converted_run.write(out, config, vocabulary, ours, {converted_run.ORIGIN: origin})
+    converted_run.write(out, config, vocabulary, ours, {ORIGIN: origin})
     return [
         *_told(out, config, vocabulary),
         f"the weights do not say it: {model.num_attention_heads} heads, activation "
@@ -171,7 +171,7 @@ def _of_a_classifier(record: Record) -> list[str]:
 
 def _card(source: SourceModel, described: dict, theirs: Weights) -> str:
     run = source.step.parent.parent
-    origin_path = run / converted_run.ORIGIN
+    origin_path = run / ORIGIN
     return model_card.text(
         source.record,
         described,

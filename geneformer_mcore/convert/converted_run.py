@@ -34,7 +34,7 @@ from geneformer_mcore.model import geneformer, init, megatron_config
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
-VOCABULARY, CONFIG, ORIGIN = "vocabulary.json", "config.yaml", "origin.json"
+VOCABULARY, CONFIG = "vocabulary.json", "config.yaml"
 TOKENS = "token_dictionary.json"
 """{name: id} of the model that the weights are from, where its ids are not ours."""
 

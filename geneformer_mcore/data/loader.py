@@ -228,7 +228,7 @@ class _Direct:
 
 # Batches on their way to a GPU: copied beside the computation, one step ahead.
 #
-# prefetch thread: batch -> pinned memory   |   side stream: copy of step n + 1 while step n computes
+# prefetch thread: batch -> pinned memory  |  side stream: copy of step n + 1 while step n computes
 #
 # On a CPU there is nothing to copy, and batches pass through.
 

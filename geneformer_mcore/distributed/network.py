@@ -27,7 +27,7 @@ from torch.distributed.elastic.rendezvous import (
 
 # The network interface by which this rank reaches the others, where they are on several machines.
 #
-#     MASTER_ADDR -> address -> a UDP socket "connected" to it -> our address -> the interface of that
+#     MASTER_ADDR -> address -> a UDP socket "connected" to it -> our address -> its interface
 #
 # Connecting a UDP socket sends nothing: the kernel only looks up the route. Left to themselves gloo
 # takes the interface of whatever the host's own name resolves to, and NCCL the first one it finds:

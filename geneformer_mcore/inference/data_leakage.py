@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 from scipy import sparse
 
+from geneformer_mcore.checkpoint.record import ORIGIN
 from geneformer_mcore.config import Config
 from geneformer_mcore.config.sections import Source
-from geneformer_mcore.convert.converted_run import ORIGIN
 from geneformer_mcore.data.collate import truncate
 from geneformer_mcore.data.counts_source import CountsSource, find_inputs
 from geneformer_mcore.errors import DataError

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from geneformer_mcore import __version__
 from geneformer_mcore.checkpoint import weights_reader
 from geneformer_mcore.config.sections import Pooling, Precision
 from geneformer_mcore.errors import ConfigError, DataError
@@ -33,6 +32,7 @@ from geneformer_mcore.io.progress import ProgressLine, no_progress
 from geneformer_mcore.tokenizer.corpus import InputOptions
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS
+from geneformer_mcore.version import __version__
 
 # Embeddings as files: of cells as AnnData or .npy, of genes as a table.
 #

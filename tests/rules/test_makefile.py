@@ -20,7 +20,10 @@ STAND_IN = '#!/bin/sh\necho "$0 $*"\n'
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """The Makefile with the files that it names, in a folder of their own."""
-    for package in ("data_prep", "geneformer_mcore/cells", "geneformer_mcore/store"):
+    for package in (
+        "data_prep",
+        *(f"geneformer_mcore/{name}" for name in ("io", "tokenizer", "store")),
+    ):
         shutil.copytree(ROOT / package, tmp_path / package)
     for name in ("Makefile", "requirements.lock", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
@@ -72,7 +75,7 @@ def test_a_second_demo_makes_what_is_stale(project: Path) -> None:
     # Two of one second have two folders.
     assert len({re.findall(r"run\.dir=(runs/demo_\S+)", printed)[0] for printed in demos}) == 2
     last = store.stat().st_mtime
-    files = ("store/writer.py", "cells/ranks.py")
+    files = ("store/ingest/merge.py", "tokenizer/rank_encoder.py")
     for changed in (*(f"geneformer_mcore/{name}" for name in files), *DATA_PREP):
         before = (project / changed).stat().st_mtime
         os.utime(project / changed, (last + 1, last + 1))

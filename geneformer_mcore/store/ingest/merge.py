@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from geneformer_mcore import __version__
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.progress import Progress, no_progress
 from geneformer_mcore.store.ingest.buckets import sorted_cells
@@ -38,6 +37,7 @@ from geneformer_mcore.store.layout import (
 from geneformer_mcore.store.report import SourceReport, sum_skipped
 from geneformer_mcore.store.soma_io import SomaWriter
 from geneformer_mcore.store.split.table import SPLITS
+from geneformer_mcore.version import __version__
 
 ROWS_PER_WRITE = 8192
 _FILES_KEPT_OPEN = 256

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from geneformer_mcore import __version__
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.files import checksum_of, read_sealed, write_sealed
 from geneformer_mcore.store.ingest.buckets import count_buckets
@@ -28,6 +27,7 @@ from geneformer_mcore.store.ingest.sources import InputSource, Refusal
 from geneformer_mcore.store.split.table import SplitRule
 from geneformer_mcore.tokenizer.corpus import InputOptions
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from geneformer_mcore.version import __version__
 
 # The file of a finished unit of work: its cells by bucket, and what is told of them.
 #
