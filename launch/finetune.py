@@ -18,7 +18,7 @@ from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import ConfigError, GeneformerError
 from geneformer_mcore.exit_codes import report_on_first_rank, run
 from geneformer_mcore.inference import options
-from geneformer_mcore.training import job, trainer
+from geneformer_mcore.training import job
 from geneformer_mcore.training.run_folder import RunFolder
 from geneformer_mcore.training.signals import Interruption
 
@@ -68,6 +68,9 @@ def main() -> int:
         return FineTuning.opened(config, Origin(*origin))
 
     def work(folder: RunFolder, watch: Watchdog) -> tuple[int, str]:
+        # Only now what takes seconds to import: a mistake in the settings is answered at once.
+        from geneformer_mcore.training import trainer
+
         after = partial(_test, config)
         return trainer.train(config, text, plan, folder, interruption, watch, open_task, after)
 

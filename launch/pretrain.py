@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import ConfigError, DataError, GeneformerError
-from geneformer_mcore.training import job, trainer
+from geneformer_mcore.training import job
 from geneformer_mcore.training.run_folder import RunFolder
 from geneformer_mcore.training.signals import Interruption
 
@@ -63,6 +63,9 @@ def _train(
     watch: Watchdog,
 ) -> tuple[int, str]:
     _demo_store_hint(config)
+    # Only now what takes seconds to import: a mistake in the settings is answered at once.
+    from geneformer_mcore.training import trainer
+
     open_task = partial(_pretraining, config)
     return trainer.train(config, text, plan, folder, interruption, watch, open_task)
 

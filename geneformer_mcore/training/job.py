@@ -1,7 +1,6 @@
-"""A training command from its settings to its exit code, the same for every task.
+"""A training command: settings refused or shown, the run directory, and the exit code.
 
-settings -> run folder, lookout -> task, ranks, model, newest checkpoint -> loop -> [after]
-         -> exit code, outcome.json
+    settings  ->  ended: run directory, watchdog  ->  trainer.train  ->  exit code, outcome.json
 
 Light to import: what takes seconds comes in once the settings are known to be right.
 """

@@ -1,7 +1,10 @@
-"""The training loop.
+"""The trainer: a run from its settings to its last step, the same for every task.
 
-restore -> feed from the position -> while step < steps: wait for data, step, meter
-        -> every N steps log, validate, save -> finished, or interrupted and saved
+job.ended: run directory, watchdog, outcome.json
+  train:   task, ranks  ->  setup.prepare: model, optimizer, feed, newest valid checkpoint
+    train_loop:   while step < steps:  wait for cells, step, meter
+                  -> every N steps log, validate, save  ->  finished, or interrupted and saved
+      _step:      one global batch  ->  step.train_step: forward, backward, update
 """
 
 from __future__ import annotations
@@ -20,12 +23,10 @@ from geneformer_mcore.backends import describe
 from geneformer_mcore.checkpoint.record import Record
 from geneformer_mcore.config import Config, Plan
 from geneformer_mcore.data.loader import steps_on_device
-from geneformer_mcore.distributed import collectives
-from geneformer_mcore.exit_codes import (
-    FINISHED,
-    INTERRUPTED,
-)
+from geneformer_mcore.distributed import collectives, device, groups
+from geneformer_mcore.exit_codes import FINISHED, INTERRUPTED
 from geneformer_mcore.optim.optimizer import learning_rate
+from geneformer_mcore.training import setup
 from geneformer_mcore.training.profiler import Profile
 from geneformer_mcore.training.run_folder import RunFolder
 from geneformer_mcore.training.setup import Run
@@ -37,12 +38,7 @@ if TYPE_CHECKING:
     from geneformer_mcore.distributed.watchdog import Watchdog
     from geneformer_mcore.training.task import Task
 
-# A training command from its settings to its exit code, the same for every task.
-#
-# settings -> run folder, lookout -> task, ranks, model, newest checkpoint -> loop -> [after]
-#          -> exit code, outcome.json
-#
-# Light to import: what takes seconds comes in once the settings are known to be right.
+_WATCH_LATER_S = 5.0
 
 
 def train(
@@ -55,16 +51,12 @@ def train(
     open_task: Callable[[], Task],
     after: Callable[[], None] | None = None,
 ) -> tuple[int, str]:
-    """Trains to the end, or until asked to stop: exit code and reason.
+    """Train to the end, or until asked to stop: exit code and reason.
 
-    open_task: opens the cells and says what is learned of them, before the ranks meet
+    open_task: opens the cells, and gives the task to learn on them, before the ranks meet
     after: called on all ranks once a run is finished; the ranks are together, and the model that
         was trained takes no memory any more. A signal ends it, and the next start does it again
     """
-    # Only now what takes seconds to import: a user's error is answered at once.
-    from geneformer_mcore.distributed import device, groups
-    from geneformer_mcore.training import setup
-
     interruption.limit(config.train.max_minutes)
     # Making a flat copy takes as long as it takes; no other rank waits for this one yet.
     watch.doing("opening the cells", limit_s=math.inf)
@@ -103,13 +95,10 @@ def _unless_interrupted(
     return FINISHED, reason
 
 
-_WATCH_LATER_S = 5.0
-
-
 def train_loop(run: Run, interruption: Interruption) -> tuple[int, str]:
-    """Runs to the last step, or until asked to stop. Returns the exit code and the reason.
+    """Run to the last step, or until asked to stop. Returns the exit code and the reason.
 
-    Raises SkippedTooOftenError, SaveDeadlineError or CheckpointError if it can do neither.
+    Raises TooManySkippedUpdatesError, SaveDeadlineError or CheckpointError if it can do neither.
     """
     config, steps = run.config, run.config.train.steps
     if run.step >= steps:
@@ -211,7 +200,7 @@ def _learning_rate(run: Run, step: int | None = None) -> float:
 
 
 def _leave_out(run: Run, result: StepResult) -> None:
-    """Tells of an update that was not made; SkippedTooOftenError if that was one too many."""
+    """Report an update that was not made; TooManySkippedUpdatesError if that was one too many."""
     run.watch.doing("telling of an update that was left out", run.step)
     first, size = run.cells_seen, run.config.train.global_batch_size
     what = (
