@@ -9,7 +9,7 @@ from pathlib import Path
 
 def test_links_lead_to_what_they_name(repository: Path) -> None:
     ended = subprocess.run(
-        [sys.executable, repository / "docs" / "links.py", "--check"],
+        [sys.executable, repository / "tests" / "doc_links.py", "--check"],
         capture_output=True,
         text=True,
         check=False,

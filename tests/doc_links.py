@@ -1,6 +1,6 @@
 """Links from the pages to lines of code: checked, or set again.
 
-    python docs/links.py [--check]
+    python tests/doc_links.py [--check]
 
 A link `[name](../geneformer_mcore/FILE.py#L12)`, its name between backticks, leads to the line that
 defines that name (`Class.method` for a method) in that file.
@@ -14,19 +14,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+PAGES = Path(__file__).resolve().parents[1] / "docs"
 LINK = re.compile(r"\[`([\w.]+)`\]\(([\w./]+\.py)#L(\d+)\)")
 
 
 def main() -> int:
     """Set the line numbers; with --check change nothing, and exit with 1 if one is wrong."""
     wrong = 0
-    for page in sorted(HERE.glob("*.md")):
+    for page in sorted(PAGES.glob("*.md")):
         text = page.read_text()
         right = LINK.sub(lambda link, page=page: _right(link, page.parent), text)
         if right != text:
             wrong += 1
-            print(f"{page.name}: lines of code have moved: python docs/links.py sets them again")
+            print(f"{page.name}: lines of code have moved: python tests/doc_links.py sets them again")
             if "--check" not in sys.argv:
                 page.write_text(right)
     return 1 if wrong and "--check" in sys.argv else 0
