@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from numba import njit
 
 from geneformer_mcore.errors import MissingBackendError
 
@@ -80,15 +79,15 @@ def _is_nvidia_apex() -> bool:
     return True
 
 
-# Compiling number loops with numba, with an on-disk cache where one can be kept.
-
-
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled on its first call; it holds no lock of the interpreter meanwhile.
 
     Floating point stays strict (no reassociation, no fused multiply-add): token order is exact.
     Division by zero gives infinity or NaN, not an exception, whose test would forbid SIMD.
     """
+    # Only here: numba takes half a second to import.
+    from numba import njit
+
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)

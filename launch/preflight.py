@@ -22,7 +22,7 @@ from geneformer_mcore.exit_codes import DEFECT, end_after_last_words, print_stde
 
 if TYPE_CHECKING:
     from geneformer_mcore.distributed.watchdog import LostRankError
-    from geneformer_mcore.preflight.shared_folder import Traces
+    from geneformer_mcore.preflight.cluster import Traces
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 EXAMPLE = """example, on every node, with the arguments of launch/pretrain.py:
@@ -45,16 +45,16 @@ def main() -> int:
     ignore_known_warnings()
     # Only now what takes seconds to import: a wrong setting is answered at once.
     from geneformer_mcore.distributed.watchdog import LostRankError, Watchdog
-    from geneformer_mcore.preflight import flight
-    from geneformer_mcore.preflight.shared_folder import Traces
+    from geneformer_mcore.preflight import cluster
+    from geneformer_mcore.preflight.cluster import Traces
 
     traces = Traces()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, partial(_end_on_signal, traces))
-    watch = Watchdog(min(flight.LIMIT_S, config.parallel.timeout_s), partial(_end_lost, traces))
+    watch = Watchdog(min(cluster.LIMIT_S, config.parallel.timeout_s), partial(_end_lost, traces))
     try:
         with watch:
-            code, result = flight.fly(config, text, watch, traces, _say)
+            code, result = cluster.check(config, text, watch, traces, _say)
             if arguments.json is not None and _is_first():
                 _keep(arguments.json, result)
         return code

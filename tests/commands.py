@@ -62,6 +62,19 @@ def check(script: str | Path, *arguments: object, cwd: Path = ROOT) -> str:
     return ended.stdout
 
 
+def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
+    """A torchrun in an interpreter of its own, with those arguments, to its end."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
 def _run(words: list[str], cwd: str, environment: dict[str, str], out: str, err: str) -> None:
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), stream)

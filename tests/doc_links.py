@@ -26,7 +26,9 @@ def main() -> int:
         right = LINK.sub(lambda link, page=page: _right(link, page.parent), text)
         if right != text:
             wrong += 1
-            print(f"{page.name}: lines of code have moved: python tests/doc_links.py sets them again")
+            print(
+                f"{page.name}: lines of code have moved: python tests/doc_links.py sets them again"
+            )
             if "--check" not in sys.argv:
                 page.write_text(right)
     return 1 if wrong and "--check" in sys.argv else 0

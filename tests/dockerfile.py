@@ -5,40 +5,18 @@ from __future__ import annotations
 import re
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
 
 
-class Instruction(NamedTuple):
-    """One instruction; continued lines are one, comments are gone."""
-
-    word: str
-    value: str
-
-
-def instructions(text: str) -> list[Instruction]:
-    """All of a Dockerfile."""
+def instructions(text: str) -> list[tuple[str, str]]:
+    """(word, value) of each instruction of a Dockerfile; continued lines are one."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
-    return [
-        Instruction(word.upper(), value.strip())
-        for word, _, value in (line.strip().partition(" ") for line in joined.splitlines())
-        if word
-    ]
-
-
-def sources(all_of_it: list[Instruction]) -> list[str]:
-    """What COPY takes from the project."""
-    copies = [each.value.split() for each in all_of_it if each.word == "COPY"]
-    return [
-        name
-        for words in copies
-        for name in words[:-1]
-        if not any(w.startswith("--") for w in words)
-    ]
+    parts = (line.strip().partition(" ") for line in joined.splitlines())
+    return [(word.upper(), value.strip()) for word, _, value in parts if word]
 
 
 def is_ignored(path: str, ignore_file: Path) -> bool:
-    """Whether a path, relative to the project, is left out of what docker is given."""
+    """Whether a path, relative to the project, is not copied by docker."""
     lines = (line.strip().rstrip("/") for line in ignore_file.read_text().splitlines())
     patterns = [line for line in lines if line and not line.startswith("#")]
     assert not any(line.startswith("!") for line in patterns), "exceptions are not understood here"

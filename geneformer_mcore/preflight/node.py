@@ -1,4 +1,7 @@
-"""What a rank says of the machine it is on."""
+"""Reports of one rank: the machine and software it runs on, and the cells it sees.
+
+environment, /proc, torch -> Node     data.store, data.cache_dir -> Seen     rank 0: -> Member
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import platform
 import re
 import socket
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +18,15 @@ import torch
 
 import geneformer_mcore
 from geneformer_mcore import backends
+from geneformer_mcore.config import Config
+from geneformer_mcore.config.sections import Source
 from geneformer_mcore.distributed import network
+from geneformer_mcore.errors import GeneformerError
+from geneformer_mcore.io.files import free_bytes
 from geneformer_mcore.metrics.provenance import commit
+from geneformer_mcore.store import local_cache
+from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NAMESPACE = Path("/proc/self/ns/net")
@@ -30,14 +41,13 @@ class Node:
     boot_id, namespace:  of the kernel, and of the network this process sees: two nodes in which
                  both are equal are one machine
     gpus:        names of those that this rank sees; driver, cuda: "" without one
-    master:      what MASTER_ADDR says, master_address: the address of that here, "" if none
+    master:      MASTER_ADDR;  master_address: the address of that name here, "" if none
     own_address: this machine's, on the way to the master
     chosen:      GLOO_SOCKET_IFNAME
     interface:   the one that gloo uses as far as it is known, and interface_address its address
     versions:    of everything that must be the same on all nodes
     """
 
-    rank: int
     local_rank: int
     number: int
     host: str
@@ -61,25 +71,90 @@ class Node:
         """Equal on one machine."""
         return self.boot_id, self.namespace
 
+    @property
+    def models(self) -> str:
+        """ "8 x H100", or "no GPU"."""
+        models = sorted(set(self.gpus))
+        return " + ".join(f"{self.gpus.count(each)} x {each}" for each in models) or "no GPU"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The cells of a run as a node sees them, without reading any.
+
+    problem:       why it cannot be used here; "" if it can
+    hash:          equal on nodes that see the same: the store's content hash, or one of the names
+                   and sizes of the files of counts and the vocabulary
+    cells, tokens: 0 where only training counts them
+    cache_problem: why the flat copy cannot be had here
+    cache:         "", "there", or "room" for one
+    """
+
+    problem: str = ""
+    hash: str = ""
+    cells: int = 0
+    tokens: int = 0
+    vocabulary_size: int = 0
+    cache_problem: str = ""
+    cache: str = ""
+
+
+@dataclass(frozen=True)
+class Offset:
+    """A node's clock: seconds ahead of rank 0's, and by how much that may be wrong."""
+
+    seconds: float = 0.0
+    uncertainty_s: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.seconds:+.3f} s +- {self.uncertainty_s:.3f} s"
+
+
+@dataclass(frozen=True)
+class View:
+    """The run folder as a node sees it.
+
+    problem: why the node cannot write there;  sees: rank 0's file;  seen: its own, by rank 0;
+    free: bytes, -1 if unknown;  locked: whether another start of the run holds its lock
+    """
+
+    problem: str
+    sees: bool
+    seen: bool
+    free: int
+    locked: bool
+
+
+@dataclass(frozen=True)
+class Member:
+    """A node of the job. ranks: of it, the one that reports for it first."""
+
+    node: Node
+    ranks: list[int]
+    seen: Seen
+    offset: Offset = Offset()
+    run_folder: View | None = None
+
+    def __str__(self) -> str:
+        return f"node {self.node.number} ({self.node.host})"
+
 
 def look(settings_text: str) -> Node:
     """This rank's node. settings_text: the settings as written, to be the same everywhere."""
-    rank = _environment("RANK", 0)
     master = os.environ.get("MASTER_ADDR", "")
     route = network.route_to(master) if master else None
     chosen = os.environ.get("GLOO_SOCKET_IFNAME", "")
     used = chosen or (route.interface if route else "")
-    gpus = _gpus()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return Node(
-        rank=rank,
         local_rank=_environment("LOCAL_RANK", 0),
         number=_environment("GROUP_RANK", _environment("SLURM_NODEID", 0)),
         host=socket.gethostname(),
         boot_id=_BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "",
         namespace=os.readlink(_NAMESPACE) if _NAMESPACE.exists() else "",
-        gpus=gpus,
-        driver=_driver() if gpus else "",
-        cuda=(torch.version.cuda or "") if gpus else "",
+        gpus=[torch.cuda.get_device_name(number) for number in range(count)],
+        driver=_driver() if count else "",
+        cuda=(torch.version.cuda or "") if count else "",
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         master=master,
@@ -88,30 +163,20 @@ def look(settings_text: str) -> Node:
         chosen=chosen,
         interface=used,
         interface_address=network.address_on(used) if used else "",
-        versions=versions(settings_text) | _commit(),
+        versions=_versions(settings_text),
     )
 
 
-def versions(settings_text: str) -> dict[str, str]:
-    """{package, "python", "project", "settings": version, or hash of the settings}."""
-    return {
+def _versions(settings_text: str) -> dict[str, str]:
+    found = {
         "python": platform.python_version(),
         **backends.describe(),
         "project": geneformer_mcore.__version__,
         "settings": hashlib.sha256(settings_text.encode()).hexdigest()[:12],
     }
-
-
-def _commit() -> dict[str, str]:
-    """{"commit": hash}, from one rank per node: git reads the whole work tree. Empty where there is
-    none, or a disk is too slow to tell: that is no difference."""
+    # From one rank per node, as git reads the whole work tree. No commit is no difference.
     known = commit() if _environment("LOCAL_RANK", 0) == 0 else "unknown"
-    return {} if known == "unknown" else {"commit": known}
-
-
-def _gpus() -> list[str]:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [torch.cuda.get_device_name(number) for number in range(count)]
+    return found if known == "unknown" else found | {"commit": known}
 
 
 def _driver() -> str:
@@ -125,3 +190,61 @@ def _driver() -> str:
 
 def _environment(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
+
+
+def look_at_cells(config: Config) -> Seen:
+    """This node's view of `data.store`, and whether `data.cache_dir` can be used."""
+    try:
+        return _counts(config) if config.data.source is Source.counts else _store(config)
+    except (GeneformerError, OSError) as error:
+        return Seen(problem=str(error))
+
+
+def _store(config: Config) -> Seen:
+    data = config.data
+    with TokenStore.open(data.store) as store:
+        manifest, size = store.manifest, store.vocabulary.size
+    problem = cache_problem = cache = ""
+    if data.seq_length > manifest.seq_length:
+        problem = (
+            f"data.seq_length ({data.seq_length}) exceeds the {manifest.seq_length} tokens to "
+            "which the store cut its cells: lower it, or build the store again."
+        )
+    if data.cache_dir:
+        needed = local_cache.num_bytes(manifest.tokens, manifest.cells)
+        cache_problem, cache = look_at_cache(Path(data.cache_dir), manifest.content_hash, needed)
+    return Seen(
+        problem, manifest.content_hash, manifest.cells, manifest.tokens, size, cache_problem, cache
+    )
+
+
+def look_at_cache(cache: Path, content_hash: str, needed: int) -> tuple[str, str]:
+    """(problem, state) of the folder for the flat copy; nothing is left in it."""
+    if local_cache.is_there(cache, content_hash):
+        return "", "there"
+    place = next(each for each in [cache.absolute(), *cache.absolute().parents] if each.exists())
+    try:
+        # Permissions would not do: root has them all, on a read-only disk too.
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        return f"{place} cannot be written: {error.strerror}", ""
+    free = free_bytes(place)
+    if free < needed:
+        return f"the copy takes {needed:,} bytes and {free:,} are free on the disk of {place}", ""
+    return "", "room"
+
+
+def _counts(config: Config) -> Seen:
+    """The files and their sizes. Training counts their cells: that may take minutes."""
+    from geneformer_mcore.data.counts_source import find_inputs
+
+    vocabulary = Vocabulary.load(config.data.vocabulary)
+    digest = hashlib.sha256(vocabulary.checksum.encode())
+    if config.data.split:
+        digest.update(Path(config.data.split).read_bytes())
+    for name in find_inputs(config.data.store):
+        # The size of a folder (a SOMA Experiment) means nothing; a URI is checked when opened.
+        size = 0 if "://" in name or Path(name).is_dir() else os.stat(name).st_size
+        digest.update(f"{name} {size}\n".encode())
+    return Seen(hash=digest.hexdigest(), vocabulary_size=vocabulary.size)

@@ -11,6 +11,8 @@ import pytest
 import scipy.sparse
 
 from tests import commands
+from tests.end_to_end import forked
+from tests.final_state import FinalState, final_state
 
 NUM_CELLS, NUM_GENES = 240, 300
 
@@ -40,3 +42,13 @@ def store(h5ad: Path) -> Path:
     path = h5ad.with_name("store")
     commands.check("data_prep/build_store.py", "--out", path, "--validation-fraction", 0.2, h5ad)
     return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> FinalState:
+    """The final state of one rank with the settings MORE of the module, if nothing goes wrong."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    forked.check(run, [f"data.store={store}", *request.module.MORE])
+    return final_state(run)

@@ -1,6 +1,7 @@
 """Starts of launch/pretrain.py in a second and not in ten: forked from a warm process.
 
     start(run, settings, ranks, trouble)  ->  signal, wait  ->  exit codes, what was printed
+    check(run, settings, ranks, trouble, code=0)            ->  what was printed
 
 What is forked has imported all that a run needs and done nothing (tests/distributed/preload.py);
 from `main` on everything is as it is in a command. Several ranks meet in a store of this process,
@@ -11,6 +12,7 @@ wrong, and where.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from geneformer_mcore.checkpoint import folder as checkpoints
 from tests.distributed.ranks import context
 from tests.end_to_end.instants import before as before
 from tests.two_hosts import ADDRESSES, PORT, TwoHosts, enter
@@ -101,41 +104,61 @@ def start(
     command: another one of launch/ that takes the same arguments
     hosts: each of two ranks runs on a host of its own, and the store is rank 0's
     """
-    store, where = None, {}
+    store, where = None, {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks if hosts is None else 1}
     if hosts is not None:
-        where = {
-            "WORLD_SIZE": ranks,
-            "LOCAL_WORLD_SIZE": 1,
-            "MASTER_ADDR": ADDRESSES[0],
-            "MASTER_PORT": PORT,
-        }
+        where |= {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": PORT}
     elif ranks > 1:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        where = {
-            "WORLD_SIZE": ranks,
-            "LOCAL_WORLD_SIZE": ranks,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": store.port,
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": 0,
-        }
+        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+        where |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
     own = tempfile.NamedTemporaryFile()  # noqa: SIM115  it goes with the Start
     printed = printed or Path(own.name)
     processes: list[BaseProcess] = []
     for rank in range(ranks):
-        local = 0 if hosts is not None else rank
-        here = where | {"RANK": rank, "LOCAL_RANK": local} if where else {}
-        names = {name: str(value) for name, value in here.items()}
-        arguments = [f"run.dir={run}", *SETTINGS, *settings]
+        here = where | {"RANK": rank, "LOCAL_RANK": 0 if hosts is not None else rank}
+        names = {name: str(value) for name, value in here.items()} if ranks > 1 else {}
         on = (hosts.names[rank], rank) if hosts is not None else None
-        process = context.Process(
-            target=_rank,
-            args=(command, arguments, names, printed, trouble, (rank, *args), on),
-            daemon=True,
-        )
+        words = [f"run.dir={run}", *SETTINGS, *settings]
+        given = (command, words, names, printed, trouble, (rank, *args), on)
+        process = context.Process(target=_rank, args=given, daemon=True)
         process.start()
         processes.append(process)
     return Start(processes, printed, store, own)
+
+
+def check(
+    run: Path,
+    settings: Sequence[str],
+    ranks: int = 1,
+    trouble: Trouble | None = None,
+    args: tuple = (),
+    code: int = 0,
+    **more: Any,
+) -> str:
+    """What a start has printed, all ranks of which must end with `code`; more: for `start`."""
+    started = start(run, settings, ranks, trouble, args, **more)
+    assert started.wait() == [code] * ranks, started.printed
+    assert code == 1 or "Traceback" not in started.printed
+    return started.printed
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What outcome.json holds."""
+    return json.loads((run / "outcome.json").read_text())
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint, which verifies, as all others do; 0 if there is none."""
+    folder, damaged = checkpoints.newest_good(run / "checkpoints")
+    assert damaged == []
+    return int(folder.name.removeprefix("step_")) if folder else 0
 
 
 def _rank(

@@ -36,7 +36,7 @@ def disguised(h5ad: Path, path: Path) -> Path:
 
 
 def strangers(h5ad: Path, path: Path) -> Path:
-    """Other cells of the same kinds: each gene's counts are dealt anew among those of a kind."""
+    """Other cells of the same kinds: each gene's counts are permuted among those of a kind."""
     rng = np.random.default_rng(9)
     cells = anndata.read_h5ad(h5ad)
     counts = cells.X.toarray()
@@ -53,12 +53,11 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on the small store."""
     folder = tmp_path_factory.mktemp("classify") / "run"
     settings = [f"data.store={store}", "train.steps=2", "train.validate_every_steps=0"]
-    started = forked.start(folder, settings)
-    assert started.wait(timeout_s=280) == [0], started.printed
+    forked.check(folder, settings)
     return folder
 
 
-def test_cells_of_the_training_are_refused_unless_told(
+def test_cells_of_the_training_are_refused_unless_allowed(
     run: Path, h5ad: Path, store: Path, tmp_path: Path
 ) -> None:
     judged = disguised(h5ad, tmp_path / "disguised.h5ad")
@@ -78,12 +77,12 @@ def test_cells_of_the_training_are_refused_unless_told(
     num_seen = num_train[1] - num_train[0]
     assert 100 < num_seen < 240
     assert refused.code == 2
-    told = f"{num_seen} of 240 cells are among the {num_seen} that run was trained on"
-    assert told in refused.err
+    message = f"{num_seen} of 240 cells are among the {num_seen} that run was trained on"
+    assert message in refused.err
     assert "--allow-overlap" in refused.err
     assert not (tmp_path / "refused").exists()
     assert allowed.code == 0, allowed.err
-    assert f"note: {told}" in allowed.out
+    assert f"note: {message}" in allowed.out
     assert fine.code == 0, fine.err
     found = json.loads((tmp_path / "others" / "results.json").read_text())
     assert found["overlap"]["run"]["cells"] == 0
@@ -137,11 +136,14 @@ def test_a_step_that_fails_ends_the_chain() -> None:
 
 
 def test_the_chain_refuses_what_leaves_nothing_to_train_on(h5ad: Path, tmp_path: Path) -> None:
-    for train, told in ((tmp_path / "no.h5ad", "no such file"), (h5ad, "none is left to train on")):
+    for train, message in (
+        (tmp_path / "no.h5ad", "no such file"),
+        (h5ad, "none is left to train on"),
+    ):
         ended = commands.run(
             *("benchmarks/cell_types.py", "--train", train, "--labelled", h5ad),
             *("--out", tmp_path / "out"),
         )
         assert ended.returncode == 2, ended.stderr
-        assert told in ended.stderr
+        assert message in ended.stderr
         assert "Traceback" not in ended.stderr

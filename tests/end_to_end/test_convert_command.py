@@ -29,10 +29,8 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("converted")
     weights = plain_bert.random_weights(**SHAPE, tokens=NUM_GENES + 2)  # type: ignore[arg-type]
     conversions.write_hf(place / "hf", weights, 2)
-    ended = convert(
-        "from-hf", place / "hf", "--out", place / "run",
-        "--vocabulary", store / "vocabulary.json",
-    )  # fmt: skip
+    vocabulary = store / "vocabulary.json"
+    ended = convert("from-hf", place / "hf", "--out", place / "run", "--vocabulary", vocabulary)
     assert ended.returncode == 0, ended.stderr
     assert "2 layers x 32, post-LN, relu, 305 tokens, 100 positions" in ended.stdout
     assert "[CLS], [SEP], [UKW]" in ended.stdout
@@ -42,8 +40,7 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_mistakes_get_one_message_and_exit_code_2(run: Path, tmp_path: Path) -> None:
     ended = convert("to-hf", run, "--out", tmp_path)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: ")
+    assert (ended.returncode, ended.stderr[:7]) == (2, "error: ")
     assert "exists already" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert convert("to-hf", tmp_path / "no", "--out", tmp_path / "x").returncode == 2
@@ -67,22 +64,21 @@ def test_pretraining_goes_on_from_it(
 ) -> None:
     shutil.copytree(run, tmp_path / "run")
     settings = [f"data.store={store}", *LIKE_IT, *more]
-    started = forked.start(tmp_path / "run", settings, ranks)
-    assert started.wait() == [0] * ranks, started.printed
-    assert "begins with the converted weights" in started.printed
+    printed = forked.check(tmp_path / "run", settings, ranks)
+    assert "begins with the converted weights" in printed
     first, last = (
         weights_reader.read_weights(tmp_path / "run" / "checkpoints" / f"step_{step:010d}")[WORDS]
         for step in (0, 4)
     )
     moved = (last - first).abs().max()
     assert 0 < moved < 0.02, "four updates away from the converted weights"
-    again = forked.start(tmp_path / "run", [*settings, "optim.lr=1e-4"], ranks)
-    assert again.wait() == [2] * ranks, "from then on it is a run like others"
-    assert "optim.lr: 0.001 -> 0.0001" in again.printed
+    # From then on it is a run like others.
+    printed = forked.check(tmp_path / "run", [*settings, "optim.lr=1e-4"], ranks, code=2)
+    assert "optim.lr: 0.001 -> 0.0001" in printed
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("model.norm=pre", "model.norm: post -> pre"),
         ("model.activation=gelu", "model.activation: relu -> gelu"),
@@ -91,32 +87,27 @@ def test_pretraining_goes_on_from_it(
     ],
 )
 def test_another_model_cannot_begin_with_it(
-    run: Path, store: Path, change: str, told: str, tmp_path: Path
+    run: Path, store: Path, change: str, message: str, tmp_path: Path
 ) -> None:
     shutil.copytree(run, tmp_path / "run")
-    started = forked.start(tmp_path / "run", [f"data.store={store}", *LIKE_IT, change])
-    assert started.wait() == [2]
-    assert told in started.printed
+    settings = [f"data.store={store}", *LIKE_IT, change]
+    assert message in forked.check(tmp_path / "run", settings, code=2)
 
 
 def test_cells_of_another_vocabulary_are_refused(store: Path, tmp_path: Path) -> None:
     weights = plain_bert.random_weights(**SHAPE, tokens=9 + 2)  # type: ignore[arg-type]
     conversions.write_hf(tmp_path / "hf", weights, 2)
     conversions.vocabulary_of(9).save(tmp_path / "other.json")
-    ended = convert(
-        "from-hf", tmp_path / "hf", "--out", tmp_path / "run",
-        "--vocabulary", tmp_path / "other.json",
-    )  # fmt: skip
+    place, vocabulary = tmp_path / "hf", tmp_path / "other.json"
+    ended = convert("from-hf", place, "--out", tmp_path / "run", "--vocabulary", vocabulary)
     assert ended.returncode == 0
-    started = forked.start(tmp_path / "run", [f"data.store={store}", *LIKE_IT])
-    assert started.wait() == [2]
-    assert "vocabulary checksum" in started.printed
+    printed = forked.check(tmp_path / "run", [f"data.store={store}", *LIKE_IT], code=2)
+    assert "vocabulary checksum" in printed
 
 
 def test_a_run_finds_its_vocabulary_in_its_store(store: Path, tmp_path: Path) -> None:
     settings = [f"data.store={store}", "train.steps=2", "train.validate_batches=1"]
-    started = forked.start(tmp_path / "run", settings, 2)
-    assert started.wait() == [0, 0], started.printed
+    forked.check(tmp_path / "run", settings, 2)
     ended = convert("to-hf", tmp_path / "run", "--out", tmp_path / "hf")
     assert ended.returncode == 0, ended.stderr
     config = json.loads((tmp_path / "hf" / "config.json").read_text())

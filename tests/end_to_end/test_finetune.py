@@ -1,4 +1,4 @@
-"""launch/finetune.py as a user meets it: it learns labels, stops, goes on, tells, and refuses."""
+"""launch/finetune.py as a user meets it: it learns, stops, goes on, predicts, and refuses."""
 
 from __future__ import annotations
 
@@ -20,55 +20,67 @@ from tests.distributed.commands import commands
 from tests.distributed.ranks import run_ranks
 from tests.end_to_end import forked
 from tests.end_to_end.conftest import NUM_CELLS
-from tests.end_to_end.test_pretrain import outcome, records, signalled
+from tests.end_to_end.forked import outcome, records
+from tests.end_to_end.test_pretrain import signalled
 
 LEARN = ("train.steps=40", "optim.lr=3e-3", "train.validate_every_steps=20")
 LORA = ("parallel.tensor=2", "finetune.lora_rank=2")
 FILES = ["confusion.png", "predictions.csv", "report.json"]
 
 
+def pretrain(run: Path, store: Path, steps: int) -> None:
+    settings = [f"data.store={store}", f"train.steps={steps}", "train.validate_every_steps=0"]
+    forked.check(run, settings)
+
+
 @pytest.fixture(scope="module")
 def base(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small pretraining run."""
     run = tmp_path_factory.mktemp("base") / "run"
-    settings = [f"data.store={store}", "train.steps=6", "train.validate_every_steps=0"]
-    started = forked.start(run, settings)
-    assert started.wait() == [0], started.printed
+    pretrain(run, store, 6)
     return run
 
 
-def start(
+def tune(
     run: Path,
     base: Path,
     store: Path,
     *more: str,
-    ranks: int = 1,
+    ranks: int = 2,
     trouble: forked.Trouble | None = None,
     args: tuple = (),
-) -> forked.Start:
+    code: int = 0,
+) -> str:
+    """What launch/finetune.py prints; two ranks train LoRA."""
     line = ["--checkpoint", str(base), "--store", str(store), "--label", "cell_type", *LEARN]
-    return forked.start(run, [*line, *more], ranks, trouble, args, command="finetune")
+    line += [*(LORA if ranks == 2 else ()), *more]
+    return forked.check(run, line, ranks, trouble, args, code, command="finetune")
 
 
 @pytest.fixture(scope="module")
 def finished(base: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a fine-tuning run of two ranks that has learned."""
     run = tmp_path_factory.mktemp("tuned") / "run"
-    started = start(run, base, store, *LORA, ranks=2)
-    assert started.wait() == [0, 0], started.printed
-    assert "cell_type: 2 classes, 175 training cells" in started.printed
-    assert started.printed.count("test: 11 cells, accuracy") == 1
+    printed = tune(run, base, store)
+    assert "cell_type: 2 classes, 175 training cells" in printed
+    assert printed.count("test: 11 cells, accuracy") == 1
     return run
 
 
-def test_it_learns_an_easy_label_and_tells_of_it(finished: Path, base: Path) -> None:
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """Its folder again, to go on with."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_it_learns_an_easy_label(finished: Path, base: Path) -> None:
     assert outcome(finished)["outcome"] == "finished"
     assert sorted(path.name for path in (finished / "test").iterdir()) == FILES
     report = json.loads((finished / "test" / "report.json").read_text())
     assert report["accuracy"] > 0.9 > report["majority_class"]["accuracy"]
-    told = pd.read_csv(finished / "test" / "predictions.csv")
-    assert (told["label"] == told["predicted"]).mean() == report["accuracy"]
-    assert told["probability"].between(0.5, 1).all()
+    predicted = pd.read_csv(finished / "test" / "predictions.csv")
+    assert (predicted["label"] == predicted["predicted"]).mean() == report["accuracy"]
+    assert predicted["probability"].between(0.5, 1).all()
     assert (finished / "test" / "confusion.png").read_bytes().startswith(b"\x89PNG")
     labels = json.loads((finished / "labels.json").read_text())
     assert labels["classes"] == ["a", "b"]
@@ -86,8 +98,7 @@ def test_it_learns_an_easy_label_and_tells_of_it(finished: Path, base: Path) -> 
 
 @pytest.mark.parametrize("more", [("train.steps=20",), ("finetune.frozen_layers=1",)])
 def test_without_corrections(base: Path, store: Path, tmp_path: Path, more: tuple) -> None:
-    started = start(tmp_path / "run", base, store, *more)
-    assert started.wait() == [0], started.printed
+    tune(tmp_path / "run", base, store, *more, ranks=1)
     assert records(tmp_path / "run")[-1]["val_accuracy"] > 0.9
 
 
@@ -95,13 +106,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     finished: Path, base: Path, store: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    stopped = start(run, base, store, *LORA, ranks=2, trouble=signalled, args=(13, signal.SIGTERM))
-    assert stopped.wait() == [75, 75], stopped.printed
+    tune(run, base, store, trouble=signalled, args=(13, signal.SIGTERM), code=75)
     assert outcome(run)["exit_code"] == 75
     assert not (run / "test").exists()
-    again = start(run, base, store, *LORA, ranks=2)
-    assert again.wait() == [0, 0], again.printed
-    assert "continues from" in again.printed
+    assert "continues from" in tune(run, base, store)
     for kept in ("loss", "grad_norm", "val_loss", "val_accuracy"):
         seen = [[each[kept] for each in records(of) if kept in each] for of in (run, finished)]
         assert seen[0] == seen[1]
@@ -109,59 +117,42 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         weights_reader.read_weights(weights_reader.step_of(of)) for of in (finished, run)
     )
     assert all((is_now[name] == weights).all() for name, weights in was.items())
-    told = [(of / "test" / "predictions.csv").read_text() for of in (finished, run)]
-    assert told[0] == told[1]
+    predicted = [(of / "test" / "predictions.csv").read_text() for of in (finished, run)]
+    assert predicted[0] == predicted[1]
 
 
-def test_a_finished_run_says_so_and_tells_again(
-    finished: Path, base: Path, store: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    shutil.rmtree(run / "test")
-    again = start(run, base, store, *LORA, ranks=2)
-    assert again.wait() == [0, 0], again.printed
-    assert "the run is finished" in again.printed
-    assert sorted(path.name for path in (run / "test").iterdir()) == FILES
+def test_a_finished_run_predicts_its_test_cells_again(copy: Path, base: Path, store: Path) -> None:
+    shutil.rmtree(copy / "test")
+    assert "the run is finished" in tune(copy, base, store)
+    assert sorted(path.name for path in (copy / "test").iterdir()) == FILES
 
 
 def interrupted(_rank: int, number: signal.Signals) -> None:
-    """Trouble: the signal comes while test cells are being told."""
+    """Trouble: the signal comes while test cells are being predicted."""
     forked.before(
         "geneformer_mcore.inference.encoder:per_cell", 1, partial(os.kill, os.getpid(), number)
     )
 
 
-def test_a_signal_while_it_tells_is_not_lost(
-    finished: Path, base: Path, store: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    shutil.rmtree(run / "test")
-    stopped = start(run, base, store, *LORA, ranks=2, trouble=interrupted, args=(signal.SIGUSR1,))
-    assert stopped.wait() == [75, 75], stopped.printed
-    assert "signal SIGUSR1 after the last step" in outcome(run)["reason"]
-    assert not (run / "test").exists()
-    again = start(run, base, store, *LORA, ranks=2)
-    assert again.wait() == [0, 0], again.printed
-    assert sorted(path.name for path in (run / "test").iterdir()) == FILES
+def test_a_signal_during_predictions_is_not_lost(copy: Path, base: Path, store: Path) -> None:
+    shutil.rmtree(copy / "test")
+    tune(copy, base, store, trouble=interrupted, args=(signal.SIGUSR1,), code=75)
+    assert "signal SIGUSR1 after the last step" in outcome(copy)["reason"]
+    assert not (copy / "test").exists()
+    tune(copy, base, store)
+    assert sorted(path.name for path in (copy / "test").iterdir()) == FILES
 
 
 def test_the_model_it_began_with_may_have_gone_on(
-    finished: Path, base: Path, store: Path, tmp_path: Path
+    copy: Path, base: Path, store: Path, tmp_path: Path
 ) -> None:
-    run, longer = tmp_path / "run", tmp_path / "base"
-    shutil.copytree(finished, run)
-    shutil.copytree(base, longer)
-    settings = [f"data.store={store}", "train.steps=8", "train.validate_every_steps=0"]
-    assert forked.start(longer, settings).wait() == [0]
-    again = start(run, longer, store, *LORA, ranks=2)
-    assert again.wait() == [0, 0], again.printed
-    assert "the run is finished" in again.printed
+    longer = Path(shutil.copytree(base, tmp_path / "base"))
+    pretrain(longer, store, 8)
+    assert "the run is finished" in tune(copy, longer, store)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (["--label", "other"], "no label column 'other'; label columns: cell_type"),
         (["optim.lr=1e-4"], "optim.lr: 0.003 -> 0.0001"),
@@ -170,19 +161,14 @@ def test_the_model_it_began_with_may_have_gone_on(
     ],
 )
 def test_another_model_or_label_does_not_go_on(
-    finished: Path, base: Path, store: Path, tmp_path: Path, change: list[str], told: str
+    copy: Path, base: Path, store: Path, tmp_path: Path, change: list[str], message: str
 ) -> None:
-    run, other = tmp_path / "run", tmp_path / "other"
-    shutil.copytree(finished, run)
+    other = tmp_path / "other"
     if "OTHER" in change:
-        settings = [f"data.store={store}", "train.steps=2", "train.validate_every_steps=0"]
-        assert forked.start(other, settings).wait() == [0]
+        pretrain(other, store, 2)
     changed = [each.replace("OTHER", str(other)) for each in change]
-    started = start(run, base, store, *LORA, *changed, ranks=2)
-    assert started.wait() == [2, 2], started.printed
-    assert told in started.printed
-    assert "Traceback" not in started.printed
-    assert outcome(run)["exit_code"] == 2
+    assert message in tune(copy, base, store, *changed, code=2)
+    assert outcome(copy)["exit_code"] == 2
 
 
 def predict(run: Path, source: Path, output: Path, *more: str, ranks: int = 1) -> str:
@@ -195,8 +181,8 @@ def predict(run: Path, source: Path, output: Path, *more: str, ranks: int = 1) -
 def test_it_predicts_new_cells_on_any_number_of_ranks(
     finished: Path, h5ad: Path, store: Path, tmp_path: Path
 ) -> None:
-    told = predict(finished, h5ad, tmp_path / "one.h5ad")
-    assert f"{NUM_CELLS} cells, 0 without a known gene" in told
+    printed = predict(finished, h5ad, tmp_path / "one.h5ad")
+    assert f"{NUM_CELLS} cells, 0 without a known gene" in printed
     one = anndata.read_h5ad(tmp_path / "one.h5ad")
     given = anndata.read_h5ad(h5ad)
     assert (one.obs_names == given.obs_names).all()
@@ -207,20 +193,15 @@ def test_it_predicts_new_cells_on_any_number_of_ranks(
     np.testing.assert_allclose(chances.sum(axis=1), 1, rtol=1e-5)
     np.testing.assert_array_equal(one.obs["predicted_cell_type_probability"], chances.max(axis=1))
     assert one.uns["geneformer_predicted_cell_type"]["classes"].tolist() == ["a", "b"]
-    # The test cells, one by one, as the run itself has told them.
+    # The test cells, one by one, as the run itself has predicted them.
     tested = pd.read_csv(finished / "test" / "predictions.csv", index_col="cell_id")
     assert (one.obs.loc[tested.index, "predicted_cell_type"] == tested["predicted"]).all()
     predict(finished, h5ad, tmp_path / "two.h5ad", "parallel.tensor=2", ranks=2)
-    two = anndata.read_h5ad(tmp_path / "two.h5ad")
-    np.testing.assert_allclose(
-        two.obsm["predicted_cell_type_probabilities"], chances, rtol=0, atol=1e-6
-    )
     predict(finished, store, tmp_path / "stored.h5ad")
-    stored = anndata.read_h5ad(tmp_path / "stored.h5ad")
-    stored = stored[one.obs_names]
-    np.testing.assert_allclose(
-        stored.obsm["predicted_cell_type_probabilities"], chances, rtol=0, atol=1e-6
-    )
+    for name in ("two", "stored"):
+        again = anndata.read_h5ad(tmp_path / f"{name}.h5ad")[one.obs_names]
+        found = again.obsm["predicted_cell_type_probabilities"]
+        np.testing.assert_allclose(found, chances, rtol=0, atol=1e-6)
 
 
 def test_its_encoder_embeds_with_the_corrections(
@@ -235,11 +216,11 @@ def test_its_encoder_embeds_with_the_corrections(
         found[name] = np.load(path)
     assert np.abs(found["tuned"] - found["base"]).max() > 0.01
     kinds = anndata.read_h5ad(h5ad).obs["cell_type"].to_numpy()
-    apart = {
-        name: np.linalg.norm(values[kinds == "a"].mean(0) - values[kinds == "b"].mean(0))
-        for name, values in found.items()
-    }
-    assert apart["tuned"] > 2 * apart["base"]
+    of_tuned, of_base = (
+        np.linalg.norm(found[name][kinds == "a"].mean(0) - found[name][kinds == "b"].mean(0))
+        for name in ("tuned", "base")
+    )
+    assert of_tuned > 2 * of_base
 
 
 def test_mistakes_get_one_message_and_exit_code_2(
@@ -282,12 +263,10 @@ def test_a_store_of_other_genes_is_refused(base: Path, h5ad: Path, tmp_path: Pat
     cells.write_h5ad(tmp_path / "fewer.h5ad")
     store = tmp_path / "store"
     built.check("data_prep/build_store.py", "--out", store, tmp_path / "fewer.h5ad")
-    started = start(tmp_path / "run", base, store)
-    assert started.wait() == [2], started.printed
-    assert "token ids mean other genes" in started.printed
+    printed = tune(tmp_path / "run", base, store, ranks=1, code=2)
+    assert "token ids mean other genes" in printed
 
 
 def test_pretraining_leaves_its_settings_alone(store: Path, tmp_path: Path) -> None:
-    started = forked.start(tmp_path / "run", [f"data.store={store}", "finetune.lora_rank=2"])
-    assert started.wait() == [2]
-    assert "finetune.* is for launch/finetune.py" in started.printed
+    asked = [f"data.store={store}", "finetune.lora_rank=2"]
+    assert "finetune.* is for launch/finetune.py" in forked.check(tmp_path / "run", asked, code=2)

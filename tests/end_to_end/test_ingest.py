@@ -88,42 +88,47 @@ def words(inputs: Path, workers: int, *arguments: object) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def clean_hash(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def clean_hash(
+    inputs: Path, files: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory
+) -> str:
     """The content of a build that nothing disturbed."""
     folder = tmp_path_factory.mktemp("clean")
-    files = (inputs / "a.h5ad", inputs / "b.h5ad")
     commands.check(*words(inputs, 1, "--out", "s", *files), cwd=folder)
     assert check_store(folder / "s") == []
     return Manifest.load(folder / "s").content_hash
 
 
-def damage(source: Path, target: Path) -> Path:
-    """A copy whose row 390 holds -1: the file opens, and turns out bad near its end."""
-    shutil.copy(source, target)
-    with h5py.File(target, "r+") as file:
+@pytest.fixture
+def bad(inputs: Path, tmp_path: Path) -> list[str]:
+    """Names of two files: one is none of cells; the other, whose row 390 holds -1, opens, and turns
+    out bad near its end."""
+    (tmp_path / "text.h5ad").write_text("cells")
+    shutil.copy(inputs / "a.h5ad", tmp_path / "negative.h5ad")
+    with h5py.File(tmp_path / "negative.h5ad", "r+") as file:
         file["X"]["data"][file["X"]["indptr"][390]] = -1
-    return target
+    return ["text.h5ad", "negative.h5ad"]
+
+
+@pytest.fixture(scope="module")
+def files(inputs: Path) -> tuple[Path, Path]:
+    return inputs / "a.h5ad", inputs / "b.h5ad"
 
 
 def test_bad_inputs_are_left_out_and_named_first_and_last(
-    command: Command, inputs: Path, tmp_path: Path
+    command: Command, inputs: Path, tmp_path: Path, bad: list[str]
 ) -> None:
-    (tmp_path / "text.h5ad").write_text("cells")
     (tmp_path / "empty.h5ad").write_text("")
     whole = (inputs / "b.h5ad").read_bytes()
     (tmp_path / "cut.h5ad").write_bytes(whole[: len(whole) // 2])
-    damage(inputs / "a.h5ad", tmp_path / "negative.h5ad")
-    bad = ["text.h5ad", "empty.h5ad", "cut.h5ad", "negative.h5ad", "missing.h5ad"]
+    bad = [*bad, "empty.h5ad", "cut.h5ad", "missing.h5ad"]
     result = command("--out", "s", bad[0], inputs / "a.h5ad", *bad[1:], workers=2)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    at_once = [line for line in result.stderr.splitlines() if line.startswith("refused: ")]
-    assert len(at_once) == 5
-    head, *named = result.stderr.splitlines()[-6:]
+    lines = result.stderr.splitlines()
+    head, *named = lines[-6:]
     assert head == "error: 5 of 6 inputs are not in the store:"
-    assert sorted(line.removeprefix("refused: ") for line in at_once) == sorted(
-        line.strip() for line in named
-    )
+    at_once = [line[9:] for line in lines if line.startswith("refused: ")]
+    assert sorted(at_once) == sorted(line.strip() for line in named)
     for name in bad:
         assert sum(name in line for line in named) == 1
     assert re.search(r"negative\.h5ad.*row 390 .*-1: negative", result.stderr)
@@ -139,17 +144,10 @@ def test_bad_inputs_are_left_out_and_named_first_and_last(
 
 
 def test_strict_and_no_good_input_make_no_store(
-    command: Command, inputs: Path, tmp_path: Path
+    command: Command, inputs: Path, tmp_path: Path, bad: list[str]
 ) -> None:
-    (tmp_path / "text.h5ad").write_text("cells")
-    damage(inputs / "a.h5ad", tmp_path / "negative.h5ad")
     good = inputs / "b.h5ad"
-    for arguments in (
-        ("--strict", "text.h5ad", good),
-        ("--strict", "negative.h5ad", good),
-        ("text.h5ad",),
-        ("negative.h5ad", "text.h5ad"),
-    ):
+    for arguments in (("--strict", bad[0], good), ("--strict", bad[1], good), bad[:1], bad[::-1]):
         result = command("--out", "s", *arguments)
         assert result.returncode == 2
         assert re.search(r"^error: .*(text|negative)\.h5ad", result.stderr, re.MULTILINE)
@@ -157,15 +155,14 @@ def test_strict_and_no_good_input_make_no_store(
         assert not (tmp_path / "s").exists()
 
 
-def test_without_a_vocabulary_bad_inputs_are_left_out_too(inputs: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.h5ad").write_text("cells")
-    damage(inputs / "a.h5ad", tmp_path / "negative.h5ad")
-
+def test_without_a_vocabulary_bad_inputs_are_left_out_too(
+    inputs: Path, tmp_path: Path, bad: list[str]
+) -> None:
     def build(out: str, *files: object) -> int:
         given = ("data_prep/build_store.py", "--workers", 1, "--out", out, *files)
         return commands.run(*given, cwd=tmp_path).returncode
 
-    assert build("s", "text.h5ad", "negative.h5ad", inputs / "b.h5ad") == 2
+    assert build("s", *bad, inputs / "b.h5ad") == 2
     assert build("alone", inputs / "b.h5ad") == 0
     found, expected = Manifest.load(tmp_path / "s"), Manifest.load(tmp_path / "alone")
     assert found.content_hash == expected.content_hash
@@ -173,16 +170,15 @@ def test_without_a_vocabulary_bad_inputs_are_left_out_too(inputs: Path, tmp_path
     assert len(found.refused) == 2
 
 
-def test_a_split_by_data_set(command: Command, inputs: Path, tmp_path: Path) -> None:
+def test_a_split_by_data_set(command: Command, files: tuple[Path, ...], tmp_path: Path) -> None:
     roles, cells = {"a": "train", "b": "test"}, {"a": CELLS_A, "b": CELLS_B}
     SplitTable("card", 0, 0.5, roles, cells, {}).save(tmp_path / "split.json")
     SplitTable("card", 0, 0.5, {"b": "test"}, {"b": CELLS_B}, {}).save(tmp_path / "less.json")
-    files = (inputs / "a.h5ad", inputs / "b.h5ad")
     assert command("--out", "s", "--split", "split.json", *files).returncode == 0
     rows = {"train": [0, 400], "validation": [400, 400], "test": [400, 900]}
     assert Manifest.load(tmp_path / "s").rows == rows
     assert check_store(tmp_path / "s") == []
-    # A data set without a role is told of before any work.
+    # A data set without a role is refused before any work.
     less = command("--out", "t", "--split", "less.json", *files)
     assert less.returncode == 2
     assert re.search(r"refused: \S+/a\.h5ad: the split names 1 data sets, and ", less.stderr)
@@ -190,10 +186,8 @@ def test_a_split_by_data_set(command: Command, inputs: Path, tmp_path: Path) -> 
 
 
 def test_parts_at_once_then_the_whole(
-    command: Command, inputs: Path, tmp_path: Path, clean_hash: str
+    command: Command, files: tuple[Path, ...], tmp_path: Path, clean_hash: str
 ) -> None:
-    files = (inputs / "a.h5ad", inputs / "b.h5ad")
-
     def do(part: int) -> subprocess.CompletedProcess[str]:
         return command("--out", "s", "--part", f"{part}/3", *files)
 
@@ -240,16 +234,12 @@ def test_part_needs_a_vocabulary(tmp_path: Path) -> None:
     assert "--part needs --vocabulary" in result.stderr
 
 
-def test_report(command: Command, inputs: Path, tmp_path: Path) -> None:
-    result = command("--out", "s", "--report", "r", inputs / "a.h5ad", inputs / "b.h5ad")
+def test_report(command: Command, files: tuple[Path, ...], tmp_path: Path) -> None:
+    result = command("--out", "s", "--report", "r", *files)
     assert result.returncode == 0, result.stderr
     assert "report: r/report.md" in result.stdout
-    assert {path.name for path in (tmp_path / "r").iterdir()} == {
-        "report.json",
-        "report.md",
-        "lengths_a.png",
-        "lengths_b.png",
-    }
+    names = ["lengths_a.png", "lengths_b.png", "report.json", "report.md"]
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == names
     content = json.loads((tmp_path / "r/report.json").read_text())
     for source in content["sources"]:
         assert sum(source["lengths"]["cells"]) == source["cells_stored"]
@@ -297,8 +287,8 @@ def test_killed_at_each_stage_it_ends_as_if_it_had_not_been(
     for instant, left in KILLS:
         (tmp_path / "kill").write_text(instant)
         process = start(inputs, tmp_path, repository, workers=1)
-        told = process.communicate()[1]
-        assert process.returncode == -signal.SIGKILL, told
+        printed = process.communicate()[1]
+        assert process.returncode == -signal.SIGKILL, printed
         being_made = staging / "store"
         assert left == (
             len(list((staging / "units").glob("*.json"))),
@@ -316,69 +306,61 @@ def test_killed_at_each_stage_it_ends_as_if_it_had_not_been(
     assert os.listdir(tmp_path) == ["s"]
 
 
-def test_a_killed_worker_is_named_by_its_unit_and_a_second_run_goes_on(
-    command: Command, inputs: Path, tmp_path: Path, repository: Path, clean_hash: str
-) -> None:
+@pytest.fixture
+def staying(inputs: Path, tmp_path: Path, repository: Path) -> subprocess.Popen[str]:
+    """A build whose two workers have written a unit each, and stay there."""
     (tmp_path / "stay").touch()
     process = start(inputs, tmp_path, repository)
-    wait_for_units(tmp_path)
-    workers = workers_of(process)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob(".s.staging/units/*.json"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def test_a_killed_worker_is_named_by_its_unit_and_a_second_run_goes_on(
+    command: Command,
+    files: tuple[Path, ...],
+    tmp_path: Path,
+    staying: subprocess.Popen[str],
+    clean_hash: str,
+) -> None:
+    workers = workers_of(staying)
     workers[0].kill()
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == 1
+    printed = staying.communicate(timeout=60)[1]
+    assert staying.returncode == 1
     assert re.search(
         r"error: a worker process was ended by signal 9 \(SIGKILL\), as the system does when "
         r"memory runs out, in the middle of rows [\d,]+ to [\d,]+ of \S+[ab]\.h5ad\. Remedy: ",
-        told,
-    ), told
-    assert "Traceback" not in told
+        printed,
+    ), printed
+    assert "Traceback" not in printed
     assert not (tmp_path / "s").exists()
     # The other worker is gone too.
     assert not psutil.wait_procs(workers, timeout=60)[1]
     (tmp_path / "stay").unlink()
-    again = command("--out", "s", inputs / "a.h5ad", inputs / "b.h5ad")
+    again = command("--out", "s", *files)
     assert again.returncode == 0, again.stderr
     assert "continues: 2 of 18 units of work are there" in again.stderr
     assert Manifest.load(tmp_path / "s").content_hash == clean_hash
 
 
 def test_an_interrupt_from_the_keyboard_ends_all_and_keeps_the_work(
-    inputs: Path, tmp_path: Path, repository: Path
+    tmp_path: Path, staying: subprocess.Popen[str]
 ) -> None:
-    (tmp_path / "stay").touch()
-    process = start(inputs, tmp_path, repository)
-    wait_for_units(tmp_path)
-    os.killpg(process.pid, signal.SIGINT)
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, told
-    assert "2 finished units of work stay in .s.staging" in told
-    assert told.endswith("interrupted\n")
-    assert "Traceback" not in told
+    os.killpg(staying.pid, signal.SIGINT)
+    printed = staying.communicate(timeout=60)[1]
+    assert staying.returncode == 130, printed
+    assert "2 finished units of work stay in .s.staging" in printed
+    assert printed.endswith("interrupted\n")
+    assert "Traceback" not in printed
     assert sorted(os.listdir(tmp_path / ".s.staging")) == ["lock", "plan.json", "units"]
-
-
-def wait_for_units(folder: Path) -> None:
-    """Until both workers have written one."""
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob(".s.staging/units/*.json"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     workers = [child for child in psutil.Process(process.pid).children() if is_worker(child)]
     assert len(workers) == 2
     return workers
-
-
-def test_workers_end_with_a_killed_parent(inputs: Path, tmp_path: Path, repository: Path) -> None:
-    (tmp_path / "stay").touch()
-    process = start(inputs, tmp_path, repository)
-    wait_for_units(tmp_path)
-    workers = workers_of(process)
-    process.kill()
-    process.communicate()
-    assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
 def is_worker(process: psutil.Process) -> bool:
@@ -388,10 +370,16 @@ def is_worker(process: psutil.Process) -> bool:
         return False
 
 
+def test_workers_end_with_a_killed_parent(staying: subprocess.Popen[str]) -> None:
+    workers = workers_of(staying)
+    staying.kill()
+    staying.communicate()
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+
+
 def test_damaged_units_are_done_again(
-    command: Command, inputs: Path, tmp_path: Path, clean_hash: str
+    command: Command, files: tuple[Path, ...], tmp_path: Path, clean_hash: str
 ) -> None:
-    files = (inputs / "a.h5ad", inputs / "b.h5ad")
     assert command("--out", "s", "--part", "0/1", *files).returncode == 0
     units = sorted((tmp_path / ".s.staging" / "units").glob("*.arrows"))
     assert len(units) == 18

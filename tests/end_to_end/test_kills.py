@@ -6,14 +6,19 @@ Random instants, many of them: tests/soak/kills.py.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from geneformer_mcore.checkpoint import folder as checkpoints
+from tests.distributed.ranks import context
 from tests.end_to_end import forked
-from tests.final_state import final_state
+from tests.final_state import FinalState, final_state
+from tests.soak import kill_points
 
 MORE = (
     "train.steps=8",
@@ -67,14 +72,6 @@ def killed(rank: int, *reached: Reached) -> None:
         forked.before(place, call, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-@pytest.fixture(scope="module")
-def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> object:
-    """The final state of a run that nothing killed."""
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    assert forked.start(run, settings(store)).wait() == [0]
-    return final_state(run)
-
-
 @pytest.mark.parametrize(
     ("kills", "more"),
     [(KILLS, ()), (ASYNCHRONOUS, ("checkpoint.asynchronous=true",))],
@@ -83,17 +80,15 @@ def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> object
 def test_killed_in_each_phase_it_ends_as_if_it_had_not_been(
     store: Path,
     tmp_path: Path,
-    undisturbed: object,
+    undisturbed: FinalState,
     kills: list[Kill],
     more: tuple[str, ...],
 ) -> None:
     run = tmp_path / "run"
     for reached, left in kills:
-        start = forked.start(run, settings(store, *more), 1, killed, reached)
-        assert start.wait() == [-signal.SIGKILL], (reached, start.printed)
+        forked.check(run, settings(store, *more), 1, killed, reached, code=-signal.SIGKILL)
         assert_whole(run, left)
-    last = forked.start(run, settings(store, *more))
-    assert last.wait() == [0], last.printed
+    forked.check(run, settings(store, *more))
     assert_whole(run, [6, 8])
     assert not list((run / "checkpoints").glob(".*"))
     assert final_state(run) == undisturbed
@@ -101,13 +96,12 @@ def test_killed_in_each_phase_it_ends_as_if_it_had_not_been(
 
 def test_two_ranks_are_killed_at_once(store: Path, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert forked.start(whole, settings(store), 2).wait() == [0, 0]
+    forked.check(whole, settings(store), 2)
     codes = forked.start(run, settings(store), 2, killed, ((STEP, 5),)).wait()
     assert -signal.SIGKILL in codes
     assert 0 not in codes
     assert_whole(run, [2, 4])
-    last = forked.start(run, settings(store), 2)
-    assert last.wait() == [0, 0], last.printed
+    forked.check(run, settings(store), 2)
     assert final_state(run) == final_state(whole)
 
 
@@ -117,3 +111,56 @@ def assert_whole(run: Path, left: list[int]) -> None:
     assert checkpoints.steps(root) == left
     for step in left:
         checkpoints.verify(checkpoints.step_folder(root, step))
+
+
+BEFORE, AFTER = "step 1 is the newest", "step 2 is the newest"
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_a_save_killed_at_a_system_call_loses_nothing(tmp_path: Path) -> None:
+    """In a process of its own, forked from one that has no threads: it forks every save. All
+    system calls: tests/soak/kill_points.py."""
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_kill_saves, args=(tmp_path, sender), daemon=True)
+    process.start()
+    sender.close()
+    failure, left = receiver.recv()
+    process.join()
+    assert failure == ""
+    assert left == {
+        "the first": BEFORE,
+        "of the manifest": BEFORE,
+        "of its name": BEFORE,
+        "after its name": AFTER,
+        "of the pointer": AFTER,
+        "the last": AFTER,
+    }
+
+
+def _kill_saves(folder: Path, sender: Any) -> None:
+    left: dict[str, str] = {}
+    try:
+        good = kill_points.saved_once(folder)
+        calls = kill_points.calls_of_a_save(good)
+        for name, number in _chosen(calls).items():
+            left[name] = kill_points.killed_at(good, calls, number)
+        sender.send(("", left))
+    except BaseException:
+        sender.send((f"{traceback.format_exc()}\nafter {left}", left))
+
+
+def _chosen(calls: list[str]) -> dict[str, int]:
+    """The numbers of the calls by which a checkpoint comes to be."""
+
+    def first(*words: str) -> int:
+        return next(i for i, call in enumerate(calls, 1) if all(word in call for word in words))
+
+    named = first("rename", '/.staging_step_0000000002", ')
+    return {
+        "the first": 1,
+        "of the manifest": first("rename", "manifest.json"),
+        "of its name": named,
+        "after its name": named + 1,
+        "of the pointer": first("rename", "latest"),
+        "the last": len(calls),
+    }

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from geneformer_mcore.errors import DataError
+from tests import commands
 from tests.end_to_end import forked
-from tests.end_to_end.test_pretrain import MORE, outcome, records
+from tests.end_to_end.forked import outcome, records
+from tests.end_to_end.test_pretrain import MORE
 from tests.marks import soak
 
 TIMEOUT_S = 8
@@ -33,8 +34,8 @@ if __name__ == "__main__":
 
 
 def troubled(rank: int, of_rank: int, what: str, note: str) -> None:
-    """Trouble: `what`, a name in TROUBLES, befalls rank `of_rank` at step TROUBLE_AT; the time is
-    written into the file `note`."""
+    """Trouble: `what`, of TROUBLES, happens to rank `of_rank` at step TROUBLE_AT, and the file
+    `note` is written with the time."""
     from geneformer_mcore.training import trainer
 
     whole, calls = trainer.train_step, 0
@@ -71,37 +72,14 @@ def seconds_since(tmp_path: Path) -> float:
     return outcome_at - float((tmp_path / "when").read_text())
 
 
-def run_by_torchrun(
-    what: str, of_rank: int, repository: Path, store: Path, tmp_path: Path
-) -> tuple[int, str, float]:
+def run_by_torchrun(what: str, of_rank: int, store: Path, tmp_path: Path) -> tuple[int, str, float]:
     """(its exit code, what it printed, seconds since the trouble), as a user starts it."""
-    script = tmp_path / "trouble.py"
-    note = str(tmp_path / "when")
+    script, note = tmp_path / "trouble.py", str(tmp_path / "when")
     script.write_text(SCRIPT.format(of_rank=of_rank, what=what, note=note))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
-    command += ["--nproc_per_node=2", "--shutdown-timeout=120", str(script)]
-    command += [f"run.dir={tmp_path / 'run'}", *forked.SETTINGS, *settings(store)]
-    ended = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    words = ("--standalone", "--max-restarts=0", "--nproc_per_node=2", "--shutdown-timeout=120")
+    given = (f"run.dir={tmp_path / 'run'}", *forked.SETTINGS, *settings(store))
+    ended = commands.torchrun(*words, script, *given)
     return ended.returncode, ended.stderr, seconds_since(tmp_path)
-
-
-def killed(*_: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def stopped(*_: Any) -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def asleep(*_: Any) -> None:
-    time.sleep(1000)
 
 
 def failed(*_: Any) -> None:
@@ -124,7 +102,14 @@ def nan(whole: Any, trainable: Any, *rest: Any) -> Any:
     return result
 
 
-TROUBLES = {each.__name__: each for each in (killed, stopped, asleep, failed, refused, nan)}
+TROUBLES: dict[str, Callable[..., Any]] = {
+    "killed": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
+    "stopped": lambda *_: os.kill(os.getpid(), signal.SIGSTOP),
+    "asleep": lambda *_: time.sleep(1000),
+    "failed": failed,
+    "refused": refused,
+    "nan": nan,
+}
 
 
 def assert_named(what: str, of_rank: int, run: Path, printed: str) -> None:
@@ -132,14 +117,14 @@ def assert_named(what: str, of_rank: int, run: Path, printed: str) -> None:
     found = outcome(run)
     assert (found["outcome"], found["exit_code"]) == ("failed", 1)
     assert found["step"] == TROUBLE_AT - 1
-    told = found["reason"]
-    assert f"error: {told[:60]}" in printed
+    reason = found["reason"]
+    assert f"error: {reason[:60]}" in printed
     if what == "asleep":
-        assert f"no rank got on for {TIMEOUT_S} s" in told
+        assert f"no rank got on for {TIMEOUT_S} s" in reason
     else:
-        assert f"rank {of_rank} of 2 is lost" in told
-        assert f"rank {1 - of_rank} " in told
-    assert "while forward, backward and update" in told or "update for" in told
+        assert f"rank {of_rank} of 2 is lost" in reason
+        assert f"rank {1 - of_rank} " in reason
+    assert "while forward, backward and update" in reason or "update for" in reason
 
 
 @pytest.mark.parametrize(
@@ -165,10 +150,10 @@ def test_a_lost_rank_ends_the_job_in_time_and_is_named(
 
 @pytest.mark.parametrize(("what", "of_rank"), [soak("killed", 0), ("stopped", 1)])
 def test_under_torchrun_too(
-    what: str, of_rank: int, repository: Path, store: Path, tmp_path: Path, slack_s: float
+    what: str, of_rank: int, store: Path, tmp_path: Path, slack_s: float
 ) -> None:
     """Which asks the others to end when one rank has ended, and heeds none that is stopped."""
-    code, printed, seconds = run_by_torchrun(what, of_rank, repository, store, tmp_path)
+    code, printed, seconds = run_by_torchrun(what, of_rank, store, tmp_path)
     assert code == 1
     assert_named(what, of_rank, tmp_path / "run", printed)
     assert seconds < TIMEOUT_S + slack_s
@@ -188,8 +173,7 @@ def test_an_error_on_one_rank_reaches_all(
 
 
 def test_a_users_mistake_on_one_rank_is_exit_code_2(store: Path, tmp_path: Path) -> None:
-    codes, _, _ = run("refused", 1, store, tmp_path)
-    assert codes == [2, 2]
+    assert run("refused", 1, store, tmp_path)[0] == [2, 2]
     found = outcome(tmp_path / "run")
     assert (found["exit_code"], found["reason"]) == (2, "a bad store")
 
@@ -211,8 +195,7 @@ def test_a_nan_on_one_rank_is_left_out_everywhere_counted_and_named(
 
 
 def test_a_nan_ends_the_run_where_the_policy_is_stop(store: Path, tmp_path: Path) -> None:
-    codes, _, _ = run("nan", 1, store, tmp_path)
-    assert codes == [1, 1]
+    assert run("nan", 1, store, tmp_path)[0] == [1, 1]
     found = outcome(tmp_path / "run")
     assert "step 5: the gradient norm is not finite" in found["reason"]
     assert found["exit_code"] == 1

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end import forked
-from tests.end_to_end.test_pretrain import outcome
+from tests.end_to_end.forked import outcome
 from tests.end_to_end.test_pretrain import settings as settings_of
 from tests.final_state import FinalState, final_state
 from tests.two_hosts import ADDRESSES, LINK, PORT, Command, TwoHosts, two_hosts, wait_for
@@ -63,7 +63,7 @@ def hosts() -> Iterator[TwoHosts]:
 def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> FinalState:
     """The final state of two ranks of one host."""
     run = tmp_path_factory.mktemp("runs") / "one_host"
-    assert forked.start(run, settings_of(store), 2).wait() == [0, 0]
+    forked.check(run, settings_of(store), 2)
     return final_state(run)
 
 
@@ -117,11 +117,9 @@ def seconds_until_ended(both: Sequence[Command], limit_s: float) -> list[float]:
     began = time.monotonic()
     ended: dict[int, float] = {}
     while len(ended) < len(both):
-        for host, command in enumerate(both):
-            if host not in ended and command.ended():
-                ended[host] = time.monotonic() - began
         waited = time.monotonic() - began
-        assert waited < limit_s, "\n".join(f"{ended}", *(each.printed for each in both))
+        ended |= {n: waited for n, each in enumerate(both) if n not in ended and each.ended()}
+        assert waited < limit_s, "\n".join([f"{ended}", *(each.printed for each in both)])
         time.sleep(0.05)
     return [ended[host] for host in range(len(both))]
 
@@ -129,6 +127,16 @@ def seconds_until_ended(both: Sequence[Command], limit_s: float) -> list[float]:
 def assert_finished(both: Sequence[Command]) -> None:
     codes = [each.wait(100) for each in both]
     assert codes == [0, 0], "\n".join(each.printed for each in both)
+
+
+def assert_lost(run: Path, *printed: str) -> None:
+    """Each side names whom it lost, rank 0 in the outcome too."""
+    found = outcome(run)
+    assert (found["outcome"], found["exit_code"]) == ("failed", 1)
+    assert found["step"] == TROUBLE_AT - 1
+    assert "rank 1 of 2 is lost" in found["reason"]
+    assert "error: rank 1 of 2 is lost" in printed[0]
+    assert "error: rank 1 of 2 is cut off from rank 0" in printed[1]
 
 
 def paused(rank: int, folder: Path) -> None:
@@ -163,16 +171,9 @@ def test_a_network_that_fails_ends_both_sides_and_the_run_goes_on_later(
     getattr(hosts, failure)()
     (tmp_path / "go").touch()
     assert both.wait(TIMEOUT_S + 60) == [1, 1]
-    found = outcome(run)
-    assert (found["outcome"], found["exit_code"]) == ("failed", 1)
-    assert found["step"] == TROUBLE_AT - 1
-    assert "rank 1 of 2 is lost" in found["reason"]
-    assert "error: rank 1 of 2 is lost" in both.printed
-    assert "error: rank 1 of 2 is cut off from rank 0" in both.printed
+    assert_lost(run, both.printed, both.printed)
     hosts.mend()
-    again = forked.start(run, settings, 2, hosts=hosts)
-    assert again.wait() == [0, 0], again.printed
-    assert "(step 3, " in again.printed
+    assert "(step 3, " in forked.check(run, settings, 2, hosts=hosts)
     assert final_state(run) == undisturbed
 
 
@@ -196,17 +197,12 @@ def test_two_hosts_train_as_two_ranks_of_one_do(
 
 
 def assert_both_end_in_time(job: Job, both: Sequence[Command]) -> None:
-    """The network has failed: each side tells whom it lost, rank 0 in the outcome too."""
+    """The network has failed: both sides end in time."""
     seconds = seconds_until_ended(both, TIMEOUT_S + 60)
     print(f"ended {seconds[0]:.1f} s and {seconds[1]:.1f} s after it")
     assert max(seconds) < TIMEOUT_S + 10
     assert [each.wait(0) for each in both] == [1, 1]
-    found = outcome(job.run)
-    assert (found["outcome"], found["exit_code"]) == ("failed", 1)
-    assert found["step"] == TROUBLE_AT - 1
-    assert "rank 1 of 2 is lost" in found["reason"]
-    assert "error: rank 1 of 2 is lost" in both[0].printed
-    assert "error: rank 1 of 2 is cut off from rank 0" in both[1].printed
+    assert_lost(job.run, *(each.printed for each in both))
 
 
 @pytest.mark.soak

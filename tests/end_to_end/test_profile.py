@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -29,31 +30,18 @@ def settings(store: Path, profile_steps: int) -> list[str]:
     return [f"data.store={store}", *MORE, f"train.profile_steps={profile_steps}"]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> FinalState:
-    """The final state of a run without a profile, which leaves no folder of one."""
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    assert forked.start(run, settings(store, 0)).wait() == [0]
-    assert not (run / "profile").exists()
-    return final_state(run)
-
-
-def names_in(trace: Path) -> dict[str, int]:
-    """{name of an operator or a part of a step: how often it was recorded}."""
-    counted: dict[str, int] = {}
-    for event in json.loads(trace.read_text())["traceEvents"]:
-        if event.get("ph") == "X":
-            counted[event["name"]] = counted.get(event["name"], 0) + 1
-    return counted
+def names_in(trace: Path) -> Counter[str]:
+    """How often each operator or part of a step was recorded."""
+    events = json.loads(trace.read_text())["traceEvents"]
+    return Counter(event["name"] for event in events if event.get("ph") == "X")
 
 
 def test_the_trace_names_our_parts_of_the_steps_asked_for(
     store: Path, tmp_path: Path, undisturbed: FinalState
 ) -> None:
     run = tmp_path / "run"
-    start = forked.start(run, settings(store, 3))
-    assert start.wait() == [0], start.printed
-    assert f"profile of 3 step(s): {run / TRACE}" in start.printed
+    printed = forked.check(run, settings(store, 3))
+    assert f"profile of 3 step(s): {run / TRACE}" in printed
     assert [path.name for path in (run / "profile").iterdir()] == [Path(TRACE).name]
     names = names_in(run / TRACE)
     for part in ("wait for cells", "forward and backward", "gradient norm", "update"):
@@ -61,14 +49,14 @@ def test_the_trace_names_our_parts_of_the_steps_asked_for(
     assert any("LinearWithGradAccumulation" in name for name in names), "Megatron's operators"
     assert any("scaled_dot_product" in name for name in names)
     assert final_state(run) == undisturbed
+    assert not (undisturbed.run / "profile").exists()
     assert WARM_UP_STEPS == 3
 
 
 @pytest.mark.soak
 def test_rank_0_writes_it(store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    start = forked.start(run, settings(store, 3), 2)
-    assert start.wait() == [0, 0], start.printed
+    forked.check(run, settings(store, 3), 2)
     assert [path.name for path in (run / "profile").iterdir()] == [Path(TRACE).name]
 
 
@@ -83,12 +71,10 @@ def test_an_end_inside_the_window_costs_the_trace_alone(
     store: Path, tmp_path: Path, undisturbed: FinalState, number: signal.Signals, code: int
 ) -> None:
     run = tmp_path / "run"
-    start = forked.start(run, settings(store, 3), 1, interrupted, (number,))
-    assert start.wait() == [code], start.printed
-    assert "Traceback" not in start.printed
+    forked.check(run, settings(store, 3), 1, interrupted, (number,), code=code)
     assert not (run / "profile").exists()
     # Another value is no other run.
-    assert forked.start(run, settings(store, 0)).wait() == [0]
+    forked.check(run, settings(store, 0))
     assert final_state(run) == undisturbed
 
 
@@ -111,17 +97,15 @@ def failing(_rank: int, how: str) -> None:
 
 def test_an_error_inside_the_window_is_told_as_it_is(store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    start = forked.start(run, settings(store, 3), 1, failing, ("error",))
-    assert start.wait() == [1]
-    assert "ValueError: a bad cell" in json.loads((run / "outcome.json").read_text())["reason"]
+    forked.check(run, settings(store, 3), 1, failing, ("error",), code=1)
+    assert "ValueError: a bad cell" in forked.outcome(run)["reason"]
 
 
 def test_a_trace_that_cannot_be_written_ends_no_run(
     store: Path, tmp_path: Path, undisturbed: FinalState
 ) -> None:
     run = tmp_path / "run"
-    start = forked.start(run, settings(store, 3), 1, failing, ("disk",))
-    assert start.wait() == [0], start.printed
-    assert "the profile cannot be written into" in start.printed
+    printed = forked.check(run, settings(store, 3), 1, failing, ("disk",))
+    assert "the profile cannot be written into" in printed
     assert not list((run / "profile").iterdir())
     assert final_state(run) == undisturbed

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from geneformer_mcore.checkpoint import folder as checkpoints
 from tests.end_to_end import forked
 from tests.final_state import FinalState, final_state
 from tests.marks import soak
@@ -44,20 +43,8 @@ END = "geneformer_mcore.distributed.groups:stop"
 OUTCOME = "geneformer_mcore.training.run_folder:RunFolder.close"
 
 
-@pytest.fixture(scope="module")
-def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> FinalState:
-    """The final state of a run that no signal reached."""
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    assert forked.start(run, settings(store)).wait() == [0]
-    return final_state(run)
-
-
 def settings(store: Path, *more: str) -> list[str]:
     return [f"data.store={store}", *MORE, *more]
-
-
-def outcome(run: Path) -> dict:
-    return json.loads((run / "outcome.json").read_text())
 
 
 Reached = tuple[str, int, tuple[signal.Signals, ...]]
@@ -77,38 +64,61 @@ def signalled(rank: int, to: int, *reached: Reached) -> None:
             forked.before(place, call, lambda numbers=numbers: send(numbers))
 
 
-def assert_interrupted(start: forked.Start, run: Path, name: str, *steps: int) -> None:
-    """It ended with 75 at one of `steps`, there is a checkpoint of that, and it says by which
-    signal."""
-    codes = start.wait()
-    assert set(codes) == {75}, start.printed
-    assert "Traceback" not in start.printed
-    found = outcome(run)
+def assert_interrupted(run: Path, name: str, *steps: int) -> None:
+    """It ended at one of `steps`, which has a checkpoint, and the outcome names the signal."""
+    found = forked.outcome(run)
     step = found["step"]
     assert step in steps
     where = f"saved at step {step} of {STEPS}" if step else "no step was made"
     assert (found["outcome"], found["exit_code"]) == ("interrupted", 75)
     assert found["reason"].startswith(f"{name}; {where}")
-    newest, damaged = checkpoints.newest_good(run / "checkpoints")
-    assert damaged == []
-    assert newest == (checkpoints.step_folder(run / "checkpoints", step) if step else None)
+    assert forked.newest(run) == step
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def assert_goes_on(run: Path, store: Path, undisturbed: FinalState | None, ranks: int = 1) -> None:
-    start = forked.start(run, settings(store), ranks)
-    assert start.wait() == [0] * ranks, start.printed
-    if ranks == 1:
-        assert final_state(run) == undisturbed
+def assert_goes_on(run: Path, store: Path, undisturbed: FinalState) -> None:
+    forked.check(run, settings(store))
+    assert final_state(run) == undisturbed
 
 
-@pytest.mark.parametrize("place", [CELLS, soak(MEETING), LOGS])
-def test_before_the_first_step_there_is_nothing_to_save(
-    store: Path, tmp_path: Path, undisturbed: FinalState, place: str
+CASES = [
+    # Before the first step there is nothing to save.
+    ([(CELLS, 1, (TERM, USR1))], "USR1", [0], ()),
+    soak([(MEETING, 1, (TERM, USR1))], "USR1", [0], ()),
+    ([(LOGS, 1, (TERM, USR1))], "USR1", [0], ()),
+    # The save of step 3. Written beside training, it may be finished some steps later, and the
+    # step of that time is saved as well.
+    ([(WRITING, 1, (TERM, USR1))], "USR1", [3], ()),
+    soak([(COMMIT, 1, (TERM, USR1))], "USR1", [3], ()),
+    soak([(RETAIN, 1, (TERM, USR1))], "USR1", [3], ()),
+    soak([(WRITING, 1, (TERM, USR1))], "USR1", range(3, STEPS), ASYNCHRONOUS),
+    ([(COMMIT, 1, (TERM, USR1))], "USR1", range(3, STEPS), ASYNCHRONOUS),
+    # A second signal during the last save.
+    soak([(STEP, 2, (TERM,)), (WRITING, 1, (USR1, INT, TERM))], "TERM", [2], ()),
+    soak([(STEP, 2, (TERM,)), (COMMIT, 1, (USR1, INT, TERM))], "TERM", [2], ()),
+    ([(STEP, 2, (TERM,)), (RETAIN, 1, (USR1, INT, TERM))], "TERM", [2], ()),
+    ([(STEP, 2, (TERM,)), (OUTCOME, 1, (USR1, INT, TERM))], "TERM", [2], ()),
+    # A validation is finished.
+    ([(VALIDATION, 2, (TERM, USR1))], "USR1", [4], ()),
+]
+
+
+@pytest.mark.parametrize(("reached", "name", "steps", "more"), CASES)
+def test_a_signal_saves_and_the_run_goes_on(
+    store: Path,
+    tmp_path: Path,
+    undisturbed: FinalState,
+    reached: list[Reached],
+    name: str,
+    steps: Sequence[int],
+    more: tuple[str, ...],
 ) -> None:
     run = tmp_path / "run"
-    start = forked.start(run, settings(store), 1, signalled, (0, (place, 1, (TERM, USR1))))
-    assert_interrupted(start, run, "signal SIGUSR1", 0)
+    forked.check(run, settings(store, *more), 1, signalled, (0, *reached), code=75)
+    assert_interrupted(run, f"signal SIG{name}", *steps)
+    if reached[0][0] == VALIDATION:
+        lines = forked.records(run)
+        assert [line["step"] for line in lines if "val_loss" in line] == [4], "its loss is kept"
     assert_goes_on(run, store, undisturbed)
 
 
@@ -133,61 +143,16 @@ def test_while_it_imports(
     said, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (75, b"")
     assert b"interrupted by signal SIGHUP; no step was made" in said
-    assert outcome(run)["exit_code"] == 75
+    assert forked.outcome(run)["exit_code"] == 75
     assert_goes_on(run, store, undisturbed)
 
 
 def test_while_it_restores(store: Path, tmp_path: Path, undisturbed: FinalState) -> None:
     run = tmp_path / "run"
-    at_step_4 = (0, (STEP, 4, (TERM,)))
-    start = forked.start(run, settings(store), 1, signalled, at_step_4)
-    assert_interrupted(start, run, "signal SIGTERM", 4)
-    start = forked.start(run, settings(store), 1, signalled, (0, (RESTORING, 1, (USR1, TERM))))
-    assert_interrupted(start, run, "signal SIGTERM", 4)
-    assert outcome(run)["restart"] == 1
-    assert_goes_on(run, store, undisturbed)
-
-
-@pytest.mark.parametrize(
-    ("place", "more"),
-    [
-        (WRITING, ()),
-        soak(COMMIT, ()),
-        soak(RETAIN, ()),
-        soak(WRITING, ASYNCHRONOUS),
-        (COMMIT, ASYNCHRONOUS),
-    ],
-)
-def test_during_a_save(
-    store: Path, tmp_path: Path, undisturbed: FinalState, place: str, more: tuple[str, ...]
-) -> None:
-    """That of step 3. Written beside training, it may be finished some steps later, and the step
-    of that time is saved as well."""
-    run = tmp_path / "run"
-    reached = (place, 1, (TERM, USR1))
-    start = forked.start(run, settings(store, *more), 1, signalled, (0, reached))
-    assert_interrupted(start, run, "signal SIGUSR1", *(range(3, STEPS) if more else [3]))
-    assert_goes_on(run, store, undisturbed)
-
-
-@pytest.mark.parametrize("place", [soak(WRITING), soak(COMMIT), RETAIN, OUTCOME])
-def test_a_second_signal_during_the_last_save(
-    store: Path, tmp_path: Path, undisturbed: FinalState, place: str
-) -> None:
-    run = tmp_path / "run"
-    reached = ((STEP, 2, (TERM,)), (place, 1, (USR1, INT, TERM)))
-    start = forked.start(run, settings(store), 1, signalled, (0, *reached))
-    assert_interrupted(start, run, "signal SIGTERM", 2)
-    assert_goes_on(run, store, undisturbed)
-
-
-def test_during_a_validation(store: Path, tmp_path: Path, undisturbed: FinalState) -> None:
-    """It is finished, and its loss is kept."""
-    run = tmp_path / "run"
-    start = forked.start(run, settings(store), 1, signalled, (0, (VALIDATION, 2, (TERM, USR1))))
-    assert_interrupted(start, run, "signal SIGUSR1", 4)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "val_loss" in line] == [4]
+    for reached in ((STEP, 4, (TERM,)), (RESTORING, 1, (USR1, TERM))):
+        forked.check(run, settings(store), 1, signalled, (0, reached), code=75)
+        assert_interrupted(run, "signal SIGTERM", 4)
+    assert forked.outcome(run)["restart"] == 1
     assert_goes_on(run, store, undisturbed)
 
 
@@ -198,20 +163,20 @@ def test_during_a_validation(store: Path, tmp_path: Path, undisturbed: FinalStat
 def test_one_of_two_ranks_is_enough(store: Path, tmp_path: Path, place: str, to: int) -> None:
     """The other one waits for it in a collective, or goes on, and stops at the same step."""
     run = tmp_path / "run"
-    start = forked.start(run, settings(store), 2, signalled, (to, (place, 1, (USR1, TERM))))
+    reached = (place, 1, (USR1, TERM))
+    forked.check(run, settings(store), 2, signalled, (to, reached), code=75)
     step = {BUILDING: 0, STEP: 1, VALIDATION: 4, WRITING: 3}[place]
     name = "another rank was asked to stop" if to else "signal SIGTERM"
-    assert_interrupted(start, run, name, step)
-    assert_goes_on(run, store, None, ranks=2)
+    assert_interrupted(run, name, step)
+    forked.check(run, settings(store), 2)
 
 
 def test_after_the_last_step_it_is_finished(
     store: Path, tmp_path: Path, undisturbed: FinalState
 ) -> None:
     run = tmp_path / "run"
-    start = forked.start(run, settings(store), 1, signalled, (0, (END, 1, (TERM,))))
-    assert start.wait() == [0]
-    assert outcome(run)["outcome"] == "finished"
+    forked.check(run, settings(store), 1, signalled, (0, (END, 1, (TERM,))))
+    assert forked.outcome(run)["outcome"] == "finished"
     assert final_state(run) == undisturbed
 
 

@@ -35,8 +35,7 @@ def test_a_signalled_job_is_requeued_and_ends_as_if_it_had_not_been(
 ) -> None:
     """Two nodes of one rank each; the run that nothing disturbs is one without SLURM."""
     asked = ["--config", CONFIGURATION, f"data.store={store}", *TOY, STEPS]
-    whole = forked.start(tmp_path / "whole", asked, ranks=2)
-    assert whole.wait() == [0, 0], whole.printed
+    forked.check(tmp_path / "whole", asked, ranks=2)
     (tmp_path / "sitecustomize.py").write_text(SITE)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     # Short: the path of a socket has 107 characters at most.

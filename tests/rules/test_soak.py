@@ -1,19 +1,78 @@
-"""What the soak makes of the processes that it starts."""
+"""The soak: its planted faults fit the code as it is, and nothing of its processes is left."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.rules.sources import ROOT
-from tests.soak.__main__ import judged
+from tests.rules.sources import LIBRARY, LIBRARY_FILES, ROOT
+from tests.soak.__main__ import judged as judged_share
+from tests.soak.faults import FAULTS, PACKAGE_TESTS, Fault
+from tests.soak.planted_faults import CAUGHT, MISSED, Results, judged
 
+FOLDERS = {path.parent.relative_to(LIBRARY).as_posix() for path in LIBRARY_FILES}
+PACKAGES = {"top" if folder == "." else folder for folder in FOLDERS}
 SKIPPED = "sss\nSKIPPED [2] tests/soak/slurm/conftest.py:23: no slurmctld\n2 skipped in 0.1s\n"
+
+
+def test_every_package_has_faults_and_tests() -> None:
+    counted = Counter(fault.package for fault in FAULTS)
+    assert counted.total() >= 40
+    assert counted.keys() == PACKAGES == PACKAGE_TESTS.keys()
+    assert min(counted.values()) >= 2, counted
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+    patterns = {name for fault in FAULTS for name in fault.first}
+    patterns |= {name for names in PACKAGE_TESTS.values() for name in names}
+    assert [each for each in sorted(patterns) if not list(ROOT.glob(each))] == []
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_can_be_planted(fault: Fault) -> None:
+    text = (LIBRARY / fault.file).read_text()
+    assert text.count(fault.old) == 1
+    assert fault.new != fault.old
+    # It must not be caught as a module that cannot be imported.
+    compile(text.replace(fault.old, fault.new), fault.file, "exec")
+
+
+@pytest.mark.parametrize(
+    ("why", "outcome", "if_it_hangs"),
+    [
+        ("assert 1 == 2", CAUGHT, CAUGHT),
+        ("AssertionError: two runs did not end in the same state", CAUGHT, CAUGHT),
+        ("AssertionError: ranks [0, 1] did not end in time", MISSED, CAUGHT),
+        ("AssertionError: not ended in time: [0, None] ... assert None not in", MISSED, CAUGHT),
+        ("AssertionError: ['a.py'] did not end in 1e+03 s:", MISSED, CAUGHT),
+        ("subprocess.TimeoutExpired: Command", MISSED, CAUGHT),
+        ("Failed: Timeout (>300.0s) from pytest-timeout.", MISSED, MISSED),
+        ("ModuleNotFoundError: No module named 'a'", MISSED, MISSED),
+    ],
+)
+def test_a_test_that_waits_in_vain_catches_what_hangs_alone(
+    why: str, outcome: str, if_it_hangs: str
+) -> None:
+    ended = {"code": 1, "failures": [("a test", why)]}
+    fault = replace(FAULTS[0], hangs=False)
+    assert judged(ended, fault)["outcome"] == outcome
+    assert judged(ended, replace(fault, hangs=True))["outcome"] == if_it_hangs
+
+
+def test_results_hold_for_one_commit_and_what_was_missed_is_tried_again(tmp_path: Path) -> None:
+    caught, missed = FAULTS[:2]
+    for commit, is_open in (("a commit", False), ("", True)):
+        results = Results(tmp_path / "results", commit)
+        results.add(caught, {"outcome": CAUGHT, "by": "a test", "why": ""})
+        results.add(missed, {"outcome": MISSED, "by": "", "why": ""})
+        again = Results(tmp_path / "results", commit)
+        assert (again.is_open(caught), again.is_open(missed)) == (is_open, True)
+    assert Results(tmp_path / "results", "another").is_open(caught)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +94,7 @@ def test_a_share_that_has_done_nothing_has_failed_unless_it_was_skipped(
     printed: str, code: int | None, least: int, repetitions: int, failures: int, skipped: str
 ) -> None:
     expected = {"repetitions": repetitions, "failures": failures, "skipped": skipped}
-    assert judged(printed, code, least)[0] == expected
+    assert judged_share(printed, code, least)[0] == expected
 
 
 STARTER = """
@@ -70,7 +129,7 @@ command = [sys.executable, "-c", sys.argv[1]]
 share = Share(command, stdout=open("out", "w"), start_new_session=True)
 print(soak.ended(share, 600))
 """
-"""Its share comes to its limit, or Ctrl-C is pressed, once both have said who they are."""
+"""Its share reaches its limit, or Ctrl-C is pressed, once both have printed who they are."""
 
 
 @pytest.mark.parametrize("how", ["late", "interrupted"])
@@ -85,10 +144,8 @@ def test_nothing_of_a_share_is_left(tmp_path: Path, how: str) -> None:
         check=False,
     )
     by_hand = how == "interrupted"
-    assert ("KeyboardInterrupt" in ended.stderr, ended.stdout) == (
-        by_hand,
-        "" if by_hand else "None\n",
-    )
-    *started, said = (tmp_path / "out").read_text().split()
-    assert (len(started), said) == (2, "interrupted")
+    printed = "" if by_hand else "None\n"
+    assert ("KeyboardInterrupt" in ended.stderr, ended.stdout) == (by_hand, printed)
+    *started, last = (tmp_path / "out").read_text().split()
+    assert (len(started), last) == (2, "interrupted")
     assert not [pid for pid in map(int, started) if psutil.pid_exists(pid)]

@@ -1,0 +1,361 @@
+"""All checks in their order, on all ranks.
+
+    meet -> nodes, cells, clocks, run folder -> rank 0: table, findings
+         -> process groups, all-reduce       -> rank 0: the rest      -> exit code of every rank
+
+All that can be found without a process group is found before there is one: it may make one hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import secrets
+import statistics
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+
+from geneformer_mcore.checkpoint import manager
+from geneformer_mcore.config import Config
+from geneformer_mcore.distributed import device, groups
+from geneformer_mcore.distributed.watchdog import Watchdog
+from geneformer_mcore.exit_codes import FINISHED, WRONG_INPUT
+from geneformer_mcore.io.files import free_bytes
+from geneformer_mcore.preflight import checks, node, report
+from geneformer_mcore.preflight.checks import Finding, Reduced, State
+from geneformer_mcore.preflight.node import Member, Node, Offset, Seen, View
+
+LIMIT_S = 30
+"""Seconds in which every rank must finish a check, at most; parallel.timeout_s if less."""
+_MEET_S = 240
+"""For ranks to start: on a cold network disk imports alone take half of that."""
+_HINDER = ("network", "GPUs")
+"""Checks without which process groups would hang, or fail without a reason."""
+_BYTES = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
+_TIMES = 5
+_LOOK_S = 0.2
+_FLOCK = "hhqqi4x"
+"""struct flock of 64-bit Linux: type, whence, start, length, pid."""
+now = time.time
+"""This node's clock, seconds."""
+
+
+class Exchange:
+    """Messages between ranks before there is a process group: JSON, by the store in which they met.
+    It works where gloo and NCCL do not. All ranks make the same calls in the same order.
+
+    Raises torch's DistStoreError where a rank does not come within the store's time limit; the
+    watch of a job ends it before.
+    """
+
+    def __init__(self, meeting: groups.Rendezvous) -> None:
+        self.rank, self.world_size = meeting.rank, meeting.world_size
+        self.is_first = self.rank == 0
+        self._store = PrefixStore("preflight", meeting.store)
+        self._calls = 0
+
+    def gather(self, value: Any = None) -> list[Any]:
+        """Every rank's `value`, in order of rank, on rank 0; an empty list elsewhere."""
+        key = self._next_key()
+        self.put(f"{key}/{self.rank}", value)
+        ranks = range(self.world_size) if self.is_first else []
+        return [self.take(f"{key}/{rank}") for rank in ranks]
+
+    def broadcast(self, value: Any = None) -> Any:
+        """Rank 0's `value` on every rank."""
+        key = self._next_key()
+        if self.is_first:
+            self.put(key, value)
+        return self.take(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Stores `value`; a dataclass becomes a dict."""
+        self._store.set(key, json.dumps(value, default=asdict))
+
+    def take(self, key: str) -> Any:
+        """The value of the key; waits until there is one."""
+        return json.loads(self._store.get(key))
+
+    def _next_key(self) -> str:
+        self._calls += 1
+        return str(self._calls)
+
+
+@dataclass
+class Traces:
+    """Files that preflight has put on a disk; `clear` removes them, at any time, from any thread.
+    folders: innermost first; one in which somebody else has put something stays."""
+
+    files: list[Path] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Never raises."""
+        for path in self.files:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        for path in self.folders:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def check(
+    config: Config, text: str, watch: Watchdog, traces: Traces, log: Callable[[str], None]
+) -> tuple[int, dict[str, Any]]:
+    """The exit code, equal on all ranks, and on rank 0 the whole result, fit for JSON.
+
+    text: the settings as written. log: called on rank 0 with what is to be printed.
+    """
+    began = time.monotonic()
+    watch.doing("meeting the other ranks", limit_s=_MEET_S)
+    meeting = groups.meet(config.parallel, watch)
+    exchange = Exchange(meeting)
+    members = look(exchange, config, text, watch, traces)
+    findings: list[Finding] = []
+    if exchange.is_first:
+        there = manager.bytes_there(Path(config.run.dir).absolute() / "checkpoints")
+        findings = checks.judge(config, members, there)
+        log(report.table(members) + "\n")
+        log("\n".join(map(str, findings)))
+    watch.doing("waiting for what rank 0 makes of the nodes")
+    failing = [each.check for each in findings if each.state is State.fails]
+    hindered = exchange.broadcast([check for check in failing if check in _HINDER])
+    if hindered:
+        sums = [checks.skipped("all-reduce", f"{', '.join(hindered)} must be mended first")]
+    else:
+        sums = checks.judge_sums(_reduce(exchange, meeting, config, watch))
+    if exchange.is_first:
+        findings += sums
+        failing = [each.check for each in findings if each.state is State.fails]
+        log("\n".join(map(str, sums)))
+        log(f"\n{len(failing)} of {len(findings)} checks fail, {time.monotonic() - began:.1f} s")
+    watch.doing("telling each other how it ended")
+    code = exchange.broadcast(WRONG_INPUT if failing else FINISHED)
+    exchange.gather()  # rank 0 may hold the store: it leaves last
+    result = report.as_json(members, findings) if exchange.is_first else {}
+    return code, result | {"exit_code": code, "seconds": round(time.monotonic() - began, 3)}
+
+
+def look(
+    exchange: Exchange, config: Config, text: str, watch: Watchdog, traces: Traces
+) -> list[Member]:
+    """The nodes of the job, on rank 0."""
+    here = node.look(text)
+    leads = here.local_rank == 0 or exchange.is_first
+    # The first exchange is where ranks wait for those that still start.
+    nodes = [Node(**each) for each in exchange.gather(here)]
+    watch.doing(f"looking at data.store={config.data.store}")
+    seen = exchange.gather(node.look_at_cells(config) if leads else None)
+    watch.doing("waiting for the other nodes to look at data.store")
+    leaders = exchange.broadcast([rank for rank, each in enumerate(seen) if each])
+    watch.doing("comparing clocks")
+    offsets = compare_clocks(exchange, leaders)
+    watch.doing(f"writing and reading in run.dir={config.run.dir}")
+    try:
+        views = _share(exchange, Path(config.run.dir).absolute(), leads, traces)
+    finally:
+        traces.clear()
+    return members_of(nodes, seen, offsets, views)
+
+
+def members_of(
+    nodes: Sequence[Node],
+    seen: Sequence[dict | None],
+    offsets: dict[int, Offset],
+    views: dict[int, View],
+) -> list[Member]:
+    """Ranks by node: of equal number, on one machine. Only first ranks have looked at the cells."""
+    ranks: dict[tuple, list[int]] = {}
+    for rank, each in enumerate(nodes):
+        ranks.setdefault((each.number, *each.machine, each.host), []).append(rank)
+    members = []
+    for of_node in ranks.values():
+        first = next((rank for rank in of_node if seen[rank]), of_node[0])
+        ordered = [first, *(rank for rank in of_node if rank != first)]
+        found = Seen(**(seen[first] or {"problem": "no rank of it has LOCAL_RANK 0"}))
+        offset = offsets.get(first, Offset())
+        members.append(Member(nodes[first], ordered, found, offset, views.get(first)))
+    return sorted(members, key=lambda each: (each.node.number, each.ranks))
+
+
+def compare_clocks(exchange: Exchange, leaders: Sequence[int]) -> dict[int, Offset]:
+    """Offsets of `leaders`, the first ranks of the nodes, on rank 0; all ranks call it together.
+
+        rank 0    sent --ping-->                back     offset = its time - (sent + back) / 2
+        leader                   --its time-->           known to +- (back - sent) / 2
+
+    A round trip for each, by the store: NCCL has no message that is cheap between two ranks that
+    never talked. (Cristian 1989, "Probabilistic clock synchronization")
+    """
+    found = {}
+    if exchange.is_first:
+        for rank in leaders[1:]:
+            sent = now()
+            exchange.put(f"ping/{rank}", None)
+            found[rank] = offset_of(sent, exchange.take(f"pong/{rank}"), now())
+    elif exchange.rank in leaders:
+        exchange.take(f"ping/{exchange.rank}")
+        exchange.put(f"pong/{exchange.rank}", now())
+    return found
+
+
+def offset_of(sent: float, there: float, back: float) -> Offset:
+    """The offset by one round trip."""
+    return Offset(there - (sent + back) / 2, (back - sent) / 2)
+
+
+def _share(exchange: Exchange, folder: Path, looks: bool, traces: Traces) -> dict[int, View]:
+    """Views of the run folder by rank, on rank 0; no file of a run is touched.
+
+        rank 0 writes a file  ->  ranks that `looks` read it, and write one  ->  rank 0 reads those
+        all of it is removed again, and the folder if it was made for this
+
+    Nobody looks at the folder before rank 0 has written: a network file system remembers for up to
+    a minute that something was not there.
+    """
+    nonce, problem = secrets.token_hex(16), ""
+    if exchange.is_first:
+        problem = _write(folder, nonce, 0, traces)
+    nonce, problem_of_first = exchange.broadcast([nonce, problem])
+    view = None
+    if looks:
+        sees = not problem_of_first and bool(_wait_for(folder, nonce, {0}))
+        if not exchange.is_first:
+            problem = _write(folder, nonce, exchange.rank, traces)
+        view = View(problem, sees, False, free_bytes(folder), is_locked(folder / ".lock"))
+    answers = exchange.gather(view)
+    views = {rank: View(**answer) for rank, answer in enumerate(answers) if answer}
+    seen = _wait_for(folder, nonce, {rank for rank, each in views.items() if not each.problem})
+    # Files go before the folder does: rank 0 waits for the others.
+    exchange.broadcast()
+    if not exchange.is_first:
+        traces.clear()
+    exchange.gather()
+    return {rank: replace(each, seen=rank in seen) for rank, each in views.items()}
+
+
+def _name(nonce: str, rank: int) -> str:
+    return f".preflight_{nonce}_{rank}"
+
+
+def _write(folder: Path, nonce: str, rank: int, traces: Traces) -> str:
+    """The reason why this rank's file cannot be written; "" if it is. Rank 0 makes the folder."""
+    try:
+        if rank == 0:
+            # Noted first: it may be that only some of them can be made.
+            traces.folders += [each for each in (folder, *folder.parents) if not each.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _name(nonce, rank)
+        traces.files.append(path)
+        with path.open("w") as file:
+            file.write(nonce)
+            # As a run does with its own: some network file systems are mounted without it.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _wait_for(folder: Path, nonce: str, ranks: set[int]) -> set[int]:
+    """The ranks whose files appear with their content within SEE_S seconds."""
+    deadline = time.monotonic() + checks.SEE_S
+    seen: set[int] = set()
+    while True:
+        with contextlib.suppress(OSError):
+            # To list a folder makes a network file system ask what is new in it.
+            list(folder.iterdir())
+        for rank in ranks - seen:
+            with contextlib.suppress(OSError):
+                if (folder / _name(nonce, rank)).read_text() == nonce:
+                    seen.add(rank)
+        if seen == ranks or time.monotonic() > deadline:
+            return seen
+        time.sleep(_LOOK_S)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of the file `path`, as far as this machine can know. The
+    lock is not taken for an instant: a start in that instant would be refused.
+
+    Linux lists the locks of this machine's processes by inode. One held on another machine of a
+    network file system is a byte-range lock there, which can be queried.
+    """
+    query = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        with path.open() as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, query)
+            inode = os.fstat(file.fileno()).st_ino
+        locks = Path("/proc/locks").read_text()
+    except OSError:
+        return False
+    holders = re.findall(rf"FLOCK .* (-?\d+) \S+:{inode} ", locks)
+    held_elsewhere = struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK
+    return held_elsewhere or any(_has_open(holder, path) for holder in holders)
+
+
+def _has_open(process: str, path: Path) -> bool:
+    """Whether the process has the file open, and not one of that inode on another disk; yes where
+    it cannot be asked."""
+    try:
+        return any(file.samefile(path) for file in Path("/proc", process, "fd").iterdir())
+    except OSError:
+        return True
+
+
+def _reduce(
+    exchange: Exchange, meeting: groups.Rendezvous, config: Config, watch: Watchdog
+) -> list[list[Reduced]]:
+    """Every rank's all-reduces in its groups, on rank 0."""
+    watch.doing("building the process groups")
+    here = device.start()
+    groups.join(meeting, here, config.parallel, backstop_s=2 * LIMIT_S)
+    found = reduce_in(groups.named_groups(), here, watch.doing)
+    watch.doing("waiting for the all-reduces of the others")
+    results = exchange.gather(found)
+    groups.stop()
+    return [[Reduced(**each) for each in of_rank] for of_rank in results]
+
+
+def reduce_in(
+    found: dict[str, dist.ProcessGroup], device: torch.device, doing: Callable[[str], None]
+) -> list[Reduced]:
+    """All-reduces in this rank's groups, one after the other; all ranks call it together.
+
+    doing: called before each, for the watch: by it a rank that does not come is found.
+    """
+    results = []
+    for name, group in found.items():
+        ranks = dist.get_process_group_ranks(group)
+        doing(f"the all-reduce of the {name} group ({checks.named(ranks)})")
+        is_right, seconds = _sum(group, ranks, device) if len(ranks) > 1 else (True, 0.0)
+        results.append(Reduced(name, ranks, is_right, seconds, _BYTES[device.type]))
+    return results
+
+
+def _sum(group: dist.ProcessGroup, ranks: list[int], device: torch.device) -> tuple[bool, float]:
+    """Whether all sums are right, and the median seconds of one."""
+    values = torch.empty(_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+    # Small whole numbers: their sum is exact in 32 bits, in whatever order it is made.
+    number, expected = ranks.index(dist.get_rank()) + 1, len(ranks) * (len(ranks) + 1) / 2
+    is_right, seconds = True, []
+    for _ in range(1 + _TIMES):
+        values.fill_(number)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        dist.all_reduce(values, group=group)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+        is_right &= bool((values == expected).all())
+    # The first one sets up connections.
+    return is_right, statistics.median(seconds[1:])
