@@ -1,7 +1,8 @@
-"""Small files of counts and vocabularies for tests, and a plain reference of the encoding."""
+"""Small files of counts and vocabularies, damage to files, and a plain reference of the encoding."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import anndata
@@ -19,13 +20,16 @@ def gene_id(number: int) -> str:
     return f"ENSG{number:011d}"
 
 
+def gene_ids(numbers: int | Iterable[int]) -> list[str]:
+    """Ids of the genes of these numbers, or of the first so many."""
+    return [gene_id(number) for number in (range(numbers) if isinstance(numbers, int) else numbers)]
+
+
 def vocabulary_of(num_genes: int, medians: np.ndarray | None = None) -> Vocabulary:
     """The genes 0..num_genes - 1; their medians, by default, differ and are not sorted."""
     if medians is None:
         medians = 0.5 + (np.arange(num_genes) * 7919 % 1000) / 250
-    return Vocabulary.from_medians(
-        {gene_id(number): float(median) for number, median in enumerate(medians)}
-    )
+    return Vocabulary.from_medians(dict(zip(gene_ids(num_genes), map(float, medians), strict=True)))
 
 
 def random_counts(
@@ -60,24 +64,37 @@ def plain_tokens(
     return np.concatenate([[CLS], ranked])[:seq_length]
 
 
-def write_h5ad(
-    path: Path,
+def adata_of(
     counts: object,
-    gene_ids: list[str] | None = None,
+    genes: Iterable[str] | None = None,
     obs: dict[str, object] | None = None,
-    cell_ids: list[str] | None = None,
+    cell_ids: Iterable[str] | None = None,
     var: dict[str, object] | None = None,
     **parts: object,
-) -> Path:
-    """An h5ad file; genes are 0, 1, ... and cells c0, c1, ... unless named."""
+) -> anndata.AnnData:
+    """Cells in memory; genes are 0, 1, ... and cells c0, c1, ... unless named."""
     num_cells, num_genes = counts.shape  # type: ignore[attr-defined]
-    genes = gene_ids or [gene_id(number) for number in range(num_genes)]
     cells = cell_ids or [f"c{number}" for number in range(num_cells)]
-    data = anndata.AnnData(
+    return anndata.AnnData(
         counts,
         obs=pd.DataFrame(obs or {}, index=pd.Index(cells)),
-        var=pd.DataFrame(var or {}, index=pd.Index(genes)),
+        var=pd.DataFrame(var or {}, index=pd.Index(genes or gene_ids(num_genes))),
         **parts,
     )
-    data.write_h5ad(path)
+
+
+def write_h5ad(
+    path: Path, counts: object, gene_ids: Iterable[str] | None = None, **parts: object
+) -> Path:
+    """The cells of adata_of as an h5ad file."""
+    adata_of(counts, gene_ids, **parts).write_h5ad(path)  # type: ignore[arg-type]
     return path
+
+
+def flip_bit(path: Path, byte: int, bit: int = 0) -> bytes:
+    """Flip one bit of a file; returns what it held before."""
+    sound = path.read_bytes()
+    damaged = bytearray(sound)
+    damaged[byte] ^= 1 << bit
+    path.write_bytes(damaged)
+    return sound

@@ -13,13 +13,14 @@ import pytest
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.tokenizer.dictionary import import_dictionary, read_dictionary
+from tests.small_cells import gene_id
 
-MEDIANS = {"ENSG00000000001": 2.5, "ENSG00000000003": 0.5, "ENSG00000000002": 1.0}
-TOKENS = {"<pad>": 0, "<mask>": 1, **{f"ENSG0000000000{i}": i + 1 for i in (1, 2, 3)}}
+MEDIANS = {gene_id(1): 2.5, gene_id(3): 0.5, gene_id(2): 1.0}
+TOKENS = {"<pad>": 0, "<mask>": 1, **{gene_id(i): i + 1 for i in (1, 2, 3)}}
 
 
 class Hostile:
-    """Runs a command when it is unpickled."""
+    """Calls a function when it is unpickled."""
 
     def __init__(self, function: object, *arguments: object) -> None:
         self.function, self.arguments = function, arguments
@@ -35,23 +36,24 @@ def dump(path: Path, content: object, protocol: int = 4) -> Path:
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("kind", [float, np.float64, np.float32, np.int64])
-def test_pickle_of_numbers(tmp_path: Path, protocol: int, kind: type) -> None:
+def test_pickle_of_numbers(tmp_path, protocol: int, kind: type) -> None:
     content = OrderedDict((gene, kind(median * 2)) for gene, median in MEDIANS.items())
     read = read_dictionary(dump(tmp_path / "m.pkl", content, protocol))
     assert read == {gene: median * 2 for gene, median in MEDIANS.items()}
     assert {type(value) for value in read.values()} <= {int, float}
 
 
-def test_big_endian_scalar(tmp_path: Path) -> None:
+def test_big_endian_scalar(tmp_path) -> None:
     content = {"a": np.array([1.5], dtype=">f8")[0], "b": np.dtype(">f4").type(2.5)}
     assert read_dictionary(dump(tmp_path / "m.pkl", content)) == {"a": 1.5, "b": 2.5}
 
 
-def test_json_and_pickle_give_the_same_vocabulary(tmp_path: Path) -> None:
+def test_json_and_pickle_give_the_same_vocabulary(tmp_path) -> None:
     (tmp_path / "m.json").write_text(json.dumps(MEDIANS))
     from_json = import_dictionary(tmp_path / "m.json")
-    tokens = dump(tmp_path / "t.pkl", TOKENS)
-    assert from_json == import_dictionary(dump(tmp_path / "m.pkl", MEDIANS), tokens)
+    assert from_json == import_dictionary(
+        dump(tmp_path / "m.pkl", MEDIANS), dump(tmp_path / "t.pkl", TOKENS)
+    )
     assert from_json.medians == (2.5, 1.0, 0.5)
 
 
@@ -64,32 +66,25 @@ def test_json_and_pickle_give_the_same_vocabulary(tmp_path: Path) -> None:
         lambda mark: Hostile(np.fromfile, str(mark)),
         lambda mark: Hostile(getattr, "text", "upper"),
     ],
+    ids=["system", "eval", "open", "fromfile", "getattr"],
 )
-def test_hostile_pickle_is_refused_and_does_nothing(tmp_path: Path, hostile: object) -> None:
+def test_hostile_pickle_is_refused_and_does_nothing(tmp_path, hostile) -> None:
     mark = tmp_path / "mark"
-    path = dump(tmp_path / "m.pkl", {"ENSG00000000001": hostile(mark)})  # type: ignore[operator]
     with pytest.raises(DataError, match=r"refused as a pickle.*asks for"):
-        import_dictionary(path)
+        import_dictionary(dump(tmp_path / "m.pkl", {gene_id(1): hostile(mark)}))
     assert not mark.exists()
 
 
 @pytest.mark.parametrize(
-    "content",
-    [
-        {"a": np.array([1.0])},
-        {"a": np.datetime64("2020-01-01")},
-        {"a": np.str_("text")},
-        {"a": object},
-        {"a": 1 + 2j},
-    ],
+    "value", [np.array([1.0]), np.datetime64("2020-01-01"), np.str_("text"), object, 1 + 2j]
 )
-def test_other_types_are_refused(tmp_path: Path, content: object) -> None:
+def test_other_types_are_refused(tmp_path, value: object) -> None:
     with pytest.raises(DataError, match="refused as a pickle"):
-        read_dictionary(dump(tmp_path / "m.pkl", content))
+        read_dictionary(dump(tmp_path / "m.pkl", {"a": value}))
 
 
 @pytest.mark.parametrize("raw", [b"", b"\x80", b"not a pickle", b"{broken", b"\x80\x04K\x01."])
-def test_damaged_file_is_refused(tmp_path: Path, raw: bytes) -> None:
+def test_damaged_file_is_refused(tmp_path, raw: bytes) -> None:
     path = tmp_path / "m.pkl"
     path.write_bytes(raw)
     with pytest.raises(DataError, match=r"m\.pkl"):
@@ -110,39 +105,32 @@ def test_damaged_file_is_refused(tmp_path: Path, raw: bytes) -> None:
         (["a"], "keys are gene ids"),
     ],
 )
-def test_wrong_medians(tmp_path: Path, medians: object, message: str) -> None:
+def test_wrong_medians(tmp_path, medians: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         import_dictionary(dump(tmp_path / "m.pkl", medians))
 
 
-def test_numbers_beyond_all_bounds_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "m.json").write_text('{"a": 1' + 400 * "0" + "}")
-    with pytest.raises(
-        DataError, match=r"m\.json: the median of a is a whole number of 1,329 bits"
-    ):
-        import_dictionary(tmp_path / "m.json")
-    (tmp_path / "deep.json").write_text(100_000 * '{"a":')
+def test_json_too_deep_to_read_is_refused(tmp_path) -> None:
+    (tmp_path / "m.json").write_text(100_000 * '{"a":')
     with pytest.raises(DataError, match="not valid JSON"):
-        import_dictionary(tmp_path / "deep.json")
-    tokens = dump(tmp_path / "t.pkl", {**TOKENS, "ENSG00000000001": 10**5000})
-    with pytest.raises(DataError, match=r"from 0 to 2\^63"):
-        import_dictionary(dump(tmp_path / "m.pkl", MEDIANS), tokens)
+        import_dictionary(tmp_path / "m.json")
 
 
-def test_tokens_choose_the_genes_and_must_follow_their_order(tmp_path: Path) -> None:
-    medians = dump(tmp_path / "m.pkl", MEDIANS)
+def test_tokens_choose_the_genes_and_must_follow_their_order(tmp_path) -> None:
+    medians, tokens = dump(tmp_path / "m.pkl", MEDIANS), tmp_path / "t.pkl"
     fewer = {gene: token for gene, token in TOKENS.items() if token != 3}
-    kept = import_dictionary(medians, dump(tmp_path / "fewer.pkl", fewer))
-    assert kept.feature_ids == ("ENSG00000000001", "ENSG00000000003")
-    swapped = {**TOKENS, "ENSG00000000001": 3, "ENSG00000000002": 2}
-    with pytest.raises(DataError, match="must follow the sorted gene ids"):
-        import_dictionary(medians, dump(tmp_path / "swapped.pkl", swapped))
-    more = {**TOKENS, "ENSG00000000009": 9}
-    with pytest.raises(DataError, match="1 of 4 genes have no median"):
-        import_dictionary(medians, dump(tmp_path / "more.pkl", more))
+    kept = import_dictionary(medians, dump(tokens, fewer))
+    assert kept.feature_ids == (gene_id(1), gene_id(3))
+    for changes, message in (
+        ({gene_id(1): 3, gene_id(2): 2}, "must follow the sorted gene ids"),
+        ({gene_id(9): 9}, "1 of 4 genes have no median"),
+        ({gene_id(1): 10**5000}, r"from 0 to 2\^63"),
+    ):
+        with pytest.raises(DataError, match=message):
+            import_dictionary(medians, dump(tokens, TOKENS | changes))
 
 
-def test_real_medians(shared_data: Path) -> None:
+def test_real_medians(shared_data) -> None:
     vocabulary = import_dictionary(shared_data / "dicts" / "gc30m_gene_medians.json")
     assert vocabulary.size == 25_429
     assert vocabulary.feature_ids[0] == "ENSG00000000003"

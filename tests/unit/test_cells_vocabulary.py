@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import os
 
 import pytest
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.tokenizer.vocabulary import MAX_TOKENS, Vocabulary
-from tests.small_cells import gene_id, vocabulary_of
+from tests.small_cells import vocabulary_of
+
+PLAIN = Vocabulary(("a", "b"), ("A", "B"), (1.5, 2.5))
 
 
 def test_genes_are_sorted_and_numbered_after_the_specials() -> None:
@@ -21,23 +23,26 @@ def test_genes_are_sorted_and_numbered_after_the_specials() -> None:
     assert vocabulary.medians_of_token.tolist() == [1, 1, 1, 1, 1, 1.0, 2.0]
 
 
-def test_file_round_trip(tmp_path: Path) -> None:
+def test_file_round_trip(tmp_path) -> None:
     vocabulary = vocabulary_of(100)
     vocabulary.save(tmp_path / "v.json")
     loaded = Vocabulary.load(tmp_path / "v.json")
-    assert loaded == vocabulary
-    assert loaded.medians == vocabulary.medians
-    assert [path.name for path in tmp_path.iterdir()] == ["v.json"]
+    assert (loaded, loaded.medians) == (vocabulary, vocabulary.medians)
+    assert os.listdir(tmp_path) == ["v.json"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        vocabulary.save(tmp_path / "file" / "v.json")
+    with pytest.raises(DataError, match="no such file"):
+        Vocabulary.load(tmp_path / "missing.json")
 
 
 def test_checksum_depends_on_every_part() -> None:
-    plain = Vocabulary(("a", "b"), ("A", "B"), (1.0, 2.0))
     others = [
-        Vocabulary(("a", "c"), ("A", "B"), (1.0, 2.0)),
-        Vocabulary(("a", "b"), ("A", "C"), (1.0, 2.0)),
-        Vocabulary(("a", "b"), ("A", "B"), (1.0, 2.0000000000000004)),
+        Vocabulary(("a", "c"), ("A", "B"), (1.5, 2.5)),
+        Vocabulary(("a", "b"), ("A", "C"), (1.5, 2.5)),
+        Vocabulary(("a", "b"), ("A", "B"), (1.5, 2.5000000000000004)),
     ]
-    assert len({plain.checksum, *(other.checksum for other in others)}) == 4
+    assert len({PLAIN.checksum, *(other.checksum for other in others)}) == 4
 
 
 @pytest.mark.parametrize(
@@ -53,9 +58,9 @@ def test_checksum_depends_on_every_part() -> None:
         ("medians", "many", "must be lists"),
     ],
 )
-def test_changed_file_is_refused(tmp_path: Path, place: str, value: object, message: str) -> None:
+def test_changed_file_is_refused(tmp_path, place: str, value: object, message: str) -> None:
     path = tmp_path / "v.json"
-    Vocabulary(("a", "b"), ("A", "B"), (1.5, 2.5)).save(path)
+    PLAIN.save(path)
     content = json.loads(path.read_text())
     assert content[place] != value
     path.write_text(json.dumps(content | {place: value}))
@@ -63,14 +68,12 @@ def test_changed_file_is_refused(tmp_path: Path, place: str, value: object, mess
         Vocabulary.load(path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1.5}', "\udcff"])
-def test_file_that_is_no_vocabulary_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"a": 1.5}', b"\xff"])
+def test_file_that_is_no_vocabulary_is_refused(tmp_path, content: bytes) -> None:
     path = tmp_path / "v.json"
-    path.write_bytes(text.encode(errors="surrogateescape"))
+    path.write_bytes(content)
     with pytest.raises(DataError, match=r"v\.json"):
         Vocabulary.load(path)
-    with pytest.raises(DataError, match="no such file"):
-        Vocabulary.load(tmp_path / "missing.json")
 
 
 @pytest.mark.parametrize("median", [0.0, -1.0, float("nan"), float("inf")])
@@ -90,13 +93,3 @@ def test_as_many_tokens_as_uint16_holds() -> None:
 def test_ids_must_be_unique_sorted_and_there(ids: tuple[str, ...]) -> None:
     with pytest.raises(DataError):
         Vocabulary(ids, ids, (1.0,) * len(ids))
-
-
-def test_unwritable_place_is_a_users_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be written"):
-        vocabulary_of(2).save(tmp_path / "file" / "v.json")
-
-
-def test_gene_id_form() -> None:
-    assert gene_id(7) == "ENSG00000000007"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,27 +22,21 @@ FINISHED = {"outcome": "finished", "exit_code": 0, "step": 40, "reason": "done",
 SAVED = {"outcome": "interrupted", "exit_code": 75, "step": 20, "reason": "SIGTERM", "restart": 1}
 
 
-def training(step: int) -> dict[str, Any]:
-    return {
-        "step": step,
-        "loss": 7.0 - step / 20,
-        "cells_per_s": 100.0 if step == 10 else 400.0,
-        "tokens_per_s": 40_000.0,
-        "tflops_padded_equivalent": 0.02,
-        "tflops_executed": 0.01,
-        "mfu": 0.125,
-        "data_wait_fraction": 0.05,
-        "step_s": 0.5,
-    }
+RATES = """{"tokens_per_s": 40000.0, "tflops_padded_equivalent": 0.02, "tflops_executed": 0.01,
+"mfu": 0.125, "data_wait_fraction": 0.05, "step_s": 0.5}"""
+
+
+def training(step: int) -> dict[str, float]:
+    cells_per_s = 100.0 if step == 10 else 400.0
+    return {"step": step, "loss": 7.0 - step / 20, "cells_per_s": cells_per_s, **json.loads(RATES)}
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
+def run_dir(tmp_path) -> Path:
     """A finished run of 40 steps."""
     folder = tmp_path / "demo_run"
-    (folder / "checkpoints" / "step_0000000020").mkdir(parents=True)
-    (folder / "checkpoints" / "step_0000000040").mkdir()
-    (folder / "checkpoints" / ".staging_step_0000000041").mkdir()
+    for name in ("step_0000000020", "step_0000000040", ".staging_step_0000000041"):
+        (folder / "checkpoints" / name).mkdir(parents=True)
     records = [training(step) for step in (10, 20, 30, 40)]
     records.insert(2, {"step": 20, "val_loss": 5.5, "val_loss_cell_mean": 5.4})
     records.append({"step": 40, "val_loss": 4.75, "val_loss_cell_mean": 4.7})
@@ -58,99 +51,104 @@ def run_dir(tmp_path: Path) -> Path:
     return folder
 
 
+def table_of(run_dir: Path) -> str:
+    return results.text(results.load(run_dir))
+
+
 def test_numbers_are_those_of_the_folder(run_dir) -> None:
     found = results.load(run_dir)
     assert (found.step, found.total_steps, found.exit_code) == (40, 40, 0)
     assert (found.train.last, found.validation.last) == (5.0, 4.75)
     assert found.val_loss_cell_mean == 4.7
     assert found.rates["cells_per_s"] == 400, "the median: the slow start does not count"
-    assert found.train_s == 40 * 0.5
-    assert found.wall_s == 45
+    assert (found.train_s, found.wall_s) == (40 * 0.5, 45)
     assert found.checkpoint == run_dir / "checkpoints" / "step_0000000040"
 
 
-def test_the_table_sets_losses_beside_baselines(run_dir) -> None:
+def test_the_table_compares_losses_with_baselines(run_dir) -> None:
     table = results.text(results.load(run_dir), run_dir / "loss.png")
-    assert "step 40 of 40" in table
-    assert "4.7500" in table
-    assert "6.0000   baseline; validation is 1.250 below" in table
-    assert "4.5000   baseline; validation is 0.250 ABOVE" in table
-    assert "400.0" in table
-    assert "0.02 padded-equivalent, 0.01 executed" in table
-    assert "12.5%" in table
-    assert "20 s in training steps of 45 s in all" in table
-    for place in ("step_0000000040", "tensorboard", "loss.png"):
-        assert str(run_dir / "checkpoints" / place) in table or str(run_dir / place) in table
+    for part in (
+        "step 40 of 40",
+        "4.7500",
+        "6.0000   baseline; validation is 1.250 below",
+        "4.5000   baseline; validation is 0.250 ABOVE",
+        "400.0",
+        "0.02 padded-equivalent, 0.01 executed",
+        "12.5%",
+        "20 s in training steps of 45 s in all",
+        str(run_dir / "checkpoints" / "step_0000000040"),
+        str(run_dir / "tensorboard"),
+        str(run_dir / "loss.png"),
+    ):
+        assert part in table
     assert "NOT FINISHED" not in table
 
 
-def test_an_interrupted_run_says_so(run_dir) -> None:
+def test_a_run_that_did_not_finish_says_so(run_dir) -> None:
     (run_dir / "outcome.json").write_text(json.dumps(SAVED))
-    table = results.text(results.load(run_dir))
-    assert "NOT FINISHED" in table
-    assert "exit code 75: SIGTERM" in table
-    assert f"(run.dir={run_dir}) continues it" in table
-
-
-def test_a_killed_run_is_a_defect(run_dir) -> None:
+    table = table_of(run_dir)
+    for part in ("NOT FINISHED", "exit code 75: SIGTERM", f"(run.dir={run_dir}) continues it"):
+        assert part in table
+    # Killed: a defect.
     (run_dir / "outcome.json").unlink()
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 50, "lo')
     found = results.load(run_dir)
-    assert found.exit_code == 1
-    assert found.step == 40
+    assert (found.exit_code, found.step) == (1, 40)
     assert "killed, or still runs" in results.text(found)
 
 
 def test_a_run_that_was_refused_has_no_table_of_dashes(tmp_path) -> None:
     refused = FINISHED | {"outcome": "refused", "exit_code": 2, "step": 0, "reason": "no store"}
     (tmp_path / "outcome.json").write_text(json.dumps(refused))
-    table = results.text(results.load(tmp_path))
-    assert table.splitlines()[-1].endswith("exit code 2: no store")
+    assert table_of(tmp_path).splitlines()[-1].endswith("exit code 2: no store")
 
 
 def test_a_run_without_validation_or_baselines(run_dir) -> None:
     (run_dir / "baselines.json").unlink()
     (run_dir / "metrics.jsonl").write_text(json.dumps(training(10)) + "\n")
-    found = results.load(run_dir)
-    assert "validation           -" in results.text(found)
-    figures.save_loss(found, run_dir / "loss.png")
+    assert "validation           -" in table_of(run_dir)
+    figures.save_loss(results.load(run_dir), run_dir / "loss.png")
 
 
-@pytest.mark.parametrize("content", [None, "notes.txt"])
-def test_a_folder_that_is_no_run_is_refused(tmp_path, content: str | None) -> None:
-    folder = tmp_path / "other"
-    if content is not None:
-        folder.mkdir()
-        (folder / content).write_text("")
-    with pytest.raises(DataError, match=r"give the run\.dir of a run"):
-        results.load(folder)
+def test_a_folder_that_is_no_run_is_refused(tmp_path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("")
+    for name in ("missing", "other"):
+        with pytest.raises(DataError, match=r"give the run\.dir of a run"):
+            results.load(tmp_path / name)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("outcome.json", "JSON"), ("config.yaml", "YAML")])
-def test_a_damaged_file_is_named(run_dir, name: str, kind: str) -> None:
-    (run_dir / name).write_text('{"unigram": [')
-    with pytest.raises(DataError, match=rf"{name} is not {kind}"):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("outcome.json", '{"unigram": [', "is not JSON"),
+        ("config.yaml", '{"unigram": [', "is not YAML"),
+        *(
+            (name, None, r"cannot be read \(Is a directory\)")
+            for name in ("metrics.jsonl", "outcome.json", "config.yaml", "log.txt")
+        ),
+    ],
+)
+def test_a_damaged_file_or_a_folder_in_its_place_is_named(run_dir, name, content, message) -> None:
+    replace(run_dir / name, content)
+    with pytest.raises(DataError, match=f"{name} {message}"):
         results.load(run_dir)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "outcome.json", "config.yaml", "log.txt"])
-def test_a_folder_in_a_files_place_is_named(run_dir, name: str) -> None:
-    (run_dir / name).unlink()
-    (run_dir / name).mkdir()
-    with pytest.raises(DataError, match=rf"{name} cannot be read \(Is a directory\)"):
-        results.load(run_dir)
+def replace(path: Path, content: str | None) -> None:
+    """Write a file of this content in the place of another, or make a folder there."""
+    path.unlink()
+    path.write_text(content) if content is not None else path.mkdir()
 
 
 @pytest.mark.parametrize("content", ['{"unigram": 6.0, "gene_gi', '{"unigram": "six"}', None])
 def test_baselines_that_cannot_be_read_do_not_end_the_report(run_dir, content: str | None) -> None:
-    place = run_dir / "baselines.json"
-    place.unlink()
-    place.write_text(content) if content else place.mkdir()
+    replace(run_dir / "baselines.json", content)
     found = results.load(run_dir)
     table = results.text(found)
-    assert "unigram              -   not readable (baselines.json)" in table
-    assert "gene given rank      -   not readable (baselines.json)" in table
+    for name in ("unigram        ", "gene given rank"):
+        assert f"{name}      -   not readable (baselines.json)" in table
     assert "validation           4.7500" in table
     assert results.as_json(found)["baselines"] is None
     figures.save_loss(found, run_dir / "loss.png")
@@ -163,10 +161,10 @@ def test_metrics_cut_within_a_character_are_read_up_to_there(run_dir) -> None:
     assert results.load(run_dir).step == 40
 
 
-@pytest.mark.parametrize("content", ['{"exit_code": 0}', '{"exit_code": "?", "reason": ""}', "[]"])
-def test_half_an_outcome_is_none(run_dir, content: str) -> None:
-    (run_dir / "outcome.json").write_text(content)
-    assert results.load(run_dir).exit_code == 1
+def test_half_an_outcome_is_none(run_dir) -> None:
+    for content in ('{"exit_code": 0}', '{"exit_code": "?", "reason": ""}', "[]"):
+        (run_dir / "outcome.json").write_text(content)
+        assert results.load(run_dir).exit_code == 1
 
 
 def test_the_plot_is_a_picture_of_all_curves(run_dir, monkeypatch) -> None:
@@ -174,8 +172,7 @@ def test_the_plot_is_a_picture_of_all_curves(run_dir, monkeypatch) -> None:
     monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     figures.save_loss(results.load(run_dir), run_dir / "loss.png")
     (axes,) = drawn[0].axes
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == [
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "baseline: unigram (6.00)",
         "baseline: gene given rank (4.50)",
         "training",
@@ -183,15 +180,13 @@ def test_the_plot_is_a_picture_of_all_curves(run_dir, monkeypatch) -> None:
     ]
     assert axes.get_xlabel() == "optimizer step"
     assert "nats" in axes.get_ylabel()
-    validation = axes.get_lines()[-1]
-    assert validation.get_xdata().tolist() == [20, 40]
-    assert validation.get_ydata().tolist() == [5.5, 4.75]
+    assert axes.get_lines()[-1].get_xydata().tolist() == [[20, 5.5], [40, 4.75]]
 
 
 def test_the_command_writes_both_files_and_ends_with_the_runs_code(run_dir) -> None:
     (run_dir / "outcome.json").write_text(json.dumps(SAVED))
     out = run_dir / "kept" / "numbers.json"
-    done = commands.run("launch/report.py", str(run_dir), "--json", str(out))
+    done = commands.run("launch/report.py", run_dir, "--json", out)
     assert done.returncode == 75, done.stderr
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     kept = json.loads(out.read_text())
@@ -202,25 +197,20 @@ def test_the_command_writes_both_files_and_ends_with_the_runs_code(run_dir) -> N
     assert str(run_dir.parent) not in out.read_text(), "no path of one machine is kept"
 
 
-def test_the_command_refuses_without_a_traceback(tmp_path) -> None:
-    done = commands.run("launch/report.py", str(tmp_path / "none"))
+def test_the_command_refuses_without_a_traceback(tmp_path, run_dir) -> None:
+    done = commands.run("launch/report.py", tmp_path / "none")
     assert done.returncode == 2
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("place", ["metrics.jsonl/numbers.json", "checkpoints"])
-def test_the_command_names_the_place_it_cannot_write_to(run_dir, place: str) -> None:
-    done = commands.run("launch/report.py", str(run_dir), "--json", str(run_dir / place))
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {run_dir / place} cannot be written")
-    assert len(done.stderr.splitlines()) == 1
-    assert "validation           4.7500" in done.stdout, "the table is shown all the same"
-
-
-def test_a_plot_that_cannot_be_written_is_one_message(run_dir) -> None:
+    for place in (run_dir / "metrics.jsonl" / "numbers.json", run_dir / "checkpoints"):
+        done = commands.run("launch/report.py", run_dir, "--json", place)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {place} cannot be written")
+        assert len(done.stderr.splitlines()) == 1
+        assert "validation           4.7500" in done.stdout, "the table is shown all the same"
+    (run_dir / "loss.png").unlink()
     (run_dir / "loss.png").mkdir()
-    done = commands.run("launch/report.py", str(run_dir))
+    done = commands.run("launch/report.py", run_dir)
     assert done.returncode == 2
     assert done.stderr == f"error: the plot {run_dir}/loss.png cannot be written: Is a directory.\n"
 
@@ -236,79 +226,57 @@ between
 <!-- end table -->
 end
 """
-TFLOPS = {
-    "rows": [
-        {
-            "model": "10M",
-            "precision": "fp32",
-            "attention": "sdpa",
-            "attention_dropout": 0.0,
-            "micro_batch": 2,
-            "seq_length": 2048,
-            "packing": "packed",
-            "tokens_per_cell": 1300.4,
-            "fill": 0.991,
-            "step_s": 6.4321,
-            "cells_per_s": 0.312,
-            "tokens_per_s": 412.3,
-            "tflops_padded_equivalent": 0.0613,
-            "tflops_executed": 0.0271,
-            "mfu": None,
-            "data_wait_fraction": 0.01,
-            "peak_mib": 1234.5,
-        }
-    ],
-    "machine": "a laptop",
-    "versions": {"torch": "2.13.0", "apex": "absent"},
-    "commit": "0123456789ab",
-}
+TFLOPS = """{"rows": [{"model": "10M", "precision": "fp32", "attention": "sdpa",
+"attention_dropout": 0.0, "micro_batch": 2, "seq_length": 2048, "packing": "packed",
+"tokens_per_cell": 1300.4, "fill": 0.991, "step_s": 6.4321, "cells_per_s": 0.312,
+"tokens_per_s": 412.3, "tflops_padded_equivalent": 0.0613, "tflops_executed": 0.0271, "mfu": null,
+"data_wait_fraction": 0.01, "peak_mib": 1234.5}], "machine": "a laptop",
+"versions": {"torch": "2.13.0", "apex": "absent"}, "commit": "0123456789ab"}"""
 
 
 @pytest.fixture
-def readme(tmp_path: Path, run_dir: Path) -> list[str]:
-    """Arguments of readme_tables.py: a README and results with one run and one benchmark."""
-    kept = tmp_path / "results"
+def fill(tmp_path, run_dir):
+    """readme_tables.py on README.md and the results of one run and one benchmark."""
+    kept, page = tmp_path / "results", tmp_path / "README.md"
     kept.mkdir()
     (kept / "demo.json").write_text(json.dumps(results.as_json(results.load(run_dir))))
-    (kept / "tflops_cpu.json").write_text(json.dumps(TFLOPS))
-    (tmp_path / "README.md").write_text(TABLE_README)
-    return ["--readme", str(tmp_path / "README.md"), "--results", str(kept)]
+    (kept / "tflops_cpu.json").write_text(TFLOPS)
+    page.write_text(TABLE_README)
+    arguments = ("benchmarks/readme_tables.py", "--readme", page, "--results", kept)
+    return lambda *more: commands.run(*arguments, *more)
 
 
-def test_readme_tables_are_filled_from_the_measurements(tmp_path, readme) -> None:
-    before = commands.run("benchmarks/readme_tables.py", "--check", *readme)
+def test_readme_tables_are_filled_from_the_measurements(tmp_path, fill) -> None:
+    page = tmp_path / "README.md"
+    before = fill("--check")
     assert before.returncode == 1
     assert "-old" in before.stderr
-    assert (tmp_path / "README.md").read_text() == TABLE_README, "a check changes nothing"
-    assert commands.run("benchmarks/readme_tables.py", *readme).returncode == 0
-    filled = (tmp_path / "README.md").read_text()
-    assert "| **validation loss** | **4.750** |" in filled
-    assert "| baseline: unigram | 6.000 |" in filled
-    assert "| **validation loss** | **not measured** |" not in filled
-    assert "| cells/s | not measured | not measured |" in filled, "the real job is not there"
-    assert (
-        "| a laptop | 10M | fp32 | packed, 1,300 tokens | sdpa, dropout 0 | no | 2 | 99.1% | 6.43 "
-        "| 0.312 | 412 | 0.0613 | 0.0271 | not measured | 1.0% | 1,234 |" in filled
-    )
-    assert "torch 2.13.0; commit 0123456789ab" in filled
-    assert "apex" not in filled.split("torch 2.13.0; commit 0123456789ab")[0].splitlines()[-1]
+    assert page.read_text() == TABLE_README, "a check changes nothing"
+    assert fill().returncode == 0
+    filled = page.read_text()
     assert filled.startswith("# Title\n")
-    assert "\nbetween\n" in filled
-    assert commands.run("benchmarks/readme_tables.py", "--check", *readme).returncode == 0
+    for part in (
+        "| **validation loss** | **4.750** |",
+        "| baseline: unigram | 6.000 |",
+        "| cells/s | not measured | not measured |",  # the real job is not there
+        "| a laptop | 10M | fp32 | packed, 1,300 tokens | sdpa, dropout 0 | no | 2 | 99.1% | 6.43 "
+        "| 0.312 | 412 | 0.0613 | 0.0271 | not measured | 1.0% | 1,234 |",
+        "torch 2.13.0; commit 0123456789ab",
+        "\nbetween\n",
+    ):
+        assert part in filled
+    assert "| **validation loss** | **not measured** |" not in filled
+    assert "apex" not in filled.split("torch 2.13.0; commit 0123456789ab")[0].splitlines()[-1]
+    assert fill("--check").returncode == 0
+    page.write_text(filled.replace("4.750", "2.340"))
+    changed = fill("--check")
+    assert changed.returncode == 1
+    assert "-| **validation loss** | **2.340** |" in changed.stderr
+    assert "+| **validation loss** | **4.750** |" in changed.stderr
 
 
-def test_a_changed_number_in_the_readme_is_found(tmp_path, readme) -> None:
-    commands.run("benchmarks/readme_tables.py", *readme)
-    page = tmp_path / "README.md"
-    page.write_text(page.read_text().replace("4.750", "2.340"))
-    checked = commands.run("benchmarks/readme_tables.py", "--check", *readme)
-    assert checked.returncode == 1
-    assert "-| **validation loss** | **2.340** |" in checked.stderr
-    assert "+| **validation loss** | **4.750** |" in checked.stderr
-
-
-def test_an_unknown_table_is_refused(tmp_path, readme) -> None:
+def test_an_unknown_table_is_refused(tmp_path, fill) -> None:
     (tmp_path / "README.md").write_text("<!-- table: demmo -->\n<!-- end table -->\n")
-    refused = commands.run("benchmarks/readme_tables.py", *readme)
+    refused = fill()
     assert refused.returncode == 2
     assert "no table is called demmo; there are demo, real_job, finetune, tflops" in refused.stderr

@@ -1,4 +1,4 @@
-"""Units of work: how inputs are cut and named, what is in their files, how reports add up."""
+"""Units of work: how they are cut and named, their files and labels, and how reports add up."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from hypothesis import given
 
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io import progress
 from geneformer_mcore.store.ingest import plan as plans
 from geneformer_mcore.store.ingest.buckets import (
     CELLS_PER_BUCKET,
@@ -21,6 +23,16 @@ from geneformer_mcore.store.ingest.buckets import (
     by_bucket,
     count_buckets,
     sorted_cells,
+)
+from geneformer_mcore.store.ingest.labels import (
+    INTEGER,
+    NUMBER,
+    TEXT,
+    TRUTH,
+    label_columns,
+    label_kinds,
+    unify_kinds,
+    unify_labels,
 )
 from geneformer_mcore.store.ingest.plan import (
     Part,
@@ -41,7 +53,7 @@ from geneformer_mcore.store.report import _binned, _median, _reached, sum_skippe
 from geneformer_mcore.store.split.table import RandomSplit
 from geneformer_mcore.tokenizer.corpus import InputOptions
 from geneformer_mcore.tokenizer.genes import GeneMap
-from tests.small_cells import vocabulary_of
+from tests.small_cells import flip_bit, vocabulary_of
 from tests.small_store import cells_table, write_unit
 
 # Buckets
@@ -72,100 +84,132 @@ def test_codes_ascend_with_split_and_order_key(power: int, seed: int, num_cells:
 
 
 def test_two_cells_may_share_a_key_but_not_their_names() -> None:
-    def table(names: list[str]) -> pa.Table:
-        keys = pa.array([7] * len(names), pa.uint64())
-        return pa.table({"cell_key": keys, "dataset_id": ["d"] * len(names), "cell_id": names})
+    def table(names: str) -> pa.Table:
+        keys = pa.array([7, 7, 7], pa.uint64())
+        return pa.table({"cell_key": keys, "dataset_id": ["d"] * 3, "cell_id": list(names)})
 
-    for names in (["b", "a", "c"], ["c", "b", "a"]):
+    for names in ("bac", "cba"):
         assert sorted_cells(table(names))["cell_id"].to_pylist() == ["a", "b", "c"]
     with pytest.raises(DataError, match="two cells are called 'a' in dataset 'd'"):
-        sorted_cells(table(["a", "b", "a"]))
+        sorted_cells(table("aba"))
 
 
 # Files
 
 
-def test_a_unit_s_file_gives_its_cells_back_by_bucket(tmp_path: Path) -> None:
+def test_a_unit_s_file_gives_its_cells_back_by_bucket(tmp_path) -> None:
     cells = cells_table([[0, 5 + number % 90] for number in range(500)])
     split = RandomSplit(0.2, 0.1)
     report = write_unit(tmp_path, "u", cells, split, num_buckets=4)
+    keys_N = cells["cell_key"].to_numpy()
+    codes = bucket_codes(keys_N, split.assign(keys_N, ["d"] * 500), 4)
     for keep_open in (True, False):
         reader = UnitReader(tmp_path, "u", report, keep_open)
         batches = [reader.read(code) for code in range(12)]
         reader.close()
-        assert sum(map(len, batches)) == 500
-        found = pa.Table.from_batches(batches).sort_by("number")
-        assert found.equals(cells)
-        codes = bucket_codes(
-            cells["cell_key"].to_numpy(), split.assign(cells["cell_key"].to_numpy(), ["d"] * 500), 4
-        )
+        assert pa.Table.from_batches(batches).sort_by("number").equals(cells)
         assert [len(batch) for batch in batches] == np.bincount(codes, minlength=12).tolist()
     # Any Arrow reads it.
     with pa.OSFile(str(tmp_path / "u.arrows")) as file:
         assert pa.ipc.open_stream(file).read_all().num_rows == 500
 
 
-def test_buckets_without_a_cell_take_next_to_no_room(tmp_path: Path) -> None:
+def test_buckets_and_units_without_cells(tmp_path) -> None:
     cells = cells_table([[0, *range(5, 105)]] * 2000)
-    few, many = (
-        write_unit(tmp_path, f"{number}", cells, RandomSplit(), num_buckets=number)
-        for number in (1, 1024)
-    )
-    assert (many.num_bytes - few.num_bytes) / (3 * 1023) < 2000
-
-
-def test_a_unit_without_cells(tmp_path: Path) -> None:
-    report = write_unit(tmp_path, "u", cells_table([[0, 5]]).slice(0, 0), RandomSplit())
+    few = write_unit(tmp_path, "few", cells, RandomSplit(), num_buckets=1)
+    many = write_unit(tmp_path, "many", cells, RandomSplit(), num_buckets=1024)
+    assert (many.num_bytes - few.num_bytes) / (3 * 1023) < 2000, "next to no room"
+    report = write_unit(tmp_path, "u", cells.slice(0, 0), RandomSplit())
     reader = UnitReader(tmp_path, "u", report, True)
     assert [len(reader.read(code)) for code in range(3)] == [0, 0, 0]
     reader.close()
 
 
-def test_reports_of_damaged_units_are_none(tmp_path: Path) -> None:
+def test_reports_of_damaged_units_are_none(tmp_path) -> None:
     report = write_unit(tmp_path, "u", cells_table([[0, 5, 6]] * 9), RandomSplit())
     assert read_report(tmp_path, "u") is None
     write_report(tmp_path, "u", report)
     assert read_report(tmp_path, "u") == read_sound_report(tmp_path, "u") == report
-    file, told = tmp_path / "u.arrows", tmp_path / "u.json"
-    raw, text = file.read_bytes(), told.read_text()
+    file, record = tmp_path / "u.arrows", tmp_path / "u.json"
+    raw, text = file.read_bytes(), record.read_text()
     for byte in range(0, len(raw), 37):
-        file.write_bytes(raw[:byte] + bytes([raw[byte] ^ 64]) + raw[byte + 1 :])
+        flip_bit(file, byte, 6)
         assert read_report(tmp_path, "u") == report
         assert read_sound_report(tmp_path, "u") is None
+        file.write_bytes(raw)
     file.write_bytes(raw[:-1])
     assert read_report(tmp_path, "u") is None
     file.write_bytes(raw)
     for damaged in ("", "[]", "{}", text[:-9], text.replace('"tokens": 27', '"tokens": 28')):
-        told.write_text(damaged)
+        record.write_text(damaged)
         assert read_report(tmp_path, "u") is None
-    told.write_text(text)
-    remove_others(tmp_path, ["u"])
-    assert len(list(tmp_path.iterdir())) == 2
-    remove_others(tmp_path, ["v"])
-    assert not list(tmp_path.iterdir())
+    record.write_text(text)
+    for kept, num_files in (("u", 2), ("v", 0)):
+        remove_others(tmp_path, [kept])
+        assert len(list(tmp_path.iterdir())) == num_files
+
+
+# Labels
+
+
+def test_kinds_of_labels() -> None:
+    kept = {
+        "type": (pd.Categorical(["a", None, "b"]), TEXT),
+        "year": (pd.Categorical([2001, 2002, 2001]), INTEGER),
+        "count": (np.array([1, 2, 3], dtype=np.uint8), INTEGER),
+        "large": (np.array([1, 2, 2**63], dtype=np.uint64), NUMBER),
+        "score": (np.array([0.5, np.nan, 1], dtype=np.float32), NUMBER),
+        "doublet": ([True, False, True], TRUTH),
+        "maybe": (pd.array([True, None, False], dtype="boolean"), TRUTH),
+        "words": (["x", None, "y"], TEXT),
+        "nothing": ([None, None, None], TEXT),
+        "day": (pd.to_datetime(["2020-01-01"] * 3), TEXT),
+    }
+    left_out = {"lists": [[1], [2], [3]], "mixed": [1, "a", (2,)], "split": ["x"] * 3}
+    left_out |= dict.fromkeys(("n_counts", "tokens", "soma_x", "__x", "", 5), range(3))
+    obs = pd.DataFrame({**{name: values for name, (values, _) in kept.items()}, **left_out})
+    kinds = label_kinds(obs)
+    assert kinds == {name: kind for name, (_, kind) in kept.items()}
+    columns = label_columns(obs, kinds, "rows")
+    assert {name: column.type for name, column in columns.items()} == kinds
+    assert columns["type"].to_pylist() == ["a", None, "b"]
+    assert columns["year"].to_pylist() == [2001, 2002, 2001]
+    assert columns["score"].to_pylist() == [0.5, None, 1.0]
+    assert columns["maybe"].to_pylist() == [True, None, False]
+
+
+def test_files_that_disagree_about_labels() -> None:
+    first = {"a": INTEGER, "b": INTEGER, "c": TEXT}
+    kinds = unify_kinds([first, {"a": NUMBER, "b": TEXT, "d": TRUTH}, {"d": INTEGER}])
+    assert kinds == {"a": NUMBER, "b": TEXT, "c": TEXT, "d": TEXT}
+    obs = pd.DataFrame({"a": [1], "b": [2], "d": [True]})
+    cells = pa.table({"cell_id": ["x"], **label_columns(obs, label_kinds(obs), "rows")})
+    unified = unify_labels(cells, kinds)
+    assert unified.schema == pa.schema({"cell_id": pa.string(), **kinds})
+    assert unified.to_pylist() == [{"cell_id": "x", "a": 1.0, "b": "2", "c": None, "d": "true"}]
+    obs = pd.DataFrame({"age": ["one", "two"]})
+    with pytest.raises(DataError, match=r"rows 0 to 1: obs column 'age' holds other .*int64"):
+        label_columns(obs, {"age": INTEGER}, "rows 0 to 1")
+    with pytest.raises(DataError, match="'year'"):
+        label_columns(obs, {"year": TEXT}, "rows 0 to 1")
 
 
 # Plans
 
-
-def source(name: str, num_cells: int, **changes: object) -> InputSource:
-    gene_map = GeneMap(np.arange(3, dtype=np.int32), "index", 3, 0, 0, 0, 0)
-    fields = {"fingerprint": {"size": 7}, "location": "X", "stem": name, "gene_map": gene_map}
-    fields |= changes
-    return InputSource(
-        name=name,
-        address=f"/{name}",
-        num_cells=num_cells,
-        is_sequential=False,
-        passed_over=(),
-        kinds={},
-        left_out=(),
-        **fields,  # type: ignore[arg-type]
-    )
+MAP = GeneMap(np.arange(3, dtype=np.int32), "index", 3, 0, 0, 0, 0)
+OTHER_MAP = GeneMap(np.array([0, 1, 3], np.int32), "index", 3, 0, 0, 0, 0)
+RECIPE = Recipe(vocabulary_of(5), 20, InputOptions(), RandomSplit())
 
 
-def recipe(**changes: object) -> Recipe:
-    return replace(Recipe(vocabulary_of(5), 20, InputOptions(), RandomSplit()), **changes)
+def source(name: str = "a", num_cells: int = 9, **changes: object) -> InputSource:
+    fields = {"fingerprint": {"size": 7}, "location": "X", "stem": name, "gene_map": MAP}
+    fields |= {"is_sequential": False, "passed_over": (), "kinds": {}, "left_out": ()}
+    return InputSource(name=name, address=f"/{name}", num_cells=num_cells, **(fields | changes))  # type: ignore[arg-type]
+
+
+def plan_of(*sources: InputSource, refused: tuple[Refusal, ...] = (), **changes: object) -> Plan:
+    """A plan of one file, unless sources are given, by a recipe with these changes."""
+    return make_plan(replace(RECIPE, **changes), list(sources) or [source()], list(refused))  # type: ignore[arg-type]
 
 
 def names(plan: Plan) -> list[str]:
@@ -174,7 +218,7 @@ def names(plan: Plan) -> list[str]:
 
 @pytest.mark.parametrize("sizes", [[1], [4096], [4097, 3], [100_000], [3_000_000, 5, 40_000]])
 def test_units_cover_all_rows_once(sizes: list[int]) -> None:
-    plan = make_plan(recipe(), [source(f"s{i}", n) for i, n in enumerate(sizes)], [])
+    plan = plan_of(*(source(f"s{i}", n) for i, n in enumerate(sizes)))
     for place, size in enumerate(sizes):
         spans = [(u.start, u.stop) for u in plan.units if u.source is plan.sources[place]]
         assert (spans[0][0], spans[-1][1]) == (0, size)
@@ -186,32 +230,29 @@ def test_units_cover_all_rows_once(sizes: list[int]) -> None:
 
 
 def test_a_name_changes_with_all_that_cells_depend_on() -> None:
-    base = names(make_plan(recipe(), [source("a", 9)], []))
-    other_genes = GeneMap(np.array([0, 1, 3], np.int32), "index", 3, 0, 0, 0, 0)
+    base = names(plan_of())
     changed = [
-        make_plan(recipe(vocabulary=vocabulary_of(6)), [source("a", 9)], []),
-        make_plan(recipe(seq_length=21), [source("a", 9)], []),
-        make_plan(recipe(options=InputOptions(layer="x")), [source("a", 9)], []),
-        make_plan(recipe(options=InputOptions(allow_normalised=True)), [source("a", 9)], []),
-        make_plan(recipe(split_rule=RandomSplit(0.3)), [source("a", 9)], []),
-        make_plan(recipe(), [source("b", 9)], []),
-        make_plan(recipe(), [source("a", 10)], []),
-        make_plan(recipe(), [source("a", 9, fingerprint={"size": 8})], []),
-        make_plan(recipe(), [source("a", 9, location="raw.X")], []),
-        make_plan(recipe(), [source("a", 9, gene_map=other_genes)], []),
-        make_plan(recipe(), [source("a", 9, stem="z")], []),
+        plan_of(vocabulary=vocabulary_of(6)),
+        plan_of(seq_length=21),
+        plan_of(options=InputOptions(layer="x")),
+        plan_of(options=InputOptions(allow_normalised=True)),
+        plan_of(split_rule=RandomSplit(0.3)),
+        plan_of(source("b")),
+        plan_of(source("a", 10)),
+        plan_of(source(fingerprint={"size": 8})),
+        plan_of(source(location="raw.X")),
+        plan_of(source(gene_map=OTHER_MAP)),
+        plan_of(source(stem="z")),
     ]
     found = [names(plan)[0] for plan in changed]
     assert len({*base, *found}) == len(changed) + 1
     # Not with what makes no difference.
-    same = make_plan(recipe(options=InputOptions(allow_low_overlap=True)), [source("a", 9)], [])
-    assert names(same) == base
-    more = make_plan(recipe(), [source("a", 9), source("b", 50)], [])
-    assert names(more)[:1] == base
+    assert names(plan_of(options=InputOptions(allow_low_overlap=True))) == base
+    assert names(plan_of(source(), source("b", 50)))[:1] == base
 
 
 def test_parts_share_all_units() -> None:
-    plan = make_plan(recipe(), [source("a", 10 * plans.LEAST_ROWS_PER_UNIT)], [])
+    plan = plan_of(source("a", 10 * plans.LEAST_ROWS_PER_UNIT))
     parts = [Part(index, 4).of(plan.units) for index in range(4)]
     assert sorted(unit.index for part in parts for unit in part) == list(range(10))
     assert str(Part.parse("2/4")) == "2/4"
@@ -220,23 +261,22 @@ def test_parts_share_all_units() -> None:
             Part.parse(wrong)
 
 
-def test_parts_of_another_plan_are_refused(tmp_path: Path) -> None:
-    plan = make_plan(recipe(), [source("a", 9)], [])
-    join(plan, tmp_path)
-    join(plan, tmp_path)
+def test_parts_of_another_plan_are_refused(tmp_path) -> None:
+    for _ in range(2):
+        join(plan_of(), tmp_path)
     for other, what in (
-        (make_plan(recipe(seq_length=9), [source("a", 9)], []), "seq_length"),
-        (make_plan(recipe(), [source("a", 8)], []), "inputs"),
-        (make_plan(recipe(), [source("a", 9)], [Refusal("b", "no")]), "refused"),
+        (plan_of(seq_length=9), "seq_length"),
+        (plan_of(source("a", 8)), "inputs"),
+        (plan_of(refused=(Refusal("b", "no"),)), "refused"),
     ):
         with pytest.raises(DataError, match=f"asked for otherwise: {what} differ"):
             join(other, tmp_path)
-    declare(make_plan(recipe(seq_length=9), [source("a", 9)], []), tmp_path)
+    declare(plan_of(seq_length=9), tmp_path)
     with pytest.raises(DataError, match="seq_length differ"):
-        join(plan, tmp_path)
+        join(plan_of(), tmp_path)
 
 
-def test_inputs_are_sorted_and_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_are_sorted_and_named_once(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     given_names = ["b.h5ad", Path("a.h5ad"), "s3://bucket/x"]
     assert in_order(given_names) == ["a.h5ad", "b.h5ad", "s3://bucket/x"]
@@ -257,11 +297,8 @@ def test_histograms_give_what_the_values_give(lengths: list[int]) -> None:
         assert _reached(cells, share) == np.quantile(lengths, share, method="inverted_cdf")
 
 
-def test_no_cell_has_no_lengths() -> None:
+def test_histograms_of_no_cell_and_in_bins() -> None:
     assert _median(np.zeros(5, int)) == _reached(np.zeros(5, int), 0.5) == 0
-
-
-def test_bins_hold_all_cells() -> None:
     cells = np.arange(2049)
     binned = _binned(cells)
     assert sum(binned["cells"]) == cells.sum()
@@ -275,19 +312,14 @@ def test_skipped_are_summed_by_reason() -> None:
     assert list(sum_skipped(parts).items()) == [("a", 2), ("b", 4)]
 
 
-def test_progress_and_clock() -> None:
-    from geneformer_mcore.io import progress
-
+def test_progress_and_clock(monkeypatch) -> None:
     lines: list[str] = []
-    stream = SimpleNamespace(
-        isatty=lambda: True, write=lambda text: lines.append(text), flush=lambda: None
-    )
-    times = iter([0.0, 10.0, 20.0])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(progress.time, "monotonic", lambda: next(times))
-        bar = progress.ProgressLine("cells", stream)  # type: ignore[arg-type]
-        bar.update("tokenising", 500, 2000)
-        bar.update("tokenising", 1000, 2000)
+    stream = SimpleNamespace(isatty=lambda: True, write=lines.append, flush=lambda: None)
+    monkeypatch.setattr(progress.time, "monotonic", iter([0.0, 10.0, 20.0]).__next__)
+    bar = progress.ProgressLine("cells", stream)  # type: ignore[arg-type]
+    bar.update("tokenising", 500, 2000)
+    bar.update("tokenising", 1000, 2000)
+    monkeypatch.undo()
     assert lines[-2].endswith(
         "tokenising [############------------]  50%  1,000 of 2,000 cells, 50/s, 0:20 left"
     )
