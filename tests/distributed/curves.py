@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from geneformer_mcore.checkpoint import state
 from tests.distributed import toy
 from tests.distributed.parity import LAYOUTS
 from tests.distributed.ranks import run_ranks
@@ -37,9 +36,8 @@ def plain(steps: int = STEPS) -> list[float]:
 def from_seed(name: str, steps: int = STEPS, more: Sequence[str] = ()) -> list[float]:
     """The same of a layout; more: settings beside the layout's own."""
     ranks, settings = LAYOUTS[name]
-    return _same_everywhere(
-        run_ranks(_from_seed, ranks, steps, *settings, *more, timeout_s=LIMIT_S)
-    )
+    overrides = (*SMOOTH, *settings, *more)
+    return _same_everywhere(run_ranks(toy.losses, ranks, steps, *overrides, timeout_s=LIMIT_S))
 
 
 def save(name: str, folder: Path, step: int = SAVED_AT, more: Sequence[str] = ()) -> None:
@@ -57,10 +55,8 @@ def from_checkpoint(
 ) -> list[float]:
     """Losses of the steps from `saved_at` to `steps` of a layout that loads `folder`."""
     ranks, settings = LAYOUTS[name]
-    place = (str(folder), saved_at, steps)
-    return _same_everywhere(
-        run_ranks(_from_checkpoint, ranks, *place, *settings, *more, timeout_s=LIMIT_S)
-    )
+    given = (str(folder), saved_at, steps, *settings, *more)
+    return _same_everywhere(run_ranks(_from_checkpoint, ranks, *given, timeout_s=LIMIT_S))
 
 
 def saver_for(name: str) -> str:
@@ -86,15 +82,10 @@ def _plain(steps: int) -> list[float]:
     reference = Reference(dict(stage.named_parameters()), 4, toy.VOCABULARY, F.gelu)
     optim, size = run.config.optim, run.config.train.global_batch_size
     weights = list(reference.w.values())
-    adam = torch.optim.AdamW(
-        [
-            {"params": [w for w in weights if w.dim() > 1], "weight_decay": optim.weight_decay},
-            {"params": [w for w in weights if w.dim() == 1], "weight_decay": 0.0},
-        ],
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-    )
+    decayed = {"params": [w for w in weights if w.dim() > 1], "weight_decay": optim.weight_decay}
+    others = {"params": [w for w in weights if w.dim() == 1], "weight_decay": 0.0}
+    betas = (optim.beta1, optim.beta2)
+    adam = torch.optim.AdamW([decayed, others], lr=optim.lr, betas=betas, eps=optim.eps)
     losses = []
     for step in range(steps):
         batches = run.feed.step(step * size)
@@ -110,22 +101,11 @@ def _plain(steps: int) -> list[float]:
     return losses
 
 
-def _from_seed(steps: int, *settings: str) -> list[float]:
-    return [result.totals.loss for result in toy.make(*SMOOTH, *settings).steps(steps)]
-
-
 def _save(folder: str, step: int, *settings: str) -> None:
     run = toy.make(*SMOOTH, *settings)
     run.steps(step)
-    if run.topology.rank == 0:
-        Path(folder).mkdir()
-    torch.distributed.barrier()
-    state.save(run.trainable, Path(folder), run.topology.rank)
+    run.write(folder)
 
 
 def _from_checkpoint(folder: str, saved_at: int, steps: int, *settings: str) -> list[float]:
-    run = toy.make("train.seed=99", *SMOOTH, *settings)  # its own weights must not matter
-    state.load(run.trainable, Path(folder), None)
-    run.feed = toy.feed(toy.load(None, [*toy.SETTINGS, *settings])[0], run.topology)
-    run.position = saved_at * run.config.train.global_batch_size
-    return [result.totals.loss for result in run.steps(steps - saved_at)]
+    return toy.loaded(folder, saved_at, *SMOOTH, *settings).losses(steps - saved_at)

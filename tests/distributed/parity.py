@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+import torch.nn.functional as F
 
 from geneformer_mcore.data.collate import cells_of
 from geneformer_mcore.model.geneformer import Geneformer
@@ -25,7 +25,7 @@ from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.training.step import Totals, run_schedule
 from geneformer_mcore.types import PAD, Batch
 from tests.distributed import toy
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import in_turn, run_ranks
 from tests.reference import Reference
 
 SPREAD = 8.0
@@ -76,11 +76,13 @@ class Truth:
 
     weights:    global key -> the whole parameter, fp32
     gradients:  global key -> of (sum of losses) / (genes predicted) over the global batch
+    functions:  names of the activations of layers and head
     """
 
     weights: dict[str, np.ndarray]
-    gradients: dict[str, np.ndarray]
-    loss: float
+    functions: tuple[str, str]
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    loss: float = 0.0
 
     @property
     def norm(self) -> float:
@@ -90,26 +92,18 @@ class Truth:
     def reference(self) -> Reference:
         """The plain model."""
         weights = {name: torch.from_numpy(weight) for name, weight in self.weights.items()}
-        return Reference(weights, num_heads=4, vocabulary_size=toy.VOCABULARY)
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A rank's part of one gradient: where it starts in the whole, and how far it is from it."""
-
-    key: str
-    offset: tuple[int, ...]
-    numel: int
-    squared_error: float
+        return Reference(weights, 4, toy.VOCABULARY, *(getattr(F, name) for name in self.functions))
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one rank found. logits: largest difference; None on ranks that have no logits."""
+    """What one rank found. logits: largest difference; None on ranks that have no logits;
+    slices: (key, offset in the whole) of this rank's parts of gradients -> (size, squared error).
+    """
 
     totals: Totals
     logits: float | None
-    slices: list[Slice]
+    slices: dict[tuple[str, tuple[int, ...]], tuple[int, float]]
     norm: float
 
 
@@ -147,7 +141,8 @@ def parities(
 ) -> list[Parity]:
     """The same of several changed steps, on ranks that are started once."""
     ranks, layout = LAYOUTS[name]
-    by_rank = run_ranks(_all_seen, ranks, list(cases), *layout, *settings)
+    calls = [(_seen, (*case, *layout, *settings)) for case in cases]
+    by_rank = run_ranks(in_turn, ranks, *calls)
     return [
         _errors(seen, expected)
         for seen, (expected, _) in zip(zip(*by_rank, strict=True), cases, strict=True)
@@ -179,18 +174,18 @@ def _relative(value: float, expected: float) -> float:
 def _gradient_errors(seen: Sequence[Seen], expected: Truth) -> dict[str, float]:
     """Relative error of each whole gradient; of slices that several ranks hold, the worst counts.
     Fails if any part of any gradient is on no rank."""
-    worst: dict[tuple[str, tuple[int, ...]], Slice] = {}
-    for part in (part for each in seen for part in each.slices):
-        before = worst.get((part.key, part.offset))
+    worst: dict[tuple[str, tuple[int, ...]], tuple[int, float]] = {}
+    for where, (numel, error) in (part for each in seen for part in each.slices.items()):
         # Written so that NaN counts as the worst.
-        if before is None or not part.squared_error <= before.squared_error:
-            worst[part.key, part.offset] = part
+        if where not in worst or not error <= worst[where][1]:
+            worst[where] = numel, error
     errors = {}
     for key, gradient in expected.gradients.items():
-        parts = [part for part in worst.values() if part.key == key]
-        assert sum(part.numel for part in parts) == gradient.size, f"{key} is not whole"
-        error = math.sqrt(sum(part.squared_error for part in parts))
-        norm = float(np.linalg.norm(gradient))
+        sizes, squares = zip(
+            *(part for where, part in worst.items() if where[0] == key), strict=True
+        )
+        assert sum(sizes) == gradient.size, f"{key} is not whole"
+        error, norm = math.sqrt(sum(squares)), float(np.linalg.norm(gradient))
         errors[key] = error / norm if norm else error
     assert {key for key, _ in worst} == set(errors)
     return errors
@@ -201,7 +196,9 @@ def _truth(change: Change, data_size: int, *settings: str) -> Truth:
     enlarge(run)
     (stage,) = run.trainable.stages
     weights = {name: weight.detach().numpy() for name, weight in stage.named_parameters()}
-    answer = Truth(weights, {}, 0.0)
+    model = run.config.model
+    head = model.head_activation or model.activation
+    answer = Truth(weights, (model.activation.value, head.value))
     reference = answer.reference()
     losses, predicted = [], 0
     for data_rank in range(data_size):
@@ -215,24 +212,25 @@ def _truth(change: Change, data_size: int, *settings: str) -> Truth:
     loss = torch.stack(losses).sum()
     (loss / max(predicted, 1)).backward()
     gradients = {name: weight.grad.numpy() for name, weight in reference.w.items()}
-    return Truth(weights, gradients, loss.item() / predicted if predicted else math.nan)
+    mean = loss.item() / predicted if predicted else math.nan
+    return replace(answer, gradients=gradients, loss=mean)
 
 
-def enlarge(run: toy.Toy) -> None:
-    """Larger weights, the same ones in every layout, for parameters and optimizer."""
+def enlarge(run: toy.Toy, drawn: float = 0.0) -> None:
+    """Larger weights, the same ones in every layout, for parameters and optimizer. drawn: the
+    deviation of matrices that are drawn again, so that none stays 0."""
     with torch.no_grad():
         for entry in (e for stage in run.trainable.stages for e in sharded_parameters(stage)):
-            if len(entry.global_shape) > 1:
-                entry.data.mul_(SPREAD)
-                continue
             seed = int.from_bytes(hashlib.sha256(entry.key.encode()).digest()[:7], "little")
             draw = torch.Generator().manual_seed(seed)
-            entry.data.add_(slice_of(entry, torch.randn(entry.global_shape, generator=draw)) * 0.1)
+            normal = slice_of(entry, torch.randn(entry.global_shape, generator=draw))
+            if len(entry.global_shape) == 1:
+                entry.data.add_(normal * 0.1)
+            elif drawn:
+                entry.data.copy_(normal * drawn)
+            else:
+                entry.data.mul_(SPREAD)
     run.trainable.optimizer.reload_model_params()
-
-
-def _all_seen(cases: list[tuple[Truth, Change]], *settings: str) -> list[Seen]:
-    return [_seen(expected, change, *settings) for expected, change in cases]
 
 
 def _seen(expected: Truth, change: Change, *settings: str) -> Seen:
@@ -292,15 +290,18 @@ def _record_logits(stage: Geneformer) -> list[torch.Tensor]:
 def _logits_error(
     recorded: list[torch.Tensor], batches: list[Batch], reference: Reference, first: int
 ) -> float:
-    """Largest difference; `first`: the id of the first column that this tensor rank holds."""
+    """Largest difference; `first`: the id of the first column that this tensor rank holds. Columns
+    that pad the vocabulary have no probability."""
     errors = []
     for logits_MV, batch in zip(recorded, batches, strict=True):
         last = min(first + logits_MV.shape[1], toy.VOCABULARY)
+        assert not logits_MV[:, max(last - first, 0) :].exp().any()
         if len(batch.selected_M) == 0 or last <= first:
             continue
         with torch.no_grad():
             tokens_BS, selected_M = in_rows(batch)
             whole = reference.logits(tokens_BS, batch.lengths_N).flatten(0, 1)
+        assert whole.std() > 0.5, "weights too small for the comparison to mean anything"
         wanted = whole[selected_M][:, first:last]
         errors.append(float((logits_MV[:, : last - first] - wanted).abs().max()))
     return _worst(errors)
@@ -320,21 +321,19 @@ def in_rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens_BS, cell_M * tokens_BS.shape[1] + batch.selected_M - starts_N[cell_M]
 
 
-def _slices(trainable: optim.Trainable, expected: Truth) -> list[Slice]:
-    found = []
+def _slices(
+    trainable: optim.Trainable, expected: Truth
+) -> dict[tuple[str, tuple[int, ...]], tuple[int, float]]:
+    found = {}
     for chunk in trainable.chunks:
         _gather_gradients(chunk)
         gradients = {each.data_ptr(): each.main_grad for each in chunk.module.parameters()}
         for entry in sharded_parameters(chunk.module):
             gradient = gradients[entry.data.data_ptr()]
-            wanted = _wanted(entry, expected)
+            wanted = slice_of(entry, torch.from_numpy(expected.gradients[entry.key]))
             error = float((gradient.double() - wanted).square().sum())
-            found.append(Slice(entry.key, tuple(entry.global_offset), wanted.numel(), error))
+            found[entry.key, tuple(entry.global_offset)] = wanted.numel(), error
     return found
-
-
-def _wanted(entry: ShardedTensor, expected: Truth) -> torch.Tensor:
-    return slice_of(entry, torch.from_numpy(expected.gradients[entry.key]))
 
 
 def _gather_gradients(chunk: torch.nn.Module) -> None:

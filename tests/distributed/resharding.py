@@ -120,16 +120,8 @@ def save(folder: str, steps: tuple[int, int], *overrides: str) -> list[float]:
     """Losses of the steps after the one at which `folder` was written; steps: before and after."""
     run = toy.make(*overrides)
     run.steps(steps[0])
-    write(run, folder)
-    return [result.totals.loss for result in run.steps(steps[1])]
-
-
-def write(run: toy.Toy, folder: str) -> None:
-    """A checkpoint in the new folder `folder`."""
-    if run.topology.rank == 0:
-        Path(folder).mkdir()
-    torch.distributed.barrier()
-    state.save(run.trainable, Path(folder), run.topology.rank)
+    run.write(folder)
+    return run.losses(steps[1])
 
 
 def load(
@@ -137,14 +129,13 @@ def load(
 ) -> dict[str, list[float]]:
     """Losses by folder. Loads each of `folders`, saves it again where its value says, and goes on;
     what the one before left in moments and weights must not matter."""
-    run = toy.make("train.seed=99", *overrides)  # its own weights must not matter
-    run.feed = toy.feed(toy.load(None, [*toy.SETTINGS, *overrides])[0], run.topology)
-    losses = {}
+    run = toy.loaded(next(iter(folders)), steps[0], *overrides)
+    start, losses = run.position, {}
     for folder, again in folders.items():
         state.load(run.trainable, Path(folder), None)
-        write(run, again)
-        run.position = steps[0] * run.config.train.global_batch_size
-        losses[folder] = [result.totals.loss for result in run.steps(steps[1])]
+        run.write(again)
+        run.position = start
+        losses[folder] = run.losses(steps[1])
     return losses
 
 

@@ -1,41 +1,48 @@
-"""The attention is checked before it is used, and the check can tell right from wrong."""
+"""The attention is chosen by what the machine has, and checked before it is used; Transformer
+Engine's fused kernels or an error: Megatron-Core must not allow what is slow."""
 
 from __future__ import annotations
 
+import os
+import sys
+import types
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
+from geneformer_mcore.config.sections import Attention, ModelConfig, Precision
 from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.model import fused
 from geneformer_mcore.model.attention import select, selftest
 from tests.distributed import toy
+from tests.distributed.parity import SEQUENCE
 from tests.distributed.ranks import in_turn, run_ranks
 
 ONE_LAYER = "model.num_layers=1"  # only the first is looked at
+UNFUSED = "NVTE_UNFUSED_ATTN"
+GPU = torch.device("cuda", 0)
+BF16, FP16, FP32 = Precision.bf16, Precision.fp16, Precision.fp32
 
 
 def checked(packed: bool, *overrides: str) -> tuple[float, bool]:
-    run = toy.make(ONE_LAYER, "model.attention_dropout=0.1", *overrides)
+    """(the largest error found, whether random state and mode are as before)."""
+    (stage,) = toy.make(ONE_LAYER, "model.attention_dropout=0.1", *overrides).trainable.stages
     before = torch.get_rng_state()
-    worst = selftest.check(run.trainable.stages[0], toy.CPU, packed)
-    core = run.trainable.stages[0].encoder.layers[0].self_attention.core_attention
+    worst = selftest.check(stage, toy.CPU, packed)
+    core = stage.encoder.layers[0].self_attention.core_attention
     return worst, torch.equal(before, torch.get_rng_state()) and core.training
 
 
 @pytest.mark.parametrize(
     ("world_size", "overrides", "most"),
-    [
-        (1, (), 1e-5),
-        (1, ("train.precision=bf16",), 3e-2),
-        (2, ("parallel.tensor=2", "parallel.sequence=true"), 1e-5),
-    ],
+    [(1, (), 1e-5), (1, ("train.precision=bf16",), 3e-2), (2, SEQUENCE, 1e-5)],
 )
 def test_ours_pass(world_size: int, overrides: tuple[str, ...], most: float) -> None:
     calls = [
-        (checked, (packed, f"model.attention={attention}", *overrides))
-        for attention, packed in product(("plain", "sdpa", "blockwise"), (False, True))
+        (checked, (packed, f"model.attention={kind}", *overrides))
+        for kind, packed in product(("plain", "sdpa", "blockwise"), (False, True))
     ]
     for found in run_ranks(in_turn, world_size, *calls):
         for (_, what), (worst, unchanged) in zip(calls, found, strict=True):
@@ -43,56 +50,155 @@ def test_ours_pass(world_size: int, overrides: tuple[str, ...], most: float) -> 
             assert unchanged, what
 
 
-SPOILT = ("scale", "mask", "gradient", "nan", "error")
-
-
 def spoilt(how: str, packed: bool) -> str:
-    run = toy.make(ONE_LAYER, "model.attention=sdpa")
-    core = run.trainable.stages[0].encoder.layers[0].self_attention.core_attention
+    """What the check says of an attention that is wrong in this way."""
+    (stage,) = toy.make(ONE_LAYER, "model.attention=sdpa").trainable.stages
+    core = stage.encoder.layers[0].self_attention.core_attention
     right = core.forward
 
-    def one_cell(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None, **rest: Any) -> Any:
-        if packed:
-            ends = torch.tensor([0, len(q)], dtype=torch.int32)
-            rest["packed_seq_params"] = select.packed_pieces(ends, len(q))
-        return right(q, k, v, None, **rest)
+    def wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **rest: Any) -> Any:
+        if how == "error":
+            raise RuntimeError("no sublibrary.\nmore")
+        if how == "mask":  # all cells are one
+            mask = None
+            if packed:
+                ends = torch.tensor([0, len(q)], dtype=torch.int32)
+                rest["packed_seq_params"] = select.packed_pieces(ends, len(q))
+        query = {"scale": q * 1.01, "gradient": q.detach() + 0 * q}.get(how, q)
+        return right(query, k, v, mask, **rest) * (float("nan") if how == "nan" else 1)
 
-    spoil = {
-        "scale": lambda q, k, v, m, **rest: right(q * 1.01, k, v, m, **rest),
-        "mask": one_cell,
-        "gradient": lambda q, k, v, m, **rest: right(q.detach() + 0 * q, k, v, m, **rest),
-        "nan": lambda q, k, v, m, **rest: right(q, k, v, m, **rest) * float("nan"),
-    }
-    spoil["error"] = lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no sublibrary.\nmore"))
-    core.forward = spoil[how]
-    try:
-        selftest.check(run.trainable.stages[0], toy.CPU, packed)
-    except ConfigError as error:
-        return str(error)
-    return ""
+    core.forward = wrong
+    with pytest.raises(ConfigError) as refusal:
+        selftest.check(stage, toy.CPU, packed)
+    return str(refusal.value)
 
 
-@pytest.fixture(scope="module")
-def refused() -> dict[tuple[str, bool], str]:
-    """What the check says of each kind of wrong attention, padded and packed."""
-    cases = list(product(SPOILT, (False, True)))
+def test_what_is_wrong_or_does_not_run_is_refused() -> None:
+    cases = list(product(("scale", "mask", "gradient", "nan", "error"), (False, True)))
     (found,) = run_ranks(in_turn, 1, *((spoilt, case) for case in cases))
-    return dict(zip(cases, found, strict=True))
+    for (how, packed), said in zip(cases, found, strict=True):
+        assert "model.attention=flash, sdpa or plain" in said, (how, packed)
+        if how == "error":
+            start = "the attention that was chosen does not run here: no sublibrary. "
+            assert said.startswith(start), packed
+        else:
+            assert "differs from the plain computation" in said, (how, packed)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("how", SPOILT[:-1])
-def test_what_is_wrong_is_refused(
-    how: str, packed: bool, refused: dict[tuple[str, bool], str]
+def after_building(said: str | None) -> str | None:
+    """What the environment says once a model was built, of what it said before."""
+    os.environ.pop(UNFUSED, None)
+    if said is not None:
+        os.environ[UNFUSED] = said
+    toy.make(ONE_LAYER)
+    return os.environ.get(UNFUSED)
+
+
+def test_megatron_leaves_the_environment_as_it_is() -> None:
+    said = [None, "0", "1"]
+    assert run_ranks(in_turn, 1, *((after_building, (each,)) for each in said)) == [said]
+
+
+@pytest.mark.parametrize(("said", "found"), [(None, "0"), ("1", "1")])
+def test_te_may_not_fall_back_unless_it_is_allowed_to(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, found: str
 ) -> None:
-    assert "differs from the plain computation" in refused[how, packed]
-    assert "model.attention=flash, sdpa or plain" in refused[how, packed]
+    name = "megatron.core.extensions.transformer_engine"
+    stand_in = types.ModuleType(name)
+    stand_in.TEDotProductAttention = object  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name, stand_in)
+    monkeypatch.setenv(UNFUSED, said or "")
+    if said is None:
+        monkeypatch.delenv(UNFUSED)
+    select.core_attention(Attention.te)
+    assert os.environ[UNFUSED] == found
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_what_does_not_run_is_told_as_one_message(
-    packed: bool, refused: dict[tuple[str, bool], str]
+def stand_in_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], te: bool) -> None:
+    """A GPU that only answers what it can."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(select.backends, "is_available", lambda name: te)
+    monkeypatch.setattr(select.backends, "require", lambda name: None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "te", "expected"),
+    [
+        ((9, 0), BF16, True, ["te", "te"]),
+        ((9, 0), Precision.fp8, True, ["te", "te"]),
+        ((9, 0), BF16, False, ["flash", "flash"]),
+        ((9, 0), FP32, True, ["sdpa", "sdpa"]),
+        ((8, 0), BF16, True, ["te", "flash"]),
+        ((8, 0), BF16, False, ["flash", "flash"]),
+        ((10, 0), BF16, True, ["te", "te"]),
+        ((12, 0), BF16, True, ["te", "flash"]),
+        ((7, 0), FP16, True, ["sdpa", "sdpa"]),
+        ((7, 5), FP16, False, ["sdpa", "sdpa"]),
+    ],
+)
+def test_auto_takes_what_the_gpu_has(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    precision: Precision,
+    te: bool,
+    expected: list[str],
 ) -> None:
-    said = refused["error", packed]
-    assert said.startswith("the attention that was chosen does not run here: no sublibrary. ")
-    assert "model.attention=flash, sdpa or plain" in said
+    """expected: padded, packed."""
+    stand_in_gpu(monkeypatch, capability, te)
+    chosen = [select.choose(ModelConfig(), GPU, precision, packed) for packed in (False, True)]
+    assert [each.value for each in chosen] == expected
+
+
+def test_deterministic_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_gpu(monkeypatch, (9, 0), te=True)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert select.choose(ModelConfig(), GPU, BF16, True) is Attention.flash
+    with pytest.raises(ConfigError, match=r"512 GiB.*deterministic.*attention=flash"):
+        select.choose(ModelConfig(attention=Attention.te), GPU, BF16, True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hidden"), [((7, 5), 256), ((9, 0), 4 * 36), ((9, 0), 4 * 264)]
+)
+def test_flash_where_it_does_not_run(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hidden: int
+) -> None:
+    stand_in_gpu(monkeypatch, capability, te=False)
+    model = ModelConfig(hidden_size=hidden)
+    assert select.choose(model, GPU, FP16, True) is Attention.sdpa
+    model.attention = Attention.flash
+    with pytest.raises(ConfigError, match=f"Ampere.*heads of {hidden // 4}"):
+        select.choose(model, GPU, FP16, True)
+
+
+@pytest.mark.parametrize("asked", [Attention.te, Attention.flash])
+def test_fused_kernels_are_for_16_bits(monkeypatch: pytest.MonkeyPatch, asked: Attention) -> None:
+    stand_in_gpu(monkeypatch, (9, 0), te=True)
+    model = ModelConfig(attention=asked)
+    assert select.choose(model, GPU, BF16) is asked
+    with pytest.raises(ConfigError, match=f"attention={asked.value} needs an NVIDIA GPU and 16"):
+        select.choose(model, GPU, FP32)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "triton", "device", "asked", "expected"),
+    [
+        ("/usr/bin/cc", True, GPU, None, True),
+        (None, True, GPU, None, False),
+        ("/usr/bin/cc", False, GPU, None, False),
+        ("/usr/bin/cc", True, toy.CPU, None, False),
+        (None, False, toy.CPU, True, True),
+        ("/usr/bin/cc", True, GPU, False, False),
+    ],
+)
+def test_what_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+    compiler: str | None,
+    triton: bool,
+    device: torch.device,
+    asked: bool | None,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(fused.shutil, "which", lambda _name: compiler)
+    monkeypatch.setattr(fused, "is_available", lambda _name: triton)
+    assert fused.is_compiled(asked, device) is expected

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
 import re
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anndata
 import numpy as np
@@ -27,8 +27,9 @@ from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from tests import plain_bert
 from tests.distributed import conversions, toy
 from tests.distributed.conversions import V1_SPECIALS, V2_SPECIALS
-from tests.distributed.ranks import run_ranks
-from tests.small_cells import plain_tokens
+from tests.distributed.parity import PP2, SEQUENCE
+from tests.distributed.ranks import in_turn, run_ranks
+from tests.small_cells import plain_tokens, vocabulary_of
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 needs_transformers = pytest.mark.skipif(
@@ -49,8 +50,7 @@ TRAINED: dict[str, tuple[str, ...]] = {
 """Our runs -> settings."""
 
 
-@dataclass(frozen=True)
-class Exported:
+class Exported(NamedTuple):
     """One of our runs, the Hugging Face folder made of it, and what was said of that."""
 
     run: Path
@@ -61,9 +61,9 @@ class Exported:
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The run folder of each of TRAINED."""
-    place = tmp_path_factory.mktemp("ours")
-    runs = {name: place / name for name in TRAINED}
-    run_ranks(conversions.all_trained, 1, {str(runs[n]): TRAINED[n] for n in TRAINED})
+    runs = {name: tmp_path_factory.mktemp("ours") / name for name in TRAINED}
+    calls = [(conversions.train, (runs[name], *more)) for name, more in TRAINED.items()]
+    run_ranks(in_turn, 1, *calls)
     return runs
 
 
@@ -79,18 +79,43 @@ def exported(
     }
 
 
+class Theirs(NamedTuple):
+    """A model of theirs, its run folder, and int64 our_id [their tokens]."""
+
+    folder: Path
+    run: Path
+    weights: dict[str, torch.Tensor]
+    heads: int
+    activation: str
+    our_id: torch.Tensor
+
+
+def made(
+    place: Path,
+    vocabulary: Vocabulary,
+    specials: tuple[str, ...],
+    shape: dict,
+    heads: int,
+    activation: str = "relu",
+) -> Theirs:
+    names = [*specials, *vocabulary.feature_ids]
+    weights = plain_bert.random_weights(**shape, tokens=len(names))
+    folder, run, file = place / "hf", place / "run", place / "vocabulary.json"
+    conversions.write_hf(folder, weights, heads, hidden_act=activation)
+    vocabulary.save(file)
+    run_ranks(conversions.convert_all, 1, convert.from_hf, [(folder, run, file)])
+    ours = vocabulary.token_ids | {"<cls>": 0, "<mask>": 1, "<pad>": 2, "<eos>": 3}
+    our_id = torch.tensor([ours[name] for name in names])
+    return Theirs(folder, run, weights, heads, activation, our_id)
+
+
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Path]:
-    """{specials: a folder with a small model of theirs, "hf", and what became of it, "run"}."""
-    places, calls = {}, []
-    for specials in (V1_SPECIALS, V2_SPECIALS):
-        place = places[specials] = tmp_path_factory.mktemp("small")
-        weights = plain_bert.random_weights(**SMALL, tokens=GENES + len(specials))
-        conversions.write_hf(place / "hf", weights, 4)
-        conversions.vocabulary_of(GENES).save(place / "vocabulary.json")
-        calls.append(tuple(str(place / name) for name in ("hf", "run", "vocabulary.json")))
-    run_ranks(conversions.all_from_hf, 1, calls)
-    return places
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Theirs]:
+    """A small one, with the special tokens of each version."""
+    return {
+        specials: made(tmp_path_factory.mktemp("small"), vocabulary_of(GENES), specials, SMALL, 4)
+        for specials in (V1_SPECIALS, V2_SPECIALS)
+    }
 
 
 def transformers_model(folder: Path) -> Any:
@@ -105,14 +130,18 @@ def transformers_model(folder: Path) -> Any:
     return model.eval()
 
 
-def transformers_logits(folder: Path, cells: list[np.ndarray], pad: int) -> list[torch.Tensor]:
-    """Of cells (their ids) padded into one batch."""
+def transformers_logits(
+    folder: Path, cells: list[np.ndarray], pad: int
+) -> list[list[torch.Tensor]]:
+    """Of cells (their ids) padded into one batch; nothing where transformers is not installed."""
+    if not HAS_TRANSFORMERS:
+        return []
     rows = [torch.from_numpy(cell).long() for cell in cells]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     with torch.no_grad():
         found = transformers_model(folder)(input_ids=padded, attention_mask=mask).logits
-    return [row[: len(cell)] for row, cell in zip(found, cells, strict=True)]
+    return [[row[: len(cell)] for row, cell in zip(found, cells, strict=True)]]
 
 
 def drawn_cells(tokens: int, first_gene: int, start: int | None, seed: int = 3) -> list[np.ndarray]:
@@ -126,64 +155,23 @@ def drawn_cells(tokens: int, first_gene: int, start: int | None, seed: int = 3) 
     return cells
 
 
-@dataclass(frozen=True)
-class Theirs:
-    """A made-up model of theirs, and the run folder that it was converted to."""
-
-    folder: Path
-    run: Path
-    weights: dict[str, torch.Tensor]
-    heads: int
-    activation: str
-    our_id: torch.Tensor
-    """int64 [their tokens]."""
-
-
-def made(
-    place: Path,
-    vocabulary: Vocabulary,
-    specials: tuple[str, ...],
-    shape: dict,
-    heads: int,
-    activation: str = "relu",
-) -> Theirs:
-    num_tokens = len(specials) + len(vocabulary.feature_ids)
-    weights = plain_bert.random_weights(**shape, tokens=num_tokens)
-    folder, run = place / "hf", place / "run"
-    conversions.write_hf(folder, weights, heads, hidden_act=activation)
-    vocabulary.save(place / "vocabulary.json")
-    run_ranks(conversions.from_hf, 1, str(folder), str(run), str(place / "vocabulary.json"))
-    names = [*specials, *vocabulary.feature_ids]
-    ours = vocabulary.token_ids | {"<cls>": 0, "<mask>": 1, "<pad>": 2, "<eos>": 3}
-    our_id = torch.tensor([ours[name] for name in names])
-    return Theirs(folder, run, weights, heads, activation, our_id)
-
-
-def check_logits(theirs: Theirs, cells: list[np.ndarray]) -> None:
+def check_logits(
+    theirs: Theirs, cells: list[np.ndarray], pad: int = 0, spread: float = 0.5
+) -> None:
     """cells: their ids. Within 1e-5 of plain PyTorch in fp64, and of transformers."""
-    ours = [theirs.our_id[torch.from_numpy(cell).long()].int().numpy() for cell in cells]
-    function = F.relu if theirs.activation == "relu" else F.gelu
-    wanted = [
-        plain_bert.logits(theirs.weights, theirs.heads, torch.from_numpy(cell).long(), function)
-        for cell in cells
-    ]
-    assert min(float(each.std()) for each in wanted) > 0.5, "too alike to mean anything"
-    ((padded, packed),) = run_ranks(conversions.all_logits, 1, [str(theirs.run)], ours)
-    for found in (padded, packed):
-        assert largest_difference(found, wanted, theirs.our_id) <= 1e-5
-    if HAS_TRANSFORMERS:
-        wanted = transformers_logits(theirs.folder, cells, 0)
-        for found in (padded, packed):
-            assert largest_difference(found, wanted, theirs.our_id) <= 1e-5
-
-
-def largest_difference(
-    found: list[np.ndarray], wanted: list[torch.Tensor], our_id: torch.Tensor
-) -> float:
-    return max(
-        float((torch.from_numpy(mine)[:, our_id].double() - their).abs().max())
-        for mine, their in zip(found, wanted, strict=True)
-    )
+    ids = [torch.from_numpy(cell).long() for cell in cells]
+    function = getattr(F, theirs.activation)
+    wanted = [plain_bert.logits(theirs.weights, theirs.heads, cell, function) for cell in ids]
+    assert min(float(each.std()) for each in wanted) > spread, "too alike to mean anything"
+    ours = [theirs.our_id[cell].int().numpy() for cell in ids]
+    (found,) = run_ranks(conversions.all_logits, 1, [theirs.run], ours)
+    assert len(found) == 2, "padded and packed"
+    for truth in (wanted, *transformers_logits(theirs.folder, cells, pad)):
+        for each in found:
+            for mine, their in zip(each, truth, strict=True):
+                mine = torch.from_numpy(mine)[:, theirs.our_id].double()
+                assert mine.shape == their.shape, "rows that pad the vocabulary are cut off"
+                assert (mine - their).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -195,16 +183,10 @@ def largest_difference(
     ],
 )
 def test_logits_are_those_of_hugging_face(
-    specials: tuple,
-    genes: int,
-    shape: dict,
-    heads: int,
-    activation: str,
-    start: int | None,
+    specials: tuple, genes: int, shape: dict, heads: int, activation: str, start: int | None,
     tmp_path: Path,
-) -> None:
-    vocabulary = conversions.vocabulary_of(genes)
-    theirs = made(tmp_path, vocabulary, specials, shape, heads, activation)
+) -> None:  # fmt: skip
+    theirs = made(tmp_path, vocabulary_of(genes), specials, shape, heads, activation)
     if specials == V1_SPECIALS:
         assert torch.equal(theirs.our_id[2:], torch.arange(2, genes + 2) + 3)
     check_logits(theirs, drawn_cells(len(theirs.our_id), len(specials), start))
@@ -230,26 +212,27 @@ def test_real_cells(shared_data: Path, tmp_path: Path) -> None:
     check_logits(theirs, cells)
 
 
-def test_new_tokens_take_no_probability(small: dict[tuple[str, ...], Path]) -> None:
-    run = small[V1_SPECIALS] / "run"
-    weights = weights_reader.read_weights(weights_reader.step_of(run))
-    new = [0, 3, 4]  # [CLS], [SEP], [UKW]
-    assert not weights[hf_keys.WORDS][new].any()
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return weights_reader.read_weights(weights_reader.step_of(run))
+
+
+def test_new_tokens_take_no_probability(small: dict[tuple[str, ...], Theirs]) -> None:
+    run, new = small[V1_SPECIALS].run, [0, 3, 4]  # [CLS], [SEP], [UKW]
+    assert not weights_of(run)[hf_keys.WORDS][new].any()
     cells = [np.array([5, 1, 9], np.int32)]
-    (((logits,),),) = run_ranks(conversions.all_logits, 1, [str(run)], cells, (False,))
+    (((logits,),),) = run_ranks(conversions.all_logits, 1, [run], cells, (False,))
     probabilities = torch.from_numpy(logits).softmax(-1)
     assert (probabilities[:, new] == 0).all()
     assert (probabilities[:, [1, 2, *range(5, GENES + 5)]] > 0).all()
 
 
-@pytest.mark.parametrize("specials", [V1_SPECIALS, V2_SPECIALS])
+@pytest.mark.parametrize("specials", [V1_SPECIALS, V2_SPECIALS], ids=["v1", "v2"])
 def test_hugging_face_to_us_and_back_is_bitwise(
-    specials: tuple, small: dict[tuple[str, ...], Path], tmp_path: Path
+    specials: tuple, small: dict[tuple[str, ...], Theirs], tmp_path: Path
 ) -> None:
-    run, folder = small[specials] / "run", small[specials] / "hf"
-    convert.to_hf(run, tmp_path / "back", tokens_path=run / converted_run.TOKENS)
-    before = safetensors_file.read(folder / "model.safetensors")
-    after = safetensors_file.read(tmp_path / "back" / "model.safetensors")
+    theirs, back = small[specials], tmp_path / "back"
+    convert.to_hf(theirs.run, back, tokens_path=theirs.run / converted_run.TOKENS)
+    before, after = dict(theirs.weights), safetensors_file.read(back / "model.safetensors")
     types, positions = (f"bert.embeddings.{kind}_embeddings.weight" for kind in
                         ("token_type", "position"))  # fmt: skip
     before[positions] = before[positions] + before[types][0]
@@ -257,53 +240,40 @@ def test_hugging_face_to_us_and_back_is_bitwise(
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
-    written = json.loads((tmp_path / "back" / "config.json").read_text())
-    given = json.loads((folder / "config.json").read_text())
+    given, written = (
+        json.loads((folder / "config.json").read_text()) for folder in (theirs.folder, back)
+    )
     assert {**given, "type_vocab_size": 1} == {name: written[name] for name in given}
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
     """Of two runs, bit for bit, but for rows that pad the vocabulary."""
-    first, second = (
-        weights_reader.read_weights(weights_reader.step_of(path)) for path in (one, other)
-    )
+    first, second = weights_of(one), weights_of(other)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
-        rows = (
-            slice(toy.VOCABULARY) if name in (hf_keys.WORDS, hf_keys.OUTPUT_BIAS) else slice(None)
-        )
-        assert torch.equal(tensor[rows], second[name][rows]), name
+        last = toy.VOCABULARY if name in (hf_keys.WORDS, hf_keys.OUTPUT_BIAS) else None
+        assert torch.equal(tensor[:last], second[name][:last]), name
 
 
 def test_us_to_hugging_face_and_back_is_bitwise(
     exported: dict[str, Exported], tmp_path: Path
 ) -> None:
-    calls = [(str(each.folder), str(tmp_path / name), "") for name, each in exported.items()]
-    run_ranks(conversions.all_from_hf, 1, calls)
+    calls = [(each.folder, tmp_path / name) for name, each in exported.items()]
+    run_ranks(conversions.convert_all, 1, convert.from_hf, calls)
     for name, each in exported.items():
         assert_same_weights(each.run, tmp_path / name)
-        weights = weights_reader.read_weights(weights_reader.step_of(each.run))
-        exact = weights["encoder.layers.0.mlp.linear_fc1.weight"]
+        exact = weights_of(each.run)["encoder.layers.0.mlp.linear_fc1.weight"]
         assert (exact.bfloat16().float() != exact).any(), "fp32 weights, whatever they were used in"
 
 
 def test_exports_compute_the_same(exported: dict[str, Exported]) -> None:
     cells = [np.array([0, 17, 1, 33, 699, 8], np.int32), np.array([0, 44], np.int32)]
-    functions = {"pre": F.gelu, "post": F.relu}
-    runs = [str(exported[name].run) for name in functions]
-    (found,) = run_ranks(conversions.all_logits, 1, runs, cells)
-    for number, (name, function) in enumerate(functions.items()):
-        assert "step 3" in exported[name].told[0]
-        folder = exported[name].folder
+    for name, activation in (("pre", "gelu"), ("post", "relu")):
+        run, folder, told = exported[name]
+        assert "step 3" in told[0]
         weights = safetensors_file.read(folder / "model.safetensors")
-        wanted = [plain_bert.logits(weights, 4, torch.from_numpy(cell).long(), function)
-                  for cell in cells]  # fmt: skip
-        theirs = transformers_logits(folder, cells, 2) if HAS_TRANSFORMERS else wanted
-        for logits in found[2 * number : 2 * number + 2]:  # padded, packed
-            for mine, plain, their in zip(logits, wanted, theirs, strict=True):
-                assert mine.shape == plain.shape, "rows that pad the vocabulary are cut off"
-                assert (torch.from_numpy(mine).double() - plain).abs().max() <= 1e-5
-                assert (torch.from_numpy(mine) - their).abs().max() <= 1e-5
+        same_id = torch.arange(toy.VOCABULARY)
+        check_logits(Theirs(folder, run, weights, 4, activation, same_id), cells, 2, spread=0)
         card = (folder / "README.md").read_text()
         for fact in ("steps made | 3 ", "cells seen | 48 ", "6.2500", "c0ffee", "700"):
             assert fact in card, fact
@@ -328,44 +298,40 @@ def test_transformers_loads_model_and_tokenizer(norm: str, exported: dict[str, E
     assert (tokenizer.pad_token_id, tokenizer.mask_token_id) == (2, 1)
 
 
-def test_every_layout_loads_it_with_moments_of_zero(small: dict[tuple[str, ...], Path]) -> None:
-    layouts = [
-        (),
-        ("parallel.pipeline=2",),
-        ("parallel.tensor=2", "parallel.sequence=true"),
-        ("train.precision=bf16",),
-    ]
-    run = str(small[V1_SPECIALS] / "run")
-    for wrong in run_ranks(conversions.slices_that_differ_in, 2, run, layouts):
-        assert wrong == [[]] * len(layouts)
+def test_every_layout_loads_it_with_moments_of_zero(small: dict[tuple[str, ...], Theirs]) -> None:
+    layouts = [(), (PP2,), SEQUENCE, ("train.precision=bf16",)]
+    run = small[V1_SPECIALS].run
+    calls = [(conversions.slices_that_differ, (run, *layout)) for layout in layouts]
+    assert run_ranks(in_turn, 2, *calls) == [[[]] * len(layouts)] * 2
+
+
+BIONEMO_1 = (
+    (r"^(embedding|encoder)\.", r"model.language_model.\1."),
+    (r"^lm_head\.layer_norm", "model.lm_head.layernorm"),
+    (r"^lm_head\.", "model.lm_head."),
+    (r"^output_layer\.bias", "model.lm_head.bias"),
+    (r"linear_qkv", "query_key_value"),
+    (r"linear_proj", "dense"),
+    (r"linear_fc1", "dense_h_to_4h"),
+    (r"linear_fc2", "dense_4h_to_h"),
+    (r"pre_mlp_layernorm", "post_attention_layernorm"),
+)
+BIONEMO_2 = (
+    (r"input_layernorm\.", "self_attention.linear_qkv.layer_norm_"),
+    (r"pre_mlp_layernorm\.", "mlp.linear_fc1.layer_norm_"),
+    (r"^", "module."),
+)
+"""What our names become in theirs."""
 
 
 def bionemo(path: Path, run: Path, kind: str) -> None:
     """Our trained weights as BioNeMo would have saved them, with padding to 704 rows."""
-    ours = weights_reader.read_weights(weights_reader.step_of(run))
+    ours = weights_of(run)
     ours = {name: each[:704] if "word" in name or "output" in name else each
             for name, each in ours.items()}  # fmt: skip
-    if kind == "bionemo 1":
-        changes = (
-            (r"^(embedding|encoder)\.", r"model.language_model.\1."),
-            (r"^lm_head\.layer_norm", "model.lm_head.layernorm"),
-            (r"^lm_head\.", "model.lm_head."),
-            (r"^output_layer\.bias", "model.lm_head.bias"),
-            (r"linear_qkv", "query_key_value"),
-            (r"linear_proj", "dense"),
-            (r"linear_fc1", "dense_h_to_4h"),
-            (r"linear_fc2", "dense_4h_to_h"),
-            (r"pre_mlp_layernorm", "post_attention_layernorm"),
-        )
-    else:
-        changes = (
-            (r"input_layernorm\.", "self_attention.linear_qkv.layer_norm_"),
-            (r"pre_mlp_layernorm\.", "mlp.linear_fc1.layer_norm_"),
-            (r"^", "module."),
-        )
     theirs: dict[str, Any] = {}
     for name, tensor in ours.items():
-        for pattern, replacement in changes:
+        for pattern, replacement in BIONEMO_1 if kind == "bionemo 1" else BIONEMO_2:
             name = re.sub(pattern, replacement, name)
         theirs[name] = tensor
     if kind == "stacked":
@@ -382,62 +348,54 @@ def test_bionemos_layouts_are_ours(ours: dict[str, Path], tmp_path: Path) -> Non
     run, kinds, calls = ours["pre"], ("bionemo 1", "bionemo 2", "stacked"), []
     for kind in kinds:
         bionemo(tmp_path / f"{kind}.pt", run, kind)
-        calls.append((f"{tmp_path / kind}.pt", str(tmp_path / kind), str(run / "vocabulary.json")))
-    run_ranks(conversions.all_from_bionemo, 1, calls, 4)
+        more = (run / "vocabulary.json", convert.Activation.gelu, 4)
+        calls.append((tmp_path / f"{kind}.pt", tmp_path / kind, *more))
+    run_ranks(conversions.convert_all, 1, convert.from_bionemo, calls)
     cells = [np.array([0, 17, 1, 33, 8], np.int32)]
     runs = [run, *(tmp_path / kind for kind in kinds)]
-    (found,) = run_ranks(conversions.all_logits, 1, list(map(str, runs)), cells, (False,))
+    (found,) = run_ranks(conversions.all_logits, 1, runs, cells, (False,))
     for other, (logits,) in zip(runs[1:], found[1:], strict=True):
         assert_same_weights(run, other)
         assert np.array_equal(found[0][0], logits), other
 
 
-def changed(tmp_path: Path, change: str) -> None:
-    """Makes one thing of the small folder "hf" wrong."""
-    folder = tmp_path / "hf"
-    weights = safetensors_file.read(folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    query = "bert.encoder.layer.1.attention.self.query.weight"
-    if change == "missing":
-        del weights[query]
-    elif change == "unexpected":
-        weights["bert.encoder.layer.2.output.dense.bias"] = torch.zeros(32)
-    elif change == "misshapen":
-        weights[query] = torch.zeros(32, 31)
-    elif change == "untied":
-        weights["cls.predictions.decoder.weight"] = torch.zeros(GENES + 2, 32)
-    elif change == "eps":
-        config["layer_norm_eps"] = 1e-5
-    elif change == "rows":
-        config["vocab_size"] += 1
-    elif change == "activation":
-        config["hidden_act"] = "silu"
-    else:
-        raise AssertionError(change)
-    safetensors_file.write(folder / "model.safetensors", weights)
-    (folder / "config.json").write_text(json.dumps(config))
+QUERY = "bert.encoder.layer.1.attention.self.query.weight"
+THIRD, DECODER = "bert.encoder.layer.2.output.dense.bias", "cls.predictions.decoder.weight"
+WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "missing": ({QUERY: None}, ["1 missing", QUERY, "Remedy"]),
+    "unexpected": ({THIRD: torch.zeros(32)}, ["1 unexpected", THIRD, "Remedy"]),
+    "misshapen": (
+        {QUERY: torch.zeros(32, 31)},
+        ["query.weight is [32, 31] and must be [32, 32]", "Remedy"],
+    ),
+    "untied": ({DECODER: torch.zeros(GENES + 2, 32)}, [f"{DECODER} must be", "tied"]),
+    "eps": ({"layer_norm_eps": 1e-5}, ["layer_norm_eps must be 1e-12, and is 1e-05"]),
+    "rows": (
+        {"vocab_size": GENES + 3},
+        ["123 tokens", "120 genes", "Geneformer V1: 122", "Remedy"],
+    ),
+    "activation": ({"hidden_act": "silu"}, ["hidden_act must be relu or gelu", "'silu'"]),
+}
+"""Name -> (tensors or settings that are changed, parts of the message)."""
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ("missing", ["1 missing", "bert.encoder.layer.1.attention.self.query.weight", "Remedy"]),
-        ("unexpected", ["1 unexpected", "bert.encoder.layer.2.output.dense.bias", "Remedy"]),
-        ("misshapen", ["query.weight is [32, 31] and must be [32, 32]", "Remedy"]),
-        ("untied", ["cls.predictions.decoder.weight must be", "tied"]),
-        ("eps", ["layer_norm_eps must be 1e-12, and is 1e-05"]),
-        ("rows", ["123 tokens", "120 genes", "Geneformer V1: 122", "Remedy"]),
-        ("activation", ["hidden_act must be relu or gelu", "'silu'"]),
-    ],
-)
-def test_what_does_not_fit_is_told(change: str, told: list[str], tmp_path: Path) -> None:
-    weights = plain_bert.random_weights(**SMALL, tokens=GENES + 2)
-    conversions.write_hf(tmp_path / "hf", weights, 4)
-    vocabulary = tmp_path / "vocabulary.json"
-    conversions.vocabulary_of(GENES).save(vocabulary)
-    changed(tmp_path, change)
+def small_hf(place: Path, tokens: int, **changes: Any) -> dict[str, torch.Tensor]:
+    """The weights of a small model of theirs in the folder "hf"; changes: of tensors, None for one
+    that is left out, and of settings."""
+    weights = plain_bert.random_weights(**SMALL, tokens=tokens)
+    described = {name: changes.pop(name) for name in [*changes] if "." not in name}
+    weights = {name: each for name, each in (weights | changes).items() if each is not None}
+    conversions.write_hf(place / "hf", weights, 4, **described)
+    vocabulary_of(GENES).save(place / "vocabulary.json")
+    return weights
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_what_does_not_fit_is_told(change: str, tmp_path: Path) -> None:
+    changes, told = WRONG[change]
+    small_hf(tmp_path, GENES + 2, **changes)
     with pytest.raises(GeneformerError) as refusal:
-        convert.from_hf(tmp_path / "hf", tmp_path / "run", vocabulary)
+        convert.from_hf(tmp_path / "hf", tmp_path / "run", tmp_path / "vocabulary.json")
     for part in told:
         assert part in str(refusal.value)
     assert not list(tmp_path.glob("*run*")), "nothing is left behind"
@@ -449,69 +407,50 @@ class RunsCode:
 
 
 def test_weights_that_would_run_code_are_refused(tmp_path: Path) -> None:
-    weights = plain_bert.random_weights(**SMALL, tokens=GENES + 2)
-    conversions.write_hf(tmp_path / "hf", weights, 4)
+    small_hf(tmp_path, GENES + 2)
     (tmp_path / "hf" / "model.safetensors").unlink()
     torch.save({"a": RunsCode()}, tmp_path / "hf" / "pytorch_model.bin")
-    conversions.vocabulary_of(GENES).save(tmp_path / "vocabulary.json")
     with pytest.raises(GeneformerError, match="plain state dict"):
         convert.from_hf(tmp_path / "hf", tmp_path / "run", tmp_path / "vocabulary.json")
 
 
 def test_pickled_weights_and_published_dictionaries_are_read(tmp_path: Path) -> None:
-    import pickle
-
     folder, run = tmp_path / "hf", tmp_path / "run"
-    weights = plain_bert.random_weights(**SMALL, tokens=GENES + 4)
-    conversions.write_hf(folder, weights, 4)
+    weights = small_hf(tmp_path, GENES + 4)
     (folder / "model.safetensors").unlink()
-    weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"]
+    words = weights[DECODER] = weights["bert.embeddings.word_embeddings.weight"]
     weights["cls.predictions.decoder.bias"] = weights.pop("cls.predictions.bias")
     weights["bert.embeddings.position_ids"] = torch.arange(40)
     torch.save(weights, folder / "pytorch_model.bin")
-    genes = conversions.vocabulary_of(GENES).feature_ids
+    genes = vocabulary_of(GENES).feature_ids
     # In an order of their own, which rows follow.
     names = ["<pad>", "<mask>", *genes[60:], "<cls>", "<eos>", *genes[:60]]
     tokens = {name: number for number, name in enumerate(names)}
-    (tmp_path / "tokens.pkl").write_bytes(pickle.dumps(tokens))
     medians = dict.fromkeys((*genes, "ENSG99999999999"), 2.5)
-    (tmp_path / "medians.pkl").write_bytes(pickle.dumps(medians))
-    run_ranks(
-        from_dictionaries,
-        1,
-        *(str(path) for path in (folder, run, tmp_path / "tokens.pkl", tmp_path / "medians.pkl")),
-    )
-    ours = weights_reader.read_weights(weights_reader.step_of(run))
-    theirs = weights["bert.embeddings.word_embeddings.weight"]
-    wanted = [tokens[name] for name in ("<cls>", "<mask>", "<pad>", "<eos>")]
-    assert torch.equal(ours[hf_keys.WORDS][:4], theirs[wanted])
-    assert torch.equal(ours[hf_keys.WORDS][5 + 60], theirs[2])
+    files = tmp_path / "tokens.pkl", tmp_path / "medians.pkl"
+    for file, dictionary in zip(files, (tokens, medians), strict=True):
+        file.write_bytes(pickle.dumps(dictionary))
+    run_ranks(conversions.convert_all, 1, convert.from_hf, [(folder, run, None, *files)])
+    ours = weights_of(run)[hf_keys.WORDS]
+    assert torch.equal(ours[:4], words[[tokens[n] for n in ("<cls>", "<mask>", "<pad>", "<eos>")]])
+    assert torch.equal(ours[5 + 60], words[2])
     assert Vocabulary.load(run / "vocabulary.json").feature_ids == genes
 
 
-def from_dictionaries(folder: str, out: str, tokens: str, medians: str) -> None:
-    conversions.lone()
-    convert.from_hf(Path(folder), Path(out), None, Path(tokens), Path(medians))
-
-
-def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
-    for attempt in (
-        lambda: convert.to_hf(tmp_path, tmp_path / "there"),
-        lambda: convert.from_hf(tmp_path, tmp_path / "there", tmp_path),
+def test_what_cannot_be_exported(ours: dict[str, Path], tmp_path: Path) -> None:
+    there, other = tmp_path / "there", tmp_path / "other.json"
+    there.mkdir()
+    vocabulary_of(9).save(other)
+    for message, function, arguments in (
+        ("exists already", convert.to_hf, (tmp_path, there)),
+        ("exists already", convert.from_hf, (tmp_path, there, tmp_path)),
+        ("has a checkpoint", convert.to_hf, (tmp_path, tmp_path / "new")),
+        (
+            r"activation=relu, model\.head_activation=gelu",
+            convert.to_hf,
+            (ours["two"], tmp_path / "hf"),
+        ),
+        ("checksum", convert.to_hf, (ours["pre"], tmp_path / "hf", other)),
     ):
-        with pytest.raises(GeneformerError, match="exists already"):
-            attempt()
-    with pytest.raises(GeneformerError, match="has a checkpoint"):
-        convert.to_hf(tmp_path, tmp_path / "new")
-
-
-def test_two_activations_cannot_be_exported(ours: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(GeneformerError, match=r"activation=relu, model\.head_activation=gelu"):
-        convert.to_hf(ours["two"], tmp_path / "hf")
-
-
-def test_another_vocabulary_is_refused(ours: dict[str, Path], tmp_path: Path) -> None:
-    conversions.vocabulary_of(9).save(tmp_path / "other.json")
-    with pytest.raises(GeneformerError, match="checksum"):
-        convert.to_hf(ours["pre"], tmp_path / "hf", tmp_path / "other.json")
+        with pytest.raises(GeneformerError, match=message):
+            function(*arguments)

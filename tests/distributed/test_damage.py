@@ -14,18 +14,15 @@ import numpy as np
 import pytest
 
 from geneformer_mcore.checkpoint import folder as checkpoints
-from geneformer_mcore.checkpoint import manager
-from geneformer_mcore.config.sections import CheckpointConfig
 from tests.distributed import toy
+from tests.distributed.parity import TP2
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_saving import record
+from tests.distributed.test_saving import record, saver_of
 
 
 def save_twice(root: str) -> None:
-    run = toy.make("model.num_layers=1", "parallel.tensor=2")
-    saver = manager.CheckpointManager(
-        Path(root), CheckpointConfig(), run.topology.rank, toy.CPU, lambda line: None
-    )
+    run = toy.make("model.num_layers=1", TP2)
+    saver = saver_of(run, root, [])
     for step in (1, 2):
         saver.begin(run.trainable, record(step))
 

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from functools import cache
 from pathlib import Path
 
 import anndata
@@ -20,50 +19,52 @@ import torch
 
 from geneformer_mcore.store.ingest.build import build_store
 from tests.distributed import toy, trained
-from tests.distributed.commands import Ended, calls, commands
+from tests.distributed.commands import assert_refused, commands, succeed
 from tests.distributed.parity import PP2, SEQUENCE, TP2
 from tests.distributed.ranks import run_ranks
-from tests.distributed.trained import EMPTY, NUM_CELLS, NUM_GENES, ONE_GENE, UNKNOWN, Trained
+from tests.distributed.trained import (
+    EMPTY,
+    NUM_CELLS,
+    NUM_GENES,
+    ONE_GENE,
+    UNKNOWN,
+    Trained,
+    words,
+)
 from tests.small_cells import gene_id, vocabulary_of
 from tests.small_experiment import write_experiment
 
 MISSING = [UNKNOWN, EMPTY]
-FEW = ("--tokens-per-batch", str(toy.SEQ_LENGTH))
-ALONE: dict[str, tuple[str, ...]] = {
-    "b.h5ad": (),
-    "b.npy": (),
+FEW = f"--tokens-per-batch {toy.SEQ_LENGTH}"
+OF_REFERENCE: dict[str, tuple[str, str, int | None]] = {
+    "b.npy": ("plain", "", None),
+    "layer_0.npy": ("plain", "--layer 0", 0),
+    "layer_3.npy": ("plain", "--layer second-to-last", 3),
+    "cls.npy": ("plain", "--pooling cls", None),
+    "cls_3.npy": ("plain", "--pooling cls --layer 3", 3),
+    "post.npy": ("post", "", None),
+    "post_3.npy": ("post", "--layer 3", 3),
+}
+"""What one rank writes from the cells -> (the model, what it is asked, the layer that is meant).
+Models that come from Hugging Face are post-LN."""
+OF_PLAIN = {
+    "b.h5ad": "",
     "small.npy": FEW,
-    "layer_0.npy": ("--layer", "0"),
-    "layer_3.npy": ("--layer", "second-to-last"),
-    "cls.npy": ("--pooling", "cls"),
-    "cls_3.npy": ("--pooling", "cls", "--layer", "3"),
-    "half.h5ad": ("--dtype", "float16"),
-    "brain.npy": ("--dtype", "bfloat16"),
-    "bf16.npy": ("--precision", "bf16"),
+    "half.h5ad": "--dtype float16",
+    "brain.npy": "--dtype bfloat16",
+    "bf16.npy": "--precision bf16",
 }
-"""What one rank writes from the cells -> what it is asked."""
-OF_OTHERS = {
-    "other_bf16.npy": ("bf16", ()),
-    "other_post.npy": ("post", ()),
-    "other_post_3.npy": ("post", ("--layer", "3")),
+"""The same by the plain model -> what it is asked."""
+OF_TWO = {
+    "tensor.npy": TP2,
+    "sequence.npy": " ".join(SEQUENCE),
+    "pipeline.npy": PP2,
+    "layer_1.npy": f"--layer 1 {PP2}",
+    "layer_3.npy": f"--layer 3 {PP2}",
+    "layer_4.npy": f"--layer 4 {TP2}",
 }
-"""The same by other models."""
-OF_TWO: dict[str, tuple[str, ...]] = {
-    "tensor.npy": (TP2,),
-    "sequence.npy": SEQUENCE,
-    "pipeline.npy": (PP2,),
-    "layer_1.npy": ("--layer", "1", PP2),
-    "layer_3.npy": ("--layer", "3", PP2),
-    "layer_4.npy": ("--layer", "4", TP2),
-}
-OF_FOUR: dict[str, tuple[str, ...]] = {"data.npy": (), "small.npy": FEW, "both.npy": (TP2, PP2)}
+OF_FOUR = {"data.npy": "", "small.npy": FEW, "both.npy": f"{TP2} {PP2}"}
 GENE_TABLES = (".csv", ".tsv", ".npy")
-
-
-def line(model: Trained, output: Path, *more: str) -> list[str]:
-    """A command line."""
-    start = ["--checkpoint", str(model.run), "--input", str(model.h5ad)]
-    return [*start, "--output", str(output), *more]
 
 
 def values(path: Path) -> np.ndarray:
@@ -73,36 +74,14 @@ def values(path: Path) -> np.ndarray:
     return anndata.read_h5ad(path).obsm["X_geneformer"]
 
 
-def succeed(lines: list[list[str]], ranks: int) -> list[Ended]:
-    """Runs them all on the same ranks; how they ended on the first."""
-    first, *others = run_ranks(calls, ranks, lines)
-    for ended in (first, *others):
-        for text, each in zip(lines, ended, strict=True):
-            assert each.code == 0, (text, each.err)
-    return first
-
-
-@cache
-def wanted(model: Trained, num_layers: int | None = None) -> list[np.ndarray]:
-    """float64 [tokens, H] of each cell by itself, by the plain reference."""
-    reference = model.reference
-    found = []
-    with torch.no_grad():
-        for tokens in model.tokens:
-            ids, length = torch.from_numpy(tokens)[None], torch.tensor([len(tokens)])
-            hidden = (
-                reference.hidden(ids, length)
-                if num_layers is None
-                else reference.states(ids, length, num_layers)
-            )
-            found.append(hidden[0].numpy())
+def wanted(model: Trained, layer: int | None = None, by_cls: bool = False) -> np.ndarray:
+    """float64 [cells, H] by the plain reference: means of genes, [CLS] left out, or that; NaN where
+    there is no gene."""
+    states = [model.states(tokens, layer) for tokens in model.tokens]
+    found = np.stack([each[0] if by_cls or len(each) == 1 else each[1:].mean(axis=0)
+                      for each in states])  # fmt: skip
+    found[MISSING] = np.nan
     return found
-
-
-def means(states: list[np.ndarray]) -> np.ndarray:
-    """[cells, H]: of all genes, [CLS] left out; NaN where there is none."""
-    nothing = np.full(states[0].shape[1], np.nan)
-    return np.stack([each[1:].mean(axis=0) if len(each) > 1 else nothing for each in states])
 
 
 @pytest.fixture(scope="module")
@@ -112,17 +91,24 @@ def folder(models: dict[str, Trained], tmp_path_factory: pytest.TempPathFactory)
     experiment = write_experiment(folder / "census", {"one": anndata.read_h5ad(model.h5ad)})
     store = folder / "store"
     build_store([str(model.h5ad)], store, vocabulary=model.vocabulary, seq_length=toy.SEQ_LENGTH)
-    start = ["--checkpoint", str(model.run)]
-    lines = [["embed", *line(model, folder / name, *more)] for name, more in ALONE.items()]
-    for name, (kind, more) in OF_OTHERS.items():
-        lines.append(["embed", *line(models[kind], folder / name, *more)])
+    asked = {name: (models[kind], more) for name, (kind, more, _) in OF_REFERENCE.items()}
+    asked |= {name: (model, more) for name, more in OF_PLAIN.items()}
+    asked |= {"other_bf16.npy": (models["bf16"], "")}
+    lines = [
+        ["embed", *each.line("--output", folder / name, more)]
+        for name, (each, more) in asked.items()
+    ]
+    start = ("--checkpoint", model.run)
     for suffix in GENE_TABLES:
-        lines.append(["embed", *start, "--gene-embeddings", str(folder / f"genes{suffix}")])
-    for command, source in (("embed", experiment), ("perturb", experiment), ("embed", str(store))):
-        name = f"{command}_{Path(source).name}.h5ad"
-        more = ["--top", "1", "--null", "0"] if command == "perturb" else []
-        lines.append([command, *start, "--input", source, "--output", str(folder / name), *more])
-    succeed(lines, 1)
+        lines.append(words("embed", *start, "--gene-embeddings", folder / f"genes{suffix}"))
+    for command, source, more in (
+        ("embed", Path(experiment), ""),
+        ("perturb", Path(experiment), "--top 1 --null 0"),
+        ("embed", store, ""),
+    ):
+        out = folder / f"{command}_{source.name}.h5ad"
+        lines.append(words(command, *start, "--input", source, "--output", out, more))
+    succeed(lines)
     return folder
 
 
@@ -132,9 +118,10 @@ def result(folder: Path) -> Path:
     return folder / "b.h5ad"
 
 
-def test_equals_the_plain_reference(model: Trained, result: Path) -> None:
-    found = anndata.read_h5ad(result).obsm["X_geneformer"]
-    expected = means(wanted(model))
+@pytest.mark.parametrize("name", OF_REFERENCE)
+def test_equals_the_plain_reference(name: str, models: dict[str, Trained], folder: Path) -> None:
+    kind, more, layer = OF_REFERENCE[name]
+    found, expected = values(folder / name), wanted(models[kind], layer, "cls" in more)
     assert found.dtype == np.float32
     assert found.shape == (NUM_CELLS, 32)
     assert np.flatnonzero(np.isnan(found).any(axis=1)).tolist() == MISSING
@@ -143,13 +130,11 @@ def test_equals_the_plain_reference(model: Trained, result: Path) -> None:
 
 
 def test_the_last_gene_counts_and_one_gene_is_enough(model: Trained, result: Path) -> None:
-    found = anndata.read_h5ad(result).obsm["X_geneformer"]
-    states = wanted(model)
+    found = values(result)
+    states = [model.states(tokens) for tokens in model.tokens]
     np.testing.assert_allclose(found[ONE_GENE], states[ONE_GENE][1], rtol=0, atol=1e-5)
-    others = [i for i in range(NUM_CELLS) if i not in (*MISSING, ONE_GENE)]
-    for i in others:
-        without_last = states[i][1:-1].mean(axis=0)
-        assert np.abs(found[i] - without_last).max() > 1e-3
+    for i in set(range(NUM_CELLS)) - {*MISSING, ONE_GENE}:
+        assert np.abs(found[i] - states[i][1:-1].mean(axis=0)).max() > 1e-3
 
 
 def test_the_output_is_the_input_and_more(model: Trained, result: Path) -> None:
@@ -187,34 +172,18 @@ def test_scanpy_takes_it(result: Path) -> None:
 def test_batches_and_layouts_change_nothing(model: Trained, folder: Path, tmp_path: Path) -> None:
     alone = values(folder / "b.h5ad")
     np.testing.assert_allclose(values(folder / "small.npy"), alone, rtol=0, atol=1e-6)
-    for ranks, lines in ((2, OF_TWO), (4, OF_FOUR)):
+    for ranks, asked in ((2, OF_TWO), (4, OF_FOUR)):
         there = tmp_path / str(ranks)
         there.mkdir()
-        asked = [["embed", *line(model, there / name, *more)] for name, more in lines.items()]
-        succeed(asked, ranks)
-        for name in lines:
-            if name.startswith("layer"):
-                expected = means(wanted(model, int(name[6])))
-                np.testing.assert_allclose(
-                    values(there / name), expected, rtol=1e-5, atol=1e-5, err_msg=name
-                )
-            else:
-                np.testing.assert_allclose(
-                    values(there / name), alone, rtol=0, atol=1e-6, err_msg=f"{ranks} {name}"
-                )
-
-
-@pytest.mark.parametrize("number", [0, 3])
-def test_layers(number: int, model: Trained, folder: Path) -> None:
-    found, expected = values(folder / f"layer_{number}.npy"), means(wanted(model, number))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("name", "layer"), [("cls.npy", None), ("cls_3.npy", 3)])
-def test_cls(name: str, layer: int | None, model: Trained, folder: Path) -> None:
-    expected = np.stack([each[0] for each in wanted(model, layer)])
-    expected[MISSING] = np.nan
-    np.testing.assert_allclose(values(folder / name), expected, rtol=1e-5, atol=1e-5)
+        lines = [["embed", *model.line("--output", there / n, more)] for n, more in asked.items()]
+        succeed(lines, ranks)
+        for name in asked:
+            found, is_layer = values(there / name), name.startswith("layer")
+            expected = wanted(model, int(name[6])) if is_layer else alone
+            atol = 1e-5 if is_layer else 1e-6
+            np.testing.assert_allclose(
+                found, expected, rtol=0, atol=atol, err_msg=f"{ranks} {name}"
+            )
 
 
 def test_number_formats(folder: Path) -> None:
@@ -232,18 +201,9 @@ def test_number_formats(folder: Path) -> None:
 def test_a_model_trained_in_bf16_is_used_with_its_exact_weights(
     models: dict[str, Trained], folder: Path
 ) -> None:
-    rounded = means(wanted(models["bf16"]))  # the stage's own weights are the rounded ones
+    rounded = wanted(models["bf16"])  # the stage's own weights are the rounded ones
     difference = np.nanmax(np.abs(values(folder / "other_bf16.npy") - rounded))
     assert 1e-4 < difference < 0.3
-
-
-@pytest.mark.parametrize(("name", "layer"), [("other_post.npy", None), ("other_post_3.npy", 3)])
-def test_a_model_whose_norms_come_after(
-    name: str, layer: int | None, models: dict[str, Trained], folder: Path
-) -> None:
-    """As those that come from Hugging Face."""
-    expected = means(wanted(models["post"], layer))
-    np.testing.assert_allclose(values(folder / name), expected, rtol=0, atol=1e-5)
 
 
 def test_npy_says_what_it_is(result: Path, folder: Path) -> None:
@@ -255,12 +215,11 @@ def test_npy_says_what_it_is(result: Path, folder: Path) -> None:
 
 
 def test_the_input_is_left_alone_and_a_step_folder_will_do(model: Trained, tmp_path: Path) -> None:
-    before = hashlib.sha256(model.h5ad.read_bytes()).hexdigest()
-    changed = model.h5ad.stat().st_mtime_ns
-    asked = ["--checkpoint", str(model.step_folder), "--input", str(model.h5ad)]
-    (ended,) = succeed([["embed", *asked, "--output", str(tmp_path / "b.h5ad")]], 1)
-    assert hashlib.sha256(model.h5ad.read_bytes()).hexdigest() == before
-    assert model.h5ad.stat().st_mtime_ns == changed
+    before = hashlib.sha256(model.h5ad.read_bytes()).hexdigest(), model.h5ad.stat().st_mtime_ns
+    line = model.line("--checkpoint", model.step_folder, "--output", tmp_path / "b.h5ad")
+    (ended,) = succeed([["embed", *line]])
+    after = hashlib.sha256(model.h5ad.read_bytes()).hexdigest(), model.h5ad.stat().st_mtime_ns
+    assert after == before
     assert "41 cells x 32 (float32), 2 without a known gene" in ended.out
 
 
@@ -278,37 +237,39 @@ def test_genes(suffix: str, model: Trained, folder: Path) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-def api(run: str, h5ad: str) -> list[tuple[list[str], np.ndarray | None, np.ndarray]]:
-    """Without a copy, and with one."""
-    os.environ.pop("RANK")
-    torch.distributed.destroy_process_group()
-    return [by_python(run, h5ad, copy) for copy in (False, True)]
+Python = tuple[list[str], np.ndarray | None, np.ndarray]
 
 
-def by_python(run: str, h5ad: str, copy: bool) -> tuple[list[str], np.ndarray | None, np.ndarray]:
-    """(names in obsm of the AnnData given, its embedding, that of what is returned)."""
+def by_python(run: str, h5ad: str) -> list[Python]:
+    """Without a copy, and with one: (names in obsm of the AnnData given, its embedding, that of
+    what is returned)."""
     import geneformer_mcore
 
-    adata = anndata.read_h5ad(h5ad)
-    returned = geneformer_mcore.embed(adata, run, copy=copy)
-    again = adata if returned is None else returned
-    assert (returned is None) == (not copy)
-    assert again.obs["geneformer_embedded"].sum() == NUM_CELLS - 2
-    assert again.uns["geneformer"]["layer"] == "last"
-    view = again[::-1]
-    geneformer_mcore.embed(view, run, key_added="X_again", layer=4)
-    assert view.uns["geneformer"]["layer"] == "4"
-    assert "X_again" not in again.obsm
-    return sorted(adata.obsm), adata.obsm.get("X_geneformer"), again.obsm["X_geneformer"]
+    os.environ.pop("RANK")
+    torch.distributed.destroy_process_group()
+    found = []
+    for copy in (False, True):
+        adata = anndata.read_h5ad(h5ad)
+        returned = geneformer_mcore.embed(adata, run, copy=copy)
+        assert (returned is None) == (not copy)
+        again = returned if copy else adata
+        assert again.obs["geneformer_embedded"].sum() == NUM_CELLS - 2
+        assert again.uns["geneformer"]["layer"] == "last"
+        view = again[::-1]
+        geneformer_mcore.embed(view, run, key_added="X_again", layer=4)
+        assert view.uns["geneformer"]["layer"] == "4"
+        assert "X_again" not in again.obsm
+        embedding = again.obsm["X_geneformer"]
+        found.append((sorted(adata.obsm), adata.obsm.get("X_geneformer"), embedding))
+    return found
 
 
 def test_from_python(model: Trained, result: Path) -> None:
-    (found,) = run_ranks(api, 1, str(model.run), str(model.h5ad))
-    expected = values(result)
+    (found,) = run_ranks(by_python, 1, str(model.run), str(model.h5ad))
     for copy, (names, inside, embedding) in zip((False, True), found, strict=True):
         assert names == (["X_other"] if copy else ["X_geneformer", "X_other"])
         assert (inside is None) == copy
-        np.testing.assert_allclose(embedding, expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(embedding, values(result), rtol=0, atol=1e-6)
 
 
 def test_the_package_stays_light(repository: Path) -> None:
@@ -319,69 +280,55 @@ def test_the_package_stays_light(repository: Path) -> None:
     assert ended.stdout == "False\n"
 
 
-def damaged(model: Trained, folder: Path) -> Path:
-    run = folder / "damaged"
-    shutil.copytree(model.run, run)
-    file = next((run / "checkpoints" / model.step_folder.name).glob("*.distcp"))
-    file.write_bytes(file.read_bytes()[:-1])
-    return run
-
-
 def test_wrong_input_is_answered_in_one_message(model: Trained, tmp_path: Path) -> None:
-    alone = tmp_path / "alone" / "checkpoints"
-    shutil.copytree(model.run / "checkpoints", alone)
+    alone, damaged, out = (tmp_path / name for name in ("alone", "damaged", "b.h5ad"))
+    shutil.copytree(model.run / "checkpoints", alone / "checkpoints")
+    shutil.copytree(model.run, damaged)
+    file = next((damaged / "checkpoints" / model.step_folder.name).glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
     vocabulary_of(NUM_GENES + 1).save(tmp_path / "other.json")
-    there = tmp_path / "there.h5ad"
-    there.write_text("")
-    strange = anndata.read_h5ad(model.h5ad)
+    (tmp_path / "there.h5ad").write_text("")
+    cells = anndata.read_h5ad(model.h5ad)
+    strange, normalised = cells.copy(), cells.copy()
     strange.var_names = [f"ENSMUSG{i:011d}" for i in range(strange.n_vars)]
     strange.write_h5ad(tmp_path / "strange.h5ad")
-    normalised = anndata.read_h5ad(model.h5ad)
     normalised.X = normalised.X * 0.37
     normalised.write_h5ad(tmp_path / "normalised.h5ad")
-    run, cells, out = str(model.run), str(model.h5ad), str(tmp_path / "b.h5ad")
-    good = ["--checkpoint", run, "--input", cells, "--output", out]
-    cases = {
-        "no folder": ["--checkpoint", "nowhere", *good[2:]],
-        "a folder without any": ["--checkpoint", str(tmp_path), *good[2:]],
-        "1 damaged one(s)": ["--checkpoint", str(damaged(model, tmp_path)), *good[2:]],
-        "was not found": ["--checkpoint", str(alone.parent), *good[2:]],
-        "its token ids mean other genes": [*good, "--vocabulary", str(tmp_path / "other.json")],
-        "another file than the input": [*good[:-1], cells],
-        "exists already": [*good[:-1], str(there)],
-        "must end in .h5ad or .npy": [*good[:-1], str(tmp_path / "b.csv")],
-        "must end in .csv": [*good, "--gene-embeddings", str(tmp_path / "genes.h5ad")],
-        "no such file": ["--checkpoint", run, "--input", "no.h5ad", "--output", out],
-        "0 of 725 genes": [*good[:2], "--input", str(tmp_path / "strange.h5ad"), *good[4:]],
-        "counts": [*good[:2], "--input", str(tmp_path / "normalised.h5ad"), *good[4:]],
-        "--counts-layer": [*good, "--counts-layer", "nothing"],
-        "0 (the embedding) to 4": [*good, "--layer", "5"],
-        "and is first": [*good, "--layer", "first"],
-        "tokens per batch (95) must be at least the 96": [*good, "--tokens-per-batch", "95"],
-        "only the layout can be set here": [*good, "train.steps=3"],
-        "parallel.tensor (3)": [*good, "parallel.tensor=3"],
-        "the number of ranks (1)": [*good, "parallel.tensor=2"],
-        "go together": good[:4],
-        "nothing is asked for": good[:2],
-        "invalid choice: 'max'": [*good, "--pooling", "max"],
+    more = {
+        "no folder": "--checkpoint nowhere",
+        "a folder without any": f"--checkpoint {tmp_path}",
+        "1 damaged one(s)": f"--checkpoint {damaged}",
+        "was not found": f"--checkpoint {alone}",
+        "its token ids mean other genes": f"--vocabulary {tmp_path}/other.json",
+        "another file than the input": f"--output {model.h5ad}",
+        "exists already": f"--output {tmp_path}/there.h5ad",
+        "must end in .h5ad or .npy": f"--output {tmp_path}/b.csv",
+        "must end in .csv": f"--gene-embeddings {tmp_path}/genes.h5ad",
+        "no such file": "--input no.h5ad",
+        "0 of 725 genes": f"--input {tmp_path}/strange.h5ad",
+        "counts": f"--input {tmp_path}/normalised.h5ad",
+        "--counts-layer": "--counts-layer nothing",
+        "0 (the embedding) to 4": "--layer 5",
+        "and is first": "--layer first",
+        "tokens per batch (95) must be at least the 96": "--tokens-per-batch 95",
+        "only the layout can be set here": "train.steps=3",
+        "parallel.tensor (3)": "parallel.tensor=3",
+        "the number of ranks (1)": "parallel.tensor=2",
+        "invalid choice: 'max'": "--pooling max",
     }
-    (found,) = run_ranks(commands, 1, "embed", list(cases.values()))
-    for (text, words), ended in zip(cases.items(), found, strict=True):
-        assert ended.code == 2, (words, ended)
-        assert text in ended.err, (text, ended.err)
-        assert "Traceback" not in ended.err
-        assert ended.err.count("error: ") == 1, ended.err
-    assert not Path(out).exists()
+    cases = {text: model.line("--output", out, each) for text, each in more.items()}
+    cases["go together"] = model.line()
+    cases["nothing is asked for"] = model.line()[:2]
+    assert_refused("embed", cases)
+    assert not out.exists()
 
 
 def test_what_one_rank_meets_all_ranks_say(model: Trained, tmp_path: Path) -> None:
-    cells = anndata.read_h5ad(model.h5ad)
+    cells, path = anndata.read_h5ad(model.h5ad), tmp_path / "half.h5ad"
     cells.X.data[-1] = 0.5
-    path = tmp_path / "half.h5ad"
     cells.write_h5ad(path)
-    asked = ["--checkpoint", str(model.run), "--input", str(path)]
-    asked += ["--output", str(tmp_path / "b.npy")]
-    (first,), (second,) = run_ranks(commands, 2, "embed", [asked])
+    line = model.line("--output", tmp_path / "b.npy", h5ad=path)
+    (first,), (second,) = run_ranks(commands, 2, "embed", [line])
     assert (first.code, second.code) == (2, 2)
     assert "0.5" in first.err
     assert second.err == ""
@@ -398,5 +345,5 @@ def test_a_store_in_its_own_order(model: Trained, folder: Path) -> None:
     assert found.n_obs == NUM_CELLS - 2
     assert set(found.obs["cell_type"]) == {"a", "b"}
     names = [f"cell{i}" for i in range(NUM_CELLS)]
-    expected = pd.DataFrame(means(wanted(model)), index=names).loc[found.obs_names]
+    expected = pd.DataFrame(wanted(model), index=names).loc[found.obs_names]
     np.testing.assert_allclose(found.obsm["X_geneformer"], expected, rtol=0, atol=1e-5)

@@ -7,49 +7,29 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from geneformer_mcore.distributed import groups
 from geneformer_mcore.training.step import evaluate, validation_steps
 from tests.distributed import toy
-from tests.distributed.ranks import run_ranks
+from tests.distributed.parity import INTERLEAVED, PP2, SEQUENCE, TP2
+from tests.distributed.ranks import in_turn, run_ranks
 
-LAYOUTS = {
-    "dp2": (),
-    "tp2": ("parallel.tensor=2",),
-    "pp2": ("parallel.pipeline=2",),
-    "pp2-interleaved": ("parallel.pipeline=2", "parallel.virtual_pipeline=2"),
-    "tp2-sequence": ("parallel.tensor=2", "parallel.sequence=true"),
-}
+LAYOUTS = {"dp2": (), "tp2": (TP2,), "pp2": (PP2,), "interleaved": INTERLEAVED, "seq": SEQUENCE}
 """Of two ranks."""
 
 
-def sums(*overrides: str) -> tuple[tuple, bool]:
+def sums(*overrides: str) -> tuple:
+    """Totals of the held-out cells; twice, as no random number is drawn and nothing dropped out."""
     run = toy.make("model.hidden_dropout=0.3", "train.micro_batch_size=8", *overrides)
     before = torch.get_rng_state()
-    totals = evaluate(run.trainable, run.feed, 100, run.topology, toy.CPU)
-    again = evaluate(run.trainable, run.feed, 100, run.topology, toy.CPU)
-    unchanged = torch.equal(before, torch.get_rng_state()) and totals == again
-    groups.stop(stay=True)
-    return astuple(totals), unchanged
-
-
-def sums_of_layouts() -> dict[str, tuple[tuple, bool]]:
-    return {name: sums(*overrides) for name, overrides in LAYOUTS.items()}
-
-
-def alone() -> tuple[tuple[tuple, bool], tuple[int, int]]:
-    return sums(), numbers_of_steps()
+    totals, again = (evaluate(run.trainable, run.feed, 100, run.topology, toy.CPU) for _ in "12")
+    assert totals == again
+    assert torch.equal(before, torch.get_rng_state())
+    return astuple(totals)
 
 
 @pytest.fixture(scope="module")
-def of_one() -> tuple[tuple, tuple[int, int]]:
-    (((totals, unchanged), steps),) = run_ranks(alone, 1)
-    assert unchanged, "no dropout in validation, and no random number is drawn"
-    return totals, steps
-
-
-@pytest.fixture(scope="module")
-def serial(of_one: tuple[tuple, tuple[int, int]]) -> tuple:
-    return of_one[0]
+def serial() -> tuple:
+    (totals,) = run_ranks(sums, 1)
+    return totals
 
 
 def test_every_cell_counts_once(serial: tuple) -> None:
@@ -61,16 +41,15 @@ def test_every_cell_counts_once(serial: tuple) -> None:
 
 
 def test_same_sums_in_every_layout(serial: tuple) -> None:
-    for found in run_ranks(sums_of_layouts, 2):
-        for name, (totals, unchanged) in found.items():
-            assert unchanged, name
+    for found in run_ranks(in_turn, 2, *((sums, layout) for layout in LAYOUTS.values())):
+        for name, totals in zip(LAYOUTS, found, strict=True):
             assert totals == pytest.approx(serial, rel=1e-6), name
-
-
-def test_the_limit_and_the_last_partial_batch(of_one: tuple[tuple, tuple[int, int]]) -> None:
-    assert of_one[1] == (8, 3)
 
 
 def numbers_of_steps() -> tuple[int, int]:
     feed = toy.make().feed  # 120 cells in batches of 16
     return validation_steps(feed, 100), validation_steps(feed, 3)
+
+
+def test_the_limit_and_the_last_partial_batch() -> None:
+    assert run_ranks(numbers_of_steps, 1) == [(8, 3)]

@@ -11,16 +11,25 @@ from geneformer_mcore.config import load
 from geneformer_mcore.distributed import groups
 from geneformer_mcore.model import flops, geneformer, megatron_config
 from tests.distributed import toy
+from tests.distributed.parity import TP2
 from tests.distributed.ranks import in_turn, run_ranks
 
 CARD_10M = ("train.precision=fp32",)
 CARD_106M = (
-    "train.precision=fp32",
-    "model.num_layers=12",
-    "model.hidden_size=768",
-    "model.ffn_hidden_size=3072",
-    "model.num_attention_heads=12",
+    *("train.precision=fp32", "model.num_layers=12", "model.hidden_size=768"),
+    *("model.ffn_hidden_size=3072", "model.num_attention_heads=12"),
 )
+CARDS = [
+    (CARD_10M, 25_429, 10_288_981),
+    (CARD_10M, 25_472, 10_300_032),
+    (CARD_10M, None, 10_332_928),
+    (CARD_106M, 25_429, 106_775_893),
+    (CARD_106M, 25_472, 106_808_960),
+    (CARD_106M, None, 106_907_392),
+]
+"""(settings, padded size of the vocabulary, parameters)."""
+BF16 = "train.precision=bf16"
+NORMS = pytest.mark.parametrize("norm", ["model.norm=pre", "model.norm=post"])
 
 
 def count_parameters(overrides: tuple[str, ...], vocabulary: int, padded: int) -> int:
@@ -35,17 +44,6 @@ def count_parameters(overrides: tuple[str, ...], vocabulary: int, padded: int) -
     return sum(parameter.numel() for parameter in stage.parameters())
 
 
-CARDS = [
-    (CARD_10M, 25_429, 10_288_981),
-    (CARD_10M, 25_472, 10_300_032),
-    (CARD_10M, None, 10_332_928),
-    (CARD_106M, 25_429, 106_775_893),
-    (CARD_106M, 25_472, 106_808_960),
-    (CARD_106M, None, 106_907_392),
-]
-"""(settings, padded size of the vocabulary, parameters)."""
-
-
 def test_parameter_counts_are_the_cards() -> None:
     """Expected: the model card's 10.3M and 106M, at the vocabulary, NVIDIA's padding and ours."""
     calls = [(count_parameters, (card, 25_429, padded)) for card, padded, _ in CARDS]
@@ -53,85 +51,92 @@ def test_parameter_counts_are_the_cards() -> None:
     assert seen == [expected for _, _, expected in CARDS]
 
 
-def formats(*overrides: str) -> dict[str, set[str]]:
-    run = toy.make("train.precision=bf16", "model.num_layers=2", *overrides)
+def formats(*overrides: str) -> dict[str, set[torch.dtype]]:
+    run = toy.make(BF16, "model.num_layers=2", *overrides)
     (stage,) = run.trainable.stages
-    seen: dict[str, set[str]] = {"stream": set(), "inside": set(), "weights": set()}
+    seen: dict[str, set[torch.dtype]] = {"stream": set(), "inside": set()}
 
-    def note(kind: str):  # type: ignore[no-untyped-def]
-        def hook(_module, _inputs, output) -> None:  # type: ignore[no-untyped-def]
-            tensor = output[0] if isinstance(output, tuple) else output
-            seen[kind].add(str(tensor.dtype))
+    def note(kind: str, module: torch.nn.Module) -> None:
+        def hook(_module: object, _inputs: object, output: torch.Tensor | tuple) -> None:
+            seen[kind].add((output[0] if isinstance(output, tuple) else output).dtype)
 
-        return hook
+        module.register_forward_hook(hook)
 
-    stage.embedding.register_forward_hook(note("stream"))
+    for module in (stage.embedding, *stage.encoder.layers):
+        note("stream", module)
     for layer in stage.encoder.layers:
-        layer.register_forward_hook(note("stream"))
-        layer.self_attention.register_forward_hook(note("inside"))
-        layer.mlp.register_forward_hook(note("inside"))
+        note("inside", layer.self_attention)
+        note("inside", layer.mlp)
+        if hasattr(layer, "post_attention_layernorm"):
+            note("stream", layer.post_attention_layernorm)
     run.step()
-    seen["weights"] = {str(parameter.dtype) for parameter in stage.parameters()}
-    return seen
+    return seen | {"weights": {parameter.dtype for parameter in stage.parameters()}}
 
 
-def test_the_residual_stream_stays_in_32_bits_unless_16_are_asked_for() -> None:
-    ((wide, narrow),) = run_ranks(
-        in_turn, 1, (formats, ()), (formats, ("model.fp32_residual=false",))
+@NORMS
+def test_the_residual_stream_stays_in_32_bits_unless_16_are_asked_for(norm: str) -> None:
+    calls = ((formats, (norm,)), (formats, (norm, "model.fp32_residual=false")))
+    ((wide, narrow),) = run_ranks(in_turn, 1, *calls)
+    assert narrow == {kind: {torch.bfloat16} for kind in ("stream", "inside", "weights")}
+    assert wide == narrow | {"stream": {torch.float32}}
+
+
+@NORMS
+def test_bf16_follows_fp32(norm: str) -> None:
+    ((exact, rounded),) = run_ranks(
+        in_turn, 1, (toy.losses, (6, norm)), (toy.losses, (6, norm, BF16))
     )
-    assert wide == {
-        "stream": {"torch.float32"},
-        "inside": {"torch.bfloat16"},
-        "weights": {"torch.bfloat16"},
-    }
-    assert narrow["stream"] == {"torch.bfloat16"}
-
-
-def losses(*overrides: str) -> list[float]:
-    return [result.totals.loss for result in toy.make(*overrides).steps(6)]
-
-
-def test_bf16_follows_fp32() -> None:
-    ((exact, rounded),) = run_ranks(in_turn, 1, (losses, ()), (losses, ("train.precision=bf16",)))
-    torch.testing.assert_close(torch.tensor(rounded), torch.tensor(exact), rtol=5e-3, atol=0)
+    assert rounded == pytest.approx(exact, rel=5e-3)
     assert rounded != exact
 
 
-def same_draws() -> tuple[list[float], list[float]]:
-    run = toy.make("parallel.tensor=2")
-    shared = torch.rand(4).tolist()
+def embedded() -> tuple[float, float]:
+    """The share of zeros in the embedding, training and evaluating."""
+    run = toy.make("model.norm=post", "model.hidden_dropout=0.5")
+    (stage,) = run.trainable.stages
+    tokens_BS = run.feed.step(0)[0].tokens_BS.long()
+    shares = []
+    for is_training in (True, False):
+        stage.train(is_training)
+        found = stage.embedding(tokens_BS, torch.zeros_like(tokens_BS))
+        shares.append(float((found == 0).float().mean()))
+    return shares[0], shares[1]
+
+
+def test_the_embedding_is_normalised_before_its_dropout() -> None:
+    """As BERT does it; a norm behind dropout would leave no zeros."""
+    ((training, evaluating),) = run_ranks(embedded, 1)
+    assert 0.45 < training < 0.55
+    assert evaluating == 0
+
+
+def draws(*overrides: str) -> tuple[list[float], list[float]]:
+    """Random numbers of hidden dropout, and of attention dropout."""
+    toy.make(*overrides)
+    hidden = torch.rand(4).tolist()
     with get_cuda_rng_tracker().fork():
-        split = torch.rand(4).tolist()
-    assert run.topology.world_size == 2
-    return shared, split
+        return hidden, torch.rand(4).tolist()
 
 
 def test_tensor_ranks_share_hidden_dropout_and_split_attention_dropout() -> None:
-    (shared_0, split_0), (shared_1, split_1) = run_ranks(same_draws, 2)
+    (shared_0, split_0), (shared_1, split_1) = run_ranks(draws, 2, TP2)
     assert shared_0 == shared_1
     assert split_0 != split_1
 
 
-def data_draws() -> list[float]:
-    toy.make()
-    return torch.rand(4).tolist()
-
-
 def test_data_ranks_drop_differently() -> None:
-    first, second = run_ranks(data_draws, 2)
+    (first, _), (second, _) = run_ranks(draws, 2)
     assert first != second
 
 
 def refuse_non_finite() -> tuple[bool, bool]:
     run = toy.make()
-    (stage,) = run.trainable.stages
     run.step()
-    before = [parameter.detach().clone() for parameter in stage.parameters()]
+    before = run.digest()
     if run.topology.rank == 1:  # only this rank sees the infinite gradient
-        stage.encoder.final_layernorm.bias.register_hook(lambda grad: grad * float("nan"))
-    result = run.step()
-    after = list(stage.parameters())
-    return result.updated, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        bias = run.trainable.stages[0].encoder.final_layernorm.bias
+        bias.register_hook(lambda grad: grad * float("nan"))
+    return run.step().updated, run.digest() == before
 
 
 def test_a_nan_on_one_rank_updates_no_rank() -> None:
@@ -142,17 +147,11 @@ def counted_and_expected() -> tuple[float, float, float]:
     run = toy.make("model.attention=plain")
     shape = flops.ModelShape(4, 32, 64, vocabulary_size=1024)  # padded: that is what is multiplied
     batch = run.feed.step(0)[0]
-    full = type(batch)(
-        batch.tokens_BS,
-        torch.full_like(batch.lengths_N, batch.tokens_BS.shape[1]),
-        batch.selected_M,
-        batch.labels_M,
-        batch.keys_N,
-    )
-    cells, positions = full.tokens_BS.shape
-    work = flops.Workload(cells * positions, cells * positions**2, len(full.labels_M))
+    batch.lengths_N.fill_(batch.tokens_BS.shape[1])
+    cells, positions = batch.tokens_BS.shape
+    work = flops.Workload(cells * positions, cells * positions**2, len(batch.labels_M))
     with FlopCounterMode(display=False) as counter:
-        run.trainable.chunks[0](full).sum().backward()
+        run.trainable.chunks[0](batch).sum().backward()
     attention = flops.forward_breakdown(shape, work).attention * flops.TRAIN_OVER_FORWARD
     return counter.get_total_flops(), flops.train_flops(shape, work), attention
 

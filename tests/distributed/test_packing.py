@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from geneformer_mcore.data.collate import make_batch, padded_length, positions_in_cells
 from geneformer_mcore.data.masking import Masking
 from geneformer_mcore.model.flops import ModelShape, Workload, executed_flops, forward_breakdown
+from geneformer_mcore.model.geneformer import Geneformer
 from geneformer_mcore.types import NUM_SPECIALS, Batch, padded_vocabulary_size
 from tests.distributed import toy
 from tests.distributed.curves import SMOOTH
@@ -23,33 +24,30 @@ from tests.distributed.ranks import in_turn, run_ranks
 STEPS = 15
 
 
-def losses(*overrides: str) -> list[float]:
-    return [result.totals.loss for result in toy.make(*SMOOTH, *overrides).steps(STEPS)]
-
-
 def test_losses_of_15_steps() -> None:
     rooms = ((), (PACKED,), (PACKED, "data.tokens_per_micro_batch=104"))
-    ((padded, *packed),) = run_ranks(in_turn, 1, *((losses, room) for room in rooms))
+    calls = [(toy.losses, (STEPS, *SMOOTH, *room)) for room in rooms]
+    ((padded, *packed),) = run_ranks(in_turn, 1, *calls)
     assert padded[-1] < padded[0] - 0.1
     for found in packed:
         assert found == pytest.approx(padded, rel=1e-4)
+
+
+def all_logits(stage: Geneformer, batch: Batch) -> torch.Tensor:
+    """[places, V]"""
+    with torch.no_grad():
+        return stage.logits(stage.encode(batch), torch.arange(batch.tokens_BS.numel()))
 
 
 def logits_by_cell(attention: str, packed: bool) -> dict[int, np.ndarray]:
     """cell_key -> logits [n, V] at every position."""
     run = toy.make(f"model.attention={attention}", f"data.packing={str(packed).lower()}")
     enlarge(run)
-    (stage,) = run.trainable.stages
     found = {}
     for batch in run.feed.step(0):
-        places = torch.arange(batch.tokens_BS.numel())
-        with torch.no_grad():
-            logits = stage.logits(stage.encode(batch), places)
-        starts = (
-            torch.arange(len(batch.keys_N)) * batch.tokens_BS.shape[1]
-            if batch.bounds is None
-            else batch.bounds
-        )
+        logits = all_logits(run.trainable.stages[0], batch)
+        rows = torch.arange(len(batch.keys_N)) * batch.tokens_BS.shape[1]
+        starts = rows if batch.bounds is None else batch.bounds
         for key, start, length in zip(batch.keys_N, starts, batch.lengths_N, strict=False):
             found[int(key)] = logits[start : start + length, : toy.VOCABULARY].numpy()
     return found
@@ -79,12 +77,9 @@ def with_another_neighbour(attention: str, *overrides: str) -> tuple[bool, bool]
     tokens_BS = batch.tokens_BS.clone()
     genes = tokens_BS[0, 1:first] - NUM_SPECIALS
     tokens_BS[0, 1:first] = (genes + 17) % (toy.VOCABULARY - NUM_SPECIALS) + NUM_SPECIALS
-    places = torch.arange(tokens_BS.numel())
-    with torch.no_grad():
-        before, after = (
-            stage.logits(stage.encode(each), places)
-            for each in (batch, replace(batch, tokens_BS=tokens_BS))
-        )
+    before, after = (
+        all_logits(stage, each) for each in (batch, replace(batch, tokens_BS=tokens_BS))
+    )
     return torch.equal(before[first:], after[first:]), torch.equal(before[:first], after[:first])
 
 
@@ -128,21 +123,14 @@ def gradients_in_both_ways(*overrides: str) -> tuple[float, float]:
 def largest(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     """Of a rank's part of a gradient that is 0, such as that of the padding of the vocabulary, the
     absolute difference."""
-    return max(
-        float((mine - theirs).norm() / (theirs.norm() or 1))
-        for mine, theirs in zip(found, wanted, strict=True)
-    )
+    pairs = zip(found, wanted, strict=True)
+    return max(float((mine - theirs).norm() / (theirs.norm() or 1)) for mine, theirs in pairs)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "overrides"),
-    [(1, ()), (2, (TP2,)), (2, SEQUENCE)],
-)
+@pytest.mark.parametrize(("ranks", "overrides"), [(1, ()), (2, (TP2,)), (2, SEQUENCE)])
 def test_masked_only_head_is_the_full_head(ranks: int, overrides: tuple[str, ...]) -> None:
-    calls = [
-        (gradients_in_both_ways, (f"data.packing={packing}", *overrides))
-        for packing in ("true", "false")
-    ]
+    calls = [(gradients_in_both_ways, (packing, *overrides))
+             for packing in (PACKED, "data.packing=false")]  # fmt: skip
     for loss, gradient in chain.from_iterable(run_ranks(in_turn, ranks, *calls)):
         assert loss <= 1e-6
         assert gradient <= 1e-6
@@ -155,8 +143,7 @@ def counted(*overrides: str) -> tuple[int, list[int], int]:
     with FlopCounterMode(display=False) as counter:
         run.step()
     lengths = [length for batch in batches for length in batch.lengths_N.tolist()]
-    predicted = sum(len(batch.labels_M) for batch in batches)
-    return counter.get_total_flops(), lengths, predicted
+    return counter.get_total_flops(), lengths, sum(len(batch.labels_M) for batch in batches)
 
 
 def test_executed_flops_are_what_torch_counts() -> None:
@@ -165,8 +152,7 @@ def test_executed_flops_are_what_torch_counts() -> None:
     room = f"data.tokens_per_micro_batch={16 * toy.SEQ_LENGTH}"  # one row, without padding
     ((total, lengths, predicted),) = run_ranks(counted, 1, room)
     assert len(lengths) == 16
-    squares = sum(length**2 for length in lengths)
-    work = Workload(sum(lengths), squares, predicted)
+    work = Workload(sum(lengths), sum(length**2 for length in lengths), predicted)
     shape = ModelShape(4, 32, 64, padded_vocabulary_size(toy.VOCABULARY))
     assert total == pytest.approx(executed_flops(shape, work), rel=0.01)
     attention = 3 * forward_breakdown(shape, work).attention
@@ -176,17 +162,12 @@ def test_executed_flops_are_what_torch_counts() -> None:
 
 
 def test_positions_start_anew_in_every_cell() -> None:
-    batch = packed_batch()
+    views = toy.views(toy.ToyCells().read(0, 5))
+    room = padded_length(int(views.lengths_N.sum()), 64, 10_000)
+    masking = Masking(0.15, (0.8, 0.02, 0.18), toy.VOCABULARY, 1)
+    nothing = views.lengths_N * 0
+    batch = make_batch(views, nothing, nothing.astype(bool), masking, room, packed=True)
     places = positions_in_cells(batch)[0]
     wanted = torch.cat([torch.arange(length) for length in batch.lengths_N])
     assert torch.equal(places[: len(wanted)], wanted)
     assert places.max() < toy.SEQ_LENGTH
-
-
-def packed_batch() -> Batch:
-    cells = toy.ToyCells().read(0, 5)
-    views = toy.views(cells)
-    room = padded_length(int(views.lengths_N.sum()), 64, 10_000)
-    masking = Masking(0.15, (0.8, 0.02, 0.18), toy.VOCABULARY, 1)
-    nothing = views.lengths_N * 0
-    return make_batch(views, nothing, nothing.astype(bool), masking, room, packed=True)

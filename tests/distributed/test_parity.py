@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,26 +12,48 @@ import torch
 
 from geneformer_mcore.types import Batch
 from tests.distributed import curves, parity
-from tests.distributed.parity import LAYOUTS, Parity, Truth
+from tests.distributed.parity import LAYOUTS, Parity
 
 SMALL = ("train.global_batch_size=8",)
 """Four micro batches, of which each of two data-parallel ranks takes two."""
+POST, GELU = "model.norm=post", "model.activation=gelu"
+truth = cache(parity.truth)
+
+ONE_STEP: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    **{name: (name, (), ()) for name in LAYOUTS},
+    "plain attention": ("tp1 pp1 dp1", (), ("model.attention=plain",)),
+    "sdpa": ("tp1 pp1 dp1", (), ("model.attention=sdpa",)),
+    "gelu": ("tp1 pp1 dp1", (GELU,), ()),
+    "gelu, then relu": ("tp1 pp1 dp1", (GELU, "model.head_activation=relu"), ()),
+    "post gelu": ("tp1 pp1 dp1", (POST, GELU), ()),
+    "post": ("tp1 pp1 dp1", (POST,), ()),
+    "post recompute": ("tp1 pp1 dp1", (POST,), ("parallel.recompute=selective",)),
+    "post tp2": ("tp2 pp1 dp1", (POST,), ()),
+    "post tp2 recompute": ("tp2 sequence", (POST,), ("parallel.recompute=full",)),
+    "post interleaved": ("pp2 interleaved", (POST,), ()),
+    "post dp2": ("dp2 overlap packed", (POST,), ()),
+    "post tp2 pp2": ("tp2 pp2 sequence packed", (POST,), ()),
+}
+"""Name -> (layout, settings of the model, further settings)."""
 
 
-@pytest.fixture(scope="module")
-def truth() -> Truth:
-    return parity.truth(settings=SMALL)
+@pytest.mark.parametrize("model", [(), (POST,)], ids=["pre", "post"])
+def test_the_truth_is_worth_comparing_with(model: tuple[str, ...]) -> None:
+    found = truth(settings=(*SMALL, *model))
+    assert set(found.gradients) == set(found.weights)
+    assert all(gradient.any() for gradient in found.gradients.values())
+    assert found.norm > 1, "enlarged weights should have gradients that mistakes show in"
+    if model == (POST,):
+        norms = {key for key in found.weights if "norm" in key and key.endswith("weight")}
+        layers = {f"encoder.layers.{n}.post_{part}_layernorm.weight" for n in range(4)
+                  for part in ("attention", "mlp")}  # fmt: skip
+        assert norms == layers | {"embedding.layer_norm.weight", "lm_head.layer_norm.weight"}
 
 
-def test_the_truth_is_worth_comparing_with(truth: Truth) -> None:
-    assert set(truth.gradients) == set(truth.weights)
-    assert all(gradient.any() for gradient in truth.gradients.values())
-    assert truth.norm > 1, "enlarged weights should have gradients that mistakes show in"
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_one_step(name: str, truth: Truth) -> None:
-    assert_equal(parity.parity(name, truth, settings=SMALL))
+@pytest.mark.parametrize(("layout", "model", "more"), ONE_STEP.values(), ids=ONE_STEP)
+def test_one_step(layout: str, model: tuple[str, ...], more: tuple[str, ...]) -> None:
+    settings = (*SMALL, *model)
+    assert_equal(parity.parity(layout, truth(settings=settings), settings=(*settings, *more)))
 
 
 def assert_equal(found: Parity) -> None:
@@ -69,27 +90,18 @@ CHANGES = {
 }
 
 
-@pytest.fixture(scope="module")
-def changed_truth() -> Callable[[parity.Change, int], Truth]:
-    return cache(partial(parity.truth, settings=SMALL))
-
-
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_rank_or_batch_in_which_nothing_is_predicted(
-    name: str, changed_truth: Callable[[parity.Change, int], Truth]
-) -> None:
+def test_a_rank_or_batch_in_which_nothing_is_predicted(name: str) -> None:
     size = 2 if "dp2" in name else 1
-    cases = [(changed_truth(change, size), change) for change in CHANGES[name]]
+    cases = [(truth(change, size, SMALL), change) for change in CHANGES[name]]
     for (expected, _), found in zip(cases, parity.parities(name, cases, SMALL), strict=True):
         assert expected.norm > 1
         assert_equal(found)
 
 
-@pytest.mark.parametrize("name", ["tp1 pp1 dp2", "tp1 pp2 dp1", "pp2 dp2 overlap"])
-def test_a_step_in_which_nothing_is_predicted(
-    name: str, changed_truth: Callable[[parity.Change, int], Truth]
-) -> None:
-    expected = changed_truth(nothing_anywhere, 1)
+@pytest.mark.parametrize("name", ["tp1 pp1 dp1", "tp1 pp1 dp2", "tp1 pp2 dp1", "pp2 dp2 overlap"])
+def test_a_step_in_which_nothing_is_predicted(name: str) -> None:
+    expected = truth(nothing_anywhere, 1, SMALL)
     assert math.isnan(expected.loss)
     assert expected.norm == 0
     found = parity.parity(name, expected, nothing_anywhere, SMALL)

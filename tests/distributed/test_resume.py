@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
 
-from geneformer_mcore.checkpoint import state
 from tests.distributed import toy
-from tests.distributed.parity import PACKED, SEQUENCE
+from tests.distributed.parity import PACKED, PP2, SEQUENCE, TP2
 from tests.distributed.ranks import run_ranks
 
 DROPOUT = (
-    "model.num_layers=2",
-    "train.micro_batch_size=8",
-    "model.hidden_dropout=0.1",
-    "model.attention_dropout=0.1",
+    *("model.num_layers=2", "train.micro_batch_size=8"),
+    *("model.hidden_dropout=0.1", "model.attention_dropout=0.1"),
 )
 STEPS = 2
 """Before and after the checkpoint."""
 
 
-def train_and_save(folder: str, *overrides: str) -> tuple[list[float], str]:
+def train_and_save(folder: str, *overrides: str) -> tuple[list[float], dict[str, str]]:
     run = toy.make(*DROPOUT, *overrides)
     run.steps(STEPS)
-    if run.topology.rank == 0:
-        Path(folder).mkdir()
-    toy.torch.distributed.barrier()
-    state.save(run.trainable, Path(folder), run.topology.rank)
-    return [result.totals.loss for result in run.steps(STEPS)], digest(run)
+    run.write(folder)
+    return run.losses(STEPS), run.digest()
 
 
-def resume(folder: str, *overrides: str) -> tuple[list[float], str]:
-    run = toy.make(*DROPOUT, "train.seed=99", *overrides)
-    state.load(run.trainable, Path(folder), run.topology.rank)
-    run.feed = toy.feed(toy.load(None, [*toy.SETTINGS, *DROPOUT, *overrides])[0], run.topology)
-    run.position = STEPS * run.config.train.global_batch_size
-    return [result.totals.loss for result in run.steps(STEPS)], digest(run)
-
-
-def digest(run: toy.Toy) -> str:
-    """SHA-256 of this rank's weights."""
-    sha = hashlib.sha256()
-    for stage in run.trainable.stages:
-        for _, parameter in sorted(stage.named_parameters()):
-            sha.update(parameter.detach().float().numpy().tobytes())
-    return sha.hexdigest()
+def resume(folder: str, *overrides: str) -> tuple[list[float], dict[str, str]]:
+    run = toy.loaded(folder, STEPS, *DROPOUT, *overrides, same_layout=True)
+    return run.losses(STEPS), run.digest()
 
 
 @pytest.mark.parametrize(
@@ -54,8 +35,8 @@ def digest(run: toy.Toy) -> str:
     [
         (1, ()),
         (2, ()),
-        (2, ("parallel.tensor=2",)),
-        (2, ("parallel.pipeline=2", "train.precision=bf16")),
+        (2, (TP2,)),
+        (2, (PP2, "train.precision=bf16")),
         (2, (*SEQUENCE, PACKED, "model.attention=blockwise")),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 
 from geneformer_mcore.checkpoint import folder as checkpoints
@@ -20,9 +21,10 @@ from geneformer_mcore.config.sections import CheckpointConfig
 from geneformer_mcore.errors import CheckpointError
 from tests import small_disk
 from tests.distributed import toy
+from tests.distributed.parity import PP2, TP2
 from tests.distributed.ranks import in_turn, run_ranks
 
-SMALL = ("model.num_layers=2",)
+SMALL = "model.num_layers=2"
 
 
 def saver_of(
@@ -36,6 +38,15 @@ def record(step: int, val_loss: float | None = None) -> Record:
     return Record(step, 16 * step, {}, Identity("", {}, "", ""), {}, {}, {}, val_loss)
 
 
+def error_of(saver: manager.CheckpointManager, run: toy.Toy, step: int) -> str:
+    """What saving a step ends with."""
+    try:
+        saver.begin(run.trainable, record(step))
+    except (CheckpointError, manager.SaveDeadlineError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def files_of(root: str, step: int) -> dict[str, str]:
     manifest = checkpoints.step_folder(Path(root), step) / checkpoints.MANIFEST
     files = json.loads(manifest.read_text())["files"]
@@ -44,7 +55,7 @@ def files_of(root: str, step: int) -> dict[str, str]:
 
 
 def saved_while_training_goes_on(root: str, asynchronous: bool) -> list[str]:
-    run = toy.make(*SMALL, "model.hidden_dropout=0.1", "parallel.pipeline=2")
+    run = toy.make(SMALL, "model.hidden_dropout=0.1", PP2)
     said: list[str] = []
     saver = saver_of(run, root, said, asynchronous=asynchronous)
     run.steps(2)
@@ -59,6 +70,8 @@ def saved_while_training_goes_on(root: str, asynchronous: bool) -> list[str]:
     with mock.patch.object(state.Snapshot, "write", later):
         saver.begin(run.trainable, record(2))
         assert saver.is_going_on == asynchronous
+        # No writer process can be killed, as there is none.
+        assert not psutil.Process().children(recursive=True)
         run.steps(3)
         trained.set()
         saver.finish()
@@ -77,45 +90,37 @@ def test_asynchronously_the_same_bytes_are_written(tmp_path: Path) -> None:
 
 
 def writing_fails(root: str, how: str, rank: int) -> str:
-    run = toy.make(*SMALL)
-    said: list[str] = []
-    saver = saver_of(run, root, said)
-    saver.begin(run.trainable, record(1))
-    if how == "hangs":
-        saver = saver_of(run, root, said, deadline_s=2)
+    run = toy.make(SMALL)
+    assert not error_of(saver_of(run, root, []), run, 1)
+
+    def write(_snapshot: state.Snapshot) -> None:
+        if how == "hangs":
+            time.sleep(100)
+        raise OSError(5, "Input/output error", "a file")
+
     if run.topology.rank == rank:
-
-        def write(_snapshot: state.Snapshot) -> None:
-            if how == "hangs":
-                time.sleep(100)
-            raise OSError(5, "Input/output error", "a file")
-
         state.Snapshot.write = write  # type: ignore[method-assign]
-    try:
-        saver.begin(run.trainable, record(2))
-    except (CheckpointError, manager.SaveDeadlineError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+    return error_of(
+        saver_of(run, root, [], **({"deadline_s": 2} if how == "hangs" else {})), run, 2
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_cannot_write_is_an_error_everywhere(tmp_path: Path, rank: int) -> None:
-    root = str(tmp_path / "checkpoints")
-    for told in run_ranks(writing_fails, 2, root, "fails", rank):
+    for told in run_ranks(writing_fails, 2, str(tmp_path), "fails", rank):
         assert told.startswith("CheckpointError: the checkpoint of step 2 cannot be written")
         assert "Input/output error (a file)" in told
         assert "the newest checkpoint, step 1, stays as it was" in told
-    assert checkpoints.newest_good(Path(root)) == (checkpoints.step_folder(Path(root), 1), [])
-    assert not list(Path(root).glob(".*_step_*"))
+    assert checkpoints.newest_good(tmp_path) == (checkpoints.step_folder(tmp_path, 1), [])
+    assert not list(tmp_path.glob(".*_step_*"))
 
 
 def test_a_disk_that_does_not_answer_ends_it_at_the_deadline(tmp_path: Path) -> None:
-    root = str(tmp_path / "checkpoints")
     began = time.monotonic()
-    (told,) = run_ranks(writing_fails, 1, root, "hangs", 0)
+    (told,) = run_ranks(writing_fails, 1, str(tmp_path), "hangs", 0)
     assert time.monotonic() - began < 30
     assert told.startswith("SaveDeadlineError: the checkpoint of step 2 was not written within 2 s")
-    assert checkpoints.newest_good(Path(root)) == (checkpoints.step_folder(Path(root), 1), [])
+    assert checkpoints.newest_good(tmp_path) == (checkpoints.step_folder(tmp_path, 1), [])
 
 
 @pytest.fixture
@@ -124,28 +129,25 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-def saved_until_it_fails(root: str) -> list[str]:
-    run = toy.make(*SMALL)
-    saver = saver_of(run, root, [], keep_last=100)
-    told = []
-    for step in range(1, 40):
-        try:
-            saver.begin(run.trainable, record(step))
-        except CheckpointError as error:
-            told.append(str(error))
-            if len(told) == 2:
-                return told
+def saved_until_it_fails(root: str, steps: int, failures: int) -> list[str]:
+    run = toy.make(SMALL)
+    saver, told = saver_of(run, root, [], keep_last=100), []
+    for step in range(1, steps):
+        if error := error_of(saver, run, step):
+            told.append(error)
+        if len(told) == failures:
+            return told
     raise AssertionError("the disk never got full")
 
 
 def test_a_full_disk_is_one_message_that_says_how_much_is_missing(disk: Path) -> None:
     root = disk / "checkpoints"
-    told_by_rank = run_ranks(saved_until_it_fails, 2, str(root))
-    assert told_by_rank[0] == told_by_rank[1]
-    for told in told_by_rank[0]:
-        assert "No space left on device (it takes about " in told
-        assert " missing" in told
-        assert "stays as it was" in told
+    told, again = run_ranks(saved_until_it_fails, 2, str(root), 40, 2)
+    assert told == again
+    for each in told:
+        assert "No space left on device (it takes about " in each
+        assert " missing" in each
+        assert "stays as it was" in each
     newest, messages = checkpoints.newest_good(root)
     assert newest is not None
     assert messages == []
@@ -156,43 +158,33 @@ def test_a_folder_that_cannot_be_written_is_one_message(disk: Path) -> None:
     root = disk / "checkpoints"
     root.mkdir()
     small_disk.make_read_only(disk)
-    for told in run_ranks(saved_once, 2, str(root)):
+    for (told,) in run_ranks(saved_until_it_fails, 2, str(root), 2, 1):
         assert "Read-only file system" in told
         assert "there is none yet" in told
 
 
-def saved_once(root: str) -> str:
-    run = toy.make(*SMALL)
-    try:
-        saver_of(run, root, []).begin(run.trainable, record(1))
-    except CheckpointError as error:
-        return str(error)
-    return ""
-
-
 def saved_with_losses(root: str) -> None:
-    run = toy.make(*SMALL)
+    run = toy.make(SMALL)
     saver = saver_of(run, root, [], keep_last=1, keep_best=True)
     for step, loss in ((1, 5.0), (2, 3.0), (3, None), (4, 4.0), (5, None)):
         saver.begin(run.trainable, record(step, loss))
 
 
 def test_the_best_is_kept(tmp_path: Path) -> None:
-    root = tmp_path / "checkpoints"
-    run_ranks(saved_with_losses, 1, str(root))
-    assert checkpoints.steps(root) == [2, 5]
+    run_ranks(saved_with_losses, 1, str(tmp_path))
+    assert checkpoints.steps(tmp_path) == [2, 5]
 
 
-def no_process_of_its_own(root: str) -> int:
-    import psutil
-
-    run = toy.make(*SMALL)
-    saver = saver_of(run, root, [], asynchronous=True)
-    saver.begin(run.trainable, record(1))
-    children = len(psutil.Process().children(recursive=True))
-    saver.finish()
-    return children
+def sizes(folder: Path, *overrides: str) -> tuple[int, int]:
+    """(bytes of this rank's tensors, bytes that preflight foretells of all)."""
+    made = toy.make(*overrides)
+    made.steps(1)
+    snapshot = state.Snapshot(made.trainable, folder, made.topology.rank, training_goes_on=False)
+    return snapshot.num_bytes, manager.bytes_of_tensors(made.config, toy.VOCABULARY)
 
 
-def test_no_writer_process_can_be_killed_as_there_is_none(tmp_path: Path) -> None:
-    assert run_ranks(no_process_of_its_own, 1, str(tmp_path / "checkpoints")) == [0]
+def test_the_size_is_foretold(tmp_path: Path) -> None:
+    given = (("train.precision=fp32",), ("train.precision=bf16", TP2))
+    by_rank = run_ranks(in_turn, 2, *((sizes, (tmp_path, *each)) for each in given))
+    for found in zip(*by_rank, strict=True):
+        assert sum(ours for ours, _ in found) == found[0][1]

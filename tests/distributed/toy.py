@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from geneformer_mcore.checkpoint import state
 from geneformer_mcore.config import Config, load, plan
+from geneformer_mcore.data.collate import Collator, make_batch
 from geneformer_mcore.data.loader import Feed, Share
 from geneformer_mcore.data.masking import Masking
 from geneformer_mcore.data.sampler import Sampler
@@ -89,11 +95,40 @@ class Toy:
         self.position += self.config.train.global_batch_size
         return train_step(self.trainable, batches, self.config.optim.lr, self.topology)
 
+    def losses(self, count: int) -> list[float]:
+        """Losses of the next `count` steps."""
+        return [result.totals.loss for result in self.steps(count)]
+
+    def write(self, folder: str) -> None:
+        """A checkpoint in the new folder `folder`."""
+        if self.topology.rank == 0:
+            Path(folder).mkdir()
+        torch.distributed.barrier()
+        state.save(self.trainable, Path(folder), self.topology.rank)
+
+    def digest(self, trained: bool | None = None) -> dict[str, str]:
+        """{name: SHA-256} of this rank's weights: all, the trained or the frozen ones."""
+        return {
+            name: hashlib.sha256(weights.detach().float().numpy()).hexdigest()
+            for stage in self.trainable.stages
+            for name, weights in stage.named_parameters()
+            if trained is None or weights.requires_grad == trained
+        }
+
 
 def make(*overrides: str) -> Toy:
     """A toy run on the ranks that are here; groups of an earlier one are left first."""
+    return assembled([*SETTINGS, *overrides], stages, feed)
+
+
+def assembled(
+    given: list[str],
+    stages: Callable[[Config], list[geneformer.Geneformer]],
+    feed: Callable[[Config, groups.Topology], Feed],
+) -> Toy:
+    """The same with other settings, stages and cells."""
     groups.stop(stay=True)
-    config, _ = load(None, [*SETTINGS, *overrides])
+    config, _ = load(None, given)
     plan(config, torch.distributed.get_world_size())
     topology = groups.build_groups(config.parallel)
     groups.seed_dropout(config.train.seed, topology)
@@ -101,7 +136,22 @@ def make(*overrides: str) -> Toy:
     return Toy(config, topology, trainable, feed(config, topology))
 
 
-def stages(config: Config, **build: int) -> list[geneformer.Geneformer]:
+def losses(count: int, *overrides: str) -> list[float]:
+    """Losses of the first `count` steps of a new run."""
+    return make(*overrides).losses(count)
+
+
+def loaded(folder: str, steps: int, *overrides: str, same_layout: bool = False) -> Toy:
+    """A run that continues from a checkpoint of `steps` steps; its own seed must not matter.
+    same_layout: with the random states of this rank."""
+    run = make("train.seed=99", *overrides)
+    state.load(run.trainable, Path(folder), run.topology.rank if same_layout else None)
+    run.feed = feed(load(None, [*SETTINGS, *overrides])[0], run.topology)
+    run.position = steps * run.config.train.global_batch_size
+    return run
+
+
+def stages(config: Config, **build: Any) -> list[geneformer.Geneformer]:
     """This rank's stages with their initial weights."""
     core = megatron_config.transformer_config(
         config.model, config.parallel, config.train.precision, CPU
@@ -112,10 +162,9 @@ def stages(config: Config, **build: int) -> list[geneformer.Geneformer]:
     return built
 
 
-def feed(config: Config, topology: groups.Topology) -> Feed:
+def feed(config: Config, topology: groups.Topology, maker: Collator = make_batch) -> Feed:
     """The toy cells as this rank sees them."""
-    train = config.train
-    cells = ToyCells()
+    train, cells = config.train, ToyCells()
     return Feed(
         cells,
         Sampler(0, cells.num_cells, 16, 2, train.seed),
@@ -125,7 +174,8 @@ def feed(config: Config, topology: groups.Topology) -> Feed:
         ),
         SEQ_LENGTH,
         config.data.pad_multiple,
-        budget=budget(config),
+        maker,
+        budget(config),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import anndata
@@ -17,7 +17,6 @@ from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.checkpoint import state
 from geneformer_mcore.checkpoint.record import Identity, Record
 from geneformer_mcore.config import load
-from geneformer_mcore.distributed import groups
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS
 from tests.distributed import toy
@@ -32,6 +31,13 @@ ONE_GENE, UNKNOWN, EMPTY, LONG = 3, 5, 11, 17
 STEP = 2
 
 
+def words(*more: object) -> list[str]:
+    """Of a command line: texts are split at spaces, and paths are not."""
+    return [
+        word for each in more for word in (each.split() if isinstance(each, str) else [f"{each}"])
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class Trained:
     """run: its folder, vocabulary.json in it;  weights: of the one-rank model;  h5ad: cells."""
@@ -39,6 +45,11 @@ class Trained:
     run: Path
     weights: dict[str, np.ndarray]
     h5ad: Path
+
+    def line(self, *more: object, h5ad: Path | None = None) -> list[str]:
+        """A command line that begins with this model and its cells, or others. more: words, or
+        several with spaces between."""
+        return words("--checkpoint", self.run, "--input", h5ad or self.h5ad, *more)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -66,14 +77,26 @@ class Trained:
     @cached_property
     def tokens(self) -> list[np.ndarray]:
         """The tokens of every cell, [CLS] first, as plainly as they can be made."""
+        return [self.sentence(row) if row.sum() else np.zeros(1, np.int64) for row in self.counts]
+
+    def sentence(self, counts: np.ndarray) -> np.ndarray:
+        """The tokens of a cell with these counts."""
         known = np.arange(NUM_GENES) + NUM_SPECIALS
         columns = np.concatenate([known, np.zeros(NUM_UNKNOWN, np.int64)])
-        return [
-            plain_tokens(row, columns, self.vocabulary, toy.SEQ_LENGTH)
-            if row.sum()
-            else np.zeros(1, np.int64)
-            for row in self.counts
-        ]
+        return plain_tokens(counts, columns, self.vocabulary, toy.SEQ_LENGTH)
+
+    def states(self, tokens: np.ndarray, num_layers: int | None = None) -> np.ndarray:
+        """float64 [tokens, H] of a cell by the plain reference; or behind so many layers."""
+        return _states(self, tuple(tokens.tolist()), num_layers)
+
+
+@cache
+def _states(model: Trained, tokens: tuple[int, ...], num_layers: int | None) -> np.ndarray:
+    ids, length = torch.tensor([tokens]), torch.tensor([len(tokens)])
+    with torch.no_grad():
+        if num_layers is None:
+            return model.reference.hidden(ids, length)[0].numpy()
+        return model.reference.states(ids, length, num_layers)[0].numpy()
 
 
 KINDS: Mapping[str, tuple[str, ...]] = {
@@ -87,11 +110,9 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 
 def make_all(folder: Path) -> dict[str, Trained]:
     """Trains one of every kind, by one rank, and makes the cells."""
-    vocabulary = vocabulary_of(NUM_GENES)
     runs = {kind: folder / kind.replace(" ", "_") for kind in KINDS}
     for run in runs.values():
         run.mkdir()
-        vocabulary.save(run / "vocabulary.json")
     h5ad = folder / "cells.h5ad"
     made_up_cells().write_h5ad(h5ad)
     (weights,) = run_ranks(_train_all, 1, runs)
@@ -118,28 +139,36 @@ def made_up_cells() -> anndata.AnnData:
     return cells
 
 
+def commit(
+    made: toy.Toy,
+    run: Path,
+    config: str,
+    vocabulary: Vocabulary,
+    step: int,
+    val_loss: float | None = None,
+) -> None:
+    """The vocabulary and the checkpoint of a lone rank's run, in its folder."""
+    vocabulary.save(run / "vocabulary.json")
+    root = run / "checkpoints"
+    staging = checkpoints.make_staging(root, step)
+    state.save(made.trainable, staging, 0)
+    identity = Identity(config, {}, vocabulary.checksum, "c0ffee")
+    record = Record(step, 16 * step, {}, identity, {"tensor": 1}, {"torch": "2"}, {}, val_loss)
+    record.save(staging)
+    checkpoints.commit(staging, root, step)
+
+
 def _train_all(runs: Mapping[str, Path]) -> dict[str, dict[str, np.ndarray]]:
-    weights = {}
-    for kind, run in runs.items():
-        weights[kind] = _train(run, *KINDS[kind])
-        groups.stop(stay=True)
-    return weights
+    return {kind: _train(run, *KINDS[kind]) for kind, run in runs.items()}
 
 
 def _train(run: Path, *overrides: str) -> dict[str, np.ndarray]:
-    vocabulary = Vocabulary.load(run / "vocabulary.json")
     settings = (f"data.store={run / 'moved'}", *overrides)
     toy_run = toy.make(*settings)
     enlarge(toy_run)
     # Afterwards: in bf16 the optimizer's weights are then no more what rounding made of them.
     toy_run.steps(STEP)
-    root = run / "checkpoints"
-    staging = checkpoints.make_staging(root, STEP)
-    state.save(toy_run.trainable, staging, 0)
-    text = load(None, [*toy.SETTINGS, *settings])[1]
-    identity = Identity(text, {}, vocabulary.checksum, "content")
-    Record(STEP, 32, {}, identity, {"tensor": 1}, {}, {}).save(staging)
-    checkpoints.commit(staging, root, STEP)
+    commit(toy_run, run, load(None, [*toy.SETTINGS, *settings])[1], vocabulary_of(NUM_GENES), STEP)
     (stage,) = toy_run.trainable.stages
     return {
         name: tensor.detach().float().numpy()
