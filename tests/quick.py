@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = {"geneformer_mcore.errors", "geneformer_mcore.types", "geneformer_mcore"}
 """Nearly all tests import them: those are `make test`."""
 BY_FOLDER = {
-    "slurm/": {"tests/unit/test_job_script.py", "tests/unit/test_array_script.py"},
+    "slurm/": {"tests/unit/test_job_script.py"},
     "configs/": {"tests/unit/test_config.py"},
 }
 """Tests of files that no test imports."""

@@ -5,7 +5,7 @@
     parts, one after the other  ->  shares, each a process with a time limit  ->  results, a table
 
 All parts together take about two hours on two cores. A share that has passed is not run again for
-the same commit: a soak that was interrupted goes on when it is started again. What the processes
+the same commit: an interrupted soak resumes when it is started again. What the processes
 print is in build/soak/NAME_NUMBER.log. Needs strace; SLURM's events need root, slurm-wlm and munge,
 and are skipped elsewhere. Exit code 1 on any failure; a share that has done nothing, and was not
 skipped, is one.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -28,8 +27,8 @@ from typing import Any
 
 import psutil
 
+from tests.soak.kept import Results, commit
 from tests.soak.parts import FOLDER, PARTS, ROOT, Part, counted, skipped
-from tests.soak.tree import commit
 
 NO_TESTS = 5
 """pytest's exit code where nothing is selected."""
@@ -67,27 +66,10 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Results:
-    """{name of a share: its result} of one commit, in a file."""
-
-    def __init__(self, file: Path, commit: str) -> None:
-        found = json.loads(file.read_text()) if file.exists() else {}
-        is_same = bool(commit) and found.get("commit") == commit
-        self.of: dict[str, Result] = found["shares"] if is_same else {}
-        self._file, self._commit = file, commit
-
-    def has_passed(self, name: str) -> bool:
-        """Whether that share need not be run."""
-        found = self.of.get(name)
-        return found is not None and not found["failures"] and not found["skipped"]
-
-    def keep(self, name: str, result: Result) -> None:
-        """Writes it down at once."""
-        self.of[name] = result
-        text = json.dumps({"commit": self._commit, "shares": self.of}, indent=1)
-        part = self._file.with_name(f".{self._file.name}.part")
-        part.write_text(text + "\n")
-        part.replace(self._file)
+def has_passed(name: str, results: Results) -> bool:
+    """Whether that share need not be run."""
+    found = results.of.get(name)
+    return found is not None and not found["failures"] and not found["skipped"]
 
 
 def names_of(part: Part, is_short: bool) -> list[str]:
@@ -100,7 +82,7 @@ def run_part(part: Part, is_short: bool, results: Results) -> None:
     """Runs the shares of a part that have not passed."""
     commands = part.commands(is_short)
     for name, command in zip(names_of(part, is_short), commands, strict=True):
-        if results.has_passed(name):
+        if has_passed(name, results):
             print(f"{name}: passed before", flush=True)
             continue
         result = run_share(name, command, part.limit_s, 0 if is_short else 1)
@@ -184,21 +166,17 @@ def adopt_orphans() -> None:
 
 def summary(parts: Sequence[Part], is_short: bool, results: Results) -> tuple[str, bool]:
     """(a row for each part, whether one has failed)."""
-    lines = [f"\n{'part':<20} {'repetitions':>11} {'failures':>8} {'seconds':>8}"]
-    total = {"repetitions": 0, "failures": 0, "seconds": 0}
+    columns = ("repetitions", "failures", "seconds")
+    line = "{:<20} {:>11} {:>8} {:>8}".format
+    lines = ["", line("part", *columns)]
+    total = [0, 0, 0]
     for part in parts:
         found = [results.of[name] for name in names_of(part, is_short)]
-        row = {key: sum(each[key] for each in found) for key in total}
-        total = {key: total[key] + row[key] for key in total}
-        reasons = dict.fromkeys(each["skipped"] for each in found if each["skipped"])
-        skips = f"  skipped: {'; '.join(reasons)}" if reasons else ""
-        lines.append(_line(part.name, row) + skips)
-    lines.append(_line("all", total))
-    return "\n".join(lines), total["failures"] > 0
-
-
-def _line(name: str, row: dict[str, int]) -> str:
-    return f"{name:<20} {row['repetitions']:>11} {row['failures']:>8} {row['seconds']:>8}"
+        row = [sum(each[column] for each in found) for column in columns]
+        total = [before + more for before, more in zip(total, row, strict=True)]
+        reasons = "; ".join(dict.fromkeys(each["skipped"] for each in found if each["skipped"]))
+        lines.append(line(part.name, *row) + (f"  skipped: {reasons}" if reasons else ""))
+    return "\n".join([*lines, line("all", *total)]), total[1] > 0
 
 
 if __name__ == "__main__":

@@ -70,11 +70,11 @@ def saved_once(folder: Path) -> Path:
 
 def calls_of_a_save(good: Path) -> list[str]:
     """What a save of step 2 that nothing disturbs asks of the system, in order: name(arguments."""
-    root, said = good.with_name("root"), good.with_name("calls")
+    root, log = good.with_name("root"), good.with_name("calls")
     shutil.copytree(good, root)
-    assert run_to_end(save_in_child(root, 2), ["-o", str(said)]) == 0
+    assert run_to_end(save_in_child(root, 2), ["-o", str(log)]) == 0
     shutil.rmtree(root)
-    found = (_CALL.match(line) for line in said.read_text().splitlines())
+    found = (_CALL.match(line) for line in log.read_text().splitlines())
     return [match[1] for match in found if match]
 
 
@@ -109,7 +109,7 @@ def check(root: Path) -> str:
 
 
 def save_in_child(root: Path, step: int) -> int:
-    """A child that has stopped itself right before it saves `step`; it saves once it goes on."""
+    """A child that has stopped itself right before it saves `step`; continued, it saves."""
     child = os.fork()
     if child == 0:
         status = 1

@@ -25,16 +25,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from geneformer_mcore.checkpoint import folder as checkpoints
+from tests.end_to_end.forked import SETTINGS
 from tests.final_state import explain, final_state
 
-SETTINGS = (
-    "model.num_layers=2",
-    "model.hidden_size=32",
-    "model.ffn_hidden_size=64",
-    "model.num_attention_heads=2",
-    "data.span_cells=16",
+MORE_SETTINGS = (
+    "data.seq_length=32",
     "data.pad_multiple=8",
-    "train.precision=fp32",
     "train.micro_batch_size=4",
     "train.global_batch_size=8",
     "train.validate_every_steps=0",
@@ -75,8 +71,7 @@ def soak(folder: Path, kills: int, ranks: int, steps: int, more: Sequence[str]) 
     """
     store = folder / "store"
     _make_store(store)
-    settings = [f"data.store={store}", "data.seq_length=32", f"train.steps={steps}"]
-    settings += [*SETTINGS, *more]
+    settings = [*SETTINGS, *MORE_SETTINGS, f"data.store={store}", f"train.steps={steps}", *more]
     undisturbed = folder / "undisturbed"
     assert start(undisturbed, ranks, settings).wait()
     expected = final_state(undisturbed)
@@ -136,8 +131,8 @@ def check(run: Path, before: Sequence[int]) -> None:
     steps = checkpoints.steps(root)
     for step in steps:
         checkpoints.verify(checkpoints.step_folder(root, step))
-    said = [int(line.rsplit("_", 1)[1]) for line in _log(run) if "saved " in line]
-    committed = max([*before, *said], default=0)
+    logged = [int(line.rsplit("_", 1)[1]) for line in _log(run) if "saved " in line]
+    committed = max([*before, *logged], default=0)
     assert max(steps, default=0) >= committed, (committed, steps)
 
 
@@ -209,9 +204,9 @@ def _rank(run: Path, rank: int, ranks: int, port: int, settings: Sequence[str]) 
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ.update({name: str(value) for name, value in where.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    said = os.open(f"{run}_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(f"{run}_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
-        os.dup2(said, stream)
+        os.dup2(log, stream)
     import launch.pretrain as pretrain
     from geneformer_mcore.training import setup
 

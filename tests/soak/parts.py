@@ -1,8 +1,9 @@
-"""What the soak is made of: processes with a time limit each, and what their output says."""
+"""Parts of the soak: processes with a time limit each, and the counts in their output."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,114 +13,116 @@ FOLDER = ROOT / "build" / "soak"
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of fault.
+    """One kind of fault, repeated by commands: a module of the soak, or pytest, with arguments.
 
-    shares:       arguments of Python for each process; those that have passed are not run again
-    short:        arguments for a few repetitions, to try the runner
-    limit_s:      for one share
+    limit_s:      for one process
+    short:        a few repetitions, to try the runner
+    full, shares: so many processes; {share} is the number of one, from 1
     """
 
     name: str
     what: str
-    shares: tuple[tuple[str, ...], ...]
-    short: tuple[str, ...]
     limit_s: float
+    short: str
+    full: str
+    shares: int = 1
 
-    def commands(self, is_short: bool) -> tuple[tuple[str, ...], ...]:
-        """What is run."""
-        return (self.short,) if is_short else self.shares
-
-
-def _module(name: str, *arguments: object) -> tuple[str, ...]:
-    return ("-W", "ignore", "-m", f"tests.soak.{name}", *map(str, arguments))
-
-
-def _tests(*arguments: str) -> tuple[str, ...]:
-    return ("-m", "pytest", "-q", "-rs", *arguments)
+    def commands(self, is_short: bool) -> list[list[str]]:
+        """Arguments of Python for each process; those that have passed are not run again."""
+        if is_short:
+            return [_arguments(self.short)]
+        shares = range(1, self.shares + 1)
+        return [_arguments(self.full.format(share=share)) for share in shares]
 
 
-def _kills(*more: str) -> tuple[tuple[str, ...], ...]:
-    return (_module("kills", "--kills", 25, "--steps", 120, *more),) * 4
+def _arguments(command: str) -> list[str]:
+    name, *more = shlex.split(command)
+    if name == "pytest":
+        return ["-m", "pytest", "-q", "-rs", *more]
+    return ["-W", "ignore", "-m", f"tests.soak.{name}", *more]
 
 
-EVENTS = "tests/soak/slurm"
 PARTS = (
     Part(
         "kills",
         "SIGKILL at random instants of a training",
-        _kills(),
-        _module("kills", "--kills", 2, "--steps", 20),
         900,
+        "kills --kills 2 --steps 20",
+        "kills --kills 25 --steps 120",
+        shares=4,
     ),
     Part(
         "kills-asynchronous",
         "the same, saves written while it trains",
-        _kills("--asynchronous"),
-        _module("kills", "--kills", 2, "--steps", 20, "--asynchronous"),
         900,
+        "kills --kills 2 --steps 20 --asynchronous",
+        "kills --kills 25 --steps 120 --asynchronous",
+        shares=4,
     ),
     Part(
         "kill-points",
         "SIGKILL at every system call of a save",
-        tuple(_module("kill_points", "--first", first, "--every", 4) for first in (1, 2, 3, 4)),
-        _module("kill_points", "--every", 60),
         900,
+        "kill_points --every 60",
+        "kill_points --every 4 --first {share}",
+        shares=4,
     ),
     Part(
         "ingest-kills",
         "SIGKILL at random instants of a build",
-        (_module("ingest_kills", "--kills", 25),) * 2,
-        _module("ingest_kills", "--kills", 2),
         900,
+        "ingest_kills --kills 2",
+        "ingest_kills --kills 25",
+        shares=2,
     ),
     Part(
         "store-flips",
         "a flipped bit of a store",
-        (_module("store_flips", "--flips", 200),),
-        _module("store_flips", "--flips", 10),
         600,
+        "damage store --times 10",
+        "damage store --times 200",
     ),
     Part(
         "checkpoint-damage",
-        "a flipped bit, a cut or lost file of a checkpoint",
-        (_module("checkpoint_damage", "--damages", 100),),
-        _module("checkpoint_damage", "--damages", 5),
+        "a flipped bit, a truncated or lost file of a checkpoint",
         600,
+        "damage checkpoint --times 5",
+        "damage checkpoint --times 100",
     ),
     Part(
         "parity",
         "loss curves of every layout against plain PyTorch",
-        (_module("parity_table", "--json", FOLDER / "parity.json"),),
-        _module("parity_table", "--json", FOLDER / "parity_short.json", "tp1 pp1 dp1"),
         2400,
+        "parity_table --json build/soak/parity_short.json 'tp1 pp1 dp1'",
+        "parity_table --json build/soak/parity.json",
     ),
     Part(
         "reshard",
         "checkpoints of every layout loaded under every other",
-        (_module("reshard"),),
-        _module("reshard", "--most", 2),
         1800,
+        "reshard --most 2",
+        "reshard",
     ),
     Part(
         "slurm",
-        "what can happen to a job on a cluster",
-        (_tests(EVENTS),),
-        _tests(EVENTS, "-k", "requeued"),
+        "the events of a job on a cluster",
         2400,
+        "pytest tests/soak/slurm -k requeued",
+        "pytest tests/soak/slurm",
     ),
     Part(
         "cases",
         "cases marked `soak` of the other tests",
-        (_tests("-m", "soak", "tests"),),
-        _tests("-m", "soak", "tests/unit"),
         2400,
+        "pytest -m soak tests/unit",
+        "pytest -m soak tests",
     ),
     Part(
         "planted-faults",
         "faults planted into the code, one at a time, that tests must catch",
-        (_module("planted_faults", "--no-control", "--results", FOLDER / "planted_faults.json"),),
-        _module("planted_faults", "--package", "cells", "--no-control"),
         3600,
+        "planted_faults --package cells",
+        "planted_faults --results build/soak/planted_faults.json",
     ),
 )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from geneformer_mcore.data.loader import Feed, Share
+from geneformer_mcore.data.collate import Collator, cells_of, make_batch
+from geneformer_mcore.data.loader import Budget, Feed, Share
 from geneformer_mcore.data.masking import Masking
 from geneformer_mcore.data.sampler import Sampler
-from geneformer_mcore.types import CLS, NUM_SPECIALS, CellViews, RaggedCells
+from geneformer_mcore.types import CLS, NUM_SPECIALS, Batch, CellViews, RaggedCells, TokenSource
 
 VOCABULARY = 300
 MASKING = Masking(0.15, (0.8, 0.02, 0.18), VOCABULARY, seed=1)
@@ -45,13 +48,34 @@ def views(block: RaggedCells) -> CellViews:
     return CellViews(block.tokens_T, block.offsets[:-1], block.lengths, block.keys_N)
 
 
-def feed(source: Cells, rank: int = 0, size: int = 1, batch: int = 24, **changes: int) -> Feed:
-    """A feed with spans of 8 cells, in windows of 3."""
-    order = Sampler(0, source.num_cells, span_cells=8, window_spans=3, seed=7)
-    share = Share(batch, changes.get("micro", batch // size), rank, size)
-    return Feed(source, order, MASKING, share, changes.get("seq_length", 64), pad_multiple=16)
+def feed(
+    source: TokenSource,
+    rank: int = 0,
+    size: int = 1,
+    batch: int = 24,
+    *,
+    num_cells: int | None = None,
+    spans: tuple[int, int] = (8, 3),
+    micro: int | None = None,
+    seq_length: int = 64,
+    pad: int = 16,
+    maker: Collator = make_batch,
+    budget: Budget | None = None,
+) -> Feed:
+    """A feed of all cells. spans: cells of a span, and spans of a window."""
+    order = Sampler(0, num_cells or len(source), *spans, seed=7)
+    share = Share(batch, micro or batch // size, rank, size)
+    return Feed(source, order, MASKING, share, seq_length, pad, maker, budget)
 
 
-def true_tokens(key: int, seq_length: int = 64) -> list[int]:
-    """The tokens of a cell before masking."""
-    return cell(key)[:seq_length].tolist()
+def sights(batch: Batch) -> Iterator[tuple[int, bytes]]:
+    """(key, all that is seen of the cell and predicted in it) of every cell of a batch."""
+    num_positions = batch.tokens_BS.shape[1]
+    tokens = batch.tokens_BS.flatten().numpy().astype("<i8")
+    cells, selected = cells_of(batch, batch.selected_M).numpy(), batch.selected_M.numpy()
+    for b, key in enumerate(batch.keys_N.tolist()):
+        start = b * num_positions if batch.bounds is None else int(batch.bounds[b])
+        here = cells == b
+        predicted = [selected[here] - start, batch.labels_M.numpy()[here]]
+        seen = tokens[start : start + int(batch.lengths_N[b])]
+        yield key, seen.tobytes() + b"|" + np.stack(predicted).tobytes()

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from geneformer_mcore import backends
 from geneformer_mcore.model.attention import blockwise
 from geneformer_mcore.model.attention.backends import bounds_of
 
@@ -70,7 +69,7 @@ def test_the_draw_is_fair() -> None:
     kept = mask(400, 0.1, seed=11).double()
     expected, sigma = 0.9, math.sqrt(0.9 * 0.1)
     assert abs(kept.mean() - expected) < 4 * sigma / math.sqrt(kept.numel())
-    for axis in (0, 1, 2):
+    for axis in range(3):
         means = kept.transpose(0, axis).flatten(1).mean(1)
         deviations = (means - expected) * math.sqrt(kept.numel() / len(means)) / sigma
         assert deviations.abs().max() < 5
@@ -86,11 +85,8 @@ def test_seeds_and_blocks_draw_apart() -> None:
     assert len(keys) > 2490, "32 bits collide seldom"
 
 
-@pytest.mark.skipif(not backends.is_available("numba"), reason="numba is not installed")
 @pytest.mark.parametrize("size", [1, 7, 4096, 70_001])
 def test_compiled_and_plain_drop_the_same(size: int) -> None:
-    from geneformer_mcore.model.attention import blockwise
-
     values = torch.ones(size)
     key, below = 2**32 - 5, round(0.1 * 2**32)  # counts on over the end
     blockwise._drop_block(values.numpy(), np.uint32(key), np.uint32(below))

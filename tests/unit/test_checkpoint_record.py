@@ -1,4 +1,4 @@
-"""What may change between two starts of a run, and what may not."""
+"""Settings that may change between two starts of a run, and those that may not."""
 
 from __future__ import annotations
 
@@ -20,40 +20,35 @@ from geneformer_mcore.config import load
 from geneformer_mcore.errors import CheckpointError
 
 
-def text(*overrides: str) -> str:
-    return load(None, overrides)[1]
+def identity(*overrides: str) -> Identity:
+    config, text = load(None, overrides)
+    return Identity(text, interpolated_values(config, text), "v", "c")
 
 
-RECORDED = Record(
-    step=5,
-    cells_seen=80,
-    meters={"cells_seen": 80},
-    identity=Identity(text(), {}, "v", "c"),
-    layout={"tensor": 1},
-    versions={"torch": "2"},
-    guard={"skipped": 0},
-)
+def recorded(before: Identity) -> Record:
+    return Record(
+        step=5,
+        cells_seen=80,
+        meters={"cells_seen": 80},
+        identity=before,
+        layout={"tensor": 1},
+        versions={"torch": "2"},
+        guard={"skipped": 0},
+    )
+
+
+RECORDED = recorded(identity())
 
 
 @pytest.mark.parametrize(
     "override",
-    [
-        "parallel.tensor=2",
-        "train.micro_batch_size=8",
-        "train.steps=7",
-        "train.max_minutes=3",
-        "metrics.log_every_steps=1",
-        "checkpoint.save_every_steps=9",
-        "train.non_finite=skip",
-        "train.profile_steps=3",
-        "train.max_skips=3",
-        "data.prefetch_steps=0",
-        "data.store=elsewhere",
-        "run.dir=elsewhere",
-    ],
-)
+    ["parallel.tensor=2", "train.micro_batch_size=8", "train.steps=7", "train.max_minutes=3",
+     "metrics.log_every_steps=1", "checkpoint.save_every_steps=9", "train.non_finite=skip",
+     "train.profile_steps=3", "train.max_skips=3", "data.prefetch_steps=0", "data.store=elsewhere",
+     "run.dir=elsewhere"],
+)  # fmt: skip
 def test_may_differ(override: str) -> None:
-    check_continues(RECORDED, Identity(text(override), {}, "v", "c"))
+    check_continues(RECORDED, identity(override))
 
 
 @pytest.mark.parametrize(
@@ -69,28 +64,25 @@ def test_may_differ(override: str) -> None:
 )
 def test_must_not_differ_and_both_values_are_shown(override: str, shown: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        check_continues(RECORDED, Identity(text(override), {}, "v", "c"))
+        check_continues(RECORDED, identity(override))
     assert shown in str(caught.value)
 
 
-def test_what_an_older_version_did_not_know_it_did_as_the_defaults_do() -> None:
-    older = text().replace("  packing: false\n", "")
-    assert older != text()
-    recorded = replace(RECORDED, identity=replace(RECORDED.identity, config=older))
-    check_continues(recorded, Identity(text(), {}, "v", "c"))
+def test_a_setting_that_an_older_version_lacked_had_its_default() -> None:
+    older = RECORDED.identity.config.replace("  packing: false\n", "")
+    assert older != RECORDED.identity.config
+    before = recorded(replace(RECORDED.identity, config=older))
+    check_continues(before, identity())
     with pytest.raises(CheckpointError, match=r"data\.packing: False -> True"):
-        check_continues(recorded, Identity(text("data.packing=true"), {}, "v", "c"))
+        check_continues(before, identity("data.packing=true"))
 
 
-def test_what_is_compiled_may_be_left_to_the_machine() -> None:
-    told, left = (
-        Identity(text(f"model.compile={word}"), {}, "v", "c") for word in ("false", "null")
-    )
-    for was, now in ((told, left), (left, told)):
-        check_continues(replace(RECORDED, identity=was), now)
-    other = Identity(text("model.compile=true"), {}, "v", "c")
+def test_compiling_may_be_left_to_the_machine() -> None:
+    given, left = (identity(f"model.compile={word}") for word in ("false", "null"))
+    check_continues(recorded(given), left)
+    check_continues(recorded(left), given)
     with pytest.raises(CheckpointError, match=r"model\.compile: False -> True"):
-        check_continues(replace(RECORDED, identity=told), other)
+        check_continues(recorded(given), identity("model.compile=true"))
 
 
 def test_other_data_are_refused() -> None:
@@ -110,15 +102,14 @@ def test_round_trip_and_unknown_format(tmp_path: Path) -> None:
 
 
 def test_a_value_behind_an_interpolation_must_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    def identity(seed: str) -> Identity:
+    def with_seed(seed: str) -> Identity:
         monkeypatch.setenv("RUN_SEED", seed)
-        config, written = load(None, ["train.seed=${oc.decode:${oc.env:RUN_SEED}}"])
-        return Identity(written, interpolated_values(config, written), "v", "c")
+        return identity("train.seed=${oc.decode:${oc.env:RUN_SEED}}")
 
-    recorded = replace(RECORDED, identity=identity("1"))
-    check_continues(recorded, identity("1"))
+    before = recorded(with_seed("1"))
+    check_continues(before, with_seed("1"))
     with pytest.raises(CheckpointError, match=r"train\.seed: .* has another value now"):
-        check_continues(recorded, identity("2"))
+        check_continues(before, with_seed("2"))
 
 
 def test_the_best_step_has_the_lowest_loss(tmp_path: Path) -> None:

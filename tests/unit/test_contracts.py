@@ -1,9 +1,15 @@
-"""Cells of a block: some of them, and those that lie anywhere laid end to end."""
+"""Words that all packages share: the cells of a block, and optional packages."""
 
 from __future__ import annotations
 
-import numpy as np
+import sys
+from pathlib import Path
 
+import numpy as np
+import pytest
+
+from geneformer_mcore import backends
+from geneformer_mcore.errors import MissingBackendError
 from geneformer_mcore.types import CellViews, RaggedCells
 
 CELLS = RaggedCells(
@@ -34,3 +40,21 @@ def test_cells_that_lie_anywhere() -> None:
     cut = CellViews(some.tokens_T, some.starts_N, np.array([2, 3]), some.keys_N)
     assert as_lists(cut.ragged()) == [[0, 6], [0, 7, 9]]
     assert cut.ragged().keys_N.tolist() == [13, 11]
+
+
+def test_another_apex_is_not_taken_for_nvidias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    with pytest.raises(MissingBackendError, match="PyPI's project of the same name"):
+        backends.is_available("apex")
+    (tmp_path / "apex" / "optimizers").mkdir()
+    assert backends.is_available("apex")
+
+
+def test_a_part_of_a_missing_package_is_missing() -> None:
+    """Python's own look for it would raise ModuleNotFoundError."""
+    assert not backends.is_available("no_such_package_of_nvidia.dali")

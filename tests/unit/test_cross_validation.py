@@ -43,8 +43,12 @@ def small_forests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_validation, "RandomForestClassifier", small)
 
 
-def test_every_cell_is_predicted_once_by_others(labels: np.ndarray) -> None:
-    scheme = cross_validation.stratified(labels, labels != "", seed=0)
+@pytest.fixture
+def scheme(labels: np.ndarray) -> Scheme:
+    return cross_validation.stratified(labels, labels != "", seed=0)
+
+
+def test_every_cell_is_predicted_once_by_others(labels: np.ndarray, scheme: Scheme) -> None:
     assert scheme.left_out == {"rare": 4}
     assert sorted(labels[scheme.cells]) == ["a"] * 40 + ["b"] * 30 + ["c"] * 15
     predicted = np.concatenate([test for _, test in scheme.folds.values()])
@@ -64,30 +68,26 @@ def test_too_few_labels_are_refused(labels: np.ndarray) -> None:
 
 @pytest.mark.usefixtures("small_forests")
 def test_pca_never_sees_the_cells_to_predict(
-    labels: np.ndarray, counts: Features, monkeypatch: pytest.MonkeyPatch
+    labels: np.ndarray, counts: Features, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheme = cross_validation.stratified(labels, labels != "", seed=0)
     fitted: list[np.ndarray] = []
 
     class Watched(PCA):
-        """Remembers what it was fitted to."""
-
         def fit(self, X: sparse.csr_matrix, y: None = None) -> PCA:
             fitted.append(X.toarray())
             return super().fit(X, y)
 
     monkeypatch.setattr(cross_validation, "PCA", Watched)
     found = cross_validation.predict(counts, labels, scheme, seed=0)
-    assert len(fitted) == 5, "anew in every fold, and once for all classifiers"
+    assert len(fitted) == 5, "again in every fold, and once for all classifiers"
     for values, (train, _) in zip(fitted, scheme.folds.values(), strict=True):
         np.testing.assert_array_equal(values, counts.values[train].toarray())
     assert np.mean(found[FOREST] == labels[scheme.cells]) > 0.6
 
 
 def test_predictions_are_those_of_a_forest_on_the_training_folds_components(
-    labels: np.ndarray, counts: Features
+    labels: np.ndarray, counts: Features, scheme: Scheme
 ) -> None:
-    scheme = cross_validation.stratified(labels, labels != "", seed=0)
     predicted = cross_validation.predict(counts, labels, scheme, 7)[FOREST]
     found = dict(zip(scheme.cells, predicted, strict=True))
     train, test = scheme.folds["3"]
@@ -111,7 +111,7 @@ def test_a_donor_is_predicted_from_the_others_alone(rng: np.random.Generator) ->
     for donor, (train, test) in scheme.folds.items():
         assert set(donors[test]) == {donor}
         assert donor not in set(donors[train])
-    # What tells labels apart in x and z is the wrong way round in y: only its own cells know that.
+    # What sets labels apart in x and z is the wrong way round in y: only its own cells know that.
     turned = (labels == "b") ^ (donors == "y")
     values = np.stack([turned, donors == "y"], axis=1).astype(np.float32)
     found = cross_validation.predict(Features("marks", values), labels, scheme, 0)[FOREST]
@@ -122,17 +122,15 @@ def test_a_donor_is_predicted_from_the_others_alone(rng: np.random.Generator) ->
     assert (seen == labels[mixed.cells]).all()
 
 
-def test_what_no_other_donor_can_tell_is_no_scheme() -> None:
+def test_labels_of_one_donor_each_are_no_scheme() -> None:
     labels = np.array(["a"] * 10 + ["b"] * 10, object)
     alone = np.array(["x"] * 10 + ["y"] * 10, object)
-    assert cross_validation.by_donor(labels, alone, np.arange(20)) == (
-        "no two donors share two labels"
-    )
+    refused = cross_validation.by_donor(labels, alone, np.arange(20))
+    assert refused == "no two donors share two labels"
 
 
 @pytest.mark.usefixtures("small_forests")
-def test_predictions_repeat_by_seed(labels: np.ndarray, counts: Features) -> None:
-    scheme = cross_validation.stratified(labels, labels != "", seed=0)
+def test_predictions_repeat_by_seed(labels: np.ndarray, counts: Features, scheme: Scheme) -> None:
     first, again = (cross_validation.predict(counts, labels, scheme, 5) for _ in range(2))
     for name, predicted in first.items():
         np.testing.assert_array_equal(predicted, again[name])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,44 +32,37 @@ def shape_106m(vocabulary_size: int = 25_429) -> ModelShape:
 
 
 @pytest.mark.parametrize(
-    ("shape", "expected"),
+    ("shape", "published"),
     [
-        (shape_10m(25_429), 10_288_981),
-        (shape_10m(25_472), 10_300_032),
-        (shape_10m(25_600), 10_332_928),
-        (shape_106m(25_429), 106_775_893),
-        (shape_106m(25_472), 106_808_960),
-        (shape_106m(25_600), 106_907_392),
+        (shape_10m, {25_429: 10_288_981, 25_472: 10_300_032, 25_600: 10_332_928}),
+        (shape_106m, {25_429: 106_775_893, 25_472: 106_808_960, 25_600: 106_907_392}),
     ],
 )
-def test_parameters_are_the_published_ones(shape: ModelShape, expected: int) -> None:
-    assert num_parameters(shape, SEQ_LENGTH) == expected
+def test_parameters_are_the_published_ones(
+    shape: Callable[[int], ModelShape], published: dict[int, int]
+) -> None:
+    assert {size: num_parameters(shape(size), SEQ_LENGTH) for size in published} == published
 
 
 @pytest.mark.parametrize(
-    ("shape", "all_predicted", "some_predicted"),
-    [(shape_106m(), 1754.8, 1544.6), (shape_10m(), 196.8, 128.1)],
+    ("shape", "gflops", "shares"),
+    [
+        (shape_106m(), (1754.8, 1544.6), (59.5, 26.4, 13.7)),
+        (shape_10m(), (196.8, 128.1), (19.6, 39.3, 40.7)),
+    ],
 )
-def test_train_gflop_of_a_full_cell(
-    shape: ModelShape, all_predicted: float, some_predicted: float
+def test_a_full_cell(
+    shape: ModelShape, gflops: tuple[float, float], shares: tuple[float, float, float]
 ) -> None:
+    """GFLOP of training with all positions predicted, and with 15 %; shares of a forward pass in %:
+    linear layers, attention, vocabulary."""
     padded = padded_equivalent_flops(shape, SEQ_LENGTH) / 1e9
-    assert padded == pytest.approx(all_predicted, abs=0.05)
+    assert padded == pytest.approx(gflops[0], abs=0.05)
     fifteen_percent = Workload(SEQ_LENGTH, SEQ_LENGTH**2, round(0.15 * SEQ_LENGTH))
-    assert executed_flops(shape, fifteen_percent) / 1e9 == pytest.approx(some_predicted, abs=0.1)
-
-
-@pytest.mark.parametrize(
-    ("shape", "linear", "attention", "vocabulary"),
-    [(shape_106m(), 59.5, 26.4, 13.7), (shape_10m(), 19.6, 39.3, 40.7)],
-)
-def test_shares_of_a_full_cell(
-    shape: ModelShape, linear: float, attention: float, vocabulary: float
-) -> None:
+    assert executed_flops(shape, fifteen_percent) / 1e9 == pytest.approx(gflops[1], abs=0.1)
     parts = forward_breakdown(shape, padded_workload(SEQ_LENGTH))
-    shares = [100 * part / parts.total for part in (parts.linear, parts.attention)]
-    assert shares == pytest.approx([linear, attention], abs=0.06)
-    assert 100 * parts.vocabulary / parts.total == pytest.approx(vocabulary, abs=0.06)
+    found = [100 * x / parts.total for x in (parts.linear, parts.attention, parts.vocabulary)]
+    assert found == pytest.approx(shares, abs=0.06)
 
 
 def test_training_is_three_forward_passes() -> None:
@@ -76,14 +71,9 @@ def test_training_is_three_forward_passes() -> None:
 
 
 def test_packed_cells_cost_the_sum_of_their_squares() -> None:
-    lengths = [100, 900]
-    apart = sum(
-        forward_flops(shape_10m(), Workload(length, length**2, length // 5)) for length in lengths
-    )
-    together = Workload(sum(lengths), sum(n * n for n in lengths), sum(n // 5 for n in lengths))
-    assert forward_flops(shape_10m(), together) == apart
-    one_long_cell = Workload(1000, 1000**2, 200)
-    assert forward_flops(shape_10m(), one_long_cell) > apart
+    apart = sum(forward_flops(shape_10m(), Workload(n, n**2, n // 5)) for n in (100, 900))
+    assert forward_flops(shape_10m(), Workload(1000, 100**2 + 900**2, 200)) == apart
+    assert forward_flops(shape_10m(), Workload(1000, 1000**2, 200)) > apart
 
 
 def test_formulas_are_what_torch_counts() -> None:

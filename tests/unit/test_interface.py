@@ -1,14 +1,16 @@
-"""By which interface a rank reaches the master."""
+"""A rank's own place: the interface to the master, its threads, and the seed of its dropout."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections import namedtuple
 
 import pytest
 
-from geneformer_mcore.distributed import groups, network
+from geneformer_mcore.distributed import device, groups, network
+from geneformer_mcore.distributed.groups import Topology
 from geneformer_mcore.distributed.network import Route
 
 Entry = namedtuple("Entry", "family address")
@@ -18,6 +20,7 @@ INTERFACES = {
     "eth0": [Entry(socket.AF_PACKET, "02:00:00:00:00:01"), Entry(socket.AF_INET, "192.0.2.5")],
     "ib0": [Entry(socket.AF_INET6, "fe80::1%ib0"), Entry(socket.AF_INET, "198.51.100.7")],
 }
+TO_ETH0 = Route("192.0.2.1", "192.0.2.5", "eth0")
 
 
 @pytest.fixture(autouse=True)
@@ -27,29 +30,21 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-@pytest.fixture
-def interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
+def chosen() -> list[str | None]:
+    return [os.environ.get(name) for name in NAMES]
+
+
+def test_interfaces_and_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network.psutil, "net_if_addrs", lambda: INTERFACES)
-
-
-@pytest.mark.usefixtures("interfaces")
-@pytest.mark.parametrize(
-    ("address", "name"),
-    [
-        ("192.0.2.5", "eth0"),
-        ("198.51.100.7", "ib0"),
-        ("fe80::1", "ib0"),
-        ("127.0.0.1", "lo"),
-        ("127.0.1.1", "lo"),
-        ("203.0.113.1", ""),
-    ],
-)
-def test_the_interface_that_holds_an_address(address: str, name: str) -> None:
-    assert network.interface_of(address) == name
-
-
-@pytest.mark.usefixtures("interfaces")
-def test_the_address_of_an_interface() -> None:
+    of_address = {
+        "192.0.2.5": "eth0",
+        "198.51.100.7": "ib0",
+        "fe80::1": "ib0",
+        "127.0.0.1": "lo",
+        "127.0.1.1": "lo",
+        "203.0.113.1": "",
+    }
+    assert {address: network.interface_of(address) for address in of_address} == of_address
     assert network.address_on("ib0") == "198.51.100.7"
     assert network.address_on("none") == ""
 
@@ -61,7 +56,7 @@ def test_loopback_for_real() -> None:
     assert network.address_on(route.interface) == "127.0.0.1"
 
 
-def test_a_name_that_nobody_knows() -> None:
+def test_an_unknown_host_has_no_route() -> None:
     assert network.route_to("no-such-host.invalid") is None
 
 
@@ -79,43 +74,64 @@ def test_own_address_in_the_network_for_real() -> None:
     assert route.interface == network.interface_of(own) != ""
 
 
-def test_several_machines_take_the_one_that_leads_to_the_master(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("ranks", "names"), [(4, ["eth0", "=eth0"]), (2, ["lo", "lo"])])
+def test_several_machines_take_the_way_to_the_master_and_one_stays_at_home(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, names: list[str]
 ) -> None:
-    route = Route("192.0.2.1", "192.0.2.5", "eth0")
-    monkeypatch.setattr(network, "route_to", lambda host: route if host == "head" else None)
+    monkeypatch.setattr(network, "route_to", {"head": TO_ETH0}.get)
     monkeypatch.setenv("MASTER_ADDR", "head")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    groups._choose_interface(4)
-    assert [os.environ[name] for name in NAMES] == ["eth0", "=eth0"]
+    groups._choose_interface(ranks)
+    assert chosen() == names
 
 
-def test_what_the_environment_says_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "route_to", lambda _: Route("192.0.2.1", "192.0.2.5", "eth0"))
+def test_the_environment_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "route_to", lambda _: TO_ETH0)
     for name in NAMES:
         monkeypatch.setenv(name, "ib0")
     network.choose()
-    assert [os.environ[name] for name in NAMES] == ["ib0", "ib0"]
+    assert chosen() == ["ib0", "ib0"]
 
 
 @pytest.mark.parametrize(
-    "route",
-    [
-        None,
-        Route("127.0.1.1", "127.0.0.1", "lo"),
-        Route("192.0.2.1", "192.0.2.5", ""),
-    ],
+    "route", [None, Route("127.0.1.1", "127.0.0.1", "lo"), Route("192.0.2.1", "192.0.2.5", "")]
 )
-def test_nothing_is_chosen_by_a_route_that_says_nothing(
-    route: Route | None, monkeypatch: pytest.MonkeyPatch
+def test_nothing_is_chosen_without_a_useful_route(
+    monkeypatch: pytest.MonkeyPatch, route: Route | None
 ) -> None:
     monkeypatch.setattr(network, "route_to", lambda _: route)
     network.choose()
-    assert not [name for name in NAMES if name in os.environ]
+    assert chosen() == [None, None]
 
 
-def test_one_machine_stays_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    groups._choose_interface(2)
-    assert [os.environ.get(name) for name in NAMES] == ["lo", "lo"]
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads"), [(8, None, 8), (8, "2", 4), (8, "3", 2), (2, "99", 1)]
+)
+def test_ranks_of_a_machine_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, ranks: str | None, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(cores)))
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert device._fair_threads() == threads
+
+
+def test_no_two_ranks_and_seeds_drop_the_same_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds lie further apart than Megatron adds for tensor ranks, which get the same one."""
+    tensor_size, pipeline_size, data_size = 2, 3, 4
+    given: list[int] = []
+    name = "model_parallel_cuda_manual_seed"
+    monkeypatch.setattr(groups.tensor_parallel, name, lambda found, **_: given.append(found))
+    ranks = list(itertools.product(range(tensor_size), range(pipeline_size), range(data_size)))
+    seeds = []
+    for seed in (5, 6):
+        for rank, (tensor, pipeline, data) in enumerate(ranks):
+            place = Topology(rank, len(ranks), tensor, pipeline, pipeline_size, data, data_size)
+            groups.seed_dropout(seed, place)
+        first, second = given[: len(ranks) // 2], given[len(ranks) // 2 :]
+        assert first == second, "tensor ranks"
+        found = sorted(first)
+        assert min(b - a for a, b in itertools.pairwise(found)) > 2718 + tensor_size
+        seeds.append(set(found))
+        given.clear()
+    assert not seeds[0] & seeds[1]

@@ -1,8 +1,9 @@
-"""Labels, donors and counts of a file are found, or what is missing is told."""
+"""Labels, donors and counts of a file: found, or reported as missing."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,10 @@ OBS = {
 }
 
 
+def read(path: Path, label: str = "", donor: str = "", layer: Any = None) -> labelled.Labelled:
+    return labelled.read(str(path), label, donor, InputOptions(layer=layer))
+
+
 @pytest.fixture
 def h5ad(rng: np.random.Generator, tmp_path: Path) -> Path:
     """12 cells with labels."""
@@ -27,7 +32,7 @@ def h5ad(rng: np.random.Generator, tmp_path: Path) -> Path:
 
 
 def test_columns_are_found_by_usual_names(h5ad: Path) -> None:
-    found = labelled.read(str(h5ad), "", "", InputOptions())
+    found = read(h5ad)
     assert (found.label, found.donor) == ("Cell.Type", "Patient_ID")
     assert found.labels_N.tolist() == ["T", "B", "", "T"] * 3
     assert found.donors_N is not None
@@ -35,35 +40,35 @@ def test_columns_are_found_by_usual_names(h5ad: Path) -> None:
     assert found.names[3] == "c3"
 
 
-def test_columns_asked_for_are_taken(h5ad: Path) -> None:
-    found = labelled.read(str(h5ad), "batch", "Cell.Type", InputOptions())
+def test_requested_columns_are_taken(h5ad: Path) -> None:
+    found = read(h5ad, "batch", "Cell.Type")
     assert found.labels_N.tolist() == [str(number) for number in range(12)]
     assert found.donor == "Cell.Type"
 
 
-def test_missing_columns_are_told_with_those_there_are(h5ad: Path, tmp_path: Path) -> None:
+def test_missing_columns_are_reported_with_those_there_are(h5ad: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no column 'x'; its columns: Cell\.Type, Patient_ID"):
-        labelled.read(str(h5ad), "x", "", InputOptions())
+        read(h5ad, label="x")
     with pytest.raises(DataError, match=r"no column 'x'.*--donor"):
-        labelled.read(str(h5ad), "", "x", InputOptions())
+        read(h5ad, donor="x")
     plain = write_h5ad(tmp_path / "b.h5ad", np.ones((2, 3)), obs={"n": [1, 2]})
     with pytest.raises(DataError, match=r"no column called celltype, .*its columns: n.*--label"):
-        labelled.read(str(plain), "", "", InputOptions())
+        read(plain)
 
 
-def test_one_donor_is_none_and_refused_where_it_was_asked_for(tmp_path: Path) -> None:
+def test_one_donor_is_none_and_refused_where_it_was_requested(tmp_path: Path) -> None:
     obs = {"cell_type": ["a", "b"], "donor": ["d", "d"]}
-    path = str(write_h5ad(tmp_path / "b.h5ad", np.ones((2, 3)), obs=obs))
-    assert labelled.read(path, "", "", InputOptions()).donors_N is None
+    path = write_h5ad(tmp_path / "b.h5ad", np.ones((2, 3)), obs=obs)
+    assert read(path).donors_N is None
     with pytest.raises(DataError, match=r"at least 2 donors, and names 1 \(d\)"):
-        labelled.read(path, "", "donor", InputOptions())
+        read(path, donor="donor")
 
 
 def test_counts_are_those_that_the_models_read(tmp_path: Path) -> None:
     counts = np.array([[1, 0, 3], [0, 2, 2]], np.float32)
     obs = {"cell_type": ["a", "b"]}
     path = write_h5ad(tmp_path / "b.h5ad", np.log1p(counts), obs=obs, layers={"counts": counts})
-    found = labelled.read(str(path), "", "", InputOptions())
+    found = read(path)
     np.testing.assert_array_equal(found.counts_NG.toarray(), counts)
     logs = labelled.log_counts(found.counts_NG, np.ones(2, bool))
     expected = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 10_000)
@@ -74,4 +79,4 @@ def test_counts_are_those_that_the_models_read(tmp_path: Path) -> None:
     empty = found.without_counts().counts_NG
     assert (empty.nnz, empty.shape) == (0, counts.shape)
     with pytest.raises(DataError, match=r"not a whole number.*--counts-layer"):
-        labelled.read(str(path), "", "", InputOptions(layer="X"))
+        read(path, layer="X")

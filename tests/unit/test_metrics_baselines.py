@@ -1,31 +1,32 @@
-"""The baselines on cells whose distribution is known."""
+"""Baselines of the loss, on cells whose distribution is known; scores from a table of counts."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn import metrics
 
-from geneformer_mcore.metrics import baselines
+from geneformer_mcore.metrics import baselines, classified
 from geneformer_mcore.types import CLS, NUM_SPECIALS, RaggedCells
 
 VOCABULARY = 60
 
 
-def cells_of(rows: list[np.ndarray]) -> RaggedCells:
+def cells_of(*rows: np.ndarray | list[int]) -> RaggedCells:
     """Cells with the given genes, [CLS] put before each."""
-    tokens = np.concatenate([np.concatenate([[CLS], row]) for row in rows]).astype(np.uint16)
+    tokens = np.concatenate([[CLS, *row] for row in rows]).astype(np.uint16)
     offsets = np.concatenate([[0], np.cumsum([len(row) + 1 for row in rows])]).astype(np.int64)
     return RaggedCells(tokens, offsets, np.arange(len(rows), dtype=np.uint64))
 
 
 def ranked_cells(rng: np.random.Generator, count: int, genes: int = 40) -> RaggedCells:
-    """Cells in which gene g tends to stand at rank g: rank = place of g + noise."""
+    """Cells in which gene g tends to have rank g: the ranks are g + noise."""
     places = np.arange(genes) + rng.normal(0, 3, (count, genes))
-    return cells_of([NUM_SPECIALS + np.argsort(row) for row in places])
+    return cells_of(*(NUM_SPECIALS + np.argsort(row) for row in places))
 
 
 def masked(cells: RaggedCells) -> tuple[np.ndarray, np.ndarray]:
-    """Every gene of the cells as something to guess: labels and positions."""
+    """Every gene of the cells as something to predict: labels and positions."""
     starts = np.repeat(cells.offsets[:-1], cells.lengths)
     positions = np.arange(len(cells.tokens_T)) - starts
     genes = positions > 0
@@ -33,12 +34,11 @@ def masked(cells: RaggedCells) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_the_unigram_is_a_distribution_over_genes() -> None:
-    train = cells_of([np.array([5, 6, 7]), np.array([5, 6]), np.array([5])])
-    log_probabilities = baselines.unigram(train, VOCABULARY, alpha=0.5)
+    log_probabilities = baselines.unigram(cells_of([5, 6, 7], [5, 6], [5]), VOCABULARY, alpha=0.5)
     smoothed = 6 + 0.5 * (VOCABULARY - NUM_SPECIALS)
     assert np.exp(log_probabilities).sum() == pytest.approx(1)
     assert np.exp(log_probabilities[5:9]) * smoothed == pytest.approx([3.5, 2.5, 1.5, 0.5])
-    assert np.all(np.isneginf(log_probabilities[:NUM_SPECIALS])), "a special is never to be guessed"
+    assert np.all(np.isneginf(log_probabilities[:NUM_SPECIALS])), "a special is never predicted"
 
 
 def test_every_bin_is_a_distribution_over_genes(rng) -> None:
@@ -51,13 +51,12 @@ def test_every_bin_is_a_distribution_over_genes(rng) -> None:
 
 
 def test_counts_are_those_of_each_position() -> None:
-    train = cells_of([np.array([5, 6, 7]), np.array([6, 5])])
+    train = cells_of([5, 6, 7], [6, 5])
     table = baselines.gene_given_rank(train, VOCABULARY, np.array([5]), np.array([1]))
     finest = baselines._finest(train, VOCABULARY, alpha=1.0)
     assert finest.edges_K.tolist() == [1, 2, 3]
     assert finest.counts_KV[:, 5:8].tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
-    assert finest.counts_KV.sum() == 5, "[CLS] is not counted"
-    assert table.counts_KV.sum() == 5
+    assert finest.counts_KV.sum() == table.counts_KV.sum() == 5, "[CLS] is not counted"
 
 
 def test_counting_in_blocks_changes_nothing(rng, monkeypatch) -> None:
@@ -71,29 +70,27 @@ def test_counting_in_blocks_changes_nothing(rng, monkeypatch) -> None:
 def test_bins_grow_with_the_rank() -> None:
     edges = baselines._bin_edges(2047)
     widths = np.diff(edges)
-    assert edges[0] == 1
+    assert (edges[0], widths[0]) == (1, 1)
     assert edges[-1] <= 2047
-    assert widths[0] == 1
     assert np.all(np.diff(widths) >= 0)
     assert widths[-1] > 40
     assert len(edges) < 200
 
 
-def test_rank_tells_much_where_genes_have_their_rank(rng) -> None:
+def test_the_rank_predicts_genes_that_have_one(rng) -> None:
     labels, positions = masked(ranked_cells(rng, 100))
     scores = baselines.score(ranked_cells(rng, 400), VOCABULARY, labels, positions)
     # 40 genes, each as frequent as the other.
     assert scores["unigram"] == pytest.approx(np.log(40), abs=0.01)
     # The rank of a gene is about normal around its own place: the entropy of the place given the
     # rank, ln(sigma sqrt(2 pi e)), at the sigma of 3.
-    assert scores["gene_given_rank"] == pytest.approx(
-        np.log(3 * np.sqrt(2 * np.pi * np.e)), abs=0.2
-    )
+    expected = np.log(3 * np.sqrt(2 * np.pi * np.e))
+    assert scores["gene_given_rank"] == pytest.approx(expected, abs=0.2)
 
 
-def test_rank_tells_nothing_where_genes_have_none(rng) -> None:
+def test_the_rank_predicts_nothing_where_genes_have_none(rng) -> None:
     def shuffled(count: int) -> RaggedCells:
-        return cells_of([rng.permutation(40) + NUM_SPECIALS for _ in range(count)])
+        return cells_of(*(rng.permutation(40) + NUM_SPECIALS for _ in range(count)))
 
     labels, positions = masked(shuffled(100))
     scores = baselines.score(shuffled(400), VOCABULARY, labels, positions)
@@ -104,18 +101,45 @@ def test_only_the_first_cells_are_counted(rng) -> None:
     train = ranked_cells(rng, 100)
     labels, positions = masked(ranked_cells(rng, 20))
     scores = baselines.score(train, VOCABULARY, labels, positions, max_cells=10)
-    assert scores["cells"] == 10
-    assert scores["masked_tokens"] == len(labels)
-    first = train.first(10)
-    assert scores == baselines.score(first, VOCABULARY, labels, positions)
+    assert (scores["cells"], scores["masked_tokens"]) == (10, len(labels))
+    assert scores == baselines.score(train.first(10), VOCABULARY, labels, positions)
 
 
 def test_a_gene_never_seen_in_training_has_a_finite_loss() -> None:
-    train = cells_of([np.array([5, 6, 7])])
-    scores = baselines.score(train, VOCABULARY, np.array([50]), np.array([2000]))
+    scores = baselines.score(cells_of([5, 6, 7]), VOCABULARY, np.array([50]), np.array([2000]))
     assert np.isfinite(scores["unigram"])
     assert np.isfinite(scores["gene_given_rank"])
 
 
 def test_cross_entropy_of_a_fair_coin() -> None:
     assert baselines.cross_entropy(np.log([0.5, 0.5, 0.5])) == pytest.approx(np.log(2))
+
+
+COUNTS = np.array([[5, 1, 0, 0], [2, 0, 3, 0], [0, 0, 7, 0], [0, 0, 0, 0]])
+"""Cells of each class by predicted class: 1 is never predicted correctly, 3 does not occur."""
+
+
+def test_scores_of_counts_are_those_of_cells() -> None:
+    true, predicted = np.nonzero(COUNTS)
+    times = COUNTS[true, predicted]
+    labels, answers = np.repeat(true, times), np.repeat(predicted, times)
+    found = classified.scores(COUNTS)
+    assert found["accuracy"] == pytest.approx(12 / 18)
+    expected = metrics.f1_score(labels, answers, average="macro", zero_division=0)
+    assert found["macro_f1"] == pytest.approx(expected)
+
+
+def test_scores_of_each_class() -> None:
+    found = classified.per_class(COUNTS, ("a", "b", "c", "d"))
+    of_a = {"precision": 5 / 7, "recall": 5 / 6, "f1": 10 / 13, "cells": 6}
+    assert found["a"] == pytest.approx(of_a)
+    assert found["b"] == {"precision": 0, "recall": 0, "f1": 0, "cells": 5}
+    assert found["d"] == {"precision": 0, "recall": 0, "f1": 0, "cells": 0}
+
+
+def test_scores_of_the_commonest_class() -> None:
+    found = classified.majority(COUNTS)
+    assert found["accuracy"] == pytest.approx(7 / 18)
+    assert found["macro_f1"] == pytest.approx(2 * 7 / 25 / 3)
+    # The commonest true one, not the one that is predicted most.
+    assert classified.majority(np.array([[1, 5], [0, 3]]))["accuracy"] == pytest.approx(6 / 9)

@@ -1,13 +1,15 @@
-"""Window sums, rates, and a meter that goes on after a restart as if nothing had happened."""
+"""Window sums and rates; a meter that resumes as if nothing had happened; the measured peak."""
 
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 import torch
 
+from geneformer_mcore.metrics import peak_flops
 from geneformer_mcore.metrics.meter import Meter
 from geneformer_mcore.model.flops import (
     ModelShape,
@@ -19,38 +21,28 @@ from geneformer_mcore.model.flops import (
 SHAPE = ModelShape(num_layers=2, hidden_size=64, ffn_hidden_size=128, vocabulary_size=1000)
 SEQ_LENGTH = 256
 KEYS = {
-    "step",
-    "loss",
-    "grad_norm",
-    "lr",
-    "cells_seen",
-    "tokens_seen",
-    "cells_per_s",
-    "tokens_per_s",
-    "tflops_padded_equivalent",
-    "tflops_executed",
-    "mfu",
-    "data_wait_fraction",
-    "step_s",
+    "step", "loss", "grad_norm", "lr", "cells_seen", "tokens_seen", "cells_per_s", "tokens_per_s",
+    "tflops_padded_equivalent", "tflops_executed", "mfu", "data_wait_fraction", "step_s",
+}  # fmt: skip
+STEP = {
+    "loss_sum": 960.0,
+    "num_predicted": 160,
+    "cells": 8,
+    "tokens": 800,
+    "sum_squared_lengths": 80_000,
+    "data_wait_s": 0.5,
+    "step_s": 2.0,
 }
+"""Eight cells of 100 tokens, 20 of each predicted, in 2 s of which 0.5 s waited."""
+CPU = torch.device("cpu")
 
 
-def make_meter(world_size: int = 1, peak: float | None = None) -> Meter:
-    return Meter(SHAPE, SEQ_LENGTH, world_size, peak)
-
-
-def one_step(**changes: Any) -> dict[str, Any]:
-    """Eight cells of 100 tokens, 20 of each predicted, in 2 s of which 0.5 s waited."""
-    step = {
-        "loss_sum": 960.0,
-        "num_predicted": 160,
-        "cells": 8,
-        "tokens": 800,
-        "sum_squared_lengths": 80_000,
-        "data_wait_s": 0.5,
-        "step_s": 2.0,
-    }
-    return step | changes
+def meter_of(*steps: dict[str, Any], world_size: int = 1, peak: float | None = None) -> Meter:
+    """After steps that differ from STEP by these values."""
+    meter = Meter(SHAPE, SEQ_LENGTH, world_size, peak)
+    for step in steps:
+        meter.add(**STEP | step)
+    return meter
 
 
 def record(meter: Meter, step: int = 1) -> dict[str, Any]:
@@ -58,31 +50,23 @@ def record(meter: Meter, step: int = 1) -> dict[str, Any]:
 
 
 def test_a_record_has_the_keys_of_metrics_jsonl() -> None:
-    meter = make_meter()
-    meter.add(**one_step())
-    found = record(meter, step=7)
+    found = record(meter_of({}), step=7)
     assert set(found) == KEYS
     assert (found["step"], found["grad_norm"], found["lr"]) == (7, 1.5, 1e-3)
 
 
-def test_loss_is_the_sum_over_the_count_and_not_a_mean_of_means() -> None:
-    meter = make_meter()
-    meter.add(**one_step(loss_sum=10.0, num_predicted=1))
-    meter.add(**one_step(loss_sum=20.0, num_predicted=9))
-    assert record(meter)["loss"] == 3.0
-
-
-def test_a_window_that_predicts_nothing_has_no_loss() -> None:
-    meter = make_meter()
-    meter.add(**one_step(loss_sum=0.0, num_predicted=0))
-    assert record(meter)["loss"] is None
+@pytest.mark.parametrize(
+    ("sums", "loss"),
+    [(((10.0, 1), (20.0, 9)), 3.0), (((0.0, 0),), None)],
+    ids=["the sum over the count and no mean of means", "nothing predicted"],
+)
+def test_the_loss(sums: tuple[tuple[float, int], ...], loss: float | None) -> None:
+    steps = [{"loss_sum": loss_sum, "num_predicted": number} for loss_sum, number in sums]
+    assert record(meter_of(*steps))["loss"] == loss
 
 
 def test_rates_and_shares() -> None:
-    meter = make_meter()
-    meter.add(**one_step())
-    meter.add(**one_step(step_s=6.0))
-    found = record(meter)
+    found = record(meter_of({}, {"step_s": 6.0}))
     assert found["cells_per_s"] == 16 / 8
     assert found["tokens_per_s"] == 1600 / 8
     assert found["data_wait_fraction"] == 1 / 8
@@ -90,45 +74,35 @@ def test_rates_and_shares() -> None:
 
 
 def test_tflops_are_per_rank() -> None:
-    meter = make_meter(world_size=4, peak=2e9)
-    meter.add(**one_step())
-    found = record(meter)
+    found = record(meter_of({}, world_size=4, peak=2e9))
     padded = padded_equivalent_flops(SHAPE, SEQ_LENGTH, cells=8) / 2 / 4
     executed = executed_flops(SHAPE, Workload(800, 80_000, 160)) / 2 / 4
     assert found["tflops_padded_equivalent"] * 1e12 == pytest.approx(padded)
     assert found["tflops_executed"] * 1e12 == pytest.approx(executed)
     assert found["mfu"] == pytest.approx(executed / 2e9)
+    assert record(meter_of({}, peak=None))["mfu"] is None
 
 
-def test_mfu_is_unknown_where_the_peak_is() -> None:
-    meter = make_meter(peak=None)
-    meter.add(**one_step())
-    assert record(meter)["mfu"] is None
-
-
-def test_a_record_starts_a_new_window_and_totals_go_on() -> None:
-    meter = make_meter()
-    meter.add(**one_step())
+def test_a_record_starts_a_new_window_and_totals_continue() -> None:
+    meter = meter_of({})
     record(meter)
-    meter.add(**one_step(loss_sum=16.0, num_predicted=8))
+    meter.add(**STEP | {"loss_sum": 16.0, "num_predicted": 8})
     found = record(meter, step=2)
     assert found["loss"] == 2
     assert (found["cells_seen"], found["tokens_seen"]) == (16, 1600)
 
 
 def test_a_window_added_at_once_is_the_same_as_its_steps() -> None:
-    apart, at_once = make_meter(), make_meter()
-    for _ in range(4):
-        apart.add(**one_step())
-    at_once.add(**{name: 4 * value for name, value in one_step().items()}, steps=4)
-    assert record(apart) == record(at_once)
+    at_once = meter_of()
+    at_once.add(**{name: 4 * value for name, value in STEP.items()}, steps=4)
+    assert record(meter_of(*[{}] * 4)) == record(at_once)
 
 
 def test_tensors_are_read_at_the_record_and_left_unchanged() -> None:
-    meter = make_meter()
     loss_sum = torch.tensor(30.0, dtype=torch.float64)
-    for _ in range(2):
-        meter.add(**one_step(loss_sum=loss_sum, num_predicted=torch.tensor(10)))
+    meter = meter_of(*[{"loss_sum": loss_sum, "num_predicted": torch.tensor(10)}] * 2)
+    state = json.loads(json.dumps(meter.state_dict()))
+    assert (state["window"]["loss_sum"], state["window"]["num_predicted"]) == (60.0, 20)
     found = record(meter)
     assert found["loss"] == 3
     assert isinstance(found["loss"], float)
@@ -136,23 +110,42 @@ def test_tensors_are_read_at_the_record_and_left_unchanged() -> None:
 
 
 def test_a_restarted_run_logs_what_an_undisturbed_one_does() -> None:
-    undisturbed = make_meter()
-    steps = [one_step(loss_sum=0.1 * n, num_predicted=n + 1) for n in range(6)]
-    for step in steps[:3]:
-        undisturbed.add(**step)
+    steps = [{"loss_sum": 0.1 * n, "num_predicted": n + 1} for n in range(6)]
+    undisturbed, resumed = meter_of(*steps[:3]), meter_of()
     # Through JSON, as a checkpoint keeps it, in the middle of a window.
-    kept = json.loads(json.dumps(undisturbed.state_dict()))
-    resumed = make_meter()
-    resumed.load_state_dict(kept)
+    resumed.load_state_dict(json.loads(json.dumps(undisturbed.state_dict())))
     for step in steps[3:]:
-        undisturbed.add(**step)
-        resumed.add(**step)
+        undisturbed.add(**STEP | step)
+        resumed.add(**STEP | step)
     assert record(resumed) == record(undisturbed)
 
 
-def test_state_is_plain_numbers_even_of_tensors() -> None:
-    meter = make_meter()
-    meter.add(**one_step(loss_sum=torch.tensor(2.5), num_predicted=torch.tensor(4)))
-    state = json.loads(json.dumps(meter.state_dict()))
-    assert state["window"]["loss_sum"] == 2.5
-    assert state["window"]["num_predicted"] == 4
+def test_the_peak_is_measured_quickly_and_is_of_this_world() -> None:
+    start = time.perf_counter()
+    peak = peak_flops.measured_peak(CPU, torch.float32, budget_s=0.3)
+    # The budget bounds what is started, and one product may take longer than was expected.
+    assert time.perf_counter() - start < 3
+    # From a slow shared core to a big server.
+    assert 1e8 < peak < 1e14
+
+
+@pytest.mark.parametrize("seconds_of_512", [1e-4, 1.0])
+def test_sizes_grow_while_time_is_left(monkeypatch, seconds_of_512: float) -> None:
+    tried = []
+
+    def product_s(size: int, *_: object) -> float:
+        tried.append(size)
+        return seconds_of_512 * (size / 512) ** 3
+
+    monkeypatch.setattr(peak_flops, "_fastest_product_s", product_s)
+    peak = peak_flops.measured_peak(CPU, torch.float32, budget_s=0.8)
+    assert peak == pytest.approx(2 * 512**3 / seconds_of_512)
+    # 2 x 0.41 s for size 8192 would be over the budget; so would 2 x 1 s for size 512.
+    assert tried[-1] == (4096 if seconds_of_512 < 1 else 256)
+
+
+def test_measuring_leaves_the_random_state_of_the_run() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    peak_flops.measured_peak(CPU, torch.float32, budget_s=0.01)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,12 +1,16 @@
-"""Controls are like what they are compared with, and p is right: by known numbers and by chance."""
+"""Controls, p and q of perturbations, by known numbers and by chance; the plot of many."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
-from geneformer_mcore.perturb import statistics
+from geneformer_mcore.perturb import outputs, statistics
 from geneformer_mcore.perturb.perturbed_cells import Mode
 from geneformer_mcore.perturb.question import GeneNames, Perturbation
 from geneformer_mcore.perturb.statistics import Survey
@@ -26,8 +30,23 @@ def surveyed(rng: np.random.Generator, unseen: int = 100) -> Survey:
     return Survey(300, in_sentence, in_sentence, ranks)
 
 
-def singles(tokens: object) -> list[Perturbation]:
-    return [NAMES.single(int(token)) for token in tokens]  # type: ignore[attr-defined]
+def singles(tokens: Iterable[int]) -> list[Perturbation]:
+    return [NAMES.single(int(token)) for token in tokens]
+
+
+def some_genes(rng: np.random.Generator, number: int) -> list[Perturbation]:
+    return singles(rng.choice(np.arange(NUM_SPECIALS, NUM_GENES - 100), number, replace=False))
+
+
+def draw(
+    asked: list[Perturbation], found: Survey, number: int, seed: int = 0, **mode: Mode
+) -> statistics.Controls:
+    return statistics.draw(asked, found, NAMES, number, seed, NUM_SPECIALS, **mode)
+
+
+def levels_of(found: Survey) -> np.ndarray:
+    """log2 of the number of cells that each gene is in, rounded down; -1 in none."""
+    return np.floor(np.log2(np.maximum(found.in_sentence_V, 0.5)))
 
 
 def test_p_of_known_numbers() -> None:
@@ -50,8 +69,7 @@ def test_q_is_that_of_benjamini_and_hochberg() -> None:
 def test_without_an_effect_p_is_uniform(two_sided: bool, rng: np.random.Generator) -> None:
     """Effects depend on how many cells a gene is in and where it stands, and on nothing else."""
     found = surveyed(rng)
-    asked = singles(rng.choice(np.arange(NUM_SPECIALS, NUM_GENES - 100), 150, replace=False))
-    drawn = statistics.draw(asked, found, NAMES, 60, 0, NUM_SPECIALS)
+    drawn = draw(some_genes(rng, 150), found, 60)
     p = []
     for _ in range(20):
         tokens = [each.tokens[0] for each in drawn.all]
@@ -60,15 +78,12 @@ def test_without_an_effect_p_is_uniform(two_sided: bool, rng: np.random.Generato
         p.append(statistics.p_values(effects, drawn.of, two_sided)[0])
     assert stats.kstest(np.concatenate(p), "uniform").statistic < 0.05
     # Of 60 controls p comes in steps of 1 / 61, two-sided of 2 / 61: 3 / 61 is the last below 0.05.
-    assert np.mean(np.concatenate(p) <= 0.05) == pytest.approx(
-        (2 if two_sided else 3) / 61, abs=0.01
-    )
+    below = np.mean(np.concatenate(p) <= 0.05)
+    assert below == pytest.approx((2 if two_sided else 3) / 61, abs=0.01)
 
 
 def test_a_planted_effect_is_found(rng: np.random.Generator) -> None:
-    found = surveyed(rng)
-    asked = singles(rng.choice(np.arange(NUM_SPECIALS, NUM_GENES - 100), 40, replace=False))
-    drawn = statistics.draw(asked, found, NAMES, 400, 0, NUM_SPECIALS)
+    drawn = draw(some_genes(rng, 40), surveyed(rng), 400)
     effects = rng.normal(size=len(drawn.all))
     effects[[4, 9]] = 6, 7
     p, q = statistics.p_values(effects, drawn.of, two_sided=False)
@@ -80,36 +95,31 @@ def test_a_planted_effect_is_found(rng: np.random.Generator) -> None:
 
 def test_controls_are_as_common_and_stand_as_high(rng: np.random.Generator) -> None:
     found = surveyed(rng)
+    levels = levels_of(found)
     asked = singles([10, 500, 1200, VOCABULARY.size - 3])
-    drawn = statistics.draw(asked, found, NAMES, 50, 0, NUM_SPECIALS)
+    drawn = draw(asked, found, 50)
     assert drawn.all[:4] == asked
     for perturbation, mine in zip(asked, drawn.of, strict=True):
         (token,) = perturbation.tokens
         others = [drawn.all[number].tokens[0] for number in mine]
         assert 49 <= len(set(others)) <= 50
         assert token not in others
-        level = np.log2(found.in_sentence_V[token]) // 1 if found.in_sentence_V[token] else None
-        for other in others:
-            assert other >= NUM_SPECIALS
-            if level is None:
-                assert found.in_sentence_V[other] == 0
-            else:
-                assert np.log2(found.in_sentence_V[other]) // 1 == level
-                if level >= 6:  # enough genes there for ranges of ranks
-                    assert abs(found.rank_V[other] - found.rank_V[token]) < 0.35
-    again = statistics.draw(asked, found, NAMES, 50, 0, NUM_SPECIALS)
-    assert again.all == drawn.all
-    assert statistics.draw(asked, found, NAMES, 50, 1, NUM_SPECIALS).all != drawn.all
-    assert statistics.draw(asked, found, NAMES, 0, 0, NUM_SPECIALS).all == asked
-    seen = statistics.draw(asked, found, NAMES, 50, 0, NUM_SPECIALS, Mode.delete)
+        assert min(others) >= NUM_SPECIALS
+        assert set(levels[others]) == {levels[token]}
+        if levels[token] >= 6:  # enough genes there for ranges of ranks
+            assert np.abs(found.rank_V[others] - found.rank_V[token]).max() < 0.35
+    assert draw(asked, found, 50).all == drawn.all
+    assert draw(asked, found, 50, seed=1).all != drawn.all
+    assert draw(asked, found, 0).all == asked
+    seen = draw(asked, found, 50, mode=Mode.delete)
     assert [len(mine) for mine in seen.of] == [*(len(mine) for mine in drawn.of[:3]), 0]
 
 
 def test_controls_of_a_group_are_groups(rng: np.random.Generator) -> None:
     found = surveyed(rng)
     group = Perturbation("trio", (10, 500, 1200))
-    drawn = statistics.draw([group], found, NAMES, 30, 0, NUM_SPECIALS)
-    levels = np.floor(np.log2(np.maximum(found.in_sentence_V, 0.5)))
+    drawn = draw([group], found, 30)
+    levels = levels_of(found)
     assert len(drawn.of[0]) == 30
     for number in drawn.of[0]:
         tokens = drawn.all[number].tokens
@@ -124,7 +134,7 @@ def test_a_set_of_genes_is_a_control_once(mode: Mode) -> None:
     in_sentence[10:14] = 40
     found = Survey(300, in_sentence, in_sentence, np.where(in_sentence > 0, 0.5, np.nan))
     asked = [Perturbation("pair", (13, 10)), Perturbation("other", (12, 11))]
-    drawn = statistics.draw(asked, found, NAMES, 200, 0, NUM_SPECIALS, mode)
+    drawn = draw(asked, found, 200, mode=mode)
     for group, mine in zip(asked, drawn.of, strict=True):
         sets = [frozenset(drawn.all[number].tokens) for number in mine]
         assert len(sets) == len(set(sets)) == 5
@@ -137,8 +147,31 @@ def test_a_set_of_genes_is_a_control_once(mode: Mode) -> None:
 
 def test_a_gene_asked_for_may_be_a_control_and_is_perturbed_once(rng: np.random.Generator) -> None:
     found = surveyed(rng)
-    genes = found.genes[:300]
-    drawn = statistics.draw(singles(genes), found, NAMES, 500, 0, NUM_SPECIALS)
+    drawn = draw(singles(found.genes[:300]), found, 500)
     tokens = [each.tokens for each in drawn.all]
     assert len(set(tokens)) == len(tokens) <= NUM_GENES
     assert min(drawn.of[0]) < 300, "some of the controls were asked for"
+
+
+@pytest.mark.parametrize("goal", ["", "goal_"])
+def test_a_plot_leaves_out_genes_without_p(goal: str) -> None:
+    numbers = np.arange(1.0, 9.0)
+    p = np.array([0.001, 0.002, 0.4, 0.5, 0.6, np.nan, np.nan, np.nan])
+    q = np.where(p < 0.01, 0.01, p)
+    rows = pd.DataFrame(
+        {
+            "shift": numbers,
+            "control_shift": 2.0,
+            "goal_shift": numbers,
+            f"{goal}p": p,
+            f"{goal}q": q,
+        },
+        index=[f"gene{number}" for number in range(8)],
+    )
+    axes = Figure().add_subplot()
+    outputs._volcano(axes, rows, bool(goal))
+    legend = axes.get_legend()
+    assert legend is not None
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["q >= 0.05: 3", "q < 0.05: 2", "no p, not shown: 3"]
+    assert sorted(text.get_text() for text in axes.texts) == [f"gene{n}" for n in range(5)]

@@ -1,4 +1,4 @@
-"""outcome.json: what it says after an end, after a kill, and how often a run was started."""
+"""outcome.json after an end and after a kill, the number of starts, and refused folders."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ def outcome(path: Path) -> dict:
     return json.loads((path / "outcome.json").read_text())
 
 
-def test_an_end_is_written_and_starts_are_counted(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+def opened(path: Path) -> RunFolder:
+    run = RunFolder(path)
     run.open()
+    return run
+
+
+def test_an_end_is_written_and_starts_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run = opened(path)
     run.step = 7
-    run.close(INTERRUPTED, "signal TERM")
-    assert outcome(run.path) == {
-        "outcome": "interrupted",
-        "exit_code": 75,
-        "step": 7,
-        "reason": "signal TERM",
-        "restart": 0,
-    }
-    again = RunFolder(tmp_path / "run")
-    again.open()
-    again.close(FINISHED, "done")
-    assert (outcome(run.path)["restart"], outcome(run.path)["exit_code"]) == (1, 0)
+    run.close(INTERRUPTED, "signal TERM\n  again\n")
+    found = {"outcome": "interrupted", "exit_code": 75, "step": 7, "restart": 0}
+    assert outcome(path) == {**found, "reason": "signal TERM again"}, "a reason of one line"
+    opened(path).close(FINISHED, "done")
+    assert (outcome(path)["restart"], outcome(path)["exit_code"]) == (1, 0)
 
 
 def test_it_keeps_the_vocabulary_of_its_cells(tmp_path: Path) -> None:
@@ -46,18 +45,14 @@ def test_it_keeps_the_vocabulary_of_its_cells(tmp_path: Path) -> None:
 
 
 def test_until_it_ends_it_does_not_claim_success(tmp_path: Path) -> None:
-    first = RunFolder(tmp_path)
-    first.open()
-    first.close(FINISHED, "done")
-    killed = RunFolder(tmp_path)
-    killed.open()
+    opened(tmp_path).close(FINISHED, "done")
+    killed = opened(tmp_path)
     assert outcome(tmp_path)["exit_code"] == 1
     killed.close(FINISHED, "done")
 
 
 def test_two_starts_cannot_share_a_folder(tmp_path: Path) -> None:
-    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
-    first.open()
+    first, second = opened(tmp_path), RunFolder(tmp_path)
     with pytest.raises(ConfigError, match="another start"):
         second.open()
     second.close(WRONG_INPUT, "refused")
@@ -67,18 +62,19 @@ def test_two_starts_cannot_share_a_folder(tmp_path: Path) -> None:
     second.close(FINISHED, "done")
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "tensorboard"])
-def test_files_in_the_place_of_its_folders(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("run", "must be a folder that can be written"),
+        ("run/checkpoints", "File exists"),
+        ("run/tensorboard", "File exists"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path, name: str, error: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("")
-    with pytest.raises(ConfigError, match="File exists"):
-        RunFolder(tmp_path).open()
-
-
-def test_the_reason_is_one_line(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    run.open()
-    run.close(WRONG_INPUT, "first\n  second\n")
-    assert outcome(tmp_path)["reason"] == "first second"
+    with pytest.raises(ConfigError, match=error):
+        RunFolder(tmp_path / "run").open()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -88,20 +84,12 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         RunFolder(tmp_path / "run").open()
 
 
-def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("")
-    with pytest.raises(ConfigError, match="must be a folder that can be written"):
-        RunFolder(tmp_path / "run").open()
-
-
-def test_a_rank_that_is_left_tells_the_end_only_if_rank_0_did_not(tmp_path: Path) -> None:
-    first, left = RunFolder(tmp_path), RunFolder(tmp_path)
-    first.open()
+def test_a_rank_that_is_left_writes_the_end_only_if_rank_0_did_not(tmp_path: Path) -> None:
+    first, left = opened(tmp_path), RunFolder(tmp_path)
     first.close(DEFECT, "rank 1 is lost")
     left.take_over(DEFECT, "cut off from rank 0", 4)
     assert outcome(tmp_path)["reason"] == "rank 1 is lost"
-    killed = RunFolder(tmp_path)
-    killed.open()
+    killed = opened(tmp_path)
     assert killed._lock is not None
     killed._lock.close()
     left.take_over(DEFECT, "rank 0 is lost", 4)

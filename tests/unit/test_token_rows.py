@@ -1,4 +1,4 @@
-"""Which row of their vocabulary is which token of ours."""
+"""Rows of Hugging Face's vocabulary by token of ours, and their weights of attention."""
 
 from __future__ import annotations
 
@@ -25,10 +25,8 @@ def test_the_first_versions_ids_are_ours_less_three() -> None:
 
 
 def test_rows_follow_names_in_any_order() -> None:
-    assert rows_of("ENSG3", "<eos>", "ENSG1", "<cls>", "ENSG2", "<pad>", "<mask>").tolist() == [
-        *(3, 6, 5, 1, -1),
-        *(2, 4, 0),
-    ]
+    rows = rows_of("ENSG3", "<eos>", "ENSG1", "<cls>", "ENSG2", "<pad>", "<mask>")
+    assert rows.tolist() == [3, 6, 5, 1, -1, 2, 4, 0]
 
 
 @pytest.mark.parametrize("specials", token_rows.LAYOUTS.values())
@@ -47,15 +45,15 @@ def test_a_table_goes_there_and_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "error"),
     [
         (("<pad>", "ENSG1", "ENSG2"), "lacks 1 of the vocabulary's 3 and has 0 others, ENSG3"),
         (("<pad>", *GENES, "ENSG4"), "has 1 others, ENSG4"),
         (("<pad>", "[PAD]", *GENES), r"two names for our \[PAD\]"),
     ],
 )
-def test_other_dictionaries_are_refused(names: tuple[str, ...], told: str) -> None:
-    with pytest.raises(DataError, match=told):
+def test_other_dictionaries_are_refused(names: tuple[str, ...], error: str) -> None:
+    with pytest.raises(DataError, match=error):
         rows_of(*names)
 
 
@@ -66,7 +64,7 @@ def test_every_row_needs_one_name(ids: tuple) -> None:
         token_rows.their_rows(tokens, GENES, 3)
 
 
-def test_a_size_that_is_no_layouts_is_told_with_numbers() -> None:
+def test_a_size_of_no_layout_is_refused_with_its_numbers() -> None:
     with pytest.raises(DataError, match=r"model has 99 tokens.*3 genes.*ours: 8"):
         token_rows.dictionary_by_size(99, GENES)
     assert len(SPECIAL_TOKENS) == NUM_SPECIALS

@@ -1,20 +1,32 @@
-"""The lookout of one rank, when the store in which ranks meet answers no more."""
+"""Lost ranks: the watch of one rank, the answers of all, and the verdict."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from torch._C._distributed_c10d import FileStore
 
 from geneformer_mcore.distributed import watchdog
-from geneformer_mcore.distributed.watchdog import LostRankError, Watchdog
+from geneformer_mcore.distributed.watchdog import (
+    Answer,
+    HealthCheck,
+    LostRankError,
+    Watchdog,
+    judge,
+)
 
 
 class Silenced:
-    """A store that stops answering: as where the network loses all without a word, or with an error
-    as where the connection is closed."""
+    """A store that stops answering: silently, as where the network loses all, or with an error, as
+    where the connection is closed."""
 
     def __init__(self) -> None:
         self.closed, self.silent, self.over = (threading.Event() for _ in range(3))
@@ -31,7 +43,7 @@ class Silenced:
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Silenced]:
+def silenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Silenced]:
     monkeypatch.setattr(watchdog, "PrefixStore", lambda _prefix, store: store)
     for name in ("_LOOK_S", "_STORE_S", "_JUDGED_S"):
         monkeypatch.setattr(watchdog, name, 0.1)
@@ -41,13 +53,13 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Silenced]:
 
 
 @pytest.mark.parametrize("how", ["silent", "closed"])
-def test_a_rank_that_stands_still_says_that_it_is_cut_off(store: Silenced, how: str) -> None:
+def test_a_rank_that_stands_still_is_cut_off(silenced: Silenced, how: str) -> None:
     losses: list[LostRankError] = []
     ended = threading.Event()
     with Watchdog(0.3, lambda loss: (losses.append(loss), ended.set())) as lookout:
-        lookout.join(store, 5, 8)
+        lookout.join(silenced, 5, 8)
         lookout.doing("a step", step=3)
-        getattr(store, how).set()
+        getattr(silenced, how).set()
         assert ended.wait(20)
     (loss,) = losses
     assert str(loss).startswith("rank 5 of 8 is cut off from rank 0: the store on that node")
@@ -56,11 +68,11 @@ def test_a_rank_that_stands_still_says_that_it_is_cut_off(store: Silenced, how: 
 
 
 @pytest.mark.parametrize("how", ["silent", "closed"])
-def test_an_error_of_lost_contact_is_explained_then_too(store: Silenced, how: str) -> None:
+def test_an_error_of_lost_contact_is_explained_then_too(silenced: Silenced, how: str) -> None:
     def loses_contact() -> None:
         with Watchdog(60, pytest.fail) as lookout:
-            lookout.join(store, 5, 8)
-            getattr(store, how).set()
+            lookout.join(silenced, 5, 8)
+            getattr(silenced, how).set()
             raise RuntimeError("[gloo] Connection reset by peer")
 
     with pytest.raises(LostRankError, match=r"rank 5 of 8 is cut off .* Connection reset by peer"):
@@ -73,3 +85,70 @@ def test_a_process_of_its_own_is_cut_off_from_none() -> None:
     with Watchdog(0.1, lambda loss: (losses.append(str(loss)), ended.set())):
         assert ended.wait(20)
     assert losses[0].startswith("no rank got on for 0.1 s")
+
+
+WAITING = Answer("forward, backward and update", 60.0, 12)
+STUCK = Answer("waiting for the next cells", 61.0, 12)
+
+
+def test_silent_ranks_are_named_with_the_state_of_the_others() -> None:
+    """Many are not all listed."""
+    verdict = judge({0: WAITING, 1: WAITING, 3: WAITING}, 4, 60)
+    assert verdict.code == 1
+    assert verdict.message.startswith("rank 2 of 4 is lost: it gives no answer")
+    assert "rank 0, 1, 3 at step 12, forward, backward and update for 60 s" in verdict.message
+    many = judge({0: WAITING}, 128, 60).message
+    assert many.startswith("rank 1, 2, 3, 4, 5, 6, 7, 8 ... of 128 is lost")
+
+
+def test_if_all_answer_the_one_that_does_something_else_shows() -> None:
+    message = judge({0: WAITING, 1: STUCK}, 2, 60).message
+    assert "no rank got on for 60 s" in message
+    assert "rank 1 at step 12, waiting for the next cells for 61 s" in message
+
+
+def test_a_rank_with_an_error_of_its_own_comes_before_silent_ones() -> None:
+    failed = Answer("waiting for the next cells", 0.1, 12, "ValueError: x", 1, at_fault=True)
+    assert judge({0: WAITING, 1: failed}, 3, 60).message == (
+        "the job failed: rank 1 failed at step 12 while waiting for the next cells: ValueError: x"
+    )
+    wrong = Answer("saving a checkpoint", 1.0, 12, "no room", 2, at_fault=True)
+    assert judge({0: WAITING, 1: wrong}, 2, 60) == watchdog.Verdict(2, "no room")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    return FileStore(str(tmp_path / "store"), 3)
+
+
+def test_answers_are_collected_from_those_who_give_them(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "ANSWER_S", 0.3)
+    ranks = [HealthCheck(store, rank, 3) for rank in range(3)]
+    assert not ranks[1].is_called()
+    ranks[0].call()
+    assert ranks[1].is_called()
+    ranks[1].answer(WAITING)
+    ranks[2].answer(STUCK)
+    answers = ranks[2].collect()
+    assert answers == {1: WAITING, 2: STUCK}
+    assert [rank.speaks(answers) for rank in ranks] == [False, True, False]
+
+
+def test_a_lost_neighbour_is_ended_and_nobody_else(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    lost, answering = sleepers = [subprocess.Popen(sleep) for _ in range(2)]
+    with monkeypatch.context() as patched:
+        processes = [psutil.Process(sleeper.pid) for sleeper in sleepers]
+        for rank, process in enumerate(processes):
+            patched.setattr(psutil, "Process", lambda found=process: found)
+            HealthCheck(store, rank, 3)
+    HealthCheck(store, 2, 3).kill_lost_neighbours({1: WAITING, 2: WAITING})
+    assert lost.wait(timeout=10) == -9
+    time.sleep(0.1)
+    assert answering.poll() is None
+    answering.kill()
+    answering.wait()

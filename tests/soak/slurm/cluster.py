@@ -142,7 +142,7 @@ class Cluster:
                 process.kill()
 
     def kill_daemon(self, node: str) -> None:
-        """Its slurmd alone: what that has started goes on."""
+        """Its slurmd alone: its children continue."""
         for process in self.processes(node):
             with contextlib.suppress(psutil.NoSuchProcess):
                 if process.name() == "slurmd":
@@ -258,7 +258,7 @@ def _program(name: str) -> str | None:
 
 
 def _start(configuration: str, *command: str) -> None:
-    """A daemon, which goes into the background by itself; its log says what failed."""
+    """A daemon, which goes into the background by itself; its log has the errors."""
     subprocess.run(
         command,
         env={**os.environ, "PATH": _PATH, "SLURM_CONF": configuration},

@@ -8,33 +8,27 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.end_to_end.forked import SETTINGS
 from tests.final_state import FinalState, final_state
 from tests.soak.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = "slurm/pretrain_106m.sh"
 CONFIGURATION = "configs/geneformer_106m.yaml"
-"""What that script trains."""
+"""Of the run that the script starts."""
 TOY = (
-    "model.num_layers=2",
-    "model.hidden_size=32",
-    "model.ffn_hidden_size=64",
-    "model.num_attention_heads=2",
-    "data.seq_length=100",
-    "data.span_cells=16",
-    "train.precision=fp32",
+    *SETTINGS,
     "train.steps=120",
-    "train.micro_batch_size=8",
-    "train.global_batch_size=16",
     "train.validate_every_steps=0",
     "metrics.log_every_steps=1",
     "checkpoint.save_every_steps=40",
     "parallel.timeout_s=60",
 )
-"""What makes the card's 106M variant small. Dropout stays on."""
+"""The small model of the other tests and a short run; dropout stays on."""
 SLOW = ("train.validate_every_steps=1", "train.validate_batches=8")
 """A step takes longer, and no weight changes by it."""
 _ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -49,25 +43,28 @@ class Job:
     run: Path
     log_file: Path
 
-    def at_step(self, step: int, restarts: int = 0, timeout_s: float = 600) -> None:
+    def at_step(self, step: int, restarts: int = 0) -> None:
         """Waits until that step is logged, by the start after so many restarts."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if self.log.count("restart ") >= restarts and self._last_step() >= step:
-                return
-            assert self.state() not in _ENDS, self.log
-            time.sleep(0.1)
-        raise AssertionError(f"no step {step} after {timeout_s} s, {self.state()}:\n{self.log}")
 
-    def ended(self, timeout_s: float = 600) -> str:
+        def is_there() -> bool:
+            if self.log.count("restart ") >= restarts and self._last_step() >= step:
+                return True
+            assert self.state() not in _ENDS, self.log
+            return False
+
+        self.wait_until(is_there)
+
+    def ended(self) -> str:
         """The state in which it ended."""
+        self.wait_until(lambda: self.state() in _ENDS)
+        return self.state()
+
+    def wait_until(self, holds: Callable[[], bool], timeout_s: float = 600) -> None:
+        """Fails with the job's log if it does not come to hold."""
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            state = self.state()
-            if state in _ENDS:
-                return state
-            time.sleep(0.3)
-        raise AssertionError(f"still {state} after {timeout_s} s:\n{self.log}")
+        while not holds():
+            assert time.monotonic() < deadline, f"{self.state()} after {timeout_s} s:\n{self.log}"
+            time.sleep(0.2)
 
     def state(self) -> str:
         """As SLURM has it now."""
@@ -86,11 +83,11 @@ class Job:
 
     @property
     def log(self) -> str:
-        """What all of its starts have printed."""
+        """The output of all of its starts."""
         return self.log_file.read_text() if self.log_file.exists() else ""
 
     def lines(self) -> list[str]:
-        """Of the log, those of the job's script, without their time."""
+        """Lines that the job's script has logged, without their time."""
         found = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)$", self.log, re.MULTILINE)
         return [str(line) for line in found]
 

@@ -1,4 +1,4 @@
-"""What can happen to a job on a cluster, and what becomes of it: the table of docs/cluster.md.
+"""Events of a job on a cluster, and its recovery: the table of docs/cluster.md.
 
 Every job runs the project's own script as it is, and ends with the weights of a job that nothing
 disturbed, byte for byte. A soak (`make soak`, or pytest on this folder); a job that is signalled
@@ -7,9 +7,9 @@ once is in tests/end_to_end/test_slurm.py.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -20,6 +20,23 @@ from tests.soak.slurm.conftest import Clean
 from tests.soak.slurm.jobs import SLOW, Job, submit
 
 pytestmark = pytest.mark.timeout(1800)
+Submit = Callable[..., Job]
+
+
+@pytest.fixture
+def submitted(cluster: Cluster, store: Path, tmp_path: Path) -> Submit:
+    """Submits a run of this test; again, it is the same run."""
+    return partial(submit, cluster, tmp_path / "run", store)
+
+
+def signal_usr1(job: Job) -> None:
+    job.cluster.run("scancel", "--signal=USR1", "--batch", job.number)
+
+
+def preempt(cluster: Cluster, sleep_s: int) -> str:
+    """The number of a job that wants both nodes for itself."""
+    urgent = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
+    return cluster.run("sbatch", "--parsable", *urgent, f"--wrap=sleep {sleep_s}").strip()
 
 
 def run_to_end(job: Job, clean: Clean, reason: str) -> None:
@@ -44,7 +61,7 @@ def test_a_job_that_nothing_disturbs(clean: Clean) -> None:
     assert clean.job.outcome()["outcome"] == "finished"
 
 
-def test_what_runs_under_srun_is_torchrun(clean: Clean, cluster: Cluster) -> None:
+def test_the_tasks_of_srun_are_torchruns(clean: Clean, cluster: Cluster) -> None:
     for node in cluster.nodes:
         (task,) = clean.tasks[node]
         line = " ".join(task)
@@ -54,15 +71,15 @@ def test_what_runs_under_srun_is_torchrun(clean: Clean, cluster: Cluster) -> Non
         assert "launch/pretrain.py --config configs/geneformer_106m.yaml" in line
 
 
-def test_usr1_to_the_script(cluster: Cluster, clean: Clean, store: Path, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path / "run", store)
+def test_usr1_to_the_script(clean: Clean, submitted: Submit) -> None:
+    job = submitted()
     job.at_step(20)
-    cluster.run("scancel", "--signal=USR1", "--batch", job.number)
+    signal_usr1(job)
     run_to_end(job, clean, "as interrupted (signal SIGUSR1; saved at step ")
 
 
-def test_requeued(cluster: Cluster, clean: Clean, store: Path, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path / "run", store)
+def test_requeued(cluster: Cluster, clean: Clean, submitted: Submit) -> None:
+    job = submitted()
     job.at_step(20)
     cluster.run("scontrol", "requeue", job.number)
     run_to_end(job, clean, "as interrupted (signal SIGTERM; saved at step ")
@@ -77,76 +94,64 @@ def test_requeued(cluster: Cluster, clean: Clean, store: Path, tmp_path: Path) -
     ],
 )
 def test_the_time_is_up(
-    options: tuple[str, ...],
-    signal: str,
-    cluster: Cluster,
-    clean: Clean,
-    store: Path,
-    tmp_path: Path,
+    options: tuple[str, ...], signal: str, clean: Clean, submitted: Submit
 ) -> None:
     """The ranks stand still until then: a limit has whole minutes, and they would be ready."""
-    job = submit(cluster, tmp_path / "run", store, "parallel.timeout_s=300", options=options)
+    job = submitted("parallel.timeout_s=300", options=options)
     job.at_step(20)
     with standing_still():
-        wait_until(lambda: "closing signal" in job.log, job)
+        job.wait_until(lambda: "closing signal" in job.log)
     run_to_end(job, clean, f"as interrupted (signal {signal}; saved at step ")
 
 
-def test_preempted(cluster: Cluster, clean: Clean, store: Path, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path / "run", store, options=("--partition=low",))
+def test_preempted(cluster: Cluster, clean: Clean, submitted: Submit) -> None:
+    job = submitted(options=("--partition=low",))
     job.at_step(20)
-    urgent = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
-    other = cluster.run("sbatch", "--parsable", *urgent, "--wrap=sleep 3").strip()
+    other = preempt(cluster, sleep_s=3)
     run_to_end(job, clean, "as interrupted (signal SIGTERM; saved at step ")
     assert "JobState=COMPLETED" in cluster.run("scontrol", "show", "job", other)
 
 
-def test_preempted_before_it_trains(
-    cluster: Cluster, clean: Clean, store: Path, tmp_path: Path
-) -> None:
+def test_preempted_before_it_trains(cluster: Cluster, clean: Clean, submitted: Submit) -> None:
     """SLURM signals its steps alone, and they die of it."""
-    options = ("--partition=low",)
-    job = submit(cluster, tmp_path / "run", store, options=options, preflight=True)
-    wait_until(lambda: any(cluster.tasks(node) for node in cluster.nodes), job)
-    urgent = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
-    cluster.run("sbatch", "--parsable", *urgent, "--wrap=sleep 1")
+    job = submitted(options=("--partition=low",), preflight=True)
+    job.wait_until(lambda: any(cluster.tasks(node) for node in cluster.nodes))
+    preempt(cluster, sleep_s=1)
     assert job.ended() == "COMPLETED", job.log
     assert job.restarts == 1, job.log
     assert job.weights() == clean.job.weights()
 
 
 def test_cancelled_is_saved_and_not_started_again(
-    cluster: Cluster, clean: Clean, store: Path, tmp_path: Path
+    cluster: Cluster, clean: Clean, submitted: Submit
 ) -> None:
-    job = submit(cluster, tmp_path / "run", store)
+    job = submitted()
     job.at_step(20)
     cluster.run("scancel", job.number)
     assert job.ended() == "CANCELLED"
     assert job.outcome()["exit_code"] == 75
     assert job.restarts == 0
-    run_again(job, clean, store)
+    completes(submitted(), clean)
 
 
 def test_a_killed_rank_ends_the_job_which_is_not_started_again(
-    cluster: Cluster, clean: Clean, store: Path, tmp_path: Path
+    clean: Clean, submitted: Submit
 ) -> None:
-    job = submit(cluster, tmp_path / "run", store, *SLOW)
+    job = submitted(*SLOW)
     job.at_step(45)
     ranks_of("n2")[0].kill()
     assert job.ended() == "FAILED"
     assert job.shown("ExitCode") == "1:0"
     assert job.restarts == 0
     assert "rank 1 of 2 is lost" in job.outcome()["reason"]
-    run_again(job, clean, store, *SLOW)
+    completes(submitted(*SLOW), clean)
 
 
-def test_a_node_loses_its_power(
-    cluster: Cluster, clean: Clean, store: Path, tmp_path: Path
-) -> None:
-    job = submit(cluster, tmp_path / "run", store, *SLOW)
+def test_a_node_loses_its_power(cluster: Cluster, clean: Clean, submitted: Submit) -> None:
+    job = submitted(*SLOW)
     job.at_step(45)
     cluster.kill_node("n2")
-    wait_until(lambda: job.restarts > 0, job)
+    job.wait_until(lambda: job.restarts > 0)
     cluster.start_node("n2")
     run_to_end(job, clean, "as failed (rank 1 of 2 is lost")
     # Whichever comes first: the end of the peers, or SLURM's own judgement.
@@ -156,76 +161,55 @@ def test_a_node_loses_its_power(
     assert "continues from" in job.log
 
 
-def test_a_dead_slurmd(cluster: Cluster, clean: Clean, store: Path, tmp_path: Path) -> None:
-    """The daemon alone: what it has started goes on, until SLURM takes the node for lost."""
-    job = submit(cluster, tmp_path / "run", store, "parallel.timeout_s=300")
+def test_a_dead_slurmd(cluster: Cluster, clean: Clean, submitted: Submit) -> None:
+    """The daemon alone: its children continue, until SLURM takes the node for lost."""
+    job = submitted("parallel.timeout_s=300")
     job.at_step(20)
     with standing_still():
         cluster.kill_daemon("n2")
-        wait_until(lambda: "closing signal" in job.log, job)
-    wait_until(lambda: job.restarts > 0, job)
+        job.wait_until(lambda: "closing signal" in job.log)
+    job.wait_until(lambda: job.restarts > 0)
     cluster.start_node("n2")
     run_to_end(job, clean, "as interrupted (signal SIGTERM; saved at step ")
 
 
-def test_on_one_node_nothing_listens_to_others(
-    cluster: Cluster, store: Path, tmp_path: Path
-) -> None:
-    job = submit(cluster, tmp_path / "run", store, nodes=1)
+def test_on_one_node_nothing_listens_to_others(submitted: Submit) -> None:
+    job = submitted(nodes=1)
     job.at_step(5)
     (rank,) = ranks_of("n1") + ranks_of("n2")
     launcher = rank.parent()
     assert launcher is not None
-    found = [
-        connection.laddr.ip
-        for process in (rank, launcher)
-        for connection in process.net_connections()
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    connections = rank.net_connections() + launcher.net_connections()
+    found = {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN}
     assert job.ended() == "COMPLETED"
-    assert set(found) == {"127.0.0.1"}
+    assert found == {"127.0.0.1"}
 
 
-def test_restarts_are_bounded(
-    cluster: Cluster, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_restarts_are_bounded(submitted: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GENEFORMER_MAX_RESTARTS", "1")
-    job = submit(cluster, tmp_path / "run", store, "train.steps=2000")
+    job = submitted("train.steps=2000")
     job.at_step(20)
-    cluster.run("scancel", "--signal=USR1", "--batch", job.number)
-    wait_until(lambda: job.restarts == 1, job)
+    signal_usr1(job)
+    job.wait_until(lambda: job.restarts == 1)
     job.at_step(40, restarts=1)
-    cluster.run("scancel", "--signal=USR1", "--batch", job.number)
+    signal_usr1(job)
     assert job.ended() == "FAILED"
     assert (job.shown("ExitCode"), job.restarts) == ("75:0", 1)
-    reason = "signal SIGUSR1; saved at step "
-    assert decisions(job)[0].startswith(f"to be started again: {reason}")
-    assert decisions(job)[1:] == ["not started again: GENEFORMER_MAX_RESTARTS is 1"]
+    first, last = (line for line in job.lines() if "started again: " in line)
+    assert first.startswith("to be started again: signal SIGUSR1; saved at step ")
+    assert last == "not started again: GENEFORMER_MAX_RESTARTS is 1"
 
 
-def decisions(job: Job) -> list[str]:
-    return [line for line in job.lines() if "started again: " in line]
-
-
-def run_again(job: Job, clean: Clean, store: Path, *settings: str) -> None:
+def completes(again: Job, clean: Clean) -> None:
     """Submitted once more, it ends as if it had never stopped."""
-    again = submit(job.cluster, job.run, store, *settings)
     assert again.ended() == "COMPLETED", again.log
     assert "continues from" in again.log
     assert again.weights() == clean.job.weights()
 
 
-def wait_until(holds: Callable[[], bool], job: Job, timeout_s: float = 600) -> None:
-    """Fails with the job's log if it does not come to hold."""
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, job.log
-        time.sleep(0.2)
-
-
 @contextmanager
 def standing_still() -> Iterator[None]:
-    """No rank gets on meanwhile; their launchers do."""
+    """No rank continues meanwhile; their launchers do."""
     ranks = ranks_of("n1") + ranks_of("n2")
     for rank in ranks:
         rank.suspend()
