@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed import PrefixStore, Store
 
 from geneformer_mcore.distributed.groups import Rendezvous
 

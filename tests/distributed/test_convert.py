@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-from geneformer_mcore.checkpoint import safetensors_file, weights_reader
+from geneformer_mcore.checkpoint import weights_reader
 from geneformer_mcore.convert import convert, converted_run, hf_keys
 from geneformer_mcore.errors import GeneformerError
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
@@ -248,8 +249,8 @@ def test_hugging_face_to_us_and_back_is_bitwise(
 ) -> None:
     run, folder = small[specials] / "run", small[specials] / "hf"
     convert.to_hf(run, tmp_path / "back", tokens_path=run / converted_run.TOKENS)
-    before = safetensors_file.read(folder / "model.safetensors")
-    after = safetensors_file.read(tmp_path / "back" / "model.safetensors")
+    before = load_file(folder / "model.safetensors")
+    after = load_file(tmp_path / "back" / "model.safetensors")
     types, positions = (f"bert.embeddings.{kind}_embeddings.weight" for kind in
                         ("token_type", "position"))  # fmt: skip
     before[positions] = before[positions] + before[types][0]
@@ -295,7 +296,7 @@ def test_exports_compute_the_same(exported: dict[str, Exported]) -> None:
     for number, (name, function) in enumerate(functions.items()):
         assert "step 3" in exported[name].told[0]
         folder = exported[name].folder
-        weights = safetensors_file.read(folder / "model.safetensors")
+        weights = load_file(folder / "model.safetensors")
         wanted = [plain_bert.logits(weights, 4, torch.from_numpy(cell).long(), function)
                   for cell in cells]  # fmt: skip
         theirs = transformers_logits(folder, cells, 2) if HAS_TRANSFORMERS else wanted
@@ -395,7 +396,7 @@ def test_bionemos_layouts_are_ours(ours: dict[str, Path], tmp_path: Path) -> Non
 def changed(tmp_path: Path, change: str) -> None:
     """Makes one thing of the small folder "hf" wrong."""
     folder = tmp_path / "hf"
-    weights = safetensors_file.read(folder / "model.safetensors")
+    weights = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     query = "bert.encoder.layer.1.attention.self.query.weight"
     if change == "missing":
@@ -414,7 +415,7 @@ def changed(tmp_path: Path, change: str) -> None:
         config["hidden_act"] = "silu"
     else:
         raise AssertionError(change)
-    safetensors_file.write(folder / "model.safetensors", weights)
+    save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -1,4 +1,4 @@
-"""Some benchmarks run where little is installed: torch, Megatron-Core, numpy and OmegaConf."""
+"""Some benchmarks run where little is installed: torch, Megatron-Core, numpy, numba, OmegaConf."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.rules.sources import LIBRARY, ROOT, tree_of
 
-PRESENT = {"torch", "megatron", "numpy", "omegaconf", "yaml"}  # yaml comes with omegaconf
+PRESENT = {"torch", "megatron", "numpy", "numba", "omegaconf", "yaml"}  # yaml comes with omegaconf
 OURS = {"geneformer_mcore", "benchmarks", "tests"}
 SIDE_BY_SIDE = ("step_*.py", "tflops_*.py", "session_*.py")
 PARTS = ("tflops.py", "train_step.py", "gpu_session.py", "peers/steps_*.py")
@@ -17,7 +17,7 @@ PARTS += tuple(f"side_by_side/{name}" for name in SIDE_BY_SIDE)
 """The commands, and what they import inside functions."""
 
 
-def test_they_need_four_packages_only() -> None:
+def test_they_need_five_packages_only() -> None:
     assert not list(imported_at_start(LIBRARY / "__init__.py"))
     found = [sorted((ROOT / "benchmarks").glob(pattern)) for pattern in PARTS]
     assert all(found)

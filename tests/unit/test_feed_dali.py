@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from nvidia.dali import Pipeline
 
 from geneformer_mcore import backends, exit_codes
-from geneformer_mcore.data import collate
 from geneformer_mcore.data import collate as batch_module
-from geneformer_mcore.data.collate import Collator, make_batch, make_batch_plainly
+from geneformer_mcore.data.collate import Collator, make_batch
 from geneformer_mcore.data.dali import DaliBatches, MaskingPipeline
 from geneformer_mcore.data.loader import Feed, Share
 from geneformer_mcore.data.masking import VALIDATION_EPOCH, Masking
@@ -24,6 +23,7 @@ from geneformer_mcore.data.sampler import Sampler
 from geneformer_mcore.errors import MissingBackendError
 from geneformer_mcore.types import CLS, MASK, NUM_SPECIALS, Batch, CellViews
 from tests.unit.identified_cells import MASKING, Cells
+from tests.unit.plain_batch import make_batch_plainly
 
 CPU = torch.device("cpu")
 MASKINGS = (
@@ -202,8 +202,7 @@ def test_it_is_dali_that_masks_and_pads(monkeypatch: pytest.MonkeyPatch) -> None
     run = Pipeline.run
     monkeypatch.setattr(Pipeline, "run", spied)
     monkeypatch.setattr(Masking, "apply", forbidden)
-    monkeypatch.setattr(collate, "fill_batch", forbidden)
-    for name in ("make_batch", "make_batch_plainly", "_make_compiled"):
+    for name in ("make_batch", "fill_batch"):
         monkeypatch.setattr(batch_module, name, forbidden)
     assert_equal(DaliBatches(CPU)(*asked), expected)
 

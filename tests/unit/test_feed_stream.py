@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geneformer_mcore.data.collate import Collator, cells_of, make_batch, make_batch_plainly
+from geneformer_mcore.data.collate import Collator, cells_of, make_batch
 from geneformer_mcore.data.loader import Budget, Feed, Share
 from geneformer_mcore.data.masking import Masking
 from geneformer_mcore.data.sampler import Sampler
@@ -34,6 +34,7 @@ from tests.unit.identified_cells import (
     true_tokens,
     views,
 )
+from tests.unit.plain_batch import make_batch_plainly
 
 BATCH = 24
 NUM_CELLS = 500
@@ -369,12 +370,6 @@ def test_a_cell_of_cls_alone_is_asked_nothing() -> None:
     always = Masking(1.0, (1.0, 0.0, 0.0), 300, 1)
     batch = make_batch(block, np.zeros(2, np.int64), np.zeros(2, bool), always, 48)
     assert batch.selected_M.tolist() == list(range(49, 48 + 42))
-
-
-def test_without_numba_the_feed_is_the_same(truth: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("batch", "spans"):
-        monkeypatch.setattr(f"geneformer_mcore.feed.{module}.is_available", lambda name: False)
-    assert stream_hash(Cells(NUM_CELLS), 2, 0) == truth
 
 
 def test_an_error_of_the_source_comes_through_and_ends_the_thread() -> None:

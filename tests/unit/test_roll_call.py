@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from torch._C._distributed_c10d import FileStore
+from torch.distributed import FileStore
 
 from geneformer_mcore.distributed import watchdog
 from geneformer_mcore.distributed.watchdog import Answer, HealthCheck, judge
