@@ -21,6 +21,7 @@ setup(
         # Exact: the device layer and the optimizer work around faults of this very release.
         "megatron-core==0.16.1",
         "numpy",
+        "safetensors>=0.8",
         "omegaconf",
         "pyyaml",
         # megatron-core's checkpoints hang without it, and it does not say so.

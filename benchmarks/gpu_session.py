@@ -16,7 +16,7 @@ crashes or hangs costs no other. What needs Transformer Engine is left out, with
 it is not installed, and FlashAttention-2 inside torch does its work. DIR/summary.json holds the
 bars; DIR/tflops_GPU.json is for benchmarks/results.
 
-Needs torch, megatron-core, numpy and omegaconf. Cells: a flat copy of tokens, or made-up ones.
+Needs torch, megatron-core, numpy, numba and omegaconf. Cells: a flat copy, or made-up tokens.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ where they are padded, and of a mean of 1,300 tokens where they are packed (--le
 a flat copy of tokens (--cells, see geneformer_mcore/store/local_cache.py). Results are kept row by
 row.
 
-Needs torch, megatron-core, numpy and omegaconf, nothing else.
+Needs torch, megatron-core, numpy, numba and omegaconf, nothing else.
 """
 
 from __future__ import annotations

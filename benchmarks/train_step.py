@@ -21,7 +21,7 @@ that fails, is listed as skipped. BertForMaskedLM comes with
 
 A flat copy of tokens (geneformer_mcore/store/local_cache.py) is a folder: that which pretraining with
 data.cache_dir=DIR makes, or that which is made here of files of counts, through a store, in --work.
-With one, torch, megatron-core, numpy and omegaconf are all that ours needs: carry it to a bare GPU
+With one, ours needs torch, megatron-core, numpy, numba and omegaconf only: carry it to a bare GPU
 machine. The cells' genes must be tokens of a vocabulary of at most 25,429.
 """
 

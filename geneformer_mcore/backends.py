@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-
 from geneformer_mcore.errors import MissingBackendError
 
 INSTALL_HINTS = {

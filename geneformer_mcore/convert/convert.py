@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from safetensors.torch import save_file
 
-from geneformer_mcore.checkpoint import safetensors_file, weights_reader
+from geneformer_mcore.checkpoint import weights_reader
 from geneformer_mcore.checkpoint.record import ORIGIN, Record
 from geneformer_mcore.config import Config, load
 from geneformer_mcore.config.sections import Activation, ModelConfig, Precision
@@ -30,6 +31,7 @@ from geneformer_mcore.convert import (
 )
 from geneformer_mcore.convert.hf_keys import OUTPUT_BIAS, WORDS, Weights
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.inference import pretrained
 from geneformer_mcore.model import lora
 from geneformer_mcore.tokenizer.dictionary import import_dictionary, read_dictionary
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
@@ -114,7 +116,7 @@ def open_source(path: Path, vocabulary_path: Path | None = None) -> SourceModel:
     step = weights_reader.step_of(path)
     record = Record.load(step)
     config = _recorded(record)
-    vocabulary = _own_vocabulary(step, record, config, vocabulary_path)
+    vocabulary = pretrained.find_vocabulary(record, config, step, vocabulary_path)
     weights = lora.folded(weights_reader.read_weights(step), config.finetune)
     for name in (WORDS, OUTPUT_BIAS):
         weights[name] = weights[name][: vocabulary.size]
@@ -142,7 +144,8 @@ def to_hf(
     described = hf_folder.config_json(source.model, len(tokens), num_positions, tokens)
     theirs = hf_keys.to_hf(weights, source.model)
     with converted_run.whole_folder(out) as partial:
-        safetensors_file.write(partial / hf_folder.WEIGHTS, theirs)
+        packed = {name: tensor.contiguous() for name, tensor in theirs.items()}
+        save_file(packed, partial / hf_folder.WEIGHTS, metadata={"format": "pt"})
         for name, content in {
             hf_folder.CONFIG: described,
             hf_folder.TOKENS: tokens,
@@ -231,27 +234,6 @@ def _recorded(record: Record) -> Config:
     config.data.store = str(text["data"]["store"])
     config.data.vocabulary = str(text["data"].get("vocabulary") or "")
     return config
-
-
-def _own_vocabulary(step: Path, record: Record, config: Config, given: Path | None) -> Vocabulary:
-    beside = step.parent.parent / converted_run.VOCABULARY
-    in_store = Path(config.data.store) / "vocabulary.json"
-    named = Path(config.data.vocabulary or in_store)
-    places = [given] if given else [beside, named]
-    found = next((path for path in places if path.is_file()), None)
-    if found is None:
-        raise DataError(
-            f"the vocabulary of {step} must be at hand, and is not at "
-            f"{' or '.join(str(path) for path in places)}. Remedy: name it by --vocabulary; a "
-            "token store holds its own as vocabulary.json."
-        )
-    vocabulary = Vocabulary.load(found)
-    if vocabulary.checksum != record.identity.vocabulary:
-        raise DataError(
-            f"{found} has checksum {vocabulary.checksum[:12]}, and {step} was trained with "
-            f"{record.identity.vocabulary[:12]}. Remedy: name that one by --vocabulary."
-        )
-    return vocabulary
 
 
 def _config(model: ModelConfig, num_positions: int) -> Config:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._C._distributed_c10d import HashStore
+from torch.distributed import HashStore
 
 from geneformer_mcore import backends
 from geneformer_mcore.checkpoint import folder as checkpoints

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from geneformer_mcore.checkpoint import safetensors_file
 from geneformer_mcore.config.sections import Activation, ModelConfig, Norm
 from geneformer_mcore.errors import CheckpointError, ConfigError
 from geneformer_mcore.model.megatron_config import INIT_STD, LAYERNORM_EPSILON
@@ -208,13 +209,26 @@ def tokenizer_config(tokens: dict[str, int], num_positions: int) -> dict[str, An
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """{their name: tensor} of a folder. Raises CheckpointError where there are none."""
     if (folder / WEIGHTS).is_file():
-        return safetensors_file.read(folder / WEIGHTS)
+        return _read_safetensors(folder / WEIGHTS)
     if (folder / PICKLED).is_file():
         return read_state_dict(folder / PICKLED)
     raise CheckpointError(
         f"{folder} must hold {WEIGHTS} or {PICKLED}, and holds neither. Remedy: give the folder "
         "of a model; one that is cut into several files must be saved as one."
     )
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        # Read, not mapped: a failing disk is then an error, not a SIGBUS.
+        return load_file(path, backend="pread")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: not a safetensors file as its format says: {error}. Remedy: fetch it again, "
+            "whole."
+        ) from error
 
 
 def read_state_dict(path: Path) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from geneformer_mcore.backends import compiled, is_available
-from geneformer_mcore.data.masking import Masking, mix, mix_scalar
+from geneformer_mcore.backends import compiled
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.store.keys import GOLDEN, MIX_1, MIX_2, mix, mix_scalar
 from geneformer_mcore.types import (
     MASK,
     NUM_SPECIALS,
@@ -54,14 +55,12 @@ def _pieces_of(bounds: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 #
 #     cells wherever they lie --fill_batch--> padded tokens with masks, selected places, labels
 #
-# What they compute is defined by `masks.Masking.apply` and `batch.make_batch_plainly`, the same in
-# numpy, against which they are tested bit by bit. numba's cache on disk looks at one file, so what
+# What they compute is defined by `masks.Masking.apply`, the same in numpy, against which they are
+# tested bit by bit (tests/unit/plain_batch.py). numba's cache on disk looks at one file, so what
 # is compiled together lies together.
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
 _UNIT = 2.0**-53
+_mix = compiled(mix)
 
 
 @compiled
@@ -76,14 +75,6 @@ def copy_cut(
         for k in range(length):
             out_tokens_T[written + k] = tokens_T[start + k]
         written += length
-
-
-@compiled
-def _mix(x: np.uint64) -> np.uint64:
-    x = x + _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))
 
 
 @compiled
@@ -108,8 +99,8 @@ def _show(
 ) -> None:
     """What is shown at selected places with these bits: [MASK], a random gene, or -1: unchanged."""
     for k in range(len(bits_M)):
-        action = _mix(bits_M[k] ^ _MIX_1) >> np.uint64(11)
-        unit = np.float64(_mix(bits_M[k] ^ _MIX_2) >> np.uint64(11)) * _UNIT
+        action = _mix(bits_M[k] ^ MIX_1) >> np.uint64(11)
+        unit = np.float64(_mix(bits_M[k] ^ MIX_2) >> np.uint64(11)) * _UNIT
         gene = np.int32(NUM_SPECIALS) + np.int32(unit * num_genes)
         changed = np.int32(MASK) if action < masked_below else gene
         shown_M[k] = changed if action < random_below else np.int32(-1)
@@ -170,7 +161,7 @@ def fill_batch(
             continue
         stream = _mix(_mix(keys_N[b] ^ seed_bits) + np.uint64(epochs_N[b]))
         for i in range(len(cell)):
-            bits[i] = _mix(stream + np.uint64(i) * _GOLDEN)
+            bits[i] = _mix(stream + np.uint64(i) * GOLDEN)
         n = _select(bits[:length], selected_below, places)
         for k in range(n):
             chosen[k] = bits[np.uint64(places[k])]
@@ -282,50 +273,9 @@ def make_batch(
     num_positions: int,
     packed: bool = False,
 ) -> Batch:
-    """A BatchMaker: by compiled loops where numba is here, else by numpy, with equal results."""
+    """A BatchMaker: by compiled loops."""
     needed = cells.lengths_N.sum() if packed else cells.lengths_N.max(initial=0)
     assert needed <= num_positions
-    make = _make_compiled if is_available("numba") else make_batch_plainly
-    return make(cells, epochs_N, idle_N, masking, num_positions, packed)
-
-
-def make_batch_plainly(
-    cells: CellViews,
-    epochs_N: np.ndarray,
-    idle_N: np.ndarray,
-    masking: Masking,
-    num_positions: int,
-    packed: bool = False,
-) -> Batch:
-    """A BatchMaker in numpy alone: what a batch is, in few lines, and a tenth as fast."""
-    ragged, lengths = cells.ragged(), cells.lengths_N
-    seen_T, selected_T = masking.apply(ragged, epochs_N)
-    selected_T &= ~np.repeat(idle_N, lengths)
-    # Where each token goes in the flattened batch.
-    rows = rows_of(lengths, num_positions, packed)
-    place_T = np.arange(len(seen_T)) + np.repeat(rows[:-1] - ragged.offsets[:-1], lengths)
-    tokens = np.full(rows[-1], PAD, dtype=np.int32)
-    # Idle cells are shown as they are.
-    tokens[place_T] = np.where(selected_T, seen_T, ragged.tokens_T)
-    return assembled(
-        cells,
-        torch.from_numpy(tokens),
-        torch.from_numpy(place_T[selected_T]),
-        torch.from_numpy(ragged.tokens_T[selected_T].astype(np.int64)),
-        num_positions,
-        packed,
-    )
-
-
-def _make_compiled(
-    cells: CellViews,
-    epochs_N: np.ndarray,
-    idle_N: np.ndarray,
-    masking: Masking,
-    num_positions: int,
-    packed: bool,
-) -> Batch:
-
     rows = rows_of(cells.lengths_N, num_positions, packed)
     tokens = np.empty(rows[-1], dtype=np.int32)
     room = int(cells.lengths_N.sum()) + 1

@@ -21,6 +21,7 @@ from torch.utils.dlpack import from_dlpack
 from geneformer_mcore.backends import require
 from geneformer_mcore.data.collate import assembled, make_batch
 from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.store.keys import GOLDEN, MIX_1, MIX_2
 from geneformer_mcore.types import MASK, NUM_SPECIALS, PAD, Batch, CellViews
 
 # The DALI pipeline that masks and pads cells: what masks.py defines, in DALI's operators.
@@ -34,10 +35,6 @@ from geneformer_mcore.types import MASK, NUM_SPECIALS, PAD, Batch, CellViews
 # three times for every place, not only for the selected ones.
 
 _NO_LABEL = -1
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
 
 
 class MaskingPipeline:
@@ -115,15 +112,15 @@ def _graph(room: int, masking: Masking, device: str) -> tuple[DataNode, DataNode
 
 
 class _Hash:
-    """SplitMix64 (see masks.py). DALI's uint64 wraps as C's does."""
+    """SplitMix64 (see store/keys.py). DALI's uint64 wraps as C's does."""
 
     def __init__(self, device: str) -> None:
         self.golden, self.mix_1, self.mix_2 = (
-            _number(value, device) for value in (_GOLDEN, _MIX_1, _MIX_2)
+            _number(int(value), device) for value in (GOLDEN, MIX_1, MIX_2)
         )
 
     def mix(self, x: DataNode) -> DataNode:
-        """`masks.mix`: uint64 in and out."""
+        """`keys.mix`: uint64 in and out."""
         x = x + self.golden
         x = (x ^ (x >> _small(30))) * self.mix_1
         x = (x ^ (x >> _small(27))) * self.mix_2

@@ -1,9 +1,8 @@
-"""Which genes of a cell are hidden: a pure function of (seed, epoch, cell_key, place in the cell).
+"""Masking of a cell's genes: a pure function of (seed, epoch, cell_key, position in the cell).
 
 Row numbers, ranks, threads and batch shapes play no part, so a cell is masked alike in every
-layout and after every restart. A counter-based hash (SplitMix64: Steele, Lea and Flood, "Fast
-splittable pseudorandom number generators", 2014) gives each place its own random bits, for a whole
-block of cells in a dozen numpy calls.
+layout and after every restart. A counter-based hash (SplitMix64, see store/keys.py) gives each
+position its own random bits, for a whole block of cells in a dozen numpy calls.
 """
 
 from __future__ import annotations
@@ -14,14 +13,11 @@ from functools import cached_property
 
 import numpy as np
 
+from geneformer_mcore.store.keys import GOLDEN, MIX_1, MIX_2, mix, mix_scalar
 from geneformer_mcore.types import MASK, NUM_SPECIALS, RaggedCells
 
 VALIDATION_EPOCH = 2**62
 """Validation masks its cells as in this epoch, each time: no training epoch comes here."""
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Masking:
         lengths = cells.lengths
         first_T = np.repeat(cells.offsets[:-1], lengths)
         place_T = (np.arange(len(cells.tokens_T)) - first_T).astype(np.uint64)
-        bits_T = mix(np.repeat(self.streams(cells.keys_N, epochs_N), lengths) + place_T * _GOLDEN)
+        bits_T = mix(np.repeat(self.streams(cells.keys_N, epochs_N), lengths) + place_T * GOLDEN)
         selected_T = _unit(bits_T) < self.probability
         selected_T[cells.offsets[:-1]] = False  # [CLS]
         seen_T = cells.tokens_T.copy()
@@ -91,25 +87,12 @@ class Masking:
 
     def _shown(self, bits_M: np.ndarray, tokens_M: np.ndarray) -> np.ndarray:
         # A second and a third hash of the same bits: independent of the first decision.
-        action = _unit(mix(bits_M ^ _MIX_1))
+        action = _unit(mix(bits_M ^ MIX_1))
         genes = self.vocabulary_size - NUM_SPECIALS
-        random_gene = NUM_SPECIALS + (_unit(mix(bits_M ^ _MIX_2)) * genes).astype(np.uint16)
+        random_gene = NUM_SPECIALS + (_unit(mix(bits_M ^ MIX_2)) * genes).astype(np.uint16)
         masked, random, _unchanged = self.fractions
         shown = np.where(action < masked + random, random_gene, tokens_M)
         return np.where(action < masked, np.uint16(MASK), shown)
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function. uint64 in and out, wrapping."""
-    x = x + _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))
-
-
-def mix_scalar(value: int) -> np.uint64:
-    """`mix` of one number."""
-    return mix(np.array([value], dtype=np.uint64))[0]
 
 
 def _unit(bits: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which cell of a global batch is packed into which micro batch of which rank.
+"""Assignment of the cells of a global batch to micro batches and ranks.
 
     lengths of all cells of a global batch
       -> as few micro batches as the token budget allows, the same number on every rank
@@ -19,86 +19,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from geneformer_mcore.backends import compiled, is_available
+from geneformer_mcore.backends import compiled
 from geneformer_mcore.errors import DataError
-
-# The compiled loop of packing.py: cells, longest first, each to the least busy bin with room.
-#
-# What it computes is defined by `packing.deal_plainly`, against which it is tested cell by cell.
-
-
-@compiled
-def _comes_first(works: np.ndarray, one: int, other: int) -> bool:
-    """Whether bin `one` has less work; of equals, the lower number."""
-    return works[one] < works[other] or (works[one] == works[other] and one < other)
-
-
-@compiled
-def _sink(heap: np.ndarray, size: int, place: int, works: np.ndarray) -> None:
-    """Moves the bin at `place` down to where no bin below it comes first."""
-    moved = heap[place]
-    while 2 * place + 1 < size:
-        child = 2 * place + 1
-        if child + 1 < size and _comes_first(works, heap[child + 1], heap[child]):
-            child += 1
-        if not _comes_first(works, heap[child], moved):
-            break
-        heap[place] = heap[child]
-        place = child
-    heap[place] = moved
-
-
-@compiled
-def _rise(heap: np.ndarray, place: int, works: np.ndarray) -> None:
-    """Moves the bin at `place` up to where the bin above it comes first."""
-    moved = heap[place]
-    while place > 0 and _comes_first(works, moved, heap[(place - 1) // 2]):
-        heap[place] = heap[(place - 1) // 2]
-        place = (place - 1) // 2
-    heap[place] = moved
-
-
-@compiled
-def deal(
-    lengths_N: np.ndarray,
-    costs_N: np.ndarray,
-    order_N: np.ndarray,
-    budget: int,
-    num_bins: int,
-    bin_N: np.ndarray,
-) -> bool:
-    """Fills `bin_N` (int64 [N]) with the bin of each cell; False if they do not fit.
-
-    lengths_N, costs_N:  int64, float64
-    order_N:             int64, the cells, longest first
-    """
-    works, room = np.zeros(num_bins), np.full(num_bins, budget)
-    heap, full = np.arange(num_bins), np.empty(num_bins, np.int64)
-    size = num_bins
-    for k in range(len(order_N)):
-        cell = order_N[k]
-        num_full = 0
-        while size > 0 and room[heap[0]] < lengths_N[cell]:
-            full[num_full] = heap[0]
-            num_full += 1
-            size -= 1
-            heap[0] = heap[size]
-            _sink(heap, size, 0, works)
-        if size == 0:
-            return False
-        chosen = heap[0]
-        bin_N[cell] = chosen
-        works[chosen] += costs_N[cell]
-        room[chosen] -= lengths_N[cell]
-        _sink(heap, size, 0, works)
-        for i in range(num_full):
-            # Those with no room for the shortest cell are not asked again.
-            if room[full[i]] >= lengths_N[order_N[-1]]:
-                heap[size] = full[i]
-                _rise(heap, size, works)
-                size += 1
-    return True
-
 
 SQUARES_LIKE_TOKENS = 2048.0
 """Length at which the square term of a cell's cost equals its linear term. By the FLOPs of
@@ -154,36 +76,43 @@ def _deal(lengths_N: np.ndarray, budget: int, num_bins: int) -> np.ndarray | Non
     costs_N = lengths * (1 + lengths / SQUARES_LIKE_TOKENS)
     # Stable: cells of one length keep their order.
     order_N = np.argsort(-lengths_N, kind="stable")
-    if not is_available("numba"):
-        return deal_plainly(lengths_N, costs_N, order_N, budget, num_bins)
-
     bin_N = np.empty(len(lengths_N), np.int64)
-    fits = deal(lengths_N.astype(np.int64), costs_N, order_N, budget, num_bins, bin_N)
+    fits = _fill(lengths_N.astype(np.int64), costs_N, order_N, budget, num_bins, bin_N)
     return bin_N if fits else None
 
 
-def deal_plainly(
-    lengths_N: np.ndarray, costs_N: np.ndarray, order_N: np.ndarray, budget: int, num_bins: int
-) -> np.ndarray | None:
-    """The bin of every cell, or None: each cell, in the order of `order_N`, goes to the bin with
-    the least cost so far (of equals, the first) that has room. A tenth as fast as compiled."""
-    bin_N = np.empty(len(lengths_N), np.int64)
-    room = [budget] * num_bins
+@compiled
+def _fill(
+    lengths_N: np.ndarray,
+    costs_N: np.ndarray,
+    order_N: np.ndarray,
+    budget: int,
+    num_bins: int,
+    bin_N: np.ndarray,
+) -> bool:
+    """Fills `bin_N` (int64 [N]) with the bin of each cell; False if they do not fit.
+
+    Each cell, in the order of `order_N` (int64, longest first), goes to the bin with the least cost
+    so far (of equals, the first) that has room. lengths_N: int64; costs_N: float64.
+    """
+    room = np.full(num_bins, budget)
     heap = [(0.0, number) for number in range(num_bins)]
-    sizes, costs = lengths_N.tolist(), costs_N.tolist()
-    for cell in order_N.tolist():
-        full = []
-        while heap and room[heap[0][1]] < sizes[cell]:
+    full = heap[:0]
+    for cell in order_N:
+        while len(heap) > 0 and room[heap[0][1]] < lengths_N[cell]:
             full.append(heapq.heappop(heap))
-        if not heap:
-            return None
+        if len(heap) == 0:
+            return False
         work, number = heap[0]
-        heapq.heapreplace(heap, (work + costs[cell], number))
+        heapq.heapreplace(heap, (work + costs_N[cell], number))
         bin_N[cell] = number
-        room[number] -= sizes[cell]
+        room[number] -= lengths_N[cell]
         for entry in full:
-            heapq.heappush(heap, entry)
-    return bin_N
+            # Those with no room for the shortest cell are not asked again.
+            if room[entry[1]] >= lengths_N[order_N[-1]]:
+                heapq.heappush(heap, entry)
+        full.clear()
+    return True
 
 
 def imbalance(loads: Sequence[float] | np.ndarray) -> float:

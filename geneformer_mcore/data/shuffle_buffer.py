@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from geneformer_mcore.backends import is_available
-from geneformer_mcore.data.collate import truncate
+from geneformer_mcore.data.collate import copy_cut
 from geneformer_mcore.data.sampler import Places, Sampler
 from geneformer_mcore.types import CellViews, KnownLengths, RaggedCells, TokenSource
 
@@ -111,10 +110,5 @@ def _copy_cut(block: RaggedCells, seq_length: int, room_T: np.ndarray) -> None:
     """Lays the cells of `block` end to end into the beginning of `room_T`."""
     if block.lengths.max(initial=0) <= seq_length:
         room_T[: len(block.tokens_T)] = block.tokens_T
-    elif is_available("numba"):
-        from geneformer_mcore.data.collate import copy_cut
-
-        copy_cut(block.tokens_T, block.offsets, seq_length, room_T)
     else:
-        short = truncate(block, seq_length)
-        room_T[: len(short.tokens_T)] = short.tokens_T
+        copy_cut(block.tokens_T, block.offsets, seq_length, room_T)

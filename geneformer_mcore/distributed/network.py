@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import psutil
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,

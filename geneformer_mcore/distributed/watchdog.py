@@ -21,7 +21,7 @@ from types import TracebackType
 
 import psutil
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed import PrefixStore, Store
 
 from geneformer_mcore.errors import GeneformerError
 from geneformer_mcore.exit_codes import DEFECT, exit_code_of

@@ -19,7 +19,7 @@ from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.checkpoint import weights_reader
 from geneformer_mcore.checkpoint.record import RECORD, Record, of_the_weights
 from geneformer_mcore.config import Config, dump, parse
-from geneformer_mcore.config.sections import Attention, ParallelConfig, Precision, Recompute, Source
+from geneformer_mcore.config.sections import Attention, ParallelConfig, Precision, Recompute
 from geneformer_mcore.errors import CheckpointError, ConfigError, DataError
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
@@ -66,7 +66,7 @@ def find(
         folder=folder,
         record=record,
         config=config,
-        vocabulary=_vocabulary(record, config, folder, vocabulary),
+        vocabulary=find_vocabulary(record, config, folder, vocabulary),
         sha256=hashlib.sha256((folder / checkpoints.MANIFEST).read_bytes()).hexdigest(),
         messages=tuple(messages),
     )
@@ -117,9 +117,14 @@ def _config(record: Record, folder: Path, layout: Sequence[str]) -> Config:
     return config
 
 
-def _vocabulary(
-    record: Record, config: Config, folder: Path, given: str | Path | None
+def find_vocabulary(
+    record: Record, config: Config, folder: Path, given: str | Path | None = None
 ) -> Vocabulary:
+    """The vocabulary that the checkpoint in `folder` was trained with: the file `given`, or the
+    first of that checksum next to the checkpoint or where its run had it from.
+
+    Raises DataError if it is another one, or none is found.
+    """
     wanted = record.identity.vocabulary
     if given is not None:
         found = Vocabulary.load(given)
@@ -150,9 +155,9 @@ def _vocabulary(
 def _places(config: Config, folder: Path) -> Iterator[Path]:
     yield folder / "vocabulary.json"
     yield folder.parent.parent / "vocabulary.json"
-    if config.data.source is Source.counts:
+    if config.data.vocabulary:
         yield Path(config.data.vocabulary)
-    else:
+    if config.data.store:
         yield Path(config.data.store) / "vocabulary.json"
 
 

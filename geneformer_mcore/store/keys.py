@@ -1,4 +1,6 @@
-"""Numbers that depend on a cell alone: its key, its place in the shuffle, its draw for the split.
+"""Numbers that depend on a cell alone: its key, its place in the shuffle, its draw for the split;
+and the hash by which these, and the masks of feed/masks.py, are drawn: SplitMix64 (Steele, Lea and
+Flood, "Fast splittable pseudorandom number generators", 2014).
 
     dataset_id, cell_id  ->  cell_key  ->  order key, split draw
 
@@ -11,6 +13,12 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 import numpy as np
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+MIX_2 = np.uint64(0x94D049BB133111EB)
+"""SplitMix64's constants. Stores and checkpoints rely on them: they never change, which numba's
+cache of feed/kernels.py on disk would not notice."""
 
 _ORDER_SALT = 0x6F72646572000001
 _SPLIT_SALT = 0x73706C6974000001
@@ -34,21 +42,26 @@ def cell_keys(dataset_ids: str | Sequence[str], cell_ids: Sequence[str]) -> np.n
 
 def order_keys(keys_N: np.ndarray) -> np.ndarray:
     """uint64 [N]: rows of a split are sorted by it. One-to-one with the cell key."""
-    return _mix(keys_N ^ np.uint64(_ORDER_SALT))
+    return mix(keys_N ^ np.uint64(_ORDER_SALT))
 
 
 def split_draws(keys_N: np.ndarray) -> np.ndarray:
     """float64 [N], uniform in [0, 1) and independent of the order keys."""
     # The upper 53 bits, as many as a float64 holds exactly.
-    return (_mix(keys_N ^ np.uint64(_SPLIT_SALT)) >> np.uint64(11)) * 2.0**-53
+    return (mix(keys_N ^ np.uint64(_SPLIT_SALT)) >> np.uint64(11)) * 2.0**-53
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): every input bit reaches every output.
+def mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function: every input bit reaches every output bit.
 
-    Multiplication wraps modulo 2^64, as intended.
+    uint64 in and out; multiplication wraps modulo 2^64, as intended.
     """
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    x = x + GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * MIX_1
+    x = (x ^ (x >> np.uint64(27))) * MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+def mix_scalar(value: int) -> np.uint64:
+    """`mix` of one number."""
+    return mix(np.array([value], dtype=np.uint64))[0]

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
-from geneformer_mcore.checkpoint import safetensors_file, state, weights_reader
+from geneformer_mcore.checkpoint import state, weights_reader
 from geneformer_mcore.config import load
 from geneformer_mcore.convert import converted_run
 from geneformer_mcore.data.collate import pieces
@@ -49,7 +50,7 @@ def write_hf(folder: Path, weights: dict[str, torch.Tensor], heads: int, **chang
     }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    safetensors_file.write(folder / "model.safetensors", weights)
+    save_file(weights, folder / "model.safetensors")
 
 
 def convert_all(convert: Callable, calls: list[tuple]) -> None:

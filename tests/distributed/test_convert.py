@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
-from geneformer_mcore.checkpoint import safetensors_file, weights_reader
+from geneformer_mcore.checkpoint import weights_reader
 from geneformer_mcore.convert import convert, converted_run, hf_keys
 from geneformer_mcore.errors import GeneformerError
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
@@ -232,7 +233,7 @@ def test_hugging_face_to_us_and_back_is_bitwise(
 ) -> None:
     theirs, back = small[specials], tmp_path / "back"
     convert.to_hf(theirs.run, back, tokens_path=theirs.run / converted_run.TOKENS)
-    before, after = dict(theirs.weights), safetensors_file.read(back / "model.safetensors")
+    before, after = dict(theirs.weights), load_file(back / "model.safetensors")
     types, positions = (f"bert.embeddings.{kind}_embeddings.weight" for kind in
                         ("token_type", "position"))  # fmt: skip
     before[positions] = before[positions] + before[types][0]
@@ -271,7 +272,7 @@ def test_exports_compute_the_same(exported: dict[str, Exported]) -> None:
     for name, activation in (("pre", "gelu"), ("post", "relu")):
         run, folder, told = exported[name]
         assert "step 3" in told[0]
-        weights = safetensors_file.read(folder / "model.safetensors")
+        weights = load_file(folder / "model.safetensors")
         same_id = torch.arange(toy.VOCABULARY)
         check_logits(Theirs(folder, run, weights, 4, activation, same_id), cells, 2, spread=0)
         card = (folder / "README.md").read_text()

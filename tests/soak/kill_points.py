@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch.distributed import HashStore
 
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.checkpoint import folder as checkpoints

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from nvidia.dali import Pipeline
 
 from geneformer_mcore import backends, exit_codes
-from geneformer_mcore.data import collate
 from geneformer_mcore.data import collate as batch_module
-from geneformer_mcore.data.collate import Collator, make_batch, make_batch_plainly
+from geneformer_mcore.data.collate import Collator, make_batch
 from geneformer_mcore.data.dali import DaliBatches, MaskingPipeline
 from geneformer_mcore.data.loader import Feed
 from geneformer_mcore.data.masking import VALIDATION_EPOCH, Masking
 from geneformer_mcore.errors import MissingBackendError
 from geneformer_mcore.types import CLS, NUM_SPECIALS, Batch, CellViews
 from tests.unit.identified_cells import MASKING, Cells, feed
+from tests.unit.plain_batch import make_batch_plainly
 
 CPU = torch.device("cpu")
 PACKED = ([5], [30, 7, 64], [9] * 40)
@@ -189,8 +189,7 @@ def test_it_is_dali_that_masks_and_pads(monkeypatch: pytest.MonkeyPatch) -> None
     run = Pipeline.run
     monkeypatch.setattr(Pipeline, "run", spied)
     monkeypatch.setattr(Masking, "apply", forbidden)
-    monkeypatch.setattr(collate, "fill_batch", forbidden)
-    for name in ("make_batch", "make_batch_plainly", "_make_compiled"):
+    for name in ("make_batch", "fill_batch"):
         monkeypatch.setattr(batch_module, name, forbidden)
     assert_equal(DaliBatches(CPU)(*given), expected)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from torch._C._distributed_c10d import FileStore
+from torch.distributed import FileStore
 
 from geneformer_mcore.distributed import watchdog
 from geneformer_mcore.distributed.watchdog import (

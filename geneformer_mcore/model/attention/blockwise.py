@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from geneformer_mcore.backends import compiled, is_available
+from geneformer_mcore.backends import compiled
 from geneformer_mcore.model.attention.backends import SdpaAttention
 from geneformer_mcore.model.attention.base import PackedCells, cell_by_cell
 
@@ -39,6 +39,12 @@ def _mix(x: np.uint32) -> np.uint32:
     x = np.uint32((x ^ (x >> _16)) * _MUL_1)
     x = np.uint32((x ^ (x >> _15)) * _MUL_2)
     return np.uint32(x ^ (x >> _15))
+
+
+@compiled
+def block_key(seed: np.uint32, number: np.uint32) -> np.uint32:
+    """A hash of both."""
+    return _mix(np.uint32(_mix(seed) + number))
 
 
 @compiled
@@ -207,18 +213,15 @@ class _Blocks:
 
 
 def _key(seed: int, number: int) -> int:
-    """Where the block `number` of a cell counts from: a hash of both. Blocks whose counts overlap
-    use some draws twice, at other places; that is seldom, and harmless."""
-    return int(_mixed(np.array([_mixed(np.array([seed], np.uint32))[0] + np.uint32(number)]))[0])
+    """The number that the block `number` of a cell counts from: a hash of both. Blocks whose counts
+    overlap use some draws twice, at other positions; that is seldom, and harmless."""
+    return int(block_key(np.uint32(seed), np.uint32(number)))
 
 
 def drop(probabilities: torch.Tensor, key: int, below: int) -> None:
     """Zeroes values of a contiguous fp32 tensor in place, each with probability below / 2^32, by
     the hash of its place and `key`."""
-    if is_available("numba"):
-        _drop_block(probabilities.view(-1).numpy(), np.uint32(key), np.uint32(below))
-    else:
-        probabilities.mul_(_kept(probabilities, key, below))
+    _drop_block(probabilities.view(-1).numpy(), np.uint32(key), np.uint32(below))
 
 
 def softmax_backward(
@@ -226,24 +229,6 @@ def softmax_backward(
 ) -> None:
     """In place: gradients of the dropped probabilities become those of the scores, probabilities
     are dropped. Both fp32 [heads, rows, n], contiguous; sums [heads, rows]."""
-    if is_available("numba"):
-        flat = (tensor.flatten(0, 1).numpy() for tensor in (probabilities, gradients))
-        rows = sums.flatten().contiguous().numpy()
-        _softmax_backward_block(*flat, rows, np.uint32(key), np.uint32(below))
-    else:
-        kept = _kept(probabilities, key, below)
-        gradients.mul_(kept).sub_(sums[..., None]).mul_(probabilities)
-        probabilities.mul_(kept)
-
-
-def _kept(values: torch.Tensor, key: int, below: int) -> torch.Tensor:
-    """What kernels.drop leaves, in numpy: bool, of the same shape."""
-    places = np.arange(values.numel(), dtype=np.uint32)
-    return torch.from_numpy(_mixed(places + np.uint32(key)) >= below).view(values.shape)
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """kernels._mix in numpy."""
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x21F0AAAD)
-    x = (x ^ (x >> np.uint32(15))) * np.uint32(0xD35A2D97)
-    return x ^ (x >> np.uint32(15))
+    flat = (tensor.flatten(0, 1).numpy() for tensor in (probabilities, gradients))
+    rows = sums.flatten().contiguous().numpy()
+    _softmax_backward_block(*flat, rows, np.uint32(key), np.uint32(below))
