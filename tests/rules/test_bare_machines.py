@@ -11,9 +11,8 @@ from tests.rules.sources import LIBRARY, ROOT, tree_of
 
 PRESENT = {"torch", "megatron", "numpy", "omegaconf", "yaml"}  # yaml comes with omegaconf
 OURS = {"geneformer_mcore", "benchmarks", "tests"}
-SIDE_BY_SIDE = ("step_*.py", "tflops_*.py", "session_*.py")
-PARTS = ("tflops.py", "train_step.py", "gpu_session.py", "peers/steps_*.py")
-PARTS += tuple(f"side_by_side/{name}" for name in SIDE_BY_SIDE)
+PARTS = ("tflops.py", "train_step.py", "gpu_session.py", "harness/peers/steps*.py")
+PARTS += tuple(f"harness/{name}/*.py" for name in ("tflops", "train_step", "session"))
 """The commands, and what they import inside functions."""
 
 
