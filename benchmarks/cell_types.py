@@ -4,11 +4,11 @@
     python benchmarks/cell_types.py --train a.h5ad b.h5ad --labelled x.h5ad y.h5ad --out DIR
 
 For each labelled file a small model is pretrained on those --train files that hold none of its
-cells (by their content, whatever they are called), on two CPU ranks, and judged by
-launch/classify.py beside PCA of the counts and the same model untrained. Labelled files for which
-the same files are left share one model. What is done already is not done again: start the same
-command once more after a kill. Folders are named by a hash of what they are made of, so another
-command in the same DIR (other files, settings, steps, seed) begins anew.
+cells (by their content, whatever their name), on two CPU ranks, and judged by launch/classify.py
+next to PCA of the counts and the same model untrained. Labelled files for which the same files are
+left share one model. What is done already is not done again: start the same command once more after
+a kill. Folders are named by a hash of what they are made of, so another command in the same DIR
+(other files, settings, steps, seed) starts from the beginning.
 
 The files of the published figures: --train pbmc3k_raw.h5ad heart_san_1k.h5ad lca_lung_1k.h5ad
 marrow_cd34_palantir.h5ad --labelled heart_san_1k.h5ad pbmc3k_labelled.h5ad
@@ -26,49 +26,53 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import json
-import os
-import subprocess
+from functools import partial
 from typing import Any
 
-from benchmarks.side_by_side import cell_type_folders
+from benchmarks.harness import common
+from benchmarks.harness.cell_types import (
+    NVIDIA,
+    content_hash,
+    facts,
+    folder_name,
+    result_of,
+    training_sets,
+)
+from benchmarks.harness.common import ROOT, parser_of, refuse, save_results
+from benchmarks.harness.pages import CELL_TYPE_HEAD, cell_type_notes, cell_type_rows, markdown
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.exit_codes import FINISHED, run
-from geneformer_mcore.io.files import check_place, whole_file
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/cell_types.yaml"
+step = partial(common.step, OMP_NUM_THREADS="1")
+"""Ranks share the cores by themselves; torchrun would remark on it."""
 
 
 def main() -> int:
-    """Pretrains, classifies, and prints the tables."""
+    """Pretrain, classify, and print the tables."""
     arguments = _arguments()
     ignore_known_warnings()
     train, labelled = _files(arguments.train), _files(arguments.labelled)
     _files([each for each in (arguments.config, arguments.vocabulary, arguments.medians) if each])
-    # Only now what takes seconds to import.
-    from benchmarks.side_by_side import cell_type_pages, cell_type_sets
-
     out: Path = arguments.out
     result: Path = arguments.json or out / "cell_types.json"
-    _check_places(out, result)
+    refuse([], [out / "run", result])
     options = _vocabulary(arguments, out)
     checked = options or ["--vocabulary", str(_own_vocabulary(train, out))]
-    sets = cell_type_sets.training_sets(train, labelled, Path(checked[1]))
-    for line in cell_type_sets.lines(sets):
-        print(line, flush=True)
+    sets = training_sets(train, labelled, Path(checked[1]))
+    print(*sets, sep="\n", flush=True)
     found: list[dict[str, Any]] = []
     for each in sets:
         folder = out / _model(each.used, options, arguments)
         _pretrain(each.used, folder, options, arguments)
         types = out / _types(each.labelled, folder, arguments)
         _classify(each.labelled, folder, types, arguments)
-        found.append(cell_type_sets.found(each, folder / "run", types))
-    content = cell_type_sets.content(found)
-    with whole_file(result) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-    print("", *cell_type_pages.lines(content), f"{result}: all figures", sep="\n")
+        found.append(result_of(each, folder / "run", types))
+    content = {"sets": found, "nvidia": NVIDIA}
+    save_results(result, content)
+    print("", markdown(CELL_TYPE_HEAD, cell_type_rows(content), []), "", sep="\n")
+    print(*cell_type_notes(content), f"{result}: all figures", sep="\n")
     return FINISHED
 
 
@@ -81,45 +85,34 @@ def _files(paths: list[Path]) -> list[Path]:
 
 def _model(files: tuple[Path, ...], options: list[str], arguments: argparse.Namespace) -> str:
     """The folder of a store and of the run on it."""
-    vocabulary = [cell_type_folders.content(Path(path)) for path in options[1:]]
-    config = cell_type_folders.content(arguments.config)
+    vocabulary = [content_hash(Path(path)) for path in options[1:]]
+    config = content_hash(arguments.config)
     how = [config, arguments.settings, arguments.steps, arguments.ranks]
-    return cell_type_folders.name("model", cell_type_folders.facts(files), vocabulary, *how)
+    return folder_name("model", facts(files), vocabulary, *how)
 
 
 def _types(labelled: Path, folder: Path, arguments: argparse.Namespace) -> str:
     """The folder of launch/classify.py."""
     how = [arguments.seed, arguments.resamples]
-    facts = cell_type_folders.facts([labelled])
-    return cell_type_folders.name(f"types_{labelled.stem}", folder.name, facts, *how)
-
-
-def _check_places(out: Path, result: Path) -> None:
-    check_place(out / "run")
-    check_place(result)
+    return folder_name(f"types_{labelled.stem}", folder.name, facts([labelled]), *how)
 
 
 def _vocabulary(arguments: argparse.Namespace, out: Path) -> list[str]:
-    """What build_store.py is told of the vocabulary: nothing, unless one is given."""
+    """Options of build_store.py for the vocabulary: none, unless one is given."""
     if arguments.vocabulary is not None:
         return ["--vocabulary", str(arguments.vocabulary.resolve())]
     if arguments.medians is None:
         return []
-    made_of = cell_type_folders.facts([arguments.medians])
-    path = out / f"{cell_type_folders.name('vocabulary', made_of)}.json"
+    path = (out / f"{folder_name('vocabulary', facts([arguments.medians]))}.json").resolve()
     if not path.exists():
-        step(
-            "data_prep/import_dictionary.py",
-            *("--medians", arguments.medians.resolve()),
-            *("--out", path.resolve()),
-        )
-    return ["--vocabulary", str(path.resolve())]
+        medians = arguments.medians.resolve()
+        step("data_prep/import_dictionary.py", "--medians", medians, "--out", path)
+    return ["--vocabulary", str(path)]
 
 
 def _own_vocabulary(train: list[Path], out: Path) -> Path:
     """Of all files: only for comparing cells. A model's own is of the files it is trained on."""
-    name = cell_type_folders.name("genes", cell_type_folders.facts(train))
-    path = (out / f"{name}.json").resolve()
+    path = (out / f"{folder_name('genes', facts(train))}.json").resolve()
     if not path.exists():
         step("data_prep/build_vocabulary.py", "--out", path, *train)
     return path
@@ -151,20 +144,8 @@ def _classify(labelled: Path, folder: Path, types: Path, arguments: argparse.Nam
     )
 
 
-def step(*command: str | Path) -> None:
-    """Runs one of the project's commands. Raises DataError if it fails: it has said why."""
-    words = [str(word) for word in command]
-    print(f"\n$ python {' '.join(words)}", flush=True)
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    ended = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment)
-    if ended.returncode:
-        raise DataError(f"{words[0]} ended with {ended.returncode}; what it said stands above.")
-
-
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--train", type=Path, nargs="+", required=True, metavar="FILE", help="h5ad files of counts")
     add("--labelled", type=Path, nargs="+", required=True, metavar="FILE", help="to be judged on")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""All that is to be known of a GPU that is lent for a few minutes, in one unattended command.
+"""Everything worth knowing of a GPU that is lent for a few minutes, in one unattended command.
 
     python benchmarks/gpu_session.py --out DIR [--cells FLAT]
     python benchmarks/gpu_session.py --out DIR --only machine tflops_106m     some of its parts
@@ -34,15 +34,13 @@ import argparse
 import os
 import tempfile
 
-from benchmarks.side_by_side import session_parts, session_summary, step_cells
-from benchmarks.side_by_side.session_parts import Part
-from benchmarks.side_by_side.sizes import VOCABULARY
-from benchmarks.side_by_side.tflops_cells import made_up
-from benchmarks.side_by_side.tflops_grid import MEAN_TOKENS
+from benchmarks.harness.common import VOCABULARY, parser_of, refuse
+from benchmarks.harness.session.parts import ENDED, Part, run_all, summarise
+from benchmarks.harness.tflops.settings import MEAN_TOKENS, made_up
+from benchmarks.harness.train_step import cells as step_cells
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.exit_codes import DEFECT, FINISHED, run
-from geneformer_mcore.io import files
 from geneformer_mcore.store.local_cache import ensure
 
 HERE = Path(__file__).resolve().parent
@@ -52,25 +50,24 @@ CHECKED, CHECKED_TOY = ("te", "flash", "sdpa"), ("te", "sdpa")
 
 
 def main() -> int:
-    """Runs all parts and tells how they went; or is one of them."""
+    """Run all parts and report them; or be one of them."""
     arguments = _arguments()
     ignore_known_warnings()
     if arguments.part:
         return _child(arguments)
     out = arguments.out.resolve()
-    files.check_result_place(out / "session.json")
+    refuse([], [out / "session.json"])
     with tempfile.TemporaryDirectory() as work:
         cells = _cells(arguments.cells, Path(work), 64 if arguments.toy else 2048)
         parts = toy_parts(out, cells) if arguments.toy else all_parts(out, cells)
         parts = _chosen(parts, arguments.only)
-        outcomes = session_parts.run_all(parts, out, arguments.seconds)
-    print(session_summary.write(out))
-    failed = [each for each in outcomes if each.state != session_parts.ENDED]
-    return DEFECT if failed else FINISHED
+        outcomes = run_all(parts, out, arguments.seconds)
+    print(summarise(out))
+    return FINISHED if all(each.state == ENDED for each in outcomes) else DEFECT
 
 
 def all_parts(out: Path, cells: Path) -> list[Part]:
-    """What is done with a GPU, the most needed first."""
+    """The parts with a GPU, the most needed first."""
     packings = ("--packing", "padded", "packed", "--attention", "te", "flash", "--steps", "10")
     peers = ("--warmup", "1", "--rounds", "1", "--cells", str(cells))
     return [
@@ -130,21 +127,22 @@ def _child(arguments: argparse.Namespace) -> int:
     # Transformer Engine says which of its kernels it takes, into this part's log, and raises rather
     # than fall back to attention that keeps every score in memory. Timed parts must be left alone.
     os.environ.update(NVTE_DEBUG="1", NVTE_DEBUG_LEVEL="2", NVTE_UNFUSED_ATTN="0")
-    from benchmarks.side_by_side import session_check
+    from benchmarks.harness.session import check
 
     kind, _, name = arguments.part.partition("_")
     if kind == "machine":
-        return FINISHED if session_check.machine(arguments.out) else DEFECT
-    sound = session_check.check(name, arguments.out, arguments.seq_length)
+        sound = check.machine(arguments.out)
+    else:
+        sound = check.check(name, arguments.out, arguments.seq_length)
     return FINISHED if sound else DEFECT
 
 
-def _cells(asked: Path | None, work: Path, seq_length: int) -> Path:
-    """The flat copy that was asked for, or one of made-up cells."""
-    if asked is not None:
-        found = step_cells.find([asked])
+def _cells(flat: Path | None, work: Path, seq_length: int) -> Path:
+    """The given flat copy, or one of made-up cells."""
+    if flat is not None:
+        found = step_cells.find([flat])
         if found is None:
-            raise DataError(f"{asked} holds no flat copy of tokens, or more than one.")
+            raise DataError(f"{flat} holds no flat copy of tokens, or more than one.")
         return found.resolve()
     cells = made_up(MEAN_TOKENS * seq_length // 2048, seq_length, VOCABULARY)
     num_tokens = round(cells.mean_tokens * len(cells.source))
@@ -152,11 +150,9 @@ def _cells(asked: Path | None, work: Path, seq_length: int) -> Path:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="for all that is found")
+    add("--out", type=Path, required=True, metavar="DIR", help="for all results")
     add("--cells", type=Path, metavar="FLAT", help="a flat copy of tokens, for made-up cells")
     add("--only", nargs="+", metavar="PART", help="these parts; default: all")
     add("--toy", action="store_true", help="as small as can be, also without a GPU")

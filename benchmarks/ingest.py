@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How fast counts become a store, with how much memory, and whether that grows with the cells.
+"""Rate and memory of building a store from counts, and their growth with the number of cells.
 
     python benchmarks/ingest.py --vocabulary gc30m.json a.h5ad b.h5ad ...
     python benchmarks/ingest.py                       made-up cells
@@ -7,7 +7,7 @@
 The cells of the files are drawn again and again until there are 50,000, 100,000 and 200,000, in
 files compressed by gzip as those of CELLxGENE; data_prep/build_store.py makes a store of each, with
 one worker per core. Memory is summed over all its processes. Takes about ten minutes on two cores
-and 4 GB of disk; prints what must be reached, and writes results/ingest.json.
+and 4 GB of disk; prints the goals, and writes results/ingest.json.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.side_by_side.goals import Goal
+from benchmarks.harness.common import RESULTS, ROOT, Goal, parser_of, save_results, text_table
+from benchmarks.harness.loader.cells import draw, write
+from benchmarks.harness.pages import INGEST_COLUMNS, heads, shown
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.exit_codes import run
 from geneformer_mcore.store.ingest import plan
 from geneformer_mcore.store.ingest.buckets import count_buckets
 from geneformer_mcore.store.split.table import SPLITS
 
-ROOT = Path(__file__).resolve().parents[1]
 CELLS_OF_SET = 50_000
 SETS = (1, 2, 4)
-ROWS_PER_WRITE = 4096
 SAMPLE_S = 0.1
 LEAST_S = 0.1
-"""What build_store.py rounds its times to: a phase is said to have taken so long at least."""
+"""Rounding of build_store.py's times: a phase takes so long at least."""
 CENSUS_CELLS, NODE_CORES = 23_600_000, 64
 S_PER_PIECE = 50e-6
 """The merge reads one piece per unit of work and bucket: 43 to 55 us each, tried by themselves on
@@ -68,47 +68,56 @@ memory       largest sum over the command and its workers, sampled every {sample
 """
 
 
+COLUMNS = [
+    *INGEST_COLUMNS,
+    ("tokenising", lambda run: f"{run['tokenising_s']:.1f} s"),
+    ("writing", lambda run: f"{run['writing_s']:.1f} s"),
+    ("RSS", lambda run: f"{run['peak_rss_gb']:.2f} GB"),
+]
+
+
 def main() -> None:
-    """Makes the files, builds the stores, prints the table, writes the result."""
+    """Make the files, build the stores, print the table, write the result."""
     arguments = _arguments()
     work = Path(arguments.work)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     workers = psutil.cpu_count() if arguments.workers is None else arguments.workers
-    sources = [Path(name) for name in arguments.inputs] or [_made_up(work / "made_up.h5ad")]
+    sources = [Path(name) for name in arguments.inputs] or [_made_up(work)]
     sets = _resample(sources, work, max(SETS), arguments.cells, workers)
     runs = []
     for number in SETS:
         files = [file for part in sets[:number] for file in part]
         runs.append(_measure(files, work / "store", arguments.vocabulary, workers))
-        print(_line(runs[-1]), flush=True)
+        print(f"{runs[-1]['cells']:,} cells: {runs[-1]['seconds']} s", flush=True)
     result = _result(runs, workers, [path.name for path in sources])
-    print(HOW.format(sample_s=SAMPLE_S, **result["extrapolation"]))
     goals = _goals(runs)
+    print(text_table(heads(COLUMNS), [shown(COLUMNS, each) for each in runs]))
+    print(HOW.format(sample_s=SAMPLE_S, **result["extrapolation"]))
     print("\n".join(map(str, goals)))
     result["goals"] = [goal.as_json() for goal in goals]
-    from geneformer_mcore.metrics.provenance import provenance
-
-    text = json.dumps(result | provenance(), indent=2)
-    Path(arguments.json).write_text(text + "\n")
+    save_results(Path(arguments.json), result)
     shutil.rmtree(work)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="FILE.h5ad", help="real cells (default: made-up ones)")
     add("--vocabulary", metavar="FILE.json", help="default: that of the cells")
     add("--workers", type=int, help="default: one per core")
     add("--cells", type=int, default=CELLS_OF_SET, help="cells of the smallest store")
-    add("--work", default=str(ROOT / "build" / "ingest"), help="scratch folder, made anew")
-    add("--json", default=str(ROOT / "benchmarks" / "results" / "ingest.json"))
+    add("--work", default=str(ROOT / "build" / "ingest"), help="scratch folder, emptied first")
+    add("--json", default=str(RESULTS / "ingest.json"))
     return parser.parse_args()
 
 
 # Files
+
+
+def _made_up(work: Path) -> Path:
+    """2,000 cells of about 1,700 expressed genes of 20,000."""
+    return write(draw([], None, 2000, seed=0)[0], work / "made_up").counts_file
 
 
 def _resample(
@@ -132,51 +141,16 @@ def _resample(
 
 
 def _draw(source: Path, out: Path, num_cells: int, seed: int) -> None:
-    """Writes `num_cells` cells drawn from `source`, rows in small steps."""
+    """Write `num_cells` cells drawn from `source`."""
     import anndata
-    import h5py
     import pandas as pd
-    from anndata.io import write_elem
     from scipy import sparse
 
     cells = anndata.read_h5ad(source)
-    counts = sparse.csr_matrix(cells.X, dtype=np.float32)
-    rows = np.random.default_rng(seed).integers(0, counts.shape[0], num_cells)
-    indptr = np.concatenate([[0], np.cumsum(np.diff(counts.indptr)[rows])]).astype(np.int64)
+    rows = np.random.default_rng(seed).integers(0, cells.n_obs, num_cells)
+    counts = sparse.csr_matrix(cells.X, dtype=np.float32)[rows]
     obs = cells.obs.iloc[rows].set_index(pd.Index([f"{seed}_{i}" for i in range(num_cells)]))
-    with h5py.File(out, "w") as file:
-        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        write_elem(file, "obs", obs, dataset_kwargs={"compression": "gzip"})
-        write_elem(file, "var", cells.var, dataset_kwargs={"compression": "gzip"})
-        group = file.create_group("X")
-        shape = np.array([num_cells, counts.shape[1]])
-        group.attrs.update(
-            {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": shape}
-        )
-        group.create_dataset("indptr", data=indptr, compression="gzip")
-        for name, kind in (("data", np.float32), ("indices", np.int32)):
-            group.create_dataset(name, (indptr[-1],), kind, compression="gzip")
-        for start in range(0, num_cells, ROWS_PER_WRITE):
-            part = counts[rows[start : start + ROWS_PER_WRITE]]
-            span = slice(indptr[start], indptr[start] + part.nnz)
-            group["data"][span], group["indices"][span] = part.data, part.indices
-
-
-def _made_up(path: Path) -> Path:
-    """2,000 cells of about 1,700 expressed genes of 20,000."""
-    import anndata
-    import pandas as pd
-    from scipy import sparse
-
-    rng = np.random.default_rng(0)
-    rates = rng.gamma(0.15, 1.5, 20_000)
-    counts = sparse.vstack(
-        [sparse.csr_matrix(rng.poisson(rates, (500, 20_000)).astype(np.float32)) for _ in range(4)]
-    )
-    genes = pd.DataFrame(index=[f"ENSG{number:011d}" for number in range(20_000)])
-    cells = pd.DataFrame(index=[f"c{number}" for number in range(2000)])
-    anndata.AnnData(counts.tocsr(), obs=cells, var=genes).write_h5ad(path)
-    return path
+    anndata.AnnData(counts, obs=obs, var=cells.var).write_h5ad(out, compression="gzip")
 
 
 # Runs
@@ -200,10 +174,10 @@ def _measure(
             time.sleep(SAMPLE_S)
         seconds = time.monotonic() - started
         assert process.stdout is not None
-        told = process.stdout.read()
+        printed = process.stdout.read()
     if process.returncode:
         raise DataError(f"build_store.py ended with {process.returncode}.")
-    tokenising_s, writing_s = (_phase_s(what, told) for what in ("tokenising", "writing rows"))
+    tokenising_s, writing_s = (_phase_s(what, printed) for what in ("tokenising", "writing rows"))
     manifest = json.loads((store / "manifest.json").read_text())
     return {
         "cells": manifest["cells"],
@@ -221,10 +195,10 @@ def _measure(
     }
 
 
-def _phase_s(what: str, told: str) -> float:
-    """Seconds of a phase, of which build_store.py told as `what 12.3`."""
-    found = re.search(rf"{what} ([\d.]+)", told)
-    assert found, told
+def _phase_s(what: str, printed: str) -> float:
+    """Seconds of a phase, which build_store.py prints as `what 12.3`."""
+    found = re.search(rf"{what} ([\d.]+)", printed)
+    assert found, printed
     return max(LEAST_S, float(found.group(1)))
 
 
@@ -252,71 +226,54 @@ def _memory(pid: int) -> dict[str, int]:
     return total
 
 
-def _line(result: dict[str, Any]) -> str:
-    return (
-        "{cells:>9,} cells  {seconds:7.1f} s  {cells_per_s:>7,} cells/s  CPU {cpu_s:6.1f} s  "
-        "tokenising {tokenising_s:6.1f} s  writing {writing_s:5.1f} s  PSS {peak_pss_gb:.2f} GB  "
-        "RSS {peak_rss_gb:.2f} GB  in {input_bytes:>13,}  out {store_bytes:>13,} bytes"
-    ).format(**result)
-
-
 def _goals(runs: Sequence[dict[str, Any]]) -> list[Goal]:
-    """What the largest run must reach, and how time and memory may grow from the first to it."""
+    """Goals of the largest run, and of the growth of time and memory from the first to it."""
     first, last = runs[0], runs[-1]
     per_cell = [run["seconds"] / run["cells"] for run in (first, last)]
+    memory = last["peak_pss_gb"] / first["peak_pss_gb"]
+    both = f"{last['cells']:,} / {first['cells']:,} cells"
     return [
         Goal(f"ingest of {last['cells']:,} cells", last["cells_per_s"], 5000, "cells/s"),
         Goal("memory of all processes, PSS", last["peak_pss_gb"], 2, "GB", at_most=True),
-        Goal(
-            f"time per cell, {last['cells']:,} / {first['cells']:,} cells",
-            per_cell[1] / per_cell[0],
-            1.15,
-            at_most=True,
-        ),
-        Goal(
-            f"memory, {last['cells']:,} / {first['cells']:,} cells",
-            last["peak_pss_gb"] / first["peak_pss_gb"],
-            1.15,
-            at_most=True,
-        ),
+        Goal(f"time per cell, {both}", per_cell[1] / per_cell[0], 1.15, at_most=True),
+        Goal(f"memory, {both}", memory, 1.15, at_most=True),
     ]
 
 
 def _result(runs: Sequence[dict[str, Any]], workers: int, sources: Sequence[str]) -> dict[str, Any]:
-    last = runs[-1]
-    per_core = last["cells"] / last["tokenising_s"] / workers
-    merge = last["cells"] / last["writing_s"]
-    tokenise_s = CENSUS_CELLS / (per_core * NODE_CORES)
-    merge_s = CENSUS_CELLS / merge
-    units = -(-CENSUS_CELLS // plan.MOST_ROWS_PER_UNIT)
-    pieces = units * len(SPLITS) * count_buckets(CENSUS_CELLS)
-    pieces_s = pieces * S_PER_PIECE
-    first = runs[0]
+    first, last = runs[0], runs[-1]
+    growing = {"memory_pss": "peak_pss_gb"}
+    growing |= {name: name for name in ("cells", "seconds", "store_bytes")}
     return {
         "sources": list(sources),
         "compression": "gzip",
         "workers": workers,
         "runs": list(runs),
-        "growth": {
-            "cells": round(last["cells"] / first["cells"], 3),
-            "seconds": round(last["seconds"] / first["seconds"], 3),
-            "memory_pss": round(last["peak_pss_gb"] / first["peak_pss_gb"], 3),
-            "store_bytes": round(last["store_bytes"] / first["store_bytes"], 3),
-        },
-        "extrapolation": {
-            "census": CENSUS_CELLS,
-            "cores": NODE_CORES,
-            "per_core": round(per_core),
-            "merge": round(merge),
-            "tokenise_s": round(tokenise_s),
-            "merge_s": round(merge_s),
-            "pieces": pieces,
-            "pieces_s": round(pieces_s),
-            "minutes": round((tokenise_s + merge_s + pieces_s) / 60, 1),
-            "read_gb_per_s": round(
-                last["input_bytes"] / last["cells"] * per_core * NODE_CORES / 1e9, 2
-            ),
-        },
+        "growth": {name: round(last[key] / first[key], 3) for name, key in growing.items()},
+        "extrapolation": _census(last, workers),
+    }
+
+
+def _census(last: dict[str, Any], workers: int) -> dict[str, Any]:
+    """The whole Census on one node: an extrapolation from the largest run."""
+    per_core = last["cells"] / last["tokenising_s"] / workers
+    merge = last["cells"] / last["writing_s"]
+    units = -(-CENSUS_CELLS // plan.MOST_ROWS_PER_UNIT)
+    pieces = units * len(SPLITS) * count_buckets(CENSUS_CELLS)
+    tokenise_s, merge_s = CENSUS_CELLS / (per_core * NODE_CORES), CENSUS_CELLS / merge
+    pieces_s = pieces * S_PER_PIECE
+    bytes_per_s = last["input_bytes"] / last["cells"] * per_core * NODE_CORES
+    return {
+        "census": CENSUS_CELLS,
+        "cores": NODE_CORES,
+        "per_core": round(per_core),
+        "merge": round(merge),
+        "tokenise_s": round(tokenise_s),
+        "merge_s": round(merge_s),
+        "pieces": pieces,
+        "pieces_s": round(pieces_s),
+        "minutes": round((tokenise_s + merge_s + pieces_s) / 60, 1),
+        "read_gb_per_s": round(bytes_per_s / 1e9, 2),
     }
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How fast cells come, shuffled, in batches of 64, beside the loaders a user would pick.
+"""Rate of shuffled batches of 64 cells, compared with the loaders a user would pick.
 
     python benchmarks/loader.py --work DIR                              made-up cells
     python benchmarks/loader.py --work DIR --medians m.json a.h5ad ...  cells drawn from these
@@ -28,18 +28,14 @@ if __name__ == "__main__":
 import argparse
 import json
 import shutil
-import subprocess
 from typing import Any
 
-from benchmarks.peers.all import CONTESTANTS
-from benchmarks.peers.contestant import BATCH_SIZE, COUNTS, TOKENS, Contestant
-from benchmarks.side_by_side.goals import Goal
-from benchmarks.side_by_side.loader_rows import LEGEND, goals_of, row, table
-from benchmarks.side_by_side.picture import save_bars
-from benchmarks.side_by_side.versions import NOT_INSTALLED, version_of
+from benchmarks.harness import common
+from benchmarks.harness.loader.rows import LEGEND, goals_of, row, table
+from benchmarks.harness.peers.contestant import BATCH_SIZE, COUNTS, TOKENS, Contestant
+from benchmarks.harness.peers.loaders import CONTESTANTS
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.exit_codes import run
-from geneformer_mcore.io import files
 
 TITLES = {COUNTS: "raw counts out", TOKENS: "padded batches of tokens out"}
 TIMEOUT_S = 1800
@@ -47,75 +43,51 @@ _RESULT = "turn.json"
 
 
 def main() -> int:
-    """Prepares, lets all take turns, prints the tables; or, called by itself, takes one turn."""
+    """Prepare, let all take turns, print the tables; or, called by itself, take one turn."""
     arguments = _arguments()
     if arguments.turn or arguments.prepare:
         return _child(arguments)
-    check(arguments)
+    problems = common.too_small(
+        ("--runs", arguments.runs, 1), ("--cells", arguments.cells, BATCH_SIZE)
+    )
+    problems += common.unknown_names("--only", arguments.only, CONTESTANTS)
+    common.refuse(problems, (arguments.json, arguments.png, arguments.work / "about.json"))
     chosen = {name: CONTESTANTS[name] for name in arguments.only or CONTESTANTS}
+    about = _make_cells(arguments)
     failures = _prepare(arguments, chosen)
-    turns = _all_turns(arguments, chosen, failures)
+
+    def turn(name: str, number: int) -> tuple[dict[str, Any], str]:
+        why = _call(arguments, "--turn", name, *(["--check"] if number == 0 else []))
+        return ({}, why) if why else (json.loads((arguments.work / _RESULT).read_text()), "")
+
+    labels = {name: kind.label for name, kind in chosen.items()}
+    turns = common.in_rounds(
+        turn, labels, arguments.runs, failures, lambda found: found["cells_per_s"]
+    )
     rows = [row(name, turns[name], failures.get(name)) for name in chosen]
     goals = goals_of(rows)
-    about = json.loads((arguments.work / "about.json").read_text())
-    for title in TITLES:
-        print(f"\n{TITLES[title]}\n{table([found for found in rows if found['table'] == title])}")
+    for kind, title in TITLES.items():
+        print(f"\n{title}\n{table([found for found in rows if found['table'] == kind])}")
     print(f"\n{_conditions(about, arguments.runs)}\n")
     print("\n".join(map(str, goals)))
     _save(arguments, rows, goals, about)
     return 0
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError that names every argument by which nothing can be measured."""
-    problems = []
-    if arguments.runs < 1:
-        problems.append(f"--runs must be at least 1, and is {arguments.runs}.")
-    if arguments.cells < BATCH_SIZE:
-        problems.append(f"--cells must be at least {BATCH_SIZE}, and is {arguments.cells}.")
-    unknown = sorted(set(arguments.only or ()) - set(CONTESTANTS))
-    if unknown:
-        problems.append(f"--only: no {', '.join(unknown)}; there are {', '.join(CONTESTANTS)}.")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    for path in (arguments.json, arguments.png, arguments.work / "about.json"):
-        if path:
-            files.check_result_place(path)
+def _make_cells(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Draw the cells, unless they are there. Raises ConfigError if others are."""
+    from benchmarks.harness.loader.cells import draw, write
 
-
-def _prepare(arguments: argparse.Namespace, chosen: dict[str, type[Contestant]]) -> dict[str, str]:
-    """Makes what is not there; {contestant: why it cannot be measured}."""
     wanted = {
         "cells": arguments.cells // BATCH_SIZE * BATCH_SIZE,
         "data": [path.name for path in arguments.files] or "made up",
         "medians": arguments.medians.name if arguments.medians else "of the cells",
     }
-    _make_cells(arguments, wanted)
-    failures: dict[str, str] = {}
-    for name, kind in chosen.items():
-        if kind.package and version_of(kind.package) == NOT_INSTALLED:
-            failures[name] = f"{kind.package} is {NOT_INSTALLED}"
-            continue
-        for number, make in enumerate(kind.formats):
-            if (arguments.work / "all" / f"{make.__name__}.made").exists():
-                continue
-            print(f"{kind.label}: making {make.__name__}", flush=True)
-            why = _call(arguments, "--prepare", f"{name}:{number}")
-            if why:
-                failures[name] = why
-                break
-    return failures
-
-
-def _make_cells(arguments: argparse.Namespace, wanted: dict[str, Any]) -> None:
-    from benchmarks.side_by_side.cells import draw
-    from benchmarks.side_by_side.prepared import write
-
     about = arguments.work / "about.json"
     if about.exists():
         found = json.loads(about.read_text())
         if all(found[key] == wanted[key] for key in wanted):
-            return
+            return found
         raise ConfigError(
             f"{arguments.work} holds other cells ({found['cells']:,} of {found['data']}). Name "
             "another folder with --work, or empty this one."
@@ -130,60 +102,50 @@ def _make_cells(arguments: argparse.Namespace, wanted: dict[str, Any]) -> None:
         "tokens_per_cell": float(data.truth.num_tokens_N.mean()),
     }
     about.write_text(json.dumps(wanted | numbers))
+    return wanted | numbers
 
 
-def _all_turns(
-    arguments: argparse.Namespace, chosen: dict[str, type[Contestant]], failures: dict[str, str]
-) -> dict[str, list[dict[str, Any]]]:
-    """A, B, C, A, B, C, ...; who fails once takes no further turn."""
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
-    for number in range(arguments.runs):
-        for name in chosen:
-            if name in failures:
+def _prepare(arguments: argparse.Namespace, chosen: dict[str, type[Contestant]]) -> dict[str, str]:
+    """Make the formats that are not there; {contestant: why it cannot be measured}."""
+    failures: dict[str, str] = {}
+    for name, kind in chosen.items():
+        if kind.package and common.version_of(kind.package) == common.NOT_INSTALLED:
+            failures[name] = f"{kind.package} is {common.NOT_INSTALLED}"
+            continue
+        for number, make in enumerate(kind.formats):
+            if (arguments.work / "all" / f"{make.__name__}.made").exists():
                 continue
-            why = _call(arguments, "--turn", name, *(["--check"] if number == 0 else []))
+            print(f"{kind.label}: making {make.__name__}", flush=True)
+            why = _call(arguments, "--prepare", f"{name}:{number}")
             if why:
                 failures[name] = why
-                continue
-            turns[name].append(json.loads((arguments.work / _RESULT).read_text()))
-            rate = turns[name][-1]["cells_per_s"]
-            print(f"round {number + 1}: {chosen[name].label}: {rate:,.0f} cells/s", flush=True)
-    return turns
+                break
+    return failures
 
 
 def _call(arguments: argparse.Namespace, *words: str) -> str:
-    """Runs this script with `words`; why it failed, or nothing."""
+    """Run this script with `words`; why it failed, or nothing."""
     command = [sys.executable, str(Path(__file__).resolve()), "--work", str(arguments.work), *words]
-    try:
-        ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"not done after {TIMEOUT_S} s"
-    if ended.returncode == 0:
-        return ""
-    lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
-    return lines[-1].replace(str(arguments.work), "DIR")
+    return common.why_failed(command, TIMEOUT_S).replace(str(arguments.work), "DIR")
 
 
 def _child(arguments: argparse.Namespace) -> int:
-    from benchmarks.side_by_side.prepared import Prepared
+    from benchmarks.harness.loader.cells import Prepared
+    from benchmarks.harness.loader.turn import take_turn
 
     few, data = (Prepared(arguments.work / name) for name in ("few", "all"))
-    if arguments.prepare:
-        name, _, number = arguments.prepare.partition(":")
-        make = CONTESTANTS[name].formats[int(number)]
-        for each in (few, data):
-            mark = each.folder / f"{make.__name__}.made"
-            if not mark.exists():
-                _remove(each.place(make.__name__))  # what a run that was killed has left
-                make(each)
-                mark.touch()
+    if not arguments.prepare:
+        found = take_turn(CONTESTANTS[arguments.turn], data, few, with_check=arguments.check)
+        (arguments.work / _RESULT).write_text(json.dumps(found))
         return 0
-    from benchmarks.side_by_side.turn import take_turn
-
-    found = take_turn(CONTESTANTS[arguments.turn], data, few, with_check=arguments.check)
-    (arguments.work / _RESULT).write_text(json.dumps(found))
+    name, _, number = arguments.prepare.partition(":")
+    make = CONTESTANTS[name].formats[int(number)]
+    for each in (few, data):
+        mark = each.folder / f"{make.__name__}.made"
+        if not mark.exists():
+            _remove(each.place(make.__name__))  # left by a run that was killed
+            make(each)
+            mark.touch()
     return 0
 
 
@@ -206,12 +168,11 @@ def _conditions(about: dict[str, Any], runs: int) -> str:
 def _save(
     arguments: argparse.Namespace,
     rows: list[dict[str, Any]],
-    goals: list[Goal],
+    goals: list[common.Goal],
     about: dict[str, Any],
 ) -> None:
-    from geneformer_mcore.metrics.provenance import provenance
+    from geneformer_mcore.metrics.provenance import machine
 
-    where = provenance()
     if arguments.json:
         content = {
             "rows": rows,
@@ -219,25 +180,24 @@ def _save(
             "conditions": _conditions(about, arguments.runs),
             "runs": arguments.runs,
         }
-        files.save_json(arguments.json, content | about | where)
+        common.save_results(arguments.json, content | about)
     if arguments.png:
         panels = {
-            f"{TITLES[title]}, batches of {BATCH_SIZE}": [
+            f"{title}, batches of {BATCH_SIZE}": [
                 (found["label"], found["cells_per_s"], not found["peer"])
                 for found in rows
-                if found["table"] == title and not found["not_measured"]
+                if found["table"] == kind and not found["not_measured"]
             ]
-            for title in TITLES
+            for kind, title in TITLES.items()
         }
-        footer = f"{where['machine']}; {about['cells']:,} cells, page cache warm"
-        panels = {title: bars for title, bars in panels.items() if bars}
-        save_bars(arguments.png, panels, "cells/s", footer)
+        footer = f"{machine()}; {about['cells']:,} cells, page cache warm"
+        common.save_bars(
+            arguments.png, {title: bars for title, bars in panels.items() if bars}, footer
+        )
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     add = parser.add_argument
     add("files", nargs="*", type=Path, metavar="FILE.h5ad", help="default: made-up cells")
     add("--work", type=Path, required=True, metavar="DIR", help="where the formats are made")

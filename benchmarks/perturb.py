@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""How fast genes are deleted from cells, beside one forward per variant padded to 2,048 tokens.
+"""Rate of deleting genes from cells, compared with one forward per variant padded to 2,048 tokens.
 
     python benchmarks/perturb.py CELLS.h5ad --medians gc30m_gene_medians.json
 
 The job: 100 cells drawn at random and the 200 genes that are detected in most of them, each deleted
 from every cell that has it; the shape of the 10M model, random weights, fp32 on a CPU. All ways
 work on random variants of that job, in turns, cell by cell: ours on some genes of a cell, through
-the very code of launch/perturb.py (read, rank anew, embed the original once, pack, compare); the
+the very code of launch/perturb.py (read, rank again, embed the original once, pack, compare); the
 others on fewer of the same, a padded forward of the same weights each, with its tokens and its
 original given: once with the logits of all positions, as a masked language model's forward gives
 them and Geneformer's own code computes them, once up to the states alone. What all find is
@@ -27,28 +27,25 @@ if __name__ == "__main__":
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.side_by_side.goals import Goal, ratio
-from benchmarks.side_by_side.picture import text_table
-from benchmarks.side_by_side.sizes import CONFIGS
+from benchmarks.harness import common
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.exit_codes import run
-from geneformer_mcore.io import files
 from geneformer_mcore.model.flops import ModelShape, Workload, forward_flops
 
 if TYPE_CHECKING:
-    from benchmarks.side_by_side.padded_variants import Padded
-    from geneformer_mcore.perturb.displacements import Job
+    from benchmarks.harness.padded_variants import Ways
 
 OURS, WHOLE = "packed, original once", "padded, a forward per variant"
 STATES = "padded, a forward per variant, without the head"
 BAR = 5.0
-CLOCKS = {"wall clock": "wall_s", "CPU seconds": "cpu_s"}
+CLOCKS = {"wall clock": "variants_per_s", "CPU seconds": "variants_per_cpu_s"}
 NUM_CELLS, NUM_GENES, SEED = 100, 200, 0
 
 
@@ -81,37 +78,40 @@ class Side:
 
     def as_json(self, shape: ModelShape, seq_length: int) -> dict[str, Any]:
         """Every number."""
-        rates = {
+        return {
+            "name": self.name,
             "variants_per_s": self.rate(self.wall_s),
             "variants_per_cpu_s": self.rate(self.cpu_s),
+            "flops_per_variant": self.flops(shape, seq_length),
+            "wall_s": self.wall_s,
+            "cpu_s": self.cpu_s,
+            "variants": self.variants,
+            "tokens": self.tokens,
         }
-        rates["flops_per_variant"] = self.flops(shape, seq_length)
-        turns: dict[str, Any] = {"wall_s": self.wall_s, "cpu_s": self.cpu_s}
-        turns |= {"variants": self.variants, "tokens": self.tokens}
-        return {"name": self.name, **rates, **turns}
 
 
 def main() -> int:
-    """Measures, compares, prints and keeps the numbers; 1 if they disagree."""
+    """Measure, compare, print and keep the numbers; 1 if they disagree."""
     arguments = _arguments()
-    check(arguments)
+    common.refuse(_problems(arguments), [arguments.json])
     ignore_known_warnings()
-    from benchmarks.side_by_side import padded_variants
-    from geneformer_mcore.metrics.provenance import provenance
+    import torch
 
-    with padded_variants.prepared(
-        arguments.cells, _vocabulary(arguments.medians), CONFIGS["10m"], NUM_CELLS, NUM_GENES, SEED
-    ) as (job, padded):
-        sides, apart = measure(job, padded, arguments)
+    from benchmarks.harness import padded_variants
+
+    vocabulary = _vocabulary(arguments.medians)
+    job = (arguments.cells, vocabulary, common.CONFIGS["10m"], NUM_CELLS, NUM_GENES, SEED)
+    with padded_variants.prepared(*job) as ways:
+        sides, apart = measure(ways, arguments)
         about = {
             "cells": NUM_CELLS,
             "genes": NUM_GENES,
-            "variants_of_the_job": job.total,
-            "mean_tokens": padded.mean_tokens,
+            "variants_of_the_job": ways.job.total,
+            "mean_tokens": ways.mean_tokens,
             "mean_tokens_measured": float(np.average(sides[0].tokens, weights=sides[0].variants)),
-            "threads": padded.threads,
+            "threads": torch.get_num_threads(),
         }
-        shape, seq_length = padded_variants.size(job)
+        shape, seq_length = ways.shape, ways.config.data.seq_length
     measured = in_json(sides, about, shape, seq_length)
     print(table(sides))
     print(f"\n{_about(about, arguments, apart)}\n")
@@ -123,57 +123,50 @@ def main() -> int:
             "largest_difference": apart,
             "data": arguments.cells.name,
         }
-        files.save_json(arguments.json, content | provenance())
+        common.save_results(arguments.json, content)
     return 0 if apart < 1e-5 else 1
 
 
 def in_json(
     sides: list[Side], about: dict[str, Any], shape: ModelShape, seq_length: int
 ) -> dict[str, Any]:
-    """What was measured, the goals by both clocks, and how they are to be read."""
+    """The measurements, the goals by both clocks, and how to read them."""
     rows = [side.as_json(shape, seq_length) for side in sides]
     goals = [
-        Goal(f"{OURS} / {side.name}, {clock}",
-             ratio(sides[0].rate(getattr(sides[0], times)), side.rate(getattr(side, times))), BAR)
-        for side in sides[1:]
-        for clock, times in CLOCKS.items()
-    ]  # fmt: skip
-    reading = [*map(str, goals), _operations(rows), _lengths(about)]
+        common.Goal(f"{OURS} / {row['name']}, {clock}", common.ratio(rows[0][rate], row[rate]), BAR)
+        for row in rows[1:]
+        for clock, rate in CLOCKS.items()
+    ]
+    flops = [row["flops_per_variant"] for row in rows]
+    times = ", ".join(f"{other / flops[0]:.2f} x" for other in flops[1:])
+    mine, whole = about["mean_tokens_measured"], about["mean_tokens"]
+    kind, favours = ("shorter", "ours") if mine < whole else ("longer", "the others")
+    reading = [
+        *map(str, goals),
+        f"operations of the measured variants, counted by model/flops.py: {times}",
+        f"the measured cells are {kind} than those of the job ({mine:,.0f} against {whole:,.0f} "
+        f"tokens per variant), which favours {favours}",
+    ]
     goals_json = [goal.as_json() for goal in goals]
     return {"rows": rows, "goals": goals_json, "reading": reading, **about}
 
 
-def _operations(rows: list[dict[str, Any]]) -> str:
-    ours, *others = (row["flops_per_variant"] for row in rows)
-    times = ", ".join(f"{other / ours:.2f} x" for other in others)
-    return f"operations of the measured variants, counted by model/flops.py: {times}"
-
-
-def _lengths(about: dict[str, Any]) -> str:
-    mine, whole = about["mean_tokens_measured"], about["mean_tokens"]
-    kind, favours = ("shorter", "ours") if mine < whole else ("longer", "the others")
-    return (
-        f"the measured cells are {kind} than those of the job ({mine:,.0f} against {whole:,.0f} "
-        f"tokens per variant), which favours {favours}"
-    )
-
-
-def measure(job: Job, padded: Padded, arguments: argparse.Namespace) -> tuple[list[Side], float]:
+def measure(ways: Ways, arguments: argparse.Namespace) -> tuple[list[Side], float]:
     """All sides, ours first, and the largest difference between the shifts that they find."""
     rng = np.random.default_rng(SEED)
     apart, sides = 0.0, [Side(OURS), Side(WHOLE), Side(STATES)]
-    for number, cell in enumerate(rng.permutation(len(job.cells))[: arguments.turns + 1]):
-        present = padded.present(int(cell))
+    for number, cell in enumerate(rng.permutation(len(ways.job.cells))[: arguments.turns + 1]):
+        present = np.flatnonzero(ways.has_NP[cell])
         genes = np.sort(rng.choice(present, min(arguments.sample, len(present)), replace=False))
         few = genes[rng.permutation(len(genes))[: arguments.padded]]
         if number == 0:  # Not measured: the first call compiles and reserves.
             genes, few = genes[:4], genes[:1]
-        given, tokens = padded.given(int(cell), few), padded.tokens_of(int(cell))
+        given, tokens = ways.given(int(cell), few), ways.tokens_of(int(cell))
         with _timed(sides[0], len(genes), tokens):
-            found = padded.packed(job, int(cell), genes)
+            found = ways.packed(int(cell), genes)
         for side, with_head in zip(sides[1:], (True, False), strict=True):
             with _timed(side, len(few), tokens):
-                expected = padded.one_by_one(given, with_head)
+                expected = ways.one_by_one(*given, with_head)
             apart = max(apart, float(np.abs(found[np.searchsorted(genes, few)] - expected).max()))
         if number == 0:
             sides = [Side(side.name) for side in sides]
@@ -182,36 +175,28 @@ def measure(job: Job, padded: Padded, arguments: argparse.Namespace) -> tuple[li
     return sides, apart
 
 
-class _timed:
-    """Adds the time of what is done inside to a side."""
-
-    def __init__(self, side: Side, variants: int, tokens: int) -> None:
-        self._side, self._variants, self._tokens = side, variants, tokens
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter(), time.process_time()
-
-    def __exit__(self, *error: object) -> None:
-        self._side.wall_s.append(time.perf_counter() - self._began[0])
-        self._side.cpu_s.append(time.process_time() - self._began[1])
-        self._side.variants.append(self._variants)
-        self._side.tokens.append(self._tokens)
+@contextmanager
+def _timed(side: Side, variants: int, tokens: int) -> Iterator[None]:
+    """Add the time of the block to a side."""
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    yield
+    side.wall_s.append(time.perf_counter() - wall_s)
+    side.cpu_s.append(time.process_time() - cpu_s)
+    side.variants.append(variants)
+    side.tokens.append(tokens)
 
 
 def table(sides: list[Side]) -> str:
     """The sides as text."""
-    return text_table(
-        ["way", "variants", "variants/s", "variants per CPU second"],
+    head = ["way", "variants", "variants/s", "variants per CPU second"]
+    rows = [
         [
-            [
-                side.name,
-                f"{sum(side.variants):,}",
-                f"{side.rate(side.wall_s):.2f}",
-                f"{side.rate(side.cpu_s):.2f}",
-            ]
-            for side in sides
-        ],
-    )
+            *(side.name, f"{sum(side.variants):,}"),
+            *(f"{side.rate(seconds):.2f}" for seconds in (side.wall_s, side.cpu_s)),
+        ]
+        for side in sides
+    ]
+    return common.text_table(head, rows)
 
 
 def _about(about: dict[str, Any], arguments: argparse.Namespace, apart: float) -> str:
@@ -224,16 +209,12 @@ def _about(about: dict[str, Any], arguments: argparse.Namespace, apart: float) -
     )
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError that names every argument by which nothing can be measured."""
-    lows = [(f"--{name}", getattr(arguments, name)) for name in ("turns", "sample", "padded")]
-    problems = [f"{name} must be at least 1, and is {n}." for name, n in lows if n < 1]
+def _problems(arguments: argparse.Namespace) -> list[str]:
+    lows = [(f"--{name}", getattr(arguments, name), 1) for name in ("turns", "sample", "padded")]
+    problems = common.too_small(*lows)
     if arguments.padded > arguments.sample:
         problems.append("--padded must not exceed --sample: they are some of the same variants.")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    if arguments.json:
-        files.check_result_place(arguments.json)
+    return problems
 
 
 def _vocabulary(path: Path) -> Any:
@@ -243,9 +224,7 @@ def _vocabulary(path: Path) -> Any:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     add = parser.add_argument
     add("cells", type=Path, metavar="CELLS.h5ad")
     add("--medians", type=Path, required=True, help="{gene id: median} of the vocabulary")

@@ -14,31 +14,24 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Not this folder, where tokenize.py hides Python's own.
+    # In place of this folder, where tokenize.py hides Python's own: the project.
     sys.path.remove(sys.path[0])
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import argparse
 import shutil
-import subprocess
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.harness.common import RESULTS, ROOT, parser_of, step
+from geneformer_mcore.exit_codes import run
+
 WORK = ROOT / "build" / "real_job"
 FILES = (
-    "pbmc3k_raw.h5ad",
-    "heart_san_1k.h5ad",
-    "lca_lung_1k.h5ad",
+    *("pbmc3k_raw.h5ad", "heart_san_1k.h5ad", "lca_lung_1k.h5ad"),
     "marrow_cd34_palantir.h5ad",
 )
-
 CARD = (
-    "--config",
-    "configs/geneformer_10m.yaml",
-    "train.steps=5",
-    "train.micro_batch_size=2",
-    "train.global_batch_size=8",
-    "train.validate_every_steps=5",
-    "train.validate_batches=1",
-    "metrics.log_every_steps=1",
+    *("--config", "configs/geneformer_10m.yaml"),
+    *("train.steps=5", "train.micro_batch_size=2", "train.global_batch_size=8"),
+    *("train.validate_every_steps=5", "train.validate_batches=1", "metrics.log_every_steps=1"),
 )
 """A few steps of the card's model: seq 2048, bf16, 32-bit residuals, its dropouts. Only the batch
 is smaller, and the learning rate is that of its first five steps."""
@@ -46,10 +39,8 @@ NARROW = ("--config", "configs/real_cells.yaml")
 
 
 def main() -> int:
-    """Runs everything and writes the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run everything and write the results."""
+    parser = parser_of(__doc__)
     parser.add_argument("data", type=Path, metavar="DATA")
     data = parser.parse_args().data.resolve()
     medians = data / "dicts" / "gc30m_gene_medians.json"
@@ -65,19 +56,11 @@ def main() -> int:
     step("data_prep/build_store.py", "--out", store, "--vocabulary", vocabulary, *sources)
     step("data_prep/check_store.py", store)
     for name, settings in (("10m", CARD), ("narrow", NARROW)):
-        run = WORK / name
-        step("launch/pretrain.py", *settings, f"data.store={store}", f"run.dir={run}")
-        result = ROOT / "benchmarks" / "results" / f"real_job_{name}.json"
-        step("launch/report.py", run, "--json", result)
+        folder = WORK / name
+        step("launch/pretrain.py", *settings, f"data.store={store}", f"run.dir={folder}")
+        step("launch/report.py", folder, "--json", RESULTS / f"real_job_{name}.json")
     return 0
 
 
-def step(*command: str | Path) -> None:
-    """Runs one of the project's commands; ends everything if it fails."""
-    words = [str(word) for word in command]
-    print(f"\n$ python {' '.join(words)}", flush=True)
-    subprocess.run([sys.executable, *words], check=True, cwd=ROOT)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,14 +1,13 @@
 #!/usr/bin/env python
-"""How long a step takes on 8 to 128 GPUs, on paper, from what was measured and what is assumed.
+"""Estimated steps on 8 to 128 GPUs, projected from measured steps of one H200.
 
     python benchmarks/scaling.py                                  the demo's cells, or made-up ones
     python benchmarks/scaling.py --cells a.h5ad b.h5ad --json out.json --svg out.svg
     python benchmarks/scaling.py --tokens CACHE/HASH              a flat copy of a store
 
-No cluster is needed. The work of every simulated rank comes of real lengths, dealt by the packing
-that pretraining uses; the loader of one rank of many runs for real. A GPU's speed is taken from
-benchmarks/results/tflops_*.json where one of that GPU is there; each line that rests on an estimate
-says so. How the terms come about: benchmarks/scaling_model/step.py.
+No cluster is needed, and nothing printed was measured on one. Measured are steps of one H200
+(benchmarks/results/tflops_h200.json), the loader (loader.json), the lengths of the cells and their
+packing on simulated ranks. Assumed is the rest: harness/scaling_model.py has the formulas.
 """
 
 from __future__ import annotations
@@ -22,50 +21,115 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
 
-from benchmarks.scaling_model import feeding, pages, picture, study
-from benchmarks.scaling_model.assumed import described
-from benchmarks.scaling_model.deals import batches, simulate
-from benchmarks.scaling_model.hardware import (
-    GPUS,
+import numpy as np
+
+from benchmarks.harness.common import RESULTS, ROOT, parser_of, refuse, save_results, text_table
+from benchmarks.harness.scaling_model import (
     GPUS_PER_NODE,
-    MODELS,
+    H200,
+    NODES,
     SEQ_LENGTH,
-    Network,
+    Assumptions,
+    Inputs,
+    balance,
+    curves,
+    loader_rate,
+    project,
+    save_picture,
+    table,
 )
-from benchmarks.scaling_model.lengths import Corpus, corpus
-from benchmarks.scaling_model.speed import flat_rate, speed, store_rate
-from benchmarks.scaling_model.step import Assumptions
-from benchmarks.side_by_side.picture import text_table
+from benchmarks.harness.tflops.settings import MEAN_TOKENS, like_real
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.errors import DataError
 from geneformer_mcore.exit_codes import run
-from geneformer_mcore.io import files
+from geneformer_mcore.store.local_cache import FlatCopy
+from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.tokenizer.corpus import InputOptions
 
-ROOT = Path(__file__).resolve().parents[1]
-EXTRA_LAYOUT = (64, 16)
-"""Ranks and cells per rank whose balance is shown beside the card's two layouts."""
+DEMO_STORE = ROOT / "build" / "demo" / "store"
 
 
 def main() -> int:
-    """Simulates, measures, prints the tables."""
+    """Simulate, project, print the table."""
     arguments = _arguments()
-    check(arguments)
+    refuse(_problems(arguments), [arguments.json, arguments.svg])
     ignore_known_warnings()
-    found = result(arguments, corpus(arguments.cells, arguments.tokens))
-    for name, table in pages.TABLES.items():
-        print(f"\n{name}\n{text_table(*table(found))}")
+    lengths, source = corpus(arguments.cells, arguments.tokens)
+    ranks = [GPUS_PER_NODE * nodes for nodes in NODES]
+    inputs = Inputs(
+        curves(arguments.results),
+        float(lengths.mean()),
+        {number: balance(lengths, number, arguments.steps) for number in ranks},
+        loader_rate(arguments.results, "ours_flat"),
+        loader_rate(arguments.results, "ours_store"),
+    )
+    assumed = Assumptions(
+        nvlink_bytes_s=arguments.nvlink_gb_s * 1e9,
+        ib_bytes_s=arguments.ib_gb_s * 1e9,
+        optimizer_s=arguments.optimizer_ms / 1e3,
+        sustained=arguments.sustained,
+        cores_per_rank=arguments.cores_per_rank,
+    )
+    found = project(inputs, assumed) | {"sources": sources(inputs, assumed, len(lengths), source)}
+    print(text_table(*table(found)))
+    print(f"\n{found['sources']}")
     if arguments.json:
-        files.save_json(arguments.json, found)
+        save_results(arguments.json, found)
     if arguments.svg:
-        picture.save(arguments.svg, found)
+        save_picture(arguments.svg, found)
     return 0
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError that names every argument which makes no sense, and DataError if the
-    results could not be written."""
+def sources(inputs: Inputs, assumed: Assumptions, num_cells: int, cells: str) -> str:
+    """The origin of every number, in a paragraph."""
+    worst = max(each.packed for each in inputs.balances.values())
+    return (
+        f"Estimates. Measured: steps of one H200 with AdamW on all parameters ({H200}); the loader "
+        f"on a CPU, {inputs.flat_cells_s:,.0f} cells/s from a flat copy and "
+        f"{inputs.store_cells_s:,.0f} from the SOMA store per process (loader.json); "
+        f"{num_cells:,} cells of {inputs.mean_tokens:,.0f} tokens on average, cut at 2,048 "
+        f"({cells}), packed by the real code onto simulated ranks, the fullest of which has "
+        f"{worst:.4f} x the mean at most. Assumed: packed steps take the time of as many tokens of "
+        f"the measured cells; {assumed.nvlink_bytes_s / 1e9:g} GB/s per GPU within a node, "
+        f"{assumed.ib_bytes_s / 1e9:g} GB/s between nodes, {assumed.latency_s * 1e6:g} us per hop, "
+        f"fp32 gradients; {assumed.overlap:g} x {assumed.backward:g} of the compute can hide the "
+        f"all-reduce, {assumed.least_exposed:.0%} of it never; {assumed.sustained:.0%} of the best "
+        "speed over a long run; H100 and A100 by the larger ratio of memory bandwidth and FLOPs."
+    )
+
+
+def corpus(files: Sequence[Path], tokens: Path | None) -> tuple[np.ndarray, str]:
+    """(int64 tokens of each cell, their source): the given cells, or the best there are. Raises
+    DataError if there is none that can be read."""
+    if files:
+        lengths = np.concatenate([_of_counts(path) for path in files])
+        source = ", ".join(path.name for path in files)
+    elif tokens:
+        copy = FlatCopy(tokens)
+        lengths, source = copy.lengths(np.arange(len(copy))), f"flat copy {tokens.name}"
+    elif DEMO_STORE.is_dir():
+        with TokenStore.open(DEMO_STORE) as store:
+            lengths, source = store.lengths(np.arange(len(store))), "the demo's store"
+    else:
+        lengths, source = like_real(MEAN_TOKENS, SEQ_LENGTH, 8192), "made up"
+    if not len(lengths):
+        raise DataError(f"{source} holds no cell: name one that does.")
+    return np.minimum(lengths, SEQ_LENGTH), source
+
+
+def _of_counts(path: Path) -> np.ndarray:
+    """1 + expressed genes of each cell; an entry may be an explicit zero."""
+    with InputOptions(allow_normalised=True).open(path) as counts:
+        lengths = [np.empty(0, np.int64)]
+        for block in counts.blocks():
+            expressed = np.add.reduceat(np.append(block.data > 0, 0), block.indptr[:-1])
+            lengths.append(1 + expressed * (np.diff(block.indptr) > 0))
+    return np.concatenate(lengths)
+
+
+def _problems(arguments: argparse.Namespace) -> list[str]:
     above_zero = (
         ("--steps", arguments.steps),
         ("--nvlink-gb-s", arguments.nvlink_gb_s),
@@ -82,129 +146,22 @@ def check(arguments: argparse.Namespace) -> None:
             f"--sustained must be within 0..1, 0 excluded, and is {arguments.sustained:g}."
         )
     if arguments.cells and arguments.tokens:
-        problems.append("--cells and --tokens both say which cells: give one of the two.")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    for path in (arguments.json, arguments.svg):
-        if path:
-            files.check_result_place(path)
-
-
-def result(arguments: argparse.Namespace, cells: Corpus) -> dict[str, Any]:
-    """All that is kept: inputs, rows, sensitivity, the card; with machine, versions and commit."""
-    from geneformer_mcore.metrics.provenance import provenance
-
-    timed = _timed(cells)
-    inputs = study.Inputs(
-        {
-            (gpu, name): speed(gpu, MODELS[name], arguments.results)
-            for gpu in GPUS
-            for name in MODELS
-        },
-        _deals(arguments, cells),
-        _loaders(arguments, timed),
-        cells.lengths,
-        _assumptions(arguments),
-    )
-    return {
-        "corpus": cells.as_json(),
-        "steps_simulated": arguments.steps,
-        "balance": _balance(arguments, cells, inputs),
-        "feeding": timed,
-        "rows": study.all_rows(inputs),
-        "sensitivity": study.sensitivity(inputs),
-        "card": study.beside_the_card(inputs),
-        "assumptions": described(inputs, cells, arguments.results, arguments.cores_per_rank),
-        **provenance(),
-    }
-
-
-def _assumptions(arguments: argparse.Namespace) -> Assumptions:
-    network = Network(arguments.nvlink_gb_s * 1e9, arguments.ib_gb_s * 1e9)
-    return Assumptions(
-        network, sustained=arguments.sustained, optimizer_s=arguments.optimizer_ms / 1e3
-    )
-
-
-def _deals(arguments: argparse.Namespace, cells: Corpus) -> dict[tuple[str, int], Any]:
-    """(model, ranks) -> (packed, dealt), global batches being the same for all."""
-    found = {}
-    for model in MODELS.values():
-        steps = list(batches(cells.lengths, model.global_batch, arguments.steps, seed=0))
-        for nodes in study.NODES:
-            ranks = nodes * GPUS_PER_NODE
-            budget = model.micro_batch * SEQ_LENGTH
-            found[model.name, ranks] = simulate(steps, ranks, budget, model)
-    return found
-
-
-def _balance(
-    arguments: argparse.Namespace, cells: Corpus, inputs: study.Inputs
-) -> list[dict[str, Any]]:
-    """The deals of the card's layouts, and of one more."""
-    ranks, share = EXTRA_LAYOUT
-    model = MODELS["106m"]
-    steps = list(batches(cells.lengths, ranks * share, arguments.steps, seed=0))
-    extra = simulate(steps, ranks, share * SEQ_LENGTH, model)
-    shown = [(model, ranks, share, extra)]
-    for card in MODELS.values():
-        gpus = card.nodes * GPUS_PER_NODE
-        shown.append((card, gpus, card.global_batch // gpus, inputs.deals[card.name, gpus]))
-    return [
-        {
-            "model": model.name,
-            "ranks": ranks,
-            "cells_per_rank": share,
-            "packed": packed.as_json(),
-            "dealt": dealt.as_json(),
-        }
-        for model, ranks, share, (packed, dealt) in shown
-    ]
-
-
-def _timed(cells: Corpus) -> list[dict[str, Any]]:
-    """One rank's feed, on each of the card's layouts."""
-    return [
-        {"model": model.name, "ranks": ranks} | feeding.measure(cells.lengths, ranks, budget, size)
-        for model in MODELS.values()
-        for ranks, budget, size in [
-            (model.nodes * GPUS_PER_NODE, model.micro_batch * SEQ_LENGTH, model.global_batch)
-        ]
-    ]
-
-
-def _loaders(arguments: argparse.Namespace, timed: list[dict[str, Any]]) -> dict[str, study.Loader]:
-    """A rank's own cells at the slower of two rates: that of loader.json, which has whole batches
-    of 64, and that of its share here."""
-    flat = flat_rate(arguments.results).on_cores(arguments.cores_per_rank)
-    store = store_rate(arguments.results).on_cores(arguments.cores_per_rank)
-    return {
-        each["model"]: study.Loader(
-            cells_per_s=min(flat, each["cells_per_s"]),
-            places_s=each["places_s"],
-            whole_batch_s=each["lengths_s"] + each["pack_s"],
-            store_cell_s=max(0.0, 1 / store - 1 / flat),
-            sums_s=max(0.0, each["first_epoch_s"] - each["step_s"]),
-        )
-        for each in timed
-    }
+        problems.append("--cells and --tokens both name cells: give one of the two.")
+    return problems
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    assumed, network = Assumptions(), Network()
+    parser, assumed = parser_of(__doc__), Assumptions()
     add = parser.add_argument
     add("--cells", nargs="+", type=Path, default=[], metavar="FILE.h5ad", help="whose lengths")
     add("--tokens", type=Path, metavar="DIR", help="a flat copy whose lengths")
-    add("--steps", type=int, default=50, help="global batches that are dealt (default: 50)")
-    add("--nvlink-gb-s", type=float, default=network.nvlink_bytes_s / 1e9, help="per GPU")
-    add("--ib-gb-s", type=float, default=network.ib_bytes_s / 1e9, help="per GPU, between nodes")
-    add("--optimizer-ms", type=float, default=assumed.optimizer_s * 1e3, help="its fixed part")
+    add("--steps", type=int, default=50, help="global batches that are packed (default: 50)")
+    add("--nvlink-gb-s", type=float, default=assumed.nvlink_bytes_s / 1e9, help="per GPU")
+    add("--ib-gb-s", type=float, default=assumed.ib_bytes_s / 1e9, help="per GPU, between nodes")
+    add("--optimizer-ms", type=float, default=0, help="added to a measured step, which has AdamW")
     add("--sustained", type=float, default=assumed.sustained, help="share of the best speed")
     add("--cores-per-rank", type=float, default=2, help="for the loader (default: 2)")
-    add("--results", type=Path, default=ROOT / "benchmarks" / "results", help="measurements")
+    add("--results", type=Path, default=RESULTS, help="measurements")
     add("--json", type=Path, metavar="OUT", help="write the numbers here too")
     add("--svg", type=Path, metavar="OUT", help="draw cells/s against GPUs here (.svg, .png)")
     return parser.parse_args()

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""How fast a training step is, in numbers that can be compared and checked.
+"""Speed of a training step, in numbers that can be compared and checked.
 
     python benchmarks/tflops.py                      this machine's usual settings
     python benchmarks/tflops.py --model 106m --packing padded packed --micro-batch 16 32
         --attention te flash --steps 20 --json benchmarks/results
 
-Every combination of what is listed is a row; what cannot be, or finds no memory, is left out with
-its reason. Cells go through the real feed, model, loss and optimizer: made-up ones of full length
-where they are padded, and of a mean of 1,300 tokens where they are packed (--lengths), or those of
-a flat copy of tokens (--cells, see geneformer_mcore/store/local_cache.py). Results are kept row by
-row.
+Every combination of the listed values is a row; what cannot be, or finds no memory, is left out
+with its reason. Cells go through the real feed, model, loss and optimizer: made-up ones of full
+length where they are padded, and of a mean of 1,300 tokens where they are packed (--lengths), or
+those of a flat copy of tokens (--cells, see geneformer_mcore/store/local_cache.py). Results are
+kept row by row.
 
 Needs torch, megatron-core, numpy, numba and omegaconf, nothing else.
 """
@@ -28,35 +28,44 @@ if __name__ == "__main__":
 import argparse
 from typing import TYPE_CHECKING
 
-from benchmarks.side_by_side.sizes import CONFIGS, VOCABULARY
-from benchmarks.side_by_side.tflops_cells import FULL, Cells, of_flat_copy
-from benchmarks.side_by_side.tflops_grid import PACKINGS, Asked, grid, usual
+from benchmarks.harness.common import CONFIGS, VOCABULARY, parser_of, refuse, too_small
+from benchmarks.harness.tflops.settings import (
+    FULL,
+    PACKINGS,
+    Cells,
+    Conditions,
+    Requested,
+    grid,
+    of_flat_copy,
+    usual,
+)
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.config.sections import Attention, ParallelConfig, Precision
-from geneformer_mcore.errors import ConfigError, DataError
+from geneformer_mcore.errors import DataError
 from geneformer_mcore.exit_codes import DEFECT, FINISHED, run
-from geneformer_mcore.io import files
 
 if TYPE_CHECKING:
-    from benchmarks.side_by_side.tflops_run import Conditions, Results
+    from benchmarks.harness.tflops.run import Results
+
+_COMPILED = {"auto": None, "no": False, "yes": True}
 
 
 def main() -> int:
-    """Measures every asked-for setting and prints the table."""
+    """Measure every requested setting and print the table."""
     arguments = _arguments()
-    check(arguments)
+    refuse(_problems(arguments))
     ignore_known_warnings()
     import torch
 
-    from benchmarks.side_by_side import tflops_run
+    from benchmarks.harness.tflops import run as tflops_run
     from geneformer_mcore.distributed import device, groups
 
     on_gpu = torch.cuda.is_available()
     out = arguments.json
     if out is not None:
         out = tflops_run.file_in(out) if out.is_dir() else out
-        files.check_result_place(out)
-    conditions = tflops_run.Conditions(
+        refuse([], [out])
+    conditions = Conditions(
         seq_length=arguments.seq_length,
         num_micro_batches=arguments.micro_batches_per_step,
         steps=arguments.steps or (20 if on_gpu else 3),
@@ -65,12 +74,12 @@ def main() -> int:
         seconds=arguments.seconds,
         out=out,
     )
-    asked = grid(_asked(arguments, on_gpu), on_gpu)
+    wanted = grid(_requested(arguments, on_gpu), on_gpu)
     # Before anything is begun.
-    tflops_run.possible(asked, conditions, torch.device("cuda" if on_gpu else "cpu"))
+    tflops_run.possible(wanted, conditions, torch.device("cuda" if on_gpu else "cpu"))
     here = device.start()
     groups.start(here, ParallelConfig())
-    results = tflops_run.measure_all(asked, conditions, here)
+    results = tflops_run.measure_all(wanted, conditions, here)
     groups.stop()
     _show(results, conditions)
     return DEFECT if results.failed else FINISHED
@@ -79,46 +88,40 @@ def main() -> int:
 def _show(results: Results, conditions: Conditions) -> None:
     import torch
 
-    from benchmarks.side_by_side.tflops_rows import HOW, table
+    from benchmarks.harness.tflops.run import HOW, table
     from geneformer_mcore.metrics.provenance import machine
 
     peaks = ", ".join(f"{name} {peak / 1e12:.3g}" for name, peak in results.peaks.items())
-    print(f"\n{table(results.rows, results.skipped)}")
+    print(f"\n{table(results)}")
     how = {"steps": conditions.steps, "warmup": conditions.warmup, "peaks": peaks}
     print(HOW.format(seq_length=conditions.seq_length, **how))
     print(f"{machine()}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError that names every argument by which nothing can be measured. Settings have
-    a check of their own, row by row."""
-    ranges = (
+def _problems(arguments: argparse.Namespace) -> list[str]:
+    """Unusable arguments. Settings have a check of their own, row by row."""
+    means = [mean for mean in arguments.lengths or () if mean != FULL]
+    problems = too_small(
         ("--steps", arguments.steps, 1),
         ("--warmup", arguments.warmup, 0),
         ("--micro-batches-per-step", arguments.micro_batches_per_step, 1),
         *(("--micro-batch", size, 1) for size in arguments.micro_batch or ()),
-        *(("--lengths", mean, 2) for mean in arguments.lengths or () if mean != FULL),
+        *(("--lengths", mean, 2) for mean in means),
     )
-    problems = [
-        f"{name} must be at least {low}, and is {value}."
-        for name, value, low in ranges
-        if value is not None and value < low
-    ]
     problems += [
         f"--lengths ({mean}) must not exceed --seq-length ({arguments.seq_length})."
-        for mean in arguments.lengths or ()
+        for mean in means
         if mean > arguments.seq_length
     ]
     if arguments.cells and arguments.lengths:
         problems.append("--cells brings cells with lengths of their own: leave out --lengths.")
-    if problems:
-        raise ConfigError("\n".join(problems))
+    return problems
 
 
 def _flat(arguments: argparse.Namespace) -> Cells | None:
     if arguments.cells is None:
         return None
-    from benchmarks.side_by_side import step_cells
+    from benchmarks.harness.train_step import cells as step_cells
 
     folder = step_cells.find([arguments.cells])
     if folder is None:
@@ -127,10 +130,10 @@ def _flat(arguments: argparse.Namespace) -> Cells | None:
     return of_flat_copy(folder, arguments.seq_length)
 
 
-def _asked(arguments: argparse.Namespace, on_gpu: bool) -> Asked:
-    """What was said, and where nothing was, what is usual here."""
+def _requested(arguments: argparse.Namespace, on_gpu: bool) -> Requested:
+    """The arguments, with this machine's defaults."""
     usually = usual(on_gpu)
-    return Asked(
+    return Requested(
         models=arguments.model or usually["models"],
         precisions=arguments.precision or usually["precisions"],
         packings=arguments.packing,
@@ -142,28 +145,24 @@ def _asked(arguments: argparse.Namespace, on_gpu: bool) -> Asked:
     )
 
 
-_COMPILED = {"auto": None, "no": False, "yes": True}
-
-
 def _length(word: str) -> int:
     return FULL if word == "full" else int(word)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
 
     def listed(name: str, about: str, **known: object) -> None:
         parser.add_argument(name, nargs="+", help=about, **known)  # type: ignore[arg-type]
 
     add = parser.add_argument
+    precisions, attentions = ([each.value for each in kind] for kind in (Precision, Attention))
     listed("--model", "default: 10m, and 106m on a GPU", choices=CONFIGS)
-    listed("--precision", "default: bf16 on a GPU, else fp32", choices=_values(Precision))
+    listed("--precision", "default: bf16 on a GPU, else fp32", choices=precisions)
     listed("--packing", "default: both", choices=PACKINGS, default=PACKINGS)
     about = "full, or mean tokens of made-up cells; default: full if padded, 1300 if packed"
     listed("--lengths", about, type=_length, metavar="MEAN")
-    listed("--attention", "default: auto", choices=_values(Attention), default=["auto"])
+    listed("--attention", "default: auto", choices=attentions, default=["auto"])
     listed("--attention-dropout", "default: the card's, on a CPU also 0", type=float, metavar="P")
     about = "packed: cells of full length that fit; default: the card's on a GPU, else 1 or 2"
     listed("--micro-batch", about, type=int, metavar="CELLS")
@@ -177,10 +176,6 @@ def _arguments() -> argparse.Namespace:
     add("--seconds", type=float, help="begin no row later than this")
     add("--json", type=Path, metavar="OUT", help="keep the rows in this file, or in this folder")
     return parser.parse_args()
-
-
-def _values(choices: type[Attention] | type[Precision]) -> list[str]:
-    return [each.value for each in choices]
 
 
 if __name__ == "__main__":

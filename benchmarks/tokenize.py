@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""How fast counts become tokens on one core, beside the ways of other tokenisers.
+"""Rate of turning counts into tokens on one core, compared with other tokenisers.
 
     python benchmarks/tokenize.py                              made-up cells
     python benchmarks/tokenize.py --medians m.json a.h5ad ...  cells drawn from these
 
 All get the same CSR blocks of raw counts in memory (float32, 512 rows) and give lists of uint16
 tokens. Every cell's list is compared with the exact one: stable float64 order, ties by token id.
-The other ways are written afresh, after the published ones, in benchmarks/peers. Rates are the
-median of several rounds in which all take turns, in seconds of CPU time: one thread each.
+The other ways are written afresh, after the published ones (harness/peers/tokenisers.py). Rates are
+the median of several rounds in which all take turns, in seconds of CPU time: one thread each.
 """
 
 from __future__ import annotations
@@ -33,19 +33,12 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy import sparse
 
-from benchmarks.peers.bionemo_tokeniser import BioNeMoTokeniser
-from benchmarks.peers.exact_tokens import exact_tokens
-from benchmarks.peers.hf_tokeniser import HFTokeniser, blocks
-from benchmarks.side_by_side.cells import Cells, draw
-from benchmarks.side_by_side.goals import Goal, ratio
-from benchmarks.side_by_side.picture import save_bars, text_table
-from geneformer_mcore.errors import ConfigError
+from benchmarks.harness import common
+from benchmarks.harness.loader.cells import SEQ_LENGTH, Cells, count_block, draw
+from benchmarks.harness.peers.tokenisers import BioNeMoTokeniser, HFTokeniser, blocks, exact_tokens
 from geneformer_mcore.exit_codes import run
-from geneformer_mcore.io import files
-from geneformer_mcore.io.blocks import CountBlock
 from geneformer_mcore.tokenizer.rank_encoder import RankedCells, RankEncoder
 
-SEQ_LENGTH = 2048
 OURS, BY_ROWS, LEAN = "ours", "HF style, a scipy row per cell", "HF style, lean numpy"
 STABLE, BIONEMO = "HF style, lean numpy, stable sort", "BioNeMo style, a look-up per gene"
 BAR = 7.0
@@ -57,7 +50,7 @@ Tokeniser = Callable[[sparse.csr_matrix], Tokens]
 
 @dataclass(frozen=True)
 class Row:
-    """One tokeniser: its median rate, and in how many cells its list is not the exact one."""
+    """One tokeniser: its median rate, and the number of cells whose list is not the exact one."""
 
     name: str
     cells_per_s: float
@@ -67,18 +60,17 @@ class Row:
 
 
 def main() -> int:
-    """Measures, compares every cell, prints the table; 1 if one of our lists is not exact."""
+    """Measure, compare every cell, print the table; 1 if one of our lists is not exact."""
     arguments = _arguments()
-    check(arguments)
+    ranges = (("--cells", arguments.cells, 1), ("--runs", arguments.runs, 1))
+    common.refuse(common.too_small(*ranges), (arguments.json, arguments.png))
     cells, few = draw(arguments.files, arguments.medians, arguments.cells, seed=0)
     rows = measure(cells, few, arguments.runs)
     goals = goals_of(rows)
-    print(table(rows))
-    print(f"\n{about(cells, arguments.runs)}\n")
+    print(f"{table(rows)}\n\n{about(cells, arguments.runs)}\n")
     print("\n".join(map(str, goals)))
     _save(arguments, cells, rows, goals)
-    ours = next(row for row in rows if row.name == OURS)
-    return 1 if ours.cells_that_differ else 0
+    return int(any(row.cells_that_differ for row in rows if row.name == OURS))
 
 
 def tokenisers(cells: Cells) -> dict[str, Tokeniser]:
@@ -88,29 +80,16 @@ def tokenisers(cells: Cells) -> dict[str, Tokeniser]:
     encoder = RankEncoder(vocabulary, SEQ_LENGTH)
     hf = HFTokeniser(token_of_column, medians, SEQ_LENGTH)
     stable = HFTokeniser(token_of_column, medians, SEQ_LENGTH, stable=True)
-    bionemo = BioNeMoTokeniser(
-        cells.gene_ids,
-        vocabulary.token_ids,
-        {gene: float(medians[token]) for gene, token in vocabulary.token_ids.items()},
-        SEQ_LENGTH,
-    )
+    tokens = vocabulary.token_ids
+    of_genes = {gene: float(medians[token]) for gene, token in tokens.items()}
+    bionemo = BioNeMoTokeniser(cells.gene_ids, tokens, of_genes, SEQ_LENGTH)
 
     def ours(counts: sparse.csr_matrix) -> RankedCells:
         # Widening the counts, which a reader does otherwise, is part of the time.
-        block = CountBlock(
-            counts.data.astype(np.float64),
-            counts.indices.astype(np.int32, copy=False),
-            counts.indptr.astype(np.int64),
-        )
-        return encoder.encode(block, token_of_column)
+        return encoder.encode(count_block(counts), token_of_column)
 
-    return {
-        OURS: ours,
-        BY_ROWS: hf.by_rows,
-        LEAN: hf.lean,
-        STABLE: stable.lean,
-        BIONEMO: bionemo.encode,
-    }
+    ways = (ours, hf.by_rows, hf.lean, stable.lean, bionemo.encode)
+    return dict(zip((OURS, BY_ROWS, LEAN, STABLE, BIONEMO), ways, strict=True))
 
 
 def measure(cells: Cells, few: Cells, runs: int) -> list[Row]:
@@ -130,16 +109,13 @@ def measure(cells: Cells, few: Cells, runs: int) -> list[Row]:
             for part in parts:
                 encode(part)
             seconds[name].append(time.process_time() - began)
-    return [
-        Row(
-            name,
-            len(cells) / statistics.median(times),
-            statistics.median(times) / len(cells) * 1e6,
-            differ[name],
-            [len(cells) / time for time in times],
-        )
-        for name, times in seconds.items()
-    ]
+    return [_row(name, len(cells), differ[name], times) for name, times in seconds.items()]
+
+
+def _row(name: str, num_cells: int, differ: int, times: list[float]) -> Row:
+    median = statistics.median(times)
+    rates = [num_cells / seconds for seconds in times]
+    return Row(name, num_cells / median, median / num_cells * 1e6, differ, rates)
 
 
 def _as_list(tokens: Tokens) -> list[np.ndarray]:
@@ -154,34 +130,32 @@ def num_different(found: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> i
     return sum(not np.array_equal(one, other) for one, other in pairs)
 
 
-def goals_of(rows: Sequence[Row]) -> list[Goal]:
+def goals_of(rows: Sequence[Row]) -> list[common.Goal]:
     """Our rate over that of each HF-style tokeniser."""
     rate = {row.name: row.cells_per_s for row in rows}
+    others = (BY_ROWS, LEAN)
     return [
-        Goal(f"{OURS} / {name}", ratio(rate[OURS], rate[name]), BAR) for name in (BY_ROWS, LEAN)
+        common.Goal(f"{OURS} / {name}", common.ratio(rate[OURS], rate[name]), BAR)
+        for name in others
     ]
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as text."""
     ours = next(row.cells_per_s for row in rows if row.name == OURS)
-    return text_table(
-        ["tokeniser, one core", "cells/s", "us/cell", "ours is", "cells that differ from exact"],
+    head = ["tokeniser, one core", "cells/s", "us/cell", "ours is", "cells that differ from exact"]
+    lines = [
         [
-            [
-                row.name,
-                f"{row.cells_per_s:,.0f}",
-                f"{row.us_per_cell:.1f}",
-                f"{ours / row.cells_per_s:.2f} x",
-                f"{row.cells_that_differ:,}",
-            ]
-            for row in rows
-        ],
-    )
+            *(row.name, f"{row.cells_per_s:,.0f}", f"{row.us_per_cell:.1f}"),
+            *(f"{ours / row.cells_per_s:.2f} x", f"{row.cells_that_differ:,}"),
+        ]
+        for row in rows
+    ]
+    return common.text_table(head, lines)
 
 
 def about(cells: Cells, runs: int) -> str:
-    """What the numbers are of."""
+    """The cells and the clock."""
     return (
         f"{len(cells):,} cells x {len(cells.gene_ids):,} genes, "
         f"{cells.counts.nnz / len(cells):,.0f} non-zeros per cell, vocabulary "
@@ -189,21 +163,11 @@ def about(cells: Cells, runs: int) -> str:
     )
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError that names every argument by which nothing can be measured."""
-    lows = (("--cells", arguments.cells, 1), ("--runs", arguments.runs, 1))
-    problems = [f"{name} must be at least {low}, and is {n}." for name, n, low in lows if n < low]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    for path in (arguments.json, arguments.png):
-        if path:
-            files.check_result_place(path)
+def _save(
+    arguments: argparse.Namespace, cells: Cells, rows: list[Row], goals: list[common.Goal]
+) -> None:
+    from geneformer_mcore.metrics.provenance import machine
 
-
-def _save(arguments: argparse.Namespace, cells: Cells, rows: list[Row], goals: list[Goal]) -> None:
-    from geneformer_mcore.metrics.provenance import provenance
-
-    where = provenance()
     if arguments.json:
         content = {
             "rows": [asdict(row) for row in rows],
@@ -214,17 +178,16 @@ def _save(arguments: argparse.Namespace, cells: Cells, rows: list[Row], goals: l
             "data": [path.name for path in arguments.files] or "made up",
             "runs": arguments.runs,
         }
-        files.save_json(arguments.json, content | where)
+        common.save_results(arguments.json, content)
     if arguments.png:
         bars = [(row.name, row.cells_per_s, row.name == OURS) for row in rows]
-        footer = f"{where['machine']}; {len(cells):,} cells"
-        save_bars(arguments.png, {"Tokenising, one core": bars}, "cells/s", footer)
+        common.save_bars(
+            arguments.png, {"Tokenising, one core": bars}, f"{machine()}; {len(cells):,} cells"
+        )
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     add = parser.add_argument
     add("files", nargs="*", type=Path, metavar="FILE.h5ad", help="default: made-up cells")
     add("--cells", type=int, default=8192, help="drawn with replacement (default: 8192)")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How fast a training step is, beside the models a user would otherwise train.
+"""Speed of a training step, compared with the models a user would otherwise train.
 
     python benchmarks/train_step.py --cells FLAT_COPY --json out.json
     python benchmarks/train_step.py --cells a.h5ad b.h5ad --vocabulary gc30m.json [--make]
@@ -38,22 +38,31 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import subprocess
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.peers.all_steps import NAMES, contestants
-from benchmarks.side_by_side.sizes import CONFIGS, VOCABULARY
+from benchmarks.harness.common import (
+    CONFIGS,
+    ROOT,
+    VOCABULARY,
+    in_rounds,
+    parser_of,
+    refuse,
+    save_results,
+    too_small,
+    unknown_names,
+    why_failed,
+)
+from benchmarks.harness.peers.steps import NAMES, contestants
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.exit_codes import run
 from geneformer_mcore.io import files
 
 if TYPE_CHECKING:
-    from benchmarks.peers.step_contestant import Job
+    from benchmarks.harness.peers.steps import Job
 
-ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 3600
 _JOB, _RESULT, _TURNS = "job.json", "turn.json", "turns.jsonl"
 _ON_CPU: dict[str, Any] = {
@@ -74,12 +83,21 @@ _ON_GPU: dict[str, Any] = {
 
 
 def main() -> int:
-    """Finds or makes the cells, lets all take turns, prints the table; or takes one turn."""
+    """Find or make the cells, let all take turns, print the table; or take one turn."""
     arguments = _arguments()
     ignore_known_warnings()
     if arguments.turn:
         return _child(arguments)
-    check(arguments)
+    # The settings have a check of their own.
+    problems = too_small(
+        ("--rounds", arguments.rounds, 1),
+        ("--steps", arguments.steps, 1),
+        ("--warmup", arguments.warmup, 0),
+        ("--global-batch", arguments.global_batch, 1),
+        *(("--micro-batches", micro, 1) for micro in arguments.micro_batches or ()),
+    )
+    problems += unknown_names("--only", arguments.only, NAMES)
+    refuse(problems, (arguments.json, arguments.work / _JOB))
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -92,50 +110,25 @@ def main() -> int:
     return _measure(arguments, job, on_gpu)
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError that names every argument by which nothing can be measured, and DataError
-    if the results could not be written. The settings have a check of their own."""
-    ranges = (
-        ("--rounds", arguments.rounds, 1),
-        ("--steps", arguments.steps, 1),
-        ("--warmup", arguments.warmup, 0),
-        ("--global-batch", arguments.global_batch, 1),
-        *(("--micro-batches", micro, 1) for micro in arguments.micro_batches or ()),
-    )
-    problems = [
-        f"{name} must be at least {low}, and is {value}."
-        for name, value, low in ranges
-        if value is not None and value < low
-    ]
-    unknown = sorted(set(arguments.only or ()) - set(NAMES))
-    if unknown:
-        problems.append(f"--only: no {', '.join(unknown)}; there are {', '.join(NAMES)}.")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    for path in (arguments.json, arguments.work / _JOB):
-        if path:
-            files.check_result_place(path)
-
-
 def fill_in(arguments: argparse.Namespace, usual: dict[str, Any]) -> None:
-    """What was not said, as usual on this machine; micro batches that fit into the global batch."""
+    """Set this machine's defaults, and the micro batches that fit into the global batch."""
     arguments.precision = arguments.precision or usual["precision"]
     if arguments.attention_dropout is None:
         arguments.attention_dropout = usual["dropout"]
     arguments.global_batch = arguments.global_batch or usual["batch"]
     arguments.steps = arguments.steps or usual["steps"]
-    asked = sorted(set(arguments.micro_batches or usual["micro"]))
-    arguments.micro_batches = [micro for micro in asked if arguments.global_batch % micro == 0]
+    sizes = sorted(set(arguments.micro_batches or usual["micro"]))
+    arguments.micro_batches = [micro for micro in sizes if arguments.global_batch % micro == 0]
     if not arguments.micro_batches:
         raise ConfigError(
             f"--global-batch ({arguments.global_batch}) must be a multiple of one of the "
-            f"--micro-batches at least, and those are {asked}."
+            f"--micro-batches at least, and those are {sizes}."
         )
 
 
 def _job(arguments: argparse.Namespace) -> Job:
-    from benchmarks.peers.step_contestant import Job
-    from benchmarks.side_by_side import step_cells
+    from benchmarks.harness.peers.steps import Job
+    from benchmarks.harness.train_step import cells as step_cells
     from geneformer_mcore.config import plan
 
     changes = [
@@ -155,18 +148,20 @@ def _job(arguments: argparse.Namespace) -> Job:
 
 
 def _measure(arguments: argparse.Namespace, job: Job, on_gpu: bool) -> int:
-    from benchmarks.side_by_side import step_rounds, step_rows
+    from benchmarks.harness.train_step import rows as step_rows
+    from benchmarks.harness.train_step.turn import fastest, tune
 
-    kinds = {
-        name: kind for name, kind in contestants().items() if name in (arguments.only or NAMES)
-    }
+    chosen = arguments.only or NAMES
+    kinds = {name: kind for name, kind in contestants().items() if name in chosen}
     labels = {name: kind.label for name, kind in kinds.items()}
-    failures = {name: kind.why_not(job, on_gpu) for name, kind in kinds.items()}
-    failures = {name: why for name, why in failures.items() if why}
+    reasons = {name: kind.why_not(job, on_gpu) for name, kind in kinds.items()}
+    failures = {name: why for name, why in reasons.items() if why}
     sizes, turn = arguments.micro_batches, partial(_turn, arguments.work)
-    tuning = step_rounds.tune(turn, labels, sizes, failures)
-    micro = {name: step_rounds.fastest(tried, sizes) for name, tried in tuning.items()}
-    turns = step_rounds.all_turns(turn, labels, micro, arguments.rounds, failures)
+    tuning = tune(turn, labels, sizes, failures)
+    micro = {name: fastest(tried, sizes) for name, tried in tuning.items()}
+    turns = in_rounds(
+        lambda name, _: turn(name, micro[name]), labels, arguments.rounds, failures, step_rows.rate
+    )
     rows = [
         step_rows.row(
             *(name, kind, turns[name], micro[name], tuning[name]),
@@ -179,46 +174,30 @@ def _measure(arguments: argparse.Namespace, job: Job, on_gpu: bool) -> int:
     conditions = _conditions(arguments, job)
     print(f"\n{step_rows.table(rows)}\n\n{conditions}\n{step_rows.LEGEND}")
     if arguments.json:
-        from geneformer_mcore.metrics.provenance import provenance
-
         content = {"rows": rows, "conditions": conditions, "settings": job.changes}
-        files.save_json(arguments.json, content | provenance())
+        save_results(arguments.json, content)
     return 0
 
 
 def _turn(work: Path, name: str, micro: int) -> tuple[dict[str, Any], str]:
-    """(what a turn in a process of its own has found, why it failed). Kept at once, so that a
+    """(the measurements of a turn in a process of its own, why it failed). Kept at once, so that a
     comparison that is broken off leaves what it had."""
-    found, why = _in_a_process(work, name, micro)
+    command = [sys.executable, str(Path(__file__).resolve()), "--work", str(work)]
+    command += ["--cells", str(work), "--turn", f"{name}:{micro}"]
+    why = why_failed(command, TIMEOUT_S)
+    found = {} if why else json.loads((work / _RESULT).read_text())
     with (work / _TURNS).open("a") as turns:
         turns.write(json.dumps({"name": name, "micro_batch": micro, "why_not": why} | found) + "\n")
     return found, why
 
 
-def _in_a_process(work: Path, name: str, micro: int) -> tuple[dict[str, Any], str]:
-    command = [sys.executable, str(Path(__file__).resolve()), "--work", str(work)]
-    command += ["--cells", str(work), "--turn", f"{name}:{micro}"]
-    try:
-        ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {}, f"not done after {TIMEOUT_S} s"
-    if ended.returncode == 0:
-        return json.loads((work / _RESULT).read_text()), ""
-    if ended.returncode < 0:
-        return {}, f"ended by signal {-ended.returncode}, as by want of memory"
-    lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
-    return {}, lines[-1].replace(str(ROOT), ".")
-
-
 def _child(arguments: argparse.Namespace) -> int:
-    from benchmarks.peers.step_contestant import Job
-    from benchmarks.side_by_side.step_turn import take_turn
+    from benchmarks.harness.peers.steps import Job
+    from benchmarks.harness.train_step.turn import take_turn
 
     name, _, micro = arguments.turn.partition(":")
-    asked = json.loads((arguments.work / _JOB).read_text())
-    job = Job(**(asked | {"changes": tuple(asked["changes"])}))
+    task = json.loads((arguments.work / _JOB).read_text())
+    job = Job(**(task | {"changes": tuple(task["changes"])}))
     files.save_json(arguments.work / _RESULT, take_turn(contestants()[name], job, int(micro)))
     return 0
 
@@ -235,14 +214,12 @@ def _conditions(arguments: argparse.Namespace, job: Job) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--cells", type=Path, nargs="+", required=True, metavar="PATH", help="flat copy, or counts")
     add("--vocabulary", type=Path, metavar="FILE.json", help="of counts; default: their own genes")
     add("--work", type=Path, default=ROOT / "build" / "train_step", help="for what is made")
-    add("--make", action="store_true", help="make the flat copy, say where it is, and end")
+    add("--make", action="store_true", help="make the flat copy, print where it is, and end")
     add("--model", choices=CONFIGS, default="10m")
     add("--precision", choices=["fp32", "bf16"], help="default: bf16 on a GPU, else fp32")
     add("--attention-dropout", type=float, help="default: the card's on a GPU, else 0")

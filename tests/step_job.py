@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.peers.step_contestant import Job
+from benchmarks.harness.peers.steps import Job
 from geneformer_mcore.store.local_cache import ensure
 from tests.distributed import toy
 

@@ -1,6 +1,5 @@
 """Contestants of benchmarks/train_step.py learn the same from the same cells; the checks of
-benchmarks/gpu_session.py tell right from wrong; a measured model of benchmarks/tflops.py is let go.
-"""
+benchmarks/gpu_session.py find wrong attention; tflops.py lets go of a measured model."""
 
 from __future__ import annotations
 
@@ -17,12 +16,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.peers.all_steps import HF_DYNAMIC, HF_PADDED, contestants
-from benchmarks.peers.step_contestant import Job, StepContestant
-from benchmarks.side_by_side import session_dropout, session_model, tflops_steps
-from benchmarks.side_by_side.step_cells import StepCells
-from benchmarks.side_by_side.tflops_grid import Setting
-from benchmarks.side_by_side.tflops_run import Conditions
+from benchmarks.harness.peers.steps import HF_DYNAMIC, HF_PADDED, Job, StepContestant, contestants
+from benchmarks.harness.session import numerics
+from benchmarks.harness.tflops import run as tflops_run
+from benchmarks.harness.tflops.settings import Conditions, Setting
+from benchmarks.harness.train_step.cells import StepCells
 from geneformer_mcore.backends import is_available
 from geneformer_mcore.config.sections import ParallelConfig
 from geneformer_mcore.distributed import groups
@@ -36,15 +34,14 @@ from tests.step_job import job_in
 
 PADDED_SHAPE = ModelShape(4, 32, 64, 1024)
 """As multiplied: the vocabulary is rounded up."""
-HERE = ("ours_padded", "megatron") + (
-    (HF_DYNAMIC, "hf_grouped", HF_PADDED) if is_available("transformers") else ()
-)
-"""What can run on a CPU."""
+HF = (HF_DYNAMIC, "hf_grouped", HF_PADDED) if is_available("transformers") else ()
+HERE = ("ours_padded", "megatron", *HF)
+"""Those that run on a CPU."""
 LENGTH = 64
+PRECISIONS = ("fp32", "bf16")
 
 
 def changed(job: Job, *changes: str) -> Job:
-    """The same with other settings."""
     return replace(job, changes=(*job.changes, *changes))
 
 
@@ -62,18 +59,12 @@ class Found(NamedTuple):
     seen: list[tuple[list[int], list[int]]]
     """(tokens as shown, labels) of every cell of two steps, sorted."""
     counted: tuple[float, Workload, Workload]
-    """FLOPs of a step as torch counts them, what it says it computes on, what is needed."""
+    """FLOPs of a step as torch counts them, computed work by its own account, needed work."""
 
 
-def losses_of(job: Job, name: str, micro_batch: int = 8) -> list[float]:
+def losses_of(job: Job, name: str, micro_batch: int = 8, repeats: int = 6) -> list[float]:
     one = made(job, name, micro_batch)
-    placed = [one.placed(one.batches(number)) for number in (0, 1)] * 6
-    return [one.step(each) for each in placed]
-
-
-def first_loss(job: Job, name: str, micro_batch: int) -> float:
-    one = made(job, name, micro_batch)
-    return one.step(one.placed(one.batches(0)))
+    return [one.step(each) for each in [one.placed(one.batches(n)) for n in (0, 1)] * repeats]
 
 
 def seen(batches: list[Batch]) -> Iterator[tuple[list[int], list[int]]]:
@@ -101,15 +92,12 @@ def all_found(job: Job) -> dict[str, Found]:
     return {
         name: Found(
             {each: losses_of(changed(job, f"train.precision={each}"), name) for each in PRECISIONS},
-            [first_loss(job, name, micro_batch) for micro_batch in (2, 16)],
+            [losses_of(job, name, micro_batch, repeats=1)[0] for micro_batch in (2, 16)],
             sorted(seen([batch for step in (0, 1) for batch in made(job, name).batches(step)])),
             counted(plain, name),
         )
         for name in HERE
     }
-
-
-PRECISIONS = ("fp32", "bf16")
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +148,7 @@ def test_what_is_computed_is_what_torch_counts(found: dict[str, Found], name: st
 
 
 class StandInLayer(torch.nn.Module):
-    """What Transformer Engine's layer is, as far as a CPU can show."""
+    """Transformer Engine's layer, as far as a CPU can show."""
 
     def __init__(self, width: int, ffn: int, heads: int, **known: Any) -> None:
         super().__init__()
@@ -206,10 +194,10 @@ def differences_with_wrong_scores() -> list[bool]:
             return right(self, query * by, *others)
 
         backends.SdpaAttention._attend = wrong  # type: ignore[method-assign]
-        configs = [session_model.config_of(name, precision, LENGTH) for name in ("plain", "sdpa")]
-        plain, off = (session_model.differences(each, packed, toy.CPU) for each in configs)
-        found += [session_model.alike(off, plain)]
-        found += [session_model.alike(plain | {"loss": float("nan")}, plain)]
+        configs = [numerics.config_of(name, precision, LENGTH) for name in ("plain", "sdpa")]
+        plain, off = (numerics.differences(each, packed, toy.CPU) for each in configs)
+        nan = plain | {"loss": float("nan")}
+        found += [numerics.alike(each, plain) for each in (off, nan)]
     return found
 
 
@@ -217,8 +205,8 @@ def wrong_dropouts() -> list[bool]:
     """Whether each is taken for sound: none wrong, half of the share, other values backward than
     forward, the same in every call."""
     begin()
-    config = session_model.config_of("blockwise", "fp32", LENGTH, dropout=0.1)
-    stage = session_model.stage_of(config, toy.CPU)
+    config = numerics.config_of("blockwise", "fp32", LENGTH, dropout=0.1)
+    stage = numerics.stage_of(config, toy.CPU)
     drop, back = blockwise.drop, blockwise.softmax_backward
     faults: list[tuple[str, Callable[..., Any]]] = [
         ("drop", drop),
@@ -230,9 +218,8 @@ def wrong_dropouts() -> list[bool]:
     for name, fault in faults:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(blockwise, name, fault)
-            found.append(
-                session_dropout.sound(session_dropout.statistics(stage, True, LENGTH, toy.CPU))
-            )
+            statistics = numerics.dropout_of(stage, True, LENGTH, toy.CPU)
+            found.append(numerics.dropout_is_sound(statistics))
     return found
 
 
@@ -242,13 +229,13 @@ def test_wrong_attention_and_wrong_dropout_are_seen() -> None:
 
 
 def still_there() -> list[bool]:
-    """Whether model and optimizer are, after they were measured and after they failed to be."""
+    """Whether model and optimizer are, after they were measured and after that failed."""
     groups.build_groups(ParallelConfig())
     conditions = Conditions(seq_length=16, num_micro_batches=1, steps=1, warmup=0)
     setting = Setting("10m", "fp32", "padded", 0, "sdpa", 0.0, 1)
     config, cells = conditions.config(setting), conditions.cells(setting)
     kept: list[weakref.ref] = []
-    make: Callable[..., Any] = tflops_steps._trainable
+    make: Callable[..., Any] = tflops_run._trainable
 
     def watched(*given: object) -> Any:
         trainable = make(*given)
@@ -258,11 +245,11 @@ def still_there() -> list[bool]:
     def failing(*_: object) -> Any:
         raise MemoryError
 
-    tflops_steps._trainable = watched
-    tflops_steps.measure(config, cells, toy.CPU, 0, 1)
-    tflops_steps.train_step = failing
+    tflops_run._trainable = watched
+    tflops_run.measure(config, cells, toy.CPU, 0, 1)
+    tflops_run.train_step = failing
     with pytest.raises(MemoryError):
-        tflops_steps.measure(config, cells, toy.CPU, 0, 1)
+        tflops_run.measure(config, cells, toy.CPU, 0, 1)
     gc.collect()
     return [each() is not None for each in kept]
 

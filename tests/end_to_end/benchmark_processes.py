@@ -57,7 +57,7 @@ def _benchmark(script: list[str], printed: str, change: dict[str, Any]) -> None:
 def _become(
     script: list[str], out: int, errors: int, cwd: Any, env: Mapping[str, str] | None
 ) -> NoReturn:
-    """What a fresh interpreter would do with a script of this project."""
+    """Run a script of this project as a fresh interpreter would."""
     code: Any = 1
     try:
         os.dup2(out, 1)

@@ -19,10 +19,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from benchmarks import gpu_session, ingest, real_job, tflops, tokenize, train_step
-from benchmarks.side_by_side import cells, step_cells
-from benchmarks.side_by_side.session_parts import ENDED, FAILED, LATE, NOT_BEGUN, Part, run_all
-from benchmarks.side_by_side.versions import version_of
+from benchmarks import gpu_session, tflops, tokenize, train_step
+from benchmarks.harness.common import version_of
+from benchmarks.harness.loader import cells
+from benchmarks.harness.session.parts import ENDED, FAILED, LATE, NOT_BEGUN, Part, run_all
+from benchmarks.harness.train_step import cells as step_cells
 from geneformer_mcore.errors import DataError, GeneformerError
 from tests.distributed import toy
 from tests.end_to_end.benchmark_processes import ROOT, forked
@@ -55,12 +56,12 @@ def small(tmp_path: Path) -> dict[str, Any]:
     """Changes that make models and pools of cells small, and waits short."""
     (tmp_path / "toy.yaml").write_text(SIZES)
     return {
-        "benchmarks.side_by_side.sizes:CONFIGS": {"10m": tmp_path / "toy.yaml"},
-        "benchmarks.side_by_side.cells:POOL_CELLS": 40,
-        "benchmarks.side_by_side.cells:_GENES": 300,
-        "benchmarks.side_by_side.turn:MIN_S": 0.0,
-        "benchmarks.side_by_side.tflops_run:measured_peak": peak,
-        "benchmarks.side_by_side.session_check:measured_peak": peak,
+        "benchmarks.harness.common:CONFIGS": {"10m": tmp_path / "toy.yaml"},
+        "benchmarks.harness.loader.cells:POOL_CELLS": 40,
+        "benchmarks.harness.loader.cells:_GENES": 300,
+        "benchmarks.harness.loader.turn:MIN_S": 0.0,
+        "benchmarks.harness.tflops.run:measured_peak": peak,
+        "benchmarks.harness.session.check:measured_peak": peak,
     }
 
 
@@ -98,6 +99,17 @@ def test_a_fresh_interpreter_starts_a_benchmark() -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
 
 
+def started(
+    name: str, monkeypatch: pytest.MonkeyPatch, *words: object, **change: object
+) -> int | None:
+    """The exit code of a benchmark's `main` in this process, with some of its names changed."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    for key, value in change.items():
+        monkeypatch.setattr(module, key, value)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+    return module.main()
+
+
 REFUSED = [
     ("loader", "--work . --runs 0 --cells 63", "--cells must be at least 64, and is 63."),
     ("loader", "--work . --only nobody", "no nobody; there are counts_soma_dense"),
@@ -123,10 +135,9 @@ def test_what_cannot_be_measured_is_refused_at_once(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words.split()])
     monkeypatch.setattr(train_step, "ROOT", tmp_path)
     with pytest.raises(GeneformerError, match=re.escape(message)):
-        importlib.import_module(f"benchmarks.{name}").main()
+        started(name, monkeypatch, *words.split())
 
 
 def test_cells_that_do_not_suit_are_refused(tmp_path: Path) -> None:
@@ -144,9 +155,8 @@ def test_tokenize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "POOL_CELLS", 40)
     monkeypatch.setattr(cells, "_GENES", 300)
     out, picture = tmp_path / "new" / "out.json", tmp_path / "out.png"
-    words = ["--cells", "96", "--runs", "2", "--json", out, "--png", picture]
-    monkeypatch.setattr(sys, "argv", ["tokenize.py", *map(str, words)])
-    assert tokenize.main() == 0
+    words = ("--cells", 96, "--runs", 2, "--json", out, "--png", picture)
+    assert started("tokenize", monkeypatch, *words) == 0
     kept = read(out)
     ours, *others = kept["rows"]
     assert (ours["name"], ours["cells_that_differ"]) == (tokenize.OURS, 0)
@@ -154,16 +164,14 @@ def test_tokenize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept["goals"][0]["value"] == ours["cells_per_s"] / others[0]["cells_per_s"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     rows = [tokenize.Row(row["name"], 1.0, 1.0, 1, []) for row in kept["rows"]]
-    monkeypatch.setattr(tokenize, "measure", lambda *_: rows)
-    assert tokenize.main() == 1, "a list of ours that is not exact"
+    code = started("tokenize", monkeypatch, *words, measure=lambda *_: rows)
+    assert code == 1, "a list of ours that is not exact"
 
 
 def test_ingest(tmp_path: Path, counts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest, "SETS", (1, 2))
     out, work = tmp_path / "r.json", tmp_path / "work"
-    words = ["--cells", "100", "--workers", "1", "--work", work, "--json", out, counts]
-    monkeypatch.setattr(sys, "argv", ["ingest.py", *map(str, words)])
-    ingest.main()
+    words = ("--cells", 100, "--workers", 1, "--work", work, "--json", out, counts)
+    started("ingest", monkeypatch, *words, SETS=(1, 2))
     runs = read(out)["runs"]
     assert [run["cells"] for run in runs] == [100, 200]
     for run in runs:
@@ -239,7 +247,7 @@ def test_a_gpu_session_with_tflops_and_train_step(tmp_path: Path, small: dict[st
         assert row["tokens_per_cell"] == pytest.approx(40, rel=0.5)
     assert table["rows"][1]["fill"] > table["rows"][0]["fill"]
     assert len(table["skipped"]) == 2
-    assert "TFLOPS padded-eq." in (out / "tflops_10m.log").read_text()
+    assert "TFLOPS, padded-equivalent" in (out / "tflops_10m.log").read_text()
     steps = {row["name"]: row for row in read(out / "train_step_10m.json")["rows"]}
     ours = steps["ours_packed"]
     assert ours["cells_per_s"] == ours["rounds"][0] == 4 / sum(ours["step_s"][0])
@@ -284,6 +292,5 @@ def test_parts_on_a_gpu_are_commands_with_known_options(
 def test_real_job_without_its_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["real_job.py", str(tmp_path)])
-    assert real_job.main() == 0
+    assert started("real_job", monkeypatch, tmp_path) == 0
     assert "skipped: the real cells are not here" in capsys.readouterr().out

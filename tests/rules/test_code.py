@@ -19,8 +19,8 @@ MOST_FILE_LINES, MOST_FUNCTION_LINES = 600, 60
 VAGUE_NAMES = {"utils.py", "util.py", "helpers.py", "helper.py", "misc.py", "common.py"}
 
 BARE = (
-    *("tflops.py", "train_step.py", "gpu_session.py", "peers/steps_*.py"),
-    *(f"side_by_side/{name}_*.py" for name in ("step", "tflops", "session")),
+    *("tflops.py", "train_step.py", "gpu_session.py", "harness/peers/steps*.py"),
+    *(f"harness/{name}/*.py" for name in ("tflops", "train_step", "session")),
 )
 """Benchmarks, and what they import inside functions, that run where only torch, Megatron-Core,
 numpy, numba and OmegaConf are installed."""

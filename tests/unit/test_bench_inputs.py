@@ -1,4 +1,4 @@
-"""What benchmarks are given: cells, formats, lengths; peers that compute the same from them."""
+"""Inputs of benchmarks: cells, formats, lengths; peers that compute the same from them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,13 @@ import torch
 from scipy import sparse
 
 from benchmarks import cell_types
-from benchmarks.peers.bionemo_tokeniser import BioNeMoTokeniser
-from benchmarks.peers.exact_tokens import exact_tokens
-from benchmarks.peers.hf_tokeniser import HFTokeniser
-from benchmarks.peers.masking import IGNORED, masked, sums_of_masked
-from benchmarks.peers.padding import padded, sums_of_padded
-from benchmarks.peers.token_files import tokens_dense, tokens_h5ad
-from benchmarks.side_by_side.cells import Cells
-from benchmarks.side_by_side.prepared import write
-from benchmarks.side_by_side.shuffle_quality import quality, two_epochs
-from benchmarks.side_by_side.tflops_cells import FULL
-from benchmarks.side_by_side.tflops_grid import MEAN_TOKENS, Asked, Setting, grid
-from benchmarks.side_by_side.tflops_run import Conditions, possible
+from benchmarks.harness.loader.cells import Cells, write
+from benchmarks.harness.loader.turn import quality, two_epochs
+from benchmarks.harness.peers.contestant import padded, sums_of_padded, tokens_dense, tokens_h5ad
+from benchmarks.harness.peers.loaders import IGNORED, masked, sums_of_masked
+from benchmarks.harness.peers.tokenisers import BioNeMoTokeniser, HFTokeniser, exact_tokens
+from benchmarks.harness.tflops import settings
+from benchmarks.harness.tflops.run import possible
 from benchmarks.tokenize import num_different
 from geneformer_mcore.types import CLS, MASK, NUM_SPECIALS, PAD
 from tests.small_cells import gene_id, plain_tokens, random_counts, vocabulary_of
@@ -44,18 +39,17 @@ def test_every_tokeniser_gives_the_exact_lists(rng: np.random.Generator, tied: b
         vocabulary = vocabulary_of(GENES, 0.1 + rng.random(GENES))
         columns[rng.random(GENES) < 0.2] = 0
     medians, dense = vocabulary.medians_of_token, counts.toarray().astype(np.float64)
-    known = {gene_id(i): int(token) for i, token in enumerate(columns) if token}
     names = [gene_id(i) for i in range(GENES)]
+    known = {names[i]: int(token) for i, token in enumerate(columns) if token}
     of_genes = {gene: float(medians[token]) for gene, token in known.items()}
     for seq_length in (5, 2048):
         exact = exact_tokens(counts, columns, medians, seq_length)
         plain = [plain_tokens(row, columns, vocabulary, seq_length) for row in dense]
         assert num_different(exact, plain) == 0
         hf = HFTokeniser(columns, medians, seq_length, stable=tied)
-        ways = [hf.by_rows, hf.lean]
-        if not tied:
-            ways.append(BioNeMoTokeniser(names, known, of_genes, seq_length).encode)
-        assert [num_different(encode(counts), exact) for encode in ways] == [0] * len(ways)
+        bionemo = BioNeMoTokeniser(names, known, of_genes, seq_length)
+        for encode in (hf.by_rows, hf.lean, *([] if tied else [bionemo.encode])):
+            assert num_different(encode(counts), exact) == 0, encode
     if tied:
         for found, row in zip(HFTokeniser(columns, medians, 2048).lean(counts), dense, strict=True):
             assert np.all(np.diff(row[found[1:] - NUM_SPECIALS]) <= 0), "ranked, whatever the ties"
@@ -86,23 +80,24 @@ def test_every_format_holds_the_same_tokens(rng: np.random.Generator, tmp_path: 
 def test_peers_pad_and_mask_as_ours() -> None:
     cells = [np.arange(70, dtype=np.uint16), np.array([0, 9], np.uint16)]
     tokens = padded(cells)
-    assert tokens.shape == (2, 128)
-    assert tokens[0].tolist() == [*range(70), *[PAD] * 58]
-    assert tokens[1].tolist() == [0, 9, *[PAD] * 126]
+    assert tokens.tolist() == [[*range(70), *[PAD] * 58], [0, 9, *[PAD] * 126]]
     assert torch.equal(padded([cell[1:] for cell in cells], with_cls=False), tokens)
     assert sums_of_padded(tokens).tolist() == [sum(range(70)) - PAD, 9]
     torch.manual_seed(0)
     tokens = padded([np.arange(5, 2052, dtype=np.uint16)] * 64, with_cls=False)
     tokens[:, 1500:] = PAD
     seen, labels = masked(tokens)
-    asked = labels != IGNORED
-    assert torch.equal(labels[asked], tokens[asked])
-    assert torch.equal(seen[~asked], tokens[~asked])
-    assert not asked[:, 0].any(), "[CLS] is never asked for"
-    assert not asked[:, 1500:].any()
-    assert asked[:, 1:1500].double().mean() == pytest.approx(0.15, abs=0.01)
-    assert (seen[asked] == MASK).double().mean() == pytest.approx(0.8, abs=0.01)
-    assert (seen[asked] == tokens[asked]).double().mean() == pytest.approx(0.18, abs=0.01)
+    predicted = labels != IGNORED
+    assert torch.equal(labels[predicted], tokens[predicted])
+    assert torch.equal(seen[~predicted], tokens[~predicted])
+    assert not predicted[:, 0].any(), "[CLS] is never predicted"
+    assert not predicted[:, 1500:].any()
+    for found, share in (
+        (predicted[:, 1:1500], 0.15),
+        (seen[predicted] == MASK, 0.8),
+        (seen[predicted] == tokens[predicted], 0.18),
+    ):
+        assert found.double().mean() == pytest.approx(share, abs=0.01)
     assert np.array_equal(sums_of_masked((seen, labels)), sums_of_padded(tokens))
 
 
@@ -125,13 +120,15 @@ def test_a_uniform_shuffle_measures_one_and_source_order_nothing() -> None:
 
 
 def test_rows_of_tflops() -> None:
-    asked = Asked(["106m", "10m"], ["bf16"], ["padded", "packed"], [], ["te", "flash"], [None], [])
-    rows = grid(asked, on_gpu=True)
+    both = ["padded", "packed"]
+    wanted = settings.Requested(["106m", "10m"], ["bf16"], both, [], ["te", "flash"], [None], [])
+    rows = settings.grid(wanted, on_gpu=True)
     assert len(set(rows)) == len(rows) == 8
-    assert rows[0] == Setting("106m", "bf16", "padded", FULL, "te", None, 16)
-    assert rows[-1] == Setting("10m", "bf16", "packed", MEAN_TOKENS, "flash", None, 32)
-    conditions = Conditions(seq_length=2048, num_micro_batches=1, steps=3, warmup=1)
-    padded = Setting("10m", "fp32", "padded", FULL, "sdpa", 0.0, 2)
+    full, mean = settings.FULL, settings.MEAN_TOKENS
+    assert rows[0] == settings.Setting("106m", "bf16", "padded", full, "te", None, 16)
+    assert rows[-1] == settings.Setting("10m", "bf16", "packed", mean, "flash", None, 32)
+    conditions = settings.Conditions(seq_length=2048, num_micro_batches=1, steps=3, warmup=1)
+    padded = settings.Setting("10m", "fp32", "padded", full, "sdpa", 0.0, 2)
     configs, reasons = possible([padded, rows[-1]], conditions, torch.device("cpu"))
     assert list(configs) == [padded]
     assert "needs an NVIDIA GPU and 16 bits" in reasons[rows[-1]]

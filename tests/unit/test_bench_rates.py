@@ -15,20 +15,17 @@ import pytest
 from scipy import sparse
 
 from benchmarks import ingest, perturb, tokenize
-from benchmarks.peers.all import CONTESTANTS
-from benchmarks.peers.all_steps import HF_DYNAMIC, contestants
-from benchmarks.peers.contestant import COUNTS, Contestant, shuffled_batches
-from benchmarks.side_by_side import step_rows, turn
-from benchmarks.side_by_side.cells import Cells
-from benchmarks.side_by_side.goals import Goal, best, ratio
-from benchmarks.side_by_side.loader_rows import goals_of, row, table
-from benchmarks.side_by_side.prepared import Truth
-from benchmarks.side_by_side.step_rounds import all_turns, fastest, tune
-from benchmarks.side_by_side.tflops_cells import FULL, made_up
-from benchmarks.side_by_side.tflops_grid import Setting
-from benchmarks.side_by_side.tflops_rows import row as tflops_row
-from benchmarks.side_by_side.tflops_run import Conditions
-from benchmarks.side_by_side.tflops_steps import Measured, Step
+from benchmarks.harness.common import Goal, best, in_rounds, ratio
+from benchmarks.harness.loader import turn
+from benchmarks.harness.loader.cells import Cells, Truth
+from benchmarks.harness.loader.rows import goals_of, row, table
+from benchmarks.harness.peers.contestant import COUNTS, Contestant, shuffled_batches
+from benchmarks.harness.peers.loaders import CONTESTANTS
+from benchmarks.harness.peers.steps import HF_DYNAMIC, contestants
+from benchmarks.harness.tflops.run import Measured, Step, numbers
+from benchmarks.harness.tflops.settings import FULL, Conditions, Setting
+from benchmarks.harness.train_step import rows as step_rows
+from benchmarks.harness.train_step.turn import fastest, tune
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.model.flops import (
     ModelShape,
@@ -52,15 +49,16 @@ def test_a_goal_says_whether_it_is_met() -> None:
 def test_tokenisers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rounds of ours take 1, 2 and 8 seconds, of the other 4 each, for eight cells."""
     times = itertools.chain.from_iterable((0, each) for each in (1, 4, 2, 4, 8, 4))
-    clock = SimpleNamespace(process_time=lambda: next(times))
-    counts = sparse.csr_matrix(np.eye(8, 9, dtype=np.float32))
-    cells = Cells(counts, [""] * 9, np.zeros(8), vocabulary_of(9))
+    cells = Cells(sparse.csr_matrix(np.eye(8, 9)), [""] * 9, np.zeros(8), vocabulary_of(9))
     exact = [np.array([0, token]) for token in range(8)]
     wrong = [*exact[:7], np.array([7, 0])]
-    monkeypatch.setattr(tokenize, "time", clock)
-    monkeypatch.setattr(tokenize, "exact_tokens", lambda *_: exact)
     ways = {tokenize.OURS: lambda _: exact, tokenize.LEAN: lambda _: wrong}
-    monkeypatch.setattr(tokenize, "tokenisers", lambda _: ways)
+    for name, value in {
+        "time": SimpleNamespace(process_time=lambda: next(times)),
+        "exact_tokens": lambda *_: exact,
+        "tokenisers": lambda _: ways,
+    }.items():
+        monkeypatch.setattr(tokenize, name, value)
     ours, lean = tokenize.measure(cells, cells, 3)
     assert ours == tokenize.Row(tokenize.OURS, 4, 250_000, 0, [8, 4, 1])
     assert lean == tokenize.Row(tokenize.LEAN, 2, 500_000, 1, [2, 2, 2])
@@ -70,16 +68,9 @@ def test_tokenisers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(cells: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "cells": cells,
-        "seconds": cells / 4000,
-        "cells_per_s": 4000,
-        "peak_pss_gb": 0.5,
-        "tokenising_s": cells / 8000,
-        "writing_s": cells / 20_000,
-        "input_bytes": cells * 1000,
-        "store_bytes": cells * 3000,
-    } | changes
+    times = {"seconds": cells / 4000, "tokenising_s": cells / 8000, "writing_s": cells / 20_000}
+    sizes = {"input_bytes": cells * 1000, "store_bytes": cells * 3000, "peak_pss_gb": 0.5}
+    return {"cells": cells, "cells_per_s": 4000} | times | sizes | changes
 
 
 def test_ingest() -> None:
@@ -102,35 +93,6 @@ def test_ingest() -> None:
     assert ingest._phase_s("writing rows", printed) == 0.1, "rounded to nothing by build_store.py"
 
 
-class Fake(Contestant):
-    """Rows of a uniform shuffle; the sum of a cell's counts is its row."""
-
-    label, table, package = "fake", COUNTS, "fake"
-
-    def __init__(self, data: Any) -> None:
-        self.num_cells = len(data)
-
-    def epoch(self, number: int) -> Iterator[Any]:
-        return iter(shuffled_batches(self.num_cells, number))
-
-    def cells(self, batch: Any) -> np.ndarray:
-        return batch
-
-    def sums(self, batch: Any) -> np.ndarray:
-        return batch.astype(float)
-
-
-class FakeData:
-    """As many cells; cell n has n + 1 tokens."""
-
-    def __init__(self, num_cells: int) -> None:
-        rows = np.arange(num_cells)
-        self.truth = Truth(rows.astype(float), rows, rows + 1, rows // 2000, rows)
-
-    def __len__(self) -> int:
-        return len(self.truth.keys_N)
-
-
 def test_memory_is_summed_over_all_processes() -> None:
     hold = "b = bytearray(60_000_000); print(flush=True); input()"
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])"
@@ -145,11 +107,36 @@ def test_memory_is_summed_over_all_processes() -> None:
     assert 120_000_000 < found["pss"] <= found["rss"]
 
 
+class Fake(Contestant):
+    """Rows of a uniform shuffle; the sum of a cell's counts is its row."""
+
+    label, table, package = "fake", COUNTS, "fake"
+
+    def __init__(self, data: Any) -> None:
+        self.num_cells = len(data)
+
+    def epoch(self, number: int) -> Iterator[Any]:
+        return ((rows, rows) for rows in shuffled_batches(self.num_cells, number))
+
+    def sums(self, batch: Any) -> np.ndarray:
+        return batch[1].astype(float)
+
+
+class FakeData:
+    """As many cells; cell n has n + 1 tokens."""
+
+    def __init__(self, num_cells: int) -> None:
+        rows = np.arange(num_cells)
+        self.truth = Truth(rows.astype(float), rows, rows + 1, rows // 2000, rows)
+
+    def __len__(self) -> int:
+        return len(self.truth.keys_N)
+
+
 def test_a_turn_of_a_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes on by a second whenever it is read: two epochs in four seconds."""
-    ticks = itertools.count()
+    ticks, cpu = itertools.count(), iter([10.0, 10.5])
     monkeypatch.setattr(turn, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    cpu = iter([10.0, 10.5])
     monkeypatch.setattr(turn, "_cpu_s", lambda: next(cpu))
     monkeypatch.setattr(turn, "MIN_S", 3.0)
     data: Any = FakeData(4096)
@@ -162,35 +149,20 @@ def test_a_turn_of_a_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["peak_mib"] > 10
     data.truth.count_sums_N[77] += 1
     with pytest.raises(DataError, match="1 cells hold something else"):
-        turn._checked(Fake(data), data, [np.arange(4096)])
+        turn.checked(Fake(data), data, [np.arange(4096)])
 
 
 def test_loaders() -> None:
     """Medians of turns; goals are ratios of them."""
+    measures = ("tokens_per_s", "cpu_us_per_cell", "first_batch_s", "peak_mib", "before_mib")
+    found: dict[str, Any] = dict(zip(measures, (1e6, 9.0, 0.5, 900.0, 1.0), strict=True))
     shuffle = dict.fromkeys(("blocks", "datasets", "distance", "mates_again"), 1.0)
-    found = {
-        "tokens_per_s": 1e6,
-        "cpu_us_per_cell": 9.0,
-        "first_batch_s": 0.5,
-        "peak_mib": 900.0,
-        "before_mib": 1.0,
-        "cold_start_s": 1.0,
-        "epochs": 1,
-        "shuffle": shuffle | {"each_once": True, "epochs_differ": False},
-    }
+    shuffle |= {"each_once": True, "epochs_differ": False}
+    found |= {"cold_start_s": 1.0, "epochs": 1, "shuffle": shuffle}
     turns = [found | {"cells_per_s": each} for each in (10.0, 100.0, 700.0)]
-    rates = {
-        "counts_soma_dense": 2.0,
-        "counts_soma_sparse": 4.0,
-        "counts_scdl": 40.0,
-        "tokens_soma": 10.0,
-        "tokens_scdataset": 20.0,
-        "tokens_scdataset_array": 80.0,
-        "masked_scdl": 25.0,
-        "soma_tokenised": 3.0,
-        "ours_flat": 300.0,
-        "ours_h5ad": 6.0,
-    }
+    rates = {"counts_soma_dense": 2.0, "counts_soma_sparse": 4.0, "counts_scdl": 40.0}
+    rates |= {"tokens_soma": 10.0, "tokens_scdataset": 20.0, "tokens_scdataset_array": 80.0}
+    rates |= {"masked_scdl": 25.0, "soma_tokenised": 3.0, "ours_flat": 300.0, "ours_h5ad": 6.0}
     rows = [row("ours_store", turns, None), row("tokens_scdl", [], "not installed")]
     goals = goals_of([*rows, *({"name": name, "cells_per_s": rates[name]} for name in rates)])
     assert [goal.value for goal in goals[:9]] == [50, 25, 5, 2.5, 3.75, 12, 4, 2, None]
@@ -198,8 +170,7 @@ def test_loaders() -> None:
     text = table(rows)
     assert "not measured: bionemo-scdl, rows of token ids: not installed" in text
     (line,) = (line.split() for line in text.splitlines() if line.startswith("ours, SOMA"))
-    assert line[-12:-7] == ["100", "1.0", "M", "9.0", "0.50"]
-    assert line[-2:] == ["yes", "NO"]
+    assert " ".join(line[-12:]) == "100 0.50 900 1.00 yes **no** 1.0 M 9.0 1.00 1.00 1.0"
     for kinds in (CONTESTANTS, contestants()):
         assert len({kind.label for kind in kinds.values()}) == len(kinds)
 
@@ -216,10 +187,12 @@ def test_perturbations() -> None:
     head = 2 * 8 * (8 + 50) * 200
     about = {"mean_tokens": 826.4, "mean_tokens_measured": 731.1}
     found = perturb.in_json([ours, whole, other], about, shape, 200)
-    rows = found["rows"]
-    assert [each["variants_per_s"] for each in rows] == [0.5, 0.25, 0.25]
-    assert [each["variants_per_cpu_s"] for each in rows] == [1, 0.25, 1]
-    assert [each["flops_per_variant"] for each in rows] == [mine, states + head, states]
+    for key, expected in {
+        "variants_per_s": [0.5, 0.25, 0.25],
+        "variants_per_cpu_s": [1, 0.25, 1],
+        "flops_per_variant": [mine, states + head, states],
+    }.items():
+        assert [each[key] for each in found["rows"]] == expected
     assert [goal["value"] for goal in found["goals"]] == [2, 4, 2, 1]
     ratios = f"{(states + head) / mine:.2f} x, {states / mine:.2f} x"
     assert found["reading"][-2].endswith(f"model/flops.py: {ratios}")
@@ -228,15 +201,9 @@ def test_perturbations() -> None:
 
 
 def a_turn(seconds: float) -> dict[str, Any]:
-    return {
-        "seconds": [seconds / 2, seconds / 2],
-        "losses": [6.5, 6.4, 6.3],
-        "cells": 8,
-        "peak_mib": 100.0,
-        "about": "plain",
-        "needed": vars(Workload(400, 30_000, 60)),
-        "computed": vars(Workload(500, 40_000, 500)),
-    }
+    work = {"needed": vars(Workload(400, 30_000, 60)), "computed": vars(Workload(500, 40_000, 500))}
+    known = {"losses": [6.5, 6.4, 6.3], "cells": 8, "peak_mib": 100.0, "about": "plain"}
+    return {"seconds": [seconds / 2, seconds / 2]} | known | work
 
 
 def test_training_steps() -> None:
@@ -260,7 +227,7 @@ def test_training_steps() -> None:
     assert failed["not_measured"] == "it failed"
     text = step_rows.table(rows)
     assert "skipped: Megatron-Core BERT, padded to full length: it failed" in text
-    assert "2.00 (1.00..4.00)" in text
+    assert "**2.00** (1.00 to 4.00)" in text
 
 
 def test_each_contestant_keeps_its_fastest_micro_batch_and_takes_its_turns() -> None:
@@ -277,8 +244,13 @@ def test_each_contestant_keeps_its_fastest_micro_batch_and_takes_its_turns() -> 
     sizes = {name: fastest(tried, [1, 2, 4]) for name, tried in tuning.items()}
     assert sizes == {"a": 2, "b": 1, "c": 1}
     calls.clear()
-    turns = all_turns(turn, labels, sizes, 2, failures)
-    assert calls == [("a", 2)] * 2
+    failures.pop("c")
+    turns = in_rounds(
+        lambda name, _: turn("b" if name == "c" else name, sizes[name]),
+        *(labels, 2, failures, step_rows.rate),
+    )
+    assert calls == [("a", 2), ("b", 1), ("a", 2)], "who fails takes no further turn"
+    assert failures["c"] == "no memory"
     assert [len(each) for each in turns.values()] == [2, 0, 0]
 
 
@@ -291,15 +263,11 @@ def test_tflops() -> None:
     """Rates are of the mean work and the median time per token."""
     setting = Setting("10m", "fp32", "padded", FULL, "sdpa", 0.0, 2)
     config = Conditions(2048, num_micro_batches=1, steps=3, warmup=1).config(setting)
-    cells = made_up(FULL, 2048, 25_429)
     steps = [a_step(2.0, 100, 1.0), a_step(50.0, 200, 40.0), a_step(1.0, 600, 0.5)]
-    found = tflops_row(setting, config, cells, "sdpa", False, Measured(steps, 123.0), peak=1e12)
+    found = numbers(config, Measured(steps, 123.0), peak=1e12)
     assert (found["step_s"], found["device_s"], found["data_wait_fraction"]) == (2, 1, 0.25)
-    assert (found["cells_per_s"], found["tokens_per_s"], found["tokens_per_cell"]) == (
-        1,
-        2000,
-        2000,
-    )
+    rates = [found[key] for key in ("cells_per_s", "tokens_per_s", "tokens_per_cell")]
+    assert rates == [1, 2000, 2000]
     assert (found["fill"], found["peak_mib"]) == (0.8, 123)
     shape = ModelShape(6, 256, 512, 25_429)
     flops = executed_flops(shape, Workload(4000, 8_000_000, 300)) / 2
@@ -308,5 +276,5 @@ def test_tflops() -> None:
     padded = padded_equivalent_flops(shape, 2048)
     assert found["tflops_padded_equivalent"] * 1e12 == pytest.approx(padded)
     unlike = [a_step(s, 10, None, tokens) for s, tokens in ((1.0, 1000), (3.0, 3000), (9.0, 2000))]
-    found = tflops_row(setting, config, cells, "sdpa", True, Measured(unlike, 0.0), peak=1e12)
+    found = numbers(config, Measured(unlike, 0.0), peak=1e12)
     assert (found["tokens_per_s"], found["step_s"], found["device_s"]) == (1000, 2, None)

@@ -1,4 +1,4 @@
-"""benchmarks/scaling.py: the arithmetic of a step on paper."""
+"""benchmarks/scaling.py: the arithmetic of an estimated step, and a small run."""
 
 from __future__ import annotations
 
@@ -11,78 +11,71 @@ import numpy as np
 import pytest
 
 from benchmarks import readme_tables, scaling
-from benchmarks.scaling_model import deals, feeding, lengths, pages, study
-from benchmarks.scaling_model.hardware import GPUS, MODELS, SEQ_LENGTH, Network
-from benchmarks.scaling_model.speed import speed
-from benchmarks.scaling_model.step import Assumptions, Job, all_reduce_s, step
+from benchmarks.harness import scaling_model
+from benchmarks.harness.common import RESULTS
+from benchmarks.harness.scaling_model import MODELS, Assumptions, Balance, Curve, Inputs, step
+from geneformer_mcore.errors import DataError
+
+CURVE = Curve((2048 * 16.0, 2048 * 32.0), (0.1, 0.16), (1000.0, 1600.0))
+INPUTS = Inputs({("106m", True): CURVE, ("106m", False): CURVE}, 1024.0, {}, 10_000.0, 5_000.0)
+
+
+def terms(packed: bool, nodes: int, balance: Balance, **assumed: object) -> dict[str, float]:
+    inputs = replace(INPUTS, balances={8 * nodes: balance})
+    return step(inputs, MODELS[1], packed, nodes, "H200", replace(Assumptions(), **assumed))
 
 
 def test_terms_by_hand() -> None:
     """1 GB of gradients, 2 nodes: 2 * 7/8 / 230 + 2 * 1/2 * (1/8) / 20 + 20 * 8 us, in seconds."""
-    assert all_reduce_s(1e9, 2, Network()) == pytest.approx(0.0076087 + 0.00625 + 0.00016, rel=1e-4)
-    job = Job(250_000_000, 2, 10.0, 2, 0.001, 1.5, 0.0, 1e12)
-    found = step(job, Assumptions(optimizer_s=0.002))
-    assert (found.compute_s, found.waiting_s) == pytest.approx((0.015, 0.005))
-    # Of the last of two micro batches 0.9 * 0.66 * 7.5 ms hide it.
-    assert found.exposed_s == pytest.approx(0.0140187 - 0.004455, rel=1e-4)
-    assert found.optimizer_s == pytest.approx(0.002 + 30 * 250e6 / 16 / 1e12)
-    assert found.gpu_s == found.compute_s + found.exposed_s + found.optimizer_s
-    assert found.step_s == pytest.approx(found.gpu_s / 0.96)
-    assert found.cells_per_s == pytest.approx(160 / found.step_s)
-    hidden = step(replace(job, cell_s=1.0), Assumptions())
-    assert hidden.exposed_s == pytest.approx(0.06 * hidden.all_reduce_s)
-    slow = step(replace(job, loader_s=0.5), Assumptions())
-    assert (slow.bound, slow.step_s) == ("loader", pytest.approx(0.5 / 0.96))
-
-
-def test_what_a_rank_executes_by_hand() -> None:
-    """Both ranks have rows of 128 positions. Of the second's, 98 hold nothing: one more piece for
-    attention."""
-    found = deals.packed(np.array([100, 30]), 2, SEQ_LENGTH, deals.Costs(1000, 10, 1))
-    first = 128_000 + 10 * (100**2 + 28**2) + 0.15 * 99
-    second = 128_000 + 10 * (30**2 + 98**2) + 0.15 * 29
-    assert found.flops == pytest.approx([first, second])
-    assert found.useful == pytest.approx([200_000 + 0.15 * 99, 39_000 + 0.15 * 29])
+    found = scaling_model.all_reduce_s(1e9, 2, Assumptions())
+    assert found == pytest.approx(0.0076087 + 0.00625 + 0.00016, rel=1e-4)
+    even, uneven = Balance(1.0, 1.0, 0.0), Balance(1.25, 2.0, 0.002)
+    # 128 full cells of a GPU are four passes of 32; 16 of 2 x 1,024 tokens are one of 16.
+    assert terms(False, 2, even)["compute_s"] == pytest.approx(4 * 0.16)
+    assert terms(False, 2, even)["origin"] == terms(False, 16, even)["origin"] == "measured"
+    small = terms(False, 16, even, overlap=0.0)
+    assert small["exposed_s"] == small["all_reduce_s"]
+    assert small["step_s"] == pytest.approx((0.1 + small["all_reduce_s"]) / 0.96)
+    assert small["cells_per_s"] == pytest.approx(2048 / small["step_s"])
+    assert small["hours"] == pytest.approx(115_430 * small["step_s"] / 3600)
+    assert terms(False, 16, even)["exposed_s"] == pytest.approx(0.06 * small["all_reduce_s"])
+    # Packed, half the tokens: below the measured steps, on their line, 0.04 s and 3.75 ms a cell.
+    packed = terms(True, 16, uneven)
+    assert (packed["origin"], packed["fixed_s"]) == ("extrapolated", pytest.approx(0.04))
+    assert packed["compute_s"] == pytest.approx(0.04 + 0.00375 * 8 * 1.25)
+    assert packed["waiting_s"] == pytest.approx(0.00375 * 8 * 0.25)
+    assert packed["peak_mib"] == pytest.approx(700)
+    assert packed["loader_s"] == pytest.approx(16 / 10_000 + 0.002)
+    slow = terms(True, 16, uneven, is_balanced=False, from_store=True)
+    assert slow["compute_s"] == pytest.approx(0.04 + 0.00375 * 16)
+    assert slow["step_s"] == pytest.approx((2048 / 5_000 + 0.002) / 0.96)
 
 
 def test_simulated_ranks_are_the_real_packing() -> None:
-    steps = list(deals.batches(lengths.made_up(), 2048, 3, seed=1))
-    packed, dealt = deals.simulate(steps, 128, 16 * SEQ_LENGTH, MODELS["106m"])
-    assert packed.tokens.max() <= pages.BAR
-    assert packed.micro_batches == dealt.micro_batches == 1
-    for values, power in ((dealt.tokens, 1), (dealt.squares, 2)):
-        work = [(cells.astype(float) ** power).reshape(16, 128).sum(0) for cells in steps]
-        assert values == pytest.approx([load.max() / load.mean() for load in work])
-    assert 1 < packed.factor < 1.02 < 1.1 < dealt.factor
-
-
-def test_measured_speeds_go_before_estimates(tmp_path: Path) -> None:
-    usual = {"model": "106m", "precision": "bf16", "attention_dropout": 0.1, "seq_length": 2048}
-    measured = ((16, 90.0, 2048.0), (64, 99.0, 2048.0), (16, 150.0, 1300.0))
-    names = ("micro_batch", "cells_per_s", "tokens_per_cell")
-    rows = [usual | dict(zip(names, each, strict=True)) for each in measured]
-    content = {"machine": "x, 1 x NVIDIA A100-SXM4-80GB", "rows": rows}
-    (tmp_path / "tflops_a100.json").write_text(json.dumps(content))
-    found = speed("A100", MODELS["106m"], tmp_path)
-    assert (found.cells_per_s, found.source) == (90.0, "measured: tflops_a100.json")
-    for gpu, model in (("A100", "10m"), ("H200", "106m")):
-        assert speed(gpu, MODELS[model], tmp_path).source.startswith("estimate, not measured")
+    lengths = np.random.default_rng(0).integers(20, 2048, 4096)
+    found = scaling_model.balance(lengths, 128, steps=3)
+    assert 1 < found.packed < 1.03 < 1.1 < found.dealt
+    assert found.pack_s > 0
 
 
 def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lengths, "DEMO_STORE", tmp_path / "none")
-    for name, value in {"CELLS": 4096, "REPEATS": 1}.items():
-        monkeypatch.setattr(feeding, name, value)
+    monkeypatch.setattr(scaling, "DEMO_STORE", tmp_path / "none")
     words = ["--steps", "1", "--json", tmp_path / "scaling.json", "--svg", tmp_path / "a.svg"]
     monkeypatch.setattr(sys, "argv", ["scaling.py", *map(str, words)])
     assert scaling.main() == 0
     found = json.loads((tmp_path / "scaling.json").read_text())
-    assert len(found["rows"]) == len(GPUS) * len(MODELS) * 2 * len(study.NODES)
-    for row in [*found["rows"], *(row for case in found["sensitivity"] for row in case["rows"])]:
-        terms = row["compute_s"] + row["exposed_s"] + row["optimizer_s"]
-        assert row["step_s"] == pytest.approx(max(terms, row["loader_s"]) / 0.96)
-        assert row["cells_per_s"] == pytest.approx(2048 / row["step_s"])
-    for name in pages.TABLES:
-        page = readme_tables.filled(f"<!-- table: {name} -->\n<!-- end table -->\n", tmp_path)
-        assert found["commit"] in page
+    rows = json.loads((RESULTS / scaling_model.H200).read_text())["rows"]
+    padded = next(each for each in found["layouts"] if not each["packed"] and each["nodes"] == 16)
+    assert padded["compute_s"] == rows[0]["step_s"], "16 full cells of the 106M model"
+    page = readme_tables.filled("<!-- table: scaling -->\n<!-- end table -->\n", tmp_path)
+    assert (
+        "| estimate, not measured | 10M padded | 10M packed | 106M padded | 106M packed |" in page
+    )
+    assert (
+        f"| cells/s on 128 H200 | {found['layouts'][0]['cells_per_s_of']['H200'][4]:,.0f} |" in page
+    )
+    assert "Estimates. Measured: steps of one H200" in page
     assert (tmp_path / "a.svg").read_bytes().count(b"<path") > 10
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--results", str(tmp_path)])
+    with pytest.raises(DataError, match="Remedy: python benchmarks/gpu_session"):
+        scaling.main()

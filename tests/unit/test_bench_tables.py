@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks import readme_tables
-from benchmarks.side_by_side import session_summary
+from benchmarks.harness.pages import TABLES
+from benchmarks.harness.session.parts import summarise
 from geneformer_mcore.errors import DataError
 
 
@@ -70,7 +71,7 @@ def test_tables_hold_what_was_measured_and_check_finds_what_is_old(
 
 
 def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
-    for name in readme_tables.TABLES:
+    for name in TABLES:
         assert "not measured" in readme_tables.filled(page_of(name), tmp_path), name
     with pytest.raises(DataError, match="no table is called other"):
         readme_tables.filled(page_of("other"), tmp_path)
@@ -90,7 +91,7 @@ def test_the_bars_of_a_gpu_session_are_of_its_best_rows(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     chosen = "[DEBUG]: Selected backend = FusedAttention (sub-backend 1)\n"
     (tmp_path / "check_te.log").write_text(chosen * 3)
-    session_summary.write(tmp_path)
+    summarise(tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     goals = [(goal["value"], goal["met"]) for goal in summary["goals"]]
     nothing = (None, None)

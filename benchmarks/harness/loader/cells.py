@@ -1,0 +1,268 @@
+"""The cells that loaders and tokenisers are given: in memory, and on disk for every contestant.
+
+h5ad files | a made-up pool -> one list of genes -> rows drawn with replacement -> Cells
+Cells -> cells.h5ad (raw counts, uncompressed), vocabulary.json, tokens.npy and offsets.npy (exact)
+      -> truth.npz: sums per cell, against which the batches of a contestant are checked
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from benchmarks.harness.peers.tokenisers import blocks
+from geneformer_mcore.io.blocks import CountBlock
+from geneformer_mcore.io.h5ad import CountsFile
+from geneformer_mcore.store.keys import cell_keys
+from geneformer_mcore.tokenizer.dictionary import import_dictionary
+from geneformer_mcore.tokenizer.genes import find_gene_ids
+from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+
+SEQ_LENGTH = 2048
+POOL_CELLS = 2000
+_POOL_SETS = 4
+_GENES, _KNOWN_SHARE = 20_000, 0.86
+"""Made-up cells have the genes of a usual file, as many of them in the vocabulary, and some 1,700
+non-zeros each, as the real cells that this project is tested with."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Raw counts in source order, data set after data set, as collections are stored.
+
+    counts:      float32 CSR [N, genes], columns ascending, no explicit zeros
+    gene_ids:    id of each column
+    dataset_N:   int16, data set of each cell, ascending
+    vocabulary:  the genes that become tokens, and their medians
+    """
+
+    counts: sparse.csr_matrix
+    gene_ids: list[str]
+    dataset_N: np.ndarray
+    vocabulary: Vocabulary
+
+    def __len__(self) -> int:
+        return int(self.counts.shape[0])
+
+    @property
+    def token_of_column(self) -> np.ndarray:
+        """int32 [genes], 0 for a gene that is not in the vocabulary."""
+        tokens = self.vocabulary.token_ids
+        return np.array([tokens.get(gene, 0) for gene in self.gene_ids], dtype=np.int32)
+
+
+def draw(
+    paths: Sequence[Path], medians: Path | None, num_cells: int, seed: int
+) -> tuple[Cells, Cells]:
+    """(`num_cells` cells, one batch of 128 to warm up with), from `paths` or made up.
+
+    medians: {gene id: median} of the vocabulary; None: those of the cells that are drawn from
+    """
+    rng = np.random.default_rng(seed)
+    if paths:
+        sets, gene_ids = _real_sets(paths)
+        known = np.ones(len(gene_ids), dtype=bool)
+    else:
+        sets, gene_ids = _made_up_sets(rng)
+        known = rng.random(len(gene_ids)) < _KNOWN_SHARE
+    if medians is None:
+        vocabulary = _vocabulary(sparse.vstack(sets, format="csr"), gene_ids, known)
+    else:
+        vocabulary = import_dictionary(medians)
+    kept = np.array([gene in vocabulary.token_ids for gene in gene_ids])
+    # Cells without a token have no place in a store of tokens: no contestant gets one.
+    sets = [counts[counts[:, kept].getnnz(axis=1) > 0] for counts in sets]
+    return (
+        _drawn(sets, gene_ids, vocabulary, num_cells, rng),
+        _drawn(sets, gene_ids, vocabulary, 128, rng),
+    )
+
+
+def _drawn(
+    sets: list[sparse.csr_matrix],
+    gene_ids: list[str],
+    vocabulary: Vocabulary,
+    num_cells: int,
+    rng: np.random.Generator,
+) -> Cells:
+    sizes = np.array([counts.shape[0] for counts in sets])
+    ends = np.rint(num_cells * np.cumsum(sizes) / sizes.sum()).astype(int)
+    shares = np.diff(ends, prepend=0)
+    parts = [
+        counts[rng.integers(0, counts.shape[0], share)]
+        for counts, share in zip(sets, shares, strict=True)
+    ]
+    dataset_N = np.repeat(np.arange(len(sets)), shares).astype(np.int16)
+    return Cells(sparse.vstack(parts, format="csr"), gene_ids, dataset_N, vocabulary)
+
+
+def _real_sets(paths: Sequence[Path]) -> tuple[list[sparse.csr_matrix], list[str]]:
+    """The counts of each file, over the genes that any of them names by an id."""
+    found = []
+    for path in paths:
+        with CountsFile(path) as file:
+            ids = find_gene_ids(file.gene_columns()).ids
+            block = file.read_rows(0, file.num_cells)
+        shape = (len(block), len(ids))
+        found.append((ids, sparse.csr_matrix((block.data, block.indices, block.indptr), shape)))
+    gene_ids = sorted({gene for ids, _ in found for gene in ids if gene})
+    place = {gene: column for column, gene in enumerate(gene_ids)}
+    return [_on_genes(ids, counts, place) for ids, counts in found], gene_ids
+
+
+def _on_genes(
+    ids: Sequence[str], counts: sparse.csr_matrix, place: dict[str, int]
+) -> sparse.csr_matrix:
+    """Columns moved to the genes' places, those of one gene summed, others dropped."""
+    named = [column for column, gene in enumerate(ids) if gene]
+    target = [place[ids[column]] for column in named]
+    moves = sparse.csr_matrix((np.ones(len(named)), (named, target)), (len(ids), len(place)))
+    moved = sparse.csr_matrix(counts @ moves, dtype=np.float32)
+    moved.eliminate_zeros()
+    moved.sort_indices()
+    return moved
+
+
+def _made_up_sets(rng: np.random.Generator) -> tuple[list[sparse.csr_matrix], list[str]]:
+    gene_ids = [f"ENSG{number:011d}" for number in range(_GENES)]
+    common = rng.lognormal(0.0, 2.0, _GENES)
+    sets = []
+    for _ in range(_POOL_SETS):
+        # Each data set prefers genes of its own, as tissues do.
+        share = np.cumsum(common * rng.lognormal(0.0, 0.7, _GENES))
+        rows = []
+        for _ in range(POOL_CELLS // _POOL_SETS):
+            reads = int(rng.lognormal(8.0, 0.5))
+            columns = np.searchsorted(share, rng.random(reads) * share[-1])
+            rows.append(np.bincount(columns, minlength=_GENES).astype(np.float32))
+        sets.append(sparse.csr_matrix(np.stack(rows)))
+    return sets, gene_ids
+
+
+def _vocabulary(counts: sparse.csr_matrix, gene_ids: list[str], known: np.ndarray) -> Vocabulary:
+    """The genes that the cells express, with the medians of their non-zero normalised counts."""
+    totals = np.asarray(counts.sum(axis=1), dtype=np.float64)
+    columns = sparse.csc_matrix(counts.multiply(10_000.0 / totals))
+    bounds = zip(columns.indptr[:-1], columns.indptr[1:], strict=True)
+    medians = {
+        gene_ids[column]: float(np.median(columns.data[start:stop]))
+        for column, (start, stop) in enumerate(bounds)
+        if known[column] and stop > start
+    }
+    return Vocabulary.from_medians(medians)
+
+
+# On disk
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The facts of each cell, by its row in source order.
+
+    count_sums_N, token_sums_N:  float64, all counts, and all token ids ([CLS] is 0)
+    num_tokens_N:                int64, [CLS] included
+    dataset_N:                   int16
+    keys_N:                      uint64, its cell_key
+    """
+
+    count_sums_N: np.ndarray
+    token_sums_N: np.ndarray
+    num_tokens_N: np.ndarray
+    dataset_N: np.ndarray
+    keys_N: np.ndarray
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder that `write` has filled.
+
+    counts_file:      raw counts; row i of the file is cell i
+    token_of_column:  int32 [genes], 0 for a gene that is no token
+    tokens_T:         uint16, all cells end to end, mapped from disk
+    offsets:          int64 [N + 1]: cell i is tokens_T[offsets[i]:offsets[i + 1]]
+    """
+
+    folder: Path
+
+    def place(self, form: str) -> Path:
+        """File or folder of the format `form`, named as the function that makes it."""
+        return self.folder / form
+
+    def __len__(self) -> int:
+        return len(self.truth.keys_N)
+
+    @property
+    def counts_file(self) -> Path:
+        return self.folder / "cells.h5ad"
+
+    @property
+    def vocabulary_file(self) -> Path:
+        return self.folder / "vocabulary.json"
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.load(self.vocabulary_file)
+
+    @cached_property
+    def truth(self) -> Truth:
+        with np.load(self.folder / "truth.npz") as found:
+            return Truth(**found)
+
+    @cached_property
+    def token_of_column(self) -> np.ndarray:
+        return np.load(self.folder / "token_of_column.npy")
+
+    @cached_property
+    def tokens_T(self) -> np.ndarray:
+        return np.load(self.folder / "tokens.npy", mmap_mode="r")
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        return np.load(self.folder / "offsets.npy")
+
+
+def write(cells: Cells, folder: Path) -> Prepared:
+    """Fill `folder`, which is made."""
+    import anndata
+
+    folder.mkdir(parents=True, exist_ok=True)
+    cell_ids = [f"c{row:08d}" for row in range(len(cells))]
+    dataset_ids = [f"set{number}" for number in cells.dataset_N]
+    obs = pd.DataFrame({"dataset_id": pd.Categorical(dataset_ids)}, index=pd.Index(cell_ids))
+    var = pd.DataFrame(index=pd.Index(cells.gene_ids, name="feature_id"))
+    anndata.AnnData(cells.counts, obs=obs, var=var).write_h5ad(folder / "cells.h5ad")
+    cells.vocabulary.save(folder / "vocabulary.json")
+    tokens_T, offsets = _encoded(cells)
+    np.save(folder / "token_of_column.npy", cells.token_of_column)
+    np.save(folder / "tokens.npy", tokens_T)
+    np.save(folder / "offsets.npy", offsets)
+    truth = Truth(
+        count_sums_N=np.asarray(cells.counts.sum(axis=1, dtype=np.float64)).ravel(),
+        token_sums_N=np.add.reduceat(tokens_T.astype(np.float64), offsets[:-1]),
+        num_tokens_N=np.diff(offsets),
+        dataset_N=cells.dataset_N,
+        keys_N=cell_keys(dataset_ids, cell_ids),
+    )
+    np.savez(folder / "truth.npz", **vars(truth))
+    return Prepared(folder)
+
+
+def count_block(counts: sparse.csr_matrix) -> CountBlock:
+    """The counts widened, as our encoder takes them."""
+    indices = counts.indices.astype(np.int32, copy=False)
+    return CountBlock(counts.data.astype(np.float64), indices, counts.indptr.astype(np.int64))
+
+
+def _encoded(cells: Cells) -> tuple[np.ndarray, np.ndarray]:
+    encoder, token_of_column = RankEncoder(cells.vocabulary, SEQ_LENGTH), cells.token_of_column
+    ranked = [encoder.encode(count_block(part), token_of_column) for part in blocks(cells.counts)]
+    lengths = np.concatenate([np.diff(part.offsets) for part in ranked])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return np.concatenate([part.tokens_T for part in ranked]), offsets

@@ -1,0 +1,188 @@
+"""One turn of one contestant, in a process of its own: rate, first batch, memory, shuffle.
+
+open on 128 cells, one epoch (imports, compilation)
+  ->  clock: open, whole epochs until eight seconds are over  ->  peak memory
+  ->  with --check: one more epoch, every cell checked; the order compared with a uniform shuffle
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from benchmarks.harness.common import MIB, process_mib
+from benchmarks.harness.loader.cells import Prepared
+from benchmarks.harness.peers.contestant import BATCH_SIZE, Contestant
+from geneformer_mcore.errors import DataError
+
+BLOCK_CELLS = 64
+"""Consecutive cells in source order, as one block of it."""
+MIN_S = 8.0
+"""Short epochs are repeated until so much time has passed: else opening is all that is measured."""
+_SAMPLING_S = 0.2
+
+
+def take_turn(
+    kind: type[Contestant], data: Prepared, few: Prepared, with_check: bool
+) -> dict[str, Any]:
+    """The measurements of one turn.
+
+    cells_per_s:          cells of whole epochs, over opening and reading them
+    first_batch_s:        opening included, imports and compilation not
+    cpu_us_per_cell:      CPU time of all threads and ended workers: steadier on a busy machine
+    cold_start_s:         imports, compilation and an epoch of 128 cells
+    peak_mib, before_mib: resident memory of the process and its workers; before opening
+    """
+    num_tokens_N = data.truth.num_tokens_N  # read from disk before the clock starts
+    began = time.perf_counter()
+    for _ in kind(few).epoch(0):
+        pass
+    cold_start_s = time.perf_counter() - began
+    gc.collect()
+    before_mib = psutil.Process().memory_info().rss / MIB
+    memory = _Peak()
+    began, cpu_before = time.perf_counter(), _cpu_s()
+    contestant = kind(data)
+    epochs: list[list[np.ndarray]] = []
+    first_batch_s = 0.0
+    while not epochs or time.perf_counter() - began < MIN_S:
+        epochs.append([])
+        for batch in contestant.epoch(len(epochs) - 1):
+            first_batch_s = first_batch_s or time.perf_counter() - began
+            epochs[-1].append(contestant.cells(batch))
+    seconds, cpu_s = time.perf_counter() - began, _cpu_s() - cpu_before
+    peak_mib = memory.stop()
+    rows = [contestant.rows(np.concatenate(seen)) for seen in epochs]
+    num_cells = sum(map(len, rows))
+    found = {
+        "cells_per_s": num_cells / seconds,
+        "cpu_us_per_cell": cpu_s / num_cells * 1e6,
+        "tokens_per_s": float(sum(num_tokens_N[these].sum() for these in rows) / seconds),
+        "epochs": len(rows),
+        "first_batch_s": first_batch_s,
+        "cold_start_s": cold_start_s,
+        "peak_mib": peak_mib,
+        "before_mib": before_mib,
+    }
+    return found | (checked(contestant, data, rows) if with_check else {})
+
+
+def checked(contestant: Contestant, data: Prepared, rows: list[np.ndarray]) -> dict[str, Any]:
+    """One more epoch with every cell checked by its sum; the shuffle of the first, and how the next
+    after it differs. Raises DataError for a cell that is not as it must be."""
+    truth = data.truth
+    is_tokens = contestant.table == "tokens"
+    expected = truth.token_sums_N if is_tokens else truth.count_sums_N
+    seen, wrong = [], 0
+    for batch in contestant.epoch(len(rows)):
+        here = contestant.rows(contestant.cells(batch))
+        wrong += int(np.sum(contestant.sums(batch) != expected[here]))
+        seen.append(here)
+    if wrong:
+        raise DataError(f"{contestant.label}: {wrong:,} cells hold something else than they must.")
+    first, second = [*rows, np.concatenate(seen)][:2]
+    return {
+        "shuffle": quality(first, truth.dataset_N, BATCH_SIZE)
+        | two_epochs(first, second, len(data), BATCH_SIZE)
+    }
+
+
+def _cpu_s() -> float:
+    return sum(os.times()[:4])
+
+
+class _Peak:
+    """The largest resident memory since it was made: this process by the kernel's own mark, and
+    its children, who come and go, by looking five times a second."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the mark
+        self._children = 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> float:
+        """MiB."""
+        mark = process_mib("VmHWM")
+        self._ended.set()
+        self._thread.join()
+        return mark + self._children
+
+    def _watch(self) -> None:
+        here = psutil.Process()
+        while not self._ended.wait(_SAMPLING_S):
+            sizes = []
+            for child in here.children():
+                try:
+                    sizes.append(child.memory_info().rss)
+                except psutil.NoSuchProcess:
+                    continue
+            self._children = max(self._children, sum(sizes) / MIB)
+
+
+# Shuffle quality
+
+
+def quality(rows: np.ndarray, dataset_N: np.ndarray, batch_size: int) -> dict[str, float]:
+    """Measures of a stream's shuffle, each over its value for a uniform shuffle of the same rows.
+
+    rows:      int64, the source row of every cell of an epoch, in the order of the stream
+    blocks:    mean number of different blocks of BLOCK_CELLS source rows in a batch
+    datasets:  mean entropy of the data sets in a batch
+    distance:  median distance, in source order, between cells that follow each other
+    """
+    uniform = np.random.default_rng(0).permutation(rows)
+    found = _measures(rows, dataset_N, batch_size)
+    best = _measures(uniform, dataset_N, batch_size)
+    return {name: found[name] / best[name] if best[name] else 1.0 for name in found}
+
+
+def _measures(rows: np.ndarray, dataset_N: np.ndarray, batch_size: int) -> dict[str, float]:
+    starts = range(0, len(rows) - batch_size + 1, batch_size)
+    batches = [rows[start : start + batch_size] for start in starts]
+    return {
+        "blocks": float(np.mean([len(np.unique(batch // BLOCK_CELLS)) for batch in batches])),
+        "datasets": float(np.mean([_entropy(dataset_N[batch]) for batch in batches])),
+        "distance": float(np.median(np.abs(np.diff(rows)))),
+    }
+
+
+def _entropy(labels: np.ndarray) -> float:
+    counts = np.bincount(labels)
+    share = counts[counts > 0] / len(labels)
+    return float(-(share * np.log(share)).sum())
+
+
+def two_epochs(
+    first: np.ndarray, second: np.ndarray, num_cells: int, batch_size: int
+) -> dict[str, bool | float]:
+    """Two epochs compared: each cell once, different orders, and how alike batches are.
+
+    mates_again: pairs of cells that share a batch in both epochs, over their number were both
+    epochs shuffled uniformly: the cost of reading in blocks, even where each batch is well mixed.
+    """
+    every = np.arange(num_cells)
+    each_once = all(np.array_equal(np.sort(epoch), every) for epoch in (first, second))
+    differ = len(first) != len(second) or bool(np.any(first != second))
+    again = _mates_again(first, second, batch_size) if each_once else float("nan")
+    return {"each_once": each_once, "epochs_differ": differ, "mates_again": again}
+
+
+def _mates_again(first: np.ndarray, second: np.ndarray, batch_size: int) -> float:
+    batch_in_second = np.empty(len(second), np.int64)
+    batch_in_second[second] = np.arange(len(second)) // batch_size
+    pairs = shared = 0
+    for start in range(0, len(first), batch_size):
+        batch = first[start : start + batch_size]
+        _, counts = np.unique(batch_in_second[batch], return_counts=True)
+        shared += int((counts * (counts - 1)).sum())
+        pairs += len(batch) * (len(batch) - 1)
+    return shared * (len(first) - 1) / (pairs * (batch_size - 1))

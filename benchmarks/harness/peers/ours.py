@@ -1,0 +1,155 @@
+"""This project's own feed, over each of its sources, with the settings it has by default.
+
+    store      SOMA token store, SHA-256 checked, spans and windows  ->  Feed  ->  masked, padded
+    flat copy  made of the store once per node, checked when touched ->  the same
+    counts     h5ad file or SOMA experiment, tokenised when read     ->  the same
+
+A batch is complete: padded tokens with masks, places and labels; peers' batches are padded only.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness.common import ROOT
+from benchmarks.harness.loader.cells import SEQ_LENGTH, Prepared
+from benchmarks.harness.peers import contestant
+from benchmarks.harness.peers.soma_ml import experiment
+from geneformer_mcore.config.sections import DataConfig
+from geneformer_mcore.data.counts_source import MIN_SPAN_CELLS, CountsSource
+from geneformer_mcore.data.loader import Feed, Share
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.data.sampler import Sampler
+from geneformer_mcore.store import local_cache
+from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.store.split.table import RandomSplit
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from geneformer_mcore.types import Batch, TokenSource
+
+DEFAULTS = DataConfig()
+
+
+def store_of_tokens(data: Prepared) -> None:
+    """The token store, by the project's own command; all cells are training cells."""
+    command = [
+        *(sys.executable, str(ROOT / "data_prep" / "build_store.py")),
+        *("--out", str(data.place("store_of_tokens")), "--vocabulary", str(data.vocabulary_file)),
+        *("--validation-fraction", "0", "--test-fraction", "0", str(data.counts_file)),
+    ]
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+def flat_copy(data: Prepared) -> None:
+    """The node-local flat copy of the store."""
+    with TokenStore.open(data.place("store_of_tokens")) as store:
+        _flat(store, data)
+
+
+def _flat(store: TokenStore, data: Prepared) -> local_cache.FlatCopy:
+    manifest = store.manifest
+    return local_cache.ensure(
+        store, manifest.content_hash, manifest.tokens, data.place("flat_copy")
+    )
+
+
+class _Ours(contestant.Contestant):
+    table = contestant.TOKENS
+
+    def __init__(self, data: Prepared) -> None:
+        self._by_key, self._num_cells = contestant.ByKey(data), len(data)
+        self._feed = self.feed(data)
+
+    @abstractmethod
+    def feed(self, data: Prepared) -> Feed:
+        """The feed that is measured."""
+
+    def epoch(self, number: int) -> Iterator[Any]:
+        start = number * self._num_cells
+        stream = self._feed.steps(start, DEFAULTS.prefetch_steps)
+        with closing(stream) as steps:  # type: ignore[type-var]
+            for _ in range(self._num_cells // contestant.BATCH_SIZE):
+                (batch,) = next(steps)
+                yield batch
+
+    def cells(self, batch: Batch) -> np.ndarray:
+        return batch.keys_N
+
+    def rows(self, cells: np.ndarray) -> np.ndarray:
+        return self._by_key.rows(cells)
+
+    def sums(self, batch: Batch) -> np.ndarray:
+        tokens = batch.tokens_BS.clone()
+        tokens.view(-1)[batch.selected_M] = batch.labels_M.to(tokens.dtype)
+        return contestant.sums_of_padded(tokens)
+
+
+class FromStore(_Ours):
+    """From the SOMA store."""
+
+    label = "ours, SOMA token store"
+    formats = (store_of_tokens,)
+
+    def feed(self, data: Prepared) -> Feed:
+        store = TokenStore.open(data.place("store_of_tokens"))
+        return make_feed(store, len(store), store.vocabulary)
+
+
+class FromFlatCopy(_Ours):
+    """From the flat copy made before, found and verified as a run does."""
+
+    label = "ours, flat copy of it"
+    formats = (store_of_tokens, flat_copy)
+
+    def feed(self, data: Prepared) -> Feed:
+        store = TokenStore.open(data.place("store_of_tokens"))
+        return make_feed(_flat(store, data), len(store), store.vocabulary)
+
+
+class FromH5ad(_Ours):
+    """On the fly, from the h5ad file of counts."""
+
+    label = "ours on the fly, counts in h5ad"
+
+    def feed(self, data: Prepared) -> Feed:
+        return self.on_the_fly(data, str(data.counts_file))
+
+    def on_the_fly(self, data: Prepared, name: str) -> Feed:
+        """Counts at `name`, tokenised when they are read."""
+        source = CountsSource([name], data.vocabulary, SEQ_LENGTH, RandomSplit(0.0, 0.0))
+        return make_feed(source, len(source), data.vocabulary, MIN_SPAN_CELLS)
+
+
+class FromExperiment(FromH5ad):
+    """On the fly, from the very SOMA experiment of counts that tiledbsoma-ml reads."""
+
+    label = "ours on the fly, counts in SOMA"
+    formats = (experiment,)
+
+    def feed(self, data: Prepared) -> Feed:
+        return self.on_the_fly(data, str(data.place("experiment")))
+
+
+def make_feed(
+    source: TokenSource, num_cells: int, vocabulary: Vocabulary, span_cells: int = 0
+) -> Feed:
+    """A feed as a run makes it: default spans and windows, the model card's masks."""
+    spans = span_cells or DEFAULTS.span_cells
+    window_spans = max(1, DEFAULTS.window_spans * DEFAULTS.span_cells // spans)
+    masked, random, kept = DEFAULTS.mask_fractions
+    return Feed(
+        source,
+        Sampler(0, num_cells, spans, window_spans, contestant.SEED),
+        Masking(
+            DEFAULTS.mask_probability, (masked, random, kept), vocabulary.size, contestant.SEED
+        ),
+        Share(contestant.BATCH_SIZE, contestant.BATCH_SIZE, 0, 1),
+        SEQ_LENGTH,
+        contestant.PAD_MULTIPLE,
+    )

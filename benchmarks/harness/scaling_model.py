@@ -1,0 +1,416 @@
+"""Estimated training steps on many GPUs, projected from measured steps of one H200.
+
+    results/tflops_h200.json: s per step against tokens per step, padded and packed
+      -> compute  = passes x step of one H200 with the fullest rank's tokens / passes
+      -> exposed  = max(all-reduce - 0.9 x 0.66 x compute of the last pass, 6 % of the all-reduce)
+      -> step     = max(compute + exposed, loader) / 0.96
+
+    all-reduce  = 2 (p-1)/p S / NVLink + 2 (N-1)/N (S/p) / InfiniBand + (2p + 2N) 8 us
+
+p = 8 GPUs per node, N nodes, S = 4 bytes x parameters. Every GPU holds the whole model. No cluster
+was at hand: everything here but the rows of one H200 and the loader's rate is assumed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geneformer_mcore.data.packing import pack
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.model.flops import ModelShape, num_parameters, padded_equivalent_flops
+from geneformer_mcore.types import padded_vocabulary_size
+
+SEQ_LENGTH, VOCABULARY = 2048, 25_429
+STEPS, GLOBAL_BATCH = 115_430, 2048
+"""Optimizer steps of the model card's runs, and cells of each."""
+GPUS_PER_NODE = 8
+NODES = (1, 2, 4, 8, 16)
+H200 = "tflops_h200.json"
+LOADER_CORES = 2
+"""Cores of the machine that loader.py was measured on: one process with two threads at work."""
+
+SLOWER = {"H200": 1.0, "H100": 4.8 / 3.35, "A100": 989 / 312}
+"""Step of a GPU over that of an H200: the larger of the ratios of memory bandwidth (4.8, 3.35,
+2.039 TB/s) and of dense bf16 FLOPs (989, 989, 312 TFLOPS), by NVIDIA's data sheets. Assumed."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of the card's models and its run ("Training diagnostics" of the model card).
+
+    nodes:      of 8 A100 each
+    card_hours: wall clock of the 115,430 steps
+    """
+
+    name: str
+    shape: ModelShape
+    nodes: int
+    card_hours: float
+
+    @property
+    def num_parameters(self) -> int:
+        """With the embedding padded as it is trained."""
+        shape = replace(self.shape, vocabulary_size=padded_vocabulary_size(VOCABULARY))
+        return num_parameters(shape, SEQ_LENGTH)
+
+
+MODELS = (
+    Model("10m", ModelShape(6, 256, 512, VOCABULARY), 8, 44 + 19 / 60),
+    Model("106m", ModelShape(12, 768, 3072, VOCABULARY), 16, 90 + 55 / 60),
+)
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """The assumed terms of a step. Networks: as of 8 A100 with NVSwitch and a 200 Gbit/s InfiniBand
+    card per GPU, bytes/s per GPU; Hopper's are twice as fast.
+
+    latency_s:      one hop of a ring
+    overlap:        share of the backward pass in which gradients can travel
+    backward:       share of the compute that is backward: two of three multiplications
+    least_exposed:  share of the all-reduce that is never hidden: the last bucket
+    sustained:      mean speed of a long run over its best steps: logging, checkpoints, stragglers
+                    (BioNeMo's ESM-2 3B keeps 96.85 % of linear from 8 to 256 GPUs)
+    optimizer_s:    added to a step; the measured steps include AdamW on all parameters already
+    cores_per_rank: for the loader
+    """
+
+    nvlink_bytes_s: float = 230e9
+    ib_bytes_s: float = 20e9
+    latency_s: float = 8e-6
+    overlap: float = 0.9
+    backward: float = 0.66
+    least_exposed: float = 0.06
+    sustained: float = 0.96
+    optimizer_s: float = 0.0
+    cores_per_rank: float = 2.0
+    is_balanced: bool = True
+    from_store: bool = False
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Measured steps of one H200, ascending: tokens of a step -> seconds, peak memory."""
+
+    tokens: tuple[float, ...]
+    seconds: tuple[float, ...]
+    peak_mib: tuple[float, ...]
+
+    def passes(self, tokens: float) -> int:
+        """Micro batches: none is larger than the largest measured one."""
+        return max(1, -int(-tokens // self.tokens[-1]))
+
+    def compute_s(self, tokens: float) -> float:
+        """Seconds of a step with so many tokens: on lines through the measured ones, below them
+        along the first line."""
+        passes = self.passes(tokens)
+        return passes * self.at(tokens / passes, self.seconds)
+
+    def memory_mib(self, tokens: float) -> float:
+        """Peak memory in the same way."""
+        return self.at(tokens / self.passes(tokens), self.peak_mib)
+
+    def origin(self, tokens: float) -> str:
+        """Measured (to 2 %), interpolated or extrapolated: a step of so many tokens."""
+        tokens /= self.passes(tokens)
+        if any(abs(each / tokens - 1) < 0.02 for each in self.tokens):
+            return "measured"
+        return "interpolated" if tokens > self.tokens[0] else "extrapolated"
+
+    def at(self, tokens: float, values: Sequence[float]) -> float:
+        """The value of the line through the points."""
+        if tokens >= self.tokens[0]:
+            return float(np.interp(tokens, self.tokens, values))
+        slope = (values[1] - values[0]) / (self.tokens[1] - self.tokens[0])
+        return values[0] - slope * (self.tokens[0] - tokens)
+
+
+def curves(results: Path) -> dict[tuple[str, bool], Curve]:
+    """{(model, packed): steps}: bf16, with attention dropout, full cells or packed ones. Raises
+    DataError if two sizes of each were not measured on an H200."""
+    points: dict[tuple[str, bool], list[tuple[float, float, float]]] = {}
+    try:
+        for row in json.loads((results / H200).read_text())["rows"]:
+            if row["precision"] == "bf16" and row["attention_dropout"] > 0:
+                tokens = row["cells_per_step"] * row["tokens_per_cell"]
+                here = points.setdefault((row["model"], row["packing"] == "packed"), [])
+                here.append((tokens, row["step_s"], row["peak_mib"]))
+        kinds = [(model.name, packed) for model in MODELS for packed in (False, True)]
+        if any(len(points[kind]) < 2 for kind in kinds):
+            raise ValueError
+        return {kind: Curve(*zip(*sorted(points[kind]), strict=True)) for kind in kinds}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(
+            f"{results / H200} has no two sizes of each model, padded and packed. Remedy: python "
+            "benchmarks/gpu_session.py --out DIR on an H200."
+        ) from None
+
+
+def loader_rate(results: Path, name: str) -> float:
+    """Cells per second of one process on LOADER_CORES cores. Raises DataError if not measured."""
+    path = results / "loader.json"
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        (rate,) = (row["cells_per_s"] for row in rows if row["name"] == name)
+        return float(rate)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(
+            f"{path} has no rate of {name}. Remedy: python benchmarks/loader.py --work DIR --json "
+            f"{path}"
+        ) from None
+
+
+def all_reduce_s(num_bytes: float, nodes: int, assumed: Assumptions) -> float:
+    """Seconds to add up `num_bytes` over all GPUs: within nodes, between them, and back."""
+    p = GPUS_PER_NODE
+    within = 2 * (p - 1) / p * num_bytes / assumed.nvlink_bytes_s
+    between = 2 * (nodes - 1) / nodes * num_bytes / p / assumed.ib_bytes_s
+    return within + between + (2 * p + 2 * nodes) * assumed.latency_s
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Packed batches of real lengths on simulated ranks.
+
+    packed, dealt: tokens of the fullest rank over the mean, by the packing of pretraining, and with
+                   cell i on rank i % ranks; means over steps
+    pack_s:        seconds of packing a global batch, which every rank does, measured here
+    """
+
+    packed: float
+    dealt: float
+    pack_s: float
+
+
+def balance(lengths: np.ndarray, ranks: int, steps: int) -> Balance:
+    """Over `steps` global batches, drawn without repeats while there are enough cells."""
+    rng, share = np.random.default_rng(0), GLOBAL_BATCH // ranks
+    packed, dealt, seconds = [], [], []
+    for _ in range(steps):
+        batch = rng.choice(lengths, GLOBAL_BATCH, replace=len(lengths) < GLOBAL_BATCH)
+        began = time.thread_time()
+        packing = pack(batch, share * SEQ_LENGTH, ranks)
+        seconds.append(time.thread_time() - began)
+        bins = (np.concatenate(packing.of_rank(rank, ranks)) for rank in range(ranks))
+        loads = np.array([batch[cells].sum() for cells in bins])
+        packed.append(loads.max() / loads.mean())
+        loads = batch.reshape(share, ranks).sum(0)
+        dealt.append(loads.max() / loads.mean())
+    return Balance(float(np.mean(packed)), float(np.mean(dealt)), float(np.median(seconds)))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Measurements: steps, cell lengths, balance by number of ranks, the loader's rates."""
+
+    curves: dict[tuple[str, bool], Curve]
+    mean_tokens: float
+    balances: dict[int, Balance]
+    flat_cells_s: float
+    store_cells_s: float
+
+
+def step(
+    inputs: Inputs, model: Model, packed: bool, nodes: int, gpu: str, assumed: Assumptions
+) -> dict[str, Any]:
+    """The terms of one step, in seconds, and what follows."""
+    curve, ranks = inputs.curves[model.name, packed], nodes * GPUS_PER_NODE
+    share, balance = GLOBAL_BATCH / ranks, inputs.balances[ranks]
+    tokens = share * (inputs.mean_tokens if packed else SEQ_LENGTH)
+    imbalance = (balance.packed if assumed.is_balanced else balance.dealt) if packed else 1.0
+    balanced_s = curve.compute_s(tokens) * SLOWER[gpu]
+    compute_s = curve.compute_s(tokens * imbalance) * SLOWER[gpu]
+    reduce_s = all_reduce_s(4 * model.num_parameters, nodes, assumed)
+    # With several micro batches gradients are complete in the last one only.
+    hidden_s = assumed.overlap * assumed.backward * compute_s / curve.passes(tokens)
+    exposed_s = max(reduce_s - hidden_s, assumed.least_exposed * reduce_s)
+    # Packed, a rank's cells come from every span of the store: it reads them all.
+    cores = min(assumed.cores_per_rank, LOADER_CORES) / LOADER_CORES
+    from_store = (GLOBAL_BATCH if packed else share) / inputs.store_cells_s
+    loader_s = (from_store if assumed.from_store else share / inputs.flat_cells_s) / cores
+    loader_s += balance.pack_s if packed else 0.0
+    step_s = max(compute_s + exposed_s + assumed.optimizer_s, loader_s) / assumed.sustained
+    flops = padded_equivalent_flops(model.shape, SEQ_LENGTH)
+    return {
+        "cells_per_gpu": share,
+        "origin": curve.origin(tokens),
+        "fixed_s": curve.at(0, curve.seconds),
+        "compute_s": compute_s,
+        "waiting_s": compute_s - balanced_s,
+        "all_reduce_s": reduce_s,
+        "exposed_s": exposed_s,
+        "loader_s": loader_s,
+        "step_s": step_s,
+        "cells_per_s": GLOBAL_BATCH / step_s,
+        "hours": STEPS * step_s / 3600,
+        "tflops_padded_equivalent": GLOBAL_BATCH / step_s / ranks * flops / 1e12,
+        "peak_mib": curve.memory_mib(tokens),
+    }
+
+
+def cases(assumed: Assumptions) -> dict[str, Assumptions]:
+    """One assumption changed in each."""
+    return {
+        "network at half the bandwidth": replace(
+            assumed,
+            nvlink_bytes_s=assumed.nvlink_bytes_s / 2,
+            ib_bytes_s=assumed.ib_bytes_s / 2,
+        ),
+        "nothing of the all-reduce hidden": replace(assumed, overlap=0.0),
+        "no balancing: cell i to rank i % ranks": replace(assumed, is_balanced=False),
+        "no flat copy: ranks read the SOMA store": replace(assumed, from_store=True),
+        "half the cores for the loader": replace(
+            assumed, cores_per_rank=min(assumed.cores_per_rank, LOADER_CORES) / 2
+        ),
+        "10 % lost to logging, checkpoints, stragglers": replace(assumed, sustained=0.9),
+    }
+
+
+def project(inputs: Inputs, assumed: Assumptions) -> dict[str, Any]:
+    """All estimates: the card's layouts, other numbers of GPUs, other assumptions."""
+    layouts = []
+    for model in MODELS:
+        for packed in (False, True):
+            layouts.append(
+                {
+                    "model": model.name,
+                    "packed": packed,
+                    "nodes": model.nodes,
+                    "card_hours": model.card_hours,
+                    **step(inputs, model, packed, model.nodes, "H200", assumed),
+                    "cells_per_s_of": {
+                        gpu: [
+                            step(inputs, model, packed, nodes, gpu, assumed)["cells_per_s"]
+                            for nodes in NODES
+                        ]
+                        for gpu in SLOWER
+                    },
+                    "step_s_if": {
+                        name: step(inputs, model, packed, model.nodes, "H200", case)["step_s"]
+                        for name, case in cases(assumed).items()
+                    },
+                }
+            )
+    return {"layouts": layouts, "nodes": NODES, "assumed": asdict(assumed), "slower": SLOWER}
+
+
+# Table and picture
+
+
+def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): a column per model and kind of batch."""
+    layouts, nodes = found["layouts"], found["nodes"]
+
+    def line(label: str, show: Any) -> list[str]:
+        return [label, *(str(show(layout)) for layout in layouts)]
+
+    def hours(gpu: str) -> list[str]:
+        return line(
+            f"hours on as many {gpu}, assumed {found['slower'][gpu]:.2f} x as slow",
+            lambda each: f"{_hours(each, gpu, nodes):.2f}",
+        )
+
+    head = ["estimate, not measured", *(_name(layout) for layout in layouts)]
+    rows = [
+        line("nodes x GPUs (H200)", lambda each: f"{each['nodes']} x {GPUS_PER_NODE}"),
+        line("cells per GPU and step", lambda each: f"{each['cells_per_gpu']:g}"),
+        line("step of one H200 at that size", lambda each: each["origin"]),
+        line("fixed part of that line, ms", lambda each: _ms(each["fixed_s"])),
+        line("compute of the slowest rank, ms", lambda each: _ms(each["compute_s"])),
+        line("- of it the others wait, ms", lambda each: _ms(each["waiting_s"])),
+        line("all-reduce of the gradients, ms", lambda each: _ms(each["all_reduce_s"])),
+        line("- of it not hidden by backward, ms", lambda each: _ms(each["exposed_s"])),
+        line("loader of a rank, at the same time, ms", lambda each: _ms(each["loader_s"])),
+        line("**step, ms**", lambda each: f"**{_ms(each['step_s'])}**"),
+        line("cells/s", lambda each: f"{each['cells_per_s']:,.0f}"),
+        line("TFLOPS per GPU, padded-eq.", lambda e: f"{e['tflops_padded_equivalent']:.0f}"),
+        line(f"**hours for {STEPS:,} steps**", lambda each: f"**{each['hours']:.2f}**"),
+        hours("H100"),
+        hours("A100"),
+        line("hours on the model card, A100", lambda each: f"{each['card_hours']:.1f}"),
+        line("GPU memory with the whole optimizer, MiB", lambda each: f"{each['peak_mib']:,.0f}"),
+    ]
+    for index, number in enumerate(nodes):
+        label = f"cells/s on {GPUS_PER_NODE * number} H200"
+        rows.append(
+            line(label, lambda e, index=index: f"{e['cells_per_s_of']['H200'][index]:,.0f}")
+        )
+    for name in layouts[0]["step_s_if"]:
+        rows.append(line(f"step, ms: {name}", lambda each, name=name: _changed(each, name)))
+    return head, rows
+
+
+def _name(layout: dict[str, Any]) -> str:
+    return f"{layout['model'].upper()} {'packed' if layout['packed'] else 'padded'}"
+
+
+def _hours(layout: dict[str, Any], gpu: str, nodes: Sequence[int]) -> float:
+    rate = layout["cells_per_s_of"][gpu][list(nodes).index(layout["nodes"])]
+    return STEPS * GLOBAL_BATCH / rate / 3600
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}"
+
+
+def _changed(layout: dict[str, Any], name: str) -> str:
+    """Bold: more than 2 % slower."""
+    seconds = layout["step_s_if"][name]
+    return f"**{_ms(seconds)}**" if seconds > 1.02 * layout["step_s"] else _ms(seconds)
+
+
+def save_picture(path: Path, found: dict[str, Any]) -> None:
+    """Draw cells/s against GPUs, a panel per model, with the card's run: the same bytes (SVG, PNG)
+    for the same numbers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.hashsalt": "scaling", "font.size": 9}):
+        figure, panels = pyplot.subplots(1, 2, figsize=(9, 4.4), sharey=True, layout="constrained")
+        for axes, model in zip(panels, MODELS, strict=True):
+            _draw(axes, model, found)
+        panels[0].set_ylabel("cells/s, global batch 2,048")
+        title = "Estimates, projected from steps measured on one H200; H100 and A100 by data sheets"
+        figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, dpi=130, metadata=metadata)
+        pyplot.close(figure)
+
+
+def _draw(axes: Any, model: Model, found: dict[str, Any]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    colours = {"H200": "#4a5fa8", "H100": "#c7762b", "A100": "#1f6f5c"}
+    gpus = [GPUS_PER_NODE * number for number in found["nodes"]]
+    for gpu, colour in colours.items():
+        for layout in (each for each in found["layouts"] if each["model"] == model.name):
+            form, dashes = ("packed", "-") if layout["packed"] else ("padded", "--")
+            style = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.4}
+            rates = layout["cells_per_s_of"][gpu]
+            axes.plot(gpus, rates, dashes, label=f"{gpu} {form}", **style)
+    rate = STEPS * GLOBAL_BATCH / model.card_hours / 3600
+    axes.plot(GPUS_PER_NODE * model.nodes, rate, "D", color="#b3263a", label="model card, A100")
+    axes.set_title(f"{model.name.upper()} model", loc="left", fontsize=10)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(gpus, [str(number) for number in gpus])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:,.0f}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.tick_params(axis="y", labelleft=True)
+    axes.set_xlabel("GPUs")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
