@@ -42,7 +42,7 @@ from benchmarks.side_by_side.tflops_grid import MEAN_TOKENS
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.exit_codes import DEFECT, FINISHED, run
-from geneformer_mcore.io import files
+from geneformer_mcore.io.files import check_output
 from geneformer_mcore.store.local_cache import ensure
 
 HERE = Path(__file__).resolve().parent
@@ -58,7 +58,8 @@ def main() -> int:
     if arguments.part:
         return _child(arguments)
     out = arguments.out.resolve()
-    files.check_result_place(out / "session.json")
+    check_output(out / "session.json", overwrite=True)
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         cells = _cells(arguments.cells, Path(work), 64 if arguments.toy else 2048)
         parts = toy_parts(out, cells) if arguments.toy else all_parts(out, cells)

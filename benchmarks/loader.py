@@ -39,7 +39,7 @@ from benchmarks.side_by_side.picture import save_bars
 from benchmarks.side_by_side.versions import NOT_INSTALLED, version_of
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.exit_codes import run
-from geneformer_mcore.io import files
+from geneformer_mcore.io.files import check_output, write_json
 
 TITLES = {COUNTS: "raw counts out", TOKENS: "padded batches of tokens out"}
 TIMEOUT_S = 1800
@@ -80,7 +80,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ConfigError("\n".join(problems))
     for path in (arguments.json, arguments.png, arguments.work / "about.json"):
         if path:
-            files.check_result_place(path)
+            check_output(path, overwrite=True)
 
 
 def _prepare(arguments: argparse.Namespace, chosen: dict[str, type[Contestant]]) -> dict[str, str]:
@@ -219,7 +219,7 @@ def _save(
             "conditions": _conditions(about, arguments.runs),
             "runs": arguments.runs,
         }
-        files.save_json(arguments.json, content | about | where)
+        write_json(arguments.json, content | about | where)
     if arguments.png:
         panels = {
             f"{TITLES[title]}, batches of {BATCH_SIZE}": [

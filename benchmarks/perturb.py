@@ -38,7 +38,7 @@ from benchmarks.side_by_side.sizes import CONFIGS
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.exit_codes import run
-from geneformer_mcore.io import files
+from geneformer_mcore.io.files import check_output, write_json
 from geneformer_mcore.model.flops import ModelShape, Workload, forward_flops
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def main() -> int:
             "largest_difference": apart,
             "data": arguments.cells.name,
         }
-        files.save_json(arguments.json, content | provenance())
+        write_json(arguments.json, content | provenance())
     return 0 if apart < 1e-5 else 1
 
 
@@ -233,7 +233,7 @@ def check(arguments: argparse.Namespace) -> None:
     if problems:
         raise ConfigError("\n".join(problems))
     if arguments.json:
-        files.check_result_place(arguments.json)
+        check_output(arguments.json, overwrite=True)
 
 
 def _vocabulary(path: Path) -> Any:

@@ -41,7 +41,7 @@ from benchmarks.side_by_side.picture import text_table
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.exit_codes import run
-from geneformer_mcore.io import files
+from geneformer_mcore.io.files import check_output, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRA_LAYOUT = (64, 16)
@@ -57,7 +57,7 @@ def main() -> int:
     for name, table in pages.TABLES.items():
         print(f"\n{name}\n{text_table(*table(found))}")
     if arguments.json:
-        files.save_json(arguments.json, found)
+        write_json(arguments.json, found)
     if arguments.svg:
         picture.save(arguments.svg, found)
     return 0
@@ -87,7 +87,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ConfigError("\n".join(problems))
     for path in (arguments.json, arguments.svg):
         if path:
-            files.check_result_place(path)
+            check_output(path, overwrite=True)
 
 
 def result(arguments: argparse.Namespace, cells: Corpus) -> dict[str, Any]:

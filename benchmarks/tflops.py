@@ -34,7 +34,7 @@ from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.config.sections import Attention, ParallelConfig, Precision
 from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.exit_codes import DEFECT, FINISHED, run
-from geneformer_mcore.io import files
+from geneformer_mcore.io.files import check_output
 
 if TYPE_CHECKING:
     from benchmarks.side_by_side.tflops_run import Conditions, Results
@@ -54,7 +54,7 @@ def main() -> int:
     out = arguments.json
     if out is not None:
         out = tflops_run.file_in(out) if out.is_dir() else out
-        files.check_result_place(out)
+        check_output(out, overwrite=True)
     conditions = tflops_run.Conditions(
         seq_length=arguments.seq_length,
         num_micro_batches=arguments.micro_batches_per_step,

@@ -41,8 +41,8 @@ from benchmarks.side_by_side.goals import Goal, ratio
 from benchmarks.side_by_side.picture import save_bars, text_table
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.exit_codes import run
-from geneformer_mcore.io import files
 from geneformer_mcore.io.blocks import CountBlock
+from geneformer_mcore.io.files import check_output, write_json
 from geneformer_mcore.tokenizer.rank_encoder import RankedCells, RankEncoder
 
 SEQ_LENGTH = 2048
@@ -197,7 +197,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ConfigError("\n".join(problems))
     for path in (arguments.json, arguments.png):
         if path:
-            files.check_result_place(path)
+            check_output(path, overwrite=True)
 
 
 def _save(arguments: argparse.Namespace, cells: Cells, rows: list[Row], goals: list[Goal]) -> None:
@@ -214,7 +214,7 @@ def _save(arguments: argparse.Namespace, cells: Cells, rows: list[Row], goals: l
             "data": [path.name for path in arguments.files] or "made up",
             "runs": arguments.runs,
         }
-        files.save_json(arguments.json, content | where)
+        write_json(arguments.json, content | where)
     if arguments.png:
         bars = [(row.name, row.cells_per_s, row.name == OURS) for row in rows]
         footer = f"{where['machine']}; {len(cells):,} cells"

@@ -48,7 +48,7 @@ from benchmarks.side_by_side.sizes import CONFIGS, VOCABULARY
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.exit_codes import run
-from geneformer_mcore.io import files
+from geneformer_mcore.io.files import check_output, write_json
 
 if TYPE_CHECKING:
     from benchmarks.peers.step_contestant import Job
@@ -88,7 +88,7 @@ def main() -> int:
     if arguments.make:
         print(f"The flat copy: {job.cells}")
         return 0
-    files.save_json(arguments.work / _JOB, asdict(job))
+    write_json(arguments.work / _JOB, asdict(job))
     return _measure(arguments, job, on_gpu)
 
 
@@ -114,7 +114,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ConfigError("\n".join(problems))
     for path in (arguments.json, arguments.work / _JOB):
         if path:
-            files.check_result_place(path)
+            check_output(path, overwrite=True)
 
 
 def fill_in(arguments: argparse.Namespace, usual: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ def _measure(arguments: argparse.Namespace, job: Job, on_gpu: bool) -> int:
         from geneformer_mcore.metrics.provenance import provenance
 
         content = {"rows": rows, "conditions": conditions, "settings": job.changes}
-        files.save_json(arguments.json, content | provenance())
+        write_json(arguments.json, content | provenance())
     return 0
 
 
@@ -219,7 +219,7 @@ def _child(arguments: argparse.Namespace) -> int:
     name, _, micro = arguments.turn.partition(":")
     asked = json.loads((arguments.work / _JOB).read_text())
     job = Job(**(asked | {"changes": tuple(asked["changes"])}))
-    files.save_json(arguments.work / _RESULT, take_turn(contestants()[name], job, int(micro)))
+    write_json(arguments.work / _RESULT, take_turn(contestants()[name], job, int(micro)))
     return 0
 
 

@@ -20,7 +20,7 @@ from geneformer_mcore import backends
 from geneformer_mcore.config.sections import Attention, ParallelConfig, Precision
 from geneformer_mcore.distributed import device, groups
 from geneformer_mcore.errors import GeneformerError
-from geneformer_mcore.io import files
+from geneformer_mcore.io.files import write_json
 from geneformer_mcore.metrics.peak_flops import measured_peak
 from geneformer_mcore.metrics.provenance import provenance
 from geneformer_mcore.model import megatron_config
@@ -56,7 +56,7 @@ def machine(out: Path) -> bool:
             "memory_mib": about.total_memory / 2**20,
             "multiprocessors": about.multi_processor_count,
         }
-    files.save_json(out / "machine.json", found)
+    write_json(out / "machine.json", found)
     return True
 
 
@@ -83,7 +83,7 @@ def check(name: str, out: Path, seq_length: int) -> bool:
             entry |= _tried(partial(_one, name, precision, packed, here, seq_length))
             found.append(entry | {"seconds": time.monotonic() - began})
             print(found[-1], flush=True)
-            files.save_json(out / f"check_{name}.json", {"checks": found} | provenance())
+            write_json(out / f"check_{name}.json", {"checks": found} | provenance())
     groups.stop()
     return all(entry.get("sound", True) for entry in found)
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from geneformer_mcore.io import files
+from geneformer_mcore.io.files import write_json
 
 ENDED, FAILED, LATE, NOT_BEGUN = "ended", "failed", "out of time", "not begun"
 _LEAST_S = 10.0
@@ -51,7 +51,7 @@ def run_all(parts: Sequence[Part], out: Path, seconds: float) -> list[Outcome]:
         else:
             outcomes.append(run_part(part, out, min(left, part.budget_s)))
         print(f"{part.name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", flush=True)
-        files.save_json(out / "session.json", as_json(outcomes))
+        write_json(out / "session.json", as_json(outcomes))
     return outcomes
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.side_by_side.goals import Goal, best, ratio
-from geneformer_mcore.io import files
+from geneformer_mcore.io.files import write_json
 
 _BARS = (
     ("106m", "padded", "tflops_padded_equivalent", 300, "TFLOPS padded-equivalent"),
@@ -39,7 +39,7 @@ def write(out: Path) -> str:
         "te_chose": _te_chose(out),
         "not_measured": skipped,
     }
-    files.save_json(out / "summary.json", content)
+    write_json(out / "summary.json", content)
     lines = [*map(_check_line, checks), *map(str, goals), *_told(out)]
     return "\n".join(lines)
 
@@ -51,7 +51,7 @@ def _merged(out: Path) -> tuple[list[dict], list[dict]]:
     skipped = [row for each in found for row in each["skipped"]]
     if rows and (out / "machine.json").is_file():
         together = found[0] | {"rows": rows, "skipped": skipped}
-        files.save_json(out / _read(out / "machine.json")["tflops_file"], together)
+        write_json(out / _read(out / "machine.json")["tflops_file"], together)
     return rows, skipped
 
 

@@ -23,7 +23,7 @@ from benchmarks.side_by_side.tflops_grid import Setting, config_of, why_not
 from benchmarks.side_by_side.tflops_steps import measure
 from geneformer_mcore.config import Config
 from geneformer_mcore.errors import ConfigError, GeneformerError
-from geneformer_mcore.io import files
+from geneformer_mcore.io.files import write_json
 from geneformer_mcore.metrics.peak_flops import measured_peak
 from geneformer_mcore.metrics.provenance import machine, provenance
 from geneformer_mcore.model import fused, megatron_config
@@ -166,7 +166,7 @@ def save(results: Results, conditions: Conditions) -> None:
         "warmup": conditions.warmup,
         "tflops_peaks": {name: peak / 1e12 for name, peak in results.peaks.items()},
     }
-    files.save_json(conditions.out, content | provenance())
+    write_json(conditions.out, content | provenance())
 
 
 def file_in(folder: Path) -> Path:

@@ -266,18 +266,16 @@ def test_changed_parts_are_refused(corpus: list[Path], tmp_path: Path) -> None:
     assert load_tally(path, 1).cells == 30
 
 
-def test_workers_share_the_room_for_values(
-    corpus: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    units = [build.Unit(str(corpus[0]), 0, 30)]
+def test_workers_share_the_room_for_values(corpus: list[Path]) -> None:
     for held_by_others, is_exact in ((0, True), (1_000, False)):
-        shared = [Value("q", number) for number in (0, 0, held_by_others)]
-        monkeypatch.setattr(build, "_worker", build._Worker())
-        build._become_worker(units, InputOptions(), 1_000, *shared)
-        tally = build._work()
+        counted: list[int] = []
+        with build.Counting(InputOptions(), 1_000) as work:
+            work.shared = Value("q", held_by_others)
+            work(build.Unit(str(corpus[0]), 0, 30), counted.append)
+            tally = work(build.HAND_OVER, counted.append)
         assert (tally.cells, tally.collector.is_exact) == (30, is_exact)
-        assert shared[1].value == 30
-        assert shared[2].value == held_by_others + tally.collector.num_values
+        assert sum(counted) == 30
+        assert work.shared.value == held_by_others + tally.collector.num_values
 
 
 def test_parts_of_another_version_are_refused(
@@ -318,7 +316,7 @@ def test_origin_is_kept_checked_and_no_part_of_the_identity(
     [
         ({"memory_gb": 0.0}, "must be above 0"),
         ({"memory_gb": float("nan")}, "must be above 0"),
-        ({"workers": 0}, "1 or more, not 0"),
+        ({"workers": 0}, "at least 1 worker, not 0"),
         ({"sources": []}, "no input file"),
     ],
 )

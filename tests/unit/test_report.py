@@ -213,7 +213,7 @@ def test_the_command_refuses_without_a_traceback(tmp_path) -> None:
 def test_the_command_names_the_place_it_cannot_write_to(run_dir, place: str) -> None:
     done = commands.run("launch/report.py", str(run_dir), "--json", str(run_dir / place))
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {run_dir / place} cannot be written")
+    assert done.stderr.startswith(f"error: {run_dir / place}: cannot be written")
     assert len(done.stderr.splitlines()) == 1
     assert "validation           4.7500" in done.stdout, "the table is shown all the same"
 
