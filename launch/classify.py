@@ -49,8 +49,7 @@ def _classify(arguments: argparse.Namespace) -> None:
         require(name)
     # Only now what takes seconds to import.
     from geneformer_mcore.celltypes import classify, tables
-    from geneformer_mcore.convert.converted_run import check_free, whole_folder
-    from geneformer_mcore.io.files import check_place
+    from geneformer_mcore.io.files import check_free, check_place, whole_folder
 
     request = _request(arguments)
     check_free(arguments.out)

@@ -85,9 +85,9 @@ def _end_on_signal(traces: Traces, number: int, _frame: Any) -> None:
 
 
 def _keep(path: Path, result: dict[str, Any]) -> None:
-    from geneformer_mcore.io import files
+    from geneformer_mcore.io.files import write_json
 
-    files.save_json(path, result)
+    write_json(path, result)
 
 
 def _say(text: str) -> None:

@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers here")
     arguments = parser.parse_args()
     # Only now what takes seconds to import.
-    from geneformer_mcore.io import files
+    from geneformer_mcore.io.files import write_json
     from geneformer_mcore.report import figures, results
 
     found = results.load(arguments.run_dir)
@@ -32,7 +32,7 @@ def main() -> int:
     if plot is not None:
         figures.save_loss(found, plot)
     if arguments.json is not None:
-        files.save_json(arguments.json, results.as_json(found))
+        write_json(arguments.json, results.as_json(found))
     return found.exit_code
 
 

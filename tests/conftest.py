@@ -8,7 +8,7 @@ from pathlib import Path
 # Before numpy and torch are imported by any test, and inherited by the process that the ranks of a
 # distributed test are forked from: with an OpenMP pool of several threads there, they would hang.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# No test fetches the table of symbols; one that wants it gives it.
+# Genes of tests are made up; a test that wants a table of symbols names it.
 os.environ["GENEFORMER_GENCODE"] = "off"
 
 import hypothesis

@@ -62,14 +62,14 @@ def refuse(problems: Sequence[str], places: Iterable[Path | None] = ()) -> None:
         raise ConfigError("\n".join(problems))
     for path in places:
         if path:
-            files.check_result_place(path)
+            files.check_output(path, overwrite=True)
 
 
 def save_results(path: Path, content: dict[str, Any]) -> None:
     """Write numbers as JSON, with machine, versions and commit."""
     from geneformer_mcore.metrics.provenance import provenance
 
-    files.save_json(path, content | provenance())
+    files.write_json(path, content | provenance())
 
 
 # Goals

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,7 +22,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from geneformer_mcore.errors import CheckpointError
-from geneformer_mcore.io.files import read_sealed, write_sealed
+from geneformer_mcore.io.files import (
+    file_digest,
+    read_sealed,
+    replacing,
+    sync,
+    sync_tree,
+    write_sealed,
+)
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -57,32 +62,29 @@ def commit(staging: Path, root: Path, step: int) -> Path:
     files = {
         path.relative_to(staging).as_posix(): {
             "bytes": path.stat().st_size,
-            "sha256": _sha256(path),
+            "sha256": file_digest(path),
         }
         for path in sorted(staging.rglob("*"))
         if path.is_file()
     }
     write_sealed(staging / MANIFEST, {"step": step, "files": files})
-    for path in [*staging.rglob("*"), staging]:
-        _fsync(path)
+    sync_tree(staging)
     final = step_folder(root, step)
     replaced = root / f".replaced_{final.name}"
     if final.exists():  # the same step again, after an earlier end at it
         final.rename(replaced)
     staging.rename(final)
-    _fsync(root)
+    sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
     _point(root, final.name)
     return final
 
 
 def _point(root: Path, name: str) -> None:
-    pointer = root / f".{LATEST}"
     # The checkpoint is there, whatever becomes of its pointer: a full disk is told of by the next
     # write that matters.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), replacing(root / LATEST, alone=True) as pointer:
         pointer.write_text(name + "\n")
-        pointer.replace(root / LATEST)
 
 
 def _put_back(root: Path) -> None:
@@ -184,7 +186,7 @@ def remove(folder: Path) -> None:
 
 def _hash_on_disk(path: Path) -> str:
     try:
-        return _sha256(path)
+        return file_digest(path)
     except OSError as error:
         if error.errno != errno.EIO:
             raise
@@ -199,16 +201,3 @@ def _rename_aside(folder: Path, aside: Path) -> None:
             f"{folder} is damaged and cannot be set aside as {aside.name}: {error.strerror}. Make "
             "its folder writable, and start the same command again."
         ) from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,7 +9,6 @@ Every number stays the one it was: tensors are renamed, cut, stacked and, for to
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from geneformer_mcore.convert import (
 from geneformer_mcore.convert.hf_keys import OUTPUT_BIAS, WORDS, Weights
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.inference import pretrained
+from geneformer_mcore.io.files import check_free, file_digest, whole_folder
 from geneformer_mcore.model import lora
 from geneformer_mcore.tokenizer.dictionary import import_dictionary, read_dictionary
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
@@ -49,7 +49,7 @@ def from_hf(
 
     The vocabulary is that of the file, or made of the model's dictionaries, or lies in the folder.
     """
-    converted_run.check_free(out)
+    check_free(out)
     described = hf_folder.read_config(folder)
     vocabulary, tokens = _vocabulary(
         folder, described.num_tokens, vocabulary_path, tokens_path, medians_path
@@ -65,7 +65,7 @@ def from_hf(
     origin = {
         "from": "Hugging Face",
         "name": folder.resolve().name,
-        "sha256": _hash(
+        "sha256": file_digest(
             next(
                 folder / f for f in (hf_folder.WEIGHTS, hf_folder.PICKLED) if (folder / f).exists()
             )
@@ -83,12 +83,12 @@ def from_bionemo(
 ) -> list[str]:
     """Writes the run folder `out` of a BioNeMo state dict. heads: 0 takes one per 64 of the width.
     Gives lines to tell the user."""
-    converted_run.check_free(out)
+    check_free(out)
     vocabulary = Vocabulary.load(vocabulary_path)
     theirs = hf_folder.read_state_dict(path)
     ours, model = bionemo_keys.from_bionemo(theirs, vocabulary.size, activation, heads)
     config = _config(model, len(ours[hf_keys.POSITIONS]))
-    origin = {"from": "BioNeMo", "name": path.name, "sha256": _hash(path)}
+    origin = {"from": "BioNeMo", "name": path.name, "sha256": file_digest(path)}
     converted_run.write(out, config, vocabulary, ours, {ORIGIN: origin})
     return [
         *_told(out, config, vocabulary),
@@ -130,7 +130,7 @@ def to_hf(
 
     tokens_path: {name: id} by which rows are to be ordered, such as Geneformer's own dictionary.
     """
-    converted_run.check_free(out)
+    check_free(out)
     source = open_source(path, vocabulary_path)
     genes = source.vocabulary.feature_ids
     tokens = token_rows.dictionary_by_size(source.vocabulary.size, genes)
@@ -143,7 +143,7 @@ def to_hf(
     num_positions = len(weights[hf_keys.POSITIONS])
     described = hf_folder.config_json(source.model, len(tokens), num_positions, tokens)
     theirs = hf_keys.to_hf(weights, source.model)
-    with converted_run.whole_folder(out) as partial:
+    with whole_folder(out) as partial:
         packed = {name: tensor.contiguous() for name, tensor in theirs.items()}
         save_file(packed, partial / hf_folder.WEIGHTS, metadata={"format": "pt"})
         for name, content in {
@@ -269,8 +269,3 @@ def _of_new_tokens(new: list[str]) -> list[str]:
             "seen it there, so train on before judging it by our cells"
         )
     return [line]
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

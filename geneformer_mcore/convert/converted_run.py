@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ from geneformer_mcore.checkpoint.record import Identity, Record
 from geneformer_mcore.config import Config, dump
 from geneformer_mcore.convert.hf_keys import Weights
 from geneformer_mcore.distributed import device, groups
-from geneformer_mcore.errors import ConfigError, DataError
+from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.io.files import whole_folder
 from geneformer_mcore.model import geneformer, init, megatron_config
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
@@ -37,31 +37,6 @@ from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 VOCABULARY, CONFIG = "vocabulary.json", "config.yaml"
 TOKENS = "token_dictionary.json"
 """{name: id} of the model that the weights are from, where its ids are not ours."""
-
-
-def check_free(out: Path) -> None:
-    """Raises DataError if there is something at `out` already."""
-    if out.exists() or out.is_symlink():
-        raise DataError(f"{out}: exists already, and nothing is replaced. Remedy: name another.")
-
-
-@contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which becomes `out` at the end; after an error nothing is left."""
-    check_free(out)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        check_free(out)
-        partial.rename(out)
-    except OSError as error:
-        raise DataError(
-            f"{out}: cannot be written: {error.strerror or error}. Remedy: choose another place, "
-            "or make room and give yourself the right to write there."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write(

@@ -6,7 +6,6 @@ run folder | step folder  ->  newest that verifies  ->  record: settings, vocabu
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from geneformer_mcore.checkpoint.record import RECORD, Record, of_the_weights
 from geneformer_mcore.config import Config, dump, parse
 from geneformer_mcore.config.sections import Attention, ParallelConfig, Precision, Recompute
 from geneformer_mcore.errors import CheckpointError, ConfigError, DataError
+from geneformer_mcore.io.files import file_digest
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 LAYOUT_KEYS = ("parallel.tensor", "parallel.pipeline", "parallel.sequence")
@@ -67,7 +67,7 @@ def find(
         record=record,
         config=config,
         vocabulary=find_vocabulary(record, config, folder, vocabulary),
-        sha256=hashlib.sha256((folder / checkpoints.MANIFEST).read_bytes()).hexdigest(),
+        sha256=file_digest(folder / checkpoints.MANIFEST),
         messages=tuple(messages),
     )
 

@@ -1,32 +1,34 @@
-"""A file of a run that cannot be written is the user's to mend: one message, with the room left.
+"""Files: refused early, written whole, sealed by a checksum, locked, and the room that they have.
 
-OSError of a write  ->  which file, why, how much is free, what stays, what to do
+    path     ->  check_output  ->  (the work)  ->  whole_file: .NAME.partial, filled  ->  NAME
+    content  ->  write_sealed: JSON with its SHA-256  ->  read_sealed: as it was written, or None
+    folder   ->  FolderLock: one process for all of it, or several that each do a part
+
+A file takes its name by a rename within its folder, so a kill at any instant leaves the old one or
+the new one. Where it must outlive a power cut, it is on the disk before it has its name.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any
 
 from geneformer_mcore.errors import ConfigError, DataError
-
-# A file that a command writes: refused before any work, and never found half written.
-#
-# path  ->  check_output  ->  (the work)  ->  whole_file: .NAME.partial, filled  ->  renamed to NAME
 
 
 class UnwritableError(DataError):
     """There is no room for a file, or no right to write it."""
+
+
+# Refusals before any work
 
 
 def check_output(path: str | Path, overwrite: bool = False) -> None:
@@ -46,7 +48,7 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
 def check_place(path: str | Path) -> None:
     """Raises DataError if nothing can be made at `path`, by trying in the nearest folder there is.
 
-    Permissions alone do not tell: root has them all, even where the file system is read-only.
+    Permissions alone do not decide: root has them all, even where the file system is read-only.
     """
     path = Path(path)
     try:
@@ -58,24 +60,50 @@ def check_place(path: str | Path) -> None:
         raise _unwritable(path, error) from error
 
 
+# Whole files
+
+
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Gives a path to write to, which becomes `path` at the end; after an error nothing is left.
+def whole_file(path: str | Path, durable: bool = False) -> Iterator[Path]:
+    """The same as `replacing`, of a file in folders that are made where they are not there.
 
     Raises UnwritableError where writing fails.
     """
     path = Path(path)
-    # Several processes may write one file: each has a name of its own for the time being.
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
+        with replacing(path, durable) as partial:
+            yield partial
     except OSError as error:
         raise _unwritable(path, error) from error
-    finally:
+
+
+@contextmanager
+def replacing(path: Path, durable: bool = False, alone: bool = False) -> Iterator[Path]:
+    """Gives a path to write to, which becomes `path` at the end; after an error nothing is left.
+
+    durable:  on the disk before it has its name
+    alone:    no other process writes it: what a kill leaves is overwritten by the next writer
+    Raises OSError as it comes.
+    """
+    # Several processes may write one file: each has a name of its own for the time being.
+    own = "" if alone else f".{os.uname().nodename}.{os.getpid()}"
+    partial = path.with_name(f".{path.name}{own}.partial")
+    try:
+        yield partial
+        if durable:
+            sync(partial)
+        os.replace(partial, path)
+    except BaseException:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
+            partial.unlink()
+        raise
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Writes results for people and programs. Raises UnwritableError where it cannot."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _unwritable(path: Path, error: OSError) -> UnwritableError:
@@ -85,9 +113,53 @@ def _unwritable(path: Path, error: OSError) -> UnwritableError:
     )
 
 
-# Small JSON files that tell when they were changed.
-#
-# content -> + SHA-256 of its canonical form -> written beside, renamed -> read: whole, or None
+# Whole folders
+
+
+def check_free(out: Path) -> None:
+    """Raises DataError if there is something at `out` already."""
+    if out.exists() or out.is_symlink():
+        raise DataError(f"{out}: exists already, and nothing is replaced. Remedy: name another.")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Gives a folder to fill, which becomes `out` at the end; after an error nothing is left."""
+    check_free(out)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        check_free(out)
+        partial.rename(out)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Has the disk hold a file's content, or a folder's names, before it returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` of all files and folders in `folder`, and of itself at the end."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+# Checksums
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksum_of(content: Any) -> str:
@@ -99,14 +171,12 @@ def checksum_of(content: Any) -> str:
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` with its checksum, whole or not at all. Raises OSError where it cannot."""
     text = json.dumps(content | {"checksum": checksum_of(content)})
-    # Several processes may write one file: each has a name of its own for the time being.
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
-    partial.write_text(text + "\n")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text + "\n")
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """What `write_sealed` wrote; None if it is not there, not whole or was changed since."""
+    """The content that `write_sealed` wrote; None if it is not there, not whole or was changed."""
     try:
         content = json.loads(path.read_bytes())
         checksum = content.pop("checksum")
@@ -115,44 +185,59 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
     return content if checksum == checksum_of(content) else None
 
 
-# Who may write in a folder: one process for all of it, or several that each do a part.
-#
-# folder/lock                  held alone by a writer of the whole, shared by writers of parts
-# folder/part_I_of_N.lock      held by the one writer of that part
-#
-# Locks are the system's (flock): they belong to the process and go with it, however it ends.
+# Locks
 
-_LOCK = "lock"
+
+def lock_file(path: Path, shared: bool = False, wait: bool = False) -> IO[bytes]:
+    """The file, locked until it is closed or this process ends, however it ends (flock).
+
+    Raises BlockingIOError if another process holds it, unless this one is to `wait`; OSError.
+    """
+    # To read and to write: NFS asks for the one to share a lock, for the other to have it alone.
+    file = path.open("ab+", buffering=0)
+    try:
+        _flock(file, shared, wait)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _flock(file: IO[bytes], shared: bool, wait: bool) -> None:
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
 
 
 class FolderLock:
-    """The lock of a folder that may not exist yet."""
+    """The lock of a folder that may not exist yet.
+
+    folder/lock                  held alone by a writer of the whole, shared by writers of parts
+    folder/part_I_of_N.lock      held by the one writer of that part
+    """
 
     def __init__(self, folder: Path, subject: str, part: str | None = None) -> None:
-        """subject: what messages say is written there; part: "I/N" for a part, None for all."""
+        """subject: the path that messages name; part: "I/N" for a part, None for all."""
         self._folder = folder
         self._subject = subject
         self._part = part
-        self._held: list[int] = []
+        self._held: list[IO[bytes]] = []
 
     def take(self) -> None:
         """Makes the folder and locks it. DataError if another process is at it; OSError."""
-        kind = fcntl.LOCK_EX if self._part is None else fcntl.LOCK_SH
-        while not self._lock(_LOCK, kind, "another process is writing it now"):
+        shared = self._part is not None
+        while not self._lock("lock", shared, "another process is writing it now"):
             pass
         if self._part is not None:
             name = f"part_{self._part.replace('/', '_of_')}.lock"
-            self._lock(name, fcntl.LOCK_EX, f"another process is doing part {self._part} of it now")
+            self._lock(name, False, f"another process is doing part {self._part} of it now")
 
-    def _lock(self, name: str, kind: int, message: str) -> bool:
+    def _lock(self, name: str, shared: bool, message: str) -> bool:
         """False if the folder was cleared by its last writer while the lock was taken."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / name
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            self._held.append(descriptor)
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
+            self._held.append(lock_file(path, shared))
+            if os.path.samestat(os.fstat(self._held[-1].fileno()), path.stat()):
                 return True
         except FileNotFoundError:
             pass
@@ -172,7 +257,7 @@ class FolderLock:
         if not self._held:
             return False
         try:
-            fcntl.flock(self._held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(self._held[0], shared=False, wait=False)
         except OSError:
             return False
         return True
@@ -180,44 +265,25 @@ class FolderLock:
     def release(self) -> None:
         """Gives the folder back."""
         while self._held:
-            os.close(self._held.pop())
+            self._held.pop().close()
 
 
-# Numbers that are kept: one JSON file, written beside its place and renamed into it.
+# Room, and files of a run
 
 
-def check_result_place(path: Path) -> None:
-    """Makes the folder of `path`. Raises DataError if no file can be written there: to be asked
-    before what takes minutes to measure."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Asking for permissions would not do: root has them all, on a read-only disk too.
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be written ({error.strerror}): name a file in a folder that can be "
-            "written."
-        ) from None
+def free_bytes(path: Path) -> int:
+    """Bytes that are free on the disk of `path`, or of the nearest folder above it that is there;
+    -1 if that cannot be known."""
+    for place in (path.absolute(), *path.absolute().parents):
+        with suppress(OSError):
+            return shutil.disk_usage(place).free
+    return -1
 
 
-def save_json(path: Path, numbers: dict[str, Any]) -> None:
-    """Writes `numbers` to `path`. Raises DataError where it cannot."""
-    check_result_place(path)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(json.dumps(numbers, indent=1) + "\n")
-        part.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written ({error.strerror}).") from None
-
-
-@contextlib.contextmanager
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within it `path` is written. Raises ConfigError where that fails, whatever the reason: a disk
-    that is full, or read-only now, or over a quota."""
+    """Within it the file `path` of a run is written. Raises ConfigError where that fails, whatever
+    the reason: a disk that is full, or read-only now, or over a quota."""
     try:
         yield
     except OSError as error:
@@ -225,7 +291,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def unwritable(path: Path, error: OSError) -> ConfigError:
-    """The message on a file of the run folder that cannot be written."""
+    """The error on a file of the run folder that cannot be written."""
     why = error.strerror or str(error)
     return ConfigError(
         f"run.dir must be a folder that can be written, and {path} cannot: {why}{_room(path)}. "
@@ -234,19 +300,9 @@ def unwritable(path: Path, error: OSError) -> ConfigError:
     )
 
 
-def free_bytes(path: Path) -> int:
-    """What is free on the disk of `path`, or of the nearest folder above it that is there; -1 if
-    that cannot be told."""
-    for place in (path.absolute(), *path.absolute().parents):
-        with contextlib.suppress(OSError):
-            return shutil.disk_usage(place).free
-    return -1
-
-
 def _room(path: Path) -> str:
-    """How much is free on the disk of `path`, or of the nearest folder above it that is there."""
     for place in path.absolute().parents:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             usage = shutil.disk_usage(os.path.realpath(path) if path.exists() else place)
             return f" ({usage.free:,} of {usage.total:,} bytes are free there)"
     return ""

@@ -1,10 +1,10 @@
-"""Worker processes that do one job at a time, and whose end is never a riddle.
+"""Worker processes that do one job at a time, and whose end is always explained.
 
     jobs, in order  ->  the next free process  ->  (job, outcome), as they are done
                                                ->  how far each is, meanwhile
 
 Processes are spawned (a fork after TileDB was used would hang), live from job to job, and end with
-the process that started them, however that ends. One that is killed is told of by its job.
+the process that started them, however that ends. One that is killed is reported with its job.
 """
 
 from __future__ import annotations
@@ -22,50 +22,7 @@ from multiprocessing.context import SpawnProcess
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-import pyarrow as pa
-
 from geneformer_mcore.errors import AGAIN, DataError, LostWorkerError
-
-# What every process that is spawned to work shares: how it starts, how it ends, how that is told.
-#
-# parent  ->  interrupts kept back while it is started  ->  the process
-#         ->  gone, however  ->  the process ends too   |  killed  ->  what the parent tells
-
-
-@contextmanager
-def interrupts_kept_back() -> Iterator[None]:
-    """Processes started in here never see an interrupt from the keyboard, not even in the second
-    in which they import what they need: it reaches all processes, and the parent ends the others.
-    """
-    # Started here and now: it would let interrupts through again (Python 3.11).
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def end_with_parent() -> None:
-    """To be called in a spawned process: from now on it ends when its parent does, even if that is
-    killed and the pipe between them stays open."""
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
-
-
-def _wait_for_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
-def describe_end(code: int | None) -> str:
-    """How a process ended, by its exit code as multiprocessing gives it."""
-    if code is None or code >= 0:
-        return f"with exit code {code}"
-    hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
-    return f"by signal {-code} ({signal.Signals(-code).name}){hint}"
-
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -75,7 +32,7 @@ Tell = Callable[[int], None]
 _STOP_S = 5.0
 
 
-class Task(Protocol):
+class Work(Protocol):
     """What is done with a job: anything picklable that can be called so."""
 
     def __call__(self, job: Any, tell: Tell) -> Any:
@@ -86,20 +43,26 @@ class Task(Protocol):
 class Workers:
     """Up to `number` processes; a context manager. With one, all is done in this very process."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, shared: Any = None, again: str = AGAIN) -> None:
+        """shared:  a synchronised value of multiprocessing, which becomes the attribute `shared` of
+                 every work in every process but this one
+        again:   the remedy of a LostWorkerError
+        """
         if number < 1:
             raise DataError(f"there must be at least 1 worker, not {number}.")
         self.number = number
+        self._shared, self._again = shared, again
         self._processes: list[_Worker] = []
 
     def run(
         self,
-        work: Task,
+        work: Work,
         jobs: Sequence[Job],
         tell: Callable[[Job, int], None] = lambda job, cells: None,
         is_wanted: Callable[[Job], bool] = lambda job: True,
         most: int | None = None,
         chain: Callable[[Job], str | None] = lambda job: None,
+        last: Any = None,
     ) -> Iterator[tuple[Job, Any]]:
         """(job, what `work` returned, or its DataError), as they are done; begun in order.
 
@@ -107,48 +70,25 @@ class Workers:
         is_wanted:  asked before a job is begun; those that are not are left out
         most:       processes that are worth their start here
         chain:      jobs with a name in common are done by one process, in their order
+        last:       a further job, which every process does after all others
         Raises LostWorkerError if a process is killed or memory runs out, and whatever else an
         error in a job was.
         """
-        number = min(self.number, len(jobs), self.number if most is None else most)
-        if number <= 1:
-            for job in jobs:
-                if is_wanted(job):
-                    yield job, _outcome(work, job, partial(tell, job))
+        number = max(1, min(self.number, len(jobs), self.number if most is None else most))
+        queues = [_Queue(jobs, is_wanted, chain)]
+        if last is not None:
+            queues.append(_Queue([last] * number))
+        if number == 1:
+            for job in (job for queue in queues for job in queue):
+                yield job, _outcome(work, job, partial(tell, job), self._again)
             return
-        yield from self._run_apart(number, work, _Queue(jobs, is_wanted, chain), tell)
-
-    def _run_apart(
-        self,
-        number: int,
-        work: Task,
-        queue: _Queue,
-        tell: Callable[[Any, int], None],
-    ) -> Iterator[tuple[Any, Any]]:
         while len(self._processes) < number:
-            self._processes.append(_Worker())
-        free = self._processes[:number]
-        for process in free:
+            self._processes.append(_Worker(self._shared, self._again))
+        processes = self._processes[:number]
+        for process in processes:
             process.send(work)
-        busy: dict[Any, tuple[_Worker, Any]] = {}
-        while True:
-            for process in list(free):
-                job = queue.next_for(process)
-                if job is not None:
-                    free.remove(process)
-                    busy[process.connection] = process, job
-                    process.begin(job)
-            if not busy:
-                return
-            for connection in wait(list(busy)):
-                process, job = busy[connection]
-                kind, value = process.answer()
-                if kind == "tell":
-                    tell(job, value)
-                    continue
-                del busy[connection]
-                free.append(process)
-                yield job, _checked(kind, value)
+        for queue in queues:
+            yield from _run_apart(processes, queue, tell)
 
     def __enter__(self) -> Workers:
         return self
@@ -174,12 +114,16 @@ class _Queue:
     def __init__(
         self,
         jobs: Sequence[Any],
-        is_wanted: Callable[[Any], bool],
-        chain: Callable[[Any], str | None],
+        is_wanted: Callable[[Any], bool] = lambda job: True,
+        chain: Callable[[Any], str | None] = lambda job: None,
     ) -> None:
         self._waiting = list(jobs)
         self._is_wanted, self._chain = is_wanted, chain
         self._owners: dict[str, _Worker] = {}
+
+    def __iter__(self) -> Iterator[Any]:
+        """For this very process."""
+        return filter(self._is_wanted, self._waiting)
 
     def next_for(self, process: _Worker) -> Any:
         """The first job that this process may do, taken off the queue; None if there is none."""
@@ -191,19 +135,46 @@ class _Queue:
         return None
 
 
+def _run_apart(
+    processes: Sequence[_Worker], queue: _Queue, tell: Callable[[Any, int], None]
+) -> Iterator[tuple[Any, Any]]:
+    free = list(processes)
+    busy: dict[Any, tuple[_Worker, Any]] = {}
+    while True:
+        for process in list(free):
+            job = queue.next_for(process)
+            if job is not None:
+                free.remove(process)
+                busy[process.connection] = process, job
+                process.begin(job)
+        if not busy:
+            return
+        for connection in wait(list(busy)):
+            process, job = busy[connection]
+            kind, value = process.answer()
+            if kind == "tell":
+                tell(job, value)
+                continue
+            del busy[connection]
+            free.append(process)
+            yield job, _checked(kind, value)
+
+
 class _Worker:
     """One process, seen from its parent."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: Any, again: str) -> None:
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self._process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
-        with interrupts_kept_back():
+        arguments = (theirs, shared, again)
+        self._process: SpawnProcess = context.Process(target=_serve, args=arguments, daemon=True)
+        self._again = again
+        with _interrupts_kept_back():
             self._process.start()
         theirs.close()
         self._job: Any = None
 
-    def send(self, work: Task) -> None:
+    def send(self, work: Work) -> None:
         self._send(("work", work))
 
     def begin(self, job: Any) -> None:
@@ -221,6 +192,8 @@ class _Worker:
             return self.connection.recv()
         except (EOFError, OSError) as error:
             raise self._lost() from error
+        except MemoryError as error:  # of this process, which takes what a job gives
+            raise _short_of_memory(error, self._job, self._again) from error
 
     def stop(self, at_once: bool) -> None:
         self.connection.close()
@@ -233,15 +206,40 @@ class _Worker:
 
     def _lost(self) -> LostWorkerError:
         self._process.join(_STOP_S)
-        code = self._process.exitcode
+        how = _describe_end(self._process.exitcode)
         what = "before its first job" if self._job is None else f"in the middle of {self._job}"
-        return LostWorkerError(f"a worker process was ended {describe_end(code)}, {what}. {AGAIN}")
+        return LostWorkerError(f"a worker process was ended {how}, {what}. {self._again}")
 
 
-def _serve(connection: Connection) -> None:
+@contextmanager
+def _interrupts_kept_back() -> Iterator[None]:
+    """Processes started in here never see an interrupt from the keyboard, not even in the second
+    in which they import what they need: it reaches all processes, and the parent ends the others.
+    """
+    # Started here and now: it would let interrupts through again (Python 3.11).
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _describe_end(code: int | None) -> str:
+    """How a process ended, by its exit code as multiprocessing gives it."""
+    if code is None or code >= 0:
+        return f"with exit code {code}"
+    hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+    return f"by signal {-code} ({signal.Signals(-code).name}){hint}"
+
+
+def _serve(connection: Connection, shared: Any, again: str) -> None:
     """A worker process: jobs come in until the connection is closed."""
-    end_with_parent()
-    pa.set_cpu_count(1)
+    # The pipe alone may stay open where the parent is killed: others may have its other end.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    import pyarrow  # not needed by the parent, which may have no job for it
+
+    pyarrow.set_cpu_count(1)
     work: Any = None
     while True:
         try:
@@ -250,32 +248,50 @@ def _serve(connection: Connection) -> None:
             return
         if kind == "work":
             work = value
+            if shared is not None:
+                work.shared = shared
             continue
         try:
-            connection.send(_answer(work, value, lambda cells: connection.send(("tell", cells))))
+            _answer(connection, work, value, again)
         except BrokenPipeError:
             return
 
 
-def _answer(work: Task, job: Any, tell: Tell) -> tuple[str, Any]:
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _answer(connection: Connection, work: Work, job: Any, again: str) -> None:
     try:
-        return "outcome", _outcome(work, job, tell)
+        outcome = _outcome(work, job, lambda cells: connection.send(("tell", cells)), again)
+        answer: tuple[str, Any] = "outcome", outcome
     except OSError as error:
-        return "error", OSError(error.errno, error.strerror, error.filename)
+        answer = "error", OSError(error.errno, error.strerror, error.filename)
     except LostWorkerError as error:
-        return "error", error
+        answer = "error", error
     except BaseException:
-        return "failed", traceback.format_exc()
+        answer = "failed", traceback.format_exc()
+    try:
+        connection.send(answer)
+    except MemoryError as error:  # before a byte was sent
+        connection.send(("error", _short_of_memory(error, job, again)))
 
 
-def _outcome(work: Task, job: Any, tell: Tell) -> Any:
+def _outcome(work: Work, job: Any, tell: Tell, again: str) -> Any:
     try:
         return work(job, tell)
     except DataError as error:
         return error
     except MemoryError as error:
-        why = f"there is not enough memory ({error or 'Python has none left'})"
-        raise LostWorkerError(f"{why}, in the middle of {job}. {AGAIN}") from error
+        raise _short_of_memory(error, job, again) from error
+
+
+def _short_of_memory(error: MemoryError, job: Any, again: str) -> LostWorkerError:
+    why = f"there is not enough memory ({str(error) or 'Python has none left'})"
+    return LostWorkerError(f"{why}, in the middle of {job}. {again}")
 
 
 def _checked(kind: str, value: Any) -> Any:

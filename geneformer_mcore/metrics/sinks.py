@@ -30,7 +30,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
 from geneformer_mcore.errors import ConfigError
-from geneformer_mcore.io.files import writing
+from geneformer_mcore.io.files import replacing, writing
 
 # One file of curves for TensorBoard, written as it is told and not by a thread.
 #
@@ -260,12 +260,8 @@ def drop_later_steps(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines() if _step_in(line) <= step]
-    part = path.with_suffix(".part")
-    with part.open("w") as file:
-        file.writelines(f"{line}\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with replacing(path, durable=True, alone=True) as partial:
+        partial.write_text("".join(f"{line}\n" for line in kept))
 
 
 def _step_in(line: str) -> float:

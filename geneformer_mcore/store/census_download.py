@@ -9,7 +9,6 @@ A unit that is missing, cut or changed is fetched again by the next call.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from geneformer_mcore.io.files import (
     FolderLock,
     UnwritableError,
     checksum_of,
+    file_digest,
     read_sealed,
     whole_file,
     write_sealed,
@@ -284,7 +284,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Fetching:
-    """The work of fetching one unit of a plan into `folder` (a workers.Task)."""
+    """The work of fetching one unit of a plan into `folder` (a workers.Work)."""
 
     folder: Path
     plan_head: tuple[str, str]
@@ -310,7 +310,7 @@ class Fetching:
 
     def _write(self, unit: CensusUnit, cells: Any) -> None:
         path = self.folder / unit.file
-        with whole_file(path) as partial:
+        with whole_file(path, durable=True) as partial:
             _check_room(partial, cells)
             try:
                 cells.write_h5ad(partial, compression="lzf")
@@ -319,9 +319,7 @@ class Fetching:
                 if _WRITE_FAILED not in str(error):
                     raise
                 raise OSError(" ".join(str(error).split())) from error
-            size, digest = partial.stat().st_size, _digest(partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+            size, digest = partial.stat().st_size, file_digest(partial)
         record = {"of": self._identity(unit), "bytes": size, "sha256": digest}
         write_sealed(_record_path(self.folder, unit), record)
 
@@ -334,7 +332,7 @@ class Fetching:
         size = path.stat().st_size
         if size != record["bytes"]:
             return f"{size:,} bytes of {record['bytes']:,}"
-        return None if _digest(path) == record["sha256"] else "changed since it was fetched"
+        return None if file_digest(path) == record["sha256"] else "changed since it was fetched"
 
     def _identity(self, unit: CensusUnit) -> str:
         return checksum_of([*self.plan_head, asdict(unit)])
@@ -440,8 +438,3 @@ def find_missing(
 
 def _record_path(folder: Path, unit: CensusUnit) -> Path:
     return folder / DONE_FOLDER / f"{unit.name}.json"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

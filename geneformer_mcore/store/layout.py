@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.io.files import checksum_of
+from geneformer_mcore.io.files import checksum_of, file_digest
 from geneformer_mcore.store.split.table import SPLITS
 
 SCHEMA_VERSION = 1
@@ -175,7 +175,7 @@ def list_files(folder: Path) -> dict[str, Path]:
 def describe_files(folder: Path) -> dict[str, list[Any]]:
     """{path: [bytes, SHA-256]}, what the manifest keeps; no SHA-256 (None) for files of tiles."""
     return {
-        name: [path.stat().st_size, None if _is_tiles(name) else _digest(path)]
+        name: [path.stat().st_size, None if _is_tiles(name) else file_digest(path)]
         for name, path in list_files(folder).items()
     }
 
@@ -192,7 +192,7 @@ def find_changes(folder: Path, expected: Mapping[str, list[Any]]) -> list[str]:
         found = path.stat().st_size
         if found != size:
             problems.append(f"{name} has {found:,} bytes of {size:,}")
-        elif digest is not None and _digest(path) != digest:
+        elif digest is not None and file_digest(path) != digest:
             problems.append(f"{name} was changed since it was written")
     return problems
 
@@ -200,11 +200,6 @@ def find_changes(folder: Path, expected: Mapping[str, list[Any]]) -> list[str]:
 def _is_tiles(name: str) -> bool:
     parts = name.split("/")
     return _FRAGMENTS in parts and parts[-1] != _FRAGMENT_METADATA
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # One hash for all a store holds, whatever the blocks its rows come in.

@@ -13,19 +13,17 @@ again by the next run that wants it. Numbers are little-endian. Needs numpy alon
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.io.files import read_sealed, write_sealed
+from geneformer_mcore.io.files import file_digest, lock_file, read_sealed, sync_tree, write_sealed
 from geneformer_mcore.types import CellViews, RaggedCells, TokenSource
 
 FORMAT_VERSION = 1
@@ -64,7 +62,7 @@ def ensure(
     folder = cache / content_hash[:16]
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f".{folder.name}.lock"):
+        with lock_file(cache / f".{folder.name}.lock", wait=True):
             try:
                 return FlatCopy(folder, content_hash)
             except DataError:
@@ -199,7 +197,7 @@ def _fill(partial: Path, source: Copyable, content_hash: str, progress: Progress
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype("<i8")
     (partial / "offsets.bin").write_bytes(offsets.tobytes())
     (partial / "sums.bin").write_bytes(sums)
-    hashes = {name: _sha256(partial / name) for name in _FILES if name != "tokens.bin"}
+    hashes = {name: file_digest(partial / name) for name in _FILES if name != "tokens.bin"}
     manifest = {
         "format_version": FORMAT_VERSION,
         "content_hash": content_hash,
@@ -207,8 +205,7 @@ def _fill(partial: Path, source: Copyable, content_hash: str, progress: Progress
         "sha256": hashes,
     }
     write_sealed(partial / _MANIFEST, manifest)
-    for path in [*partial.iterdir(), partial]:
-        _sync(path)
+    sync_tree(partial)
 
 
 def _partial(folder: Path) -> Path:
@@ -227,19 +224,6 @@ def _bounds(offsets: np.ndarray, block: int, num_cells: int) -> tuple[int, int]:
     return int(offsets[block * BLOCK_CELLS]), int(offsets[stop])
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock of this node; it goes with the process, however that ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _check_room(cache: Path, needed: int) -> None:
     free = shutil.disk_usage(cache).free
     if free < needed:
@@ -247,11 +231,3 @@ def _check_room(cache: Path, needed: int) -> None:
             f"{cache}: a flat copy of the store takes {needed:,} bytes, {free:,} are free. Remedy: "
             "make room, name another folder with data.cache_dir, or leave that empty."
         )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

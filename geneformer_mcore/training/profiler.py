@@ -17,6 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from geneformer_mcore.distributed import collectives
+from geneformer_mcore.io.files import replacing
 
 WARM_UP_STEPS = 3
 """Steps of a start that are not recorded: in them kernels are compiled and memory is taken."""
@@ -78,10 +79,10 @@ class Profile:
 
     def _written(self, recorder: profile, name: str) -> Path:
         self._folder.mkdir(exist_ok=True)
-        trace, part = self._folder / f"trace_{name}.json", self._folder / ".trace.part"
-        recorder.export_chrome_trace(str(part))
-        _check_whole(part)
-        part.replace(trace)
+        trace = self._folder / f"trace_{name}.json"
+        with replacing(trace, alone=True) as partial:
+            recorder.export_chrome_trace(str(partial))
+            _check_whole(partial)
         if self._on_gpu:
             torch.cuda.memory._dump_snapshot(str(self._folder / f"memory_{name}.pickle"))
         return trace
@@ -106,12 +107,11 @@ class Profile:
                 self._forget_memory()
 
 
-def _check_whole(part: Path) -> None:
+def _check_whole(partial: Path) -> None:
     """Raises OSError for a trace without an end: on a full disk torch writes less, and says so to
     nobody."""
-    with part.open("rb") as file:
-        file.seek(max(0, part.stat().st_size - _END_BYTES))
+    with partial.open("rb") as file:
+        file.seek(max(0, partial.stat().st_size - _END_BYTES))
         whole = file.read().rstrip().endswith(b"}")
     if not whole:
-        part.unlink()
         raise OSError("it came out cut short, as on a disk that is full")

@@ -7,9 +7,7 @@ labels.json (of fine-tuning: the classes, instead of baselines.json)
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import json
 import os
 import time
@@ -20,7 +18,7 @@ from typing import IO, Any
 from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.exit_codes import DEFECT, FINISHED, INTERRUPTED, WRONG_INPUT
-from geneformer_mcore.io.files import unwritable, writing
+from geneformer_mcore.io.files import lock_file, replacing, unwritable, writing
 from geneformer_mcore.store.layout import VOCABULARY_FILE
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
@@ -57,7 +55,7 @@ class RunFolder:
         self.step = 0
         self._outcome = self.path / "outcome.json"
         self._restart = 0
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
 
     def open(self) -> None:
         """Makes the folder, takes its lock and clears the outcome: until `close`, that says that
@@ -70,7 +68,7 @@ class RunFolder:
             for path in (self.path, self.checkpoints, self.path / "tensorboard"):
                 path.mkdir(parents=True, exist_ok=True)
             path = self.path / ".lock"
-            self._lock = _locked(path)
+            self._lock = lock_file(path)
             # What a start left behind that ended within a save may be what fills the disk.
             checkpoints.clear(self.checkpoints)
             path = self._outcome
@@ -110,7 +108,7 @@ class RunFolder:
         deadline = time.monotonic() + _TAKE_OVER_S
         while self._lock is None and time.monotonic() < deadline:
             try:
-                self._lock = _locked(self.path / ".lock")
+                self._lock = lock_file(self.path / ".lock")
             except OSError:
                 time.sleep(0.1)
         if self._lock is None:
@@ -170,29 +168,10 @@ def _text_of(outcome: Outcome) -> str:
     return json.dumps(asdict(outcome), indent=1) + "\n"
 
 
-def _locked(path: Path) -> IO[str]:
-    """The file, locked until it is closed or this process ends, however it ends."""
-    file = path.open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise
-    return file
-
-
 def _replace(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}.new")
-    try:
-        with staging.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            staging.unlink()
-        raise
+    # Alone, by the lock: a start that is killed in here leaves nothing to the next one.
+    with replacing(path, durable=True, alone=True) as partial:
+        partial.write_text(text)
 
 
 def _overwrite(path: Path, text: str) -> None:

@@ -123,7 +123,7 @@ REFUSED = [
     ("tflops", "--lengths 99 --seq-length 64", "--lengths (99) must not exceed"),
     ("tflops", "--attention te --precision bf16", "transformer_engine"),
     ("tflops", "--cells none", "none holds no flat copy of tokens"),
-    ("tflops", "--json file/out.json", "out.json cannot be written"),
+    ("tflops", "--json file/out.json", "out.json: cannot be written"),
     ("gpu_session", "--out new --toy --only machine tflops", "and names tflops."),
     ("cell_types", "--train none --labelled none --out new", "no such file: none"),
 ]

@@ -198,16 +198,16 @@ def test_the_same_counts_twice_are_refused(corpus, tmp_path) -> None:
     assert build_vocabulary([*corpus, corpus[1]], OPTIONS) == build_vocabulary(corpus, OPTIONS)
 
 
-def test_workers_share_the_room_for_values(corpus, monkeypatch) -> None:
-    units = [build.Unit(str(corpus[0]), 0, 30)]
+def test_workers_share_the_room_for_values(corpus) -> None:
     for held_by_others, is_exact in ((0, True), (1_000, False)):
-        shared = [Value("q", number) for number in (0, 0, held_by_others)]
-        monkeypatch.setattr(build, "_worker", build._Worker())
-        build._become_worker(units, OPTIONS, 1_000, *shared)
-        tally = build._work()
+        counted: list[int] = []
+        with build.Counting(OPTIONS, 1_000) as work:
+            work.shared = Value("q", held_by_others)
+            work(build.Unit(str(corpus[0]), 0, 30), counted.append)
+            tally = work(build.HAND_OVER, counted.append)
         assert (tally.cells, tally.collector.is_exact) == (30, is_exact)
-        assert shared[1].value == 30
-        assert shared[2].value == held_by_others + tally.collector.num_values
+        assert sum(counted) == 30
+        assert work.shared.value == held_by_others + tally.collector.num_values
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_workers_share_the_room_for_values(corpus, monkeypatch) -> None:
     [
         ({"memory_gb": 0.0}, "must be above 0"),
         ({"memory_gb": float("nan")}, "must be above 0"),
-        ({"workers": 0}, "1 or more, not 0"),
+        ({"workers": 0}, "at least 1 worker, not 0"),
         ({"sources": []}, "no input file"),
     ],
 )

@@ -98,7 +98,7 @@ def test_outcome(tmp_path: Path, calls: Calls) -> None:
     folder = RunFolder(tmp_path)
     folder.open()
     name = tmp_path / "outcome.json"
-    assert synced_before(calls, name) == {str(tmp_path / ".outcome.json.new")}
+    assert synced_before(calls, name) == {str(tmp_path / ".outcome.json.partial")}
     folder.close(0, "done")
 
 
@@ -107,4 +107,4 @@ def test_metrics_of_earlier_steps(tmp_path: Path, calls: Calls) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n')
     drop_later_steps(path, 1)
     assert path.read_text() == '{"step": 1}\n'
-    assert synced_before(calls, path) == {str(path.with_suffix(".part"))}
+    assert synced_before(calls, path) == {str(tmp_path / ".metrics.jsonl.partial")}

@@ -205,7 +205,7 @@ def test_the_command_refuses_without_a_traceback(tmp_path, run_dir) -> None:
     for place in (run_dir / "metrics.jsonl" / "numbers.json", run_dir / "checkpoints"):
         done = commands.run("launch/report.py", run_dir, "--json", place)
         assert done.returncode == 2
-        assert done.stderr.startswith(f"error: {place} cannot be written")
+        assert done.stderr.startswith(f"error: {place}: cannot be written")
         assert len(done.stderr.splitlines()) == 1
         assert "validation           4.7500" in done.stdout, "the table is shown all the same"
     (run_dir / "loss.png").unlink()

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,39 +58,36 @@ def break_off(target: Path, error: Exception) -> None:
         raise error
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_what_appeared_meanwhile_is_kept(tmp_path: Path, overwrite: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "overwrite", "checked", "message"),
+    [
+        ("thesis.txt", False, True, r"exists already.*--overwrite"),
+        ("thesis.txt", True, True, "exists and is no store"),
+        (MANIFEST_FILE, False, True, r"exists already.*--overwrite"),
+        # At the last moment, after the check.
+        (MANIFEST_FILE, False, False, "cannot take this name"),
+        (MANIFEST_FILE, True, True, ""),
+    ],
+)
+def test_what_appeared_meanwhile_is_kept_unless_it_is_a_store_and_was_to_be_replaced(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    overwrite: bool,
+    checked: bool,
+    message: str,
+) -> None:
     target = tmp_path / "store"
 
     def appear() -> None:
         target.mkdir()
-        (target / "thesis.txt").write_text("years of work")
+        (target / name).write_text("another's")
 
-    with pytest.raises(DataError, match="exists"):
+    if not checked:
+        monkeypatch.setattr(staging, "check_target", lambda *_: None)
+    with pytest.raises(DataError, match=message) if message else nullcontext():
         publish(target, overwrite, appear)
-    assert (target / "thesis.txt").read_text() == "years of work"
-    assert os.listdir(tmp_path) == ["store"]
-
-
-def test_a_store_that_appeared_meanwhile_is_replaced_only_if_asked(tmp_path: Path) -> None:
-    target = tmp_path / "store"
-    with pytest.raises(DataError, match="--overwrite"):
-        publish(target, meanwhile=lambda: fill(target, "another's"))
-    assert content(target) == "another's"
-    shutil.rmtree(target)
-    publish(target, True, lambda: fill(target, "another's"))
-    assert content(target) == "new"
-    assert os.listdir(tmp_path) == ["store"]
-
-
-def test_what_appears_at_the_last_moment_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "store"
-    monkeypatch.setattr(staging, "check_target", lambda *_: None)
-    with pytest.raises(DataError, match="cannot take this name"):
-        publish(target, meanwhile=lambda: fill(target, "another's"))
-    assert content(target) == "another's"
+    assert (target / name).read_text() == ("another's" if message else "new")
     assert os.listdir(tmp_path) == ["store"]
 
 
@@ -150,7 +147,7 @@ def test_a_place_where_no_store_can_be_is_refused_early(
 LIMITED = """
 import resource, sys
 from geneformer_mcore.exit_codes import run
-from geneformer_mcore.store.ingest import build as ingest, merge, plan, tokenise, merge as writer
+from geneformer_mcore.store.ingest import build as ingest, merge, plan, tokenise
 from data_prep.build_store import main
 
 plan.LEAST_ROWS_PER_UNIT = 50
@@ -160,7 +157,6 @@ owner, name = {
     "later unit": (ingest._Build, "_estimate"),
     "frames": (merge.SomaWriter, "__enter__"),
     "rows": (merge.SomaWriter, "write"),
-    "manifest": (writer, "describe_files"),
 }[stage]
 original = getattr(owner, name)
 
@@ -292,10 +288,10 @@ def test_a_lock_on_a_folder_that_was_cleared_meanwhile_is_taken_anew(
     target = tmp_path / "store"
     flock, cleared = files.fcntl.flock, []
 
-    def clear_first(descriptor: int, kind: int) -> None:
+    def clear_first(file: object, kind: int) -> None:
         if not cleared:
             cleared.append(shutil.rmtree(tmp_path / ".store.staging"))
-        flock(descriptor, kind)
+        flock(file, kind)
 
     monkeypatch.setattr(files.fcntl, "flock", clear_first)
     first = hold(target)

@@ -64,7 +64,7 @@ def run_all(parts: Sequence[Part], out: Path, seconds: float) -> list[Outcome]:
         else:
             outcomes.append(_run(part, out, min(left, part.budget_s)))
         print(f"{part.name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", flush=True)
-        files.save_json(out / "session.json", {"parts": [asdict(outcome) for outcome in outcomes]})
+        files.write_json(out / "session.json", {"parts": [asdict(outcome) for outcome in outcomes]})
     return outcomes
 
 
@@ -102,7 +102,7 @@ def summarise(out: Path) -> str:
         "te_chose": _te_chose(out),
         "not_measured": skipped,
     }
-    files.save_json(out / "summary.json", content)
+    files.write_json(out / "summary.json", content)
     parts = _read(out / "session.json")["parts"]
     unfinished = [
         f"{part['name']}: {part['state']} (see {part['name']}.log)"
@@ -118,7 +118,7 @@ def _merged(out: Path) -> tuple[list[dict], list[dict]]:
     rows, skipped = ([row for each in found for row in each[key]] for key in ("rows", "skipped"))
     if rows and (out / "machine.json").is_file():
         together = found[0] | {"rows": rows, "skipped": skipped}
-        files.save_json(out / _read(out / "machine.json")["tflops_file"], together)
+        files.write_json(out / _read(out / "machine.json")["tflops_file"], together)
     return rows, skipped
 
 

@@ -55,7 +55,7 @@ DEFAULT_MEMORY_GB = 1.0
 
 @dataclass(frozen=True)
 class Trial:
-    """The work of trying whether an input can be used (a workers.Task)."""
+    """The work of trying whether an input can be used (a workers.Work)."""
 
     options: InputOptions
     whole: bool

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.io.files import checksum_of, read_sealed, write_sealed
+from geneformer_mcore.io.files import checksum_of, file_digest, read_sealed, replacing, write_sealed
 from geneformer_mcore.store.ingest.buckets import count_buckets
 from geneformer_mcore.store.ingest.sources import InputSource, Refusal
 from geneformer_mcore.store.split.table import SplitRule
@@ -39,7 +39,6 @@ from geneformer_mcore.version import __version__
 # again. `.arrows` is a plain Arrow IPC stream, and batches are also read one by one.
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-_READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,7 @@ def write_cells(
     cells: in one chunk, laid by bucket; starts: int64 [buckets + 1], the first row of each.
     """
     digest, offsets = hashlib.sha256(), []
-    partial = folder / f".{name}.{os.uname().nodename}.{os.getpid()}.partial"
-    with partial.open("wb") as file:
+    with replacing(folder / f"{name}.arrows") as partial, partial.open("wb") as file:
 
         def write(part: pa.Buffer | bytes) -> None:
             digest.update(part)
@@ -103,7 +101,6 @@ def write_cells(
             write(batch.slice(start, stop - start).serialize() if stop > start else empty)
         offsets.append(file.tell())
         write(_END_OF_STREAM)
-    os.replace(partial, folder / f"{name}.arrows")
     return digest.hexdigest(), offsets
 
 
@@ -130,14 +127,11 @@ def read_sound_report(folder: Path, name: str) -> UnitReport | None:
     report = read_report(folder, name)
     if report is None:
         return None
-    digest = hashlib.sha256()
     try:
-        with (folder / f"{name}.arrows").open("rb") as file:
-            while part := file.read(_READ_BYTES):
-                digest.update(part)
+        found = file_digest(folder / f"{name}.arrows")
     except OSError:
         return None
-    return report if digest.hexdigest() == report.sha256 else None
+    return report if found == report.sha256 else None
 
 
 class UnitReader:

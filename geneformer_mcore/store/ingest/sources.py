@@ -109,7 +109,7 @@ def in_order(names: Sequence[str | Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The work of looking at one input (a workers.Task)."""
+    """The work of looking at one input (a workers.Work)."""
 
     vocabulary: Vocabulary
     options: InputOptions

@@ -10,7 +10,6 @@ between them leaves no NAME, and the next writer puts the old store back.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 from contextlib import suppress
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from geneformer_mcore.errors import DataError, ExternalIOError
-from geneformer_mcore.io.files import FolderLock, check_place
+from geneformer_mcore.io.files import FolderLock, check_place, file_digest, sync, sync_tree
 from geneformer_mcore.store.layout import MANIFEST_FILE
 
 _FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
@@ -103,7 +102,7 @@ class StagedFolder:
 
         Raises DataError if something came to be at `target` meanwhile that may not be replaced.
         """
-        _sync_tree(self.store)
+        sync_tree(self.store)
         check_target(self.target, self._overwrite)
         (self.path / _PUBLISHED).write_text(_seal_of(self.store))
         try:
@@ -113,7 +112,7 @@ class StagedFolder:
                 f"{self.target}: the finished store cannot take this name: {error.strerror}. "
                 "Remedy: choose another path."
             ) from error
-        _sync(self.target.parent)
+        sync(self.target.parent)
         _discard(self._replaced)
         _clear(self.path)
 
@@ -228,7 +227,7 @@ def _clear(staging: Path) -> None:
 
 
 def _seal_of(store: Path) -> str:
-    return hashlib.sha256((store / MANIFEST_FILE).read_bytes()).hexdigest()
+    return file_digest(store / MANIFEST_FILE)
 
 
 def _discard(folder: Path) -> None:
@@ -238,18 +237,3 @@ def _discard(folder: Path) -> None:
         return
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync_tree(folder: Path) -> None:
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            _sync(Path(parent) / name)
-        _sync(Path(parent))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

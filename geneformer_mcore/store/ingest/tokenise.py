@@ -45,7 +45,7 @@ _open: dict[str, Counts] = {}
 
 @dataclass(frozen=True)
 class Tokenising:
-    """The work of doing one unit (a workers.Task). Its files go to `folder`."""
+    """The work of doing one unit (a workers.Work). Its files go to `folder`."""
 
     recipe: Recipe
     num_buckets: int
