@@ -39,7 +39,7 @@ from benchmarks.harness.session.parts import ENDED, Part, run_all, summarise
 from benchmarks.harness.tflops.settings import MEAN_TOKENS, made_up
 from benchmarks.harness.train_step import cells as step_cells
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.errors import ConfigError, DataError
+from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.exit_codes import DEFECT, FINISHED, run
 from geneformer_mcore.store.local_cache import ensure
 
@@ -140,10 +140,7 @@ def _child(arguments: argparse.Namespace) -> int:
 def _cells(flat: Path | None, work: Path, seq_length: int) -> Path:
     """The given flat copy, or one of made-up cells."""
     if flat is not None:
-        found = step_cells.find([flat])
-        if found is None:
-            raise DataError(f"{flat} holds no flat copy of tokens, or more than one.")
-        return found.resolve()
+        return step_cells.flat_copy(flat).resolve()
     cells = made_up(MEAN_TOKENS * seq_length // 2048, seq_length, VOCABULARY)
     num_tokens = round(cells.mean_tokens * len(cells.source))
     return ensure(cells.source, "made_up_cells", num_tokens, work).folder

@@ -35,7 +35,15 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.harness.common import RESULTS, ROOT, Goal, parser_of, save_results, text_table
+from benchmarks.harness.common import (
+    RESULTS,
+    ROOT,
+    Goal,
+    build_store,
+    parser_of,
+    save_results,
+    text_table,
+)
 from benchmarks.harness.loader.cells import draw, write
 from benchmarks.harness.pages import INGEST_COLUMNS, heads, shown
 from geneformer_mcore.errors import DataError
@@ -161,10 +169,7 @@ def _measure(
 ) -> dict[str, Any]:
     """One build, and what it took."""
     shutil.rmtree(store, ignore_errors=True)
-    command = [sys.executable, str(ROOT / "data_prep" / "build_store.py"), "--out", str(store)]
-    command += ["--workers", str(workers), *map(str, files)]
-    if vocabulary:
-        command += ["--vocabulary", vocabulary]
+    command = build_store(store, files, vocabulary, "--workers", str(workers))
     started, cpu_s = time.monotonic(), _children_cpu_s()
     peaks = {"rss": 0, "pss": 0}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -34,20 +34,15 @@ from benchmarks.harness.tflops.settings import (
     PACKINGS,
     Cells,
     Conditions,
-    Requested,
     grid,
     of_flat_copy,
-    usual,
 )
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.config.sections import Attention, ParallelConfig, Precision
-from geneformer_mcore.errors import DataError
 from geneformer_mcore.exit_codes import DEFECT, FINISHED, run
 
 if TYPE_CHECKING:
     from benchmarks.harness.tflops.run import Results
-
-_COMPILED = {"auto": None, "no": False, "yes": True}
 
 
 def main() -> int:
@@ -74,7 +69,7 @@ def main() -> int:
         seconds=arguments.seconds,
         out=out,
     )
-    wanted = grid(_requested(arguments, on_gpu), on_gpu)
+    wanted = grid(arguments, on_gpu)
     # Before anything is begun.
     tflops_run.possible(wanted, conditions, torch.device("cuda" if on_gpu else "cpu"))
     here = device.start()
@@ -123,26 +118,9 @@ def _flat(arguments: argparse.Namespace) -> Cells | None:
         return None
     from benchmarks.harness.train_step import cells as step_cells
 
-    folder = step_cells.find([arguments.cells])
-    if folder is None:
-        raise DataError(f"{arguments.cells} holds no flat copy of tokens, or more than one.")
+    folder = step_cells.flat_copy(arguments.cells)
     step_cells.check(folder, VOCABULARY, global_batch=1)
     return of_flat_copy(folder, arguments.seq_length)
-
-
-def _requested(arguments: argparse.Namespace, on_gpu: bool) -> Requested:
-    """The arguments, with this machine's defaults."""
-    usually = usual(on_gpu)
-    return Requested(
-        models=arguments.model or usually["models"],
-        precisions=arguments.precision or usually["precisions"],
-        packings=arguments.packing,
-        lengths=[FULL] if arguments.cells else arguments.lengths or [],
-        attentions=arguments.attention,
-        dropouts=arguments.attention_dropout or usually["dropouts"],
-        micro_batches=arguments.micro_batch or [],
-        compiled=[_COMPILED[word] for word in arguments.compile],
-    )
 
 
 def _length(word: str) -> int:
@@ -167,7 +145,7 @@ def _arguments() -> argparse.Namespace:
     about = "packed: cells of full length that fit; default: the card's on a GPU, else 1 or 2"
     listed("--micro-batch", about, type=int, metavar="CELLS")
     about = "model.compile; default: auto, which is yes on a GPU"
-    listed("--compile", about, choices=_COMPILED, default=["auto"])
+    listed("--compile", about, choices=["auto", "no", "yes"], default=["auto"])
     add("--micro-batches-per-step", type=int, default=1, metavar="N", help="default: 1")
     add("--cells", type=Path, metavar="FLAT", help="a flat copy of tokens, for made-up cells")
     add("--seq-length", type=int, default=2048)

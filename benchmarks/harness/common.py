@@ -125,6 +125,15 @@ def version_of(package: str) -> str:
         return NOT_INSTALLED
 
 
+def named(name: str, kind: Any, not_measured: str | None) -> dict[str, Any]:
+    """Start of a contestant's row; with the reason if it was not measured.
+
+    kind: its class, or an object with its label and package
+    """
+    peer = kind.package and f"{kind.package} {version_of(kind.package)}"
+    return {"name": name, "label": kind.label, "peer": peer, "not_measured": not_measured}
+
+
 # Tables and pictures
 
 
@@ -173,6 +182,15 @@ def save_bars(path: Path, panels: dict[str, list[tuple[str, float, bool]]], foot
 
 
 # Processes, and turns of contestants in them
+
+
+def build_store(
+    out: Path, inputs: Iterable[Path | str], vocabulary: Path | str | None, *options: str
+) -> list[str]:
+    """The command that builds a token store; without a vocabulary, that of the cells."""
+    command = [sys.executable, str(ROOT / "data_prep" / "build_store.py"), "--out", str(out)]
+    command += ["--vocabulary", str(vocabulary)] if vocabulary else []
+    return [*command, *options, *map(str, inputs)]
 
 
 def why_failed(command: Sequence[str], timeout_s: float) -> str:

@@ -120,8 +120,9 @@ def test_a_uniform_shuffle_measures_one_and_source_order_nothing() -> None:
 
 
 def test_rows_of_tflops() -> None:
-    both = ["padded", "packed"]
-    wanted = settings.Requested(["106m", "10m"], ["bf16"], both, [], ["te", "flash"], [None], [])
+    listed = {"model": ["106m", "10m"], "packing": ["padded", "packed"], "compile": ["auto"]}
+    unset = dict.fromkeys(("precision", "lengths", "attention_dropout", "micro_batch", "cells"))
+    wanted = argparse.Namespace(**listed, **unset, attention=["te", "flash"])
     rows = settings.grid(wanted, on_gpu=True)
     assert len(set(rows)) == len(rows) == 8
     full, mean = settings.FULL, settings.MEAN_TOKENS
@@ -131,6 +132,12 @@ def test_rows_of_tflops() -> None:
     padded = settings.Setting("10m", "fp32", "padded", full, "sdpa", 0.0, 2)
     configs, reasons = possible([padded, rows[-1]], conditions, torch.device("cpu"))
     assert list(configs) == [padded]
+    wanted.model = None
+    here = settings.grid(wanted, on_gpu=False)
+    assert {(row.model, row.precision, row.dropout) for row in here} == {
+        ("10m", "fp32", dropout) for dropout in (None, 0.0)
+    }
+    assert [row.micro_batch for row in here] == [1] * 4 + [2] * 4
     assert "needs an NVIDIA GPU and 16 bits" in reasons[rows[-1]]
 
 

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.harness.common import Goal, best, ratio, text_table, version_of
+from benchmarks.harness import common
+from benchmarks.harness.common import Goal, best, ratio, text_table
 from benchmarks.harness.pages import LOADER_COLUMNS, Column, heads, shown
 from benchmarks.harness.peers.contestant import TOKENS
 from benchmarks.harness.peers.loaders import CONTESTANTS
@@ -47,13 +48,7 @@ def row(name: str, turns: Sequence[dict[str, Any]], not_measured: str | None) ->
     not_measured: why there are no turns
     """
     kind = CONTESTANTS[name]
-    known = {
-        "name": name,
-        "label": kind.label,
-        "table": kind.table,
-        "peer": kind.package and f"{kind.package} {version_of(kind.package)}",
-        "not_measured": not_measured,
-    }
+    known = common.named(name, kind, not_measured) | {"table": kind.table}
     if not_measured:
         return known
     medians = {key: statistics.median(turn[key] for turn in turns) for key in _MEDIANS}

@@ -10,7 +10,6 @@ A batch is complete: padded tokens with masks, places and labels; peers' batches
 from __future__ import annotations
 
 import subprocess
-import sys
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.common import ROOT
+from benchmarks.harness.common import ROOT, build_store
 from benchmarks.harness.loader.cells import SEQ_LENGTH, Prepared
 from benchmarks.harness.peers import contestant
 from benchmarks.harness.peers.soma_ml import experiment
@@ -38,11 +37,9 @@ DEFAULTS = DataConfig()
 
 def store_of_tokens(data: Prepared) -> None:
     """The token store, by the project's own command; all cells are training cells."""
-    command = [
-        *(sys.executable, str(ROOT / "data_prep" / "build_store.py")),
-        *("--out", str(data.place("store_of_tokens")), "--vocabulary", str(data.vocabulary_file)),
-        *("--validation-fraction", "0", "--test-fraction", "0", str(data.counts_file)),
-    ]
+    out, cells = data.place("store_of_tokens"), [data.counts_file]
+    options = ("--validation-fraction", "0", "--test-fraction", "0")
+    command = build_store(out, cells, data.vocabulary_file, *options)
     subprocess.run(command, check=True, cwd=ROOT)
 
 

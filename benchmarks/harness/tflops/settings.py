@@ -7,9 +7,9 @@ cells: made up, all of full length or of lengths like real ones', or those of a 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,21 +38,6 @@ _NUM_CELLS = 1024
 _LOG_SPREAD = 0.5
 """Standard deviation of log(genes) of a cell: 0.31 in blood (pbmc3k), 0.29 in bone marrow, 0.56 in
 lung; of several tissues together it is more than of one."""
-
-
-@dataclass(frozen=True)
-class Requested:
-    """The values that make the rows. Empty `lengths`: full ones if padded, MEAN_TOKENS if packed;
-    None among the dropouts: the card's; empty `micro_batches`: the usual ones of the model."""
-
-    models: Sequence[str]
-    precisions: Sequence[str]
-    packings: Sequence[str]
-    lengths: Sequence[int]
-    attentions: Sequence[str]
-    dropouts: Sequence[float | None]
-    micro_batches: Sequence[int]
-    compiled: Sequence[bool | None] = (None,)
 
 
 @dataclass(frozen=True)
@@ -139,31 +124,22 @@ class Conditions:
         return self.flat or made_up(setting.mean_length, self.seq_length, VOCABULARY)
 
 
-def usual(on_gpu: bool) -> dict[str, Any]:
-    """Defaults of this machine."""
-    if on_gpu:
-        return {"models": ["106m", "10m"], "precisions": ["bf16"], "dropouts": [None]}
+def grid(arguments: argparse.Namespace, on_gpu: bool) -> list[Setting]:
+    """Every combination of tflops.py's options, in the order of the fields, with this machine's
+    defaults: full cells if padded, MEAN_TOKENS if packed; the card's micro batches on a GPU, and
+    what takes seconds on a CPU, where two cells are the least that can be packed."""
+    models = arguments.model or (["106m", "10m"] if on_gpu else ["10m"])
+    precisions = arguments.precision or (["bf16"] if on_gpu else ["fp32"])
     # torch has no fused attention with dropout on a CPU: show what the card's dropout costs there.
-    return {"models": ["10m"], "precisions": ["fp32"], "dropouts": [None, 0.0]}
-
-
-def usual_micro_batches(model: str, packing: str, on_gpu: bool) -> list[int]:
-    """The card's on a GPU, and what takes seconds on a CPU; but there is nothing to pack in one."""
-    if on_gpu:
-        return {"10m": [32], "106m": [16]}[model]
-    return [1] if packing == "padded" else [2]
-
-
-def grid(requested: Requested, on_gpu: bool) -> list[Setting]:
-    """Every combination, in the order of the fields."""
+    dropouts = arguments.attention_dropout or ([None] if on_gpu else [None, 0.0])
+    compiled = [{"auto": None, "no": False, "yes": True}[word] for word in arguments.compile]
     found = []
-    for model, precision, packing in itertools.product(
-        requested.models, requested.precisions, requested.packings
-    ):
-        lengths = requested.lengths or [FULL if packing == "padded" else MEAN_TOKENS]
-        sizes = requested.micro_batches or usual_micro_batches(model, packing, on_gpu)
+    for model, precision, packing in itertools.product(models, precisions, arguments.packing):
+        usual = [FULL] if packing == "padded" or arguments.cells else [MEAN_TOKENS]
+        sizes = [{"10m": 32, "106m": 16}[model] if on_gpu else 1 + (packing == "packed")]
         others = itertools.product(
-            *(lengths, requested.attentions, requested.dropouts, sizes, requested.compiled)
+            *(arguments.lengths or usual, arguments.attention, dropouts),
+            *(arguments.micro_batch or sizes, compiled),
         )
         found += [Setting(model, precision, packing, *other) for other in others]
     return found

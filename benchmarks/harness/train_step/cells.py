@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.common import ROOT
+from benchmarks.harness.common import build_store
 from geneformer_mcore.config import Config
 from geneformer_mcore.data.collate import make_batch, padded_length
 from geneformer_mcore.data.loader import Feed, Share
@@ -111,6 +110,14 @@ def find(paths: Sequence[Path]) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
+def flat_copy(path: Path) -> Path:
+    """The flat copy in `path`. Raises DataError if there is none, or more than one."""
+    found = find([path])
+    if found is None:
+        raise DataError(f"{path} holds no flat copy of tokens, or more than one.")
+    return found
+
+
 def check(folder: Path, vocabulary_size: int, global_batch: int) -> None:
     """Raises DataError if these cells do not suit the model, or are too few for a step."""
     copy = FlatCopy(folder)
@@ -144,7 +151,11 @@ def make(inputs: Sequence[Path], vocabulary: Path | None, work: Path) -> Path:
             "or empty this one."
         )
     if not about.is_file():
-        _build_store(inputs, vocabulary, work / "store")
+        work.mkdir(parents=True, exist_ok=True)
+        options = ("--overwrite", "--strict")
+        ended = subprocess.run(build_store(work / "store", inputs, vocabulary, *options))
+        if ended.returncode:
+            raise DataError(f"build_store.py ended with {ended.returncode}: see its output above.")
         about.write_text(json.dumps(wanted))
     return _flat_copy(work)
 
@@ -153,15 +164,6 @@ def _size(path: Path) -> int:
     if not path.exists():
         raise DataError(f"{path} is not there: give a flat copy, or files of counts.")
     return path.stat().st_size
-
-
-def _build_store(inputs: Sequence[Path], vocabulary: Path | None, store: Path) -> None:
-    store.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "data_prep" / "build_store.py"), "--overwrite"]
-    command += ["--strict", "--out", str(store), *map(str, inputs)]
-    ended = subprocess.run(command + (["--vocabulary", str(vocabulary)] if vocabulary else []))
-    if ended.returncode:
-        raise DataError(f"build_store.py ended with {ended.returncode}: see its output above.")
 
 
 def _flat_copy(work: Path) -> Path:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.harness.common import text_table, version_of
+from benchmarks.harness.common import named, text_table
 from benchmarks.harness.pages import STEP_COLUMNS, Column, heads, shown
 from benchmarks.harness.peers.steps import HF_DYNAMIC, HF_PADDED
 from geneformer_mcore.model.flops import ModelShape, Workload, executed_flops
@@ -40,18 +40,12 @@ def row(
 ) -> dict[str, Any]:
     """One line: medians over the rounds.
 
-    kind:          the contestant's class, or an object with its label and package
     turns:         results of `turn.take_turn` with micro batches of micro_batch cells
     tuning:        {micro batch: cells/s, or why there is none} of those that were tried
     not_measured:  why there are no turns
     """
-    known = {
-        "name": name,
-        "label": kind.label,
-        "peer": kind.package and f"{kind.package} {version_of(kind.package)}",
-        "not_measured": not_measured,
-        "tuning": {str(micro): found for micro, found in tuning.items()},
-    }
+    known = named(name, kind, not_measured)
+    known["tuning"] = {str(micro): found for micro, found in tuning.items()}
     if not_measured:
         return known
     return {
