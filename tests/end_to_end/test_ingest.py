@@ -272,7 +272,7 @@ KILLS = (
     # manifest, the mark that it is published, the store.
     ("geneformer_mcore.store.ingest.tokenise:write_report 3", (2, False, False, False, False)),
     ("geneformer_mcore.store.layout:ContentHash.update 1", (18, True, False, False, False)),
-    ("geneformer_mcore.store.ingest.staging:_sync_tree 1", (18, True, True, False, False)),
+    ("geneformer_mcore.store.ingest.staging:sync_tree 1", (18, True, True, False, False)),
     ("geneformer_mcore.store.ingest.staging:StagedFolder._rename 1", (18, True, True, True, False)),
     ("geneformer_mcore.store.ingest.staging:_clear 1", (18, False, False, True, True)),
 )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +94,7 @@ def test_an_error_leaves_the_old_file_and_no_partial_one(
     write_text(path, "old", None)
     with pytest.raises(raised):
         write(path, "new", error)
+    assert os.listdir(path.parent) == ["file"]
     assert path.read_text() == "old"
     write(path, "new", None)
     assert "new" in path.read_text()
@@ -131,23 +132,25 @@ def test_a_change_breaks_the_seal(tmp_path: Path) -> None:
         assert read_sealed(path) is None, damaged
 
 
-def test_a_lock_is_shared_or_held_alone_and_can_be_waited_for(tmp_path: Path) -> None:
-    path, order = tmp_path / ".lock", []
-
-    def wait_for_it() -> None:
-        with lock_file(path, wait=True):
-            order.append("second")
-
+def test_a_lock_is_shared_or_held_alone_and_can_be_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flock = tmp_path / ".lock", fcntl.flock
     with lock_file(path, shared=True), lock_file(path, shared=True), pytest.raises(BlockingIOError):
         lock_file(path)
-    thread = threading.Thread(target=wait_for_it)
-    with lock_file(path):
-        with pytest.raises(BlockingIOError):
-            lock_file(path, shared=True)
-        thread.start()
-        order.append("first")
-    thread.join()
-    assert order == ["first", "second"]
+    holder = lock_file(path)
+    with pytest.raises(BlockingIOError):
+        lock_file(path, shared=True)
+
+    def flock_and_release(file: object, kind: int) -> None:
+        """Gives the lock back when the system is asked to wait for it."""
+        if not kind & fcntl.LOCK_NB:
+            holder.close()
+        flock(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock_and_release)
+    with lock_file(path, wait=True), pytest.raises(BlockingIOError):
+        lock_file(path)
 
 
 def test_room_of_a_folder_that_is_not_there_is_that_of_one_above(tmp_path: Path) -> None:
