@@ -187,11 +187,11 @@ REFUSED: dict[str, tuple[Make, list[str]]] = {
     "var is a number": (replaced("var", 3), ["cannot be read as an AnnData file"]),
     "no cells": (matrix(COUNTS[:0]), ["0 cells x 20 genes", "leave the file out"]),
     "no genes": (matrix(COUNTS[:, :0]), ["12 cells x 0 genes"]),
-    "fewer cells than rows": (
+    "too few cells": (
         replaced("obs/_index", lambda names: names[:11]),
         ["column label holds 12 values", "11 row names"],
     ),
-    "fewer genes than columns": (
+    "too few genes": (
         replaced("var/_index", gene_ids(19)),
         ["X is 12 x 20", "12 cells and 19 genes"],
     ),
@@ -214,10 +214,7 @@ REFUSED: dict[str, tuple[Make, list[str]]] = {
     # The index of the matrix
     "column beyond": (spoilt("X/indices", 4, 20), ["row 0 names column 20 of 20"]),
     "column below": (spoilt("X/indices", 4, -3), ["names column -3 of 20"]),
-    "column beyond int32": (
-        spoilt("X/indices", 4, 2**32 + 2, kind=np.int64),
-        ["names column -1 of 20"],
-    ),
+    "beyond int32": (spoilt("X/indices", 4, 2**32 + 2, kind=np.int64), ["names column -1 of 20"]),
     "row beyond": (spoilt("X/indices", 4, 12, "csc"), ["row number beyond its 12 cells"]),
     "rows that overlap": (spoilt("X/indptr", 3, 0), ["index .indptr. that does not fit 12"]),
     "fewer values than named": (

@@ -41,9 +41,9 @@ AT_ONCE = Retry(attempts=3, wait_s=0)
 
 
 def dataset(rng: np.random.Generator, prefix: str, num_cells: int, **obs: object):
-    counts, names = random_counts(rng, num_cells, NUM_GENES), range(num_cells)
-    cell_ids = [f"{prefix}{place}" for place in names]
-    return adata_of(counts, obs=obs, cell_ids=cell_ids, var={"feature_name": SYMBOLS})
+    counts = random_counts(rng, num_cells, NUM_GENES)
+    names = [f"{prefix}{place}" for place in range(num_cells)]
+    return adata_of(counts, obs=obs, cell_ids=names, var={"feature_name": SYMBOLS})
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_files_hold_the_cells(plan, fetching, cells) -> None:
 
 
 def test_parts_meet_and_finished_files_stay(plan, fetching) -> None:
-    assert fetch_units(fetching, plan.units[0::2], part="0/2").fetched == 3
+    assert fetch_units(fetching, plan.units[0::2], part="0/2", workers=2).fetched == 3
     assert missing(fetching, plan.units) == [unit.name for unit in plan.units[1::2]]
     written = {path: path.stat().st_mtime_ns for path in fetching.folder.glob("*.h5ad")}
     assert fetch_units(fetching, plan.units) == Outcome(3, 3, 0, [], [])
@@ -323,11 +323,6 @@ def test_an_experiment_that_changed_is_noticed(plan, fetching) -> None:
     assert not list(fetching.folder.glob("*.h5ad"))
 
 
-def test_several_workers(plan, fetching) -> None:
-    assert fetch_units(fetching, plan.units, workers=2).fetched == 6
-    assert not missing(fetching, plan.units)
-
-
 def test_retry() -> None:
     read = DataError("a://network: cannot be read")
     read.__cause__ = RuntimeError("HTTP 503")
@@ -399,9 +394,6 @@ def test_release(monkeypatch) -> None:
         find_release("1999")
     with pytest.raises(DataError, match="has no organism 'martian'"):
         find_release("stable", "martian")
-
-
-def test_release_without_the_package(monkeypatch) -> None:
     monkeypatch.setattr("geneformer_mcore.backends.find_spec", lambda name: None)
     with pytest.raises(MissingBackendError, match=r"geneformer_mcore\[census\]"):
         find_release("stable")

@@ -99,7 +99,7 @@ def test_blocks_make_no_difference(write, counts, monkeypatch) -> None:
     assert whole.same_N.sum() == 30
 
 
-def test_cells_of_few_genes_cannot_be_told_apart_and_are_counted(write, counts) -> None:
+def test_cells_of_few_genes_cannot_be_distinguished_and_are_counted(write, counts) -> None:
     few = np.zeros((3, NUM_GENES), np.float32)
     few[0, :18], few[1, :19], few[2, :1] = 1, 1, 5
     file = write("a", np.concatenate([counts[:NUM_CELLS].toarray(), few]))
@@ -111,7 +111,7 @@ def test_cells_of_few_genes_cannot_be_told_apart_and_are_counted(write, counts) 
     assert found.num_training == NUM_CELLS + 1
 
 
-def test_windows_are_told_apart_exactly() -> None:
+def test_windows_are_distinguished_exactly() -> None:
     tokens = np.array([5, 6, 7, 8, 9, 65_535, 8, 7, 6, 5, 4], np.uint16)
     cells = RaggedCells(tokens, np.array([0, 5, 11]), np.zeros(2, np.uint64))
     both_V = np.ones(65_536, bool)

@@ -16,6 +16,7 @@ from hypothesis import given
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io import progress
+from geneformer_mcore.store.ingest import labels
 from geneformer_mcore.store.ingest import plan as plans
 from geneformer_mcore.store.ingest.buckets import (
     CELLS_PER_BUCKET,
@@ -23,16 +24,6 @@ from geneformer_mcore.store.ingest.buckets import (
     by_bucket,
     count_buckets,
     sorted_cells,
-)
-from geneformer_mcore.store.ingest.labels import (
-    INTEGER,
-    NUMBER,
-    TEXT,
-    TRUTH,
-    label_columns,
-    label_kinds,
-    unify_kinds,
-    unify_labels,
 )
 from geneformer_mcore.store.ingest.plan import (
     Part,
@@ -154,23 +145,23 @@ def test_reports_of_damaged_units_are_none(tmp_path) -> None:
 
 def test_kinds_of_labels() -> None:
     kept = {
-        "type": (pd.Categorical(["a", None, "b"]), TEXT),
-        "year": (pd.Categorical([2001, 2002, 2001]), INTEGER),
-        "count": (np.array([1, 2, 3], dtype=np.uint8), INTEGER),
-        "large": (np.array([1, 2, 2**63], dtype=np.uint64), NUMBER),
-        "score": (np.array([0.5, np.nan, 1], dtype=np.float32), NUMBER),
-        "doublet": ([True, False, True], TRUTH),
-        "maybe": (pd.array([True, None, False], dtype="boolean"), TRUTH),
-        "words": (["x", None, "y"], TEXT),
-        "nothing": ([None, None, None], TEXT),
-        "day": (pd.to_datetime(["2020-01-01"] * 3), TEXT),
+        "type": (pd.Categorical(["a", None, "b"]), labels.TEXT),
+        "year": (pd.Categorical([2001, 2002, 2001]), labels.INTEGER),
+        "count": (np.array([1, 2, 3], dtype=np.uint8), labels.INTEGER),
+        "large": (np.array([1, 2, 2**63], dtype=np.uint64), labels.NUMBER),
+        "score": (np.array([0.5, np.nan, 1], dtype=np.float32), labels.NUMBER),
+        "doublet": ([True, False, True], labels.TRUTH),
+        "maybe": (pd.array([True, None, False], dtype="boolean"), labels.TRUTH),
+        "words": (["x", None, "y"], labels.TEXT),
+        "nothing": ([None, None, None], labels.TEXT),
+        "day": (pd.to_datetime(["2020-01-01"] * 3), labels.TEXT),
     }
     left_out = {"lists": [[1], [2], [3]], "mixed": [1, "a", (2,)], "split": ["x"] * 3}
     left_out |= dict.fromkeys(("n_counts", "tokens", "soma_x", "__x", "", 5), range(3))
     obs = pd.DataFrame({**{name: values for name, (values, _) in kept.items()}, **left_out})
-    kinds = label_kinds(obs)
+    kinds = labels.label_kinds(obs)
     assert kinds == {name: kind for name, (_, kind) in kept.items()}
-    columns = label_columns(obs, kinds, "rows")
+    columns = labels.label_columns(obs, kinds, "rows")
     assert {name: column.type for name, column in columns.items()} == kinds
     assert columns["type"].to_pylist() == ["a", None, "b"]
     assert columns["year"].to_pylist() == [2001, 2002, 2001]
@@ -179,19 +170,23 @@ def test_kinds_of_labels() -> None:
 
 
 def test_files_that_disagree_about_labels() -> None:
-    first = {"a": INTEGER, "b": INTEGER, "c": TEXT}
-    kinds = unify_kinds([first, {"a": NUMBER, "b": TEXT, "d": TRUTH}, {"d": INTEGER}])
-    assert kinds == {"a": NUMBER, "b": TEXT, "c": TEXT, "d": TEXT}
+    first = {"a": labels.INTEGER, "b": labels.INTEGER, "c": labels.TEXT}
+    kinds = labels.unify_kinds(
+        [first, {"a": labels.NUMBER, "b": labels.TEXT, "d": labels.TRUTH}, {"d": labels.INTEGER}]
+    )
+    assert kinds == {"a": labels.NUMBER, "b": labels.TEXT, "c": labels.TEXT, "d": labels.TEXT}
     obs = pd.DataFrame({"a": [1], "b": [2], "d": [True]})
-    cells = pa.table({"cell_id": ["x"], **label_columns(obs, label_kinds(obs), "rows")})
-    unified = unify_labels(cells, kinds)
+    cells = pa.table(
+        {"cell_id": ["x"], **labels.label_columns(obs, labels.label_kinds(obs), "rows")}
+    )
+    unified = labels.unify_labels(cells, kinds)
     assert unified.schema == pa.schema({"cell_id": pa.string(), **kinds})
     assert unified.to_pylist() == [{"cell_id": "x", "a": 1.0, "b": "2", "c": None, "d": "true"}]
     obs = pd.DataFrame({"age": ["one", "two"]})
     with pytest.raises(DataError, match=r"rows 0 to 1: obs column 'age' holds other .*int64"):
-        label_columns(obs, {"age": INTEGER}, "rows 0 to 1")
+        labels.label_columns(obs, {"age": labels.INTEGER}, "rows 0 to 1")
     with pytest.raises(DataError, match="'year'"):
-        label_columns(obs, {"year": TEXT}, "rows 0 to 1")
+        labels.label_columns(obs, {"year": labels.TEXT}, "rows 0 to 1")
 
 
 # Plans
