@@ -26,7 +26,7 @@ def labels(rng: np.random.Generator) -> np.ndarray:
 
 @pytest.fixture
 def counts(labels: np.ndarray, rng: np.random.Generator) -> Features:
-    """Log counts in which labels can be told apart, in part."""
+    """Log counts by which labels can be distinguished, in part."""
     rates = rng.gamma(1.0, 1.0, (5, NUM_GENES))
     numbers = np.unique(labels, return_inverse=True)[1]
     values = np.log1p(rng.poisson(rates[numbers])).astype(np.float32)

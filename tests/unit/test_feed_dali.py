@@ -204,15 +204,6 @@ def test_it_is_dali_that_masks_and_pads(monkeypatch: pytest.MonkeyPatch) -> None
         assert foreign not in operators, foreign
 
 
-def test_without_dalis_run_there_is_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: object, **inputs: object) -> None:
-        raise RuntimeError("the pipeline did not run")
-
-    monkeypatch.setattr(Pipeline, "run", broken)
-    with pytest.raises(RuntimeError, match="did not run"):
-        same_of(DaliBatches(CPU), [5], MASKING, 8)
-
-
 def test_with_a_gpu_all_but_the_inputs_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read from the graph, which can be drawn up without a GPU."""
     outputs: list = []

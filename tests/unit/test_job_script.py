@@ -185,12 +185,6 @@ def test_in_a_container(job: Job) -> None:
     assert all(f"{options}--container-mounts={mounts} slurm/on_node.sh" in s for s in on_nodes)
 
 
-def test_a_run_folder_that_is_elsewhere_in_the_container(job: Job) -> None:
-    ended = job.start(GENEFORMER_IMAGE="/shared/g.sqsh", RUN="/not/here/run")
-    assert ended.returncode == 2
-    assert "run.dir must have the same path in the container and here" in ended.stderr
-
-
 def test_on_one_node_nothing_listens_to_others(job: Job) -> None:
     job.start(SLURM_NNODES="1")
     assert "--nnodes=1 --nproc-per-node=2 " in job.noted()
@@ -221,28 +215,30 @@ def test_ranks_of_a_node_are_its_gpus(
     assert f"--nproc-per-node={ranks} " in job.noted()
 
 
-def test_a_wrong_setting_is_reported_before_anything_runs(job: Job) -> None:
-    ended = job.start(SETTINGS_CODE="2")
-    assert ended.returncode == 2
-    assert "a wrong setting" in ended.stderr
-    assert "torchrun" not in job.noted()
-
-
-def test_nodes_that_are_not_fit(job: Job) -> None:
-    ended = job.start(PREFLIGHT_CODE="1")
-    assert ended.returncode == 2
-    assert "the nodes are not fit for this run" in ended.stderr
-    assert "--master-port=24711 launch/pretrain.py" not in job.noted()
-    assert "requeue" not in job.noted()
-    job.ends(1)
-    assert job.start(PREFLIGHT_CODE="1", GENEFORMER_PREFLIGHT="no").returncode == 1
-
-
-def test_an_outcome_of_the_start_before_is_not_taken_for_this_one(job: Job) -> None:
+@pytest.mark.parametrize(
+    ("environment", "code", "error", "last"),
+    [
+        ({"SETTINGS_CODE": "2"}, 2, "a wrong setting", "--dry-run"),
+        (
+            {"GENEFORMER_IMAGE": "/shared/g.sqsh", "RUN": "/not/here/run"},
+            2,
+            "run.dir must have the same path in the container and here",
+            "--dry-run",
+        ),
+        ({"PREFLIGHT_CODE": "1"}, 2, "the nodes are not fit for this run", "launch/preflight.py"),
+        ({"PREFLIGHT_CODE": "1", "GENEFORMER_PREFLIGHT": "no"}, 0, "", TRAINING),
+        ({"OUTCOME": ""}, 1, "the run in {run} did not begin", TRAINING),
+    ],
+)
+def test_a_start_that_fails_is_not_requeued(
+    job: Job, environment: dict[str, str], code: int, error: str, last: str
+) -> None:
+    """The outcome of the start before is not taken for its own."""
     job.ends(75, restart=3, before=True)
-    ended = job.start(OUTCOME="")
-    assert ended.returncode == 1
-    assert f"the run in {job.run} did not begin" in ended.stderr
+    ended = job.start(**environment)
+    assert ended.returncode == code
+    assert error.format(run=job.run) in ended.stderr
+    assert last in [line for line in job.commands() if not line.endswith(" true")][-1]
     assert "requeue" not in job.noted()
 
 

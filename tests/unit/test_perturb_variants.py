@@ -25,8 +25,10 @@ def counted(counts: np.ndarray, token_of_column: np.ndarray = COLUMNS) -> Counte
     return CountedCell(0, entries, counts[entries], tokens)
 
 
-def editor(mode: Mode = Mode.delete, truncated: bool = False, columns: object = COLUMNS) -> Editor:
-    return Editor(RankEncoder(VOCABULARY, SEQ_LENGTH), columns, mode, truncated)  # type: ignore[arg-type]
+def editor(
+    mode: Mode = Mode.delete, truncated: bool = False, columns: np.ndarray = COLUMNS
+) -> Editor:
+    return Editor(RankEncoder(VOCABULARY, SEQ_LENGTH), columns, mode, truncated)
 
 
 def sentences(made: Editor, cell: CountedCell, *sets: tuple[int, ...]) -> list[list[int]]:
@@ -131,7 +133,7 @@ def test_genes_go_by_many_names() -> None:
 
 
 @pytest.mark.parametrize("mode", list(Mode))
-def test_what_does_the_same_is_done_once_and_said(mode: Mode) -> None:
+def test_equal_perturbations_are_made_once_and_reported(mode: Mode) -> None:
     asked = [
         Perturbation("AAA", (5,)),
         Perturbation("up", (6, 7)),
@@ -141,9 +143,8 @@ def test_what_does_the_same_is_done_once_and_said(mode: Mode) -> None:
         Perturbation("AAA", (8,)),
     ]
     found, lines = distinct(asked, mode)
-    order_counts = mode is Mode.overexpress
-    down = ["down"] if order_counts else []
-    assert [each.name for each in found] == ["AAA", "up", *down, "AAA (2)"]
+    # The order of genes counts where they are put in front.
+    kept, skipped = (["down"], []) if mode is Mode.overexpress else ([], ["down"])
+    assert [each.name for each in found] == ["AAA", "up", *kept, "AAA (2)"]
     assert found[1].tokens == (6, 7)
-    left_out = ["again"] if order_counts else ["down", "again"]
-    assert lines == [f"{name}: the same genes as up: left out" for name in left_out]
+    assert lines == [f"{name}: the same genes as up: left out" for name in [*skipped, "again"]]

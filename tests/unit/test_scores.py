@@ -1,4 +1,4 @@
-"""Scores are scikit-learn's, and intervals are as wide as statistics says."""
+"""Scores are scikit-learn's, and intervals have the width of their distribution."""
 
 from __future__ import annotations
 
