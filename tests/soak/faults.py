@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 PACKAGE_TESTS: dict[str, tuple[str, ...]] = {
     "top": (
-        "tests/unit/test_backends.py",
+        "tests/unit/test_contracts.py",
         "tests/unit/test_contracts.py",
         "tests/unit/test_outside_faults.py",
         "tests/unit/test_metrics_baselines.py",
@@ -40,9 +40,9 @@ PACKAGE_TESTS: dict[str, tuple[str, ...]] = {
     ),
     "parallel": (
         "tests/unit/test_watch.py",
-        "tests/unit/test_roll_call.py",
+        "tests/unit/test_watch.py",
         "tests/unit/test_interface.py",
-        "tests/unit/test_dropout_seeds.py",
+        "tests/unit/test_interface.py",
         "tests/distributed/test_layouts.py",
         "tests/distributed/test_embed.py",
         "tests/end_to_end/test_loopback.py",
@@ -104,7 +104,6 @@ PACKAGE_TESTS: dict[str, tuple[str, ...]] = {
         "tests/unit/test_scores.py",
         "tests/unit/test_overlap.py",
         "tests/unit/test_perturb_*.py",
-        "tests/unit/test_seen_cells.py",
         "tests/distributed/test_embed.py",
         "tests/distributed/test_perturb.py",
         "tests/distributed/test_classify.py",
@@ -369,7 +368,7 @@ PARALLEL = (
         "groups.py",
         "topology.pipeline_rank * topology.data_size + topology.data_rank",
         "topology.pipeline_rank * topology.data_size",
-        "tests/unit/test_dropout_seeds.py",
+        "tests/unit/test_interface.py",
     ),
     _fault(
         "parallel",
@@ -386,7 +385,7 @@ PARALLEL = (
         "roll_call.py",
         "lost = sorted(set(range(world_size)) - answers.keys())",
         "lost = sorted(answers.keys() - set(range(world_size)))",
-        "tests/unit/test_roll_call.py",
+        "tests/unit/test_watch.py",
     ),
     _fault(
         "parallel",
@@ -672,7 +671,7 @@ METRICS = (
         "classified.py",
         "counts_CC.sum(axis=1).argmax()",
         "counts_CC.sum(axis=0).argmax()",
-        "tests/unit/test_metrics_classified.py",
+        "tests/unit/test_metrics_baselines.py",
     ),
     _fault(
         "metrics",
@@ -951,7 +950,7 @@ TOP = (
         "backends.py",
         '    if not any((folder / "optimizers").is_dir() for folder in folders):\n',
         "    if not folders:\n",
-        "tests/unit/test_backends.py",
+        "tests/unit/test_contracts.py",
     ),
 )
 
