@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from geneformer_mcore.inference.cells import CountedCell
 from geneformer_mcore.io.progress import no_progress
@@ -53,28 +54,21 @@ def numbered(job: Any, cells: list[CountedCell], values_NPC: np.ndarray) -> Iter
     yield len(cells)
 
 
-def all_cells(data_size: int, rank: int) -> tuple[int, np.ndarray | None]:
+def all_cells() -> tuple[int, np.ndarray | None]:
     displacements._block, displacements.GATHERED_VALUES = numbered, 1 << 14
+    topology = SimpleNamespace(data_rank=dist.get_rank(), data_size=dist.get_world_size())
+    device = torch.device("cpu")
     engine = SimpleNamespace(
-        topology=SimpleNamespace(data_rank=rank, data_size=data_size),
-        tokens_per_batch=20,
-        holds_states=True,
-        device=torch.device("cpu"),
+        topology=topology, tokens_per_batch=20, holds_states=True, device=device
     )
     sets = Sets(ASKED, NUM_GENES + NUM_SPECIALS)
     job = SimpleNamespace(engine=engine, cells=Many(), sets=sets, total=NUM_CELLS)
     return peak_bytes(lambda: displacements.of_all_cells(job, no_progress))  # type: ignore[arg-type]
 
 
-def of_rank(data_size: int) -> tuple[int, np.ndarray | None]:
-    import torch.distributed as dist
-
-    return all_cells(data_size, dist.get_rank())
-
-
 def test_first_rank_holds_two_copies_and_others_their_own_cells() -> None:
     for ranks in (1, 2):
-        (first, values_NPC), *others = run_ranks(of_rank, ranks, ranks)
+        (first, values_NPC), *others = run_ranks(all_cells, ranks)
         assert values_NPC is not None
         expected = np.arange(NUM_CELLS)[:, None, None]
         assert (values_NPC[:, :-1] == expected).all()

@@ -15,18 +15,16 @@ from geneformer_mcore.model import megatron_config
 from geneformer_mcore.model.attention import select
 from tests.distributed import toy
 from tests.distributed.curves import SMOOTH
+from tests.distributed.parity import PACKED
 from tests.distributed.ranks import in_turn, run_ranks
 
 FP16 = "train.precision=fp16"
 
 
-def losses(steps: int, *overrides: str) -> list[float]:
-    return [result.totals.loss for result in toy.make(*SMOOTH, *overrides).steps(steps)]
-
-
 def test_half_precision_learns_as_single_precision_does() -> None:
-    kinds = ((), (FP16, "data.packing=true"), (FP16, "data.packing=false"))
-    ((full, *halves),) = run_ranks(in_turn, 1, *((losses, (10, *kind)) for kind in kinds))
+    kinds = ((), (FP16, PACKED), (FP16, "data.packing=false"))
+    calls = [(toy.losses, (10, *SMOOTH, *kind)) for kind in kinds]
+    ((full, *halves),) = run_ranks(in_turn, 1, *calls)
     for half in halves:
         assert half != full
         assert half == pytest.approx(full, rel=2e-3)
@@ -42,13 +40,11 @@ def overflows(scale: float, folder: str) -> tuple[list[str], list[float], list[f
     first = run.step()
     assert all(map(torch.equal, before, run.trainable.stages[0].parameters()))
     reasons = [first.left_out, *(result.left_out for result in run.steps(6))]
-    Path(folder).mkdir()
-    state.save(run.trainable, Path(folder), 0)
-    position = run.position
-    went_on = [result.totals.loss for result in run.steps(2)]
+    run.write(folder)
+    position, went_on = run.position, run.losses(2)
     state.load(run.trainable, Path(folder), 0)
     run.position = position
-    return reasons, went_on, [result.totals.loss for result in run.steps(2)]
+    return reasons, went_on, run.losses(2)
 
 
 def test_an_overflow_leaves_the_update_out_and_halves_the_scale(tmp_path: Path) -> None:
@@ -72,12 +68,11 @@ def test_eight_bits_need_transformer_engine() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_is_the_same_model() -> None:
-    kinds = [
-        (2, f"train.precision={precision}", "model.activation=relu", "data.packing=true", compiled)
+    calls = [
+        (toy.losses, (2, "optim.lr=1e-3", f"train.precision={precision}", PACKED, compiled))
         for precision in ("fp32", "bf16")
         for compiled in ("model.compile=false", "model.compile=true")
     ]
-    calls = [(losses, kind) for kind in kinds]
     ((*fp32, eager, compiled),) = run_ranks(in_turn, 1, *calls, timeout_s=280)
     assert fp32[1] == pytest.approx(fp32[0], rel=1e-5)
     assert compiled == pytest.approx(eager, rel=1e-3)
