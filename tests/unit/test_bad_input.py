@@ -61,7 +61,7 @@ def build(
         words = ["build_store.py", "--out", store, "--workers", 1, "--vocabulary", vocabulary]
         monkeypatch.setattr(sys, "argv", [str(word) for word in [*words, *arguments]])
         with pytest.raises(SystemExit) as ended:
-            run(build_store)
+            run(build_store, counts_layer="--layer")
         return Outcome(int(ended.value.code or 0), capsys.readouterr().err, store)
 
     return call

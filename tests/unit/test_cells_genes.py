@@ -163,12 +163,12 @@ def test_no_overlap_is_refused_with_examples_of_both_sides() -> None:
     assert "a.h5ad: 0 of 2 genes (0.0%)" in message
     assert "MYC, TP53" in message
     assert gene_id(0) in message
-    assert "--symbols" in message
+    assert "`symbols=FILE`" in message
 
 
 def test_low_overlap_is_refused_unless_allowed() -> None:
     ids = GeneIds((gene_id(0), *(f"novel{i}" for i in range(10))), "index")
-    with pytest.raises(DataError, match=r"1 of 11 genes \(9\.1%\).*--allow-low-overlap"):
+    with pytest.raises(DataError, match=r"1 of 11 genes \(9\.1%\).*`allow_low_overlap=True`"):
         map_genes(ids, vocabulary_of(3), "a.h5ad")
     assert map_genes(ids, vocabulary_of(3), "a.h5ad", allow_low_overlap=True).num_known == 1
     enough = GeneIds(ids.ids[:10], "index")
