@@ -190,4 +190,4 @@ def _write_report(folder: str, store: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, counts_layer="--layer")

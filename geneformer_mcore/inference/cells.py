@@ -7,7 +7,6 @@ token store               ->  tokens, if they are of that vocabulary        ->  
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -60,8 +59,7 @@ def open_cells(
     folder = Path(source)
     if "://" not in source and (folder / MANIFEST_FILE).exists():
         return StoredCells(source, vocabulary, seq_length)
-    with naming_our_options():
-        return CountedCells(source, vocabulary, seq_length, options)
+    return CountedCells(source, vocabulary, seq_length, options)
 
 
 class CountedCells:
@@ -86,11 +84,10 @@ class CountedCells:
     def read(self, start: int, stop: int) -> RaggedCells:
         """Implements Cells. Cells have no keys here: nothing of them is masked."""
         tokens, lengths = [np.empty(0, np.uint16)], [np.empty(0, np.int64)]
-        with naming_our_options():
-            for block in self.counts.blocks(start=start, stop=stop):
-                ranked = self.encoder.encode(block, self.genes.token_of_column)
-                tokens.append(ranked.tokens_T)
-                lengths.append(np.diff(ranked.offsets))
+        for block in self.counts.blocks(start=start, stop=stop):
+            ranked = self.encoder.encode(block, self.genes.token_of_column)
+            tokens.append(ranked.tokens_T)
+            lengths.append(np.diff(ranked.offsets))
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
         return RaggedCells(np.concatenate(tokens), offsets, np.zeros(stop - start, np.uint64))
 
@@ -119,7 +116,7 @@ class StoredCells:
             raise DataError(
                 f"{source}: its {VOCABULARY_FILE} (checksum {found[:12]}) must be the model's "
                 f"(checksum {vocabulary.checksum[:12]}): its token ids mean other genes. Remedy: "
-                "give the h5ad files of these cells, or build a store of them with --vocabulary "
+                "give the h5ad files of these cells, or build a store of them with `vocabulary=` "
                 "and the model's vocabulary."
             )
 
@@ -147,16 +144,6 @@ class StoredCells:
     def close(self) -> None:
         """Implements Cells."""
         self.store.close()
-
-
-@contextmanager
-def naming_our_options() -> Iterator[None]:
-    """What is wrong with counts is told with the options of data_prep/, where --layer is the layer
-    of the counts; here that is the model's."""
-    try:
-        yield
-    except DataError as error:
-        raise type(error)(str(error).replace("--layer", "--counts-layer")) from error
 
 
 # Some cells of a file of counts: those with a label, a number of them drawn at random.
@@ -221,10 +208,9 @@ class ChosenCells:
         rows_N = self.rows_N[start:stop]
         # Neighbours in the file are read together.
         breaks = np.flatnonzero(np.diff(rows_N) != 1) + 1
-        with naming_our_options():
-            for run in np.split(rows_N, breaks):
-                if len(run):
-                    yield from self.cells.counts.blocks(start=int(run[0]), stop=int(run[-1]) + 1)
+        for run in np.split(rows_N, breaks):
+            if len(run):
+                yield from self.cells.counts.blocks(start=int(run[0]), stop=int(run[-1]) + 1)
 
 
 def ragged(sentences: list[np.ndarray]) -> RaggedCells:

@@ -75,7 +75,7 @@ def as_dtype(values_NH: np.ndarray, dtype: str) -> np.ndarray:
     if most > np.finfo(np.float16).max:
         raise DataError(
             f"float16 holds numbers up to {np.finfo(np.float16).max:,.0f}, and the embedding has "
-            f"{most:,.0f}. Remedy: --dtype float32 or bfloat16, or --layer last."
+            f'{most:,.0f}. Remedy: `dtype="float32"` or bfloat16, or `layer="last"`.'
         )
     return values_NH.astype(np.float16)
 

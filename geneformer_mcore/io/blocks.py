@@ -124,7 +124,8 @@ def _remedy(value: float, layers: Sequence[str]) -> str:
     named = f" (the file has: {', '.join(layers)})" if layers else ""
     return (
         'Remedy: put the raw counts into layers["counts"] or raw, or name their layer with '
-        f"--layer{named}. Counts scaled per cell, not logarithms, pass with --allow-normalised."
+        f"`counts_layer=`{named}. Counts scaled per cell, not logarithms, pass with "
+        "`allow_normalised=True`."
     )
 
 

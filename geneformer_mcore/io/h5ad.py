@@ -796,7 +796,7 @@ class CountsFile:
             raise DataError(
                 f"{self.path}: no matrix in {' or '.join(wanted)}; layers of the file: "
                 f"{', '.join(self._layers()) or 'none'}. Remedy: name the layer of the raw counts "
-                "with --layer."
+                "with `counts_layer=`."
             )
         for i, name in enumerate(places):
             matrix = open_matrix(self._get(wanted[name]), f"{self.path}: {name}")

@@ -557,7 +557,7 @@ class ExperimentCounts:
         raise DataError(
             f"{self.name}: no layer X/{' or X/'.join(wanted)}; it has: "
             f"{', '.join(self._layers) or 'none'}. Remedy: name the layer of the raw counts with "
-            "--layer."
+            "`counts_layer=`."
         )
 
     def _is_normalised(self, matrix: SomaMatrix) -> bool:

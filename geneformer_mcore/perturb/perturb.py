@@ -181,7 +181,7 @@ def _chosen(
             raise DataError(
                 f"{source}: all {len(rows):,} cells {_of(question.start)}are {question.goal}, so "
                 "none is left to move toward it. Remedy: a file with other cells too, or another "
-                "--start or --goal."
+                "`start=` or `goal=`."
             )
         if question.start and len(others) < len(rows):
             lines.append(
@@ -216,7 +216,7 @@ def _refuse_absent(tested: Tested, mode: Mode, found: Survey, source: str) -> No
     more = f" ({cut} of them are detected, below the place where sentences are cut)" if cut else ""
     raise DataError(
         f"{source}: of the {found.num_cells:,} chosen cells none has {named} in its sentence"
-        f"{more}, so nothing can be deleted. Remedy: other cells or genes, or --mode overexpress."
+        f'{more}, so nothing can be deleted. Remedy: other cells or genes, or `mode="overexpress"`.'
     )
 
 
@@ -226,7 +226,7 @@ def _check_room(num_cells: int, num_perturbations: int) -> None:
         raise ConfigError(
             f"{num_cells:,} cells x {num_perturbations:,} perturbations (controls included) need "
             f"{needed / 2**30:.1f} GiB of memory, and at most {MOST_BYTES / 2**30:.0f} GiB are "
-            "taken. Remedy: a smaller --max-cells, or fewer genes at a time."
+            "taken. Remedy: a smaller `max_cells=`, or fewer genes at a time."
         )
 
 

@@ -233,7 +233,7 @@ def _overlap_message(
     genes: GeneIds, distinct: set[str], gene_map: GeneMap, vocabulary: Vocabulary, source: str
 ) -> str:
     unknown = sorted(gene for gene in distinct if gene not in vocabulary.token_ids)
-    allow = "" if gene_map.num_known == 0 else ", or --allow-low-overlap if so few genes are meant"
+    allow = ", or `allow_low_overlap=True` if so few genes are meant" if gene_map.num_known else ""
     mapped = (
         f", {genes.num_mapped_symbols:,} of them mapped from symbols by {genes.symbols_from}"
         if genes.num_mapped_symbols
@@ -245,7 +245,7 @@ def _overlap_message(
         f"(var {genes.location}): {', '.join(unknown[:3]) or 'all blank'}; of the vocabulary: "
         f"{', '.join(vocabulary.feature_ids[:3])}. Remedy: give the file's var a column "
         "`feature_id` or `ensembl_id` with ids of the vocabulary's kind, or a table symbol -> id "
-        f"with --symbols FILE or the variable GENEFORMER_GENCODE{allow}."
+        f"with `symbols=FILE` or the variable GENEFORMER_GENCODE{allow}."
     )
 
 

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 
+from geneformer_mcore.errors import DataError
 from geneformer_mcore.store.ingest.build import build_store
 from tests.distributed import toy, trained
 from tests.distributed.commands import assert_refused, commands, succeed
@@ -259,6 +260,9 @@ def by_python(run: str, h5ad: str) -> list[Python]:
         geneformer_mcore.embed(view, run, key_added="X_again", layer=4)
         assert view.uns["geneformer"]["layer"] == "4"
         assert "X_again" not in again.obsm
+        fractions = anndata.AnnData(adata.X * 0.37, obs=adata.obs, var=adata.var)
+        with pytest.raises(DataError, match="their layer with `counts_layer=`"):
+            geneformer_mcore.embed(fractions, run)
         embedding = again.obsm["X_geneformer"]
         found.append((sorted(adata.obsm), adata.obsm.get("X_geneformer"), embedding))
     return found

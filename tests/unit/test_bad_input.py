@@ -53,7 +53,7 @@ def build(tmp_path, monkeypatch, capsys):
         words = ["build_store.py", "--out", store, "--workers", 1, "--vocabulary", known]
         monkeypatch.setattr(sys, "argv", list(map(str, [*words, *arguments])))
         with pytest.raises(SystemExit) as ended:
-            run(build_store)
+            run(build_store, counts_layer="--layer")
         return int(ended.value.code or 0), capsys.readouterr().err, store
 
     return call

@@ -78,5 +78,5 @@ def test_counts_are_those_that_the_models_read(tmp_path: Path) -> None:
     np.testing.assert_allclose(second.toarray(), expected * [[0], [1]], rtol=1e-6)
     empty = found.without_counts().counts_NG
     assert (empty.nnz, empty.shape) == (0, counts.shape)
-    with pytest.raises(DataError, match=r"not a whole number.*--counts-layer"):
+    with pytest.raises(DataError, match=r"not a whole number.*`counts_layer=`"):
         read(path, layer="X")
