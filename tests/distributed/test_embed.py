@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
@@ -290,6 +291,7 @@ def by_python(run: str, h5ad: str, copy: bool) -> tuple[list[str], np.ndarray | 
     import geneformer_mcore
 
     adata = anndata.read_h5ad(h5ad)
+    tempfile.tempdir = "/proc/nowhere"  # Nothing is written.
     returned = geneformer_mcore.embed(adata, run, copy=copy)
     again = adata if returned is None else returned
     assert (returned is None) == (not copy)

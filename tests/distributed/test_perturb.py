@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -415,6 +416,7 @@ def api(run: str, h5ad: str, genes: list[str]) -> anndata.AnnData:
 
     adata = anndata.read_h5ad(h5ad)
     adata.obs["kind"] = pd.Categorical(["x"] * 21 + ["y"] * 20)
+    tempfile.tempdir = "/proc/nowhere"  # Nothing is written.
     found = geneformer_mcore.perturb(
         adata, run, genes, goal="kind=y", null=3, groups={"two": genes}
     )
