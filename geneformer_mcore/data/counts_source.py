@@ -26,7 +26,7 @@ import numpy as np
 
 from geneformer_mcore.errors import DataError, naming_options
 from geneformer_mcore.io.blocks import CountBlock
-from geneformer_mcore.io.counts import Counts
+from geneformer_mcore.io.h5ad import FILE_ENDINGS, Counts
 from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.split.table import SPLITS, SplitRule
 from geneformer_mcore.tokenizer.corpus import InputOptions, find_genes
@@ -234,13 +234,14 @@ def _check_distinct(keys_N: np.ndarray, name: str) -> None:
 
 def find_inputs(store: str) -> list[str]:
     """What `data.store` names when `data.source` is counts: a file, an Experiment (folder or URI),
-    a folder of h5ad files, or several of these with commas between. DataError if nothing."""
+    a folder of h5ad or zarr files, or several of these with commas between. DataError if none."""
     found: list[str] = []
     for name in filter(None, (part.strip() for part in store.split(","))):
         files: list[str] = []
         if "://" not in name:
             with suppress(OSError):  # What opens it says what is wrong with it.
-                files = sorted(map(str, Path(name).glob("*.h5ad")))
+                there = sorted(map(str, Path(name).glob("*")))
+                files = [path for path in there if path.endswith(FILE_ENDINGS)]
         found += files or [name]
     if not found:
         raise DataError(

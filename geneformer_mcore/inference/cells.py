@@ -1,7 +1,7 @@
 """Cells that a trained model is used on, by row number, in the order in which they lie.
 
-a.h5ad | SOMA Experiment  ->  counts  ->  ranked by the model's vocabulary  ->  RaggedCells
-token store               ->  tokens, if they are of that vocabulary        ->  RaggedCells
+file | SOMA Experiment | AnnData  ->  counts, ranked by the model's vocabulary      ->  RaggedCells
+token store                       ->  tokens, if they are of that vocabulary        ->  RaggedCells
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -52,12 +52,12 @@ class Cells(Protocol):
 
 
 def open_cells(
-    source: str, vocabulary: Vocabulary, seq_length: int, options: InputOptions
+    source: Any, vocabulary: Vocabulary, seq_length: int, options: InputOptions
 ) -> Cells:
-    """The cells of a token store, an h5ad file or an Experiment. Raises DataError if they do not
-    suit the vocabulary, or cannot be read."""
-    folder = Path(source)
-    if "://" not in source and (folder / MANIFEST_FILE).exists():
+    """The cells of a token store, a file of counts or an Experiment (path or URI), or of an
+    AnnData. Raises DataError if they do not suit the vocabulary, or cannot be read."""
+    is_path = isinstance(source, str) and "://" not in source
+    if is_path and (Path(source) / MANIFEST_FILE).exists():
         return StoredCells(source, vocabulary, seq_length)
     return CountedCells(source, vocabulary, seq_length, options)
 
@@ -69,14 +69,14 @@ class CountedCells:
     """
 
     def __init__(
-        self, source: str, vocabulary: Vocabulary, seq_length: int, options: InputOptions
+        self, source: Any, vocabulary: Vocabulary, seq_length: int, options: InputOptions
     ) -> None:
         self.counts = options.open(source)
         genes = find_genes(self.counts, options, vocabulary)
         allow = options.allow_low_overlap
-        self.genes = map_genes(genes, vocabulary, source, allow, options.allow_no_overlap)
+        self.genes = map_genes(genes, vocabulary, self.counts.name, allow, options.allow_no_overlap)
         self.encoder = RankEncoder(vocabulary, seq_length)
-        self.path = Path(source) if "://" not in source and Path(source).is_file() else None
+        self.path = self.counts.path
 
     def __len__(self) -> int:
         return self.counts.num_cells

@@ -294,10 +294,8 @@ def embed_adata(
     """The same for an AnnData in memory, in this process alone."""
     model = pretrained.find(checkpoint, vocabulary)
     with ExitStack() as stack:
-        path = stack.enter_context(anndata_out.as_file(adata, counts_layer))
         options = InputOptions(layer=counts_layer)
-        seq_length = model.config.data.seq_length
-        cells = open_cells(str(path), model.vocabulary, seq_length, options)
+        cells = open_cells(adata, model.vocabulary, model.config.data.seq_length, options)
         stack.callback(cells.close)
         values_NH, facts = embed_cells(model, cells, choices, shows_progress=True)
     if values_NH is None:

@@ -89,7 +89,7 @@ class Prepared:
 
 def perturb(
     model: Pretrained,
-    source: str,
+    source: Any,
     question: Question,
     choices: Choices,
     options: InputOptions,
@@ -105,7 +105,7 @@ def perturb(
     with ExitStack() as stack:
         cells = _counted(source, model, options)
         stack.callback(cells.close)
-        prepared = _prepare(model, cells, source, question, options)
+        prepared = _prepare(model, cells, cells.counts.name, question, options)
         engine = stack.enter_context(
             encoder.started(model, precision, choices.tokens_per_batch, layers)
         )
@@ -122,7 +122,7 @@ def perturb(
         return _answer(question, prepared, values_NPC, moved, facts)
 
 
-def _counted(source: str, model: Pretrained, options: InputOptions) -> CountedCells:
+def _counted(source: Any, model: Pretrained, options: InputOptions) -> CountedCells:
     cells = open_cells(source, model.vocabulary, model.config.data.seq_length, options)
     if not isinstance(cells, CountedCells):
         cells.close()

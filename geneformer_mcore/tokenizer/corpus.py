@@ -1,15 +1,16 @@
 """How the files of a corpus are read, and which gene each of their columns is.
 
-file | Experiment  +  InputOptions  ->  Counts, open  ->  GeneIds
+file | Experiment | AnnData  +  InputOptions  ->  Counts, open  ->  GeneIds
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any
 
-from geneformer_mcore.io.counts import Counts, open_counts
+from geneformer_mcore.io.counts import open_counts
+from geneformer_mcore.io.h5ad import Counts
 from geneformer_mcore.tokenizer import gencode
 from geneformer_mcore.tokenizer.genes import (
     GeneIds,
@@ -40,8 +41,8 @@ class InputOptions:
     allow_no_overlap: bool = False
     default_symbols: Table = gencode.default_symbols
 
-    def open(self, source: str | Path) -> Counts:
-        """The counts of a file or SOMA Experiment, open as these options say."""
+    def open(self, source: Any) -> Counts:
+        """The counts of a file, SOMA Experiment or AnnData, open as these options say."""
         return open_counts(source, self.layer, self.allow_normalised)
 
     def with_own_vocabulary(self) -> InputOptions:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -251,6 +252,7 @@ def by_python(run: str, h5ad: str) -> list[Python]:
     found = []
     for copy in (False, True):
         adata = anndata.read_h5ad(h5ad)
+        tempfile.tempdir = "/proc/nowhere"  # Nothing is written.
         returned = geneformer_mcore.embed(adata, run, copy=copy)
         assert (returned is None) == (not copy)
         again = returned if copy else adata

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from data_prep.build_store import main as build_store
-from geneformer_mcore.io import h5ad
+from geneformer_mcore.io import count_matrix
 from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.tokenizer.corpus import InputOptions, find_genes
@@ -123,7 +123,10 @@ def tolerant() -> Iterator[None]:
         yield
 
 
-def write(path: Path, parts: dict[str, Any], var: Any, obs: pd.DataFrame, **options: Any) -> Path:
+def write(
+    path: Path, parts: dict[str, Any], var: Any, obs: pd.DataFrame, storage: str | None = None
+) -> Path:
+    """storage: "zarr2", "zarr3", or h5ad with this compression"""
     index, columns = var
     frame = pd.DataFrame(columns, index=index)
     layers = {name: matrix for name, matrix in parts.items() if name not in ("X", "raw")}
@@ -131,7 +134,11 @@ def write(path: Path, parts: dict[str, Any], var: Any, obs: pd.DataFrame, **opti
         data = anndata.AnnData(parts["X"], obs=obs, var=frame, layers=layers)
         if "raw" in parts:
             data.raw = anndata.AnnData(parts["raw"], obs=obs, var=frame)
-        data.write_h5ad(path, **options)
+        if storage is None or "zarr" not in storage:
+            data.write_h5ad(path, compression=storage)
+        else:
+            with anndata.settings.override(zarr_write_format=int(storage[-1])):
+                data.write_zarr(path)
     return path
 
 
@@ -156,7 +163,7 @@ def tokens_of(source: Path, vocabulary: Vocabulary = NAMELESS) -> list[list[int]
     parts=matrices(),
     var=var(),
     obs=obs(),
-    compression=st.sampled_from([None, "gzip", "lzf"]),
+    storage=st.sampled_from([None, "gzip", "lzf", "zarr2", "zarr3"]),
     vocabulary=st.sampled_from([VOCABULARY, NAMELESS]),
 )
 def test_whatever_it_looks_like(
@@ -164,14 +171,19 @@ def test_whatever_it_looks_like(
     parts: dict[str, Any],
     var: Any,
     obs: pd.DataFrame,
-    compression: str | None,
+    storage: str | None,
     vocabulary: Vocabulary,
 ) -> None:
-    path = tmp_path_factory.mktemp("any") / "a.h5ad"
-    write(path, parts, var, obs, compression=compression)
-    before = hashlib.sha256(path.read_bytes()).hexdigest()
+    path = tmp_path_factory.mktemp("any") / "a"
+    write(path, parts, var, obs, storage)
+    before = hash_of(path)
     assert tokens_of(path, vocabulary) == EXPECTED
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == before
+    assert hash_of(path) == before
+
+
+def hash_of(path: Path) -> str:
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 PLAIN = pd.DataFrame(index=[f"cell {i}" for i in range(NUM_CELLS)])
@@ -278,33 +290,39 @@ def test_all_of_them_in_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     VOCABULARY.save(tmp_path / "v.json")
     names = pd.DataFrame({"n": range(NUM_CELLS)}, index=[f"cell {i}" for i in range(NUM_CELLS)])
     made = [
-        ("csr", {"X": sparse.csr_matrix(COUNTS)}, (IDS, {})),
-        ("csc", {"X": sparse.csc_matrix(COUNTS.astype(np.int32))}, (VERSIONED, {})),
-        ("dense", {"X": np.log1p(COUNTS), "counts": COUNTS}, (NUMBERS, {"gene_ids": IDS})),
-        ("symbols", {"X": np.log1p(COUNTS), "raw": COUNTS}, (NAMES, {})),
+        ("csr.h5ad", {"X": sparse.csr_matrix(COUNTS)}, (IDS, {})),
+        ("csc.h5ad", {"X": sparse.csc_matrix(COUNTS.astype(np.int32))}, (VERSIONED, {})),
+        ("dense.h5ad", {"X": np.log1p(COUNTS), "counts": COUNTS}, (NUMBERS, {"gene_ids": IDS})),
+        ("symbols.h5ad", {"X": np.log1p(COUNTS), "raw": COUNTS}, (NAMES, {})),
+        ("v2.zarr", {"X": sparse.csr_matrix(COUNTS)}, (IDS, {})),
+        ("v3.zarr", {"X": np.log1p(COUNTS), "counts": sparse.csc_matrix(COUNTS)}, (IDS, {})),
     ]
-    paths = [write(tmp_path / f"{n}.h5ad", parts, var, names) for n, parts, var in made]
+    paths = [
+        write(tmp_path / n, parts, var, names, f"zarr{n[1]}" if n.endswith("zarr") else None)
+        for n, parts, var in made
+    ]
     data = anndata.AnnData(sparse.csr_matrix(COUNTS), var=pd.DataFrame(index=IDS))
     write_experiment(tmp_path / "soma", {"census": data})
     out = tmp_path / "store"
     arguments = ("--out", out, "--vocabulary", tmp_path / "v.json", "--seq-length", 20)
     assert run_build(monkeypatch, *arguments, *paths, tmp_path / "soma") == 0
     manifest = Manifest.load(out)
-    assert (manifest.cells, manifest.refused) == (5 * NUM_CELLS, [])
+    assert (manifest.cells, manifest.refused) == (7 * NUM_CELLS, [])
     places = {source["name"]: source["counts_location"] for source in manifest.sources}
-    assert [places[f"{n}.h5ad"] for n, _, _ in made] == ["X", "X", "layers/counts", "raw.X"]
+    found = [places[n] for n, _, _ in made]
+    assert found == ["X", "X", "layers/counts", "raw.X", "X", "layers/counts"]
     with TokenStore.open(out) as store:
         read = store.read(0, manifest.cells)
         bounds = zip(read.offsets[:-1], read.offsets[1:], strict=True)
         found = [tuple(read.tokens_T[a:b].tolist()) for a, b in bounds]
-    assert sorted(found) == sorted(tuple(cell) for cell in EXPECTED * 5)
+    assert sorted(found) == sorted(tuple(cell) for cell in EXPECTED * 7)
 
 
 def test_empty_first_and_last_cells_leave_no_trace_of_the_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a CSR matrix, its CSC twin and its dense one in tall chunks, by one command each."""
-    monkeypatch.setattr(h5ad, "BAND_BYTES", 100)
+    monkeypatch.setattr(count_matrix, "BAND_BYTES", 100)
     VOCABULARY.save(tmp_path / "v.json")
     counts = COUNTS.copy()
     counts[[0, 1, -2, -1]] = 0
@@ -364,13 +382,13 @@ def test_a_real_file_in_other_forms(
     counts = data.X
     logged = counts.copy()
     logged.data = np.log1p(logged.data)
-    for number, (matrix, layers) in enumerate(
+    for number, (values, layers) in enumerate(
         [
             (sparse.csc_matrix(counts), {}),
             (counts.toarray().astype(np.uint32), {}),
             (logged, {"counts": counts.astype(np.int64)}),
         ]
     ):
-        other = anndata.AnnData(matrix, obs=data.obs, var=data.var, layers=layers)
+        other = anndata.AnnData(values, obs=data.obs, var=data.var, layers=layers)
         other.write_h5ad(tmp_path / f"{number}.h5ad", compression="gzip")
         assert tokens_of(tmp_path / f"{number}.h5ad", gc30m) == expected

@@ -137,28 +137,6 @@ def test_obs_of_more_text_than_is_kept_as_categories(tmp_path: Path) -> None:
     assert anndata.read_h5ad(tmp_path / "b.h5ad").obs["clone"].tolist() == names[:3]
 
 
-@pytest.mark.parametrize("place", ["X", "layers/counts", "raw.X"])
-def test_counts_in_memory_as_a_file(place: str, adata: anndata.AnnData) -> None:
-    if place == "raw.X":
-        adata.raw = adata
-    if place != "layers/counts":
-        del adata.layers["counts"]
-    with anndata_out.as_file(adata[1:], None) as path, CountsFile(path) as counts:
-        assert counts.location == place
-        assert counts.read_cell_ids(0, 3) == ["c1", "c2", "c3"]
-        assert counts.gene_columns()["symbol"] == ["x", "y", "z"]
-        np.testing.assert_array_equal(counts.read_rows(0, 1).data, [3, 4, 5])
-    assert not path.exists()
-
-
-def test_what_is_no_anndata_is_refused() -> None:
-    with (
-        pytest.raises(DataError, match="an AnnData is needed, and this is DataFrame"),
-        anndata_out.as_file(pd.DataFrame(), None),
-    ):
-        pass
-
-
 def test_obsm_that_cannot_be_used_is_told(adata: anndata.AnnData, tmp_path: Path) -> None:
     path = tmp_path / "a.h5ad"
     values = np.array([[1, 2], [np.nan, np.nan], [3, 4], [5, 6]], np.float64)

@@ -1,7 +1,9 @@
-"""Counts of h5ad files: found in their places, streamed in blocks, refused when they are none."""
+"""Counts of h5ad and zarr: found in their places, streamed in blocks, refused if they are none."""
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from pathlib import Path
 
 import anndata
@@ -9,6 +11,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from scipy import sparse
 
 from geneformer_mcore.errors import DataError
@@ -31,14 +34,41 @@ def dense_of(file: CountsFile, num_rows: int) -> np.ndarray:
     return np.concatenate(rows)
 
 
+STORAGES = ("h5ad", "zarr2", "zarr3", "zarr3.zip")
+
+
+def stored(path: Path, storage: str) -> Path:
+    """The h5ad file `path`, or the same in another storage."""
+    if storage == "h5ad":
+        return path
+    target = path.with_suffix(".zarr")
+    with warnings.catch_warnings(), anndata.settings.override(zarr_write_format=int(storage[4])):
+        warnings.simplefilter("ignore")  # Of zarr, about its own format 3.
+        anndata.read_h5ad(path).write_zarr(target)
+    if storage.endswith("zip"):
+        return Path(shutil.make_archive(str(target), "zip", target))
+    return target
+
+
 @pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csc_matrix, lambda m: m.toarray()])
-@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int32, np.int64, np.uint16])
+@pytest.mark.parametrize(
+    ("storage", "kind"),
+    [("h5ad", kind) for kind in (np.float64, np.int32, np.int64, np.uint16)]
+    + [(storage, np.float32) for storage in STORAGES],
+)
 @pytest.mark.parametrize("num_rows", [1, 7, 100])
 def test_blocks_are_the_matrix(
-    tmp_path: Path, counts: sparse.csr_matrix, form: type, kind: type, num_rows: int
+    tmp_path: Path,
+    counts: sparse.csr_matrix,
+    form: type,
+    kind: type,
+    storage: str,
+    num_rows: int,
 ) -> None:
-    path = write_h5ad(tmp_path / "a.h5ad", form(counts.astype(kind)))
-    with CountsFile(path) as file:
+    path = stored(write_h5ad(tmp_path / "a.h5ad", form(counts.astype(kind))), storage)
+    with open_counts(path) as file:
+        assert isinstance(file, CountsFile)
+        assert (file.stem, file.path) == ("a", path if storage == "h5ad" else None)
         assert (file.num_cells, file.num_columns) == counts.shape
         assert file.read_cell_ids(0, 2) == ["c0", "c1"]
         np.testing.assert_array_equal(dense_of(file, num_rows), counts.toarray())
@@ -52,7 +82,8 @@ def test_any_rows_can_be_read(tmp_path: Path, counts: sparse.csr_matrix) -> None
         assert [len(b) for b in file.blocks(4, start=3, stop=13)] == [4, 4, 2]
 
 
-def test_order_of_places(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+@pytest.mark.parametrize("storage", STORAGES)
+def test_order_of_places(tmp_path: Path, counts: sparse.csr_matrix, storage: str) -> None:
     raw = anndata.AnnData(counts * 2, var=pd.DataFrame(index=[f"r{i}" for i in range(40)]))
     data = anndata.AnnData(counts, layers={"counts": counts * 3, "other": counts * 4})
     data.raw = raw
@@ -61,7 +92,8 @@ def test_order_of_places(tmp_path: Path, counts: sparse.csr_matrix) -> None:
     data.write_h5ad(tmp_path / "raw.h5ad")
     found = {}
     for name, layer in (("all", None), ("raw", None), ("all", "other"), ("all", "X")):
-        with CountsFile(tmp_path / f"{name}.h5ad", layer) as file:
+        path = stored(tmp_path / f"{name}.h5ad", storage)
+        with CountsFile(path, layer) as file:
             ratio = file.read_rows(0, 23).data.sum() / counts.sum()
             found[name, layer] = (file.location, ratio, file.gene_columns()["index"][0])
     assert found == {
@@ -148,12 +180,62 @@ def test_files_that_are_none(tmp_path: Path, counts: sparse.csr_matrix) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.zarr/.zgroup", "a.zarr/zarr.json", "a.zarr.zip"])
-def test_zarr_is_refused_with_the_remedy(tmp_path: Path, name: str) -> None:
+def test_zarr_that_is_none(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
-    file.write_text("{}")
-    with pytest.raises(DataError, match=r"read_zarr\(...\).write_h5ad"):
+    file.write_text("{")
+    with pytest.raises(DataError, match=r"a.zarr.*cannot be opened as a zarr store.*read_zarr"):
         open_counts(file if name.endswith("zip") else file.parent)
+    with pytest.raises(DataError, match="no such file"):
+        open_counts(tmp_path / "missing.zarr.zip")
+
+
+@pytest.mark.parametrize("part", ["X/data", "X/indices", "obs/_index"])
+@pytest.mark.parametrize("storage", ["zarr2", "zarr3", "zarr3.zip"])
+def test_damaged_chunks_of_zarr(
+    tmp_path: Path, counts: sparse.csr_matrix, storage: str, part: str
+) -> None:
+    path = stored(write_h5ad(tmp_path / "a.h5ad", counts), storage)
+    if path.suffix == ".zip":
+        raw = bytearray(path.read_bytes())
+        start = raw.index(f"{part}/c/0".encode()) + len(part) + 4
+        raw[start : start + 40] = bytes(40)
+        path.write_bytes(raw)
+    else:
+        (chunk,) = (path / part / ("0" if storage == "zarr2" else "c/0"),)
+        chunk.write_bytes(b"damaged beyond repair")
+
+    def read_all() -> None:
+        with open_counts(path) as file:
+            file.read_rows(0, 23)
+            file.read_obs(0, 23)
+
+    with pytest.raises(DataError, match=r"a\.zarr.*cannot be read.*Remedy"):
+        read_all()
+
+
+def test_zarr_of_other_things(tmp_path: Path) -> None:
+    zarr.open_group(tmp_path / "a.zarr", mode="w").create_group("matrix")
+    with pytest.raises(DataError, match=r"a zarr store, and no AnnData file: it holds matrix"):
+        open_counts(tmp_path / "a.zarr")
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("name", ["kang_ifnb", "pbmc3k_labelled"])
+def test_real_files_are_what_anndata_reads(
+    shared_data: Path, tmp_path: Path, name: str, storage: str
+) -> None:
+    source = shared_data / f"{name}.h5ad"
+    expected = anndata.read_h5ad(source)
+    with open_counts(stored(shutil.copy(source, tmp_path / "a.h5ad"), storage)) as file:
+        obs, blocks = file.read_obs(0, file.num_cells), list(file.blocks(1000))
+        assert file.gene_columns()["index"] == expected.var_names.tolist()
+    pd.testing.assert_frame_equal(obs, expected.obs, check_names=False)
+    for part in ("data", "indices"):
+        found = np.concatenate([getattr(block, part) for block in blocks])
+        np.testing.assert_array_equal(found, getattr(expected.X, part))
+    lengths = np.concatenate([np.diff(block.indptr) for block in blocks])
+    np.testing.assert_array_equal(lengths, np.diff(expected.X.indptr))
 
 
 def test_compression_that_is_not_there(tmp_path: Path, counts: sparse.csr_matrix) -> None:
@@ -180,10 +262,14 @@ def test_datasets_of_cells(tmp_path: Path, counts: sparse.csr_matrix) -> None:
         assert (file.stem, file.name) == ("mine", str(tmp_path / "mine.h5ad"))
 
 
-def test_fingerprint_is_another_after_a_change(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+@pytest.mark.parametrize("storage", STORAGES)
+def test_fingerprint_is_another_after_a_change(
+    tmp_path: Path, counts: sparse.csr_matrix, storage: str
+) -> None:
     found = []
     for factor in (1, 1, 2):
-        with CountsFile(write_h5ad(tmp_path / "a.h5ad", counts * factor)) as file:
+        path = write_h5ad(tmp_path / "a.h5ad", counts * factor)
+        with CountsFile(stored(path, storage)) as file:
             found.append(file.fingerprint)
     assert found[0] != found[1] != found[2]
     assert set(found[0]) == {"size", "mtime_ns"}
@@ -222,14 +308,23 @@ def test_file_without_cells_or_genes(tmp_path: Path) -> None:
         ("indices", 4, -1, "column -1 of 40"),
     ],
 )
+@pytest.mark.parametrize("storage", ["h5ad", "zarr2", "zarr3"])
 def test_damaged_index_is_refused(
-    tmp_path: Path, counts: sparse.csr_matrix, part: str, place: int, value: int, message: str
+    tmp_path: Path,
+    counts: sparse.csr_matrix,
+    part: str,
+    place: int,
+    value: int,
+    message: str,
+    storage: str,
 ) -> None:
-    path = write_h5ad(tmp_path / "a.h5ad", counts)
-    with h5py.File(path, "r+") as file:
-        values = file["X"][part][:]
-        values[place] = value
-        file["X"][part][:] = values
+    path = stored(write_h5ad(tmp_path / "a.h5ad", counts), storage)
+    file = h5py.File(path, "r+") if storage == "h5ad" else zarr.open_group(path, mode="r+")
+    values = file["X"][part][:]
+    values[place] = value
+    file["X"][part][:] = values
+    if storage == "h5ad":
+        file.close()
 
     def read_all() -> None:
         with CountsFile(path) as opened:

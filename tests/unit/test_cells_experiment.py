@@ -17,7 +17,6 @@ from scipy import sparse
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io import soma
-from geneformer_mcore.io import soma as experiment_module
 from geneformer_mcore.io.counts import open_counts
 from geneformer_mcore.io.soma import ExperimentCounts, JoinIds, soma_context
 from tests.small_cells import gene_id, random_counts
@@ -140,8 +139,8 @@ def test_places_and_joinids() -> None:
 def test_blocks_are_all_rows(
     census: Path, counts: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment_module, "_FIRST_ROWS", 4)
-    monkeypatch.setattr(experiment_module, "BLOCK_ENTRIES", 60)
+    monkeypatch.setattr(soma, "_FIRST_ROWS", 4)
+    monkeypatch.setattr(soma, "BLOCK_ENTRIES", 60)
     with ExperimentCounts(census) as opened:
         blocks = list(opened.blocks(20, 1, 30))
     assert [block.start for block in blocks] == [1, *(b.start + len(b) for b in blocks[:-1])]

@@ -1,4 +1,4 @@
-"""Matrices of every format by rows: what they hold, in bounded memory, also turned on disk."""
+"""Matrices of every format by rows: what they hold, in bounded memory, also converted on disk."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.io import h5ad
-from geneformer_mcore.io.h5ad import StoredMatrix, is_matrix, open_matrix
+from geneformer_mcore.io import count_matrix
+from geneformer_mcore.io import count_matrix as matrix_module
+from geneformer_mcore.io.count_matrix import StoredMatrix, is_matrix, open_matrix
 from tests.small_cells import random_counts
 
 SHAPE = (41, 23)
+SLICES = ((0, 41), (5, 9), (7, 8), (40, 41), (3, 3), (0, 20))
+FORMS = ("csr", "csc", "csc on disk", "dense", "5x4", "41x1", "41x23")
 
 
 @pytest.fixture
@@ -38,17 +43,34 @@ def file(tmp_path: Path) -> Iterator[h5py.File]:
         yield opened
 
 
-def store(file: h5py.File, counts: np.ndarray, form: str) -> h5py.Group | h5py.Dataset:
+@pytest.fixture(params=["hdf5", "zarr2", "zarr3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    """An empty group of each kind of file."""
+    if request.param == "hdf5":
+        with h5py.File(tmp_path / "a.h5", "w") as opened:
+            yield opened
+    else:
+        yield zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=int(request.param[-1]))
+
+
+def put(group: Any, name: str, values: np.ndarray, chunks: tuple[int, ...] | None = None) -> Any:
+    if isinstance(group, h5py.Group):
+        return group.create_dataset(name, data=values, chunks=chunks)
+    return group.create_array(name, data=values, chunks=chunks or "auto")
+
+
+def store(group: Any, counts: np.ndarray, form: str) -> Any:
     """`form`: csr, csc, dense, or dense in chunks "ROWSxCOLUMNS"."""
-    if form in ("csr", "csc"):
-        matrix = sparse.csr_matrix(counts.astype(np.float64)).asformat(form)
-        group = file.create_group("X")
-        group.attrs.update({"encoding-type": f"{form}_matrix", "shape": counts.shape})
-        group["data"] = matrix.data.astype(counts.dtype)
-        group["indices"], group["indptr"] = matrix.indices, matrix.indptr
-        return group
+    if form[:3] in ("csr", "csc"):
+        matrix = sparse.csr_matrix(counts.astype(np.float64)).asformat(form[:3])
+        item = group.create_group("X")
+        item.attrs.update({"encoding-type": f"{form[:3]}_matrix", "shape": list(SHAPE)})
+        put(item, "data", matrix.data.astype(counts.dtype))
+        put(item, "indices", matrix.indices)
+        put(item, "indptr", matrix.indptr)
+        return item
     chunks = None if form == "dense" else tuple(map(int, form.split("x")))
-    return file.create_dataset("X", data=counts, chunks=chunks)
+    return put(group, "X", counts, chunks)
 
 
 def rows_of(matrix: StoredMatrix, start: int, stop: int) -> np.ndarray:
@@ -61,27 +83,56 @@ def rows_of(matrix: StoredMatrix, start: int, stop: int) -> np.ndarray:
     return rows.toarray()
 
 
-FORMS = ("csr", "csc", "dense", "5x4", "41x1", "41x23")
+def make_small(patch: pytest.MonkeyPatch, form: str = "on disk") -> None:
+    """Bands, ranges and batches of a few rows; conversions on disk where the form says so."""
+    patch.setattr(matrix_module, "BAND_BYTES", 300)
+    patch.setattr(count_matrix, "RANGE_ENTRIES", 40)
+    patch.setattr(count_matrix, "BATCH_ENTRIES", 33)
+    if "on disk" in form:
+        patch.setattr(count_matrix, "IN_MEMORY_BYTES", 100)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["<f4", ">f4", "<f8", "<i4", "<u2", "<i8", "?"])
 def test_rows_are_the_matrix(
-    file: h5py.File,
-    counts: np.ndarray,
-    form: str,
-    kind: str,
-    monkeypatch: pytest.MonkeyPatch,
+    file: h5py.File, counts: np.ndarray, form: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(h5ad, "BAND_BYTES", 300)
-    monkeypatch.setattr(h5ad, "RANGE_ENTRIES", 40)
-    monkeypatch.setattr(h5ad, "BATCH_ENTRIES", 33)
+    make_small(monkeypatch, form)
     typed = counts.astype(kind)
     matrix = open_matrix(store(file, typed, form), "X")
     assert matrix.shape == SHAPE
-    for start, stop in ((0, 41), (5, 9), (7, 8), (40, 41), (3, 3), (0, 20)):
+    for start, stop in SLICES:
         np.testing.assert_array_equal(rows_of(matrix, start, stop), typed[start:stop])
     matrix.close()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_storage(
+    storage: Any, counts: np.ndarray, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_small(monkeypatch, form)
+    matrix = open_matrix(store(storage, counts, form), "X")
+    for start, stop in SLICES:
+        np.testing.assert_array_equal(rows_of(matrix, start, stop), counts[start:stop])
+    some = matrix.some()
+    assert set(some.ravel().tolist()) <= set(counts.ravel().tolist())
+    assert some.any()
+    matrix.close()
+
+
+@pytest.mark.parametrize("form", ["csr", "csc"])
+def test_in_memory_nothing_is_written(
+    file: h5py.File, counts: np.ndarray, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_small(monkeypatch)
+    monkeypatch.setattr(tempfile, "TemporaryFile", None)
+    tall = open_matrix(store(file, counts, "41x1"), "X", in_memory=True)
+    np.testing.assert_array_equal(rows_of(tall, 3, 20), counts[3:20])
+    stored = sparse.csr_matrix(counts).asformat(form)
+    for array in (stored, sparse.csr_array(stored).asformat(form), sparse.coo_matrix(stored)):
+        matrix = open_matrix(array, "X", in_memory=True)
+        assert not matrix.is_sequential
+        np.testing.assert_array_equal(rows_of(matrix, 3, 20), counts[3:20])
 
 
 @given(
@@ -92,7 +143,7 @@ def test_rows_are_the_matrix(
     trailing=st.sampled_from([0, 1, 2, 38, 41]),
     form=st.sampled_from(["csc", "41x1"]),
 )
-def test_turned_whatever_the_sizes_of_ranges_and_batches(
+def test_converted_whatever_the_sizes_of_ranges_and_batches(
     ranges: int, batch: int, seed: int, leading: int, trailing: int, form: str
 ) -> None:
     """And however many of the first and of the last rows are empty."""
@@ -103,9 +154,9 @@ def test_turned_whatever_the_sizes_of_ranges_and_batches(
         pytest.MonkeyPatch.context() as patch,
         h5py.File("memory", "w", driver="core", backing_store=False) as file,
     ):
-        patch.setattr(h5ad, "RANGE_ENTRIES", ranges)
-        patch.setattr(h5ad, "BATCH_ENTRIES", batch)
-        patch.setattr(h5ad, "BAND_BYTES", 300)
+        make_small(patch)
+        patch.setattr(count_matrix, "RANGE_ENTRIES", ranges)
+        patch.setattr(count_matrix, "BATCH_ENTRIES", batch)
         matrix = open_matrix(store(file, counts, form), "X")
         for start, stop in ((0, 41), (11, 30), (0, 1), (leading, leading + 1), (40, 41)):
             np.testing.assert_array_equal(rows_of(matrix, start, stop), counts[start:stop])
@@ -113,16 +164,10 @@ def test_turned_whatever_the_sizes_of_ranges_and_batches(
 
 
 @pytest.mark.parametrize("form", ["csc", "41x1"])
-def test_turned_on_disk(
-    file: h5py.File,
-    counts: np.ndarray,
-    form: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_nothing_is_left_on_the_disk(
+    file: h5py.File, counts: np.ndarray, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(h5ad, "IN_MEMORY_BYTES", 100)
-    monkeypatch.setattr(h5ad, "RANGE_ENTRIES", 40)
-    monkeypatch.setattr(h5ad, "BAND_BYTES", 300)
+    make_small(monkeypatch)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     matrix = open_matrix(store(file, counts, form), "X")
     assert matrix.is_sequential
@@ -132,32 +177,27 @@ def test_turned_on_disk(
     matrix.close()
 
 
-def test_no_room_to_turn_on_disk(
-    file: h5py.File, counts: np.ndarray, monkeypatch: pytest.MonkeyPatch
+class Full(io.BytesIO):
+    def write(self, raw: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_no_room_to_convert(
+    file: h5py.File, counts: np.ndarray, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(h5ad, "IN_MEMORY_BYTES", 100)
-    full = shutil.disk_usage(tempfile.gettempdir())._replace(free=10)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
-    matrix = open_matrix(store(file, counts, "csc"), "a.h5ad: X")
-    with pytest.raises(DataError, match=r"a\.h5ad: X lies by columns.*0\.0 GB are free.*TMPDIR"):
-        matrix.read_rows(0, 3)
-
-
-def test_a_disk_that_fills_while_it_is_turned(
-    file: h5py.File, counts: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Full(io.BytesIO):
-        def write(self, raw: object) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(h5ad, "IN_MEMORY_BYTES", 100)
+    make_small(monkeypatch)
+    usage = shutil.disk_usage(tempfile.gettempdir())
+    if when == "before":
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10))
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
     matrix = open_matrix(store(file, counts, "csc"), "a.h5ad: X")
-    with pytest.raises(DataError, match=r"a\.h5ad: X lies by columns.*No space left.*TMPDIR"):
+    why = r"0\.0 GB are free" if when == "before" else "No space left"
+    with pytest.raises(DataError, match=rf"a\.h5ad: X lies by columns.*{why}.*TMPDIR"):
         matrix.read_rows(0, 3)
 
 
-def test_what_is_small_or_lies_by_rows_is_not_sequential(
+def test_what_is_small_or_stored_by_rows_is_not_sequential(
     file: h5py.File, counts: np.ndarray
 ) -> None:
     for form in ("csr", "csc", "dense", "5x4"):
@@ -169,9 +209,9 @@ def test_what_is_small_or_lies_by_rows_is_not_sequential(
 def test_blocks_fit_the_budget(
     file: h5py.File, counts: np.ndarray, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (h5ad, h5ad):
+    make_small(monkeypatch, form)
+    for module in (matrix_module, count_matrix):
         monkeypatch.setattr(module, "BLOCK_ENTRIES", 60)
-    monkeypatch.setattr(h5ad, "BAND_BYTES", 300)
     matrix = open_matrix(store(file, counts, form), "X")
     start, sizes = 0, []
     while start < 41:
@@ -187,20 +227,19 @@ def test_blocks_fit_the_budget(
 def test_a_row_longer_than_the_budget_is_a_block_of_its_own(
     file: h5py.File, counts: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (h5ad, h5ad):
+    for module in (matrix_module, count_matrix):
         monkeypatch.setattr(module, "BLOCK_ENTRIES", 1)
     for form in ("csr", "csc", "dense"):
-        matrix = open_matrix(store(file, counts, form), "X")
-        assert matrix.fitting(2, 30) == 3
-        matrix.close()
+        assert open_matrix(store(file, counts, form), "X").fitting(2, 30) == 3
         del file["X"]
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.uint64, np.uint32])
-@pytest.mark.parametrize("form", ["csr", "csc"])
+@pytest.mark.parametrize("form", ["csr", "csc", "csc on disk"])
 def test_an_index_beyond_int32_does_not_become_another(
-    file: h5py.File, counts: np.ndarray, form: str, kind: type
+    file: h5py.File, counts: np.ndarray, form: str, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    make_small(monkeypatch, form)
     group = store(file, counts, form)
     indices = group["indices"][:].astype(kind)
     indices[4] = 2**32 + 3 if kind != np.uint32 else 2**31 + 3
@@ -233,17 +272,21 @@ def test_encodings(file: h5py.File, counts: np.ndarray) -> None:
     assert not is_matrix(group["data"])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_some_values_without_turning(file: h5py.File, counts: np.ndarray, form: str) -> None:
-    matrix = open_matrix(store(file, counts, form), "X")
-    some = matrix.some()
-    assert set(some.ravel().tolist()) <= set(counts.ravel().tolist())
-    assert some.any()
-
-
-def test_the_index_takes_what_the_file_says(file: h5py.File, counts: np.ndarray) -> None:
-    group = store(file, counts, "csc")
+def test_an_index_that_does_not_fit(storage: Any, counts: np.ndarray) -> None:
+    group = store(storage, counts, "csc")
     group["indptr"][3] = 10**6
     with pytest.raises(DataError, match=r"X is damaged: an index \(indptr\)"):
         open_matrix(group, "X")
-    assert h5ad.encoding_of(group) == "csc"
+
+
+@pytest.mark.parametrize("part", ["data", "indices"])
+def test_chunks_of_zarr_that_are_missing(tmp_path: Path, counts: np.ndarray, part: str) -> None:
+    """Of a copy in part: zarr would give zeros for them."""
+    group = store(zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2), counts, "csr")
+    values = group[part][:]
+    del group[part]
+    put(group, part, values, (50,))
+    open_matrix(group, "X")
+    (tmp_path / "a.zarr/X" / part / "1").unlink()
+    with pytest.raises(DataError, match=rf"1 of the \d chunks of its {part} are missing"):
+        open_matrix(group, "X")

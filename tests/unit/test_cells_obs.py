@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import anndata
@@ -9,12 +11,14 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io import frames as obs_module
 from geneformer_mcore.io.frames import StoredFrame
+from geneformer_mcore.io.memory import MemoryFrame
 
 NUM_ROWS = 11
 
@@ -38,32 +42,52 @@ def every_kind() -> pd.DataFrame:
     )
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("obs") / "a.h5ad"
-    with anndata.settings.override(allow_write_nullable_strings=True):
-        anndata.AnnData(np.ones((NUM_ROWS, 2)), obs=every_kind()).write_h5ad(path)
-    return path
+@pytest.fixture(scope="module", params=["hdf5", "zarr2", "zarr3", "memory"])
+def stored(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[StoredFrame | MemoryFrame, pd.DataFrame]]:
+    """Every kind of column, in every kind of storage; what AnnData reads of it."""
+    path = tmp_path_factory.mktemp("obs") / "a"
+    adata = anndata.AnnData(np.ones((NUM_ROWS, 2)), obs=every_kind())
+    if request.param == "memory":
+        yield MemoryFrame(adata.obs), adata.obs
+        return
+    is_zarr, version = request.param[:4] == "zarr", int(request.param[-1])
+    with (
+        warnings.catch_warnings(),
+        anndata.settings.override(allow_write_nullable_strings=True),
+        anndata.settings.override(zarr_write_format=version if is_zarr else 2),
+    ):
+        warnings.simplefilter("ignore")  # Of zarr, about its own format 3.
+        (adata.write_zarr if is_zarr else adata.write_h5ad)(path)
+        expected = (anndata.read_zarr if is_zarr else anndata.read_h5ad)(path).obs
+    file = zarr.open_group(path, mode="r") if is_zarr else h5py.File(path)
+    yield StoredFrame(file["obs"], "obs"), expected
+    if not is_zarr:
+        file.close()
 
 
 @given(start=st.integers(0, NUM_ROWS), length=st.integers(0, NUM_ROWS))
-def test_slices_are_what_anndata_reads(file: Path, start: int, length: int) -> None:
+def test_slices_are_what_anndata_reads(
+    stored: tuple[StoredFrame | MemoryFrame, pd.DataFrame], start: int, length: int
+) -> None:
+    frame, expected = stored
     stop = min(NUM_ROWS, start + length)
-    expected = anndata.read_h5ad(file).obs
-    with h5py.File(file) as opened:
-        frame = StoredFrame(opened["obs"], "obs")
-        found = frame.read(start, stop)
-        assert found.dtypes.to_dict() == frame.read(0, NUM_ROWS).dtypes.to_dict()
-        assert frame.row_names(start, stop) == list(expected.index[start:stop])
-    assert frame.columns == list(every_kind())
+    found = frame.read(start, stop)
+    assert found.dtypes.to_dict() == frame.read(0, NUM_ROWS).dtypes.to_dict()
+    assert frame.row_names(start, stop) == list(expected.index[start:stop])
+    assert frame.columns == list(frame.readable) == list(every_kind())
+    assert frame.readable["whole"](start, stop).tolist() == list(range(start, stop))
     pd.testing.assert_frame_equal(found, expected.iloc[start:stop], check_index_type=False)
 
 
-def test_many_categories_are_plain_values(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stored", ["hdf5", "zarr2"], indirect=True)
+def test_many_categories_are_plain_values(
+    stored: tuple[StoredFrame, pd.DataFrame], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(obs_module, "MAX_CATEGORIES", 3)
-    with h5py.File(file) as opened:
-        frame = StoredFrame(opened["obs"], "obs")
-        found, part = frame.read(0, NUM_ROWS), frame.read(1, 3)
+    frame = StoredFrame(stored[0]._item, "obs")
+    found, part = frame.read(0, NUM_ROWS), frame.read(1, 3)
     assert found["level"].tolist() == [i % 4 for i in range(NUM_ROWS)]
     assert found["level"].dtype == part["level"].dtype == pd.Int64Dtype()
     assert found["label"].dtype == "category"
@@ -84,21 +108,29 @@ def test_a_table_of_before_0_7(tmp_path: Path) -> None:
     assert found["batch"].tolist() == ["b0", "b1"]
 
 
-def test_categories_of_0_7(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        group = file.create_group("obs")
-        group.attrs.update({"_index": "names", "column-order": ["donor"]})
-        group["names"] = ["a", "b", "c"]
-        group["donor"] = np.array([1, -1, 0], np.int8)
-        group["__categories/donor"] = ["d0", "d1"]
-        group["donor"].attrs["categories"] = group["__categories/donor"].ref
-        frame = StoredFrame(group, "obs")
-        assert frame.columns == ["donor"]
-        assert frame.read(0, 3)["donor"].astype(object).where(lambda x: x.notna(), "").tolist() == [
-            "d1",
-            "",
-            "d0",
-        ]
+@pytest.mark.parametrize("kind", ["hdf5", "zarr"])
+def test_categories_of_0_7(tmp_path: Path, kind: str) -> None:
+    """A reference in HDF5, a path below obs in zarr."""
+    is_zarr = kind == "zarr"
+    file = (
+        zarr.open_group(tmp_path / "a", mode="w", zarr_format=2)
+        if is_zarr
+        else h5py.File(tmp_path / "a", "w")
+    )
+    group = file.create_group("obs")
+    group.attrs.update({"_index": "names", "column-order": ["donor"]})
+    names = {"names": ["a", "b", "c"], "__categories/donor": ["d0", "d1"]}
+    for name, values in ({"donor": np.array([1, -1, 0], np.int8)} | names).items():
+        group[name] = np.array(values, None if name == "donor" else "S2")
+    place = "__categories/donor"
+    group["donor"].attrs["categories"] = place if is_zarr else group[place].ref
+    frame = StoredFrame(group, "obs")
+    assert frame.columns == ["donor"]
+    donors = frame.read(0, 3)["donor"].astype(object)
+    assert donors.where(donors.notna(), "").tolist() == ["d1", "", "d0"]
+    assert frame.row_names(0, 3) == ["a", "b", "c"]
+    if not is_zarr:
+        file.close()
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import pytest
 
 from geneformer_mcore.errors import DataError, ExternalIOError, LostWorkerError, NetworkError
 from geneformer_mcore.exit_codes import run
-from geneformer_mcore.io import h5ad
+from geneformer_mcore.io import count_matrix
 from geneformer_mcore.io.blocks import CountBlock
-from geneformer_mcore.io.h5ad import RowGroup
+from geneformer_mcore.io.count_matrix import RowGroup
 from geneformer_mcore.io.retry import raise_if_io_error
 from geneformer_mcore.io.soma import unreadable
 from geneformer_mcore.store.ingest import plan
@@ -148,7 +148,7 @@ def test_a_full_folder_of_temporary_files_ends_the_build(
 ) -> None:
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
-    monkeypatch.setattr(h5ad, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(count_matrix, "IN_MEMORY_BYTES", 100)
     usage = shutil.disk_usage
 
     def full(folder: object) -> object:
@@ -171,7 +171,7 @@ def test_no_folder_of_temporary_files_at_all(
     def none() -> str:
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
-    monkeypatch.setattr(h5ad, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(count_matrix, "IN_MEMORY_BYTES", 100)
     monkeypatch.setattr(tempfile, "gettempdir", none)
     with (
         InputOptions().open(inputs[1]) as counts,
