@@ -33,7 +33,7 @@ from geneformer_mcore.inference.embed import Choices, is_embedded
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io import anndata_out
 from geneformer_mcore.io.progress import Progress, ProgressLine
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 
 PCA = f"PCA({NUM_COMPONENTS}) of log counts"
 UNTRAINED = "untrained"

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import sparse
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 
 LABELS = ("celltype", "celltypes", "celllabel", "celltypeannotation", "cellontologyclass")
 DONORS = ("donorid", "donor", "patientid", "patient", "individual", "subject", "subjectid")

@@ -29,8 +29,7 @@ from geneformer_mcore.io.blocks import CountBlock
 from geneformer_mcore.io.h5ad import FILE_ENDINGS, Counts
 from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.split.table import SPLITS, SplitRule
-from geneformer_mcore.tokenizer.corpus import InputOptions, find_genes
-from geneformer_mcore.tokenizer.genes import map_genes
+from geneformer_mcore.tokenizer.genes import InputOptions, find_genes, map_genes
 from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import RaggedCells

@@ -21,8 +21,7 @@ from geneformer_mcore.io.blocks import CountBlock
 from geneformer_mcore.store.layout import MANIFEST_FILE, OBS, VOCABULARY_FILE
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.soma_io import SomaReader
-from geneformer_mcore.tokenizer.corpus import InputOptions, find_genes
-from geneformer_mcore.tokenizer.genes import map_genes
+from geneformer_mcore.tokenizer.genes import InputOptions, find_genes, map_genes
 from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import RaggedCells

@@ -29,7 +29,7 @@ from geneformer_mcore.io import anndata_out
 from geneformer_mcore.io.anndata_out import Beside
 from geneformer_mcore.io.files import check_output, whole_file
 from geneformer_mcore.io.progress import ProgressLine, no_progress
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS
 from geneformer_mcore.version import __version__

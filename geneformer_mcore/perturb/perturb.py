@@ -37,7 +37,7 @@ from geneformer_mcore.perturb.question import (
     distinct,
 )
 from geneformer_mcore.perturb.statistics import Controls, Survey, Tested, table
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.types import NUM_SPECIALS
 
 MOST_BYTES = 16 << 30

@@ -18,7 +18,7 @@ from geneformer_mcore.io.memory import require
 from geneformer_mcore.perturb import outputs
 from geneformer_mcore.perturb.perturb import Answer, perturb
 from geneformer_mcore.perturb.question import Question
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 
 
 @dataclass(frozen=True)

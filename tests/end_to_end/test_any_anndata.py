@@ -24,8 +24,7 @@ from data_prep.build_store import main as build_store
 from geneformer_mcore.io import count_matrix
 from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.store.reader import TokenStore
-from geneformer_mcore.tokenizer.corpus import InputOptions, find_genes
-from geneformer_mcore.tokenizer.genes import map_genes
+from geneformer_mcore.tokenizer.genes import InputOptions, find_genes, map_genes
 from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from tests.small_cells import gene_id, plain_tokens, random_counts

@@ -16,7 +16,7 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.files import file_digest
 from geneformer_mcore.tokenizer import gencode
 from geneformer_mcore.tokenizer.build import build_vocabulary
-from geneformer_mcore.tokenizer.corpus import InputOptions, find_genes
+from geneformer_mcore.tokenizer.genes import InputOptions, find_genes
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from tests.small_cells import gene_id, vocabulary_of, write_h5ad
 

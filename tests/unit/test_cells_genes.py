@@ -8,14 +8,8 @@ import json
 import pytest
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.tokenizer.genes import (
-    GeneIds,
-    clean_id,
-    find_gene_ids,
-    load_symbols,
-    map_genes,
-    names_as_symbols,
-)
+from geneformer_mcore.tokenizer.gencode import clean_id, load_symbols
+from geneformer_mcore.tokenizer.genes import GeneIds, find_gene_ids, map_genes, names_as_symbols
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from tests.small_cells import gene_id, gene_ids, vocabulary_of
 

@@ -18,7 +18,7 @@ from scipy import sparse
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.tokenizer import build
 from geneformer_mcore.tokenizer.build import build_vocabulary, gather, merge_parts
-from geneformer_mcore.tokenizer.corpus import InputOptions, describe_other_ids
+from geneformer_mcore.tokenizer.genes import InputOptions, describe_other_ids
 from geneformer_mcore.tokenizer.medians import RELATIVE_ERROR, Histograms, MedianCollector
 from geneformer_mcore.tokenizer.tally import FileRecord, Tally, load_tally, save_tally
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary

@@ -24,7 +24,7 @@ import pytest
 from geneformer_mcore.errors import DataError, LostWorkerError
 from geneformer_mcore.io.workers import Workers
 from geneformer_mcore.tokenizer import build
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 from tests.small_cells import random_counts, write_h5ad
 
 

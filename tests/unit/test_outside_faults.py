@@ -21,7 +21,7 @@ from geneformer_mcore.io.retry import raise_if_io_error
 from geneformer_mcore.io.soma import unreadable
 from geneformer_mcore.store.ingest import plan
 from geneformer_mcore.store.ingest.build import build_store, vocabulary_of_inputs
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 from tests import commands
 from tests.small_cells import random_counts, vocabulary_of, write_h5ad
 

@@ -22,8 +22,8 @@ from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io.progress import no_progress
 from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.store.split.table import RandomSplit
-from geneformer_mcore.tokenizer.corpus import InputOptions
 from geneformer_mcore.tokenizer.dictionary import import_dictionary
+from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS, RaggedCells
 from tests.small_cells import gene_ids, random_counts, vocabulary_of, write_h5ad

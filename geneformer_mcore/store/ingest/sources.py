@@ -23,8 +23,7 @@ from geneformer_mcore.store.ingest.buckets import duplicate_error
 from geneformer_mcore.store.ingest.labels import label_kinds
 from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.split.table import SplitRule
-from geneformer_mcore.tokenizer.corpus import InputOptions, find_genes
-from geneformer_mcore.tokenizer.genes import GeneMap, map_genes
+from geneformer_mcore.tokenizer.genes import GeneMap, InputOptions, find_genes, map_genes
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 MOST_CELLS_NAMED_EARLY = 4 << 20
