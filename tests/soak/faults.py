@@ -11,104 +11,100 @@ from dataclasses import dataclass
 
 PACKAGE_TESTS: dict[str, tuple[str, ...]] = {
     "top": (
-        "tests/unit/test_contracts.py",
-        "tests/unit/test_contracts.py",
-        "tests/unit/test_outside_faults.py",
-        "tests/unit/test_metrics_baselines.py",
-        "tests/unit/test_bad_input.py",
-        "tests/unit/test_feed_stream.py",
-        "tests/distributed/test_model.py",
+        "tests/unit/top/test_types.py",
+        "tests/unit/top/test_errors.py",
+        "tests/unit/io/test_outside_faults.py",
+        "tests/unit/training/test_metrics_baselines.py",
+        "tests/unit/io/test_bad_input.py",
+        "tests/unit/data/test_stream.py",
+        "tests/distributed/training/test_model.py",
     ),
-    "config": ("tests/unit/test_config.py", "tests/end_to_end/test_pretrain.py"),
-    "cells": (
-        "tests/unit/test_cells_*.py",
-        "tests/unit/test_bad_input.py",
-        "tests/end_to_end/test_any_anndata.py",
+    "config": ("tests/unit/top/test_config.py", "tests/end_to_end/run/test_pretrain.py"),
+    "io": ("tests/unit/io/test_*.py", "tests/end_to_end/commands/test_any_anndata.py"),
+    "tokenizer": (
+        "tests/unit/tokenizer/test_*.py",
+        "tests/unit/io/test_bad_input.py",
+        "tests/end_to_end/commands/test_any_anndata.py",
     ),
     "store": (
-        "tests/unit/test_store_*.py",
-        "tests/unit/test_split_*.py",
-        "tests/unit/test_flat_copy.py",
-        "tests/unit/test_durable_files.py",
-        "tests/end_to_end/test_ingest.py",
+        "tests/unit/store/test_*.py",
+        "tests/unit/io/test_durable_files.py",
+        "tests/end_to_end/commands/test_ingest.py",
     ),
-    "feed": (
-        "tests/unit/test_feed*.py",
-        "tests/unit/test_counts_source.py",
-        "tests/unit/test_train_labels.py",
-        "tests/distributed/test_packing.py",
+    "data": (
+        "tests/unit/data/test_*.py",
+        "tests/unit/training/test_labels.py",
+        "tests/distributed/training/test_packing.py",
     ),
-    "parallel": (
-        "tests/unit/test_watch.py",
-        "tests/unit/test_watch.py",
-        "tests/unit/test_interface.py",
-        "tests/unit/test_interface.py",
-        "tests/distributed/test_layouts.py",
-        "tests/distributed/test_embed.py",
-        "tests/end_to_end/test_loopback.py",
-        "tests/end_to_end/test_lost_ranks.py",
+    "distributed": (
+        "tests/unit/distributed/test_*.py",
+        "tests/distributed/training/test_layouts.py",
+        "tests/distributed/inference/test_embed.py",
+        "tests/end_to_end/run/test_loopback.py",
+        "tests/end_to_end/run/test_lost_ranks.py",
     ),
     "model": (
-        "tests/unit/test_flops.py",
-        "tests/unit/test_blockwise.py",
-        "tests/unit/test_token_rows.py",
-        "tests/distributed/test_model.py",
-        "tests/distributed/test_attention_check.py",
-        "tests/distributed/test_precision.py",
-        "tests/distributed/test_packing.py",
-        "tests/distributed/test_convert.py",
-        "tests/distributed/test_embed.py",
-        "tests/distributed/test_finetune.py",
-        "tests/distributed/test_perturb.py",
-        "tests/distributed/test_parity.py",
-    ),
-    "model/cores": (
-        "tests/unit/test_blockwise.py",
-        "tests/distributed/test_attention_check.py",
-        "tests/distributed/test_model.py",
-        "tests/distributed/test_packing.py",
-        "tests/distributed/test_parity.py",
+        "tests/unit/model/test_*.py",
+        "tests/distributed/training/test_model.py",
+        "tests/distributed/training/test_attention_check.py",
+        "tests/distributed/training/test_precision.py",
+        "tests/distributed/training/test_packing.py",
+        "tests/distributed/inference/test_embed.py",
+        "tests/distributed/inference/test_finetune.py",
+        "tests/distributed/inference/test_perturb.py",
+        "tests/distributed/training/test_parity.py",
     ),
     "optim": (
-        "tests/unit/test_schedule.py",
-        "tests/distributed/test_update.py",
-        "tests/distributed/test_resume.py",
-        "tests/distributed/test_reshard.py",
-        "tests/distributed/test_overlap.py",
-        "tests/distributed/test_parity.py",
+        "tests/unit/model/test_schedule.py",
+        "tests/distributed/training/test_update.py",
+        "tests/distributed/training/test_resume.py",
+        "tests/distributed/training/test_reshard.py",
+        "tests/distributed/training/test_overlap.py",
+        "tests/distributed/training/test_parity.py",
     ),
     "checkpoint": (
-        "tests/unit/test_checkpoint_*.py",
-        "tests/unit/test_plain_metadata.py",
-        "tests/unit/test_safetensors_file.py",
-        "tests/unit/test_durable_files.py",
-        "tests/distributed/test_saving.py",
-        "tests/distributed/test_resume.py",
-        "tests/distributed/test_damage.py",
-        "tests/distributed/test_reshard.py",
+        "tests/unit/training/test_checkpoint_*.py",
+        "tests/unit/training/test_safe_metadata.py",
+        "tests/unit/io/test_durable_files.py",
+        "tests/distributed/training/test_saving.py",
+        "tests/distributed/training/test_resume.py",
+        "tests/distributed/training/test_damage.py",
+        "tests/distributed/training/test_reshard.py",
     ),
-    "metrics": ("tests/unit/test_metrics_*.py", "tests/end_to_end/test_pretrain.py"),
-    "train": (
-        "tests/unit/test_guard.py",
-        "tests/unit/test_run_folder.py",
-        "tests/unit/test_train_labels.py",
-        "tests/distributed/test_evaluate.py",
-        "tests/distributed/test_update.py",
-        "tests/distributed/test_parity.py",
-        "tests/end_to_end/test_signals.py",
-        "tests/end_to_end/test_pretrain.py",
-        "tests/end_to_end/test_lost_ranks.py",
+    "metrics": ("tests/unit/training/test_metrics_*.py", "tests/end_to_end/run/test_pretrain.py"),
+    "training": (
+        "tests/unit/training/test_spike_guard.py",
+        "tests/unit/training/test_run_folder.py",
+        "tests/unit/training/test_labels.py",
+        "tests/distributed/training/test_evaluate.py",
+        "tests/distributed/training/test_update.py",
+        "tests/distributed/training/test_parity.py",
+        "tests/end_to_end/run/test_signals.py",
+        "tests/end_to_end/run/test_pretrain.py",
+        "tests/end_to_end/run/test_lost_ranks.py",
     ),
-    "downstream": (
-        "tests/unit/test_cross_validation.py",
-        "tests/unit/test_scores.py",
-        "tests/unit/test_overlap.py",
-        "tests/unit/test_perturb_*.py",
-        "tests/distributed/test_embed.py",
-        "tests/distributed/test_perturb.py",
-        "tests/distributed/test_classify.py",
+    "report": ("tests/unit/inference/test_report.py",),
+    "inference": (
+        "tests/unit/inference/test_data_leakage.py",
+        "tests/distributed/inference/test_embed.py",
+        "tests/distributed/inference/test_evaluate_command.py",
     ),
-    "preflight": ("tests/unit/test_preflight.py", "tests/end_to_end/test_preflight.py"),
+    "celltypes": (
+        "tests/unit/inference/test_cross_validation.py",
+        "tests/unit/inference/test_scores.py",
+        "tests/unit/inference/test_labelled.py",
+        "tests/distributed/inference/test_classify.py",
+    ),
+    "perturb": (
+        "tests/unit/inference/test_perturb_*.py",
+        "tests/distributed/inference/test_perturb.py",
+    ),
+    "convert": (
+        "tests/unit/inference/test_token_rows.py",
+        "tests/unit/inference/test_hf_folder.py",
+        "tests/distributed/inference/test_convert.py",
+    ),
+    "preflight": ("tests/unit/top/test_preflight.py", "tests/end_to_end/run/test_preflight.py"),
 }
 """Package -> test files or globs, those first that end soon."""
 
@@ -135,14 +131,14 @@ def _fault(
     return Fault(f"{package}: {name}", package, f"{folder}{file}", old, new, first, hangs)
 
 
-CELLS = (
+TOKENIZER = (
     _fault(
         "tokenizer",
         "a tie is broken the other way",
         "rank_encoder.py",
         "(values[a] == values[b] and tokens[a] < tokens[b])",
         "(values[a] == values[b] and tokens[a] > tokens[b])",
-        "tests/unit/test_cells_ranks.py",
+        "tests/unit/tokenizer/test_ranks.py",
     ),
     _fault(
         "tokenizer",
@@ -150,7 +146,7 @@ CELLS = (
         "rank_encoder.py",
         "        sums[token] += count\n",
         "        sums[token] = count\n",
-        "tests/unit/test_cells_ranks.py",
+        "tests/unit/tokenizer/test_ranks.py",
     ),
     _fault(
         "tokenizer",
@@ -158,7 +154,7 @@ CELLS = (
         "rank_encoder.py",
         "n += np.uint64(expressed & (token != 0))",
         "n += np.uint64(expressed)",
-        "tests/unit/test_cells_ranks.py",
+        "tests/unit/tokenizer/test_ranks.py",
     ),
     _fault(
         "tokenizer",
@@ -166,7 +162,7 @@ CELLS = (
         "rank_encoder.py",
         "                self.seq_length - 1,\n",
         "                self.seq_length - 2,\n",
-        "tests/unit/test_cells_ranks.py",
+        "tests/unit/tokenizer/test_ranks.py",
     ),
     _fault(
         "tokenizer",
@@ -174,7 +170,7 @@ CELLS = (
         "rank_encoder.py",
         "        n, total, _, _ = gather_cell(",
         "        n, _, total, _ = gather_cell(",
-        "tests/unit/test_cells_medians.py",
+        "tests/unit/tokenizer/test_medians.py",
     ),
     _fault(
         "tokenizer",
@@ -182,7 +178,7 @@ CELLS = (
         "medians.py",
         "np.median(values[offsets[gene] : offsets[gene + 1]])",
         'np.percentile(values[offsets[gene] : offsets[gene + 1]], 50, method="higher")',
-        "tests/unit/test_cells_medians.py",
+        "tests/unit/tokenizer/test_medians.py",
     ),
     _fault(
         "tokenizer",
@@ -190,7 +186,7 @@ CELLS = (
         "vocabulary.py",
         "        if found != computed:\n",
         "        if not found:\n",
-        "tests/unit/test_cells_vocabulary.py",
+        "tests/unit/tokenizer/test_vocabulary.py",
     ),
     _fault(
         "tokenizer",
@@ -198,7 +194,7 @@ CELLS = (
         "dictionary.py",
         'raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None',
         "return super().find_class(module, name)",
-        "tests/unit/test_cells_dictionary.py",
+        "tests/unit/tokenizer/test_dictionary.py",
     ),
     _fault(
         "io",
@@ -206,7 +202,7 @@ CELLS = (
         "files.py",
         "            partial.unlink()",
         "            partial.exists()",
-        "tests/unit/test_cells_files.py",
+        "tests/unit/io/test_files.py",
     ),
 )
 
@@ -217,7 +213,7 @@ STORE = (
         "ingest/plan.py",
         "return report if found == report.sha256 else None",
         "return report",
-        "tests/unit/test_store_units.py",
+        "tests/unit/store/test_units.py",
     ),
     _fault(
         "store",
@@ -225,7 +221,7 @@ STORE = (
         "local_cache.py",
         "        self._verify(rows // BLOCK_CELLS)\n",
         "",
-        "tests/unit/test_flat_copy.py",
+        "tests/unit/store/test_local_cache.py",
     ),
     _fault(
         "store",
@@ -233,7 +229,7 @@ STORE = (
         "ingest/staging.py",
         "FolderLock(self.path, str(target), part)",
         'FolderLock(self.path, str(target), part or "0/1")',
-        "tests/unit/test_store_staging.py",
+        "tests/unit/store/test_staging.py",
     ),
     _fault(
         "store",
@@ -241,7 +237,7 @@ STORE = (
         "split/table.py",
         "(draws < self.validation_fraction + self.test_fraction)",
         "(draws < self.test_fraction)",
-        "tests/unit/test_store_keys.py",
+        "tests/unit/store/test_keys.py",
     ),
     _fault(
         "store",
@@ -249,7 +245,7 @@ STORE = (
         "ingest/buckets.py",
         "        if first == second:\n",
         "        if first > second:\n",
-        "tests/unit/test_store_build.py",
+        "tests/unit/store/test_build.py",
     ),
     _fault(
         "store",
@@ -257,7 +253,7 @@ STORE = (
         "ingest/tokenise.py",
         "ranked.n_known_N > 0",
         "ranked.n_genes_N > 0",
-        "tests/unit/test_store_build.py",
+        "tests/unit/store/test_build.py",
     ),
     _fault(
         "store",
@@ -265,7 +261,7 @@ STORE = (
         "split/policy.py",
         "if self._number[label] <= 1]",
         "if self._number[label] <= 0]",
-        "tests/unit/test_split_policy.py",
+        "tests/unit/store/test_split_policy.py",
     ),
     _fault(
         "store",
@@ -273,18 +269,18 @@ STORE = (
         "ingest/staging.py",
         "        sync_tree(self.store)\n",
         "",
-        "tests/unit/test_durable_files.py",
+        "tests/unit/io/test_durable_files.py",
     ),
 )
 
-FEED = (
+DATA = (
     _fault(
         "data",
         "predicted places are shifted by one",
         "collate.py",
         "selected[k] = rows[b] + np.int64(places[k])",
         "selected[k] = rows[b] + np.int64(places[k]) - 1",
-        "tests/unit/test_feed.py",
+        "tests/unit/data/test_feed.py",
     ),
     _fault(
         "data",
@@ -292,7 +288,7 @@ FEED = (
         "collate.py",
         "for i in range(np.uint64(1), np.uint64(len(bits_S))):",
         "for i in range(np.uint64(0), np.uint64(len(bits_S))):",
-        "tests/unit/test_feed.py",
+        "tests/unit/data/test_feed.py",
     ),
     _fault(
         "data",
@@ -300,7 +296,7 @@ FEED = (
         "sampler.py",
         "return first + permutation(size, order.seed, _CELLS, epoch, span)",
         "return first + permutation(size, order.seed, _CELLS, epoch, span) % max(1, size - 1)",
-        "tests/unit/test_feed.py",
+        "tests/unit/data/test_feed.py",
     ),
     _fault(
         "data",
@@ -308,7 +304,7 @@ FEED = (
         "sampler.py",
         "counter=np.array([0, 0, index, epoch], dtype=np.uint64)",
         "counter=np.array([0, 0, index, 0], dtype=np.uint64)",
-        "tests/unit/test_feed.py",
+        "tests/unit/data/test_feed.py",
     ),
     _fault(
         "data",
@@ -316,7 +312,7 @@ FEED = (
         "loader.py",
         "mine = slice(share.data_rank, None, share.data_size)",
         "mine = slice(0, None, share.data_size)",
-        "tests/unit/test_feed_stream.py",
+        "tests/unit/data/test_stream.py",
     ),
     _fault(
         "data",
@@ -324,7 +320,7 @@ FEED = (
         "labelled.py",
         "asked = np.flatnonzero(~idle_N)",
         "asked = np.arange(len(idle_N))",
-        "tests/unit/test_train_labels.py",
+        "tests/unit/training/test_labels.py",
     ),
     _fault(
         "data",
@@ -332,18 +328,18 @@ FEED = (
         "shuffle_buffer.py",
         "slot * self._slot_tokens + np.cumsum(lengths) - lengths",
         "slot * self._slot_tokens + np.cumsum(lengths) - lengths[0]",
-        "tests/unit/test_feed_stream.py",
+        "tests/unit/data/test_stream.py",
     ),
 )
 
-PARALLEL = (
+DISTRIBUTED = (
     _fault(
         "distributed",
         "losses are not summed over ranks",
         "collectives.py",
         "    dist.all_reduce(total)\n    return total\n",
         "    return total\n",
-        "tests/distributed/test_layouts.py",
+        "tests/distributed/training/test_layouts.py",
     ),
     _fault(
         "distributed",
@@ -351,8 +347,8 @@ PARALLEL = (
         "collectives.py",
         "dist.all_reduce(answers, op=dist.ReduceOp.MAX)",
         "dist.all_reduce(answers, op=dist.ReduceOp.MIN)",
-        "tests/end_to_end/test_loopback.py",
-        "tests/end_to_end/test_signals.py",
+        "tests/end_to_end/run/test_loopback.py",
+        "tests/end_to_end/run/test_signals.py",
     ),
     _fault(
         "distributed",
@@ -360,7 +356,7 @@ PARALLEL = (
         "collectives.py",
         "counts = topology.is_last_stage and topology.tensor_rank == 0",
         "counts = topology.is_last_stage",
-        "tests/distributed/test_layouts.py",
+        "tests/distributed/training/test_layouts.py",
     ),
     _fault(
         "distributed",
@@ -368,7 +364,7 @@ PARALLEL = (
         "groups.py",
         "topology.pipeline_rank * topology.data_size + topology.data_rank",
         "topology.pipeline_rank * topology.data_size",
-        "tests/unit/test_interface.py",
+        "tests/unit/distributed/test_network.py",
     ),
     _fault(
         "distributed",
@@ -376,7 +372,7 @@ PARALLEL = (
         "watchdog.py",
         "        return time.monotonic() - since - allowed_s\n",
         "        return min(0.0, time.monotonic() - since - allowed_s)\n",
-        "tests/unit/test_watch.py",
+        "tests/unit/distributed/test_watchdog.py",
         hangs=True,
     ),
     _fault(
@@ -385,7 +381,7 @@ PARALLEL = (
         "watchdog.py",
         "lost = sorted(set(range(world_size)) - answers.keys())",
         "lost = sorted(answers.keys() - set(range(world_size)))",
-        "tests/unit/test_watch.py",
+        "tests/unit/distributed/test_watchdog.py",
     ),
     _fault(
         "distributed",
@@ -393,7 +389,7 @@ PARALLEL = (
         "collectives.py",
         "has = found[:, width] == 1",
         "has = found[:, width] >= 0",
-        "tests/distributed/test_embed.py",
+        "tests/distributed/inference/test_embed.py",
     ),
 )
 
@@ -404,7 +400,7 @@ MODEL = (
         "geneformer.py",
         "places_S >= batch.lengths_N[:, None]",
         "places_S > batch.lengths_N[:, None]",
-        "tests/distributed/test_model.py",
+        "tests/distributed/training/test_model.py",
     ),
     _fault(
         "model",
@@ -412,7 +408,7 @@ MODEL = (
         "fused.py",
         "return residual + F.dropout(x, p=probability, training=training)",
         "return (residual + F.dropout(x, p=probability, training=training)).to(x.dtype)",
-        "tests/distributed/test_precision.py",
+        "tests/distributed/training/test_precision.py",
     ),
     _fault(
         "model",
@@ -420,7 +416,7 @@ MODEL = (
         "flops.py",
         "return self.linear + self.attention + self.head + self.vocabulary",
         "return self.linear + self.head + self.vocabulary",
-        "tests/unit/test_flops.py",
+        "tests/unit/model/test_flops.py",
     ),
     _fault(
         "convert",
@@ -428,7 +424,7 @@ MODEL = (
         "hf_keys.py",
         'for part in ("query", "key", "value"))',
         'for part in ("key", "query", "value"))',
-        "tests/distributed/test_convert.py",
+        "tests/distributed/inference/test_convert.py",
     ),
     _fault(
         "model",
@@ -445,7 +441,7 @@ MODEL = (
         return genes_TH
     return torch.segment_reduce(genes_TH, "mean", lengths=batch.lengths_N)
 """,
-        "tests/distributed/test_embed.py",
+        "tests/distributed/inference/test_embed.py",
     ),
     _fault(
         "model",
@@ -453,7 +449,7 @@ MODEL = (
         "geneformer.py",
         "torch.where(ids < num_real, 0.0",
         "torch.where(ids <= num_real, 0.0",
-        "tests/distributed/test_model.py",
+        "tests/distributed/training/test_model.py",
     ),
     _fault(
         "model",
@@ -461,7 +457,7 @@ MODEL = (
         "lora.py",
         "correction * (tune.lora_alpha / tune.lora_rank)",
         "correction * tune.lora_alpha",
-        "tests/distributed/test_finetune.py",
+        "tests/distributed/inference/test_finetune.py",
     ),
     _fault(
         "model",
@@ -469,7 +465,7 @@ MODEL = (
         "forward_only.py",
         "goal_N = (after_NH - before_NH) @",
         "goal_N = (before_NH - after_NH) @",
-        "tests/distributed/test_perturb.py",
+        "tests/distributed/inference/test_perturb.py",
     ),
     _fault(
         "model",
@@ -477,7 +473,7 @@ MODEL = (
         "attention/blockwise.py",
         "self.enlarged = 2**32 / (2**32 - self.below)",
         "self.enlarged = 1.0",
-        "tests/unit/test_blockwise.py",
+        "tests/unit/model/test_blockwise.py",
     ),
     _fault(
         "model",
@@ -485,8 +481,8 @@ MODEL = (
         "attention/blockwise.py",
         "return [of_query.mul_(self.scale), of_key, of_value]",
         "return [of_query, of_key, of_value]",
-        "tests/unit/test_blockwise.py",
-        "tests/distributed/test_bench_steps.py",
+        "tests/unit/model/test_blockwise.py",
+        "tests/distributed/training/test_bench_steps.py",
     ),
     _fault(
         "model",
@@ -494,7 +490,7 @@ MODEL = (
         "attention/backends.py",
         "attn_mask=None if padding_B11S is None else ~padding_B11S",
         "attn_mask=None if padding_B11S is None else padding_B11S",
-        "tests/distributed/test_attention_check.py",
+        "tests/distributed/training/test_attention_check.py",
     ),
     _fault(
         "model",
@@ -502,7 +498,7 @@ MODEL = (
         "attention/base.py",
         "contexts = [attend(*one) for one in zip(*parts, strict=True)]",
         "contexts = [attend(query, key, value)]",
-        "tests/distributed/test_packing.py",
+        "tests/distributed/training/test_packing.py",
     ),
 )
 
@@ -513,7 +509,7 @@ OPTIM = (
         "optimizer.py",
         'optim.weight_decay * group["wd_mult"]',
         "optim.weight_decay",
-        "tests/distributed/test_update.py",
+        "tests/distributed/training/test_update.py",
     ),
     _fault(
         "optim",
@@ -521,7 +517,7 @@ OPTIM = (
         "optimizer.py",
         "    if inner.config.clip_grad > 0:\n",
         "    if inner.config.clip_grad > 0 and torch.distributed.get_rank() == 0:\n",
-        "tests/distributed/test_update.py",
+        "tests/distributed/training/test_update.py",
     ),
     _fault(
         "optim",
@@ -529,7 +525,7 @@ OPTIM = (
         "optimizer.py",
         "    inner.load_parameter_state_from_fully_reshardable(moments)\n",
         "    assert inner\n",
-        "tests/distributed/test_resume.py",
+        "tests/distributed/training/test_resume.py",
     ),
     _fault(
         "optim",
@@ -537,7 +533,7 @@ OPTIM = (
         "optimizer.py",
         "    _count_padding(chunks)\n    _overlap",
         "    _overlap",
-        "tests/distributed/test_reshard.py",
+        "tests/distributed/training/test_reshard.py",
     ),
     _fault(
         "optim",
@@ -545,7 +541,7 @@ OPTIM = (
         "optimizer.py",
         "optim.lr * (step + 1) / warmup_steps",
         "optim.lr * step / warmup_steps",
-        "tests/unit/test_schedule.py",
+        "tests/unit/model/test_schedule.py",
     ),
     _fault(
         "optim",
@@ -553,7 +549,7 @@ OPTIM = (
         "optimizer.py",
         "            chunk.param_to_bucket_group[weights].finish_param_sync()\n",
         "            assert weights is not None\n",
-        "tests/distributed/test_overlap.py",
+        "tests/distributed/training/test_overlap.py",
     ),
 )
 
@@ -564,7 +560,7 @@ CHECKPOINT = (
         "folder.py",
         "    sync_tree(staging)\n",
         "",
-        "tests/unit/test_durable_files.py",
+        "tests/unit/io/test_durable_files.py",
     ),
     _fault(
         "checkpoint",
@@ -572,7 +568,7 @@ CHECKPOINT = (
         "folder.py",
         'if size != expected["bytes"] or _hash_on_disk(path) != expected["sha256"]:',
         'if size != expected["bytes"]:',
-        "tests/unit/test_checkpoint_folder.py",
+        "tests/unit/training/test_checkpoint_folder.py",
     ),
     _fault(
         "checkpoint",
@@ -580,7 +576,7 @@ CHECKPOINT = (
         "folder.py",
         "for step in steps(root)[:-keep_last]:",
         "for step in steps(root)[: 1 - keep_last or None]:",
-        "tests/unit/test_checkpoint_folder.py",
+        "tests/unit/training/test_checkpoint_folder.py",
     ),
     _fault(
         "checkpoint",
@@ -588,7 +584,7 @@ CHECKPOINT = (
         "record.py",
         "return min(losses, key=lambda step: losses[step], default=None)",
         "return max(losses, key=lambda step: losses[step], default=None)",
-        "tests/unit/test_checkpoint_record.py",
+        "tests/unit/training/test_checkpoint_record.py",
     ),
     _fault(
         "checkpoint",
@@ -596,7 +592,7 @@ CHECKPOINT = (
         "record.py",
         "if before.content != now.content and not record.is_converted:",
         "if before.content != now.content and record.is_converted:",
-        "tests/unit/test_checkpoint_record.py",
+        "tests/unit/training/test_checkpoint_record.py",
     ),
     _fault(
         "checkpoint",
@@ -604,7 +600,7 @@ CHECKPOINT = (
         "state.py",
         "    if rank is not None:\n        _load_random_states(folder, rank)\n",
         "",
-        "tests/distributed/test_resume.py",
+        "tests/distributed/training/test_resume.py",
     ),
     _fault(
         "checkpoint",
@@ -612,7 +608,7 @@ CHECKPOINT = (
         "state.py",
         "_write_random_states(self._random_states, self._folder, self._rank)",
         "_write_random_states(_random_states(), self._folder, self._rank)",
-        "tests/distributed/test_saving.py",
+        "tests/distributed/training/test_saving.py",
     ),
     _fault(
         "checkpoint",
@@ -620,7 +616,7 @@ CHECKPOINT = (
         "safe_metadata.py",
         'raise pickle.UnpicklingError(f"it asks for {module}.{name}")',
         "return super().find_class(module, name)",
-        "tests/unit/test_plain_metadata.py",
+        "tests/unit/training/test_safe_metadata.py",
     ),
     _fault(
         "checkpoint",
@@ -628,7 +624,7 @@ CHECKPOINT = (
         "folder.py",
         '    for leftover in root.glob(".*_step_*"):\n',
         '    for leftover in root.glob(".*_step_*.part"):\n',
-        "tests/unit/test_checkpoint_folder.py",
+        "tests/unit/training/test_checkpoint_folder.py",
     ),
 )
 
@@ -639,7 +635,7 @@ METRICS = (
         "meter.py",
         "executed_flops(self.shape, work) / seconds / self.world_size",
         "executed_flops(self.shape, work) / seconds",
-        "tests/unit/test_metrics_meter.py",
+        "tests/unit/training/test_metrics_meter.py",
     ),
     _fault(
         "metrics",
@@ -647,7 +643,7 @@ METRICS = (
         "meter.py",
         "        self._window = Window()\n        seconds = max(",
         "        seconds = max(",
-        "tests/unit/test_metrics_meter.py",
+        "tests/unit/training/test_metrics_meter.py",
     ),
     _fault(
         "metrics",
@@ -655,7 +651,7 @@ METRICS = (
         "sinks.py",
         "if _step_in(line) <= step]",
         "if _step_in(line) <= step + 1]",
-        "tests/unit/test_durable_files.py",
+        "tests/unit/io/test_durable_files.py",
     ),
     _fault(
         "metrics",
@@ -663,7 +659,7 @@ METRICS = (
         "baselines.py",
         "    counts_V[:NUM_SPECIALS] = 0\n",
         "",
-        "tests/unit/test_metrics_baselines.py",
+        "tests/unit/training/test_metrics_baselines.py",
     ),
     _fault(
         "metrics",
@@ -671,7 +667,7 @@ METRICS = (
         "classified.py",
         "counts_CC.sum(axis=1).argmax()",
         "counts_CC.sum(axis=0).argmax()",
-        "tests/unit/test_metrics_baselines.py",
+        "tests/unit/training/test_metrics_baselines.py",
     ),
     _fault(
         "metrics",
@@ -679,18 +675,18 @@ METRICS = (
         "sinks.py",
         "isinstance(value, float) and not math.isfinite(value)",
         "isinstance(value, float) and math.isnan(value)",
-        "tests/unit/test_metrics_sinks.py",
+        "tests/unit/training/test_metrics_sinks.py",
     ),
 )
 
-TRAIN = (
+TRAINING = (
     _fault(
         "training",
         "the loss is divided by cells and not by genes",
         "step.py",
         "torch.tensor(loss_M.numel(), dtype=torch.int, device=loss_M.device)",
         "torch.tensor(len(batch.lengths_N), dtype=torch.int, device=loss_M.device)",
-        "tests/distributed/test_update.py",
+        "tests/distributed/training/test_update.py",
     ),
     _fault(
         "training",
@@ -698,7 +694,7 @@ TRAIN = (
         "setup.py",
         "run.step, run.cells_seen = record.step, record.cells_seen",
         "run.step, run.cells_seen = record.step, 0",
-        "tests/end_to_end/test_pretrain.py",
+        "tests/end_to_end/run/test_pretrain.py",
     ),
     _fault(
         "training",
@@ -706,7 +702,7 @@ TRAIN = (
         "trainer.py",
         "                if run.step > saved_at:\n",
         "                if run.step < saved_at:\n",
-        "tests/end_to_end/test_signals.py",
+        "tests/end_to_end/run/test_signals.py",
     ),
     _fault(
         "training",
@@ -714,7 +710,7 @@ TRAIN = (
         "trainer.py",
         "return INTERRUPTED, _interrupted(run, interruption)",
         "return 1, _interrupted(run, interruption)",
-        "tests/end_to_end/test_signals.py",
+        "tests/end_to_end/run/test_signals.py",
     ),
     _fault(
         "training",
@@ -722,7 +718,7 @@ TRAIN = (
         "spike_guard.py",
         "return (value - mean) / max(",
         "return (mean - value) / max(",
-        "tests/unit/test_guard.py",
+        "tests/unit/training/test_spike_guard.py",
     ),
     _fault(
         "training",
@@ -730,7 +726,7 @@ TRAIN = (
         "step.py",
         "    if not left_out:\n",
         "    if grad_norm or not left_out:\n",
-        "tests/end_to_end/test_lost_ranks.py",
+        "tests/end_to_end/run/test_lost_ranks.py",
     ),
     _fault(
         "training",
@@ -738,7 +734,7 @@ TRAIN = (
         "run_folder.py",
         "self._lock = lock_file(path)",
         "self._lock = lock_file(path, shared=True)",
-        "tests/unit/test_run_folder.py",
+        "tests/unit/training/test_run_folder.py",
     ),
     _fault(
         "training",
@@ -746,7 +742,7 @@ TRAIN = (
         "step.py",
         "chunk.train(mode=False)",
         "chunk.train(mode=True)",
-        "tests/distributed/test_evaluate.py",
+        "tests/distributed/training/test_evaluate.py",
     ),
     _fault(
         "training",
@@ -754,18 +750,18 @@ TRAIN = (
         "step.py",
         "-(-feed.order.num_cells // feed.share.global_batch_size)",
         "feed.order.num_cells // feed.share.global_batch_size",
-        "tests/distributed/test_evaluate.py",
+        "tests/distributed/training/test_evaluate.py",
     ),
 )
 
-DOWNSTREAM = (
+INFERENCE = (
     _fault(
         "celltypes",
         "PCA is fitted on test cells, too",
         "cross_validation.py",
         "pca = principal_components(seen, seed)",
         "pca = principal_components(features.values, seed)",
-        "tests/unit/test_cross_validation.py",
+        "tests/unit/inference/test_cross_validation.py",
     ),
     _fault(
         "perturb",
@@ -773,7 +769,7 @@ DOWNSTREAM = (
         "statistics.py",
         'found[known] = stats.false_discovery_control(p_P[known], method="bh")',
         "found[known] = np.minimum(1, p_P[known] * known.sum() / np.arange(1, known.sum() + 1))",
-        "tests/unit/test_perturb_statistics.py",
+        "tests/unit/inference/test_perturb_statistics.py",
     ),
     _fault(
         "perturb",
@@ -781,7 +777,7 @@ DOWNSTREAM = (
         "statistics.py",
         "above = (1 + np.sum(others >= effect)) / (1 + len(others))",
         "above = np.sum(others >= effect) / (1 + len(others))",
-        "tests/unit/test_perturb_statistics.py",
+        "tests/unit/inference/test_perturb_statistics.py",
     ),
     _fault(
         "inference",
@@ -789,7 +785,7 @@ DOWNSTREAM = (
         "embed.py",
         "rows[NUM_SPECIALS : model.vocabulary.size]",
         "rows[NUM_SPECIALS - 1 : model.vocabulary.size - 1]",
-        "tests/distributed/test_embed.py",
+        "tests/distributed/inference/test_embed.py",
     ),
     _fault(
         "inference",
@@ -797,7 +793,7 @@ DOWNSTREAM = (
         "data_leakage.py",
         "whole = owners[:last] == owners[WINDOW - 1 :][:last]",
         "whole = owners[:last] <= owners[WINDOW - 1 :][:last]",
-        "tests/unit/test_overlap.py",
+        "tests/unit/inference/test_data_leakage.py",
     ),
     _fault(
         "perturb",
@@ -805,7 +801,7 @@ DOWNSTREAM = (
         "perturbed_cells.py",
         "[: self._encoder.seq_length]",
         "[: self._encoder.seq_length - 1]",
-        "tests/unit/test_perturb_variants.py",
+        "tests/unit/inference/test_perturb_variants.py",
     ),
     _fault(
         "celltypes",
@@ -813,7 +809,7 @@ DOWNSTREAM = (
         "cross_validation.py",
         "f1.sum(axis=1) / (either > 0).sum(axis=1)",
         "f1.sum(axis=1) / num_labels",
-        "tests/unit/test_scores.py",
+        "tests/unit/inference/test_scores.py",
     ),
     _fault(
         "inference",
@@ -821,7 +817,7 @@ DOWNSTREAM = (
         "encoder.py",
         "yield start + known_N, values_NW",
         "yield start + np.arange(len(known_N)), values_NW",
-        "tests/distributed/test_embed.py",
+        "tests/distributed/inference/test_embed.py",
     ),
 )
 
@@ -832,7 +828,7 @@ PREFLIGHT = (
         "checks.py",
         "if abs(each.offset.seconds) > MAX_OFFSET_S]",
         "if each.offset.seconds > MAX_OFFSET_S]",
-        "tests/unit/test_preflight.py",
+        "tests/unit/top/test_preflight.py",
     ),
     _fault(
         "preflight",
@@ -840,7 +836,7 @@ PREFLIGHT = (
         "checks.py",
         '    if differing:\n        return fails(\n            "versions",',
         '    if differing and not names:\n        return fails(\n            "versions",',
-        "tests/unit/test_preflight.py",
+        "tests/unit/top/test_preflight.py",
     ),
     _fault(
         "preflight",
@@ -848,7 +844,7 @@ PREFLIGHT = (
         "cluster.py",
         "is_right &= bool((values == expected).all())",
         "is_right &= bool((values <= expected).any())",
-        "tests/unit/test_preflight.py",
+        "tests/unit/top/test_preflight.py",
     ),
     _fault(
         "preflight",
@@ -856,7 +852,7 @@ PREFLIGHT = (
         "checks.py",
         "    if view.free < needed:\n",
         "    if view.free < one:\n",
-        "tests/unit/test_preflight.py",
+        "tests/unit/top/test_preflight.py",
     ),
     _fault(
         "preflight",
@@ -864,7 +860,7 @@ PREFLIGHT = (
         "cluster.py",
         "code = exchange.broadcast(WRONG_INPUT if failing else FINISHED)",
         "code = exchange.broadcast(FINISHED)",
-        "tests/unit/test_preflight.py",
+        "tests/unit/top/test_preflight.py",
     ),
     _fault(
         "preflight",
@@ -872,7 +868,7 @@ PREFLIGHT = (
         "cluster.py",
         "                path.unlink()\n",
         "                path.stat()\n",
-        "tests/unit/test_preflight.py",
+        "tests/unit/top/test_preflight.py",
     ),
     _fault(
         "preflight",
@@ -880,7 +876,7 @@ PREFLIGHT = (
         "cluster.py",
         "Offset(there - (sent + back) / 2, (back - sent) / 2)",
         "Offset((sent + back) / 2 - there, (back - sent) / 2)",
-        "tests/unit/test_preflight.py",
+        "tests/unit/top/test_preflight.py",
     ),
 )
 
@@ -891,7 +887,7 @@ CONFIG = (
         "load.py",
         'problems.append(f"{origin}: there is no setting `{key}`.{hint}")',
         "assert hint is not None",
-        "tests/unit/test_config.py",
+        "tests/unit/top/test_config.py",
     ),
     _fault(
         "config",
@@ -899,7 +895,7 @@ CONFIG = (
         "derive.py",
         "if train.global_batch_size % per_pass:",
         "if train.global_batch_size < per_pass:",
-        "tests/unit/test_config.py",
+        "tests/unit/top/test_config.py",
     ),
     _fault(
         "config",
@@ -907,7 +903,7 @@ CONFIG = (
         "load.py",
         "in [*below, *_file_values(file, problems), *above]:",
         "in [*below, *above, *_file_values(file, problems)]:",
-        "tests/unit/test_config.py",
+        "tests/unit/top/test_config.py",
     ),
     _fault(
         "config",
@@ -915,7 +911,7 @@ CONFIG = (
         "derive.py",
         "warmup_steps=round(optim.warmup_fraction * train.steps)",
         "warmup_steps=round(optim.hold_fraction * train.steps)",
-        "tests/unit/test_config.py",
+        "tests/unit/top/test_config.py",
     ),
 )
 
@@ -926,7 +922,7 @@ TOP = (
         "exit_codes.py",
         "    if isinstance(error, NetworkError):\n        return INTERRUPTED\n",
         "",
-        "tests/unit/test_outside_faults.py",
+        "tests/unit/io/test_outside_faults.py",
     ),
     _fault(
         "top",
@@ -934,7 +930,7 @@ TOP = (
         "types.py",
         "shift = np.repeat(self.starts_N - offsets[:-1], self.lengths_N)",
         "shift = np.repeat(self.starts_N[:1].repeat(len(self)), self.lengths_N)",
-        "tests/unit/test_contracts.py",
+        "tests/unit/top/test_types.py",
     ),
     _fault(
         "top",
@@ -942,7 +938,7 @@ TOP = (
         "types.py",
         "offsets = self.offsets[: number + 1]",
         "offsets = self.offsets[: max(1, number)]",
-        "tests/unit/test_contracts.py",
+        "tests/unit/top/test_types.py",
     ),
     _fault(
         "top",
@@ -950,22 +946,58 @@ TOP = (
         "backends.py",
         '    if not any((folder / "optimizers").is_dir() for folder in folders):\n',
         "    if not folders:\n",
-        "tests/unit/test_contracts.py",
+        "tests/unit/top/test_types.py",
+    ),
+)
+
+OTHERS = (
+    _fault(
+        "io",
+        "negative counts pass",
+        "blocks.py",
+        "if not (value >= 0.0 and value < np.inf):  # NaN",
+        "if not (value < np.inf):  # NaN",
+        "tests/unit/io/test_bad_input.py",
+    ),
+    _fault(
+        "report",
+        "the rates of a run are their means",
+        "results.py",
+        "return statistics.median(values) if values else None",
+        "return statistics.mean(values) if values else None",
+        "tests/unit/inference/test_report.py",
+    ),
+    _fault(
+        "report",
+        "a loss that is worse than a baseline is shown as better",
+        "results.py",
+        "{'below' if loss < baseline else 'ABOVE'}",
+        "{'below' if loss > baseline else 'ABOVE'}",
+        "tests/unit/inference/test_report.py",
+    ),
+    _fault(
+        "convert",
+        "exported tokens are in our order and not in theirs",
+        "token_rows.py",
+        "return ours[known[rows[known].argsort()]]",
+        "return ours[known]",
+        "tests/unit/inference/test_token_rows.py",
     ),
 )
 
 FAULTS = (
+    *OTHERS,
     *TOP,
     *CONFIG,
-    *CELLS,
+    *TOKENIZER,
     *STORE,
-    *FEED,
-    *PARALLEL,
+    *DATA,
+    *DISTRIBUTED,
     *MODEL,
     *OPTIM,
     *CHECKPOINT,
     *METRICS,
-    *TRAIN,
-    *DOWNSTREAM,
+    *TRAINING,
+    *INFERENCE,
     *PREFLIGHT,
 )

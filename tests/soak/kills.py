@@ -7,7 +7,7 @@ are killed, half a second after they were started and not ten. After every kill 
 checkpoint must be readable and none that was committed may be gone. In the end the run is let
 through, and its weights, moments and random states must be, byte for byte, those of a run that
 nothing disturbed. Prints in which phase the kills fell. A kill in each phase, at an exact point:
-tests/end_to_end/test_kills.py.
+tests/end_to_end/run/test_kills.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,296 @@
+"""A small run of every benchmark, and what each refuses."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from benchmarks import gpu_session, tflops, tokenize, train_step
+from benchmarks.harness.common import version_of
+from benchmarks.harness.loader import cells
+from benchmarks.harness.session.parts import ENDED, FAILED, LATE, NOT_BEGUN, Part, run_all
+from benchmarks.harness.train_step import cells as step_cells
+from geneformer_mcore.errors import DataError, GeneformerError
+from tests.distributed import toy
+from tests.end_to_end.commands.benchmark_processes import ROOT, forked
+from tests.small_cells import gene_id, random_counts, write_h5ad
+from tests.step_job import job_in
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+SIZES = """\
+model: {num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4}
+data: {seq_length: 64}
+"""
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def peak(*_: object) -> float:
+    """In place of the fastest matrix product, which takes a second to measure."""
+    return 1e12
+
+
+@pytest.fixture
+def counts(tmp_path: Path, rng: np.random.Generator) -> Path:
+    return write_h5ad(tmp_path / "counts.h5ad", random_counts(rng, 40, 300))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> dict[str, Any]:
+    """Changes that make models and pools of cells small, and waits short."""
+    (tmp_path / "toy.yaml").write_text(SIZES)
+    return {
+        "benchmarks.harness.common:CONFIGS": {"10m": tmp_path / "toy.yaml"},
+        "benchmarks.harness.loader.cells:POOL_CELLS": 40,
+        "benchmarks.harness.loader.cells:_GENES": 300,
+        "benchmarks.harness.loader.turn:MIN_S": 0.0,
+        "benchmarks.harness.tflops.run:measured_peak": peak,
+        "benchmarks.harness.session.check:measured_peak": peak,
+    }
+
+
+EARLY = {
+    "from __future__ import annotations",
+    "import os",
+    "import sys",
+    "from pathlib import Path",
+}
+REMOVAL = "\n    sys.path.remove(sys.path[0])\n"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_as_typed_no_script_hides_the_standard_library(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python puts the folder of a script first, and there lies a tokenize.py."""
+    script = ROOT / "benchmarks" / f"{name}.py"
+    monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with mock.patch.dict(os.environ), pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {name}.py")
+    assert str(script.parent) not in sys.path
+    # Here Python's own is imported already: what comes before the removal is read.
+    text = script.read_text()
+    nodes = ast.walk(ast.parse(text[: text.index(REMOVAL)] + REMOVAL))
+    imports = (ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))
+    assert set(imports) <= EARLY
+
+
+def test_a_fresh_interpreter_starts_a_benchmark() -> None:
+    command = [sys.executable, "benchmarks/tflops.py", "--help"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+
+
+def started(
+    name: str, monkeypatch: pytest.MonkeyPatch, *words: object, **change: object
+) -> int | None:
+    """The exit code of a benchmark's `main` in this process, with some of its names changed."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    for key, value in change.items():
+        monkeypatch.setattr(module, key, value)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+    return module.main()
+
+
+REFUSED = [
+    ("loader", "--work . --runs 0 --cells 63", "--cells must be at least 64, and is 63."),
+    ("loader", "--work . --only nobody", "no nobody; there are counts_soma_dense"),
+    ("tokenize", "--cells 0 --runs 0", "--cells must be at least 1, and is 0."),
+    ("perturb", "a --medians b --turns 0", "--turns must be at least 1"),
+    ("scaling", "--steps 0", "--steps must be above 0, and is 0."),
+    ("train_step", "--cells . --rounds 0 --warmup -1", "--warmup must be at least 0, and is -1."),
+    ("train_step", "--cells none --attention-dropout 1.5", "model.attention_dropout must be"),
+    ("train_step", "--cells none --global-batch 6 --micro-batches 4", "must be a multiple"),
+    ("train_step", "--cells none", "is not there: give a flat copy, or files of counts."),
+    ("tflops", "--lengths 99 --seq-length 64", "--lengths (99) must not exceed"),
+    ("tflops", "--attention te --precision bf16", "transformer_engine"),
+    ("tflops", "--cells none", "none holds no flat copy of tokens"),
+    ("tflops", "--json file/out.json", "out.json: cannot be written"),
+    ("gpu_session", "--out new --toy --only machine tflops", "and names tflops."),
+    ("cell_types", "--train none --labelled none --out new", "no such file: none"),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "message"), REFUSED)
+def test_what_cannot_be_measured_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_step, "ROOT", tmp_path)
+    with pytest.raises(GeneformerError, match=re.escape(message)):
+        started(name, monkeypatch, *words.split())
+
+
+def test_cells_that_do_not_suit_are_refused(tmp_path: Path) -> None:
+    folder = Path(job_in(tmp_path / "flat").cells)
+    with pytest.raises(DataError, match="holds 120 cells, and a global batch takes 121"):
+        step_cells.check(folder, toy.VOCABULARY, 121)
+    with pytest.raises(DataError, match=r"holds token .* and the model knows those below 500"):
+        step_cells.check(folder, 500, 16)
+    cut = tflops._flat(argparse.Namespace(cells=folder, seq_length=10))
+    assert cut is not None
+    assert 5 < cut.mean_tokens < 10
+
+
+def test_tokenize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "POOL_CELLS", 40)
+    monkeypatch.setattr(cells, "_GENES", 300)
+    out, picture = tmp_path / "new" / "out.json", tmp_path / "out.png"
+    words = ("--cells", 96, "--runs", 2, "--json", out, "--png", picture)
+    assert started("tokenize", monkeypatch, *words) == 0
+    kept = read(out)
+    ours, *others = kept["rows"]
+    assert (ours["name"], ours["cells_that_differ"]) == (tokenize.OURS, 0)
+    assert [len(row["runs"]) for row in kept["rows"]] == [2] * 5
+    assert kept["goals"][0]["value"] == ours["cells_per_s"] / others[0]["cells_per_s"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = [tokenize.Row(row["name"], 1.0, 1.0, 1, []) for row in kept["rows"]]
+    code = started("tokenize", monkeypatch, *words, measure=lambda *_: rows)
+    assert code == 1, "a list of ours that is not exact"
+
+
+def test_ingest(tmp_path: Path, counts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, work = tmp_path / "r.json", tmp_path / "work"
+    words = ("--cells", 100, "--workers", 1, "--work", work, "--json", out, counts)
+    started("ingest", monkeypatch, *words, SETS=(1, 2))
+    runs = read(out)["runs"]
+    assert [run["cells"] for run in runs] == [100, 200]
+    for run in runs:
+        assert run["cells_per_s"] == pytest.approx(run["cells"] / run["seconds"], abs=1)
+        assert run["peak_rss_gb"] > 0.05
+        assert run["cpu_s"] > 0
+    assert not work.exists()
+
+
+def test_loader(tmp_path: Path, small: dict[str, Any]) -> None:
+    ours, out = ("ours_store", "ours_flat", "ours_h5ad"), tmp_path / "out.json"
+    words = ("--work", tmp_path / "work", "--cells", 256, "--runs", 1, "--json", out)
+    peers = ("counts_backed", "counts_scdataset")
+    ended = forked("loader", *words, "--only", *ours, *peers, change=small)
+    assert ended.code == 0, ended.printed
+    kept = {found["name"]: found for found in read(out)["rows"]}
+    for name in (*ours, "counts_backed"):
+        assert kept[name]["not_measured"] is None, kept[name]
+        assert kept[name]["shuffle"]["each_once"] is True
+        assert kept[name]["shuffle"]["epochs_differ"] is True
+        assert kept[name]["cells_per_s"] > 0
+    if version_of("scDataset") == "not installed":
+        assert kept["counts_scdataset"]["not_measured"] == "scDataset is not installed"
+    again = forked("loader", *words[:2], "--cells", 512, change=small)
+    assert again.code == 2
+    assert "holds other cells (256 of made up)" in again.printed
+
+
+def test_perturb(tmp_path: Path, counts: Path, small: dict[str, Any]) -> None:
+    (tmp_path / "medians.json").write_text(json.dumps({gene_id(i): 1.0 for i in range(300)}))
+    out = tmp_path / "out.json"
+    change = small | {"benchmarks.perturb:NUM_CELLS": 6, "benchmarks.perturb:NUM_GENES": 8}
+    words = ("--medians", tmp_path / "medians.json", "--turns", 1, "--sample", 3, "--padded", 2)
+    ended = forked("perturb", counts, *words, "--json", out, change=change)
+    assert ended.code == 0, ended.printed
+    kept = read(out)
+    assert kept["largest_difference"] < 1e-5
+    assert [row["variants"] for row in kept["rows"]] == [[3], [2], [2]]
+    assert [row["variants_per_s"] > 0 for row in kept["rows"]] == [True] * 3
+
+
+def test_train_step_makes_a_flat_copy_of_counts(
+    tmp_path: Path, counts: Path, small: dict[str, Any]
+) -> None:
+    words = ("--cells", counts, "--work", tmp_path / "work", "--global-batch", 8, "--make")
+    ended = forked("train_step", *words, change=small)
+    assert ended.code == 0, ended.printed
+    folder = Path(ended.printed.strip().splitlines()[-1].partition(": ")[2])
+    step_cells.check(folder, train_step.VOCABULARY, 40)
+
+
+@pytest.mark.timeout(900)
+def test_a_gpu_session_with_tflops_and_train_step(tmp_path: Path, small: dict[str, Any]) -> None:
+    out = tmp_path / "new" / "out"
+    words = ("--toy", "--seconds", 800, "--out", out)
+    ended = forked("gpu_session", *words, change=small, limit_s=880)
+    assert ended.code == 0, ended.printed
+    names = ("machine", "check_te", "check_sdpa", "tflops_10m", "train_step_10m")
+    parts = [(part["name"], part["state"]) for part in read(out / "session.json")["parts"]]
+    assert parts == [(name, ENDED) for name in names]
+    checks = read(out / "check_sdpa.json")["checks"]
+    assert [entry["sound"] for entry in checks] == [True] * 4
+    for entry in checks:
+        bound = 3e-2 if entry["precision"] == "bf16" else 1e-5
+        assert 0 < entry["differences"]["gradients"] < bound
+        assert any(re.search("attention|bmm", kernel["name"]) for kernel in entry["kernels"])
+    assert "transformer_engine" in read(out / "check_te.json")["checks"][0]["reason"]
+    machine = read(out / "machine.json")
+    table = read(out / machine["tflops_file"])
+    assert [row["packing"] for row in table["rows"]] == ["padded", "packed"]
+    for row in table["rows"]:
+        assert row["cells_per_s"] == pytest.approx(row["cells_per_step"] / row["step_s"])
+        assert row["tokens_per_cell"] == pytest.approx(40, rel=0.5)
+    assert table["rows"][1]["fill"] > table["rows"][0]["fill"]
+    assert len(table["skipped"]) == 2
+    assert "TFLOPS, padded-equivalent" in (out / "tflops_10m.log").read_text()
+    steps = {row["name"]: row for row in read(out / "train_step_10m.json")["rows"]}
+    ours = steps["ours_packed"]
+    assert ours["cells_per_s"] == ours["rounds"][0] == 4 / sum(ours["step_s"][0])
+    assert ours["first_loss"] == pytest.approx(math.log(train_step.VOCABULARY), abs=0.3)
+    assert 0 < ours["fill"] <= 1
+    assert "NVIDIA GPU" in steps["te_layers"]["not_measured"]
+    assert "skipped: TE layers" in (out / "train_step_10m.log").read_text()
+    assert "106m, packed: - (bar >= 300 cells/s): not measured" in ended.printed
+
+
+def test_parts_of_a_session_cost_no_other(tmp_path: Path) -> None:
+    child = "import time; time.sleep(99)"
+    codes = {
+        "dies": "import os; print('word', flush=True); os.kill(os.getpid(), 11)",
+        "hangs": f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])",
+        "ends": "print('done')",
+    }
+    parts = [
+        Part(name, [sys.executable, "-c", code], 1 if name == "hangs" else 60)
+        for name, code in codes.items()
+    ]
+    outcomes = run_all(parts, tmp_path, 90)
+    assert [(each.state, each.code) for each in outcomes] == [(FAILED, -11), (LATE, -9), (ENDED, 0)]
+    assert (tmp_path / "dies.log").read_text() == "word\n"
+    kept = read(tmp_path / "session.json")["parts"]
+    assert [part["state"] for part in kept] == [FAILED, LATE, ENDED]
+    (late,) = run_all(parts[2:], tmp_path, 5)
+    assert (late.state, late.code) == (NOT_BEGUN, None)
+
+
+def test_parts_on_a_gpu_are_commands_with_known_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = gpu_session.all_parts(tmp_path, Path("cells"))
+    assert len({part.name for part in parts}) == len(parts) == 8
+    assert gpu_session.SECONDS < 480
+    for part in parts:
+        monkeypatch.setattr(sys, "argv", part.command[1:])
+        importlib.import_module(f"benchmarks.{Path(part.command[1]).stem}")._arguments()
+
+
+def test_real_job_without_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert started("real_job", monkeypatch, tmp_path) == 0
+    assert "skipped: the real cells are not here" in capsys.readouterr().out
