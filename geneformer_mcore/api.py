@@ -66,7 +66,7 @@ def embed(
             counts_layer,
         )
     target = adata.copy() if copy else adata
-    embedding.beside(values_NH, facts, key_added).put(target)
+    embedding.as_annotations(values_NH, facts, key_added).put(target)
     return target if copy else None
 
 

@@ -25,7 +25,7 @@ EXAMPLE = """examples:
   torchrun --nproc_per_node=2 launch/evaluate.py --checkpoint runs/lung --store stores/lung \\
       --split validation --by tissue_general,assay --plot plots parallel.tensor=2
 
-Which genes are hidden depends on --seed and the cell alone, the model's own seed by default: the
+Which genes are masked depends on --seed and the cell alone, the model's own seed by default: the
 validation split then shows the very genes that validation in training asked for.
 
 exit codes (torchrun turns all but 0 into 1): 0 finished   2 wrong input   1 defect

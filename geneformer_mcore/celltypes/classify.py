@@ -29,7 +29,7 @@ from geneformer_mcore.celltypes.labelled import Labelled
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.inference import data_leakage, embed, pretrained
 from geneformer_mcore.inference.cells import CountedCells, naming_our_options
-from geneformer_mcore.inference.embed import Choices, is_embedded
+from geneformer_mcore.inference.embed import Choices, has_values
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io import anndata_out
 from geneformer_mcore.io.progress import Progress, ProgressLine
@@ -208,7 +208,7 @@ def _usable(
     has_label_N = cells.labels_N != ""
     has_vector_N = np.ones(len(has_label_N), bool)
     for values_NH in embedded.values():
-        has_vector_N &= is_embedded(values_NH)
+        has_vector_N &= has_values(values_NH)
     is_empty_N = np.asarray(cells.counts_NG.sum(axis=1)).ravel() == 0
     usable_N = has_label_N & has_vector_N & ~is_empty_N
     return usable_N, {

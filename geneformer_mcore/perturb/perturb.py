@@ -99,7 +99,7 @@ def perturb(
 
     Raises a GeneformerError for all that the user can mend.
     """
-    pooling, precision = embed.checked(choices)
+    pooling, precision = choices.check()
     layers = encoder.number_of_layer(choices.layer, model.config.model.num_layers)
     question.check()
     with ExitStack() as stack:
