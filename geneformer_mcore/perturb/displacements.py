@@ -1,9 +1,10 @@
-"""Every variant of every chosen cell through the encoder, many to a batch, on all ranks.
+"""Displacements of all perturbed cells: many to a batch, on all ranks.
 
-chosen cells, dealt to data-parallel ranks
+chosen cells, assigned to data-parallel ranks
   -> as many as fit a batch: embedded once, their states kept
-  -> their variants, one after the other -> some batches' worth -> packed -> shifts
-  -> [cells, perturbations, COLUMNS], on the rank that had the cell
+  -> their perturbed cells, some batches at a time -> packed -> shifts
+  -> [cells, perturbations, COLUMNS], on the rank of the cell, then on rank 0
+shift of every gene  ->  sums [perturbations, genes]  ->  over ranks  ->  table of most moved genes
 """
 
 from __future__ import annotations
@@ -12,38 +13,91 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 import torch
 
 from geneformer_mcore.config.sections import Pooling
 from geneformer_mcore.distributed import collectives
-from geneformer_mcore.errors import DataError, GeneformerError
+from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.inference import encoder
 from geneformer_mcore.inference.cells import ChosenCells, CountedCell, ragged
 from geneformer_mcore.inference.encoder import Encoder
 from geneformer_mcore.io.progress import Progress
 from geneformer_mcore.model import forward_only
 from geneformer_mcore.model.forward_only import DISPLACEMENT_COLUMNS, Originals, Variants
-from geneformer_mcore.perturb.moved_genes import MovedGenes
 from geneformer_mcore.perturb.perturbed_cells import Editor, Mode
-from geneformer_mcore.perturb.question import Sets
+from geneformer_mcore.perturb.question import GeneNames, Perturbation, Sets
 from geneformer_mcore.types import CellViews, RaggedCells
 
 BLOCK_CELLS = 32
-"""Neighbouring cells that are dealt to one rank together, at most."""
+"""Most neighbouring cells that are assigned to one rank together."""
 CHUNK_BATCHES = 8
-"""Batches that are made and sent through the encoder together: enough to pack well."""
+"""Batches that are sent through the encoder together: enough to pack well."""
 GATHERED_VALUES = 1 << 24
-"""Numbers that ranks send to the first one at once, about."""
+"""Numbers sent to the first rank at once, about."""
+MOST_BYTES = 4 << 30
+"""Limit of MovedGenes."""
+
+
+class MovedGenes:
+    """Shifts of single genes, summed over cells: of perturbations 0..number-1."""
+
+    def __init__(self, number: int, genes_G: np.ndarray, vocabulary_size: int) -> None:
+        """genes_G: int64, tokens of all genes of the cells. Raises ConfigError where the sums do
+        not fit memory."""
+        self.number, self.genes_G = number, genes_G
+        needed = 2 * 8 * number * len(genes_G)
+        if needed > MOST_BYTES:
+            raise ConfigError(
+                f"the shifts of {len(genes_G):,} genes under {number:,} perturbations need "
+                f"{needed / 2**30:.1f} GiB of memory, and at most {MOST_BYTES / 2**30:.0f} GiB are "
+                "taken for them. Remedy: fewer genes at a time, or no --gene-effects."
+            )
+        self._column_of = np.full(vocabulary_size, -1, np.int64)
+        self._column_of[genes_G] = np.arange(len(genes_G))
+        self._sums, self._cells = (np.zeros((number, len(genes_G))) for _ in range(2))
+
+    def add(self, which_T: np.ndarray, tokens_T: np.ndarray, moved_T: np.ndarray) -> None:
+        """Add the shifts (float32, NaN for none) of tokens under the perturbations `which_T`,
+        ignoring those from `number` on."""
+        counts = ~np.isnan(moved_T) & (which_T < self.number)
+        at = (which_T[counts], self._column_of[tokens_T[counts]])
+        np.add.at(self._sums, at, moved_T[counts])
+        np.add.at(self._cells, at, 1)
+
+    def gather(self, device: torch.device) -> None:
+        """Sum over ranks, on the first one."""
+        for values in (self._sums, self._cells):
+            collectives.add_up_on_first_rank(values, device)
+
+    def table(self, perturbations: list[Perturbation], names: GeneNames, most: int) -> pd.DataFrame:
+        """The `most` moved genes of each perturbation, most moved first."""
+        with np.errstate(invalid="ignore"):
+            means = self._sums / self._cells
+        frames = []
+        for number, perturbation in enumerate(perturbations):
+            order = np.argsort(-np.nan_to_num(means[number], nan=-1), kind="stable")[:most]
+            order = order[self._cells[number, order] > 0]
+            tokens = self.genes_G[order].tolist()
+            columns = {
+                "perturbation": perturbation.name,
+                "feature_id": [names.id_of(token) for token in tokens],
+                "gene": [names.symbol(token) for token in tokens],
+                "n_cells": self._cells[number, order].astype(np.int64),
+                "shift": means[number, order],
+            }
+            frames.append(pd.DataFrame(columns))
+        return pd.concat(frames, ignore_index=True)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of the encoder.
+    """Work of `of_all_cells`.
 
-    sets:     the genes of every perturbation
-    goal_H:   the vector that cells may move toward, or None
-    moved:    where the shifts of single genes are added up, or None
-    total:    variants there are of all cells, for the progress line
+    sets:    the genes of every perturbation
+    goal_H:  the vector of the goal, or None
+    moved:   sums of the shifts of single genes, or None
+    total:   number of perturbed cells, for the progress line
     """
 
     engine: Encoder
@@ -57,33 +111,24 @@ class Job:
 
 
 def of_all_cells(job: Job, progress: Progress) -> np.ndarray | None:
-    """On rank 0 float32 [cells, perturbations, COLUMNS], NaN where a cell has none of the genes;
-    None on the other ranks. Every rank raises what any rank met.
+    """float32 [cells, perturbations, COLUMNS] on rank 0, NaN where a cell has none of the genes;
+    None on other ranks. Every rank raises the error of any.
 
-    Each rank holds the values of its own cells, and rank 0 those of all beside.
+    Each rank holds the values of its own cells, and rank 0 those of all cells, too.
     """
     places_N = np.concatenate([np.empty(0, np.int64), *_of_this_rank(job)])
-    values_NPC = np.full(
-        (len(places_N), len(job.sets), len(DISPLACEMENT_COLUMNS)), np.nan, np.float32
-    )
-    problem = ""
-    try:
+    shape = (len(job.sets), len(DISPLACEMENT_COLUMNS))
+    values_NPC = np.full((len(places_N), *shape), np.nan, np.float32)
+    with encoder.all_ranks_raise():
         _fill(job, values_NPC, progress)
-    except GeneformerError as error:
-        problem = str(error)
-    problem = collectives.first_problem(problem)
-    if problem:
-        raise DataError(problem)
     if not job.engine.holds_states:
-        places_N, values_NPC = places_N[:0], np.empty((0, *values_NPC.shape[1:]), np.float32)
-    values_NW = values_NPC.reshape(len(places_N), len(job.sets) * len(DISPLACEMENT_COLUMNS))
-    gathered_NW = _gathered(places_N, values_NW, job)
-    if gathered_NW is None:
-        return None
-    return gathered_NW.reshape(len(job.cells), len(job.sets), len(DISPLACEMENT_COLUMNS))
+        places_N, values_NPC = places_N[:0], np.empty((0, *shape), np.float32)
+    gathered_NW = _gathered(places_N, values_NPC.reshape(len(places_N), np.prod(shape)), job)
+    return None if gathered_NW is None else gathered_NW.reshape(len(job.cells), *shape)
 
 
 def _gathered(places_N: np.ndarray, values_NW: np.ndarray, job: Job) -> np.ndarray | None:
+    """[cells, W] on rank 0, some rows at a time; None on other ranks."""
     total, width = len(job.cells), values_NW.shape[1]
     rows = max(1, GATHERED_VALUES // width)
     found_NW = None
@@ -101,7 +146,7 @@ def _gathered(places_N: np.ndarray, values_NW: np.ndarray, job: Job) -> np.ndarr
 
 
 def _of_this_rank(job: Job) -> Iterator[np.ndarray]:
-    """int64, ascending: the cells of this rank, by blocks of neighbours."""
+    """int64, ascending: the cells of this rank, in blocks of neighbours."""
     topology, total = job.engine.topology, len(job.cells)
     size = max(1, min(BLOCK_CELLS, -(-total // topology.data_size)))
     for start in range(topology.data_rank * size, total, topology.data_size * size):
@@ -109,7 +154,7 @@ def _of_this_rank(job: Job) -> Iterator[np.ndarray]:
 
 
 def _fill(job: Job, values_NPC: np.ndarray, progress: Progress) -> None:
-    """Fills in the values of the cells of this rank, which are there in their order."""
+    """Fill `values_NPC` with the values of this rank's cells, in their order."""
     ranks, filled, done = job.engine.topology.data_size, 0, 0
     for block in _of_this_rank(job):
         counted = job.cells.counted(int(block[0]), int(block[-1]) + 1)
@@ -123,21 +168,21 @@ def _fill(job: Job, values_NPC: np.ndarray, progress: Progress) -> None:
 
 
 def _fitting(cells: Iterator[CountedCell], budget: int) -> Iterator[list[CountedCell]]:
-    """Cells by as many as fit a batch."""
-    here: list[CountedCell] = []
+    """Cells in groups that fit a batch."""
+    group: list[CountedCell] = []
     used = 0
     for cell in cells:
-        if here and used + len(cell.tokens_T) > budget:
-            yield here
-            here, used = [], 0
-        here.append(cell)
+        if group and used + len(cell.tokens_T) > budget:
+            yield group
+            group, used = [], 0
+        group.append(cell)
         used += len(cell.tokens_T)
-    if here:
-        yield here
+    if group:
+        yield group
 
 
 def _block(job: Job, cells: list[CountedCell], values_NPC: np.ndarray) -> Iterator[int]:
-    """Fills in the values of cells whose originals fit one batch; gives how many are new."""
+    """Fill in the values of cells whose originals fit one batch. Yields how many are new."""
     known = [number for number, cell in enumerate(cells) if len(cell.tokens_T) > 1]
     if not known:
         return
@@ -147,8 +192,9 @@ def _block(job: Job, cells: list[CountedCell], values_NPC: np.ndarray) -> Iterat
     goal_H = None if job.goal_H is None else torch.from_numpy(job.goal_H).to(engine.device)
     before = forward_only.originals(engine.stages, batch, job.pooling, goal_H)
     chunk = _Chunk()
-    for number, start in zip(known, sentences.offsets.tolist(), strict=False):
-        for part in _variants(job, cells[number], known.index(number), int(start)):
+    starts = sentences.offsets[:-1].tolist()
+    for original, (number, start) in enumerate(zip(known, starts, strict=True)):
+        for part in _variants(job, cells[number], original, start):
             chunk.add(part, number)
             if chunk.num_tokens >= CHUNK_BATCHES * engine.tokens_per_batch:
                 yield _encode(job, chunk, before, values_NPC)
@@ -159,11 +205,11 @@ def _block(job: Job, cells: list[CountedCell], values_NPC: np.ndarray) -> Iterat
 
 @dataclass(frozen=True)
 class _Part:
-    """Some variants of one cell.
+    """Some perturbed versions of one cell.
 
-    original:   the cell's number among those of its batch
-    which_N:    the perturbation of each variant
-    places_T:   see model.shifts.Variants
+    original:  the cell's number in the batch of originals
+    which_N:   the perturbation of each
+    places_T:  see forward_only.Variants
     """
 
     original: int
@@ -174,7 +220,7 @@ class _Part:
 
 @dataclass
 class _Chunk:
-    """Parts that are encoded together, and the row of the values that each belongs to."""
+    """Parts that are encoded together, and the row of values of each."""
 
     parts: list[_Part] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
@@ -187,10 +233,10 @@ class _Chunk:
 
 
 def _variants(job: Job, cell: CountedCell, original: int, start: int) -> Iterator[_Part]:
-    """The variants of one cell, some at a time; start: where its states begin."""
-    everything = job.editor.mode is Mode.overexpress
+    """The perturbed versions of one cell, some at a time. start: of its states."""
     which = np.arange(len(job.sets))
-    which = which if everything else which[job.sets.in_sentence(cell.tokens_T)]
+    if job.editor.mode is not Mode.overexpress:
+        which = which[job.sets.in_sentence(cell.tokens_T)]
     place_of = np.full(job.engine.pretrained.vocabulary.size, -1, np.int64)
     place_of[cell.tokens_T] = start + np.arange(len(cell.tokens_T))
     longest = max(len(cell.counts_E), len(cell.tokens_T))
@@ -198,7 +244,7 @@ def _variants(job: Job, cell: CountedCell, original: int, start: int) -> Iterato
     for first in range(0, len(which), step):
         some = which[first : first + step]
         made = job.editor.variants(cell, [job.sets.tokens[number] for number in some])
-        # Of a cell that lost all its genes nothing is left to embed.
+        # A cell that lost all its genes cannot be embedded.
         kept = np.flatnonzero(made.lengths > 1)
         if len(kept):
             sentences = _views(made).part(kept).ragged()
@@ -208,7 +254,7 @@ def _variants(job: Job, cell: CountedCell, original: int, start: int) -> Iterato
 
 
 def _encode(job: Job, chunk: _Chunk, before: Originals | None, values_NPC: np.ndarray) -> int:
-    """Sends a chunk through the encoder; gives its number of variants."""
+    """Send a chunk through the encoder. Returns its number of perturbed cells."""
     device = job.engine.device
     which_N = np.concatenate([part.which_N for part in chunk.parts])
     sizes = [len(part.which_N) for part in chunk.parts]
