@@ -113,8 +113,8 @@ def perturb(
     with warnings.catch_warnings():
         ignore_known_warnings()
         from geneformer_mcore.inference.embed import Choices
-        from geneformer_mcore.perturb.question import Question
-        from geneformer_mcore.perturb.request import perturb_adata
+        from geneformer_mcore.perturbation.question import Question
+        from geneformer_mcore.perturbation.request import perturb_adata
 
         named = None if groups is None else {name: list(each) for name, each in groups.items()}
         question = Question(

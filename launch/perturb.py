@@ -16,7 +16,7 @@ from geneformer_mcore.exit_codes import report_on_first_rank, run
 from geneformer_mcore.inference import options
 
 if TYPE_CHECKING:
-    from geneformer_mcore.perturb.request import PerturbRequest
+    from geneformer_mcore.perturbation.request import PerturbRequest
 
 EXAMPLE = """examples:
   python launch/perturb.py --checkpoint runs/lung --input a.h5ad --genes GATA4 TBX5 \\
@@ -38,15 +38,15 @@ def main() -> int:
     arguments = _arguments()
     ignore_known_warnings()
     # Only now what takes seconds to import.
-    from geneformer_mcore.perturb import request
+    from geneformer_mcore.perturbation import request
 
     return report_on_first_rank(lambda is_first: request.run(_request(arguments), is_first))
 
 
 def _request(arguments: argparse.Namespace) -> PerturbRequest:
     from geneformer_mcore.inference.embed import Choices
-    from geneformer_mcore.perturb.question import ALL_GENES, Question
-    from geneformer_mcore.perturb.request import PerturbRequest
+    from geneformer_mcore.perturbation.question import ALL_GENES, Question
+    from geneformer_mcore.perturbation.request import PerturbRequest
 
     top = ALL_GENES if arguments.all_genes else arguments.top
     # The layout may stand behind the genes, whose names have no "=".

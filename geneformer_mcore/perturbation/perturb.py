@@ -24,10 +24,10 @@ from geneformer_mcore.inference.encoder import Encoder
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io.progress import Progress
 from geneformer_mcore.model.forward_only import DISPLACEMENT_COLUMNS
-from geneformer_mcore.perturb import statistics
-from geneformer_mcore.perturb.displacements import Job, MovedGenes, of_all_cells
-from geneformer_mcore.perturb.perturbed_cells import Editor, Mode
-from geneformer_mcore.perturb.question import (
+from geneformer_mcore.perturbation import statistics
+from geneformer_mcore.perturbation.displacements import Job, MovedGenes, of_all_cells
+from geneformer_mcore.perturbation.perturbed_cells import Editor, Mode
+from geneformer_mcore.perturbation.question import (
     ALL_GENES,
     GeneNames,
     Perturbation,
@@ -35,7 +35,7 @@ from geneformer_mcore.perturb.question import (
     Sets,
     distinct,
 )
-from geneformer_mcore.perturb.statistics import Controls, Survey, Tested, table
+from geneformer_mcore.perturbation.statistics import Controls, Survey, Tested, table
 from geneformer_mcore.tokenizer.corpus import InputOptions
 from geneformer_mcore.types import NUM_SPECIALS
 

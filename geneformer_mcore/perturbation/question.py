@@ -18,7 +18,7 @@ import numpy as np
 
 from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.inference.cells import CountedCells
-from geneformer_mcore.perturb.perturbed_cells import Mode
+from geneformer_mcore.perturbation.perturbed_cells import Mode
 from geneformer_mcore.tokenizer.genes import clean_id, names_as_symbols
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS

@@ -25,8 +25,8 @@ from geneformer_mcore.inference.encoder import Encoder
 from geneformer_mcore.io.progress import Progress
 from geneformer_mcore.model import forward_only
 from geneformer_mcore.model.forward_only import DISPLACEMENT_COLUMNS, Originals, Variants
-from geneformer_mcore.perturb.perturbed_cells import Editor, Mode
-from geneformer_mcore.perturb.question import GeneNames, Perturbation, Sets
+from geneformer_mcore.perturbation.perturbed_cells import Editor, Mode
+from geneformer_mcore.perturbation.question import GeneNames, Perturbation, Sets
 from geneformer_mcore.types import CellViews, RaggedCells
 
 BLOCK_CELLS = 32

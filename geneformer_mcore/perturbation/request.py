@@ -17,9 +17,9 @@ from geneformer_mcore.inference import pretrained
 from geneformer_mcore.inference.cells import rows_with
 from geneformer_mcore.inference.embed import Choices, check_target
 from geneformer_mcore.io import anndata_out
-from geneformer_mcore.perturb import outputs
-from geneformer_mcore.perturb.perturb import Answer, perturb
-from geneformer_mcore.perturb.question import Question
+from geneformer_mcore.perturbation import outputs
+from geneformer_mcore.perturbation.perturb import Answer, perturb
+from geneformer_mcore.perturbation.question import Question
 from geneformer_mcore.tokenizer.corpus import InputOptions
 
 

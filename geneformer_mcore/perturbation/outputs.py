@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from geneformer_mcore.inference.embed import FACTS
 from geneformer_mcore.io import anndata_out
 from geneformer_mcore.io.files import whole_file
-from geneformer_mcore.perturb.perturb import Answer
+from geneformer_mcore.perturbation.perturb import Answer
 from geneformer_mcore.report.figures import BLUE, ORANGE, new_figure
 
 GREY = "#999999"

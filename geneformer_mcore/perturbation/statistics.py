@@ -26,8 +26,8 @@ from scipy import stats
 
 from geneformer_mcore.inference.cells import ChosenCells
 from geneformer_mcore.model.forward_only import DISPLACEMENT_COLUMNS
-from geneformer_mcore.perturb.perturbed_cells import Mode
-from geneformer_mcore.perturb.question import GeneNames, Perturbation, Sets, effect_key
+from geneformer_mcore.perturbation.perturbed_cells import Mode
+from geneformer_mcore.perturbation.question import GeneNames, Perturbation, Sets, effect_key
 
 RANK_BINS = 4
 """Most strata by rank of genes in about as many cells."""
