@@ -68,22 +68,13 @@ def _request(arguments: argparse.Namespace) -> ClassifyRequest:
     from geneformer_mcore.celltypes.classify import ClassifyRequest
     from geneformer_mcore.inference.embed import Choices
 
-    return ClassifyRequest(
+    return options.build(
+        ClassifyRequest,
+        arguments,
         source=arguments.input,
         checkpoints=_named(arguments.checkpoint),
-        obsm=arguments.obsm,
-        label=arguments.label,
-        donor=arguments.donor,
-        untrained=arguments.untrained,
-        choices=Choices(
-            arguments.layer, arguments.pooling, tokens_per_batch=arguments.tokens_per_batch
-        ),
+        choices=options.build(Choices, arguments),
         options=options.input_options(arguments),
-        vocabulary=arguments.vocabulary,
-        training_store=arguments.training_store,
-        allow_overlap=arguments.allow_overlap,
-        seed=arguments.seed,
-        resamples=arguments.resamples,
     )
 
 

@@ -43,22 +43,12 @@ def main() -> int:
 def _request(arguments: argparse.Namespace) -> EmbedRequest:
     from geneformer_mcore.inference.embed import Choices, EmbedRequest
 
-    return EmbedRequest(
-        checkpoint=arguments.checkpoint,
+    return options.build(
+        EmbedRequest,
+        arguments,
         source=arguments.input or "",
-        output=arguments.output,
-        gene_embeddings=arguments.gene_embeddings,
-        choices=Choices(
-            arguments.layer,
-            arguments.pooling,
-            arguments.precision,
-            arguments.dtype,
-            arguments.tokens_per_batch,
-        ),
-        vocabulary=arguments.vocabulary,
+        choices=options.build(Choices, arguments),
         options=options.input_options(arguments),
-        layout=arguments.layout,
-        overwrite=arguments.overwrite,
     )
 
 

@@ -54,17 +54,12 @@ def _evaluate(arguments: argparse.Namespace, is_first: bool) -> Evaluation | Non
     if arguments.plot is not None:
         check_place(arguments.plot / "loss.png")
     fractions, columns = arguments.mask_fractions, arguments.by
-    request = evaluate.EvaluateRequest(
-        checkpoint=arguments.checkpoint,
-        store=arguments.store,
-        split=arguments.split,
+    request = options.build(
+        evaluate.EvaluateRequest,
+        arguments,
         columns=None if columns is None else [c for c in columns.split(",") if c],
         mask_fractions=None if fractions is None else evaluate.parse_fractions(fractions),
-        seed=arguments.seed,
         precision=options.precision_of(arguments),
-        tokens_per_batch=arguments.tokens_per_batch,
-        vocabulary=arguments.vocabulary,
-        layout=arguments.layout,
     )
     return evaluate.evaluate(request, is_first)
 

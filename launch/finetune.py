@@ -133,16 +133,13 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _request(arguments: argparse.Namespace) -> PredictRequest:
     from geneformer_mcore.inference.predict import PredictRequest
 
-    return PredictRequest(
-        checkpoint=arguments.checkpoint,
+    return options.build(
+        PredictRequest,
+        arguments,
         source=arguments.predict,
-        output=arguments.output,
         precision=options.precision_of(arguments),
-        tokens_per_batch=arguments.tokens_per_batch,
-        vocabulary=arguments.vocabulary,
         options=options.input_options(arguments),
         layout=arguments.settings,
-        overwrite=arguments.overwrite,
     )
 
 

@@ -46,39 +46,23 @@ def _request(arguments: argparse.Namespace) -> PerturbRequest:
     from geneformer_mcore.perturbation.question import ALL_GENES, Question
     from geneformer_mcore.perturbation.request import PerturbRequest
 
-    top = ALL_GENES if arguments.all_genes else arguments.top
     # The layout may follow the genes, whose names have no "=".
     words = [word for text in arguments.genes for word in text.split(",")]
-    return PerturbRequest(
-        checkpoint=arguments.checkpoint,
+    question = options.build(
+        Question,
+        arguments,
+        genes=[word for word in words if "=" not in word],
+        top=ALL_GENES if arguments.all_genes else arguments.top,
+        moved=arguments.most_moved if arguments.gene_effects else 0,
+    )
+    return options.build(
+        PerturbRequest,
+        arguments,
         source=arguments.input,
-        question=Question(
-            genes=[word for word in words if "=" not in word],
-            groups=arguments.groups,
-            top=top,
-            mode=arguments.mode,
-            truncated=arguments.truncated,
-            start=arguments.start,
-            goal=arguments.goal,
-            max_cells=arguments.max_cells,
-            null=arguments.null,
-            moved=arguments.most_moved if arguments.gene_effects else 0,
-            seed=arguments.seed,
-        ),
-        table=arguments.table,
-        output=arguments.output,
-        plot=arguments.plot,
-        gene_effects=arguments.gene_effects,
-        choices=Choices(
-            arguments.layer,
-            arguments.pooling,
-            arguments.precision,
-            tokens_per_batch=arguments.tokens_per_batch,
-        ),
-        vocabulary=arguments.vocabulary,
+        question=question,
+        choices=options.build(Choices, arguments),
         options=options.input_options(arguments),
         layout=[*arguments.layout, *(word for word in words if "=" in word)],
-        overwrite=arguments.overwrite,
     )
 
 

@@ -9,8 +9,9 @@ Light to import: `--help` must not wait for torch.
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from geneformer_mcore.config.sections import Precision
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # A parser, or a group of its options: argparse has no public name for both.
 Options = argparse._ActionsContainer
+Made = TypeVar("Made")
 
 STANDARD: dict[str, dict[str, Any]] = {
     "--checkpoint": {
@@ -79,6 +81,13 @@ def add(options: Options, *names: str) -> None:
     """Add options of STANDARD."""
     for name in names:
         options.add_argument(name, **STANDARD[name])
+
+
+def build(kind: type[Made], arguments: argparse.Namespace, **values: Any) -> Made:
+    """A dataclass: its fields are `values`, else the arguments of the same names, else defaults."""
+    names = {each.name for each in fields(kind)}  # type: ignore[arg-type]
+    same = {name: value for name, value in vars(arguments).items() if name in names}
+    return kind(**same | values)
 
 
 def precision_of(arguments: argparse.Namespace) -> Precision | None:

@@ -10,7 +10,8 @@ shift of every gene  ->  sums [perturbations, genes]  ->  over ranks  ->  table 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -191,48 +192,36 @@ def _block(job: Job, cells: list[CountedCell], values_NPC: np.ndarray) -> Iterat
     _, (batch,) = encoder.batches(engine, _views(sentences), encoder.no_masking(engine))
     goal_H = None if job.goal_H is None else torch.from_numpy(job.goal_H).to(engine.device)
     before = forward_only.originals(engine.stages, batch, job.pooling, goal_H)
-    chunk = _Chunk()
+    chunk, num_tokens = [], 0
     starts = sentences.offsets[:-1].tolist()
-    for original, (number, start) in enumerate(zip(known, starts, strict=True)):
-        for part in _variants(job, cells[number], original, start):
-            chunk.add(part, number)
-            if chunk.num_tokens >= CHUNK_BATCHES * engine.tokens_per_batch:
+    for original, (row, start) in enumerate(zip(known, starts, strict=True)):
+        for part in _variants(job, cells[row], row, original, start):
+            chunk.append(part)
+            num_tokens += len(part.tokens_T)
+            if num_tokens >= CHUNK_BATCHES * engine.tokens_per_batch:
                 yield _encode(job, chunk, before, values_NPC)
-                chunk = _Chunk()
-    if chunk.parts:
+                chunk, num_tokens = [], 0
+    if chunk:
         yield _encode(job, chunk, before, values_NPC)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Some perturbed versions of one cell.
+class _Part(NamedTuple):
+    """Some perturbed cells.
 
-    original:  the cell's number in the batch of originals
-    which_N:   the perturbation of each
-    places_T:  see forward_only.Variants
+    rows_N, which_N, originals_N:  row and perturbation of their values, number of the original
+    lengths_N, tokens_T:           their tokens, end to end
+    places_T:                      see forward_only.Variants
     """
 
-    original: int
+    rows_N: np.ndarray
     which_N: np.ndarray
-    sentences: RaggedCells
+    originals_N: np.ndarray
+    lengths_N: np.ndarray
+    tokens_T: np.ndarray
     places_T: np.ndarray
 
 
-@dataclass
-class _Chunk:
-    """Parts that are encoded together, and the row of values of each."""
-
-    parts: list[_Part] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    num_tokens: int = 0
-
-    def add(self, part: _Part, row: int) -> None:
-        self.parts.append(part)
-        self.rows.append(row)
-        self.num_tokens += len(part.sentences.tokens_T)
-
-
-def _variants(job: Job, cell: CountedCell, original: int, start: int) -> Iterator[_Part]:
+def _variants(job: Job, cell: CountedCell, row: int, original: int, start: int) -> Iterator[_Part]:
     """The perturbed versions of one cell, some at a time. start: of its states."""
     which = np.arange(len(job.sets))
     if job.editor.mode is not Mode.overexpress:
@@ -247,42 +236,41 @@ def _variants(job: Job, cell: CountedCell, original: int, start: int) -> Iterato
         # A cell that lost all its genes cannot be embedded.
         kept = np.flatnonzero(made.lengths > 1)
         if len(kept):
-            sentences = _views(made).part(kept).ragged()
-            places_T = place_of[sentences.tokens_T]
-            places_T[sentences.offsets[:-1]] = -1  # [CLS] is no gene.
-            yield _Part(original, some[kept], sentences, places_T)
+            perturbed = _views(made).part(kept).ragged()
+            places_T = place_of[perturbed.tokens_T]
+            places_T[perturbed.offsets[:-1]] = -1  # [CLS] is no gene.
+            rows_N, originals_N = (np.full(len(kept), number) for number in (row, original))
+            of_cells = (rows_N, some[kept], originals_N, perturbed.lengths)
+            yield _Part(*of_cells, perturbed.tokens_T, places_T)
 
 
-def _encode(job: Job, chunk: _Chunk, before: Originals | None, values_NPC: np.ndarray) -> int:
+def _encode(job: Job, chunk: list[_Part], before: Originals | None, values_NPC: np.ndarray) -> int:
     """Send a chunk through the encoder. Returns its number of perturbed cells."""
     device = job.engine.device
-    which_N = np.concatenate([part.which_N for part in chunk.parts])
-    sizes = [len(part.which_N) for part in chunk.parts]
-    rows_N = np.repeat(chunk.rows, sizes)
-    originals_N = np.repeat([part.original for part in chunk.parts], sizes)
-    lengths_N = np.concatenate([part.sentences.lengths for part in chunk.parts])
-    starts_N = np.cumsum(lengths_N) - lengths_N
-    tokens_T = np.concatenate([part.sentences.tokens_T for part in chunk.parts])
-    places_T = np.concatenate([part.places_T for part in chunk.parts])
-    views = CellViews(tokens_T, starts_N, lengths_N, np.arange(len(which_N), dtype=np.uint64))
+    part = _Part(*map(np.concatenate, zip(*chunk, strict=True)))
+    starts_N = np.cumsum(part.lengths_N) - part.lengths_N
+    keys_N = np.arange(len(starts_N), dtype=np.uint64)
+    views = CellViews(part.tokens_T, starts_N, part.lengths_N, keys_N)
     bins, batches = encoder.batches(job.engine, views, encoder.no_masking(job.engine))
-    inside = [np.concatenate([np.arange(starts_N[v], starts_N[v] + lengths_N[v]) for v in members])
-              for members in bins]  # fmt: skip
+    ranges = [
+        np.arange(start, start + n) for start, n in zip(starts_N, part.lengths_N, strict=True)
+    ]
+    inside = [np.concatenate([ranges[number] for number in members]) for members in bins]
     variants = [
         Variants(
             batch,
-            torch.from_numpy(originals_N[members]).to(device),
-            torch.from_numpy(places_T[tokens]).to(device),
+            torch.from_numpy(part.originals_N[members]).to(device),
+            torch.from_numpy(part.places_T[tokens]).to(device),
         )
         for batch, members, tokens in zip(batches, bins, inside, strict=True)
     ]
     found = forward_only.of_variants(job.engine.stages, variants, before, job.pooling)
     for members, tokens, (values_NC, moved_T) in zip(bins, inside, found, strict=False):
-        values_NPC[rows_N[members], which_N[members]] = values_NC.cpu().numpy()
+        values_NPC[part.rows_N[members], part.which_N[members]] = values_NC.cpu().numpy()
         if job.moved is not None and job.engine.holds_states:
-            owners_T = np.repeat(which_N[members], lengths_N[members])
-            job.moved.add(owners_T, tokens_T[tokens], moved_T.cpu().numpy())
-    return len(which_N)
+            owners_T = np.repeat(part.which_N[members], part.lengths_N[members])
+            job.moved.add(owners_T, part.tokens_T[tokens], moved_T.cpu().numpy())
+    return len(starts_N)
 
 
 def _views(cells: RaggedCells) -> CellViews:
