@@ -32,7 +32,7 @@ EXAMPLE = """examples:
       --label cell_type run.dir=runs/types train.steps=500 optim.lr=1e-4
   ... finetune.frozen_layers=4                   the embedding and the first 4 layers stay
   ... finetune.lora_rank=8 optim.lr=1e-3         the encoder stays, corrections are trained
-  python launch/finetune.py --checkpoint runs/types --predict new.h5ad --output told.h5ad
+  python launch/finetune.py --checkpoint runs/types --predict new.h5ad --output predicted.h5ad
 
 A store (data_prep/build_store.py --vocabulary, with the model's vocabulary.json) keeps the columns
 of obs. The run trains on its train split, evaluates validation on the way, and test at the end,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,14 +130,12 @@ def classify(request: ClassifyRequest) -> Classification:
     cross_validation.stratified(cells.labels_N, cells.labels_N != "", request.seed)
     given = {name: anndata_out.read_obsm(Path(request.source), name) for name in request.obsm}
     with ProgressLine("cells") as line:
-        found, notes = data_leakage.check(
-            request.source,
-            models,
-            lambda model: _open(request, model),
+        store, allow, opened = (
             request.training_store,
             request.allow_overlap,
-            line.update,
+            partial(_open, request),
         )
+        found, notes = data_leakage.check(request.source, models, opened, store, allow, line.update)
     notes += [
         f"whether the model of obsm {name} was trained on these cells was not checked: an "
         "embedding does not say it."
@@ -175,10 +174,8 @@ def _check(request: ClassifyRequest) -> None:
 
 
 def _models(request: ClassifyRequest) -> dict[str, Pretrained]:
-    found = {
-        name: pretrained.find(path, request.vocabulary)
-        for name, path in request.checkpoints.items()
-    }
+    paths = request.checkpoints.items()
+    found = {name: pretrained.find(path, request.vocabulary) for name, path in paths}
     if request.untrained:
         first = next(iter(found.values()))
         return {UNTRAINED: replace(first, initial_seed=request.seed)} | found

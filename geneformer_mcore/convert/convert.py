@@ -161,7 +161,7 @@ def _vocabulary(
     if vocabulary_path is None and not path.is_file():
         raise DataError(
             f"{folder}: weights do not say which gene a row is, and there is no "
-            f"{hf_folder.VOCABULARY} beside them. Remedy: give the model's dictionaries by "
+            f"{hf_folder.VOCABULARY} next to them. Remedy: give the model's dictionaries by "
             "--tokens and --medians, or a vocabulary of ours by --vocabulary."
         )
     vocabulary = Vocabulary.load(path)
@@ -219,15 +219,12 @@ def _summary(out: Path, config: Config, vocabulary: Vocabulary) -> list[str]:
 
 
 def _about_new_tokens(new: list[str]) -> list[str]:
-    if not new:
-        return []
+    cls = (
+        ". Our cells begin with [CLS], which takes the first position: the model has never seen it "
+        "there, so train on before judging it by our cells"
+    )
     line = (
         f"tokens that the model did not have: {', '.join(new)}. Their embeddings are 0, and their "
-        "probability is 0"
+        f"probability is 0{cls if '[CLS]' in new else ''}"
     )
-    if "[CLS]" in new:
-        line += (
-            ". Our cells begin with [CLS], which takes the first position: the model has never "
-            "seen it there, so train on before judging it by our cells"
-        )
-    return [line]
+    return [line] if new else []

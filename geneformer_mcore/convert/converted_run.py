@@ -88,17 +88,10 @@ def alone(config: Config) -> Iterator[torch.device]:
 def _trainable(
     config: Config, num_tokens: int, weights: Weights, here: torch.device
 ) -> optim.Trainable:
-    core = megatron_config.transformer_config(
-        config.model, config.parallel, config.train.precision, here
-    )
-    stages = geneformer.build(config.model, core, here, num_tokens, config.data.seq_length)
-    for stage in stages:
-        _fill(stage, weights)
-    return optim.wrap(stages, config.optim, config.parallel)
-
-
-def _fill(stage: geneformer.Geneformer, weights: Weights) -> None:
-    """Copy `weights` into the stage. Padding rows of the vocabulary become 0."""
+    """The model with `weights`, and its optimizer. Padding rows of the vocabulary become 0."""
+    model, parallel, precision = config.model, config.parallel, config.train.precision
+    core = megatron_config.transformer_config(model, parallel, precision, here)
+    (stage,) = geneformer.build(model, core, here, num_tokens, config.data.seq_length)
     rest = dict(weights)
     with torch.no_grad():
         for entry in init.sharded_parameters(stage):
@@ -110,3 +103,4 @@ def _fill(stage: geneformer.Geneformer, weights: Weights) -> None:
             assert tuple(whole.shape) == tuple(entry.global_shape), entry.key
             entry.data.copy_(whole)
     assert not rest, rest.keys()
+    return optim.wrap([stage], config.optim, parallel)

@@ -8,7 +8,6 @@ checkpoint  ->  its word embedding  ->  float32 [genes, H]  ->  .csv | .tsv | .n
 from __future__ import annotations
 
 import csv
-import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -28,7 +27,7 @@ from geneformer_mcore.inference.encoder import Encoder
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io import anndata_out
 from geneformer_mcore.io.anndata_out import Beside
-from geneformer_mcore.io.files import check_output, whole_file
+from geneformer_mcore.io.files import check_output, whole_file, write_json
 from geneformer_mcore.tokenizer.corpus import InputOptions
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS
@@ -292,5 +291,4 @@ def write_genes(
 def _write_array(path: Path, values: np.ndarray, content: Mapping[str, Any]) -> None:
     with whole_file(path) as partial, partial.open("wb") as file:
         np.save(file, values, allow_pickle=False)
-    with whole_file(path.with_suffix(".json")) as partial:
-        partial.write_text(json.dumps(dict(content), indent=1) + "\n")
+    write_json(path.with_suffix(".json"), dict(content))

@@ -10,7 +10,6 @@ Masks are a function of seed and cell alone and sums are in fp64, so no layout c
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from geneformer_mcore.inference.cells import StoredCells
 from geneformer_mcore.inference.embed import facts_of
 from geneformer_mcore.inference.encoder import BLOCK_CELLS, CellFunction
 from geneformer_mcore.inference.pretrained import Pretrained
-from geneformer_mcore.io.files import whole_file
+from geneformer_mcore.io.files import whole_file, write_json
 from geneformer_mcore.metrics import baselines
 from geneformer_mcore.metrics.provenance import provenance
 from geneformer_mcore.model import forward_only
@@ -123,7 +122,13 @@ def evaluate(request: EvaluateRequest, is_first: bool) -> Evaluation | None:
         facts["precision"] = engine.precision.value
         facts["baselines"] = _add_baselines(table, cells, masking)
         by = {name: _by(table, cells.obs()[name]) for name in columns}
-    return Evaluation(facts, _figures(table), by, _notes(model, cells))
+    notes = []
+    if not facts["trained_on_this_store"]:
+        notes.append(
+            "the model was trained on another store than this one: whether it has seen these cells "
+            "in training cannot be told from their split"
+        )
+    return Evaluation(facts, _figures(table), by, notes)
 
 
 def _columns(cells: StoredCells, request: EvaluateRequest) -> list[str]:
@@ -190,14 +195,10 @@ def _figures(table: pd.DataFrame) -> dict[str, Any]:
     if total == 0:
         return {"num_cells": len(table), "num_predicted": 0}
     has = table["num_predicted"] > 0
-    masked = {
-        f"masked_{name}": sums[column] / num_masked if num_masked else None
-        for name, column in (
-            ("loss", "masked_loss_sum"),
-            ("top1", "masked_num_top1"),
-            ("top5", "masked_num_top5"),
-        )
-    }
+
+    def share(column: str) -> float | None:
+        return sums[column] / num_masked if num_masked else None
+
     return {
         "num_cells": len(table),
         "num_predicted": total,
@@ -207,7 +208,9 @@ def _figures(table: pd.DataFrame) -> dict[str, Any]:
         "top1": sums["num_top1"] / total,
         "top5": sums["num_top5"] / total,
         "num_masked": num_masked,
-        **masked,
+        "masked_loss": share("masked_loss_sum"),
+        "masked_top1": share("masked_num_top1"),
+        "masked_top5": share("masked_num_top5"),
         "unigram": sums["unigram_sum"] / total,
         "gene_given_rank": sums["gene_given_rank_sum"] / total,
     }
@@ -222,28 +225,16 @@ def _by(table: pd.DataFrame, labels: pd.Series) -> dict[str, dict[str, Any]]:
 def _facts(
     model: Pretrained, cells: StoredCells, request: EvaluateRequest, masking: Masking
 ) -> dict[str, Any]:
+    content = cells.store.manifest.content_hash
     return facts_of(model) | {
         "store": Path(request.store).resolve().name,
-        "content_hash": cells.store.manifest.content_hash,
-        "trained_on_this_store": _is_own_store(model, cells),
+        "content_hash": content,
+        "trained_on_this_store": content == model.record.identity.content,
         "split": request.split,
         "mask_probability": masking.probability,
         "mask_fractions": list(masking.fractions),
         "seed": masking.seed,
     }
-
-
-def _is_own_store(model: Pretrained, cells: StoredCells) -> bool:
-    return cells.store.manifest.content_hash == model.record.identity.content
-
-
-def _notes(model: Pretrained, cells: StoredCells) -> list[str]:
-    if _is_own_store(model, cells):
-        return []
-    return [
-        "the model was trained on another store than this one: whether it has seen these cells "
-        "in training cannot be told from their split"
-    ]
 
 
 def parse_fractions(text: str) -> list[float]:
@@ -285,8 +276,7 @@ def save_json(evaluation: Evaluation, path: Path) -> None:
     """Write all figures, with machine, versions and commit. Raises DataError if it cannot."""
     of_groups = {"by": evaluation.by, "notes": evaluation.notes}
     content = {**evaluation.overall, **of_groups, **evaluation.facts, **provenance()}
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
 
 
 def save_plots(evaluation: Evaluation, folder: Path) -> list[Path]:

@@ -7,7 +7,6 @@ fine-tuned run + cells -> encoder, classifier, on all ranks -> probabilities [ce
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -27,7 +26,7 @@ from geneformer_mcore.inference.embed import check_target, facts_of, has_values,
 from geneformer_mcore.inference.encoder import CellFunction
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io.anndata_out import Beside
-from geneformer_mcore.io.files import whole_file
+from geneformer_mcore.io.files import whole_file, write_json
 from geneformer_mcore.metrics import classified
 from geneformer_mcore.metrics.provenance import provenance
 from geneformer_mcore.model import classifier, forward_only
@@ -159,17 +158,26 @@ def _report(
     folder: Path, table: pd.DataFrame, label: str, classes: list[str], model: Pretrained
 ) -> list[str]:
     """Write predictions, scores and confusion matrix. Returns the lines to print."""
-    with whole_file(folder / PREDICTIONS) as partial_file:
-        table.to_csv(partial_file, index_label="cell_id")
+    with whole_file(folder / PREDICTIONS) as partial_path:
+        table.to_csv(partial_path, index_label="cell_id")
     judged = table[table["label"].isin(classes)]
     if len(judged) == 0:
         return [f"no test cell has a known value of {label}: nothing is said of any"]
     counts = pd.crosstab(judged["label"], judged["predicted"])
     counts_CC = counts.reindex(index=classes, columns=classes, fill_value=0).to_numpy(np.int64)
+    config, tune = model.config, model.config.finetune
     report: dict[str, Any] = facts_of(model) | {
         **provenance(),
         "pretrained": model.record.identity.task["pretrained"],
-        "finetune": _settings(model),
+        "finetune": {
+            "steps": model.record.step,
+            "global_batch_size": config.train.global_batch_size,
+            "lr": config.optim.lr,
+            "frozen_layers": tune.frozen_layers,
+            "lora_rank": tune.lora_rank,
+            "lora_alpha": tune.lora_alpha,
+            "pooling": tune.pooling.value,
+        },
         "label": label,
         "num_cells": len(judged),
         "left_out": len(table) - len(judged),
@@ -177,27 +185,8 @@ def _report(
         "majority_class": classified.majority(counts_CC),
         "by_class": classified.per_class(counts_CC, tuple(classes)),
     }
-    with whole_file(folder / REPORT) as partial_file:
-        partial_file.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(folder / REPORT, report)
     figures.save_confusion(counts_CC, classes, label, folder / PICTURE)
-    return _lines(report, folder)
-
-
-def _settings(model: Pretrained) -> dict[str, Any]:
-    """Settings of the fine-tuning, as plain JSON."""
-    tune, config = model.config.finetune, model.config
-    return {
-        "steps": model.record.step,
-        "global_batch_size": config.train.global_batch_size,
-        "lr": config.optim.lr,
-        "frozen_layers": tune.frozen_layers,
-        "lora_rank": tune.lora_rank,
-        "lora_alpha": tune.lora_alpha,
-        "pooling": tune.pooling.value,
-    }
-
-
-def _lines(report: dict[str, Any], folder: Path) -> list[str]:
     majority = report["majority_class"]
     return [
         f"test: {report['num_cells']:,} cells, accuracy {report['accuracy']:.2%}, macro F1 "

@@ -19,7 +19,7 @@ from geneformer_mcore.distributed import collectives
 from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.inference import encoder
 from geneformer_mcore.inference.cells import ChosenCells, CountedCells, drawn, open_cells, rows_with
-from geneformer_mcore.inference.embed import Choices, facts_of_states
+from geneformer_mcore.inference.embed import Choices, facts_of_states, has_values
 from geneformer_mcore.inference.encoder import Encoder
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io.progress import Progress
@@ -229,18 +229,15 @@ def _job(
     goal_H = None
     if prepared.goal is not None:
         work = encoder.embedding(engine, pooling)
-        vectors = encoder.per_cell(engine, prepared.goal, work, np.float32, progress)
-        goal_H = collectives.from_first_rank(None if vectors is None else _mean(vectors))
+        values_NH = encoder.per_cell(engine, prepared.goal, work, np.float32, progress)
+        known_NH = None if values_NH is None else values_NH[has_values(values_NH)]
+        if known_NH is not None and len(known_NH):
+            goal_H = known_NH.mean(axis=0, dtype=np.float64)
+        goal_H = collectives.from_first_rank(goal_H)
         if goal_H is None:
             raise DataError("no cell of the goal has a gene that the model knows.")
     sets, total = Sets(prepared.controls.all, engine.pretrained.vocabulary.size), prepared.total
     return Job(engine, prepared.cells, prepared.editor, sets, pooling, goal_H, moved, total)
-
-
-def _mean(vectors_NH: np.ndarray) -> np.ndarray | None:
-    """float64 [H], mean of the cells with a vector; None if there are none."""
-    known_NH = vectors_NH[~np.isnan(vectors_NH).any(axis=1)]
-    return known_NH.mean(axis=0, dtype=np.float64) if len(known_NH) else None
 
 
 def _answer(

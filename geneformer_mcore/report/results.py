@@ -106,7 +106,7 @@ def load(run_dir: Path) -> Results:
     except OSError as error:
         raise DataError(
             f"{error.filename} cannot be read ({error.strerror}): give the run.dir of a run, or "
-            "mend its permissions."
+            "fix its permissions."
         ) from None
 
 
