@@ -38,15 +38,14 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": Activation.gelu_tanh,
     "gelu_new": Activation.gelu_tanh,
 }
-_THEIR_ACTIVATION = {
-    Activation.relu: "relu",
-    Activation.gelu: "gelu",
-    Activation.gelu_tanh: "gelu_pytorch_tanh",
+_THEIR_ACTIVATION = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+_SIZES = {
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "ffn_hidden_size",
 }
-_NUMBERS = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-    *("intermediate_size", "max_position_embeddings"),
-)
+"""Their name -> the field of ModelConfig."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,8 @@ def read_config(folder: Path) -> Described:
     """The model in `folder`. Raises CheckpointError for one that has no counterpart here."""
     path = folder / CONFIG
     content = read_json(path)
-    numbers = {name: content.get(name) for name in _NUMBERS}
+    names = ("vocab_size", *_SIZES, "max_position_embeddings")
+    numbers = {name: content.get(name) for name in names}
     problems = [
         f"{name} must be a whole number above 0, and is {number!r}"
         for name, number in numbers.items()
@@ -76,10 +76,7 @@ def read_config(folder: Path) -> Described:
             + "\nRemedy: give the folder of a BertForMaskedLM, such as Geneformer V1 or V2."
         )
     model = ModelConfig(
-        num_layers=content["num_hidden_layers"],
-        hidden_size=content["hidden_size"],
-        ffn_hidden_size=content["intermediate_size"],
-        num_attention_heads=content["num_attention_heads"],
+        **{ours: content[theirs] for theirs, ours in _SIZES.items()},
         hidden_dropout=float(content.get("hidden_dropout_prob", 0.1)),
         attention_dropout=float(content.get("attention_probs_dropout_prob", 0.1)),
         activation=_ACTIVATIONS[content.get("hidden_act", "gelu")],
@@ -127,10 +124,7 @@ def config_json(
         "architectures": [class_name],
         "model_type": model_type,
         "vocab_size": num_tokens,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "intermediate_size": model.ffn_hidden_size,
+        **{theirs: getattr(model, ours) for theirs, ours in _SIZES.items()},
         "hidden_act": _THEIR_ACTIVATION[model.activation],
         "hidden_dropout_prob": model.hidden_dropout,
         "attention_probs_dropout_prob": model.attention_dropout,

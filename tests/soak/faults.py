@@ -764,7 +764,7 @@ DOWNSTREAM = (
         "downstream",
         "PCA is fitted on test cells, too",
         "cross_validation.py",
-        "pca = principal_components(seen, seed)",
+        "pca = principal_components(of_train, seed)",
         "pca = principal_components(features.values, seed)",
         "tests/unit/test_cross_validation.py",
     ),
