@@ -29,6 +29,9 @@ from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import RaggedCells
 
+MOST_LISTED = 12
+"""Columns or values that an error lists."""
+
 
 class Cells(Protocol):
     """Cells in a fixed order. A cell without a known gene is its [CLS] alone.
@@ -222,9 +225,6 @@ def ragged(cells: list[np.ndarray]) -> RaggedCells:
     offsets = np.cumsum([0, *map(len, cells)], dtype=np.int64)
     tokens_T = np.concatenate([np.empty(0, np.uint16), *cells])
     return RaggedCells(tokens_T, offsets, np.arange(len(cells), dtype=np.uint64))
-
-
-MOST_LISTED = 12
 
 
 def rows_with(obs: pd.DataFrame, label: str, source: str) -> np.ndarray:

@@ -40,57 +40,6 @@ MOST_BYTES = 4 << 30
 """Limit of MovedGenes."""
 
 
-class MovedGenes:
-    """Shifts of single genes, summed over cells: of perturbations 0..number-1."""
-
-    def __init__(self, number: int, genes_G: np.ndarray, vocabulary_size: int) -> None:
-        """genes_G: int64, tokens of all genes of the cells. Raises ConfigError where the sums do
-        not fit memory."""
-        self.number, self.genes_G = number, genes_G
-        needed = 2 * 8 * number * len(genes_G)
-        if needed > MOST_BYTES:
-            raise ConfigError(
-                f"the shifts of {len(genes_G):,} genes under {number:,} perturbations need "
-                f"{needed / 2**30:.1f} GiB of memory, and at most {MOST_BYTES / 2**30:.0f} GiB are "
-                "taken for them. Remedy: fewer genes at a time, or no --gene-effects."
-            )
-        self._column_of = np.full(vocabulary_size, -1, np.int64)
-        self._column_of[genes_G] = np.arange(len(genes_G))
-        self._sums, self._cells = (np.zeros((number, len(genes_G))) for _ in range(2))
-
-    def add(self, which_T: np.ndarray, tokens_T: np.ndarray, moved_T: np.ndarray) -> None:
-        """Add the shifts (float32, NaN for none) of tokens under the perturbations `which_T`,
-        ignoring those from `number` on."""
-        counts = ~np.isnan(moved_T) & (which_T < self.number)
-        at = (which_T[counts], self._column_of[tokens_T[counts]])
-        np.add.at(self._sums, at, moved_T[counts])
-        np.add.at(self._cells, at, 1)
-
-    def gather(self, device: torch.device) -> None:
-        """Sum over ranks, on the first one."""
-        for values in (self._sums, self._cells):
-            collectives.add_up_on_first_rank(values, device)
-
-    def table(self, perturbations: list[Perturbation], names: GeneNames, most: int) -> pd.DataFrame:
-        """The `most` moved genes of each perturbation, most moved first."""
-        with np.errstate(invalid="ignore"):
-            means = self._sums / self._cells
-        frames = []
-        for number, perturbation in enumerate(perturbations):
-            order = np.argsort(-np.nan_to_num(means[number], nan=-1), kind="stable")[:most]
-            order = order[self._cells[number, order] > 0]
-            tokens = self.genes_G[order].tolist()
-            columns = {
-                "perturbation": perturbation.name,
-                "feature_id": [names.id_of(token) for token in tokens],
-                "gene": [names.symbol(token) for token in tokens],
-                "n_cells": self._cells[number, order].astype(np.int64),
-                "shift": means[number, order],
-            }
-            frames.append(pd.DataFrame(columns))
-        return pd.concat(frames, ignore_index=True)
-
-
 @dataclass(frozen=True)
 class Job:
     """Work of `of_all_cells`.
@@ -275,3 +224,54 @@ def _encode(job: Job, chunk: list[_Part], before: Originals | None, values_NPC: 
 
 def _views(cells: RaggedCells) -> CellViews:
     return CellViews(cells.tokens_T, cells.offsets[:-1], cells.lengths, cells.keys_N)
+
+
+class MovedGenes:
+    """Shifts of single genes, summed over cells: of perturbations 0..number-1."""
+
+    def __init__(self, number: int, genes_G: np.ndarray, vocabulary_size: int) -> None:
+        """genes_G: int64, tokens of all genes of the cells. Raises ConfigError where the sums do
+        not fit memory."""
+        self.number, self.genes_G = number, genes_G
+        needed = 2 * 8 * number * len(genes_G)
+        if needed > MOST_BYTES:
+            raise ConfigError(
+                f"the shifts of {len(genes_G):,} genes under {number:,} perturbations need "
+                f"{needed / 2**30:.1f} GiB of memory, and at most {MOST_BYTES / 2**30:.0f} GiB are "
+                "taken for them. Remedy: fewer genes at a time, or no --gene-effects."
+            )
+        self._column_of = np.full(vocabulary_size, -1, np.int64)
+        self._column_of[genes_G] = np.arange(len(genes_G))
+        self._sums, self._cells = (np.zeros((number, len(genes_G))) for _ in range(2))
+
+    def add(self, which_T: np.ndarray, tokens_T: np.ndarray, moved_T: np.ndarray) -> None:
+        """Add the shifts (float32, NaN for none) of tokens under the perturbations `which_T`,
+        ignoring those from `number` on."""
+        counts = ~np.isnan(moved_T) & (which_T < self.number)
+        at = (which_T[counts], self._column_of[tokens_T[counts]])
+        np.add.at(self._sums, at, moved_T[counts])
+        np.add.at(self._cells, at, 1)
+
+    def gather(self, device: torch.device) -> None:
+        """Sum over ranks, on the first one."""
+        for values in (self._sums, self._cells):
+            collectives.add_up_on_first_rank(values, device)
+
+    def table(self, perturbations: list[Perturbation], names: GeneNames, most: int) -> pd.DataFrame:
+        """The `most` moved genes of each perturbation, most moved first."""
+        with np.errstate(invalid="ignore"):
+            means = self._sums / self._cells
+        frames = []
+        for number, perturbation in enumerate(perturbations):
+            order = np.argsort(-np.nan_to_num(means[number], nan=-1), kind="stable")[:most]
+            order = order[self._cells[number, order] > 0]
+            tokens = self.genes_G[order].tolist()
+            columns = {
+                "perturbation": perturbation.name,
+                "feature_id": [names.id_of(token) for token in tokens],
+                "gene": [names.symbol(token) for token in tokens],
+                "n_cells": self._cells[number, order].astype(np.int64),
+                "shift": means[number, order],
+            }
+            frames.append(pd.DataFrame(columns))
+        return pd.concat(frames, ignore_index=True)
