@@ -29,10 +29,10 @@ from geneformer_mcore.io.progress import no_progress
 from geneformer_mcore.model import forward_only, geneformer, init, megatron_config
 from geneformer_mcore.model.flops import ModelShape
 from geneformer_mcore.model.geneformer import Geneformer
-from geneformer_mcore.perturb.displacements import Job, of_all_cells
-from geneformer_mcore.perturb.perturbed_cells import Editor, Mode
-from geneformer_mcore.perturb.question import Perturbation, Sets
-from geneformer_mcore.perturb.statistics import survey
+from geneformer_mcore.perturbation.displacements import Job, of_all_cells
+from geneformer_mcore.perturbation.perturbed_cells import Editor, Mode
+from geneformer_mcore.perturbation.question import Perturbation, Sets
+from geneformer_mcore.perturbation.statistics import survey
 from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS, Batch, CellViews, RaggedCells
