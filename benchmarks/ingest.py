@@ -35,17 +35,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.harness.common import (
-    RESULTS,
-    ROOT,
-    Goal,
-    build_store,
-    parser_of,
-    save_results,
-    text_table,
-)
-from benchmarks.harness.loader.cells import draw, write
-from benchmarks.harness.pages import INGEST_COLUMNS, heads, shown
+from benchmarks.harness.common import RESULTS, ROOT, goal, goal_text, parser_of, save_results
+from benchmarks.harness.loader_cells import draw, write
+from benchmarks.harness.pages import INGEST_COLUMNS, table
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.exit_codes import run
 from geneformer_mcore.store.ingest import plan
@@ -62,36 +54,16 @@ S_PER_PIECE = 50e-6
 """The merge reads one piece per unit of work and bucket: 43 to 55 us each, tried by themselves on
 two cores. With 200,000 cells there are too few to be seen."""
 
-HOW = """
-cells/s      all cells over the wall time of the command, start of Python included
-tokenising   reading, checking, ranking: shared by the workers, so it is divided by their number
-writing      the merge: one process, whatever the cores
-memory       largest sum over the command and its workers, sampled every {sample_s:g} s; PSS counts
-             pages that processes share once, RSS in each
-{census:,} cells on {cores} cores: cells / ({per_core:,.0f} cells/s and core x {cores}) + cells /
-             ({merge:,.0f} cells/s) + {pieces:,} pieces x 50 us = {tokenise_s:,.0f} s +
-             {merge_s:,.0f} s + {pieces_s:,.0f} s = {minutes:.0f} min, if the disk gives the
-             {read_gb_per_s:.1f} GB/s of compressed counts that so many cores read, and the store's
-             bandwidth is no less than here
-"""
-
-
-COLUMNS = [
-    *INGEST_COLUMNS,
-    ("tokenising", lambda run: f"{run['tokenising_s']:.1f} s"),
-    ("writing", lambda run: f"{run['writing_s']:.1f} s"),
-    ("RSS", lambda run: f"{run['peak_rss_gb']:.2f} GB"),
-]
-
 
 def main() -> None:
     """Make the files, build the stores, print the table, write the result."""
     arguments = _arguments()
-    work = Path(arguments.work)
+    work = arguments.work.resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    workers = psutil.cpu_count() if arguments.workers is None else arguments.workers
-    sources = [Path(name) for name in arguments.inputs] or [_made_up(work)]
+    workers = arguments.workers or psutil.cpu_count()
+    made_up = [] if arguments.inputs else draw([], None, 2000, seed=0)[:1]
+    sources = arguments.inputs or [write(each, work / "made_up").counts_file for each in made_up]
     sets = _resample(sources, work, max(SETS), arguments.cells, workers)
     runs = []
     for number in SETS:
@@ -99,33 +71,23 @@ def main() -> None:
         runs.append(_measure(files, work / "store", arguments.vocabulary, workers))
         print(f"{runs[-1]['cells']:,} cells: {runs[-1]['seconds']} s", flush=True)
     result = _result(runs, workers, [path.name for path in sources])
-    goals = _goals(runs)
-    print(text_table(heads(COLUMNS), [shown(COLUMNS, each) for each in runs]))
-    print(HOW.format(sample_s=SAMPLE_S, **result["extrapolation"]))
-    print("\n".join(map(str, goals)))
-    result["goals"] = [goal.as_json() for goal in goals]
-    save_results(Path(arguments.json), result)
+    print(table(INGEST_COLUMNS, runs), *map(goal_text, result["goals"]), sep="\n")
+    save_results(arguments.json, result)
     shutil.rmtree(work)
 
 
 def _arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="FILE.h5ad", help="real cells (default: made-up ones)")
-    add("--vocabulary", metavar="FILE.json", help="default: that of the cells")
+    add("inputs", nargs="*", type=Path, metavar="FILE.h5ad", help="default: made-up cells")
+    add("--vocabulary", type=Path, metavar="FILE.json", help="default: that of the cells")
     add("--workers", type=int, help="default: one per core")
     add("--cells", type=int, default=CELLS_OF_SET, help="cells of the smallest store")
-    add("--work", default=str(ROOT / "build" / "ingest"), help="scratch folder, emptied first")
-    add("--json", default=str(RESULTS / "ingest.json"))
+    add(
+        "--work", type=Path, default=ROOT / "build" / "ingest", help="scratch folder, emptied first"
+    )
+    add("--json", type=Path, default=RESULTS / "ingest.json")
     return parser.parse_args()
-
-
-# Files
-
-
-def _made_up(work: Path) -> Path:
-    """2,000 cells of about 1,700 expressed genes of 20,000."""
-    return write(draw([], None, 2000, seed=0)[0], work / "made_up").counts_file
 
 
 def _resample(
@@ -135,14 +97,14 @@ def _resample(
     import anndata
 
     sizes = [anndata.read_h5ad(path, backed="r").n_obs for path in sources]
-    edges = np.rint(np.cumsum([0, *sizes]) / sum(sizes) * cells).astype(int)
-    jobs, files = [], []
-    for number in range(num_sets):
-        files.append([work / f"{path.stem}_{number}.h5ad" for path in sources])
-        jobs += [
-            (path, out, int(size), number)
-            for path, out, size in zip(sources, files[-1], np.diff(edges), strict=True)
-        ]
+    shares = np.diff(np.rint(np.cumsum([0, *sizes]) / sum(sizes) * cells).astype(int))
+    numbers = range(num_sets)
+    files = [[work / f"{path.stem}_{number}.h5ad" for path in sources] for number in numbers]
+    jobs = [
+        (source, out, int(share), number)
+        for number in numbers
+        for source, out, share in zip(sources, files[number], shares, strict=True)
+    ]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         list(pool.map(_draw, *zip(*jobs, strict=True)))
     return files
@@ -165,11 +127,13 @@ def _draw(source: Path, out: Path, num_cells: int, seed: int) -> None:
 
 
 def _measure(
-    files: Sequence[Path], store: Path, vocabulary: str | None, workers: int
+    files: Sequence[Path], store: Path, vocabulary: Path | None, workers: int
 ) -> dict[str, Any]:
     """One build, and what it took."""
     shutil.rmtree(store, ignore_errors=True)
-    command = build_store(store, files, vocabulary, "--workers", str(workers))
+    script = str(ROOT / "data_prep" / "build_store.py")
+    command: list[Any] = [sys.executable, script, "--out", store, "--workers", f"{workers}", *files]
+    command += ["--vocabulary", vocabulary] if vocabulary else []
     started, cpu_s = time.monotonic(), _children_cpu_s()
     peaks = {"rss": 0, "pss": 0}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -231,17 +195,16 @@ def _memory(pid: int) -> dict[str, int]:
     return total
 
 
-def _goals(runs: Sequence[dict[str, Any]]) -> list[Goal]:
+def _goals(first: dict[str, Any], last: dict[str, Any]) -> list[dict[str, Any]]:
     """Goals of the largest run, and of the growth of time and memory from the first to it."""
-    first, last = runs[0], runs[-1]
     per_cell = [run["seconds"] / run["cells"] for run in (first, last)]
     memory = last["peak_pss_gb"] / first["peak_pss_gb"]
     both = f"{last['cells']:,} / {first['cells']:,} cells"
     return [
-        Goal(f"ingest of {last['cells']:,} cells", last["cells_per_s"], 5000, "cells/s"),
-        Goal("memory of all processes, PSS", last["peak_pss_gb"], 2, "GB", at_most=True),
-        Goal(f"time per cell, {both}", per_cell[1] / per_cell[0], 1.15, at_most=True),
-        Goal(f"memory, {both}", memory, 1.15, at_most=True),
+        goal(f"ingest of {last['cells']:,} cells", last["cells_per_s"], 5000, "cells/s"),
+        goal("memory of all processes, PSS", last["peak_pss_gb"], 2, "GB", at_most=True),
+        goal(f"time per cell, {both}", per_cell[1] / per_cell[0], 1.15, at_most=True),
+        goal(f"memory, {both}", memory, 1.15, at_most=True),
     ]
 
 
@@ -256,11 +219,13 @@ def _result(runs: Sequence[dict[str, Any]], workers: int, sources: Sequence[str]
         "runs": list(runs),
         "growth": {name: round(last[key] / first[key], 3) for name, key in growing.items()},
         "extrapolation": _census(last, workers),
+        "goals": _goals(first, last),
     }
 
 
 def _census(last: dict[str, Any], workers: int) -> dict[str, Any]:
-    """The whole Census on one node: an extrapolation from the largest run."""
+    """The whole Census on one node, from the largest run: cells / (cells/s and core x cores) +
+    cells / (cells/s of the merge, one process) + pieces, if the disk gives read_gb_per_s."""
     per_core = last["cells"] / last["tokenising_s"] / workers
     merge = last["cells"] / last["writing_s"]
     units = -(-CENSUS_CELLS // plan.MOST_ROWS_PER_UNIT)

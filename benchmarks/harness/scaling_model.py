@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,6 @@ class Assumptions:
     least_exposed:  share of the all-reduce that is never hidden: the last bucket
     sustained:      mean speed of a long run over its best steps: logging, checkpoints, stragglers
                     (BioNeMo's ESM-2 3B keeps 96.85 % of linear from 8 to 256 GPUs)
-    optimizer_s:    added to a step; the measured steps include AdamW on all parameters already
     cores_per_rank: for the loader
     """
 
@@ -89,7 +88,6 @@ class Assumptions:
     backward: float = 0.66
     least_exposed: float = 0.06
     sustained: float = 0.96
-    optimizer_s: float = 0.0
     cores_per_rank: float = 2.0
     is_balanced: bool = True
     from_store: bool = False
@@ -157,9 +155,8 @@ def loader_rate(results: Path, name: str) -> float:
     """Cells per second of one process on LOADER_CORES cores. Raises DataError if not measured."""
     path = results / "loader.json"
     try:
-        rows = json.loads(path.read_text())["rows"]
-        (rate,) = (row["cells_per_s"] for row in rows if row["name"] == name)
-        return float(rate)
+        rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+        return float(rows[name]["cells_per_s"])
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(
             f"{path} has no rate of {name}. Remedy: python benchmarks/loader.py --work DIR --json "
@@ -236,7 +233,7 @@ def step(
     from_store = (GLOBAL_BATCH if packed else share) / inputs.store_cells_s
     loader_s = (from_store if assumed.from_store else share / inputs.flat_cells_s) / cores
     loader_s += balance.pack_s if packed else 0.0
-    step_s = max(compute_s + exposed_s + assumed.optimizer_s, loader_s) / assumed.sustained
+    step_s = max(compute_s + exposed_s, loader_s) / assumed.sustained
     flops = padded_equivalent_flops(model.shape, SEQ_LENGTH)
     return {
         "cells_per_gpu": share,
@@ -255,105 +252,85 @@ def step(
     }
 
 
-def cases(assumed: Assumptions) -> dict[str, Assumptions]:
-    """One assumption changed in each."""
+def cases(assumed: Assumptions) -> dict[str, dict[str, Any]]:
+    """The assumptions changed in each."""
+    halves = (assumed.nvlink_bytes_s / 2, assumed.ib_bytes_s / 2)
+    cores = min(assumed.cores_per_rank, LOADER_CORES)
     return {
-        "network at half the bandwidth": replace(
-            assumed,
-            nvlink_bytes_s=assumed.nvlink_bytes_s / 2,
-            ib_bytes_s=assumed.ib_bytes_s / 2,
-        ),
-        "nothing of the all-reduce hidden": replace(assumed, overlap=0.0),
-        "no balancing: cell i to rank i % ranks": replace(assumed, is_balanced=False),
-        "no flat copy: ranks read the SOMA store": replace(assumed, from_store=True),
-        "half the cores for the loader": replace(
-            assumed, cores_per_rank=min(assumed.cores_per_rank, LOADER_CORES) / 2
-        ),
-        "10 % lost to logging, checkpoints, stragglers": replace(assumed, sustained=0.9),
+        "network at half the bandwidth": {"nvlink_bytes_s": halves[0], "ib_bytes_s": halves[1]},
+        "nothing of the all-reduce hidden": {"overlap": 0.0},
+        "no balancing: cell i to rank i % ranks": {"is_balanced": False},
+        "no flat copy: ranks read the SOMA store": {"from_store": True},
+        "half the cores for the loader": {"cores_per_rank": cores / 2},
+        "10 % lost to logging, checkpoints, stragglers": {"sustained": 0.9},
     }
 
 
 def project(inputs: Inputs, assumed: Assumptions) -> dict[str, Any]:
     """All estimates: the card's layouts, other numbers of GPUs, other assumptions."""
-    layouts = []
-    for model in MODELS:
-        for packed in (False, True):
-            layouts.append(
-                {
-                    "model": model.name,
-                    "packed": packed,
-                    "nodes": model.nodes,
-                    "card_hours": model.card_hours,
-                    **step(inputs, model, packed, model.nodes, "H200", assumed),
-                    "cells_per_s_of": {
-                        gpu: [
-                            step(inputs, model, packed, nodes, gpu, assumed)["cells_per_s"]
-                            for nodes in NODES
-                        ]
-                        for gpu in SLOWER
-                    },
-                    "step_s_if": {
-                        name: step(inputs, model, packed, model.nodes, "H200", case)["step_s"]
-                        for name, case in cases(assumed).items()
-                    },
-                }
-            )
+
+    def layout(model: Model, packed: bool) -> dict[str, Any]:
+        def at(nodes: int, gpu: str, **case: Any) -> dict[str, Any]:
+            return step(inputs, model, packed, nodes, gpu, replace(assumed, **case))
+
+        rates = {gpu: [at(nodes, gpu)["cells_per_s"] for nodes in NODES] for gpu in SLOWER}
+        changed = cases(assumed).items()
+        slower = {name: at(model.nodes, "H200", **case)["step_s"] for name, case in changed}
+        known = {"model": model.name, "packed": packed, "nodes": model.nodes}
+        known |= {"card_hours": model.card_hours, **at(model.nodes, "H200")}
+        return known | {"cells_per_s_of": rates, "step_s_if": slower}
+
+    layouts = [layout(model, packed) for model in MODELS for packed in (False, True)]
     return {"layouts": layouts, "nodes": NODES, "assumed": asdict(assumed), "slower": SLOWER}
 
 
 # Table and picture
 
 
+LINES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "nodes x GPUs (H200)": lambda each: f"{each['nodes']} x {GPUS_PER_NODE}",
+    "cells per GPU and step": lambda each: f"{each['cells_per_gpu']:g}",
+    "step of one H200 at that size": lambda each: each["origin"],
+    "fixed part of that line, ms": lambda each: _ms(each["fixed_s"]),
+    "compute of the slowest rank, ms": lambda each: _ms(each["compute_s"]),
+    "- of it the others wait, ms": lambda each: _ms(each["waiting_s"]),
+    "all-reduce of the gradients, ms": lambda each: _ms(each["all_reduce_s"]),
+    "- of it not hidden by backward, ms": lambda each: _ms(each["exposed_s"]),
+    "loader of a rank, at the same time, ms": lambda each: _ms(each["loader_s"]),
+    "**step, ms**": lambda each: f"**{_ms(each['step_s'])}**",
+    "cells/s": lambda each: f"{each['cells_per_s']:,.0f}",
+    "TFLOPS per GPU, padded-eq.": lambda each: f"{each['tflops_padded_equivalent']:.0f}",
+    f"**hours for {STEPS:,} steps**": lambda each: f"**{each['hours']:.2f}**",
+}
+
+
 def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(head, rows): a column per model and kind of batch."""
-    layouts, nodes = found["layouts"], found["nodes"]
+    layouts, nodes = found["layouts"], list(found["nodes"])
 
-    def line(label: str, show: Any) -> list[str]:
-        return [label, *(str(show(layout)) for layout in layouts)]
+    def hours(layout: dict[str, Any], gpu: str) -> str:
+        rate = layout["cells_per_s_of"][gpu][nodes.index(layout["nodes"])]
+        return f"{STEPS * GLOBAL_BATCH / rate / 3600:.2f}"
 
-    def hours(gpu: str) -> list[str]:
-        return line(
-            f"hours on as many {gpu}, assumed {found['slower'][gpu]:.2f} x as slow",
-            lambda each: f"{_hours(each, gpu, nodes):.2f}",
-        )
-
-    head = ["estimate, not measured", *(_name(layout) for layout in layouts)]
-    rows = [
-        line("nodes x GPUs (H200)", lambda each: f"{each['nodes']} x {GPUS_PER_NODE}"),
-        line("cells per GPU and step", lambda each: f"{each['cells_per_gpu']:g}"),
-        line("step of one H200 at that size", lambda each: each["origin"]),
-        line("fixed part of that line, ms", lambda each: _ms(each["fixed_s"])),
-        line("compute of the slowest rank, ms", lambda each: _ms(each["compute_s"])),
-        line("- of it the others wait, ms", lambda each: _ms(each["waiting_s"])),
-        line("all-reduce of the gradients, ms", lambda each: _ms(each["all_reduce_s"])),
-        line("- of it not hidden by backward, ms", lambda each: _ms(each["exposed_s"])),
-        line("loader of a rank, at the same time, ms", lambda each: _ms(each["loader_s"])),
-        line("**step, ms**", lambda each: f"**{_ms(each['step_s'])}**"),
-        line("cells/s", lambda each: f"{each['cells_per_s']:,.0f}"),
-        line("TFLOPS per GPU, padded-eq.", lambda e: f"{e['tflops_padded_equivalent']:.0f}"),
-        line(f"**hours for {STEPS:,} steps**", lambda each: f"**{each['hours']:.2f}**"),
-        hours("H100"),
-        hours("A100"),
-        line("hours on the model card, A100", lambda each: f"{each['card_hours']:.1f}"),
-        line("GPU memory with the whole optimizer, MiB", lambda each: f"{each['peak_mib']:,.0f}"),
-    ]
-    for index, number in enumerate(nodes):
-        label = f"cells/s on {GPUS_PER_NODE * number} H200"
-        rows.append(
-            line(label, lambda e, index=index: f"{e['cells_per_s_of']['H200'][index]:,.0f}")
-        )
+    rows = [[label, *map(show, layouts)] for label, show in LINES.items()]
+    for gpu in ("H100", "A100"):
+        label = f"hours on as many {gpu}, assumed {found['slower'][gpu]:.2f} x as slow"
+        rows.append([label, *(hours(each, gpu) for each in layouts)])
+    card = "hours on the model card, A100"
+    rows.append([card, *(f"{each['card_hours']:.1f}" for each in layouts)])
+    memory = "GPU memory with the whole optimizer, MiB"
+    rows.append([memory, *(f"{each['peak_mib']:,.0f}" for each in layouts)])
+    rates = zip(*(each["cells_per_s_of"]["H200"] for each in layouts), strict=True)
+    for number, those in zip(nodes, rates, strict=True):
+        rows.append([f"cells/s on {GPUS_PER_NODE * number} H200", *(f"{r:,.0f}" for r in those)])
     for name in layouts[0]["step_s_if"]:
-        rows.append(line(f"step, ms: {name}", lambda each, name=name: _changed(each, name)))
-    return head, rows
+        rows.append([f"step, ms: {name}", *(_changed(each, name) for each in layouts)])
+    names = (f"{each['model'].upper()} {_form(each)}" for each in layouts)
+    return ["estimate, not measured", *names], rows
 
 
-def _name(layout: dict[str, Any]) -> str:
-    return f"{layout['model'].upper()} {'packed' if layout['packed'] else 'padded'}"
-
-
-def _hours(layout: dict[str, Any], gpu: str, nodes: Sequence[int]) -> float:
-    rate = layout["cells_per_s_of"][gpu][list(nodes).index(layout["nodes"])]
-    return STEPS * GLOBAL_BATCH / rate / 3600
+def _form(layout: dict[str, Any]) -> str:
+    return "packed" if layout["packed"] else "padded"
 
 
 def _ms(seconds: float) -> str:
@@ -396,10 +373,10 @@ def _draw(axes: Any, model: Model, found: dict[str, Any]) -> None:
     gpus = [GPUS_PER_NODE * number for number in found["nodes"]]
     for gpu, colour in colours.items():
         for layout in (each for each in found["layouts"] if each["model"] == model.name):
-            form, dashes = ("packed", "-") if layout["packed"] else ("padded", "--")
             style = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.4}
+            style |= {"linestyle": "-" if layout["packed"] else "--"}
             rates = layout["cells_per_s_of"][gpu]
-            axes.plot(gpus, rates, dashes, label=f"{gpu} {form}", **style)
+            axes.plot(gpus, rates, label=f"{gpu} {_form(layout)}", **style)
     rate = STEPS * GLOBAL_BATCH / model.card_hours / 3600
     axes.plot(GPUS_PER_NODE * model.nodes, rate, "D", color="#b3263a", label="model card, A100")
     axes.set_title(f"{model.name.upper()} model", loc="left", fontsize=10)

@@ -18,7 +18,8 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from benchmarks.harness.loader.cells import SEQ_LENGTH, Prepared
+from benchmarks.harness.common import SEQ_LENGTH
+from benchmarks.harness.loader_cells import Prepared
 from geneformer_mcore.data.collate import padded_length
 from geneformer_mcore.types import PAD
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness.common import VOCABULARY
-from benchmarks.harness.loader.cells import Prepared
+from benchmarks.harness.loader_cells import Prepared
 from benchmarks.harness.peers import contestant, ours, sc_dataset, scdl, soma_ml
 from geneformer_mcore.types import CLS, MASK, NUM_SPECIALS, PAD
 

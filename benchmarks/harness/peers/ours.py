@@ -9,7 +9,6 @@ A batch is complete: padded tokens with masks, places and labels; peers' batches
 
 from __future__ import annotations
 
-import subprocess
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.common import ROOT, build_store
-from benchmarks.harness.loader.cells import SEQ_LENGTH, Prepared
+from benchmarks.harness.common import SEQ_LENGTH, build_store
+from benchmarks.harness.loader_cells import Prepared
 from benchmarks.harness.peers import contestant
 from benchmarks.harness.peers.soma_ml import experiment
 from geneformer_mcore.config.sections import DataConfig
@@ -37,10 +36,9 @@ DEFAULTS = DataConfig()
 
 def store_of_tokens(data: Prepared) -> None:
     """The token store, by the project's own command; all cells are training cells."""
-    out, cells = data.place("store_of_tokens"), [data.counts_file]
     options = ("--validation-fraction", "0", "--test-fraction", "0")
-    command = build_store(out, cells, data.vocabulary_file, *options)
-    subprocess.run(command, check=True, cwd=ROOT)
+    out = data.place("store_of_tokens")
+    build_store(out, [data.counts_file], data.vocabulary_file, *options)
 
 
 def flat_copy(data: Prepared) -> None:

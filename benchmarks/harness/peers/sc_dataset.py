@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.loader.cells import Prepared
+from benchmarks.harness.loader_cells import Prepared
 from benchmarks.harness.peers import contestant
 from benchmarks.harness.peers.ours import store_of_tokens
 from geneformer_mcore.types import PAD

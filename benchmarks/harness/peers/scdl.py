@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from benchmarks.harness.loader.cells import Prepared
+from benchmarks.harness.loader_cells import Prepared
 from benchmarks.harness.peers import contestant
 
 

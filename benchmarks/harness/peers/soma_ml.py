@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from benchmarks.harness.loader.cells import SEQ_LENGTH, Prepared
+from benchmarks.harness.common import SEQ_LENGTH
+from benchmarks.harness.loader_cells import Prepared
 from benchmarks.harness.peers import contestant
 from benchmarks.harness.peers.tokenisers import HFTokeniser
 

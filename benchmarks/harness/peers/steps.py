@@ -1,30 +1,32 @@
-"""A contestant of train_step.py: global batches in a shape of its own, and a full step.
+"""A contestant of train_step.py: a model with its optimizer, a full step, one turn of it.
 
 cells of step n, the same for all -> its micro batches -> placed on the device
-    -> [ zero gradients -> forward, backward ... -> clip -> AdamW ]   what is timed
+    -> [ zero gradients -> forward, backward ... -> clip -> AdamW ]   timed, step by step
 """
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from benchmarks.harness.common import CONFIGS, VOCABULARY
+from benchmarks.harness.common import CONFIGS, VOCABULARY, forget_peak_mib, peak_mib
+from benchmarks.harness.step_cells import StepCells
 from geneformer_mcore.config import Config, load
+from geneformer_mcore.errors import DataError
 from geneformer_mcore.model.flops import ModelShape, Workload, padded_workload
+from geneformer_mcore.store.local_cache import FlatCopy
 from geneformer_mcore.types import Batch
 
 HF_DYNAMIC, HF_PADDED = "hf_dynamic", "hf_padded"
 """Those that all others are compared with: Hugging Face as usual, and as NVIDIA's stack pads."""
-NAMES = (
-    *("ours_packed", "ours_padded"),
-    *(HF_DYNAMIC, "hf_grouped", HF_PADDED),
-    *("megatron", "te_layers"),
-)
+NAMES = ("ours_packed", "ours_padded", HF_DYNAMIC, HF_PADDED, "megatron")
 """In the order of the table, ours first."""
 NEVER = -1e4
 """Output bias of the rows that pad the vocabulary: their probability is 0, and so is their part in
@@ -35,7 +37,7 @@ a peer's loss. Ours leaves them out by itself."""
 class Job:
     """The task of every contestant, in plain values: it goes to their processes as JSON.
 
-    cells:            folder of a flat copy of tokens (see store/flat.py)
+    cells:            folder of a flat copy of tokens
     model:            the settings start from configs/geneformer_MODEL.yaml
     changes:          and these `section.key=value` follow, the global batch's size among them
     vocabulary_size:  tokens, specials included
@@ -53,12 +55,15 @@ class Job:
         """The settings, with a contestant's own on top."""
         return load(CONFIGS[self.model], [*self.changes, *changes])[0]
 
+    def step_cells(self, config: Config) -> StepCells:
+        """The cells, in the order of training."""
+        return StepCells(FlatCopy(Path(self.cells)), config, self.vocabulary_size)
+
     def shape(self) -> ModelShape:
         """The model's size, for FLOPs: that of the card, whatever a contestant adds to it."""
         model = self.config().model
-        return ModelShape(
-            model.num_layers, model.hidden_size, model.ffn_hidden_size, self.vocabulary_size
-        )
+        widths = (model.num_layers, model.hidden_size, model.ffn_hidden_size)
+        return ModelShape(*widths, self.vocabulary_size)
 
 
 class StepContestant(ABC):
@@ -67,15 +72,17 @@ class StepContestant(ABC):
     label:    its name in tables
     package:  the distribution whose version is shown; "" for ourselves
     config:   the settings, with its own on top
+    about:    its attention, number format and padding, in a few words
     """
 
     config: Config
+    about: str
     label: ClassVar[str]
     package: ClassVar[str] = ""
 
     @classmethod
-    def why_not(cls, job: Job, on_gpu: bool) -> str:
-        """The reason why it cannot be measured on this machine, or with these settings; or ""."""
+    def why_not(cls) -> str:
+        """The reason why it cannot be measured on this machine; or ""."""
         return ""
 
     @classmethod
@@ -85,19 +92,9 @@ class StepContestant(ABC):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
-    @classmethod
-    def leave(cls) -> None:
-        """Undo `enter`."""
-        return
-
     @abstractmethod
     def __init__(self, job: Job, micro_batch: int, here: torch.device) -> None:
         """Build it on `here`. micro_batch: cells of a forward pass."""
-
-    @property
-    @abstractmethod
-    def about(self) -> str:
-        """Its attention, number format and padding, in a few words."""
 
     @abstractmethod
     def batches(self, number: int) -> list[Batch]:
@@ -114,12 +111,10 @@ class StepContestant(ABC):
     def computed(self, batches: list[Batch], needed: Workload) -> Workload:
         """The work that is computed: here, every position of every padded cell, all predicted.
 
-        needed: the work that the same cells are
+        needed: the work of the same cells
         """
         shapes = [batch.tokens_BS.shape for batch in batches]
-        return add(
-            [padded_workload(num_positions, num_cells) for num_cells, num_positions in shapes]
-        )
+        return add([padded_workload(positions, cells) for cells, positions in shapes])
 
 
 def add(parts: list[Workload]) -> Workload:
@@ -134,7 +129,59 @@ def contestants() -> dict[str, type[StepContestant]]:
 
     kinds: tuple[type[StepContestant], ...] = (
         *(steps_megatron.OursPacked, steps_megatron.OursPadded),
-        *(steps_torch.HFDynamic, steps_torch.HFGrouped, steps_torch.HFPadded),
-        *(steps_megatron.PlainMegatron, steps_torch.TELayers),
+        *(steps_torch.HFDynamic, steps_torch.HFPadded),
+        steps_megatron.PlainMegatron,
     )
     return dict(zip(NAMES, kinds, strict=True))
+
+
+def take_turn(kind: type[StepContestant], job: Job, micro_batch: int) -> dict[str, Any]:
+    """The measurements, over the measured steps. Ends with the process, whose device it takes.
+
+    seconds:         of every measured step; batches are ready, and on the device, before the clock
+    losses:          nats per predicted gene, of every step from the first, unmeasured ones included
+    cells:           of the measured steps together, as are
+    needed, computed: the work of the cells, and that which was computed on for it
+    peak_mib:        memory of weights, gradients, moments and activations: on a GPU allocated by
+                     torch, on a CPU the growth of the process
+    """
+    # Where memory runs out, this process is to be killed, and no other of the machine.
+    score = Path("/proc/self/oom_score_adj")
+    if score.exists():
+        score.write_text("1000")
+    here = kind.enter()
+    before_mib = forget_peak_mib(here)
+    contestant = kind(job, micro_batch, here)
+    batches = [contestant.batches(number) for number in range(job.warmup + job.steps)]
+    placed = [contestant.placed(each) for each in batches]
+    losses, seconds = [], []
+    for each in placed:
+        began = _now(here)
+        losses.append(contestant.step(each))
+        seconds.append(_now(here) - began)
+    if not all(map(math.isfinite, losses)):
+        raise DataError(f"{kind.label}: a loss is not finite ({losses}).")
+    return {
+        "seconds": seconds[job.warmup :],
+        "losses": losses,
+        "cells": job.steps * contestant.config.train.global_batch_size,
+        "peak_mib": peak_mib(here) - before_mib,
+        "about": contestant.about,
+    } | _work(contestant, job, batches)
+
+
+def _now(here: torch.device) -> float:
+    if here.type == "cuda":
+        torch.cuda.synchronize(here)
+    return time.perf_counter()
+
+
+def _work(contestant: StepContestant, job: Job, batches: list) -> dict[str, Any]:
+    """Summed over the measured steps: {"needed": ..., "computed": ...}, each as `Workload`."""
+    cells = job.step_cells(contestant.config)
+    needed, computed = [], []
+    for number in range(job.warmup, job.warmup + job.steps):
+        num_predicted = sum(len(batch.labels_M) for batch in batches[number])
+        needed.append(cells.needed(number, num_predicted))
+        computed.append(contestant.computed(batches[number], needed[-1]))
+    return {"needed": vars(add(needed)), "computed": vars(add(computed))}

@@ -14,7 +14,6 @@ from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from benchmarks.harness.peers.steps import NEVER, Job, StepContestant
-from benchmarks.harness.train_step.cells import StepCells
 from geneformer_mcore import backends
 from geneformer_mcore.config import Config, plan
 from geneformer_mcore.config.sections import ModelConfig, ParallelConfig, Precision
@@ -39,8 +38,10 @@ def our_stages(
     return stages
 
 
-class MegatronStep(StepContestant):
-    """A model on Megatron-Core, trained by train.step on the batches of our feed."""
+class OursPadded(StepContestant):
+    """Ours: only masked positions are predicted."""
+
+    label = "ours, padded"
 
     @classmethod
     def enter(cls) -> torch.device:
@@ -48,10 +49,6 @@ class MegatronStep(StepContestant):
         here = device.start()
         groups.start(here, ParallelConfig())
         return here
-
-    @classmethod
-    def leave(cls) -> None:
-        groups.stop()
 
     def __init__(self, job: Job, micro_batch: int, here: torch.device) -> None:
         config = self.config = job.config(*self.changes(job, micro_batch))
@@ -62,7 +59,7 @@ class MegatronStep(StepContestant):
         core = megatron_config.transformer_config(config.model, config.parallel, precision, here)
         stages = self.stages(core, job.vocabulary_size)
         self.trainable = optim.wrap(stages, config.optim, config.parallel)
-        self.feed = StepCells.open(job.cells, config, job.vocabulary_size).feed(config)
+        self.feed = job.step_cells(config).feed(config)
 
     @classmethod
     def changes(cls, job: Job, micro_batch: int) -> list[str]:
@@ -72,6 +69,16 @@ class MegatronStep(StepContestant):
     def stages(self, core: TransformerConfig, vocabulary_size: int) -> list[Any]:
         """The model with its initial weights: here, ours."""
         return our_stages(self.config, core, self.here, vocabulary_size)
+
+    @property
+    def about(self) -> str:  # type: ignore[override]
+        config = self.config
+        precision, packed = config.train.precision, config.data.packing
+        chosen = select.choose(config.model, self.here, precision, packed).value
+        stream = ", 32-bit residuals" if precision is Precision.bf16 else ""
+        rows = f"padded per step to multiples of {config.data.pad_multiple}"
+        rows = "packed" if packed else rows
+        return f"{chosen} attention, {precision.value} weights{stream}, {rows}"
 
     def batches(self, number: int) -> list[Batch]:
         return self.feed.step(number * self.config.train.global_batch_size)
@@ -83,26 +90,9 @@ class MegatronStep(StepContestant):
         result = train_step(self.trainable, placed, self.config.optim.lr, self.topology)
         return result.totals.loss
 
-
-class OursPadded(MegatronStep):
-    """Ours: only masked positions are predicted."""
-
-    label = "ours, padded"
-
-    @property
-    def about(self) -> str:
-        config = self.config
-        stream = ", 32-bit residuals" if config.train.precision is Precision.bf16 else ""
-        precision, packed = config.train.precision, config.data.packing
-        chosen = select.choose(config.model, self.here, precision, packed).value
-        return f"{chosen} attention, {config.train.precision.value} weights{stream}, {self._rows()}"
-
     def computed(self, batches: list[Batch], needed: Workload) -> Workload:
         padded = super().computed(batches, needed)
         return Workload(padded.tokens, padded.sum_squared_lengths, needed.num_predicted)
-
-    def _rows(self) -> str:
-        return f"padded per step to multiples of {self.config.data.pad_multiple}"
 
 
 class OursPacked(OursPadded):
@@ -121,11 +111,8 @@ class OursPacked(OursPadded):
         tokens = sum(batch.tokens_BS.numel() for batch in batches)
         return Workload(tokens, needed.sum_squared_lengths, needed.num_predicted)
 
-    def _rows(self) -> str:
-        return "packed"
 
-
-class PlainMegatron(MegatronStep):
+class PlainMegatron(OursPadded):
     """Megatron-Core's BertModel with its own layers, loss and head, padded to the full length."""
 
     label = "Megatron-Core BERT, padded to full length"
@@ -150,10 +137,13 @@ class PlainMegatron(MegatronStep):
         return [stage]
 
     @property
-    def about(self) -> str:
+    def about(self) -> str:  # type: ignore[override]
         is_te = _layers(self.here) is not bert_layer_specs.bert_layer_local_spec
         layers = "Transformer Engine's layers" if is_te else "its local layers, plain attention"
         return f"{layers}, {self.config.train.precision.value} weights"
+
+    def computed(self, batches: list[Batch], needed: Workload) -> Workload:
+        return StepContestant.computed(self, batches, needed)  # every position is predicted
 
 
 class PlainBert(BertModel):

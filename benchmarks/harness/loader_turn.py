@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 
 from benchmarks.harness.common import MIB, process_mib
-from benchmarks.harness.loader.cells import Prepared
+from benchmarks.harness.loader_cells import Prepared
 from benchmarks.harness.peers.contestant import BATCH_SIZE, Contestant
 from geneformer_mcore.errors import DataError
 

@@ -1,14 +1,14 @@
 """The cells that loaders and tokenisers are given: in memory, and on disk for every contestant.
 
 h5ad files | a made-up pool -> one list of genes -> rows drawn with replacement -> Cells
-Cells -> cells.h5ad (raw counts, uncompressed), vocabulary.json, tokens.npy and offsets.npy (exact)
-      -> truth.npz: sums per cell, against which the batches of a contestant are checked
+Cells -> cells.h5ad (raw counts, uncompressed), vocabulary.json, arrays.npz: exact tokens, and sums
+         per cell, against which the batches of a contestant are checked
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +16,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from benchmarks.harness import made_up
+from benchmarks.harness.common import SEQ_LENGTH
 from benchmarks.harness.peers.tokenisers import blocks
 from geneformer_mcore.io.blocks import CountBlock
 from geneformer_mcore.io.h5ad import CountsFile
@@ -24,13 +26,6 @@ from geneformer_mcore.tokenizer.dictionary import import_dictionary
 from geneformer_mcore.tokenizer.genes import find_gene_ids
 from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
-
-SEQ_LENGTH = 2048
-POOL_CELLS = 2000
-_POOL_SETS = 4
-_GENES, _KNOWN_SHARE = 20_000, 0.86
-"""Made-up cells have the genes of a usual file, as many of them in the vocabulary, and some 1,700
-non-zeros each, as the real cells that this project is tested with."""
 
 
 @dataclass(frozen=True)
@@ -66,41 +61,24 @@ def draw(
     medians: {gene id: median} of the vocabulary; None: those of the cells that are drawn from
     """
     rng = np.random.default_rng(seed)
-    if paths:
-        sets, gene_ids = _real_sets(paths)
-        known = np.ones(len(gene_ids), dtype=bool)
-    else:
-        sets, gene_ids = _made_up_sets(rng)
-        known = rng.random(len(gene_ids)) < _KNOWN_SHARE
-    if medians is None:
-        vocabulary = _vocabulary(sparse.vstack(sets, format="csr"), gene_ids, known)
-    else:
-        vocabulary = import_dictionary(medians)
+    sets, gene_ids = _real_sets(paths) if paths else made_up.count_sets(rng)
+    known = np.ones(len(gene_ids)) if paths else rng.random(len(gene_ids)) < made_up.KNOWN_SHARE
+    pool = sparse.vstack(sets, format="csr")
+    vocabulary = import_dictionary(medians) if medians else _vocabulary(pool, gene_ids, known)
     kept = np.array([gene in vocabulary.token_ids for gene in gene_ids])
     # Cells without a token have no place in a store of tokens: no contestant gets one.
     sets = [counts[counts[:, kept].getnnz(axis=1) > 0] for counts in sets]
-    return (
-        _drawn(sets, gene_ids, vocabulary, num_cells, rng),
-        _drawn(sets, gene_ids, vocabulary, 128, rng),
-    )
-
-
-def _drawn(
-    sets: list[sparse.csr_matrix],
-    gene_ids: list[str],
-    vocabulary: Vocabulary,
-    num_cells: int,
-    rng: np.random.Generator,
-) -> Cells:
     sizes = np.array([counts.shape[0] for counts in sets])
-    ends = np.rint(num_cells * np.cumsum(sizes) / sizes.sum()).astype(int)
-    shares = np.diff(ends, prepend=0)
-    parts = [
-        counts[rng.integers(0, counts.shape[0], share)]
-        for counts, share in zip(sets, shares, strict=True)
-    ]
-    dataset_N = np.repeat(np.arange(len(sets)), shares).astype(np.int16)
-    return Cells(sparse.vstack(parts, format="csr"), gene_ids, dataset_N, vocabulary)
+
+    def drawn(number: int) -> Cells:
+        ends = np.rint(number * np.cumsum(sizes) / sizes.sum()).astype(int)
+        shares = np.diff(ends, prepend=0)
+        pairs = zip(sets, sizes, shares, strict=True)
+        parts = [counts[rng.integers(0, size, share)] for counts, size, share in pairs]
+        dataset_N = np.repeat(np.arange(len(sets)), shares).astype(np.int16)
+        return Cells(sparse.vstack(parts, format="csr"), gene_ids, dataset_N, vocabulary)
+
+    return drawn(num_cells), drawn(128)
 
 
 def _real_sets(paths: Sequence[Path]) -> tuple[list[sparse.csr_matrix], list[str]]:
@@ -130,22 +108,6 @@ def _on_genes(
     return moved
 
 
-def _made_up_sets(rng: np.random.Generator) -> tuple[list[sparse.csr_matrix], list[str]]:
-    gene_ids = [f"ENSG{number:011d}" for number in range(_GENES)]
-    common = rng.lognormal(0.0, 2.0, _GENES)
-    sets = []
-    for _ in range(_POOL_SETS):
-        # Each data set prefers genes of its own, as tissues do.
-        share = np.cumsum(common * rng.lognormal(0.0, 0.7, _GENES))
-        rows = []
-        for _ in range(POOL_CELLS // _POOL_SETS):
-            reads = int(rng.lognormal(8.0, 0.5))
-            columns = np.searchsorted(share, rng.random(reads) * share[-1])
-            rows.append(np.bincount(columns, minlength=_GENES).astype(np.float32))
-        sets.append(sparse.csr_matrix(np.stack(rows)))
-    return sets, gene_ids
-
-
 def _vocabulary(counts: sparse.csr_matrix, gene_ids: list[str], known: np.ndarray) -> Vocabulary:
     """The genes that the cells express, with the medians of their non-zero normalised counts."""
     totals = np.asarray(counts.sum(axis=1), dtype=np.float64)
@@ -157,9 +119,6 @@ def _vocabulary(counts: sparse.csr_matrix, gene_ids: list[str], known: np.ndarra
         if known[column] and stop > start
     }
     return Vocabulary.from_medians(medians)
-
-
-# On disk
 
 
 @dataclass(frozen=True)
@@ -179,17 +138,18 @@ class Truth:
     keys_N: np.ndarray
 
 
-@dataclass(frozen=True)
 class Prepared:
     """A folder that `write` has filled.
 
     counts_file:      raw counts; row i of the file is cell i
     token_of_column:  int32 [genes], 0 for a gene that is no token
-    tokens_T:         uint16, all cells end to end, mapped from disk
+    tokens_T:         uint16, all cells end to end
     offsets:          int64 [N + 1]: cell i is tokens_T[offsets[i]:offsets[i + 1]]
     """
 
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.counts_file, self.vocabulary_file = folder / "cells.h5ad", folder / "vocabulary.json"
 
     def place(self, form: str) -> Path:
         """File or folder of the format `form`, named as the function that makes it."""
@@ -198,34 +158,29 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.truth.keys_N)
 
-    @property
-    def counts_file(self) -> Path:
-        return self.folder / "cells.h5ad"
-
-    @property
-    def vocabulary_file(self) -> Path:
-        return self.folder / "vocabulary.json"
-
     @cached_property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary.load(self.vocabulary_file)
 
     @cached_property
     def truth(self) -> Truth:
-        with np.load(self.folder / "truth.npz") as found:
-            return Truth(**found)
+        return Truth(**{each.name: self._array(each.name) for each in fields(Truth)})
 
     @cached_property
     def token_of_column(self) -> np.ndarray:
-        return np.load(self.folder / "token_of_column.npy")
+        return self._array("token_of_column")
 
     @cached_property
     def tokens_T(self) -> np.ndarray:
-        return np.load(self.folder / "tokens.npy", mmap_mode="r")
+        return self._array("tokens_T")
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        return np.load(self.folder / "offsets.npy")
+        return self._array("offsets")
+
+    def _array(self, name: str) -> np.ndarray:
+        with np.load(self.folder / "arrays.npz") as found:
+            return found[name]
 
 
 def write(cells: Cells, folder: Path) -> Prepared:
@@ -233,36 +188,33 @@ def write(cells: Cells, folder: Path) -> Prepared:
     import anndata
 
     folder.mkdir(parents=True, exist_ok=True)
+    data = Prepared(folder)
     cell_ids = [f"c{row:08d}" for row in range(len(cells))]
     dataset_ids = [f"set{number}" for number in cells.dataset_N]
     obs = pd.DataFrame({"dataset_id": pd.Categorical(dataset_ids)}, index=pd.Index(cell_ids))
     var = pd.DataFrame(index=pd.Index(cells.gene_ids, name="feature_id"))
-    anndata.AnnData(cells.counts, obs=obs, var=var).write_h5ad(folder / "cells.h5ad")
-    cells.vocabulary.save(folder / "vocabulary.json")
-    tokens_T, offsets = _encoded(cells)
-    np.save(folder / "token_of_column.npy", cells.token_of_column)
-    np.save(folder / "tokens.npy", tokens_T)
-    np.save(folder / "offsets.npy", offsets)
-    truth = Truth(
+    anndata.AnnData(cells.counts, obs=obs, var=var).write_h5ad(data.counts_file)
+    cells.vocabulary.save(data.vocabulary_file)
+    encoder, token_of_column = RankEncoder(cells.vocabulary, SEQ_LENGTH), cells.token_of_column
+    ranked = [encoder.encode(count_block(part), token_of_column) for part in blocks(cells.counts)]
+    lengths = np.concatenate([np.diff(part.offsets) for part in ranked])
+    tokens_T = np.concatenate([part.tokens_T for part in ranked])
+    offsets = np.append(0, np.cumsum(lengths)).astype(np.int64)
+    np.savez(
+        folder / "arrays.npz",
+        token_of_column=token_of_column,
+        tokens_T=tokens_T,
+        offsets=offsets,
         count_sums_N=np.asarray(cells.counts.sum(axis=1, dtype=np.float64)).ravel(),
         token_sums_N=np.add.reduceat(tokens_T.astype(np.float64), offsets[:-1]),
-        num_tokens_N=np.diff(offsets),
+        num_tokens_N=lengths,
         dataset_N=cells.dataset_N,
         keys_N=cell_keys(dataset_ids, cell_ids),
     )
-    np.savez(folder / "truth.npz", **vars(truth))
-    return Prepared(folder)
+    return data
 
 
 def count_block(counts: sparse.csr_matrix) -> CountBlock:
     """The counts widened, as our encoder takes them."""
     indices = counts.indices.astype(np.int32, copy=False)
     return CountBlock(counts.data.astype(np.float64), indices, counts.indptr.astype(np.int64))
-
-
-def _encoded(cells: Cells) -> tuple[np.ndarray, np.ndarray]:
-    encoder, token_of_column = RankEncoder(cells.vocabulary, SEQ_LENGTH), cells.token_of_column
-    ranked = [encoder.encode(count_block(part), token_of_column) for part in blocks(cells.counts)]
-    lengths = np.concatenate([np.diff(part.offsets) for part in ranked])
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return np.concatenate([part.tokens_T for part in ranked]), offsets
