@@ -83,9 +83,9 @@ def sources(inputs: Inputs, assumed: Assumptions, num_cells: int, cells: str) ->
     """The origin of every number, in a paragraph."""
     worst = max(each.packed for each in inputs.balances.values())
     return (
-        f"Estimates. Measured: steps of one H200 with AdamW on all parameters ({scaling_model.H200}); "
-        f"the loader on a CPU, {inputs.flat_cells_s:,.0f} cells/s from a flat copy and "
-        f"{inputs.store_cells_s:,.0f} from the SOMA store per process (loader.json); "
+        "Estimates. Measured: steps of one H200 with AdamW on all parameters "
+        f"({scaling_model.H200}); the loader on a CPU, {inputs.flat_cells_s:,.0f} cells/s from a "
+        f"flat copy and {inputs.store_cells_s:,.0f} from the SOMA store per process (loader.json); "
         f"{num_cells:,} cells of {inputs.mean_tokens:,.0f} tokens on average, cut at 2,048 "
         f"({cells}), packed by the real code onto simulated ranks, the fullest of which has "
         f"{worst:.4f} x the mean at most. Assumed: packed steps take the time of as many tokens of "

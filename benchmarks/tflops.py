@@ -141,7 +141,7 @@ def _measure_all(
     for setting in wanted:
         reason = reasons.get(setting, "")
         if not reason:
-            given = (setting, arguments.seq_length, here, *known.values())
+            given = (setting, arguments.seq_length, here, arguments.warmup, arguments.steps)
             found, reason = _tried(measured_row, *given, peaks[setting.precision])
             rows += found
         if reason:

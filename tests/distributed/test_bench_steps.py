@@ -1,5 +1,4 @@
-"""Contestants of benchmarks/train_step.py learn the same from the same cells; tflops.py lets go of a
-measured model."""
+"""Contestants of train_step.py learn the same from the same cells; tflops.py frees its models."""
 
 from __future__ import annotations
 
