@@ -20,29 +20,21 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # In place of this folder, where tokenize.py hides Python's own: the project.
-    sys.path.remove(sys.path[0])
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # in place of this folder, whose tokenize.py hides Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 from functools import partial
 from typing import Any
 
 from benchmarks.harness import common
-from benchmarks.harness.cell_types import (
-    NVIDIA,
-    content_hash,
-    facts,
-    folder_name,
-    result_of,
-    training_sets,
-)
+from benchmarks.harness.cell_types import NVIDIA, facts, folder_name, result_of, training_sets
 from benchmarks.harness.common import ROOT, parser_of, refuse, save_results
 from benchmarks.harness.pages import CELL_TYPE_HEAD, cell_type_notes, cell_type_rows, markdown
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.exit_codes import FINISHED, run
+from geneformer_mcore.io.files import file_digest
 
 CONFIG = "configs/cell_types.yaml"
 step = partial(common.step, OMP_NUM_THREADS="1")
@@ -71,8 +63,8 @@ def main() -> int:
         found.append(result_of(each, folder / "run", types))
     content = {"sets": found, "nvidia": NVIDIA}
     save_results(result, content)
-    print("", markdown(CELL_TYPE_HEAD, cell_type_rows(content), []), "", sep="\n")
-    print(*cell_type_notes(content), f"{result}: all figures", sep="\n")
+    print("", markdown(CELL_TYPE_HEAD, cell_type_rows(content)), sep="\n")
+    print("", *cell_type_notes(content), f"{result}: all figures", sep="\n")
     return FINISHED
 
 
@@ -85,9 +77,8 @@ def _files(paths: list[Path]) -> list[Path]:
 
 def _model(files: tuple[Path, ...], options: list[str], arguments: argparse.Namespace) -> str:
     """The folder of a store and of the run on it."""
-    vocabulary = [content_hash(Path(path)) for path in options[1:]]
-    config = content_hash(arguments.config)
-    how = [config, arguments.settings, arguments.steps, arguments.ranks]
+    vocabulary = [file_digest(Path(path)) for path in options[1:]]
+    how = [file_digest(arguments.config), arguments.settings, arguments.steps, arguments.ranks]
     return folder_name("model", facts(files), vocabulary, *how)
 
 

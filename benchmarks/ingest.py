@@ -15,12 +15,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # In place of this folder, where a tokenize.py would hide Python's own: the project.
-    sys.path.remove(sys.path[0])
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # in place of this folder, whose tokenize.py hides Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import contextlib
 import json
 import re
 import resource
@@ -146,17 +145,15 @@ def _measure(
         printed = process.stdout.read()
     if process.returncode:
         raise DataError(f"build_store.py ended with {process.returncode}.")
-    tokenising_s, writing_s = (_phase_s(what, printed) for what in ("tokenising", "writing rows"))
     manifest = json.loads((store / "manifest.json").read_text())
     return {
         "cells": manifest["cells"],
         "seconds": round(seconds, 2),
         "cells_per_s": round(manifest["cells"] / seconds),
         "cpu_s": round(_children_cpu_s() - cpu_s, 2),
-        "tokenising_s": tokenising_s,
-        "writing_s": writing_s,
-        "peak_pss_gb": round(peaks["pss"] / 1e9, 3),
-        "peak_rss_gb": round(peaks["rss"] / 1e9, 3),
+        "tokenising_s": _phase_s("tokenising", printed),
+        "writing_s": _phase_s("writing rows", printed),
+        **{f"peak_{name}_gb": round(size / 1e9, 3) for name, size in peaks.items()},
         "input_bytes": sum(file.stat().st_size for file in files),
         "store_bytes": sum(file.stat().st_size for file in store.rglob("*") if file.is_file()),
         "tokens": manifest["tokens"],
@@ -180,18 +177,12 @@ def _children_cpu_s() -> float:
 def _memory(pid: int) -> dict[str, int]:
     """Bytes of a process and all under it."""
     total = {"rss": 0, "pss": 0}
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
-        family = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return total
-    for process in family:
-        try:
-            found = process.memory_full_info()
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-        total["rss"] += found.rss
-        total["pss"] += found.pss
+        for process in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # a zombie, too
+                found = process.memory_full_info()
+                total = {"rss": total["rss"] + found.rss, "pss": total["pss"] + found.pss}
     return total
 
 
@@ -230,20 +221,18 @@ def _census(last: dict[str, Any], workers: int) -> dict[str, Any]:
     merge = last["cells"] / last["writing_s"]
     units = -(-CENSUS_CELLS // plan.MOST_ROWS_PER_UNIT)
     pieces = units * len(SPLITS) * count_buckets(CENSUS_CELLS)
-    tokenise_s, merge_s = CENSUS_CELLS / (per_core * NODE_CORES), CENSUS_CELLS / merge
-    pieces_s = pieces * S_PER_PIECE
-    bytes_per_s = last["input_bytes"] / last["cells"] * per_core * NODE_CORES
+    rate = per_core * NODE_CORES
+    seconds = (CENSUS_CELLS / rate, CENSUS_CELLS / merge, pieces * S_PER_PIECE)
+    names = ("tokenise_s", "merge_s", "pieces_s")
     return {
         "census": CENSUS_CELLS,
         "cores": NODE_CORES,
         "per_core": round(per_core),
         "merge": round(merge),
-        "tokenise_s": round(tokenise_s),
-        "merge_s": round(merge_s),
         "pieces": pieces,
-        "pieces_s": round(pieces_s),
-        "minutes": round((tokenise_s + merge_s + pieces_s) / 60, 1),
-        "read_gb_per_s": round(bytes_per_s / 1e9, 2),
+        **{name: round(each) for name, each in zip(names, seconds, strict=True)},
+        "minutes": round(sum(seconds) / 60, 1),
+        "read_gb_per_s": round(last["input_bytes"] / last["cells"] * rate / 1e9, 2),
     }
 
 

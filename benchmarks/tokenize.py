@@ -16,10 +16,8 @@ import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # In place of this folder, where this very file hides Python's own `tokenize`: the project.
-    sys.path.remove(sys.path[0])
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # in place of this folder, whose tokenize.py hides Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     # Before numpy and numba are there to see it.
     for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[_threads] = "1"

@@ -9,27 +9,25 @@ So another command in the same OUT finds nothing of the old one, and the same on
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.files import checksum_of
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 SEQ_LENGTH = 512
 """Tokens by which cells are compared: several times what is looked at."""
 
+CARD = (("PCA(10)", 0.561, 0.775), ("about 100 steps", 0.079, 0.399))
+CARD += (("10M", 0.702, 0.839), ("106M", 0.843, 0.905))
 NVIDIA = {
     "data": "Elmentaite 2020, 22,500 cells, 31 cell types",
-    "rows": [
-        {"features": "PCA(10)", "macro_f1": 0.561, "accuracy": 0.775},
-        {"features": "about 100 steps", "macro_f1": 0.079, "accuracy": 0.399},
-        {"features": "10M", "macro_f1": 0.702, "accuracy": 0.839},
-        {"features": "106M", "macro_f1": 0.843, "accuracy": 0.905},
-    ],
+    "rows": [dict(zip(("features", "macro_f1", "accuracy"), row, strict=True)) for row in CARD],
 }
 """Of the model card of geneformer-10M/106M-240530: random forest, 5-fold, 115,430 steps of 2,048
 cells."""
@@ -37,20 +35,14 @@ cells."""
 
 def folder_name(start: str, *made_of: object) -> str:
     """`start`_<hash of plain values>: the same for the same ones, in this order."""
-    text = json.dumps(made_of, sort_keys=True)
-    return f"{start}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{start}_{checksum_of(made_of)[:12]}"
 
 
 def facts(files: Iterable[Path]) -> list[list[object]]:
     """Path, bytes, time of the last change of each file. To hash the content of large files would
     take as long as to read them."""
-    found = [(path.resolve(), path.resolve().stat()) for path in files]
-    return [[str(path), there.st_size, there.st_mtime_ns] for path, there in found]
-
-
-def content_hash(path: Path) -> str:
-    """Hash of a small file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    found = [(str(path.resolve()), path.stat()) for path in files]
+    return [[name, there.st_size, there.st_mtime_ns] for name, there in found]
 
 
 @dataclass(frozen=True)
@@ -93,20 +85,19 @@ def _num_common(labelled: Path, train: Path, vocabulary: Vocabulary) -> int:
 
     from geneformer_mcore.inference import data_leakage
     from geneformer_mcore.inference.cells import CountedCells
-    from geneformer_mcore.inference.data_leakage import TrainingCells
     from geneformer_mcore.tokenizer.corpus import InputOptions
 
     options = InputOptions(allow_low_overlap=True, allow_no_overlap=True)
-    judged = CountedCells(str(labelled), vocabulary, SEQ_LENGTH, options)
-    learned = CountedCells(str(train), vocabulary, SEQ_LENGTH, options)
-    has_gene_V = np.zeros(vocabulary.size, bool)
-    has_gene_V[judged.genes.token_of_column] = True
-    try:
-        training = TrainingCells(str(train), learned, 0, len(learned), SEQ_LENGTH)
+    given = (vocabulary, SEQ_LENGTH, options)
+    with (
+        closing(CountedCells(str(labelled), *given)) as judged,
+        closing(CountedCells(str(train), *given)) as learned,
+    ):
+        has_gene_V = np.zeros(vocabulary.size, bool)
+        has_gene_V[judged.genes.token_of_column] = True
+        cells = (str(train), learned, 0, len(learned), SEQ_LENGTH)
+        training = data_leakage.TrainingCells(*cells)
         return int(data_leakage.find(judged, has_gene_V, training).same_N.sum())
-    finally:
-        judged.close()
-        learned.close()
 
 
 def result_of(each: TrainingSet, run: Path, types: Path) -> dict[str, Any]:

@@ -178,6 +178,15 @@ class Prepared:
     def offsets(self) -> np.ndarray:
         return self._array("offsets")
 
+    def rows_of(self, keys: np.ndarray) -> np.ndarray:
+        """int64: source rows of cell keys."""
+        row_of_key = self._row_of_key
+        return row_of_key[np.searchsorted(self.truth.keys_N, keys, sorter=row_of_key)]
+
+    @cached_property
+    def _row_of_key(self) -> np.ndarray:
+        return np.argsort(self.truth.keys_N)
+
     def _array(self, name: str) -> np.ndarray:
         with np.load(self.folder / "arrays.npz") as found:
             return found[name]

@@ -7,6 +7,7 @@ open on 128 cells, one epoch (imports, compilation)
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -19,7 +20,7 @@ import psutil
 
 from benchmarks.harness.common import MIB, process_mib
 from benchmarks.harness.loader_cells import Prepared
-from benchmarks.harness.peers.contestant import BATCH_SIZE, Contestant
+from benchmarks.harness.peers.contestant import BATCH_SIZE, TOKENS, Contestant
 from geneformer_mcore.errors import DataError
 
 BLOCK_CELLS = 64
@@ -78,8 +79,7 @@ def checked(contestant: Contestant, data: Prepared, rows: list[np.ndarray]) -> d
     """One more epoch with every cell checked by its sum; the shuffle of the first, and how the next
     after it differs. Raises DataError for a cell that is not as it must be."""
     truth = data.truth
-    is_tokens = contestant.table == "tokens"
-    expected = truth.token_sums_N if is_tokens else truth.count_sums_N
+    expected = truth.token_sums_N if contestant.table == TOKENS else truth.count_sums_N
     seen, wrong = [], 0
     for batch in contestant.epoch(len(rows)):
         here = contestant.rows(contestant.cells(batch))
@@ -88,10 +88,8 @@ def checked(contestant: Contestant, data: Prepared, rows: list[np.ndarray]) -> d
     if wrong:
         raise DataError(f"{contestant.label}: {wrong:,} cells hold something else than they must.")
     first, second = [*rows, np.concatenate(seen)][:2]
-    return {
-        "shuffle": quality(first, truth.dataset_N, BATCH_SIZE)
-        | two_epochs(first, second, len(data), BATCH_SIZE)
-    }
+    alike = two_epochs(first, second, len(data), BATCH_SIZE)
+    return {"shuffle": quality(first, truth.dataset_N, BATCH_SIZE) | alike}
 
 
 def _cpu_s() -> float:
@@ -104,8 +102,7 @@ class _Peak:
 
     def __init__(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the mark
-        self._children = 0.0
-        self._ended = threading.Event()
+        self._children, self._ended = 0.0, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
@@ -119,13 +116,9 @@ class _Peak:
     def _watch(self) -> None:
         here = psutil.Process()
         while not self._ended.wait(_SAMPLING_S):
-            sizes = []
-            for child in here.children():
-                try:
-                    sizes.append(child.memory_info().rss)
-                except psutil.NoSuchProcess:
-                    continue
-            self._children = max(self._children, sum(sizes) / MIB)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                sizes = sum(child.memory_info().rss for child in here.children())
+                self._children = max(self._children, sizes / MIB)
 
 
 # Shuffle quality
@@ -179,10 +172,8 @@ def two_epochs(
 def _mates_again(first: np.ndarray, second: np.ndarray, batch_size: int) -> float:
     batch_in_second = np.empty(len(second), np.int64)
     batch_in_second[second] = np.arange(len(second)) // batch_size
-    pairs = shared = 0
-    for start in range(0, len(first), batch_size):
-        batch = first[start : start + batch_size]
-        _, counts = np.unique(batch_in_second[batch], return_counts=True)
-        shared += int((counts * (counts - 1)).sum())
-        pairs += len(batch) * (len(batch) - 1)
-    return shared * (len(first) - 1) / (pairs * (batch_size - 1))
+    pairs = np.stack([np.arange(len(first)) // batch_size, batch_in_second[first]])
+    _, counts = np.unique(pairs, axis=1, return_counts=True)
+    sizes = np.bincount(pairs[0])
+    shared, possible = (int((each * (each - 1)).sum()) for each in (counts, sizes))
+    return shared * (len(first) - 1) / (possible * (batch_size - 1))

@@ -392,6 +392,7 @@ def cell_type_rows(content: Measurement) -> list[list[str]]:
 def _cell_type_row(each: Measurement, scheme: Measurement, row: Measurement) -> list[str]:
     best = max(other["macro_f1"]["value"] for other in scheme["rows"])
     score = _score(row["macro_f1"])
+    is_baseline = row is scheme["rows"][0]
     return [
         f"{each['input'].removesuffix('.h5ad')}, {scheme['cells']:,} cells",
         f"{scheme['name']}, {len(scheme['labels'])} labels",
@@ -399,15 +400,14 @@ def _cell_type_row(each: Measurement, scheme: Measurement, row: Measurement) -> 
         row["classifier"],
         f"**{score}**" if row["macro_f1"]["value"] == best else score,
         _score(row["accuracy"]),
-        "-" if row is scheme["rows"][0] else _score(row["macro_f1_over_baseline"], "+.3f"),
+        "-" if is_baseline else _score(row["macro_f1_over_baseline"], "+.3f"),
     ]
 
 
-def _score(interval: dict[str, float], form: str = ".3f") -> str:
-    text = format(interval["value"], form)
-    if "low" not in interval:
-        return text
-    return f"{text} ({interval['low']:{form}} to {interval['high']:{form}})"
+def _score(found: dict[str, float], form: str = ".3f") -> str:
+    """With its interval, if there is one."""
+    value, *bounds = (format(found[key], form) for key in ("value", "low", "high") if key in found)
+    return f"{value} ({' to '.join(bounds)})" if bounds else value
 
 
 def cell_type_notes(content: Measurement) -> list[str]:
@@ -416,26 +416,24 @@ def cell_type_notes(content: Measurement) -> list[str]:
     figures = "; ".join(
         f"{row['features']} {row['macro_f1']:.3f} / {row['accuracy']:.3f}" for row in card["rows"]
     )
-    reference = (
-        "For reference, the card's macro F1 / accuracy (random forest) on other cells, "
-        f"{card['data']}: {figures}."
-    )
-    return [*map(_pretraining, content["sets"]), reference]
+    reference = "For reference, the card's macro F1 / accuracy (random forest) on other cells, "
+    return [*map(_pretraining, content["sets"]), f"{reference}{card['data']}: {figures}."]
 
 
 def _pretraining(each: Measurement) -> str:
-    run = each["pretraining"]
-    left_out = "".join(
-        f", not on {name} ({cells:,} of the cells)"
-        for name, cells in each["not_trained_on"].items()
-    )
-    minutes = "" if run["wall_s"] is None else f", {run['wall_s'] / 60:.0f} minutes"
-    loss = "" if run["val_loss"] is None else f", validation loss {run['val_loss']:.2f}"
-    return (
-        f"{each['input']}: {run['num_layers']} layers x {run['hidden_size']}, "
-        f"{run['seq_length']:,} tokens, {run['steps']:,} steps of {run['cells_per_step']} cells"
-        f"{minutes}{loss}; pretrained on {', '.join(each['trained_on'])}{left_out}."
-    )
+    run, left_out = each["pretraining"], each["not_trained_on"].items()
+    parts = [
+        f"{each['input']}: {run['num_layers']} layers x {run['hidden_size']}",
+        f"{run['seq_length']:,} tokens",
+        f"{run['steps']:,} steps of {run['cells_per_step']} cells",
+    ]
+    if run["wall_s"] is not None:
+        parts.append(f"{run['wall_s'] / 60:.0f} minutes")
+    if run["val_loss"] is not None:
+        parts.append(f"validation loss {run['val_loss']:.2f}")
+    trained = f"pretrained on {', '.join(each['trained_on'])}"
+    not_on = "".join(f", not on {name} ({cells:,} of the cells)" for name, cells in left_out)
+    return f"{', '.join(parts)}; {trained}{not_on}."
 
 
 def scaling(results: Path) -> str:

@@ -65,7 +65,9 @@ class Contestant(ABC):
 
     def sums(self, batch: Any) -> np.ndarray:
         """float64 [B]: of each cell, the sum of its counts, or of its token ids."""
-        return sums_of_padded(batch[1]) if self.table == TOKENS else sums_of_counts(batch[1])
+        if self.table == TOKENS:
+            return sums_of_padded(batch[1])
+        return np.asarray(batch[1].sum(axis=1, dtype=np.float64)).ravel()
 
     def rows(self, cells: np.ndarray) -> np.ndarray:
         """int64: the source rows of the result of `cells`."""
@@ -74,23 +76,8 @@ class Contestant(ABC):
 
 def two_workers(kind: type[Contestant]) -> type[Contestant]:
     """The same contestant with two worker processes."""
-    return type(
-        f"{kind.__name__}TwoWorkers",
-        (kind,),
-        {"label": f"{kind.label}, 2 workers", "num_workers": 2},
-    )
-
-
-class ByKey:
-    """Source rows of cell keys."""
-
-    def __init__(self, data: Prepared) -> None:
-        self._row_of_key = np.argsort(data.truth.keys_N)
-        self._keys = data.truth.keys_N[self._row_of_key]
-
-    def rows(self, keys: np.ndarray) -> np.ndarray:
-        """int64."""
-        return self._row_of_key[np.searchsorted(self._keys, keys)]
+    changes = {"label": f"{kind.label}, 2 workers", "num_workers": 2}
+    return type(f"{kind.__name__}TwoWorkers", (kind,), changes)
 
 
 def shuffled_batches(num_cells: int, epoch: int) -> list[np.ndarray]:
@@ -117,11 +104,6 @@ def padded(cells: Sequence[np.ndarray], with_cls: bool = True) -> torch.Tensor:
 def sums_of_padded(tokens_BS: torch.Tensor) -> np.ndarray:
     """float64 [B]: the sum of each cell's token ids."""
     return (tokens_BS * (tokens_BS != PAD)).sum(1).double().numpy()
-
-
-def sums_of_counts(counts: Any) -> np.ndarray:
-    """float64 [B] of a scipy matrix."""
-    return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
 
 
 def tokens_h5ad(data: Prepared) -> None:

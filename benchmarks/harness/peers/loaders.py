@@ -62,18 +62,12 @@ class HFArrow(contestant.Contestant):
         from torch.utils.data import DataLoader
 
         order = [rows.tolist() for rows in contestant.shuffled_batches(self._num_cells, number)]
-        loader = DataLoader(
-            self._data,
-            sampler=order,
-            batch_size=None,
-            collate_fn=_collate,
-            num_workers=self.num_workers,
-        )
-        return iter(loader)
+        known: Any = {"batch_size": None, "num_workers": self.num_workers}
+        return iter(DataLoader(self._data, sampler=order, collate_fn=self.collate, **known))
 
-
-def _collate(batch: Any) -> Any:
-    return batch["row"], contestant.padded(batch["input_ids"])
+    def collate(self, batch: Any) -> Any:
+        """(rows, padded tokens)."""
+        return batch["row"], contestant.padded(batch["input_ids"])
 
 
 def masked(tokens_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -32,21 +33,14 @@ class _BlockShuffled(contestant.Contestant):
         from scdataset import BlockShuffling, scDataset
         from torch.utils.data import DataLoader
 
-        self._dataset = scDataset(
-            self.collection(data),
-            BlockShuffling(block_size=BLOCK_CELLS),
-            batch_size=contestant.BATCH_SIZE,
-            fetch_factor=FETCH_FACTOR,
-            fetch_callback=self.fetch,
-            batch_callback=self.batch,
-            seed=contestant.SEED,
-        )
-        self._batches = DataLoader(
-            self._dataset,
-            batch_size=None,
-            num_workers=self.num_workers,
-            prefetch_factor=FETCH_FACTOR + 1 if self.num_workers else None,
-        )
+        sizes = {"batch_size": contestant.BATCH_SIZE, "fetch_factor": FETCH_FACTOR}
+        callbacks = {"fetch_callback": self.fetch, "batch_callback": self.batch}
+        strategy = BlockShuffling(block_size=BLOCK_CELLS)
+        known = {"seed": contestant.SEED, **sizes, **callbacks}
+        dataset = scDataset(self.collection(data), strategy, **known)
+        ahead = FETCH_FACTOR + 1 if self.num_workers else None
+        workers: Any = {"num_workers": self.num_workers, "prefetch_factor": ahead}
+        self._batches = DataLoader(dataset, batch_size=None, **workers)
 
     @abstractmethod
     def collection(self, data: Prepared) -> Any:
@@ -134,9 +128,8 @@ class BlocksOfArray(_BlockShuffled):
 
     def batch(self, fetched: Any, places: np.ndarray) -> Any:
         rows, tokens, lengths = fetched
-        return rows[places], contestant.padded(
-            [tokens[place, : lengths[place]] for place in places]
-        )
+        cells = [tokens[place, : lengths[place]] for place in places]
+        return rows[places], contestant.padded(cells)
 
 
 class BlocksOfOurStore(_BlockShuffled):
@@ -149,16 +142,14 @@ class BlocksOfOurStore(_BlockShuffled):
     def collection(self, data: Prepared) -> Any:
         from geneformer_mcore.store.reader import TokenStore
 
-        self._by_key = contestant.ByKey(data)
+        self._data = data
         return TokenStore.open(data.place("store_of_tokens"))
 
     def fetch(self, collection: Any, rows: np.ndarray) -> Any:
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
         blocks = [collection.read(int(run[0]), int(run[-1]) + 1) for run in runs]
-        cells = [
-            tokens for block in blocks for tokens in np.split(block.tokens_T, block.offsets[1:-1])
-        ]
-        return np.concatenate([block.keys_N for block in blocks]), cells
+        split = (np.split(block.tokens_T, block.offsets[1:-1]) for block in blocks)
+        return np.concatenate([block.keys_N for block in blocks]), list(chain(*split))
 
     def rows(self, cells: np.ndarray) -> np.ndarray:
-        return self._by_key.rows(cells)
+        return self._data.rows_of(cells)

@@ -6,7 +6,8 @@ tokens_h5ad  ->  the same (uint16)        ->  get_row                         ->
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,22 +18,19 @@ from benchmarks.harness.peers import contestant
 
 def scdl_counts(data: Prepared) -> None:
     """The raw counts as scdl's memory maps."""
-    _memory_map(str(data.place("scdl_counts")), str(data.counts_file))
+    _memory_map(data.place("scdl_counts"), str(data.counts_file), use_X_not_raw=True).save()
 
 
 def scdl_tokens(data: Prepared) -> None:
     """The tokens as scdl's memory maps: ranks in place of genes, token ids in place of counts."""
-    source = str(data.place("tokens_h5ad"))
-    _memory_map(str(data.place("scdl_tokens")), source, data_dtype="uint16")
+    known: Any = {"use_X_not_raw": True, "data_dtype": "uint16"}
+    _memory_map(data.place("scdl_tokens"), str(data.place("tokens_h5ad")), **known).save()
 
 
-def _memory_map(target: str, *source: str, **known: Any) -> Any:
-    """A new one of `source`, or that which is there."""
+def _memory_map(folder: Path, *source: str, **known: Any) -> Any:
     from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
 
-    if not source:
-        return SingleCellMemMapDataset(target)
-    return SingleCellMemMapDataset(target, *source, use_X_not_raw=True, **known).save()
+    return SingleCellMemMapDataset(str(folder), *source, **known)
 
 
 class ScdlCounts(contestant.Contestant):
@@ -45,7 +43,7 @@ class ScdlCounts(contestant.Contestant):
     folder = "scdl_counts"
 
     def __init__(self, data: Prepared) -> None:
-        self._data = _memory_map(str(data.place(self.folder)))
+        self._data = _memory_map(data.place(self.folder))
         self._num_cells = len(data)
 
     def dataset(self) -> Any:
@@ -63,13 +61,9 @@ class ScdlCounts(contestant.Contestant):
 
         batches = contestant.shuffled_batches(self._num_cells, number)
         # As with shuffle=True, but by an order that is known: batches do not name their cells.
-        order: Sequence[list[int]] = [rows.tolist() for rows in batches]
-        loader = DataLoader(
-            self.dataset(),
-            batch_sampler=order,
-            collate_fn=self.collate,
-            num_workers=self.num_workers,
-        )
+        order = [rows.tolist() for rows in batches]
+        known: Any = {"batch_sampler": order, "num_workers": self.num_workers}
+        loader = DataLoader(self.dataset(), collate_fn=self.collate, **known)
         return zip(batches, loader, strict=True)
 
     def sums(self, batch: Any) -> np.ndarray:
