@@ -134,11 +134,10 @@ def _measure(
     command: list[Any] = [sys.executable, script, "--out", store, "--workers", f"{workers}", *files]
     command += ["--vocabulary", vocabulary] if vocabulary else []
     started, cpu_s = time.monotonic(), _children_cpu_s()
-    peaks = {"rss": 0, "pss": 0}
+    peak = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
-            for name, size in _memory(process.pid).items():
-                peaks[name] = max(peaks[name], size)
+            peak = max(peak, _memory(process.pid))
             time.sleep(SAMPLE_S)
         seconds = time.monotonic() - started
         assert process.stdout is not None
@@ -153,11 +152,9 @@ def _measure(
         "cpu_s": round(_children_cpu_s() - cpu_s, 2),
         "tokenising_s": _phase_s("tokenising", printed),
         "writing_s": _phase_s("writing rows", printed),
-        **{f"peak_{name}_gb": round(size / 1e9, 3) for name, size in peaks.items()},
+        "peak_pss_gb": round(peak / 1e9, 3),
         "input_bytes": sum(file.stat().st_size for file in files),
         "store_bytes": sum(file.stat().st_size for file in store.rglob("*") if file.is_file()),
-        "tokens": manifest["tokens"],
-        "content_hash": manifest["content_hash"],
     }
 
 
@@ -174,15 +171,14 @@ def _children_cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _memory(pid: int) -> dict[str, int]:
-    """Bytes of a process and all under it."""
-    total = {"rss": 0, "pss": 0}
+def _memory(pid: int) -> int:
+    """PSS in bytes of a process and all under it: pages that they share count once."""
+    total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         for process in [root, *root.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):  # a zombie, too
-                found = process.memory_full_info()
-                total = {"rss": total["rss"] + found.rss, "pss": total["pss"] + found.pss}
+                total += process.memory_full_info().pss
     return total
 
 
@@ -200,17 +196,13 @@ def _goals(first: dict[str, Any], last: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _result(runs: Sequence[dict[str, Any]], workers: int, sources: Sequence[str]) -> dict[str, Any]:
-    first, last = runs[0], runs[-1]
-    growing = {"memory_pss": "peak_pss_gb"}
-    growing |= {name: name for name in ("cells", "seconds", "store_bytes")}
     return {
         "sources": list(sources),
         "compression": "gzip",
         "workers": workers,
         "runs": list(runs),
-        "growth": {name: round(last[key] / first[key], 3) for name, key in growing.items()},
-        "extrapolation": _census(last, workers),
-        "goals": _goals(first, last),
+        "extrapolation": _census(runs[-1], workers),
+        "goals": _goals(runs[0], runs[-1]),
     }
 
 

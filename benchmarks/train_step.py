@@ -211,7 +211,7 @@ def measured(
     turns: results of `take_turn` with micro batches of micro_batch cells
     """
     first = turns[0]
-    needed, computed = Workload(**first["needed"]), Workload(**first["computed"])
+    needed = Workload(**first["needed"])
     cells_per_s = statistics.median(map(rate, turns))
     seconds = first["cells"] / cells_per_s
     return {
@@ -224,10 +224,8 @@ def measured(
         "peak_mib": statistics.median(turn["peak_mib"] for turn in turns),
         "cells_per_s": cells_per_s,
         "tokens_per_s": needed.tokens / seconds,
-        # Of what the cells need, the same for all; and of padding and unused predictions too.
-        "tflops_executed": executed_flops(shape, needed) / seconds / 1e12,
-        "tflops_computed": executed_flops(shape, computed) / seconds / 1e12,
-        "fill": needed.tokens / computed.tokens,
+        "tflops_executed": executed_flops(shape, needed) / seconds / 1e12,  # the same for all
+        "fill": needed.tokens / first["positions"],
     }
 
 

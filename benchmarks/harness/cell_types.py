@@ -23,8 +23,8 @@ from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 SEQ_LENGTH = 512
 """Tokens by which cells are compared: several times what is looked at."""
 
-CARD = (("PCA(10)", 0.561, 0.775), ("about 100 steps", 0.079, 0.399))
-CARD += (("10M", 0.702, 0.839), ("106M", 0.843, 0.905))
+CARD = [("PCA(10)", 0.561, 0.775), ("about 100 steps", 0.079, 0.399)]
+CARD += [("10M", 0.702, 0.839), ("106M", 0.843, 0.905)]
 NVIDIA = {
     "data": "Elmentaite 2020, 22,500 cells, 31 cell types",
     "rows": [dict(zip(("features", "macro_f1", "accuracy"), row, strict=True)) for row in CARD],

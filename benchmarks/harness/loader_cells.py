@@ -127,14 +127,12 @@ class Truth:
 
     count_sums_N, token_sums_N:  float64, all counts, and all token ids ([CLS] is 0)
     num_tokens_N:                int64, [CLS] included
-    dataset_N:                   int16
     keys_N:                      uint64, its cell_key
     """
 
     count_sums_N: np.ndarray
     token_sums_N: np.ndarray
     num_tokens_N: np.ndarray
-    dataset_N: np.ndarray
     keys_N: np.ndarray
 
 
@@ -217,7 +215,6 @@ def write(cells: Cells, folder: Path) -> Prepared:
         count_sums_N=np.asarray(cells.counts.sum(axis=1, dtype=np.float64)).ravel(),
         token_sums_N=np.add.reduceat(tokens_T.astype(np.float64), offsets[:-1]),
         num_tokens_N=lengths,
-        dataset_N=cells.dataset_N,
         keys_N=cell_keys(dataset_ids, cell_ids),
     )
     return data

@@ -88,8 +88,7 @@ def checked(contestant: Contestant, data: Prepared, rows: list[np.ndarray]) -> d
     if wrong:
         raise DataError(f"{contestant.label}: {wrong:,} cells hold something else than they must.")
     first, second = [*rows, np.concatenate(seen)][:2]
-    alike = two_epochs(first, second, len(data), BATCH_SIZE)
-    return {"shuffle": quality(first, truth.dataset_N, BATCH_SIZE) | alike}
+    return {"shuffle": shuffle(first, second, len(data))}
 
 
 def _cpu_s() -> float:
@@ -121,59 +120,20 @@ class _Peak:
                 self._children = max(self._children, sizes / MIB)
 
 
-# Shuffle quality
+def shuffle(first: np.ndarray, second: np.ndarray, num_cells: int) -> dict[str, bool | float]:
+    """How the cells of two epochs are mixed, given as source rows in the order of the stream.
 
-
-def quality(rows: np.ndarray, dataset_N: np.ndarray, batch_size: int) -> dict[str, float]:
-    """Measures of a stream's shuffle, each over its value for a uniform shuffle of the same rows.
-
-    rows:      int64, the source row of every cell of an epoch, in the order of the stream
-    blocks:    mean number of different blocks of BLOCK_CELLS source rows in a batch
-    datasets:  mean entropy of the data sets in a batch
-    distance:  median distance, in source order, between cells that follow each other
+    blocks: mean number of different blocks of BLOCK_CELLS source rows in a batch of the first, over
+            its value for a uniform shuffle of the same rows
     """
-    uniform = np.random.default_rng(0).permutation(rows)
-    found = _measures(rows, dataset_N, batch_size)
-    best = _measures(uniform, dataset_N, batch_size)
-    return {name: found[name] / best[name] if best[name] else 1.0 for name in found}
-
-
-def _measures(rows: np.ndarray, dataset_N: np.ndarray, batch_size: int) -> dict[str, float]:
-    starts = range(0, len(rows) - batch_size + 1, batch_size)
-    batches = [rows[start : start + batch_size] for start in starts]
+    every, uniform = np.arange(num_cells), np.random.default_rng(0).permutation(first)
     return {
-        "blocks": float(np.mean([len(np.unique(batch // BLOCK_CELLS)) for batch in batches])),
-        "datasets": float(np.mean([_entropy(dataset_N[batch]) for batch in batches])),
-        "distance": float(np.median(np.abs(np.diff(rows)))),
+        "blocks": _num_blocks(first) / _num_blocks(uniform),
+        "each_once": all(np.array_equal(np.sort(each), every) for each in (first, second)),
+        "epochs_differ": not np.array_equal(first, second),
     }
 
 
-def _entropy(labels: np.ndarray) -> float:
-    counts = np.bincount(labels)
-    share = counts[counts > 0] / len(labels)
-    return float(-(share * np.log(share)).sum())
-
-
-def two_epochs(
-    first: np.ndarray, second: np.ndarray, num_cells: int, batch_size: int
-) -> dict[str, bool | float]:
-    """Two epochs compared: each cell once, different orders, and how alike batches are.
-
-    mates_again: pairs of cells that share a batch in both epochs, over their number were both
-    epochs shuffled uniformly: the cost of reading in blocks, even where each batch is well mixed.
-    """
-    every = np.arange(num_cells)
-    each_once = all(np.array_equal(np.sort(epoch), every) for epoch in (first, second))
-    differ = len(first) != len(second) or bool(np.any(first != second))
-    again = _mates_again(first, second, batch_size) if each_once else float("nan")
-    return {"each_once": each_once, "epochs_differ": differ, "mates_again": again}
-
-
-def _mates_again(first: np.ndarray, second: np.ndarray, batch_size: int) -> float:
-    batch_in_second = np.empty(len(second), np.int64)
-    batch_in_second[second] = np.arange(len(second)) // batch_size
-    pairs = np.stack([np.arange(len(first)) // batch_size, batch_in_second[first]])
-    _, counts = np.unique(pairs, axis=1, return_counts=True)
-    sizes = np.bincount(pairs[0])
-    shared, possible = (int((each * (each - 1)).sum()) for each in (counts, sizes))
-    return shared * (len(first) - 1) / (possible * (batch_size - 1))
+def _num_blocks(rows: np.ndarray) -> float:
+    batches = rows[: len(rows) // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE)
+    return float(np.mean([len(np.unique(batch // BLOCK_CELLS)) for batch in batches]))

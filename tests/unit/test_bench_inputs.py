@@ -14,7 +14,7 @@ from scipy import sparse
 
 from benchmarks import cell_types, tflops
 from benchmarks.harness.loader_cells import Cells, write
-from benchmarks.harness.loader_turn import quality, two_epochs
+from benchmarks.harness.loader_turn import shuffle
 from benchmarks.harness.peers.contestant import padded, sums_of_padded, tokens_dense, tokens_h5ad
 from benchmarks.harness.peers.loaders import IGNORED, masked, sums_of_masked
 from benchmarks.harness.peers.tokenisers import BioNeMoTokeniser, HFTokeniser, exact_tokens
@@ -101,19 +101,16 @@ def test_peers_pad_and_mask_as_ours() -> None:
 def test_a_uniform_shuffle_measures_one_and_source_order_nothing() -> None:
     size = 64 * 64
     one, other = (np.random.default_rng(seed).permutation(size) for seed in (0, 1))
-    sets = np.repeat(np.arange(4), size // 4)
-    found = quality(one, sets, 64)
-    assert found == {name: pytest.approx(1, abs=0.05) for name in found}
-    found = quality(np.arange(size), sets, 64)
-    assert found["blocks"] == pytest.approx(1 / 40, abs=0.01)  # one block, where 40 are usual
-    assert found["datasets"] == 0
-    assert found["distance"] == pytest.approx(1 / (0.293 * size), rel=0.1)
-    by_chance = pytest.approx(1, abs=0.1)
-    expected = {"each_once": True, "epochs_differ": True, "mates_again": by_chance}
-    assert two_epochs(one, other, size, 64) == expected
-    same = two_epochs(one, one, size, 64)
-    assert (same["epochs_differ"], same["mates_again"]) == (False, pytest.approx((size - 1) / 63))
-    assert not two_epochs(one, np.append(one[:-1], one[0]), size, 64)["each_once"]
+    uniform = pytest.approx(1, abs=0.05)
+    assert shuffle(one, other, size) == {
+        "blocks": uniform,
+        "each_once": True,
+        "epochs_differ": True,
+    }
+    sorted_rows = shuffle(np.arange(size), one, size)
+    assert sorted_rows["blocks"] == pytest.approx(1 / 40, abs=0.01)  # one block, where 40 are usual
+    assert not shuffle(one, one, size)["epochs_differ"]
+    assert not shuffle(one, np.append(one[:-1], one[0]), size)["each_once"]
 
 
 def test_rows_of_tflops() -> None:

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from scipy import sparse
 
@@ -81,7 +80,6 @@ def test_ingest() -> None:
     pieces_s = 1441 * 3072 * 50e-6
     assert found["minutes"] == round((23_600_000 / 256_000 + 1180 + pieces_s) / 60, 1)
     assert found["read_gb_per_s"] == 0.26
-    assert result["growth"] == {"cells": 4, "seconds": 4, "memory_pss": 1.2, "store_bytes": 4}
     goals = ingest._goals(build(50_000), build(200_000, seconds=60.0, peak_pss_gb=2.5))
     assert [goal["value"] for goal in goals] == [4000, 2.5, pytest.approx(1.2), 5]
     assert not any(goal["met"] for goal in goals)
@@ -99,10 +97,8 @@ def test_memory_is_summed_over_all_processes() -> None:
         assert process.stdout is not None
         process.stdout.readline()
         found = ingest._memory(process.pid)
-        alone = psutil.Process(process.pid).memory_info().rss
         process.communicate(b"\n")
-    assert found["rss"] > alone + 60_000_000 > 120_000_000
-    assert 120_000_000 < found["pss"] <= found["rss"]
+    assert found > 120_000_000
 
 
 class Fake(Contestant):
@@ -125,7 +121,7 @@ class FakeData:
 
     def __init__(self, num_cells: int) -> None:
         rows = np.arange(num_cells)
-        self.truth = Truth(rows.astype(float), rows, rows + 1, rows // 2000, rows)
+        self.truth = Truth(rows.astype(float), rows, rows + 1, rows)
 
     def __len__(self) -> int:
         return len(self.truth.keys_N)
@@ -156,9 +152,6 @@ def test_loaders() -> None:
     """Medians of turns; goals are ratios of them."""
     measures = ("tokens_per_s", "cpu_us_per_cell", "first_batch_s", "peak_mib", "before_mib")
     found: dict[str, Any] = dict(zip(measures, (1e6, 9.0, 0.5, 900.0, 1.0), strict=True))
-    shuffle = dict.fromkeys(("blocks", "datasets", "distance", "mates_again"), 1.0)
-    shuffle |= {"each_once": True, "epochs_differ": False}
-    found |= {"cold_start_s": 1.0, "epochs": 1, "shuffle": shuffle}
     turns = [found | {"cells_per_s": each} for each in (10.0, 100.0, 700.0)]
     rates = {"counts_soma_dense": 2.0, "counts_soma_sparse": 4.0, "counts_scdl": 40.0}
     rates |= {"tokens_soma": 10.0, "tokens_scdataset": 20.0, "tokens_scdataset_array": 80.0}
@@ -199,9 +192,9 @@ def test_perturbations() -> None:
 
 
 def a_turn(seconds: float) -> dict[str, Any]:
-    work = {"needed": vars(Workload(400, 30_000, 60)), "computed": vars(Workload(500, 40_000, 500))}
+    needed = vars(Workload(400, 30_000, 60))
     known = {"losses": [6.5, 6.4, 6.3], "cells": 8, "peak_mib": 100.0, "about": "plain"}
-    return {"seconds": [seconds / 2, seconds / 2]} | known | work
+    return {"seconds": [seconds / 2] * 2, "needed": needed, "positions": 500} | known
 
 
 def test_training_steps() -> None:
@@ -216,9 +209,8 @@ def test_training_steps() -> None:
     train_step.add_ratios(rows)
     ours, theirs, failed = rows
     assert (ours["cells_per_s"], ours["tokens_per_s"], ours["fill"]) == (4, 200, 0.8)
-    for name, work in (("executed", (400, 30_000, 60)), ("computed", (500, 40_000, 500))):
-        flops = executed_flops(shape, Workload(*work)) / 2
-        assert ours[f"tflops_{name}"] * 1e12 == pytest.approx(flops)
+    flops = executed_flops(shape, Workload(400, 30_000, 60)) / 2
+    assert ours["tflops_executed"] * 1e12 == pytest.approx(flops)
     assert (ours["hf_dynamic_ratio"], ours["hf_padded_ratio"]) == ([2, 1, 4], None)
     assert theirs["hf_dynamic_ratio"] == [1, 1, 1]
     assert list(failed) == ["name", "not_measured"]

@@ -10,7 +10,8 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from benchmarks.harness.common import CONFIGS, VOCABULARY, forget_peak_mib, peak
 from benchmarks.harness.step_cells import StepCells
 from geneformer_mcore.config import Config, load
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.model.flops import ModelShape, Workload, padded_workload
+from geneformer_mcore.model.flops import ModelShape, Workload
 from geneformer_mcore.store.local_cache import FlatCopy
 from geneformer_mcore.types import Batch
 
@@ -108,20 +109,6 @@ class StepContestant(ABC):
     def step(self, placed: list[Any]) -> float:
         """Take a full training step. The mean loss per predicted gene, in nats, before it."""
 
-    def computed(self, batches: list[Batch], needed: Workload) -> Workload:
-        """The work that is computed: here, every position of every padded cell, all predicted.
-
-        needed: the work of the same cells
-        """
-        shapes = [batch.tokens_BS.shape for batch in batches]
-        return add([padded_workload(positions, cells) for cells, positions in shapes])
-
-
-def add(parts: list[Workload]) -> Workload:
-    """The sum of several amounts of work."""
-    names = ("tokens", "sum_squared_lengths", "num_predicted")
-    return Workload(*(sum(getattr(part, name) for part in parts) for name in names))
-
 
 def contestants() -> dict[str, type[StepContestant]]:
     """{name: its class}. Imports Megatron-Core, and no other peer."""
@@ -141,7 +128,8 @@ def take_turn(kind: type[StepContestant], job: Job, micro_batch: int) -> dict[st
     seconds:         of every measured step; batches are ready, and on the device, before the clock
     losses:          nats per predicted gene, of every step from the first, unmeasured ones included
     cells:           of the measured steps together, as are
-    needed, computed: the work of the cells, and that which was computed on for it
+    needed:          the work of the cells: real tokens, predicted positions only
+    positions:       computed on for it, padding included
     peak_mib:        memory of weights, gradients, moments and activations: on a GPU allocated by
                      torch, on a CPU the growth of the process
     """
@@ -167,7 +155,9 @@ def take_turn(kind: type[StepContestant], job: Job, micro_batch: int) -> dict[st
         "cells": job.steps * contestant.config.train.global_batch_size,
         "peak_mib": peak_mib(here) - before_mib,
         "about": contestant.about,
-    } | _work(contestant, job, batches)
+        "needed": vars(_needed(contestant, job, batches)),
+        "positions": sum(batch.tokens_BS.numel() for batch in chain(*batches[job.warmup :])),
+    }
 
 
 def _now(here: torch.device) -> float:
@@ -176,12 +166,11 @@ def _now(here: torch.device) -> float:
     return time.perf_counter()
 
 
-def _work(contestant: StepContestant, job: Job, batches: list) -> dict[str, Any]:
-    """Summed over the measured steps: {"needed": ..., "computed": ...}, each as `Workload`."""
-    cells = job.step_cells(contestant.config)
-    needed, computed = [], []
+def _needed(contestant: StepContestant, job: Job, batches: list[list[Batch]]) -> Workload:
+    """Summed over the measured steps."""
+    cells, total = job.step_cells(contestant.config), Workload(0, 0, 0)
     for number in range(job.warmup, job.warmup + job.steps):
         num_predicted = sum(len(batch.labels_M) for batch in batches[number])
-        needed.append(cells.needed(number, num_predicted))
-        computed.append(contestant.computed(batches[number], needed[-1]))
-    return {"needed": vars(add(needed)), "computed": vars(add(computed))}
+        more = cells.needed(number, num_predicted)
+        total = Workload(*(a + b for a, b in zip(astuple(total), astuple(more), strict=True)))
+    return total

@@ -20,7 +20,6 @@ from geneformer_mcore.config.sections import ModelConfig, ParallelConfig, Precis
 from geneformer_mcore.distributed import device, groups
 from geneformer_mcore.model import geneformer, init, megatron_config
 from geneformer_mcore.model.attention import select
-from geneformer_mcore.model.flops import Workload
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.training.step import train_step
 from geneformer_mcore.types import PAD, Batch, padded_vocabulary_size
@@ -90,10 +89,6 @@ class OursPadded(StepContestant):
         result = train_step(self.trainable, placed, self.config.optim.lr, self.topology)
         return result.totals.loss
 
-    def computed(self, batches: list[Batch], needed: Workload) -> Workload:
-        padded = super().computed(batches, needed)
-        return Workload(padded.tokens, padded.sum_squared_lengths, needed.num_predicted)
-
 
 class OursPacked(OursPadded):
     """Ours, cells end to end: a micro batch has room for `micro_batch` cells of full length."""
@@ -105,11 +100,6 @@ class OursPacked(OursPadded):
         room = micro_batch * job.config().data.seq_length
         packed = ["data.packing=true", f"data.tokens_per_micro_batch={room}"]
         return [*super().changes(job, micro_batch), *packed]
-
-    def computed(self, batches: list[Batch], needed: Workload) -> Workload:
-        # Attention stays within a cell: its square is that of the cells, not that of the row.
-        tokens = sum(batch.tokens_BS.numel() for batch in batches)
-        return Workload(tokens, needed.sum_squared_lengths, needed.num_predicted)
 
 
 class PlainMegatron(OursPadded):
@@ -141,9 +131,6 @@ class PlainMegatron(OursPadded):
         is_te = _layers(self.here) is not bert_layer_specs.bert_layer_local_spec
         layers = "Transformer Engine's layers" if is_te else "its local layers, plain attention"
         return f"{layers}, {self.config.train.precision.value} weights"
-
-    def computed(self, batches: list[Batch], needed: Workload) -> Workload:
-        return StepContestant.computed(self, batches, needed)  # every position is predicted
 
 
 class PlainBert(BertModel):
