@@ -38,7 +38,7 @@ from benchmarks.harness import step_cells
 from benchmarks.harness.common import VOCABULARY, parser_of, refuse, save_results, unknown_names
 from benchmarks.harness.made_up import MEAN_TOKENS, token_cells
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.errors import DataError, GeneformerError
+from geneformer_mcore.errors import GeneformerError
 from geneformer_mcore.exit_codes import DEFECT, FINISHED, run
 from geneformer_mcore.store.local_cache import ensure
 
@@ -60,14 +60,11 @@ def main() -> int:
     out = arguments.out.resolve()
     if arguments.check:
         return DEFECT if check_attention(out) else FINISHED
-    cells = arguments.cells.resolve() if arguments.cells else out / "cells"
+    cells = step_cells.flat_copy(arguments.cells) if arguments.cells else out / "cells"
     parts = parts_of(out, cells, arguments.toy)
     refuse(unknown_names("--only", arguments.only, parts), [out / "session.json"])
     chosen = {name: parts[name] for name in parts if name in (arguments.only or parts)}
-    if arguments.cells:
-        if not step_cells.find([cells]):
-            raise DataError(f"{cells} holds no flat copy of tokens, or more than one.")
-    else:
+    if not arguments.cells:
         make_cells(cells, 64 if arguments.toy else 2048)
     ends = run_parts(chosen, out, arguments.seconds)
     return FINISHED if all(end == "0" for end in ends.values()) else DEFECT

@@ -111,7 +111,7 @@ def _make_cells(arguments: argparse.Namespace) -> dict[str, Any]:
     wanted |= {
         "genes": len(cells.gene_ids),
         "nonzeros_per_cell": cells.counts.nnz / len(cells),
-        "tokens_per_cell": float(data.truth.num_tokens_N.mean()),
+        "tokens_per_cell": float(data.num_tokens_N.mean()),
     }
     about.write_text(json.dumps(wanted))
     return wanted
@@ -243,7 +243,7 @@ def _arguments() -> argparse.Namespace:
     add("--work", type=Path, required=True, metavar="DIR", help="where the formats are made")
     add("--cells", type=int, default=50_048, help="drawn with replacement (default: 50,048)")
     add("--runs", type=int, default=5, help="turns of each (default: 5)")
-    add("--medians", type=Path, help="{gene id: median} of the vocabulary; default: the cells'")
+    add("--medians", type=Path, help="{gene id: median} of the vocabulary of these files")
     add("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(CONTESTANTS)}")
     add("--json", type=Path, metavar="OUT", help="write the rows here too")
     add("--png", type=Path, metavar="OUT", help="draw the rates here (.png, .svg)")

@@ -139,7 +139,7 @@ def _arguments() -> argparse.Namespace:
     add("files", nargs="*", type=Path, metavar="FILE.h5ad", help="default: made-up cells")
     add("--cells", type=int, default=8192, help="drawn with replacement (default: 8192)")
     add("--runs", type=int, default=5, help="rounds (default: 5)")
-    add("--medians", type=Path, help="{gene id: median} of the vocabulary; default: the cells'")
+    add("--medians", type=Path, help="{gene id: median} of the vocabulary of these files")
     add("--json", type=Path, metavar="OUT", help="write the rows here too")
     return parser.parse_args()
 

@@ -2,7 +2,6 @@
 """Speed of a training step, compared with the models a user would otherwise train.
 
     python benchmarks/train_step.py --cells FLAT_COPY --json out.json
-    python benchmarks/train_step.py --cells a.h5ad b.h5ad --vocabulary gc30m.json [--make]
 
 Every contestant takes full steps (zero gradients, forward, backward, clip to norm 1, AdamW) over
 the same global batches of the same cells, masked alike, with the same sizes and hyperparameters:
@@ -19,10 +18,9 @@ that fails, is listed as skipped. BertForMaskedLM comes with
 
     pip install -c requirements.lock transformers        (version as measured: setup.py, [bench])
 
-A flat copy of tokens (geneformer_mcore/store/local_cache.py) is a folder: that which pretraining
-with data.cache_dir=DIR makes, or that which is made here of files of counts, through a store, in
---work. With one, ours needs torch, megatron-core, numpy, numba and omegaconf only: carry it to a
-bare GPU machine. The cells' genes must be tokens of a vocabulary of at most 25,429.
+A flat copy of tokens is the folder that launch/cache_store.py makes of a store, or pretraining with
+data.cache_dir=DIR. With one, ours needs torch, megatron-core, numpy, numba and omegaconf only, as
+on a bare GPU machine. Tokens must be below 25,429.
 """
 
 from __future__ import annotations
@@ -98,9 +96,6 @@ def main() -> int:
     on_gpu = torch.cuda.is_available()
     fill_in(arguments, ON_GPU if on_gpu else ON_CPU)
     job = _job(arguments)
-    if arguments.make:
-        print(f"The flat copy: {job.cells}")
-        return 0
     write_json(arguments.work / _JOB, asdict(job))
     _measure(arguments, job)
     return 0
@@ -134,8 +129,7 @@ def _job(arguments: argparse.Namespace) -> Job:
     if arguments.attention_dropout is not None:
         changes.append(f"model.attention_dropout={arguments.attention_dropout}")
     plan(Job("", arguments.model, tuple(changes)).config(), world_size=1)
-    found = step_cells.find(arguments.cells)
-    folder = found or step_cells.make(arguments.cells, arguments.vocabulary, arguments.work)
+    folder = step_cells.flat_copy(arguments.cells)
     step_cells.check(folder, VOCABULARY, arguments.global_batch)
     sizes = {"steps": arguments.steps, "warmup": arguments.warmup}
     return Job(str(folder), arguments.model, tuple(changes), **sizes)
@@ -266,10 +260,8 @@ def _child(arguments: argparse.Namespace) -> int:
 def _arguments() -> argparse.Namespace:
     parser = common.parser_of(__doc__)
     add = parser.add_argument
-    add("--cells", type=Path, nargs="+", required=True, metavar="PATH", help="flat copy, or counts")
-    add("--vocabulary", type=Path, metavar="FILE.json", help="of counts; default: their own genes")
-    add("--work", type=Path, default=ROOT / "build" / "train_step", help="for what is made")
-    add("--make", action="store_true", help="make the flat copy, print where it is, and end")
+    add("--cells", type=Path, required=True, metavar="FLAT", help="a flat copy of tokens")
+    add("--work", type=Path, default=ROOT / "build" / "train_step", help="for the turns")
     add("--model", choices=CONFIGS, default="10m")
     add("--precision", choices=["fp32", "bf16"], help="default: bf16 on a GPU, else fp32")
     add("--attention-dropout", type=float, help="default: the card's on a GPU, else 0")

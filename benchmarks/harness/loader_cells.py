@@ -8,7 +8,7 @@ Cells -> cells.h5ad (raw counts, uncompressed), vocabulary.json, arrays.npz: exa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from scipy import sparse
 from benchmarks.harness import made_up
 from benchmarks.harness.common import SEQ_LENGTH
 from benchmarks.harness.peers.tokenisers import blocks
+from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.io.blocks import CountBlock
 from geneformer_mcore.io.h5ad import CountsFile
 from geneformer_mcore.store.keys import cell_keys
@@ -58,13 +59,17 @@ def draw(
 ) -> tuple[Cells, Cells]:
     """(`num_cells` cells, one batch of 128 to warm up with), from `paths` or made up.
 
-    medians: {gene id: median} of the vocabulary; None: those of the cells that are drawn from
+    medians: {gene id: median} of the vocabulary; cells that are made up have their own
     """
     rng = np.random.default_rng(seed)
-    sets, gene_ids = _real_sets(paths) if paths else made_up.count_sets(rng)
-    known = np.ones(len(gene_ids)) if paths else rng.random(len(gene_ids)) < made_up.KNOWN_SHARE
-    pool = sparse.vstack(sets, format="csr")
-    vocabulary = import_dictionary(medians) if medians else _vocabulary(pool, gene_ids, known)
+    if paths and medians:
+        vocabulary = import_dictionary(medians)
+        sets, gene_ids = _real_sets(paths)
+    elif paths or medians:
+        raise ConfigError("files and --medians go together: give both, or none for made-up cells.")
+    else:
+        sets, gene_ids, own_medians = made_up.count_sets(rng)
+        vocabulary = Vocabulary.from_medians(own_medians)
     kept = np.array([gene in vocabulary.token_ids for gene in gene_ids])
     # Cells without a token have no place in a store of tokens: no contestant gets one.
     sets = [counts[counts[:, kept].getnnz(axis=1) > 0] for counts in sets]
@@ -108,41 +113,16 @@ def _on_genes(
     return moved
 
 
-def _vocabulary(counts: sparse.csr_matrix, gene_ids: list[str], known: np.ndarray) -> Vocabulary:
-    """The genes that the cells express, with the medians of their non-zero normalised counts."""
-    totals = np.asarray(counts.sum(axis=1), dtype=np.float64)
-    columns = sparse.csc_matrix(counts.multiply(10_000.0 / totals))
-    bounds = zip(columns.indptr[:-1], columns.indptr[1:], strict=True)
-    medians = {
-        gene_ids[column]: float(np.median(columns.data[start:stop]))
-        for column, (start, stop) in enumerate(bounds)
-        if known[column] and stop > start
-    }
-    return Vocabulary.from_medians(medians)
-
-
-@dataclass(frozen=True)
-class Truth:
-    """The facts of each cell, by its row in source order.
-
-    count_sums_N, token_sums_N:  float64, all counts, and all token ids ([CLS] is 0)
-    num_tokens_N:                int64, [CLS] included
-    keys_N:                      uint64, its cell_key
-    """
-
-    count_sums_N: np.ndarray
-    token_sums_N: np.ndarray
-    num_tokens_N: np.ndarray
-    keys_N: np.ndarray
-
-
 class Prepared:
-    """A folder that `write` has filled.
+    """A folder that `write` has filled, and its arrays by name, each read when first used.
 
     counts_file:      raw counts; row i of the file is cell i
     token_of_column:  int32 [genes], 0 for a gene that is no token
     tokens_T:         uint16, all cells end to end
     offsets:          int64 [N + 1]: cell i is tokens_T[offsets[i]:offsets[i + 1]]
+    num_tokens_N:     int64, [CLS] included
+    count_sums_N, token_sums_N:  float64, all counts, and all token ids ([CLS] is 0)
+    keys_N:           uint64, its cell_key
     """
 
     def __init__(self, folder: Path) -> None:
@@ -154,40 +134,26 @@ class Prepared:
         return self.folder / form
 
     def __len__(self) -> int:
-        return len(self.truth.keys_N)
+        return len(self.keys_N)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary.load(self.vocabulary_file)
 
-    @cached_property
-    def truth(self) -> Truth:
-        return Truth(**{each.name: self._array(each.name) for each in fields(Truth)})
-
-    @cached_property
-    def token_of_column(self) -> np.ndarray:
-        return self._array("token_of_column")
-
-    @cached_property
-    def tokens_T(self) -> np.ndarray:
-        return self._array("tokens_T")
-
-    @cached_property
-    def offsets(self) -> np.ndarray:
-        return self._array("offsets")
-
     def rows_of(self, keys: np.ndarray) -> np.ndarray:
         """int64: source rows of cell keys."""
-        row_of_key = self._row_of_key
-        return row_of_key[np.searchsorted(self.truth.keys_N, keys, sorter=row_of_key)]
+        return self._row_of_key[np.searchsorted(self.keys_N, keys, sorter=self._row_of_key)]
 
     @cached_property
     def _row_of_key(self) -> np.ndarray:
-        return np.argsort(self.truth.keys_N)
+        return np.argsort(self.keys_N)
 
-    def _array(self, name: str) -> np.ndarray:
+    def __getattr__(self, name: str) -> np.ndarray:
         with np.load(self.folder / "arrays.npz") as found:
-            return found[name]
+            if name not in found:
+                raise AttributeError(name)
+            self.__dict__[name] = found[name]
+        return self.__dict__[name]
 
 
 def write(cells: Cells, folder: Path) -> Prepared:

@@ -41,7 +41,7 @@ def take_turn(
     cold_start_s:         imports, compilation and an epoch of 128 cells
     peak_mib, before_mib: resident memory of the process and its workers; before opening
     """
-    num_tokens_N = data.truth.num_tokens_N  # read from disk before the clock starts
+    num_tokens_N = data.num_tokens_N  # read from disk before the clock starts
     began = time.perf_counter()
     for _ in kind(few).epoch(0):
         pass
@@ -78,8 +78,7 @@ def take_turn(
 def checked(contestant: Contestant, data: Prepared, rows: list[np.ndarray]) -> dict[str, Any]:
     """One more epoch with every cell checked by its sum; the shuffle of the first, and how the next
     after it differs. Raises DataError for a cell that is not as it must be."""
-    truth = data.truth
-    expected = truth.token_sums_N if contestant.table == TOKENS else truth.count_sums_N
+    expected = data.token_sums_N if contestant.table == TOKENS else data.count_sums_N
     seen, wrong = [], 0
     for batch in contestant.epoch(len(rows)):
         here = contestant.rows(contestant.cells(batch))

@@ -80,8 +80,10 @@ def _cut(lengths: np.ndarray, seq_length: int) -> np.ndarray:
     return np.clip(np.rint(lengths), 2, seq_length).astype(np.int64)
 
 
-def count_sets(rng: np.random.Generator) -> tuple[list[sparse.csr_matrix], list[str]]:
-    """(float32 CSR counts of each data set, gene ids)."""
+def count_sets(
+    rng: np.random.Generator,
+) -> tuple[list[sparse.csr_matrix], list[str], dict[str, float]]:
+    """(float32 CSR counts of each data set, gene ids, medians of the known genes)."""
     from scipy import sparse
 
     common = rng.lognormal(0.0, 2.0, GENES)
@@ -93,4 +95,6 @@ def count_sets(rng: np.random.Generator) -> tuple[list[sparse.csr_matrix], list[
         genes = [np.searchsorted(share, rng.random(each) * share[-1]) for each in reads]
         rows = [np.bincount(each, minlength=GENES).astype(np.float32) for each in genes]
         sets.append(sparse.csr_matrix(np.stack(rows)))
-    return sets, [f"ENSG{number:011d}" for number in range(GENES)]
+    gene_ids = [f"ENSG{number:011d}" for number in range(GENES)]
+    known = np.flatnonzero(rng.random(GENES) < KNOWN_SHARE)
+    return sets, gene_ids, {gene_ids[gene]: float(1 + common[gene]) for gene in known}

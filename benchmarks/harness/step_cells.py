@@ -1,27 +1,24 @@
 """Cells of train_step.py: the same global batches for every contestant.
 
-h5ad files + vocabulary -> token store -> flat copy          (made once, by `make`)
+h5ad files -> token store -> flat copy          (made before: build_store.py, cache_store.py)
 flat copy -> sampler -> the cells of step n -> masked by our own rule -> micro batches, padded
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.common import build_store
 from geneformer_mcore.config import Config
 from geneformer_mcore.data.collate import make_batch, padded_length
 from geneformer_mcore.data.loader import Feed, Share
 from geneformer_mcore.data.masking import Masking
 from geneformer_mcore.data.sampler import Sampler
-from geneformer_mcore.errors import ConfigError, DataError
+from geneformer_mcore.errors import DataError
 from geneformer_mcore.model.flops import Workload
-from geneformer_mcore.store.local_cache import FlatCopy, ensure
+from geneformer_mcore.store.local_cache import FlatCopy
 from geneformer_mcore.training.datasets import budget
 from geneformer_mcore.types import Batch, CellViews
 
@@ -78,11 +75,17 @@ class StepCells:
         return make_batch(these, epochs, np.zeros(len(epochs), dtype=bool), self._masking, width)
 
 
-def find(paths: Sequence[Path]) -> Path | None:
-    """The flat copy that `paths` is, or the only one within; None if it is something else."""
-    files = (paths[0] / _MANIFEST, *paths[0].glob(f"*/{_MANIFEST}"))
+def flat_copy(path: Path) -> Path:
+    """The flat copy that `path` is, or the only one within. Raises DataError if there is none."""
+    files = (path / _MANIFEST, *path.glob(f"*/{_MANIFEST}"))
     found = [file.parent for file in files if file.is_file()]
-    return found[0] if len(paths) == len(found) == 1 else None
+    if len(found) != 1:
+        raise DataError(
+            f"{path} holds no flat copy of tokens, or more than one. Remedy: python "
+            f"data_prep/build_store.py --out STORE FILE.h5ad ..., python launch/cache_store.py "
+            f"data.store=STORE data.cache_dir={path}"
+        )
+    return found[0].resolve()
 
 
 def check(folder: Path, vocabulary_size: int, global_batch: int) -> None:
@@ -99,34 +102,3 @@ def check(folder: Path, vocabulary_size: int, global_batch: int) -> None:
             f"{folder} holds token {largest:,}, and the model knows those below "
             f"{vocabulary_size:,}: make the copy with the vocabulary of the model."
         )
-
-
-def make(inputs: Sequence[Path], vocabulary: Path | None, work: Path) -> Path:
-    """A flat copy of a store of `inputs`, both made in `work` unless they are there.
-
-    vocabulary: file of genes and medians; None: those of the inputs
-    Raises ConfigError if `work` holds other cells, and DataError if they cannot be made.
-    """
-    # Only here: a machine to which a flat copy is carried has no TileDB.
-    from geneformer_mcore.store.reader import TokenStore
-
-    missing = [str(path) for path in inputs if not path.exists()]
-    if missing:
-        raise DataError(f"{missing[0]} is not there: give a flat copy, or files of counts.")
-    wanted = {
-        "inputs": [[path.name, path.stat().st_size] for path in inputs],
-        "vocabulary": vocabulary.name if vocabulary else "of the cells",
-    }
-    about = work / "cells.json"
-    if not about.is_file():
-        work.mkdir(parents=True, exist_ok=True)
-        build_store(work / "store", inputs, vocabulary, "--overwrite", "--strict")
-        about.write_text(json.dumps(wanted))
-    elif json.loads(about.read_text()) != wanted:
-        raise ConfigError(
-            f"{work} holds other cells than the requested ones. Name another folder with --work, "
-            "or empty this one."
-        )
-    store = TokenStore.open(work / "store")
-    manifest = store.manifest
-    return ensure(store, manifest.content_hash, manifest.tokens, work / "flat").folder

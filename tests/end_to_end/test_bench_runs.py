@@ -115,7 +115,7 @@ REFUSED = [
     ("train_step", "--cells . --rounds 0 --warmup -1", "--warmup must be at least 0, and is -1."),
     ("train_step", "--cells none --attention-dropout 1.5", "model.attention_dropout must be"),
     ("train_step", "--cells none --global-batch 6 --micro-batches 4", "must be a multiple"),
-    ("train_step", "--cells none", "is not there: give a flat copy, or files of counts."),
+    ("train_step", "--cells none", "none holds no flat copy of tokens"),
     ("tflops", "--steps 0 --warmup -1", "--warmup must be at least 0, and is -1."),
     ("tflops", "--attention te --precision bf16", "transformer_engine"),
     ("tflops", "--json file/out.json", "out.json: cannot be written"),
@@ -205,16 +205,6 @@ def test_perturb(tmp_path: Path, counts: Path, small: dict[str, Any]) -> None:
     assert kept["largest_difference"] < 1e-5
     assert [row["variants"] for row in kept["rows"]] == [[3], [2], [2]]
     assert [row["variants_per_s"] > 0 for row in kept["rows"]] == [True] * 3
-
-
-def test_train_step_makes_a_flat_copy_of_counts(
-    tmp_path: Path, counts: Path, small: dict[str, Any]
-) -> None:
-    words = ("--cells", counts, "--work", tmp_path / "work", "--global-batch", 8, "--make")
-    ended = forked("train_step", *words, change=small)
-    assert ended.code == 0, ended.printed
-    folder = Path(ended.printed.strip().splitlines()[-1].partition(": ")[2])
-    step_cells.check(folder, train_step.VOCABULARY, 40)
 
 
 @pytest.mark.timeout(900)

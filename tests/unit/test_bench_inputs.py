@@ -62,12 +62,11 @@ def test_every_format_holds_the_same_tokens(rng: np.random.Generator, tmp_path: 
     tokens_dense(data)
     ranks = anndata.read_h5ad(data.place("tokens_h5ad")).X
     dense = np.load(tmp_path / "tokens_dense")
-    truth = data.truth
-    assert np.array_equal(truth.count_sums_N, np.asarray(counts.sum(1)).ravel())
-    assert len(np.unique(truth.keys_N)) == len(data) == 70
+    assert np.array_equal(data.count_sums_N, np.asarray(counts.sum(1)).ravel())
+    assert len(np.unique(data.keys_N)) == len(data) == 70
     for row, tokens in enumerate(np.split(data.tokens_T, data.offsets[1:-1])):
         assert tokens[0] == CLS
-        assert (truth.token_sums_N[row], truth.num_tokens_N[row]) == (tokens.sum(), len(tokens))
+        assert (data.token_sums_N[row], data.num_tokens_N[row]) == (tokens.sum(), len(tokens))
         assert np.array_equal(ranks[row].data, tokens[1:])
         assert np.array_equal(ranks[row].indices, np.arange(len(tokens) - 1))
         assert np.array_equal(dense[row, : len(tokens)], tokens)

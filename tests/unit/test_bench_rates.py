@@ -16,7 +16,7 @@ from scipy import sparse
 from benchmarks import ingest, loader, perturb, tokenize, train_step
 from benchmarks.harness import loader_turn
 from benchmarks.harness.common import goal, goal_text, in_rounds
-from benchmarks.harness.loader_cells import Cells, Truth
+from benchmarks.harness.loader_cells import Cells
 from benchmarks.harness.peers.contestant import COUNTS, Contestant, shuffled_batches
 from benchmarks.harness.peers.loaders import CONTESTANTS
 from benchmarks.harness.peers.steps import HF_DYNAMIC, contestants
@@ -120,11 +120,11 @@ class FakeData:
     """As many cells; cell n has n + 1 tokens."""
 
     def __init__(self, num_cells: int) -> None:
-        rows = np.arange(num_cells)
-        self.truth = Truth(rows.astype(float), rows, rows + 1, rows)
+        self.keys_N = np.arange(num_cells)
+        self.num_tokens_N, self.count_sums_N = self.keys_N + 1, self.keys_N.astype(float)
 
     def __len__(self) -> int:
-        return len(self.truth.keys_N)
+        return len(self.keys_N)
 
 
 def test_a_turn_of_a_loader(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def test_a_turn_of_a_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["shuffle"]["each_once"]
     assert found["shuffle"]["epochs_differ"]
     assert found["peak_mib"] > 10
-    data.truth.count_sums_N[77] += 1
+    data.count_sums_N[77] += 1
     with pytest.raises(DataError, match="1 cells hold something else"):
         loader_turn.checked(Fake(data), data, [np.arange(4096)])
 
