@@ -148,7 +148,7 @@ def check_attention(out: Path) -> int:
 
 def compared(name: str, precision: str, packed: bool, here: torch.device) -> dict[str, Any]:
     """The largest difference; or the reason why this machine has it not, or what is wrong."""
-    from benchmarks.harness.peers.steps_megatron import our_stages
+    from benchmarks.harness.peers.steps import our_stages
     from geneformer_mcore.config import load
     from geneformer_mcore.model import megatron_config
     from geneformer_mcore.model.attention import select, selftest

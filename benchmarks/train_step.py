@@ -42,7 +42,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from benchmarks.harness import common
 from benchmarks.harness.common import CONFIGS, ROOT, SEQ_LENGTH, VOCABULARY
 from benchmarks.harness.pages import STEP_COLUMNS, table
-from benchmarks.harness.peers.steps import HF_DYNAMIC, HF_PADDED, NAMES, contestants
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.exit_codes import run
@@ -68,7 +67,8 @@ ON_GPU: dict[str, Any] = {
     "micro_batches": [8, 16, 32, 64, 128],
     "steps": 5,
 }
-AGAINST = {"hf_dynamic_ratio": HF_DYNAMIC, "hf_padded_ratio": HF_PADDED}
+NAMES = ("ours_packed", "ours_padded", "hf_dynamic", "hf_padded", "megatron")
+AGAINST = {"hf_dynamic_ratio": "hf_dynamic", "hf_padded_ratio": "hf_padded"}
 
 Turn: TypeAlias = Callable[[str, int], tuple[dict[str, Any], str]]
 """(contestant, micro batch) -> (what was measured, why it failed)."""
@@ -136,8 +136,10 @@ def _job(arguments: argparse.Namespace) -> Job:
 
 
 def _measure(arguments: argparse.Namespace, job: Job) -> None:
+    from benchmarks.harness.peers.steps import CONTESTANTS
+
     chosen = arguments.only or NAMES
-    kinds = {name: kind for name, kind in contestants().items() if name in chosen}
+    kinds = {name: kind for name, kind in CONTESTANTS.items() if name in chosen}
     labels = {name: kind.label for name, kind in kinds.items()}
     reasons = {name: kind.why_not() for name, kind in kinds.items()}
     failures = {name: why for name, why in reasons.items() if why}
@@ -248,12 +250,12 @@ def _turn(work: Path, name: str, micro: int) -> tuple[dict[str, Any], str]:
 
 
 def _child(arguments: argparse.Namespace) -> int:
-    from benchmarks.harness.peers.steps import Job, take_turn
+    from benchmarks.harness.peers.steps import CONTESTANTS, Job, take_turn
 
     name, _, micro = arguments.turn.partition(":")
     task = json.loads((arguments.work / _JOB).read_text())
     job = Job(**(task | {"changes": tuple(task["changes"])}))
-    write_json(arguments.work / _RESULT, take_turn(contestants()[name], job, int(micro)))
+    write_json(arguments.work / _RESULT, take_turn(CONTESTANTS[name], job, int(micro)))
     return 0
 
 

@@ -17,7 +17,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from benchmarks.harness.peers.steps_megatron import our_stages
+from benchmarks.harness.peers.steps import our_stages
 from geneformer_mcore.config import Config, load
 from geneformer_mcore.config.sections import Attention, Pooling, Precision
 from geneformer_mcore.data.collate import make_batch

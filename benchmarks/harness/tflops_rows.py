@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.harness import common
 from benchmarks.harness.made_up import MEAN_TOKENS, token_cells
-from benchmarks.harness.peers.steps_megatron import our_stages
+from benchmarks.harness.peers.steps import our_stages
 from benchmarks.harness.step_cells import StepCells
 from geneformer_mcore.config import Config, load, plan
 from geneformer_mcore.data.loader import Feed, steps_on_device

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from benchmarks.harness import tflops_rows
-from benchmarks.harness.peers.steps import HF_DYNAMIC, HF_PADDED, Job, StepContestant, contestants
+from benchmarks.harness.peers.steps import CONTESTANTS, Job, StepContestant
 from geneformer_mcore.backends import is_available
 from geneformer_mcore.config.sections import ParallelConfig
 from geneformer_mcore.distributed import groups
@@ -22,7 +22,7 @@ from tests.distributed.ranks import run_ranks
 from tests.step_job import job_in
 
 HERE = ("ours_padded", "megatron")
-HERE += (HF_DYNAMIC, HF_PADDED) if is_available("transformers") else ()
+HERE += ("hf_dynamic", "hf_padded") if is_available("transformers") else ()
 """Those that can be measured."""
 PRECISIONS = ("fp32", "bf16")
 
@@ -32,7 +32,7 @@ def changed(job: Job, *changes: str) -> Job:
 
 
 def made(job: Job, name: str, micro_batch: int = 4) -> StepContestant:
-    return contestants()[name](job, micro_batch, toy.CPU)
+    return CONTESTANTS[name](job, micro_batch, toy.CPU)
 
 
 class Found(NamedTuple):

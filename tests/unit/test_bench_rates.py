@@ -19,7 +19,7 @@ from benchmarks.harness.common import goal, goal_text, in_rounds
 from benchmarks.harness.loader_cells import Cells
 from benchmarks.harness.peers.contestant import COUNTS, Contestant, shuffled_batches
 from benchmarks.harness.peers.loaders import CONTESTANTS
-from benchmarks.harness.peers.steps import HF_DYNAMIC, contestants
+from benchmarks.harness.peers.steps import CONTESTANTS as STEPS
 from benchmarks.harness.tflops_rows import Setting, Step, numbers
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.model.flops import (
@@ -163,8 +163,9 @@ def test_loaders() -> None:
     goals = loader.goals_of([*rows, *more])
     assert [goal["value"] for goal in goals[:9]] == [50, 25, 5, 2.5, 3.75, 12, 4, 2, None]
     assert [goal["met"] for goal in goals[6:9]] == [True, False, None]
-    for kinds in (CONTESTANTS, contestants()):
+    for kinds in (CONTESTANTS, STEPS):
         assert len({kind.label for kind in kinds.values()}) == len(kinds)
+    assert tuple(STEPS) == train_step.NAMES
 
 
 def test_perturbations() -> None:
@@ -200,7 +201,7 @@ def a_turn(seconds: float) -> dict[str, Any]:
 def test_training_steps() -> None:
     """Medians over rounds; ratios of one round each."""
     shape = ModelShape(4, 32, 64, 700)
-    rounds = {"ours_padded": (1.0, 2.0, 4.0), HF_DYNAMIC: (4.0, 4.0, 4.0)}
+    rounds = {"ours_padded": (1.0, 2.0, 4.0), "hf_dynamic": (4.0, 4.0, 4.0)}
     rows = [
         {"name": name} | train_step.measured([a_turn(s) for s in each], 2, shape)
         for name, each in rounds.items()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -122,6 +123,18 @@ def tokens_h5ad(data: Prepared) -> None:
     genes = pd.Index([f"rank{number:04d}" for number in range(SEQ_LENGTH - 1)])
     cells = anndata.AnnData(ranks, obs=pd.DataFrame(index=names), var=pd.DataFrame(index=genes))
     cells.write_h5ad(data.place("tokens_h5ad"))
+
+
+def experiment(data: Prepared) -> None:
+    """The raw counts as a SOMA experiment, with tiledbsoma's own settings."""
+    soma_of(data.place("experiment"), data.counts_file)
+
+
+def soma_of(target: Path, source: Path) -> None:
+    """A SOMA experiment of an h5ad file."""
+    import tiledbsoma.io
+
+    tiledbsoma.io.from_h5ad(str(target), str(source), measurement_name="RNA")
 
 
 def tokens_arrow(data: Prepared) -> None:

@@ -19,7 +19,6 @@ import numpy as np
 from benchmarks.harness.common import SEQ_LENGTH, build_store
 from benchmarks.harness.loader_cells import Prepared
 from benchmarks.harness.peers import contestant
-from benchmarks.harness.peers.soma_ml import experiment
 from geneformer_mcore.config.sections import DataConfig
 from geneformer_mcore.data.counts_source import MIN_SPAN_CELLS, CountsSource
 from geneformer_mcore.data.loader import Feed, Share
@@ -117,7 +116,7 @@ class FromExperiment(FromH5ad):
     """On the fly, from the very SOMA experiment of counts that tiledbsoma-ml reads."""
 
     label = "ours on the fly, counts in SOMA"
-    formats = (experiment,)
+    formats = (contestant.experiment,)
 
     def counts(self, data: Prepared) -> Path:
         return data.place("experiment")
