@@ -8,14 +8,12 @@
     attention    te, flash, sdpa in bf16 and fp32, padded and packed, forward and gradients, against
                  the formula in fp64
     tflops_*     benchmarks/tflops.py for both models
-    train_step_* benchmarks/train_step.py for both models, ours and its peers on the same cells
+    train_step_* benchmarks/train_step.py for both models: ours and its peers, on the flat copy FLAT
+                 or made-up cells
 
-The parts are commands, run one after the other, each within a time of its own. DIR has the results
-(PART.json), the output (PART.log) and how each ended (session.json). What needs Transformer Engine
-is left out, with that reason, where it is not installed. DIR/tflops_*.json are for
-benchmarks/results.
-
-Needs torch, megatron-core, numpy, numba and omegaconf. Cells: a flat copy, or made-up tokens.
+The parts are commands, run one after the other, each within a time of its own: DIR/PART.json,
+PART.log, and the exit codes in session.json. What this machine lacks is left out with the reason.
+Needs torch, megatron-core, numpy, numba and omegaconf.
 """
 
 from __future__ import annotations

@@ -6,13 +6,9 @@
 
 Two tables: raw counts out, and padded batches of the same tokens. Each contestant reads the same
 cells in a format of its own, which is made in DIR once. All take turns, several times, each turn in
-a process of its own: open, read whole epochs for eight seconds or more. The page cache is warm.
-Cells are checked by their sums in one more epoch of the first turn. Peers come with
-
-    pip install -c requirements.lock -e ".[bench]"
-
-in an environment of their own, if ours is to stay as requirements.lock has it. A peer that is not
-there, or fails, is listed as not measured. annbatch needs Python 3.12 and is not among them.
+a process of its own: open, read whole epochs for eight seconds or more, page cache warm; the first
+turn checks every cell by its sum. Peers come with the extra [bench] (pip install -c
+requirements.lock -e ".[bench]"); one that is not there, or fails, is listed as not measured.
 """
 
 from __future__ import annotations

@@ -3,15 +3,11 @@
 
     python benchmarks/perturb.py CELLS.h5ad --medians gc30m_gene_medians.json
 
-The job: 100 cells drawn at random and the 200 genes that are detected in most of them, each deleted
-from every cell that has it; the shape of the 10M model, random weights, fp32 on a CPU. All ways
-work on random variants of that job, in turns, cell by cell: ours on some genes of a cell, through
-the very code of launch/perturb.py (read, rank again, embed the original once, pack, compare); the
-others on fewer of the same, a padded forward of the same weights each, with its tokens and its
-original given: once with the logits of all positions, as a masked language model's forward gives
-them and Geneformer's own code computes them, once up to the states alone. What all find is
-compared. One thread each, in wall-clock and in CPU seconds, and by the operations of either way
-(model/flops.py), which no busy machine disturbs.
+The job: 100 cells drawn at random and the 200 genes detected in most of them, each deleted from
+every cell that has it; the shape of the 10M model, random weights, fp32 on a CPU, one thread. Cell
+by cell in turns: ours on some genes through the code of launch/perturb.py; on fewer of the same a
+padded forward each, with the logits of all positions, as Geneformer's own code computes them, and
+without. Results are compared; times are wall-clock and CPU seconds, next to the operations.
 """
 
 from __future__ import annotations

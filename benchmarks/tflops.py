@@ -7,14 +7,9 @@
 
 Every combination of the listed values is a row; what cannot be, or finds no memory, is left out
 with its reason. Made-up cells go through the real feed, model, loss and optimizer: of full length
-where they are padded, of 1,300 tokens on average where they are packed. Rows are kept one by one.
-
-padded-equivalent TFLOPS  cells/s x FLOPs of a cell of full length, all predicted: comparable with
-                          published figures; a unit of throughput
-executed TFLOPS           real tokens, predicted positions only, attention within each cell
-MFU                       executed TFLOPS / the fastest matrix product of this precision here
-s per step                wait for data, forward, backward, clipping and AdamW: the tokens of a mean
-                          step x the median time per token
+where padded, of 1,300 tokens on average where packed. TFLOPS are padded-equivalent (cells of full
+length, all predicted) and executed (real tokens, predicted positions); MFU is the share of executed
+FLOPs in the fastest matrix product of this precision measured here.
 
 Needs torch, megatron-core, numpy, numba and omegaconf, nothing else.
 """

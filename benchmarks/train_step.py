@@ -6,21 +6,12 @@
 Every contestant takes full steps (zero gradients, forward, backward, clip to norm 1, AdamW) over
 the same global batches of the same cells, masked alike, with the same sizes and hyperparameters:
 ours, padded and packed; Hugging Face's BertForMaskedLM with dynamic padding, and padded to the full
-length as NVIDIA's stack does; Megatron-Core's own BertModel.
-
-BertForMaskedLM is post-LN and has token types, so it is not the same function and its losses are
-its own: layers, widths, vocabulary and FLOPs are equal. Megatron-Core's BertModel is the same
-function as ours, with the same first weights: without dropout its first loss equals ours.
+length as NVIDIA's stack does; Megatron-Core's own BertModel, which is the same function as ours.
 
 Each takes its turns in a process of its own. First each tries every micro batch and keeps the
-fastest; then all take turns in rounds, A B C A B C. A contestant whose package is not there, or
-that fails, is listed as skipped. BertForMaskedLM comes with
-
-    pip install -c requirements.lock transformers        (version as measured: setup.py, [bench])
-
-A flat copy of tokens is the folder that launch/cache_store.py makes of a store, or pretraining with
-data.cache_dir=DIR. With one, ours needs torch, megatron-core, numpy, numba and omegaconf only, as
-on a bare GPU machine. Tokens must be below 25,429.
+fastest; then all take turns in rounds, A B C A B C. One whose package is not there (transformers is
+in the extra [bench]), or that fails, is listed as not measured. A flat copy of tokens is the folder
+that launch/cache_store.py makes of a store. Needs torch, megatron-core, numpy, numba and omegaconf.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ genes, common and rare ones, by data set                 ->  reads drawn  ->  co
 
 from __future__ import annotations
 
-from functools import lru_cache
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,28 +53,17 @@ class MadeUpCells:
         return self.views(np.arange(start, stop)).ragged()
 
 
-@lru_cache(maxsize=4)
 def token_cells(mean: int | None, seq_length: int, vocabulary_size: int) -> MadeUpCells:
-    """Cells of `mean` tokens on average, at most seq_length each; None: all of seq_length."""
+    """Cells of about `mean` tokens, at most seq_length each; None: all of seq_length."""
     full = np.full(NUM_CELLS, seq_length)
-    return MadeUpCells(like_real(mean, seq_length) if mean else full, vocabulary_size)
+    lengths_N = like_real(mean, seq_length, NUM_CELLS) if mean else full
+    return MadeUpCells(lengths_N, vocabulary_size)
 
 
-def like_real(mean: int, seq_length: int, num_cells: int = NUM_CELLS) -> np.ndarray:
-    """int64 [num_cells]: tokens of cells, log-normal, cut off at seq_length as a store cuts them,
-    with that mean to about a token. mean: 2..seq_length."""
-    normal = NormalDist(sigma=_LOG_SPREAD)
-    quantiles = [normal.inv_cdf((place + 0.5) / num_cells) for place in range(num_cells)]
-    spread = np.exp(np.random.default_rng(1).permutation(quantiles))
-    low, high = 0.0, float(np.log(seq_length) + 8 * _LOG_SPREAD)
-    for _ in range(60):
-        middle = (low + high) / 2
-        is_low = _cut(spread * np.exp(middle), seq_length).mean() < mean
-        low, high = (middle, high) if is_low else (low, middle)
-    return _cut(spread * np.exp(high), seq_length)
-
-
-def _cut(lengths: np.ndarray, seq_length: int) -> np.ndarray:
+def like_real(mean: int, seq_length: int, num_cells: int) -> np.ndarray:
+    """int64 [num_cells]: tokens of cells, log-normal, cut off at seq_length as a store cuts them: of
+    a median of 1,300 the mean is 1,300 too, cut off at 2,048."""
+    lengths = np.random.default_rng(1).lognormal(np.log(mean), _LOG_SPREAD, num_cells)
     return np.clip(np.rint(lengths), 2, seq_length).astype(np.int64)
 
 

@@ -113,15 +113,17 @@ def _all(results: Path, start: str) -> dict[str, Measurement]:
 
 def _run_model(run: Measurement) -> str:
     model, settings = run["settings"]["model"], run["settings"]
-    return (
-        f"{model['num_layers']} layers x {model['hidden_size']}, "
-        f"{settings['seq_length']:,} tokens, {settings['train']['precision']}"
-    )
+    size = f"{model['num_layers']} layers x {model['hidden_size']}"
+    return f"{size}, {settings['seq_length']:,} tokens, {settings['train']['precision']}"
 
 
 def _run_steps(run: Measurement) -> str:
     batch = run["settings"]["train"]["global_batch_size"]
     return f"{run['logged_step']:,} of {batch:,} cells"
+
+
+def _of(key: str, form: str) -> Callable[[Measurement], str]:
+    return lambda row: number(row[key], form)
 
 
 def _baseline(name: str) -> Callable[[Measurement], str]:
@@ -136,16 +138,16 @@ def _both_tflops(run: Measurement) -> str:
 RUN_ROWS: Columns = {
     "model": _run_model,
     "steps": _run_steps,
-    "training loss, nats per masked gene": lambda run: nats(run["train_loss"]),
+    "training loss, nats per masked gene": _of("train_loss", ".3f"),
     "**validation loss**": lambda run: f"**{nats(run['val_loss'])}**",
-    "control: genes of each cell shuffled": lambda run: nats(run["val_loss_shuffled_genes"]),
+    "control: genes of each cell shuffled": _of("val_loss_shuffled_genes", ".3f"),
     "baseline: unigram": _baseline("unigram"),
     "baseline: gene given rank": _baseline("gene_given_rank"),
-    "cells/s": lambda run: number(run["cells_per_s"], ",.1f"),
-    "tokens/s, padding not counted": lambda run: number(run["tokens_per_s"], ",.0f"),
+    "cells/s": _of("cells_per_s", ",.1f"),
+    "tokens/s, padding not counted": _of("tokens_per_s", ",.0f"),
     "TFLOPS per rank, padded-equivalent / executed": _both_tflops,
-    "MFU, executed / measured peak": lambda run: share(run["mfu"]),
-    "share of time waiting for data": lambda run: share(run["data_wait_fraction"]),
+    "MFU, executed / measured peak": _of("mfu", ".1%"),
+    "share of time waiting for data": _of("data_wait_fraction", ".1%"),
     "wall time": lambda run: f"{number(run['wall_s'], ',.0f')} s",
 }
 
@@ -364,44 +366,44 @@ def parity(results: Path) -> str:
     return markdown(["layout", "ranks", *PARITY_COLUMNS.values()], rows, [found])
 
 
-CELL_TYPE_HEAD = [
-    *("cells", "scheme", "features", "classifier", "macro F1 (95 %)", "accuracy (95 %)"),
-    "F1 over PCA + forest",
-]
+CELL_TYPE_COLUMNS: Columns = {
+    "cells": lambda row: row["cells"],
+    "scheme": lambda row: row["scheme"],
+    "features": lambda row: row["features"],
+    "classifier": lambda row: row["classifier"],
+    "macro F1 (95 %)": lambda row: row["bold"].format(_score(row["macro_f1"])),
+    "accuracy (95 %)": lambda row: _score(row["accuracy"]),
+    "F1 over PCA + forest": lambda row: row["over"],
+}
 
 
 def cell_types(results: Path) -> str:
     """Every method of cell_types.py, and below the pretraining behind it."""
     found = read(results / "cell_types.json")
-    if not found:
-        return markdown(CELL_TYPE_HEAD, [])
-    below = [f"<sub>{line}</sub>" for line in [*cell_type_notes(found), origin(found)]]
-    return "\n\n".join([markdown(CELL_TYPE_HEAD, cell_type_rows(found)), *below])
+    return cell_types_of(found, [origin(found)]) if found else table(CELL_TYPE_COLUMNS, [])
 
 
-def cell_type_rows(content: Measurement) -> list[list[str]]:
-    """One per method, scheme and labelled file."""
-    return [
+def cell_types_of(content: Measurement, more: Sequence[str] = ()) -> str:
+    """One row per method, scheme and labelled file; notes below."""
+    rows = [
         _cell_type_row(each, scheme, row)
         for each in content["sets"]
         for scheme in each["schemes"]
         for row in scheme["rows"]
     ]
+    below = [f"<sub>{line}</sub>" for line in [*cell_type_notes(content), *more]]
+    return "\n\n".join([table(CELL_TYPE_COLUMNS, rows), *below])
 
 
-def _cell_type_row(each: Measurement, scheme: Measurement, row: Measurement) -> list[str]:
+def _cell_type_row(each: Measurement, scheme: Measurement, row: Measurement) -> Measurement:
     best = max(other["macro_f1"]["value"] for other in scheme["rows"])
-    score = _score(row["macro_f1"])
-    is_baseline = row is scheme["rows"][0]
-    return [
-        f"{each['input'].removesuffix('.h5ad')}, {scheme['cells']:,} cells",
-        f"{scheme['name']}, {len(scheme['labels'])} labels",
-        row["features"],
-        row["classifier"],
-        f"**{score}**" if row["macro_f1"]["value"] == best else score,
-        _score(row["accuracy"]),
-        "-" if is_baseline else _score(row["macro_f1_over_baseline"], "+.3f"),
-    ]
+    over = "-" if row is scheme["rows"][0] else _score(row["macro_f1_over_baseline"], "+.3f")
+    return row | {
+        "cells": f"{each['input'].removesuffix('.h5ad')}, {scheme['cells']:,} cells",
+        "scheme": f"{scheme['name']}, {len(scheme['labels'])} labels",
+        "bold": "**{}**" if row["macro_f1"]["value"] == best else "{}",
+        "over": over,
+    }
 
 
 def _score(found: dict[str, float], form: str = ".3f") -> str:

@@ -24,10 +24,14 @@ from benchmarks.harness.step_cells import StepCells
 from geneformer_mcore.config import Config, load, plan
 from geneformer_mcore.data.loader import Feed, steps_on_device
 from geneformer_mcore.distributed import groups
-from geneformer_mcore.metrics.meter import Meter
 from geneformer_mcore.model import fused, megatron_config
 from geneformer_mcore.model.attention import select
-from geneformer_mcore.model.flops import ModelShape
+from geneformer_mcore.model.flops import (
+    ModelShape,
+    Workload,
+    executed_flops,
+    padded_equivalent_flops,
+)
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.training.step import Totals, train_step
 
@@ -170,42 +174,35 @@ def _let_go(trainable: optim.Trainable) -> None:
 
 def numbers(config: Config, steps: Sequence[Step], peak: float) -> dict[str, Any]:
     """The measured part of a row. peak: FLOP/s of which MFU is a share."""
-    batch = config.train.global_batch_size
-    totals = sum((step.totals for step in steps), Totals())
-    rates = _rates(config, steps, totals, peak)
-    chosen = ("cells_per_s", "tokens_per_s", "mfu", "data_wait_fraction", "step_s")
+    model, length, number = config.model, config.data.seq_length, len(steps)
+    widths = (model.num_layers, model.hidden_size, model.ffn_hidden_size)
+    shape = ModelShape(*widths, common.VOCABULARY)
+    all_ = sum((step.totals for step in steps), Totals())
+    work = Workload(all_.num_tokens, all_.sum_squared_lengths, all_.num_predicted)
+    seconds, num_cells = _typical_s(steps), number * config.train.global_batch_size
+    executed = executed_flops(shape, work) / seconds
+    padded = padded_equivalent_flops(shape, length) * num_cells / seconds
+    waited_s = number * statistics.median(step.data_wait_s for step in steps)
     return {
-        "attention_dropout": config.model.attention_dropout,
-        "cells_per_step": batch,
-        "seq_length": config.data.seq_length,
-        "tokens_per_cell": totals.num_tokens / (len(steps) * batch),
-        "fill": totals.num_tokens / sum(step.positions for step in steps),
-        **{key: rates[key] for key in rates if key in chosen or key.startswith("tflops")},
+        "attention_dropout": model.attention_dropout,
+        "cells_per_step": config.train.global_batch_size,
+        "seq_length": length,
+        "tokens_per_cell": all_.num_tokens / num_cells,
+        "fill": all_.num_tokens / sum(step.positions for step in steps),
+        "cells_per_s": num_cells / seconds,
+        "tokens_per_s": all_.num_tokens / seconds,
+        "mfu": executed / peak,
+        "data_wait_fraction": waited_s / seconds,
+        "step_s": seconds / number,
+        "tflops_padded_equivalent": padded / 1e12,
+        "tflops_executed": executed / 1e12,
         "tflops_peak": peak / 1e12,
         "step_s_each": [step.step_s for step in steps],
     }
 
 
-def _rates(config: Config, steps: Sequence[Step], totals: Totals, peak: float) -> dict[str, Any]:
-    model = config.model
-    size = ModelShape(model.num_layers, model.hidden_size, model.ffn_hidden_size, common.VOCABULARY)
-    meter = Meter(size, config.data.seq_length, 1, peak)
-    meter.add(
-        loss_sum=totals.loss_sum,
-        num_predicted=totals.num_predicted,
-        cells=len(steps) * config.train.global_batch_size,
-        tokens=totals.num_tokens,
-        sum_squared_lengths=totals.sum_squared_lengths,
-        data_wait_s=len(steps) * statistics.median(step.data_wait_s for step in steps),
-        step_s=_typical_s(steps, [step.step_s for step in steps]),
-        steps=len(steps),
-    )
-    return meter.record(step=len(steps), grad_norm=0.0, lr=config.optim.lr)
-
-
-def _typical_s(steps: Sequence[Step], seconds: Sequence[float]) -> float:
+def _typical_s(steps: Sequence[Step]) -> float:
     """The time of all steps together, were none slower or faster per token than the median: one
     slow moment means nothing for the code, and cells of many lengths differ in their work."""
-    tokens = [step.totals.num_tokens for step in steps]
-    per_token = [each / number for each, number in zip(seconds, tokens, strict=True)]
-    return sum(tokens) * statistics.median(per_token)
+    per_token = statistics.median(step.step_s / step.totals.num_tokens for step in steps)
+    return per_token * sum(step.totals.num_tokens for step in steps)

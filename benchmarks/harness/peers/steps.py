@@ -4,10 +4,9 @@ cells of step n, the same for all -> its micro batches -> placed on the device
     -> [ zero gradients -> forward, backward ... -> clip -> AdamW ]   timed, step by step
 
 Ours and Megatron-Core's BertModel go through our train_step: Megatron's schedule, gradient buffers
-and AdamW. Hugging Face's BertForMaskedLM, which the original Geneformer is trained with, has a lean
-loop with torch's fused AdamW. It is post-LN, with a norm and token types in its embedding, where the
-card's model is pre-LN with a final norm: no weights make the two the same function. They share what
-a step costs: layers, widths, heads, vocabulary, and so the FLOPs, and all but a few parameters.
+and AdamW. Hugging Face's BertForMaskedLM, of the original Geneformer, has a lean loop with torch's
+fused AdamW. It is post-LN, with token types, where the card's model is pre-LN with a final norm: not
+the same function, but layers, widths, heads, vocabulary, and so the FLOPs, are equal.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from abc import ABC, abstractmethod
 from dataclasses import astuple, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from megatron.core.models.bert import bert_layer_specs
@@ -266,19 +265,8 @@ def _layers(here: torch.device) -> Any:
 
 IGNORED = -100
 """The label of a position that torch's cross entropy leaves out."""
-
-
-class Labelled(NamedTuple):
-    """One micro batch on the device, in the form that a masked language model of torch takes.
-
-    tokens_BS, labels_BS:  int64; the label is IGNORED where nothing is predicted
-    is_real_BS:            int64, 1 where there is a token, 0 where there is padding
-    """
-
-    tokens_BS: torch.Tensor
-    is_real_BS: torch.Tensor
-    labels_BS: torch.Tensor
-    num_predicted: int
+Labelled: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
+"""int64 [B, S] tokens, 1 where there is one, labels, on the device; number of labels."""
 
 
 class HFPadded(StepContestant):
@@ -352,12 +340,11 @@ class HFPadded(StepContestant):
 
     def step(self, placed: list[Labelled]) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        num_predicted = sum(batch.num_predicted for batch in placed)
+        num_predicted = sum(number for *_, number in placed)
         total = torch.zeros((), device=self.here)
-        for batch in placed:
+        for tokens, real, labels, number in placed:
             # Weights stay fp32; products are cast.
             with torch.autocast(self.here.type, torch.bfloat16, enabled=self.is_bf16):
-                tokens, real, labels, number = batch
                 found = self.model(input_ids=tokens, attention_mask=real, labels=labels)
             # Together the mean over the global batch, as ours: not a mean of means.
             loss = found.loss * (number / num_predicted)
@@ -374,7 +361,7 @@ def _labelled(batch: Batch, here: torch.device) -> Labelled:
     labels_BS.view(-1)[batch.selected_M] = batch.labels_M
     real_BS = (tokens_BS != PAD).long()
     tokens, real, labels = (tensor.to(here) for tensor in (tokens_BS, real_BS, labels_BS))
-    return Labelled(tokens, real, labels, len(batch.labels_M))
+    return tokens, real, labels, len(batch.labels_M)
 
 
 class HFDynamic(HFPadded):
