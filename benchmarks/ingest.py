@@ -27,8 +27,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -63,7 +61,7 @@ def main() -> None:
     workers = arguments.workers or psutil.cpu_count()
     made_up = [] if arguments.inputs else draw([], None, 2000, seed=0)[:1]
     sources = arguments.inputs or [write(each, work / "made_up").counts_file for each in made_up]
-    sets = _resample(sources, work, max(SETS), arguments.cells, workers)
+    sets = _resample(sources, work, max(SETS), arguments.cells)
     runs = []
     for number in SETS:
         files = [file for part in sets[:number] for file in part]
@@ -89,23 +87,17 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _resample(
-    sources: Sequence[Path], work: Path, num_sets: int, cells: int, workers: int
-) -> list[list[Path]]:
+def _resample(sources: Sequence[Path], work: Path, num_sets: int, cells: int) -> list[list[Path]]:
     """`num_sets` lists of files with `cells` cells each, a file per source in every list."""
     import anndata
 
     sizes = [anndata.read_h5ad(path, backed="r").n_obs for path in sources]
     shares = np.diff(np.rint(np.cumsum([0, *sizes]) / sum(sizes) * cells).astype(int))
-    numbers = range(num_sets)
-    files = [[work / f"{path.stem}_{number}.h5ad" for path in sources] for number in numbers]
-    jobs = [
-        (source, out, int(share), number)
-        for number in numbers
-        for source, out, share in zip(sources, files[number], shares, strict=True)
-    ]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        list(pool.map(_draw, *zip(*jobs, strict=True)))
+    files = []
+    for number in range(num_sets):
+        files.append([work / f"{path.stem}_{number}.h5ad" for path in sources])
+        for source, out, share in zip(sources, files[-1], shares, strict=True):
+            _draw(source, out, int(share), number)
     return files
 
 

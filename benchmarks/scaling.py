@@ -7,7 +7,7 @@
 
 No cluster is needed, and nothing printed was measured on one. Measured are steps of one H200
 (benchmarks/results/tflops_h200.json), the loader (loader.json), the lengths of the cells and their
-packing on simulated ranks. Assumed is the rest: harness/scaling_model.py has the formulas.
+packing on simulated ranks. Assumed is the rest: Assumptions in harness/scaling_model.py.
 """
 
 from __future__ import annotations
@@ -41,14 +41,8 @@ DEMO_STORE = ROOT / "build" / "demo" / "store"
 def main() -> int:
     """Simulate, project, print the table."""
     arguments = _arguments()
-    steps, sustained = arguments.steps, arguments.sustained
-    problems = [
-        f"--{name} must be above 0, and is {getattr(arguments, name.replace('-', '_')):g}."
-        for name in ("steps", "nvlink-gb-s", "ib-gb-s", "sustained", "cores-per-rank")
-        if getattr(arguments, name.replace("-", "_")) <= 0
-    ]
-    if sustained > 1:
-        problems.append(f"--sustained must be at most 1, and is {sustained:g}.")
+    steps = arguments.steps
+    problems = [f"--steps must be above 0, and is {steps}."] if steps <= 0 else []
     if arguments.cells and arguments.tokens:
         problems.append("--cells and --tokens both name cells: give one of the two.")
     refuse(problems, [arguments.json, arguments.svg])
@@ -62,14 +56,8 @@ def main() -> int:
         scaling_model.loader_rate(arguments.results, "ours_flat"),
         scaling_model.loader_rate(arguments.results, "ours_store"),
     )
-    assumed = Assumptions(
-        nvlink_bytes_s=arguments.nvlink_gb_s * 1e9,
-        ib_bytes_s=arguments.ib_gb_s * 1e9,
-        sustained=sustained,
-        cores_per_rank=arguments.cores_per_rank,
-    )
-    found = scaling_model.project(inputs, assumed)
-    found["sources"] = sources(inputs, assumed, len(lengths), source)
+    found = scaling_model.project(inputs, Assumptions())
+    found["sources"] = sources(inputs, Assumptions(), len(lengths), source)
     print(markdown(*scaling_model.table(found)), found["sources"], sep="\n\n")
     save_results(arguments.json, found)
     if arguments.svg:
@@ -125,15 +113,11 @@ def _of_counts(path: Path) -> np.ndarray:
 
 
 def _arguments() -> argparse.Namespace:
-    parser, assumed = parser_of(__doc__), Assumptions()
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--cells", nargs="+", type=Path, default=[], metavar="FILE.h5ad", help="whose lengths")
     add("--tokens", type=Path, metavar="DIR", help="a flat copy whose lengths")
     add("--steps", type=int, default=50, help="global batches that are packed (default: 50)")
-    add("--nvlink-gb-s", type=float, default=assumed.nvlink_bytes_s / 1e9, help="per GPU")
-    add("--ib-gb-s", type=float, default=assumed.ib_bytes_s / 1e9, help="per GPU, between nodes")
-    add("--sustained", type=float, default=assumed.sustained, help="share of the best speed")
-    add("--cores-per-rank", type=float, default=2, help="for the loader (default: 2)")
     add("--results", type=Path, default=RESULTS, help="measurements")
     add("--json", type=Path, metavar="OUT", help="write the numbers here too")
     add("--svg", type=Path, metavar="OUT", help="draw cells/s against GPUs here (.svg, .png)")

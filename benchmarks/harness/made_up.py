@@ -61,8 +61,8 @@ def token_cells(mean: int | None, seq_length: int, vocabulary_size: int) -> Made
 
 
 def like_real(mean: int, seq_length: int, num_cells: int) -> np.ndarray:
-    """int64 [num_cells]: tokens of cells, log-normal, cut off at seq_length as a store cuts them: of
-    a median of 1,300 the mean is 1,300 too, cut off at 2,048."""
+    """int64 [num_cells]: tokens of cells, log-normal, cut off at seq_length as a store cuts them: a
+    median of 1,300 cut off at 2,048 has that mean, too."""
     lengths = np.random.default_rng(1).lognormal(np.log(mean), _LOG_SPREAD, num_cells)
     return np.clip(np.rint(lengths), 2, seq_length).astype(np.int64)
 

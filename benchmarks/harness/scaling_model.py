@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,24 +41,16 @@ SLOWER = {"H200": 1.0, "H100": 4.8 / 3.35, "A100": 989 / 312}
 2.039 TB/s) and of dense bf16 FLOPs (989, 989, 312 TFLOPS), by NVIDIA's data sheets. Assumed."""
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """One of the card's models and its run ("Training diagnostics" of the model card).
 
-    nodes:      of 8 A100 each
-    card_hours: wall clock of the 115,430 steps
+    nodes: of 8 A100 each;  card_hours: wall clock of the 115,430 steps
     """
 
     name: str
     shape: ModelShape
     nodes: int
     card_hours: float
-
-    @property
-    def num_parameters(self) -> int:
-        """With the embedding padded as it is trained."""
-        shape = replace(self.shape, vocabulary_size=padded_vocabulary_size(VOCABULARY))
-        return num_parameters(shape, SEQ_LENGTH)
 
 
 MODELS = (
@@ -134,34 +126,32 @@ def curves(results: Path) -> dict[tuple[str, bool], Curve]:
     """{(model, packed): steps}: bf16, with attention dropout, full cells or packed ones. Raises
     DataError if two sizes of each were not measured on an H200."""
     points: dict[tuple[str, bool], list[tuple[float, float, float]]] = {}
-    try:
-        for row in json.loads((results / H200).read_text())["rows"]:
-            if row["precision"] == "bf16" and row["attention_dropout"] > 0:
-                tokens = row["cells_per_step"] * row["tokens_per_cell"]
-                here = points.setdefault((row["model"], row["packing"] == "packed"), [])
-                here.append((tokens, row["step_s"], row["peak_mib"]))
-        kinds = [(model.name, packed) for model in MODELS for packed in (False, True)]
-        if any(len(points[kind]) < 2 for kind in kinds):
-            raise ValueError
-        return {kind: Curve(*zip(*sorted(points[kind]), strict=True)) for kind in kinds}
-    except (OSError, ValueError, KeyError, TypeError):
+    for row in _rows(results / H200):
+        if row["precision"] == "bf16" and row["attention_dropout"] > 0:
+            tokens = row["cells_per_step"] * row["tokens_per_cell"]
+            here = points.setdefault((row["model"], row["packing"] == "packed"), [])
+            here.append((tokens, row["step_s"], row["peak_mib"]))
+    kinds = [(model.name, packed) for model in MODELS for packed in (False, True)]
+    if any(len(points.get(kind, ())) < 2 for kind in kinds):
         raise DataError(
             f"{results / H200} has no two sizes of each model, padded and packed. Remedy: python "
             "benchmarks/gpu_session.py --out DIR on an H200."
-        ) from None
+        )
+    return {kind: Curve(*zip(*sorted(points[kind]), strict=True)) for kind in kinds}
 
 
 def loader_rate(results: Path, name: str) -> float:
     """Cells per second of one process on LOADER_CORES cores. Raises DataError if not measured."""
     path = results / "loader.json"
-    try:
-        rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
-        return float(rows[name]["cells_per_s"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(
-            f"{path} has no rate of {name}. Remedy: python benchmarks/loader.py --work DIR --json "
-            f"{path}"
-        ) from None
+    for row in _rows(path):
+        if row["name"] == name and not row["not_measured"]:
+            return float(row["cells_per_s"])
+    remedy = f"python benchmarks/loader.py --work DIR --json {path}"
+    raise DataError(f"{path} has no rate of {name}. Remedy: {remedy}")
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def all_reduce_s(num_bytes: float, nodes: int, assumed: Assumptions) -> float:
@@ -172,13 +162,12 @@ def all_reduce_s(num_bytes: float, nodes: int, assumed: Assumptions) -> float:
     return within + between + (2 * p + 2 * nodes) * assumed.latency_s
 
 
-@dataclass(frozen=True)
-class Balance:
-    """Packed batches of real lengths on simulated ranks.
+class Balance(NamedTuple):
+    """Packed batches of real lengths on simulated ranks, means over steps.
 
-    packed, dealt: tokens of the fullest rank over the mean, by the packing of pretraining, and with
-                   cell i on rank i % ranks; means over steps
-    pack_s:        seconds of packing a global batch, which every rank does, measured here
+    packed: tokens of the fullest rank over the mean, by the packing of pretraining
+    dealt:  the same with cell i on rank i % ranks
+    pack_s: seconds of packing a global batch, which every rank does, measured here
     """
 
     packed: float
@@ -224,7 +213,9 @@ def step(
     imbalance = (balance.packed if assumed.is_balanced else balance.dealt) if packed else 1.0
     balanced_s = curve.compute_s(tokens) * SLOWER[gpu]
     compute_s = curve.compute_s(tokens * imbalance) * SLOWER[gpu]
-    reduce_s = all_reduce_s(4 * model.num_parameters, nodes, assumed)
+    # With the embedding padded as it is trained.
+    trained = replace(model.shape, vocabulary_size=padded_vocabulary_size(VOCABULARY))
+    reduce_s = all_reduce_s(4 * num_parameters(trained, SEQ_LENGTH), nodes, assumed)
     # With several micro batches gradients are complete in the last one only.
     hidden_s = assumed.overlap * assumed.backward * compute_s / curve.passes(tokens)
     exposed_s = max(reduce_s - hidden_s, assumed.least_exposed * reduce_s)
@@ -252,18 +243,15 @@ def step(
     }
 
 
-def cases(assumed: Assumptions) -> dict[str, dict[str, Any]]:
-    """The assumptions changed in each."""
-    halves = (assumed.nvlink_bytes_s / 2, assumed.ib_bytes_s / 2)
-    cores = min(assumed.cores_per_rank, LOADER_CORES)
-    return {
-        "network at half the bandwidth": {"nvlink_bytes_s": halves[0], "ib_bytes_s": halves[1]},
-        "nothing of the all-reduce hidden": {"overlap": 0.0},
-        "no balancing: cell i to rank i % ranks": {"is_balanced": False},
-        "no flat copy: ranks read the SOMA store": {"from_store": True},
-        "half the cores for the loader": {"cores_per_rank": cores / 2},
-        "10 % lost to logging, checkpoints, stragglers": {"sustained": 0.9},
-    }
+CASES: dict[str, dict[str, Any]] = {
+    "network at half the bandwidth": {"nvlink_bytes_s": 115e9, "ib_bytes_s": 10e9},
+    "nothing of the all-reduce hidden": {"overlap": 0.0},
+    "no balancing: cell i to rank i % ranks": {"is_balanced": False},
+    "no flat copy: ranks read the SOMA store": {"from_store": True},
+    "half the cores for the loader": {"cores_per_rank": 1.0},
+    "10 % lost to logging, checkpoints, stragglers": {"sustained": 0.9},
+}
+"""The assumptions changed in each."""
 
 
 def project(inputs: Inputs, assumed: Assumptions) -> dict[str, Any]:
@@ -274,8 +262,7 @@ def project(inputs: Inputs, assumed: Assumptions) -> dict[str, Any]:
             return step(inputs, model, packed, nodes, gpu, replace(assumed, **case))
 
         rates = {gpu: [at(nodes, gpu)["cells_per_s"] for nodes in NODES] for gpu in SLOWER}
-        changed = cases(assumed).items()
-        slower = {name: at(model.nodes, "H200", **case)["step_s"] for name, case in changed}
+        slower = {name: at(model.nodes, "H200", **case)["step_s"] for name, case in CASES.items()}
         known = {"model": model.name, "packed": packed, "nodes": model.nodes}
         known |= {"card_hours": model.card_hours, **at(model.nodes, "H200")}
         return known | {"cells_per_s_of": rates, "step_s_if": slower}

@@ -5,8 +5,8 @@ cells of step n, the same for all -> its micro batches -> placed on the device
 
 Ours and Megatron-Core's BertModel go through our train_step: Megatron's schedule, gradient buffers
 and AdamW. Hugging Face's BertForMaskedLM, of the original Geneformer, has a lean loop with torch's
-fused AdamW. It is post-LN, with token types, where the card's model is pre-LN with a final norm: not
-the same function, but layers, widths, heads, vocabulary, and so the FLOPs, are equal.
+fused AdamW. It is post-LN with token types, the card's model pre-LN with a final norm: not the same
+function, but layers, widths, heads, vocabulary, and so the FLOPs, are equal.
 """
 
 from __future__ import annotations
