@@ -59,7 +59,7 @@ def main() -> int:
     arguments = _arguments()
     ignore_known_warnings()
     train, labelled = _files(arguments.train), _files(arguments.labelled)
-    _files([each for each in (arguments.config, arguments.vocabulary, arguments.medians) if each])
+    _files([each for each in (arguments.config, arguments.medians) if each])
     out: Path = arguments.out
     result: Path = arguments.json or out / "cell_types.json"
     refuse([], [out / "run", result])
@@ -102,8 +102,6 @@ def _types(labelled: Path, folder: Path, arguments: argparse.Namespace) -> str:
 
 def _vocabulary(arguments: argparse.Namespace, out: Path) -> list[str]:
     """Options of build_store.py for the vocabulary: none, unless one is given."""
-    if arguments.vocabulary is not None:
-        return ["--vocabulary", str(arguments.vocabulary.resolve())]
     if arguments.medians is None:
         return []
     path = (out / f"{folder_name('vocabulary', facts([arguments.medians]))}.json").resolve()
@@ -258,7 +256,6 @@ def _arguments() -> argparse.Namespace:
     add("--config", type=Path, default=ROOT / CONFIG, help=f"default: {CONFIG}")
     add("--set", dest="settings", nargs="+", default=[], metavar="KEY=VALUE", help="of the run")
     add("--ranks", type=int, default=2, help="of torchrun (default: 2)")
-    add("--vocabulary", type=Path, metavar="FILE", help="default: that of the training files")
     add("--medians", type=Path, metavar="FILE", help="Geneformer's gene medians, to make one of")
     add("--seed", type=int, default=0, help="of folds and classifiers")
     add("--resamples", type=int, default=1000, help="draws for the intervals (default: 1000)")

@@ -163,7 +163,7 @@ def row(name: str, turns: Sequence[dict[str, Any]], not_measured: str | None) ->
     known = common.named(name, kind, not_measured) | {"table": kind.table}
     if not_measured:
         return known
-    chosen = ("cells_per_s", "tokens_per_s", "cpu_us_per_cell", "first_batch_s", "peak_mib")
+    chosen = ("cells_per_s", "cpu_us_per_cell", "first_batch_s", "peak_mib")
     medians = {key: statistics.median(turn[key] for turn in turns) for key in chosen}
     return known | turns[0] | medians | {"runs": [turn["cells_per_s"] for turn in turns]}
 

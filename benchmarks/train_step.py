@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from benchmarks.harness.peers.steps import Job
 
 TIMEOUT_S = 3600
-_JOB, _RESULT, _TURNS = "job.json", "turn.json", "turns.jsonl"
+_JOB, _RESULT = "job.json", "turn.json"
 ON_CPU: dict[str, Any] = {
     "precision": "fp32",
     "attention_dropout": 0.0,  # torch has no fused attention with dropout on a CPU
@@ -132,8 +132,11 @@ def _measure(arguments: argparse.Namespace, job: Job) -> None:
     chosen = arguments.only or NAMES
     kinds = {name: kind for name, kind in CONTESTANTS.items() if name in chosen}
     labels = {name: kind.label for name, kind in kinds.items()}
-    reasons = {name: kind.why_not() for name, kind in kinds.items()}
-    failures = {name: why for name, why in reasons.items() if why}
+    failures = {
+        name: f"{kind.package} is {common.NOT_INSTALLED}"
+        for name, kind in kinds.items()
+        if kind.package and common.version_of(kind.package) == common.NOT_INSTALLED
+    }
     sizes, turn = arguments.micro_batches, partial(_turn, arguments.work)
     tuning = tune(turn, labels, sizes, failures)
     micro = {name: fastest(tried, sizes) for name, tried in tuning.items()}
@@ -148,12 +151,7 @@ def _measure(arguments: argparse.Namespace, job: Job) -> None:
     ]
     add_ratios(rows)
     print(table(STEP_COLUMNS, [row | {"cells": Path(job.cells).name} for row in rows], (), 2))
-    conditions = (
-        f"Model {job.model}, {', '.join(job.changes)}; {job.steps} measured step(s) after "
-        f"{job.warmup} unmeasured, median of {arguments.rounds} round(s); micro batch: the "
-        f"fastest of {sizes}."
-    )
-    content = {"rows": rows, "conditions": conditions, "settings": job.changes}
+    content = {"rows": rows, "settings": job.changes, "steps": job.steps, "warmup": job.warmup}
     common.save_results(arguments.json, content)
 
 
@@ -202,7 +200,6 @@ def measured(
     cells_per_s = statistics.median(map(rate, turns))
     seconds = first["cells"] / cells_per_s
     return {
-        "about": first["about"],
         "micro_batch": micro_batch,
         "rounds": [rate(turn) for turn in turns],
         "step_s": [turn["seconds"] for turn in turns],
@@ -229,14 +226,11 @@ def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _turn(work: Path, name: str, micro: int) -> tuple[dict[str, Any], str]:
-    """(the measurements of a turn in a process of its own, why it failed). Kept at once, so that a
-    comparison that is broken off leaves what it had."""
+    """(the measurements of a turn in a process of its own, why it failed)."""
     command = [sys.executable, str(Path(__file__).resolve()), "--work", str(work)]
     command += ["--cells", str(work), "--turn", f"{name}:{micro}"]
     why = common.why_failed(command, TIMEOUT_S)
     found = {} if why else json.loads((work / _RESULT).read_text())
-    with (work / _TURNS).open("a") as turns:
-        turns.write(json.dumps({"name": name, "micro_batch": micro, "why_not": why} | found) + "\n")
     return found, why
 
 

@@ -35,19 +35,14 @@ def take_turn(
 ) -> dict[str, Any]:
     """The measurements of one turn.
 
-    cells_per_s:          cells of whole epochs, over opening and reading them
-    first_batch_s:        opening included, imports and compilation not
-    cpu_us_per_cell:      CPU time of all threads and ended workers: steadier on a busy machine
-    cold_start_s:         imports, compilation and an epoch of 128 cells
-    peak_mib, before_mib: resident memory of the process and its workers; before opening
+    cells_per_s:      cells of whole epochs, over opening and reading them
+    first_batch_s:    opening included, imports and compilation not
+    cpu_us_per_cell:  CPU time of all threads and ended workers: steadier on a busy machine
+    peak_mib:         resident memory of the process and its workers
     """
-    num_tokens_N = data.num_tokens_N  # read from disk before the clock starts
-    began = time.perf_counter()
     for _ in kind(few).epoch(0):
-        pass
-    cold_start_s = time.perf_counter() - began
+        pass  # imports, compilation
     gc.collect()
-    before_mib = psutil.Process().memory_info().rss / MIB
     memory = _Peak()
     began, cpu_before = time.perf_counter(), _cpu_s()
     contestant = kind(data)
@@ -65,12 +60,9 @@ def take_turn(
     found = {
         "cells_per_s": num_cells / seconds,
         "cpu_us_per_cell": cpu_s / num_cells * 1e6,
-        "tokens_per_s": float(sum(num_tokens_N[these].sum() for these in rows) / seconds),
         "epochs": len(rows),
         "first_batch_s": first_batch_s,
-        "cold_start_s": cold_start_s,
         "peak_mib": peak_mib,
-        "before_mib": before_mib,
     }
     return found | (checked(contestant, data, rows) if with_check else {})
 

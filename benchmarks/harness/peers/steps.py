@@ -33,7 +33,6 @@ from geneformer_mcore.config.sections import ModelConfig, ParallelConfig, Precis
 from geneformer_mcore.distributed import device, groups
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.model import geneformer, init, megatron_config
-from geneformer_mcore.model.attention import select
 from geneformer_mcore.model.flops import ModelShape, Workload
 from geneformer_mcore.model.megatron_config import LAYERNORM_EPSILON
 from geneformer_mcore.optim import optimizer as optim
@@ -85,18 +84,11 @@ class StepContestant(ABC):
     label:    its name in tables
     package:  the distribution whose version is shown; "" for ourselves
     config:   the settings, with its own on top
-    about:    its attention, number format and padding, in a few words
     """
 
     config: Config
-    about: str
     label: ClassVar[str]
     package: ClassVar[str] = ""
-
-    @classmethod
-    def why_not(cls) -> str:
-        """The reason why it cannot be measured on this machine; or ""."""
-        return ""
 
     @classmethod
     def enter(cls) -> torch.device:
@@ -166,16 +158,6 @@ class OursPadded(StepContestant):
         """The model with its initial weights: here, ours."""
         return our_stages(self.config, core, self.here, vocabulary_size)
 
-    @property
-    def about(self) -> str:  # type: ignore[override]
-        config = self.config
-        precision, packed = config.train.precision, config.data.packing
-        chosen = select.choose(config.model, self.here, precision, packed).value
-        stream = ", 32-bit residuals" if precision is Precision.bf16 else ""
-        rows = f"padded per step to multiples of {config.data.pad_multiple}"
-        rows = "packed" if packed else rows
-        return f"{chosen} attention, {precision.value} weights{stream}, {rows}"
-
     def batches(self, number: int) -> list[Batch]:
         return self.feed.step(number * self.config.train.global_batch_size)
 
@@ -223,12 +205,6 @@ class PlainMegatron(OursPadded):
             stage.output_layer.bias[vocabulary_size:] = NEVER
         return [stage]
 
-    @property
-    def about(self) -> str:  # type: ignore[override]
-        is_te = _layers(self.here) is not bert_layer_specs.bert_layer_local_spec
-        layers = "Transformer Engine's layers" if is_te else "its local layers, plain attention"
-        return f"{layers}, {self.config.train.precision.value} weights"
-
 
 class PlainBert(BertModel):
     """BertModel under the interface of our train_step, with the activation of the card."""
@@ -275,10 +251,6 @@ class HFPadded(StepContestant):
     label = "HF BERT, padded to full length"
     package = "transformers"
 
-    @classmethod
-    def why_not(cls) -> str:
-        return "" if backends.is_available("transformers") else "transformers is not installed"
-
     def __init__(self, job: Job, micro_batch: int, here: torch.device) -> None:
         self.config, self.here, self.micro_batch = job.config(), here, micro_batch
         self.is_bf16 = self.config.train.precision is Precision.bf16
@@ -286,8 +258,6 @@ class HFPadded(StepContestant):
         # With dropout torch's CPU attention leaves its fused kernel, and the plain code is faster.
         slow = here.type == "cpu" and self.config.model.attention_dropout > 0
         self.attention = "eager" if slow else "sdpa"
-        form = "fp32 weights, bf16 autocast" if self.is_bf16 else "fp32 weights"
-        self.about = f"{self.attention} attention, {form}, fused AdamW"
         torch.manual_seed(self.config.train.seed)
         self.model = self._built(job.vocabulary_size)
         self.optimizer = self._adamw()
@@ -416,7 +386,6 @@ def take_turn(kind: type[StepContestant], job: Job, micro_batch: int) -> dict[st
         "losses": losses,
         "cells": job.steps * contestant.config.train.global_batch_size,
         "peak_mib": peak_mib(here) - before_mib,
-        "about": contestant.about,
         "needed": vars(_needed(contestant, job, batches)),
         "positions": sum(batch.tokens_BS.numel() for batch in chain(*batches[job.warmup :])),
     }
