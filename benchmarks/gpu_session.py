@@ -33,7 +33,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import step_cells
-from benchmarks.harness.common import VOCABULARY, parser_of, refuse, save_results, unknown_names
+from benchmarks.harness.common import (
+    SEQ_LENGTH,
+    VOCABULARY,
+    parser_of,
+    refuse,
+    save_results,
+    unknown_names,
+)
 from benchmarks.harness.made_up import MEAN_TOKENS, token_cells
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import GeneformerError
@@ -47,6 +54,18 @@ HERE = Path(__file__).resolve().parent
 SECONDS = 470.0
 """Under eight minutes, the end included."""
 ATTENTION = (("te", "flash", "sdpa"), ("bf16", "fp32"), (True, False))
+_ROWS = "--attention te flash --steps 10 --micro-batch"
+PARTS = (
+    ("tflops", "106m", 100.0, f"{_ROWS} 16 32 64"),
+    ("tflops", "10m", 80.0, f"{_ROWS} 64 128"),
+    ("train_step", "106m", 130.0, "--global-batch 128 --micro-batches 32"),
+    ("train_step", "10m", 110.0, "--global-batch 512 --micro-batches 64"),
+)
+_SMALL = "--seq-length 64 --steps 1 --warmup 0 --attention-dropout 0.1"
+TOY = (
+    ("tflops", "10m", 300.0, f"{_SMALL} --attention auto te --micro-batch 2"),
+    ("train_step", "10m", 300.0, f"{_SMALL} --global-batch 4 --micro-batches 4 --only ours_packed"),
+)
 LEAST_S = 10.0
 """With less time than this left no part is begun: it would not get past its imports."""
 
@@ -63,35 +82,23 @@ def main() -> int:
     refuse(unknown_names("--only", arguments.only, parts), [out / "session.json"])
     chosen = {name: parts[name] for name in parts if name in (arguments.only or parts)}
     if not arguments.cells:
-        make_cells(cells, 64 if arguments.toy else 2048)
+        length = 64 if arguments.toy else SEQ_LENGTH
+        made = token_cells(MEAN_TOKENS * length // SEQ_LENGTH, length, VOCABULARY)
+        ensure(made, "made_up_cells", round(made.mean_tokens * len(made)), cells)
     ends = run_parts(chosen, out, arguments.seconds)
     return FINISHED if all(end == "0" for end in ends.values()) else DEFECT
 
 
 def parts_of(out: Path, cells: Path, toy: bool) -> dict[str, tuple[float, list[str]]]:
     """{name: (seconds, command)}, the most needed first."""
-    parts: dict[str, tuple[float, list[str]]] = {}
-
-    def add(script: str, model: str, seconds: float, options: str) -> None:
+    attention = ["gpu_session.py", "--check", "--out", str(out)]
+    parts = {"attention": (300.0 if toy else 60.0, attention)}
+    for script, model, seconds, options in TOY if toy else PARTS:
         name = f"{script}_{model}"
         words = [f"{script}.py", "--model", model, *options.split()]
         if script == "train_step":
             words += ["--cells", str(cells), "--rounds", "1", "--work", str(out / name)]
         parts[name] = (seconds, [*words, "--json", str(out / f"{name}.json")])
-
-    parts["attention"] = (300 if toy else 60, ["gpu_session.py", "--check", "--out", str(out)])
-    if toy:
-        small = "--seq-length 64 --steps 1 --warmup 0"
-        rows = f"{small} --attention auto te --attention-dropout 0.1 --micro-batch 2"
-        add("tflops", "10m", 300, rows)
-        peers = f"{small} --global-batch 4 --micro-batches 4 --only ours_packed"
-        add("train_step", "10m", 300, peers)
-        return parts
-    rows = "--attention te flash --steps 10 --micro-batch"
-    add("tflops", "106m", 100, f"{rows} 16 32 64")
-    add("tflops", "10m", 80, f"{rows} 64 128")
-    add("train_step", "106m", 130, "--global-batch 128 --micro-batches 32")
-    add("train_step", "10m", 110, "--global-batch 512 --micro-batches 64")
     return parts
 
 
@@ -164,13 +171,6 @@ def compared(name: str, precision: str, packed: bool, here: torch.device) -> dic
         return {"difference": selftest.check(stage, here, packed)}
     except (GeneformerError, RuntimeError) as error:  # the next one may be right
         return {"wrong": str(error)}
-
-
-def make_cells(folder: Path, seq_length: int) -> None:
-    """A flat copy of made-up cells."""
-    cells = token_cells(MEAN_TOKENS * seq_length // 2048, seq_length, VOCABULARY)
-    num_tokens = round(cells.mean_tokens * len(cells))
-    ensure(cells, "made_up_cells", num_tokens, folder)
 
 
 def _arguments() -> argparse.Namespace:

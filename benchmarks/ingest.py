@@ -158,9 +158,7 @@ def _phase_s(what: str, printed: str) -> float:
 
 
 def _children_cpu_s() -> float:
-    """CPU seconds of all processes that were waited for, and of theirs."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 def _memory(pid: int) -> int:

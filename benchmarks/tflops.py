@@ -114,52 +114,43 @@ def impossible(wanted: list[Setting], seq_length: int, here: torch.device) -> di
 
 
 def _measure_all(
-    wanted: list[Setting],
-    reasons: dict[Setting, str],
-    arguments: argparse.Namespace,
-    here: torch.device,
+    wanted: list[Setting], reasons: dict[Setting, str], known: argparse.Namespace, here: Any
 ) -> bool:
     """Every row in turn, kept as soon as it is there. True if one raised an error of ours."""
     import torch
 
     from benchmarks.harness.tflops_rows import measured_row
-    from geneformer_mcore.metrics.peak_flops import measured_peak
+    from geneformer_mcore.metrics import peak_flops
     from geneformer_mcore.model.megatron_config import DTYPES
 
-    names = dict.fromkeys(setting.precision for setting in wanted)
-    peaks = {name: measured_peak(here, DTYPES[Precision(name)]) for name in names}
-    known = {"steps": arguments.steps, "warmup": arguments.warmup}
+    peaks: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     for setting in wanted:
-        reason = reasons.get(setting, "")
-        if not reason:
-            given = (setting, arguments.seq_length, here, arguments.warmup, arguments.steps)
-            found, reason = _tried(measured_row, *given, peaks[setting.precision])
-            rows += found
+        name, reason = setting.precision, reasons.get(setting, "")
+        try:
+            if not reason:
+                peaks[name] = peaks.get(name) or peak_flops.measured_peak(
+                    here, DTYPES[Precision(name)]
+                )
+                given = (known.seq_length, here, known.warmup, known.steps, peaks[name])
+                rows.append(measured_row(setting, *given))
+        except torch.OutOfMemoryError:
+            reason = "out of memory"
+        except GeneformerError as error:
+            reason = str(error)
+        except Exception as error:  # the other rows are worth having all the same
+            traceback.print_exc()
+            reason = f"{FAILED}{type(error).__name__}: {error}"
         if reason:
             skipped.append(asdict(setting) | {"reason": reason})
             print(f"not measured: {setting}: {reason}", flush=True)
-        save_results(arguments.json, known | {"rows": rows, "skipped": skipped})
+        sizes = {"steps": known.steps, "warmup": known.warmup}
+        save_results(known.json, {"rows": rows, "skipped": skipped, **sizes})
         if here.type == "cuda":
             torch.cuda.empty_cache()  # the next model must find all memory
     print(table(TFLOPS_COLUMNS, rows))
     return any(each["reason"].startswith(FAILED) for each in skipped)
-
-
-def _tried(measured_row: Any, *given: Any) -> tuple[list[dict[str, Any]], str]:
-    """(the row, why there is none)."""
-    import torch
-
-    try:
-        return [measured_row(*given)], ""
-    except torch.OutOfMemoryError:
-        return [], "out of memory"
-    except GeneformerError as error:
-        return [], str(error)
-    except Exception as error:  # the other rows are worth having all the same
-        traceback.print_exc()
-        return [], f"{FAILED}{type(error).__name__}: {error}"
 
 
 def file_name() -> str:

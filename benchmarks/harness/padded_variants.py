@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
@@ -38,14 +39,6 @@ from geneformer_mcore.perturb.statistics import survey
 from geneformer_mcore.tokenizer.corpus import InputOptions
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS, Batch, CellViews
-
-
-@dataclass(frozen=True)
-class _Random:
-    """As much of a Pretrained as the encoder needs, with weights not trained."""
-
-    config: Config
-    vocabulary: Vocabulary
 
 
 @dataclass(frozen=True)
@@ -143,7 +136,8 @@ def prepared(
         lengths = np.array([len(each) for each in sentences])
         editor = Editor(cells.encoder, cells.genes.token_of_column, Mode.delete, False)
         tokens = max(config.data.seq_length, encoder.TOKENS_ON_CPU)
-        model = cast(Pretrained, _Random(config, vocabulary))
+        # As much of one as the encoder needs, with weights not trained.
+        model = cast(Pretrained, SimpleNamespace(config=config, vocabulary=vocabulary))
         engine = Encoder(model, packed, topology, here, Precision.fp32, tokens)
         total = int(has_NP.sum())
         job = Job(engine, chosen, editor, sets, Pooling.mean, None, None, total)

@@ -16,6 +16,7 @@ from benchmarks.harness import scaling_model
 from geneformer_mcore.errors import DataError
 
 NOT_MEASURED = "not measured"
+YES = {True: "yes", False: "**no**", None: NOT_MEASURED}
 
 Measurement: TypeAlias = dict[str, Any]
 Columns: TypeAlias = dict[str, Callable[[Measurement], str]]
@@ -37,11 +38,6 @@ def nats(value: float | None) -> str:
 def share(value: float | None) -> str:
     """A share of 1, in per cent."""
     return number(value, ".1%")
-
-
-def yes(value: bool | None) -> str:
-    """Bold where it should not be."""
-    return {True: "yes", False: "**no**", None: NOT_MEASURED}[value]
 
 
 def shown(columns: Columns, row: Measurement) -> list[str]:
@@ -298,8 +294,8 @@ LOADER_COLUMNS: Columns = {
     "first batch, s": lambda row: f"{row['first_batch_s']:.2f}",
     "memory, MiB": lambda row: f"{row['peak_mib']:,.0f}",
     "mixed, 1 = uniform": lambda row: f"{row['shuffle']['blocks']:.2f}",
-    "each cell once": lambda row: yes(row["shuffle"]["each_once"]),
-    "epoch 2 differs": lambda row: yes(row["shuffle"]["epochs_differ"]),
+    "each cell once": lambda row: YES[row["shuffle"]["each_once"]],
+    "epoch 2 differs": lambda row: YES[row["shuffle"]["epochs_differ"]],
 }
 
 
@@ -314,7 +310,7 @@ GOAL_COLUMNS: Columns = {
     "": lambda goal: goal["what"],
     "found": lambda goal: number(goal["value"], ".3g"),
     "bar": lambda goal: f"{'<' if goal['at_most'] else '>='} {goal['bar']:g} {goal['unit']}",
-    "met": lambda goal: yes(goal["met"]),
+    "met": lambda goal: YES[goal["met"]],
 }
 
 
