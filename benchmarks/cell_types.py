@@ -25,9 +25,8 @@ import argparse
 import json
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.harness import common
 from benchmarks.harness.common import ROOT, parser_of, refuse, save_results
@@ -160,8 +159,7 @@ def facts(files: Iterable[Path]) -> list[list[object]]:
     return [[name, there.st_size, there.st_mtime_ns] for name, there in found]
 
 
-@dataclass(frozen=True)
-class TrainingSet:
+class TrainingSet(NamedTuple):
     """For one labelled file: the files used, and {file: cells that it shares} of those left out."""
 
     labelled: Path
@@ -169,12 +167,11 @@ class TrainingSet:
     shared: dict[Path, int]
 
     def __str__(self) -> str:
-        left_out = "".join(
-            f"; not on {path.name}, which holds {number:,} of its cells"
-            for path, number in self.shared.items()
-        )
+        parts = [
+            f"not on {path.name}, which holds {n:,} of its cells" for path, n in self.shared.items()
+        ]
         used = ", ".join(path.name for path in self.used)
-        return f"{self.labelled.name}: pretraining on {used}{left_out}"
+        return "; ".join([f"{self.labelled.name}: pretraining on {used}", *parts])
 
 
 def training_sets(
@@ -223,14 +220,10 @@ def result_of(each: TrainingSet, run: Path, types: Path) -> dict[str, Any]:
     for scheme in classified["schemes"]:
         for row in scheme["rows"]:
             row.pop("confusion")
-    names = (
-        *("input", "label", "donor", "num_cells", "num_genes", "left_out", "overlap", "models"),
-        *("embedding", "seed", "resamples", "schemes", "notes"),
-    )
     loaded = results.load(run)
     train, data, model = (loaded.config[name] for name in ("train", "data", "model"))
     return {
-        **{name: classified[name] for name in names},
+        **classified,
         "trained_on": [path.name for path in each.used],
         "not_trained_on": {path.name: number for path, number in each.shared.items()},
         "pretraining": {

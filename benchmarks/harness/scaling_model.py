@@ -354,26 +354,21 @@ def save_picture(path: Path, found: dict[str, Any]) -> None:
 
 
 def _draw(axes: Any, model: Model, found: dict[str, Any]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     colours = {"H200": "#4a5fa8", "H100": "#c7762b", "A100": "#1f6f5c"}
     gpus = [GPUS_PER_NODE * number for number in found["nodes"]]
     for gpu, colour in colours.items():
         for layout in (each for each in found["layouts"] if each["model"] == model.name):
-            style = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.4}
-            style |= {"linestyle": "-" if layout["packed"] else "--"}
-            rates = layout["cells_per_s_of"][gpu]
-            axes.plot(gpus, rates, label=f"{gpu} {_form(layout)}", **style)
+            style = {"color": colour, "linestyle": "-" if layout["packed"] else "--"}
+            rates, label = layout["cells_per_s_of"][gpu], f"{gpu} {_form(layout)}"
+            axes.plot(gpus, rates, label=label, marker="o", markersize=3, linewidth=1.4, **style)
     rate = STEPS * GLOBAL_BATCH / model.card_hours / 3600
     axes.plot(GPUS_PER_NODE * model.nodes, rate, "D", color="#b3263a", label="model card, A100")
     axes.set_title(f"{model.name.upper()} model", loc="left", fontsize=10)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(gpus, [str(number) for number in gpus])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:,.0f}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.minorticks_off()
     axes.tick_params(axis="y", labelleft=True)
     axes.set_xlabel("GPUs")
     axes.grid(alpha=0.25)
