@@ -31,6 +31,7 @@ setup(
         "tensorboard",
         "anndata",
         "h5py",
+        "zarr>=3",
         "scipy",
         "pandas",
         "pyarrow",

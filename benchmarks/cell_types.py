@@ -197,7 +197,7 @@ def _num_common(labelled: Path, train: Path, vocabulary: Vocabulary) -> int:
 
     from geneformer_mcore.inference import data_leakage
     from geneformer_mcore.inference.cells import CountedCells
-    from geneformer_mcore.tokenizer.corpus import InputOptions
+    from geneformer_mcore.tokenizer.genes import InputOptions
 
     options = InputOptions(allow_low_overlap=True, allow_no_overlap=True)
     given = (vocabulary, SEQ_LENGTH, options)

@@ -33,7 +33,7 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.exit_codes import run
 from geneformer_mcore.store.local_cache import FlatCopy
 from geneformer_mcore.store.reader import TokenStore
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 
 DEMO_STORE = ROOT / "build" / "demo" / "store"
 

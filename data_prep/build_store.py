@@ -132,8 +132,8 @@ def _build(arguments: argparse.Namespace) -> int:
 def _settings(arguments: argparse.Namespace, progress: ProgressLine) -> dict[str, Any]:
     """Those arguments of ingest.build_store that it shares with tokenise_part."""
     from geneformer_mcore.store.split.table import RandomSplit, SplitTable
-    from geneformer_mcore.tokenizer.corpus import InputOptions
-    from geneformer_mcore.tokenizer.genes import load_symbols
+    from geneformer_mcore.tokenizer.gencode import load_symbols
+    from geneformer_mcore.tokenizer.genes import InputOptions
 
     symbols = load_symbols(arguments.symbols) if arguments.symbols else {}
     options = InputOptions(
@@ -163,7 +163,7 @@ def _vocabulary(
     arguments: argparse.Namespace, options: Any, workers: int, progress: ProgressLine
 ) -> Vocabulary:
     from geneformer_mcore.store.ingest.build import vocabulary_of_inputs
-    from geneformer_mcore.tokenizer.corpus import describe_other_ids
+    from geneformer_mcore.tokenizer.genes import describe_other_ids
     from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
     if arguments.vocabulary:
@@ -190,4 +190,4 @@ def _write_report(folder: str, store: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, counts_layer="--layer")

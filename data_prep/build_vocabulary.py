@@ -56,8 +56,8 @@ def _parse() -> argparse.Namespace:
 def _tally(arguments: argparse.Namespace) -> Tally:
     from geneformer_mcore.io.progress import ProgressLine
     from geneformer_mcore.tokenizer.build import gather, merge_parts
-    from geneformer_mcore.tokenizer.corpus import InputOptions
-    from geneformer_mcore.tokenizer.genes import load_symbols
+    from geneformer_mcore.tokenizer.gencode import load_symbols
+    from geneformer_mcore.tokenizer.genes import InputOptions
 
     if arguments.merge:
         return merge_parts(arguments.merge, arguments.memory_gb)
@@ -73,7 +73,7 @@ def main() -> None:
     """Reads all files, writes the vocabulary or the partial file, says what it holds."""
     arguments = _parse()
     from geneformer_mcore.io.files import check_output
-    from geneformer_mcore.tokenizer.corpus import describe_other_ids
+    from geneformer_mcore.tokenizer.genes import describe_other_ids
     from geneformer_mcore.tokenizer.tally import save_tally
 
     check_output(arguments.out or arguments.partial, arguments.overwrite)
@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, counts_layer="--layer")

@@ -35,7 +35,7 @@ def main() -> None:
     arguments = _parse()
     from geneformer_mcore.io.files import check_output
     from geneformer_mcore.tokenizer.dictionary import import_dictionary
-    from geneformer_mcore.tokenizer.genes import load_symbols
+    from geneformer_mcore.tokenizer.gencode import load_symbols
 
     check_output(arguments.out, overwrite=True)
     names: dict[str, str] = {}

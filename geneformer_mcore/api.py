@@ -1,7 +1,7 @@
 """`geneformer_mcore.embed` and `.perturb`: what a user of scanpy calls from a notebook.
 
-    AnnData  ->  its counts in a file for the while  ->  as launch/embed.py does  ->  obsm, obs, uns
-                                                     ->  as launch/perturb.py     ->  a new AnnData
+    AnnData  ->  its counts, read in memory  ->  as launch/embed.py does  ->  obsm, obs, uns
+                                             ->  as launch/perturb.py     ->  a new AnnData
 
 Imported by the package when it is asked for, and importing what takes seconds when it is called.
 """

@@ -2,13 +2,52 @@
 
 Every message states the rule, the numbers that broke it, and the remedy. Commands print it without
 a traceback and end with exit code 2 (see commands.run); `assert` is kept for our own invariants.
+
+A message names a parameter as who calls the library from Python writes it, in backticks:
+`counts_layer=`, `dtype="float32"`, `allow_normalised=True`. A command shows the same message with
+its options: --counts-layer, --dtype float32, --allow-normalised (see naming_options).
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_PARAMETER = re.compile(r"`([a-z_]+)=([^`]*)`")
+_options: dict[str, str] | None = None
+"""In a command: its options for those parameters that do not share their name."""
+
+
+@contextmanager
+def naming_options(**options: str) -> Iterator[None]:
+    """Inside, errors read as those of a command. options: {parameter: option} where the option is
+    not called as its parameter is. For the whole process: prefetching threads raise errors too."""
+    global _options
+    before, _options = _options, options
+    try:
+        yield
+    finally:
+        _options = before
+
 
 class GeneformerError(Exception):
-    """Anything the user can mend. Its message is complete: it is printed as it stands."""
+    """Anything the user can fix. Its message is complete: it is printed as it stands."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if _options is None else _PARAMETER.sub(_as_option, text)
+
+    @property
+    def names_parameter(self) -> bool:
+        """Whether the message names a parameter."""
+        return any(_PARAMETER.search(str(part)) for part in self.args)
+
+
+def _as_option(parameter: re.Match[str]) -> str:
+    name, value = parameter.groups()
+    option = (_options or {}).get(name, f"--{name.replace('_', '-')}")
+    return option if value in ("", "True") else option + " " + value.strip('"')
 
 
 class ConfigError(GeneformerError):

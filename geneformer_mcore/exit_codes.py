@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from geneformer_mcore.errors import GeneformerError, LostWorkerError, NetworkError
+from geneformer_mcore.errors import GeneformerError, LostWorkerError, NetworkError, naming_options
 
 FINISHED, DEFECT, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 75
 """Exit codes: finished; a defect, hang or lost rank; the user's to mend; saved, start me again."""
@@ -17,22 +17,25 @@ EXIT_INTERRUPTED_BY_KEY = 130
 _LAST_WORDS_S = 4.0
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run(main: Callable[[], int | None], **options: str) -> NoReturn:
     """Runs `main` and ends the process with its exit code (None counts as 0).
+
+    Errors name their parameters as options: --a-name for `a_name`, or as `options` has it.
 
     A GeneformerError becomes its message on stderr and exit code 2 (a NetworkError: 75), without a
     traceback; so does a LostWorkerError, with exit code 1. Anything else is a defect of ours and
     keeps its traceback (exit code 1).
     """
-    try:
-        code = main() or 0
-    except (GeneformerError, LostWorkerError) as error:
-        sys.stdout.flush()
-        print_stderr(f"error: {error}")
-        code = exit_code_of(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = EXIT_INTERRUPTED_BY_KEY
+    with naming_options(**options):
+        try:
+            code = main() or 0
+        except (GeneformerError, LostWorkerError) as error:
+            sys.stdout.flush()
+            print_stderr(f"error: {error}")
+            code = exit_code_of(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = EXIT_INTERRUPTED_BY_KEY
     raise SystemExit(code)
 
 

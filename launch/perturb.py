@@ -143,4 +143,4 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, moved="--most-moved"))

@@ -2,8 +2,8 @@
 
     python tests/quick.py [--list]
 
-Of tests/unit those files count that import a changed module, or are named after its package
-(geneformer_mcore/store/keys.py: test_store_*.py). Where there is none of either, those that import
+Of tests/unit those files count that import a changed module, or are in the folder of its package
+(geneformer_mcore/store/keys.py: tests/unit/store). Where there is none of either, those that import
 anything of the package. Changed test files count themselves, and with any change tests/rules.
 Tests marked as slow, and those of clusters and soaks, are left to `make test` and `make soak`.
 """
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = {"geneformer_mcore.errors", "geneformer_mcore.types", "geneformer_mcore"}
 """Nearly all tests import them: those are `make test`."""
 BY_FOLDER = {
-    "slurm/": {"tests/unit/test_job_script.py"},
-    "configs/": {"tests/unit/test_config.py"},
+    "slurm/": {"tests/unit/training/test_job_script.py"},
+    "configs/": {"tests/unit/top/test_config.py"},
 }
 """Tests of files that no test imports."""
 PYTEST = ("-q", "-x", "-n", "2", "--dist", "loadscope", "-m", "not slow and not soak")
@@ -58,7 +58,7 @@ def git(*arguments: str, check: bool = True) -> list[str]:
 
 def imports_of_tests() -> dict[str, set[str]]:
     """The modules that each file of tests/unit imports."""
-    paths = (ROOT / "tests" / "unit").glob("test_*.py")
+    paths = (ROOT / "tests" / "unit").glob("*/test_*.py")
     return {path.relative_to(ROOT).as_posix(): set(_imports(path)) for path in paths}
 
 
@@ -86,7 +86,7 @@ def tests_of(changed: list[str], imports: dict[str, set[str]]) -> set[str]:
 
 
 def _tests_of_module(module: str, package: str, imports: dict[str, set[str]]) -> set[str]:
-    named = f"tests/unit/test_{package.rpartition('.')[2]}_"
+    named = f"tests/unit/{package.split('.')[1] if '.' in package else package}/"
     direct = {test for test, names in imports.items() if module in names or test.startswith(named)}
     if direct or package.split(".")[0] == "tests":
         return direct

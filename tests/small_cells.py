@@ -1,4 +1,4 @@
-"""Small files of counts and vocabularies, damage to files, a plain reference of the encoding."""
+"""Small files of counts and vocabularies for tests, damage, and a plain reference encoding."""
 
 from __future__ import annotations
 

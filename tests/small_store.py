@@ -14,7 +14,7 @@ from geneformer_mcore.store.ingest.staging import StagedFolder
 from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.store.split.table import SPLITS, RandomSplit
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 from tests.small_cells import vocabulary_of
 
 

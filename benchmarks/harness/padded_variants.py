@@ -36,7 +36,7 @@ from geneformer_mcore.perturb.displacements import Job, of_all_cells
 from geneformer_mcore.perturb.perturbed_cells import Editor, Mode
 from geneformer_mcore.perturb.question import Perturbation, Sets
 from geneformer_mcore.perturb.statistics import survey
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS, Batch, CellViews
 

@@ -13,13 +13,12 @@ import numpy as np
 
 from geneformer_mcore.config import Config
 from geneformer_mcore.data.collate import make_batch, padded_length
-from geneformer_mcore.data.loader import Feed, Share
+from geneformer_mcore.data.loader import Feed, Share, budget
 from geneformer_mcore.data.masking import Masking
 from geneformer_mcore.data.sampler import Sampler
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.model.flops import Workload
 from geneformer_mcore.store.local_cache import FlatCopy
-from geneformer_mcore.training.datasets import budget
 from geneformer_mcore.types import Batch, CellViews
 
 _MANIFEST = "flat.json"

@@ -28,12 +28,12 @@ from geneformer_mcore.celltypes.cross_validation import (
 from geneformer_mcore.celltypes.labelled import Labelled
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.inference import data_leakage, embed, pretrained
-from geneformer_mcore.inference.cells import CountedCells, naming_our_options
+from geneformer_mcore.inference.cells import CountedCells
 from geneformer_mcore.inference.embed import Choices, is_embedded
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io import anndata_out
 from geneformer_mcore.io.progress import Progress, ProgressLine
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 
 PCA = f"PCA({NUM_COMPONENTS}) of log counts"
 UNTRAINED = "untrained"
@@ -187,8 +187,7 @@ def _models(request: ClassifyRequest) -> dict[str, Pretrained]:
 
 def _open(request: ClassifyRequest, model: Pretrained) -> CountedCells:
     seq_length = model.config.data.seq_length
-    with naming_our_options():
-        return CountedCells(request.source, model.vocabulary, seq_length, request.options)
+    return CountedCells(request.source, model.vocabulary, seq_length, request.options)
 
 
 def _embed(request: ClassifyRequest, model: Pretrained) -> np.ndarray:

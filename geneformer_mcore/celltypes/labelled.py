@@ -15,8 +15,7 @@ import pandas as pd
 from scipy import sparse
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.inference.cells import naming_our_options
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 
 LABELS = ("celltype", "celltypes", "celllabel", "celltypeannotation", "cellontologyclass")
 DONORS = ("donorid", "donor", "patientid", "patient", "individual", "subject", "subjectid")
@@ -53,7 +52,7 @@ def read(source: str, label: str, donor: str, options: InputOptions) -> Labelled
     was not asked for is taken only if it names at least two.
     Raises DataError if there is no such column, or the counts are none.
     """
-    with naming_our_options(), options.open(source) as counts:
+    with options.open(source) as counts:
         obs = counts.read_obs(0, counts.num_cells)
         label = find_column(obs, label, LABELS, source, "--label")
         labels_N = _texts(obs[label])

@@ -111,7 +111,7 @@ def _model_of(ours: Weights, activation: Activation, heads: int) -> ModelConfig:
     if hidden % heads:
         raise CheckpointError(
             f"the hidden size ({hidden}) must be a multiple of the attention heads ({heads}). "
-            "Remedy: say how many the model has, by --heads."
+            "Remedy: say how many the model has, by `heads=`."
         )
     return ModelConfig(
         num_layers=max(layers) + 1,

@@ -200,7 +200,7 @@ def _vocabulary(
         raise DataError(
             f"{folder}: weights do not say which gene a row is, and there is no "
             f"{hf_folder.VOCABULARY} beside them. Remedy: give the model's dictionaries by "
-            "--tokens and --medians, or a vocabulary of ours by --vocabulary."
+            "`tokens=` and `medians=`, or a vocabulary of ours by `vocabulary=`."
         )
     vocabulary = Vocabulary.load(path)
     beside = tokens_path or folder / hf_folder.TOKENS

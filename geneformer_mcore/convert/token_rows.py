@@ -53,7 +53,7 @@ def dictionary_by_size(num_tokens: int, genes: Sequence[str]) -> dict[str, int]:
     raise DataError(
         f"the model has {num_tokens:,} tokens, and with the vocabulary's {len(genes):,} genes it "
         f"should have ({known}). Remedy: give the vocabulary that the model was trained with, or "
-        "its own dictionaries by --tokens and --medians."
+        "its own dictionaries by `tokens=` and `medians=`."
     )
 
 

@@ -56,8 +56,8 @@ def _pieces_of(bounds: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 #     cells wherever they lie --fill_batch--> padded tokens with masks, selected places, labels
 #
 # What they compute is defined by `masks.Masking.apply`, the same in numpy, against which they are
-# tested bit by bit (tests/unit/plain_batch.py). numba's cache on disk looks at one file, so what
-# is compiled together lies together.
+# tested bit by bit (tests/unit/data/plain_batch.py). numba's cache on disk looks at one file, so
+# what is compiled together is in one file.
 
 _UNIT = 2.0**-53
 _mix = compiled(mix)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,13 +24,12 @@ from pathlib import Path
 
 import numpy as np
 
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.errors import DataError, naming_options
 from geneformer_mcore.io.blocks import CountBlock
-from geneformer_mcore.io.counts import Counts
+from geneformer_mcore.io.h5ad import FILE_ENDINGS, Counts
 from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.split.table import SPLITS, SplitRule
-from geneformer_mcore.tokenizer.corpus import InputOptions, find_genes
-from geneformer_mcore.tokenizer.genes import map_genes
+from geneformer_mcore.tokenizer.genes import InputOptions, find_genes, map_genes
 from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import RaggedCells
@@ -44,7 +42,6 @@ _ROWS_PER_READ = 4096
 _NAMES_PER_READ = 65_536
 _PROBES, _ROWS_PER_PROBE = 8, 64
 
-_OPTION = re.compile(r"(?<![^\s(])--[a-z]")
 _REMEDY = (
     "Options that begin with -- are those of data_prep/build_store.py: build a store with it from "
     "these inputs and data.vocabulary, and train with data.source=tokens data.store=STORE."
@@ -200,14 +197,15 @@ class _Input:
 
 @contextmanager
 def _naming_the_command() -> Iterator[None]:
-    """What is wrong with an input is told with the options of data_prep/, which a setting of a run
-    has no place for: a DataError leaves with where they belong."""
+    """Errors about counts may name a parameter that no setting of a run is for: they leave with the
+    command that has an option for it."""
     try:
         yield
     except DataError as error:
-        if not _OPTION.search(str(error)):
+        if not error.names_parameter:
             raise
-        raise DataError(f"{error} {_REMEDY}") from error
+        with naming_options(counts_layer="--layer"):
+            raise DataError(f"{error} {_REMEDY}") from error
 
 
 def _take_rows(block: CountBlock, rows: np.ndarray) -> CountBlock:
@@ -235,13 +233,14 @@ def _check_distinct(keys_N: np.ndarray, name: str) -> None:
 
 def find_inputs(store: str) -> list[str]:
     """What `data.store` names when `data.source` is counts: a file, an Experiment (folder or URI),
-    a folder of h5ad files, or several of these with commas between. DataError if nothing."""
+    a folder of h5ad or zarr files, or several of these with commas between. DataError if none."""
     found: list[str] = []
     for name in filter(None, (part.strip() for part in store.split(","))):
         files: list[str] = []
         if "://" not in name:
             with suppress(OSError):  # What opens it says what is wrong with it.
-                files = sorted(map(str, Path(name).glob("*.h5ad")))
+                there = sorted(map(str, Path(name).glob("*")))
+                files = [path for path in there if path.endswith(FILE_ENDINGS)]
         found += files or [name]
     if not found:
         raise DataError(

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from geneformer_mcore.config import Config
+from geneformer_mcore.config.derive import token_budget
 from geneformer_mcore.data.collate import Collator, make_batch, padded_length
 from geneformer_mcore.data.masking import VALIDATION_EPOCH, Masking
 from geneformer_mcore.data.packing import pack
@@ -101,6 +103,15 @@ class Budget:
 
     tokens: int
     multiple: int = 1
+
+
+def budget(config: Config) -> Budget | None:
+    """How cells are packed; None if they are padded."""
+    if not config.data.packing:
+        return None
+    parallel = config.parallel
+    # The interleaved schedule runs micro batches in groups of as many as there are stages.
+    return Budget(token_budget(config), parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
 
 
 class Feed:

@@ -1,17 +1,16 @@
 """Cells that a trained model is used on, by row number, in the order in which they lie.
 
-a.h5ad | SOMA Experiment  ->  counts  ->  ranked by the model's vocabulary  ->  RaggedCells
-token store               ->  tokens, if they are of that vocabulary        ->  RaggedCells
+file | SOMA Experiment | AnnData  ->  counts, ranked by the model's vocabulary      ->  RaggedCells
+token store                       ->  tokens, if they are of that vocabulary        ->  RaggedCells
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -22,8 +21,7 @@ from geneformer_mcore.io.blocks import CountBlock
 from geneformer_mcore.store.layout import MANIFEST_FILE, OBS, VOCABULARY_FILE
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.soma_io import SomaReader
-from geneformer_mcore.tokenizer.corpus import InputOptions, find_genes
-from geneformer_mcore.tokenizer.genes import map_genes
+from geneformer_mcore.tokenizer.genes import InputOptions, find_genes, map_genes
 from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import RaggedCells
@@ -53,15 +51,14 @@ class Cells(Protocol):
 
 
 def open_cells(
-    source: str, vocabulary: Vocabulary, seq_length: int, options: InputOptions
+    source: Any, vocabulary: Vocabulary, seq_length: int, options: InputOptions
 ) -> Cells:
-    """The cells of a token store, an h5ad file or an Experiment. Raises DataError if they do not
-    suit the vocabulary, or cannot be read."""
-    folder = Path(source)
-    if "://" not in source and (folder / MANIFEST_FILE).exists():
+    """The cells of a token store, a file of counts or an Experiment (path or URI), or of an
+    AnnData. Raises DataError if they do not suit the vocabulary, or cannot be read."""
+    is_path = isinstance(source, str) and "://" not in source
+    if is_path and (Path(source) / MANIFEST_FILE).exists():
         return StoredCells(source, vocabulary, seq_length)
-    with naming_our_options():
-        return CountedCells(source, vocabulary, seq_length, options)
+    return CountedCells(source, vocabulary, seq_length, options)
 
 
 class CountedCells:
@@ -71,14 +68,14 @@ class CountedCells:
     """
 
     def __init__(
-        self, source: str, vocabulary: Vocabulary, seq_length: int, options: InputOptions
+        self, source: Any, vocabulary: Vocabulary, seq_length: int, options: InputOptions
     ) -> None:
         self.counts = options.open(source)
         genes = find_genes(self.counts, options, vocabulary)
         allow = options.allow_low_overlap
-        self.genes = map_genes(genes, vocabulary, source, allow, options.allow_no_overlap)
+        self.genes = map_genes(genes, vocabulary, self.counts.name, allow, options.allow_no_overlap)
         self.encoder = RankEncoder(vocabulary, seq_length)
-        self.path = Path(source) if "://" not in source and Path(source).is_file() else None
+        self.path = self.counts.path
 
     def __len__(self) -> int:
         return self.counts.num_cells
@@ -86,11 +83,10 @@ class CountedCells:
     def read(self, start: int, stop: int) -> RaggedCells:
         """Implements Cells. Cells have no keys here: nothing of them is masked."""
         tokens, lengths = [np.empty(0, np.uint16)], [np.empty(0, np.int64)]
-        with naming_our_options():
-            for block in self.counts.blocks(start=start, stop=stop):
-                ranked = self.encoder.encode(block, self.genes.token_of_column)
-                tokens.append(ranked.tokens_T)
-                lengths.append(np.diff(ranked.offsets))
+        for block in self.counts.blocks(start=start, stop=stop):
+            ranked = self.encoder.encode(block, self.genes.token_of_column)
+            tokens.append(ranked.tokens_T)
+            lengths.append(np.diff(ranked.offsets))
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
         return RaggedCells(np.concatenate(tokens), offsets, np.zeros(stop - start, np.uint64))
 
@@ -119,7 +115,7 @@ class StoredCells:
             raise DataError(
                 f"{source}: its {VOCABULARY_FILE} (checksum {found[:12]}) must be the model's "
                 f"(checksum {vocabulary.checksum[:12]}): its token ids mean other genes. Remedy: "
-                "give the h5ad files of these cells, or build a store of them with --vocabulary "
+                "give the h5ad files of these cells, or build a store of them with `vocabulary=` "
                 "and the model's vocabulary."
             )
 
@@ -147,16 +143,6 @@ class StoredCells:
     def close(self) -> None:
         """Implements Cells."""
         self.store.close()
-
-
-@contextmanager
-def naming_our_options() -> Iterator[None]:
-    """What is wrong with counts is told with the options of data_prep/, where --layer is the layer
-    of the counts; here that is the model's."""
-    try:
-        yield
-    except DataError as error:
-        raise type(error)(str(error).replace("--layer", "--counts-layer")) from error
 
 
 # Some cells of a file of counts: those with a label, a number of them drawn at random.
@@ -221,10 +207,9 @@ class ChosenCells:
         rows_N = self.rows_N[start:stop]
         # Neighbours in the file are read together.
         breaks = np.flatnonzero(np.diff(rows_N) != 1) + 1
-        with naming_our_options():
-            for run in np.split(rows_N, breaks):
-                if len(run):
-                    yield from self.cells.counts.blocks(start=int(run[0]), stop=int(run[-1]) + 1)
+        for run in np.split(rows_N, breaks):
+            if len(run):
+                yield from self.cells.counts.blocks(start=int(run[0]), stop=int(run[-1]) + 1)
 
 
 def ragged(sentences: list[np.ndarray]) -> RaggedCells:

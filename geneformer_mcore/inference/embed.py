@@ -29,7 +29,7 @@ from geneformer_mcore.io import anndata_out
 from geneformer_mcore.io.anndata_out import Beside
 from geneformer_mcore.io.files import check_output, whole_file
 from geneformer_mcore.io.progress import ProgressLine, no_progress
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS
 from geneformer_mcore.version import __version__
@@ -75,7 +75,7 @@ def as_dtype(values_NH: np.ndarray, dtype: str) -> np.ndarray:
     if most > np.finfo(np.float16).max:
         raise DataError(
             f"float16 holds numbers up to {np.finfo(np.float16).max:,.0f}, and the embedding has "
-            f"{most:,.0f}. Remedy: --dtype float32 or bfloat16, or --layer last."
+            f'{most:,.0f}. Remedy: `dtype="float32"` or bfloat16, or `layer="last"`.'
         )
     return values_NH.astype(np.float16)
 
@@ -294,10 +294,8 @@ def embed_adata(
     """The same for an AnnData in memory, in this process alone."""
     model = pretrained.find(checkpoint, vocabulary)
     with ExitStack() as stack:
-        path = stack.enter_context(anndata_out.as_file(adata, counts_layer))
         options = InputOptions(layer=counts_layer)
-        seq_length = model.config.data.seq_length
-        cells = open_cells(str(path), model.vocabulary, seq_length, options)
+        cells = open_cells(adata, model.vocabulary, model.config.data.seq_length, options)
         stack.callback(cells.close)
         values_NH, facts = embed_cells(model, cells, choices, shows_progress=True)
     if values_NH is None:

@@ -155,8 +155,8 @@ def _check_budget(tokens: int, seq_length: int) -> None:
     if tokens < 0 or 0 < tokens < seq_length:
         raise ConfigError(
             f"tokens per batch ({tokens}) must be at least the {seq_length} tokens that a cell may "
-            "have for this model, or 0 for what suits the device. Remedy: --tokens-per-batch "
-            f"{seq_length} or more."
+            "have for this model, or 0 for what suits the device. Remedy: "
+            f"`tokens_per_batch={seq_length}` or more."
         )
 
 

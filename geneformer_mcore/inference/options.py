@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from geneformer_mcore.config.sections import Precision
-    from geneformer_mcore.tokenizer.corpus import InputOptions
+    from geneformer_mcore.tokenizer.genes import InputOptions
 
 # A parser, or a group of its options: argparse has no public name for what both are.
 Options = argparse._ActionsContainer
@@ -83,8 +83,8 @@ def add_counts(options: Options) -> None:
 
 def input_options(arguments: argparse.Namespace) -> InputOptions:
     """What `add_counts` asked for. Raises DataError for a table of symbols that is none."""
-    from geneformer_mcore.tokenizer.corpus import InputOptions
-    from geneformer_mcore.tokenizer.genes import load_symbols
+    from geneformer_mcore.tokenizer.gencode import load_symbols
+    from geneformer_mcore.tokenizer.genes import InputOptions
 
     return InputOptions(
         arguments.counts_layer,

@@ -35,7 +35,7 @@ from geneformer_mcore.metrics.provenance import provenance
 from geneformer_mcore.model import classifier, forward_only
 from geneformer_mcore.report import figures
 from geneformer_mcore.store.ingest.labels import as_text
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 
 TEST_FOLDER = "test"
 PREDICTIONS, REPORT, PICTURE = "predictions.csv", "report.json", "confusion.png"

@@ -147,7 +147,7 @@ def find_vocabulary(
         looked_at.append(f"{path}: another one, checksum {found.checksum[:12]}")
     raise DataError(
         f"the vocabulary that the model was trained with, checksum {wanted[:12]}, was not found "
-        f"({'; '.join(looked_at)}). Remedy: name it with --vocabulary FILE; it is the "
+        f"({'; '.join(looked_at)}). Remedy: name it with `vocabulary=FILE`; it is the "
         "vocabulary.json of the store that the run was trained on."
     )
 

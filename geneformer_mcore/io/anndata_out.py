@@ -3,18 +3,15 @@
 a.h5ad, byte for byte  ->  + obsm, obs column, uns  ->  b.h5ad
 obs alone (a store)    ->  + obsm, obs column, uns  ->  b.h5ad
 numbers, obs, var      ->  an AnnData in memory
-AnnData in memory      ->  its counts in a file, for what reads files
 """
 
 from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import h5py
@@ -120,47 +117,6 @@ def of_matrix(
     return anndata.AnnData(values, obs=_writable(obs), var=var, layers=dict(layers), uns=dict(uns))
 
 
-def require(adata: Any) -> None:
-    """Raises DataError if it is no AnnData."""
-    import anndata
-
-    if not isinstance(adata, anndata.AnnData):
-        raise DataError(f"an AnnData is needed, and this is {type(adata).__name__}.")
-
-
-@contextmanager
-def as_file(adata: Any, layer: str | None, columns: Collection[str] = ()) -> Iterator[Path]:
-    """A file for as long as it is needed, with what counts are looked for in: X, raw, the layer
-    "counts" or the one asked for, and the columns of var that hold text; and `columns` of obs, as
-    text, where there are any of that name.
-
-    Raises DataError if `adata` is no AnnData, or cannot be written.
-    """
-    import anndata
-
-    require(adata)
-    layers = {name: adata.layers[name] for name in ("counts", layer) if name in adata.layers}
-    obs = pd.DataFrame(index=adata.obs_names.astype(str))
-    for name in ("dataset_id", *columns):
-        if name in adata.obs:
-            obs[name] = adata.obs[name].astype(str).to_numpy()
-    slim = anndata.AnnData(X=adata.X, obs=obs, var=_texts(adata.var), layers=layers)
-    if adata.raw is not None:
-        slim.raw = anndata.AnnData(X=adata.raw.X, obs=obs, var=_texts(adata.raw.var))
-    with TemporaryDirectory(prefix="geneformer_") as folder, warnings.catch_warnings():
-        # Of names that are not unique, for one: those that read the file judge that.
-        warnings.simplefilter("ignore")
-        path = Path(folder) / "adata.h5ad"
-        try:
-            slim.write_h5ad(path)
-        except OSError as error:
-            raise DataError(
-                f"the counts of the AnnData cannot be written to {folder}: {error.strerror}. "
-                "Remedy: make room there, or name another folder in TMPDIR."
-            ) from error
-        yield path
-
-
 def _writable(obs: pd.DataFrame) -> pd.DataFrame:
     """The same values, in columns of the kinds that AnnData writes: text as objects where there is
     some for every cell, else as categories; times as text; numbers that may be missing as floats.
@@ -179,15 +135,6 @@ def _writable_column(column: pd.Series) -> pd.Series:
     if pd.api.types.infer_dtype(column, skipna=True) in _TIMES:
         values = values.map(str, na_action="ignore")
     return values.astype("category") if values.isna().any() else values
-
-
-def _texts(var: pd.DataFrame) -> pd.DataFrame:
-    columns = {
-        name: var[name].astype(str).to_numpy()
-        for name in var.columns
-        if any(isinstance(value, str) for value in var[name].head(100))
-    }
-    return pd.DataFrame(columns, index=var.index.astype(str))
 
 
 def _is_frame(obs: Any) -> bool:

@@ -5,6 +5,8 @@ CSR block  ->  is every column one of the file's, every value a count?  ->  the 
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,8 +55,10 @@ READ_FAILURES = (
     IndexError,
     OverflowError,
     MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
 )
-"""What h5py raises on a damaged file, by which number or name in it is another one now."""
+"""What h5py and zarr raise on a damaged file, by which number or name in it is another one now."""
 
 _NONE = -1
 
@@ -73,7 +77,7 @@ def _first_fault(data: np.ndarray, indices: np.ndarray, num_columns: int, whole:
 
 
 class Named(Protocol):
-    """What names the place of a fault (see counts.Counts)."""
+    """What names the place of a fault (see inputs.Counts)."""
 
     num_columns: int
 
@@ -124,7 +128,8 @@ def _remedy(value: float, layers: Sequence[str]) -> str:
     named = f" (the file has: {', '.join(layers)})" if layers else ""
     return (
         'Remedy: put the raw counts into layers["counts"] or raw, or name their layer with '
-        f"--layer{named}. Counts scaled per cell, not logarithms, pass with --allow-normalised."
+        f"`counts_layer=`{named}. Counts scaled per cell, not logarithms, pass with "
+        "`allow_normalised=True`."
     )
 
 

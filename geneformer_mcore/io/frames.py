@@ -1,6 +1,6 @@
 """A data frame of an AnnData file (its obs or var), read by rows and never as a whole.
 
-    HDF5 group | table  ->  which columns, of which kind?  ->  rows a..b of each  ->  pandas
+    group (HDF5, zarr) | table  ->  which columns, of which kind?  ->  rows a..b of each  ->  pandas
 
 Kinds: arrays (numbers, truth values, text), categories (codes + categories), nullable arrays
 (values + mask). A column of another kind (lists, records, matrices) is named and not read. All
@@ -9,6 +9,7 @@ forms that AnnData has written are known: tables (before 0.7), `__categories` (0
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -41,24 +42,44 @@ Column = Callable[[int, int], Any]
 """Rows start..stop-1 of a column, as a numpy or pandas array whose dtype is always the same."""
 
 
-class StoredFrame:
-    """A data frame in an open HDF5 file; `name` is what messages call it.
+class Frame(ABC):
+    """obs or var, read by rows.
 
     columns:   the names of all columns, in order, also of those that cannot be read
     num_rows:  rows of each
+    """
+
+    columns: list[str]
+    num_rows: int
+
+    @property
+    @abstractmethod
+    def readable(self) -> dict[str, Column]:
+        """{column: its reader}, of the columns that can be read."""
+
+    @abstractmethod
+    def row_names(self, start: int, stop: int) -> list[str]:
+        """The names of rows start..stop-1."""
+
+    def read(self, start: int, stop: int) -> pd.DataFrame:
+        """Rows start..stop-1 of every readable column; the index holds the row names, as text."""
+        columns = {name: column(start, stop) for name, column in self.readable.items()}
+        return pd.DataFrame(columns, index=pd.Index(self.row_names(start, stop), dtype=object))
+
+
+class StoredFrame(Frame):
+    """A data frame in an open HDF5 file or zarr store; `name` is what messages call it.
 
     Raises DataError where columns differ in length or there are no row names, and KeyError,
     ValueError, TypeError or OSError where the file is no AnnData file.
     """
 
-    def __init__(
-        self, item: h5py.Group | h5py.Dataset, name: str, old_categories: Any = None
-    ) -> None:
+    def __init__(self, item: Any, name: str, old_categories: Any = None) -> None:
         """old_categories: the file's `uns`, where AnnData before 0.7 kept `COLUMN_categories`."""
         self.name = name
         self._item = item
         self._old_categories = {} if old_categories is None else old_categories
-        if isinstance(item, h5py.Dataset):
+        if _is_array(item):
             self._index = _first_of(_INDEX_NAMES, item.dtype.names) or item.dtype.names[0]
             self.columns = [column for column in item.dtype.names if column != self._index]
             self.num_rows = int(item.shape[0])
@@ -74,17 +95,12 @@ class StoredFrame:
 
     @cached_property
     def readable(self) -> dict[str, Column]:
-        """{column: its reader}, of the columns that can be read."""
+        """Implements Frame."""
         found = {name: self._open(name) for name in self.columns}
         return {name: column for name, column in found.items() if column is not None}
 
-    def read(self, start: int, stop: int) -> pd.DataFrame:
-        """Rows start..stop-1 of every readable column; the index holds the row names, as text."""
-        columns = {name: column(start, stop) for name, column in self.readable.items()}
-        return pd.DataFrame(columns, index=pd.Index(self.row_names(start, stop), dtype=object))
-
     def row_names(self, start: int, stop: int) -> list[str]:
-        """The names of rows start..stop-1."""
+        """Implements Frame."""
         return [str(name) for name in self._names(start, stop)]
 
     @cached_property
@@ -126,24 +142,26 @@ class StoredFrame:
             ) from error
 
     def _find(self, name: str) -> Column | None:
-        if isinstance(self._item, h5py.Dataset):
+        if _is_array(self._item):
             return self._open_field(name)
         item = self._item[name]
-        if isinstance(item, h5py.Dataset):
+        if _is_array(item):
             if "categories" not in item.attrs:
                 return _array(item)
-            # AnnData 0.7: the codes point at their categories.
-            return self._categories(name, item, item.file[item.attrs["categories"]])
-        if {"codes", "categories"} <= set(item):
+            # AnnData 0.7: the codes point at their categories, in zarr by a path.
+            place = item.attrs["categories"]
+            categories = self._item[place] if isinstance(place, str) else item.file[place]
+            return self._categories(name, item, categories)
+        if _holds(item, "codes", "categories"):
             return self._categories(name, item["codes"], item["categories"])
-        if {"values", "mask"} <= set(item):
+        if _holds(item, "values", "mask"):
             return _nullable(item)
         return None
 
     def _open_field(self, name: str) -> Column | None:
         field, kind = self._item.fields(name), self._item.dtype[name]
         categories = self._old_categories.get(f"{name}_categories")
-        if isinstance(categories, h5py.Dataset) and kind.kind in "iu":
+        if _is_array(categories) and kind.kind in "iu":
             return self._categories(name, field, categories)
         if h5py.check_string_dtype(kind) or kind.kind in "SU":
             return lambda start, stop: _decoded(field[start:stop])
@@ -173,16 +191,18 @@ class StoredFrame:
 
 def _open_values(item: Any) -> Column | None:
     """The reader of an array, plain or nullable; None for what is neither."""
-    if isinstance(item, h5py.Dataset):
+    if _is_array(item):
         return _array(item)
-    return _nullable(item) if {"values", "mask"} <= set(item) else None
+    return _nullable(item) if _holds(item, "values", "mask") else None
 
 
-def _array(item: h5py.Dataset) -> Column | None:
+def _array(item: Any) -> Column | None:
     if len(item.shape) != 1:
         return None
-    if h5py.check_string_dtype(item.dtype):
+    if isinstance(item, h5py.Dataset) and h5py.check_string_dtype(item.dtype):
         return lambda start, stop: item.asstr()[start:stop].astype(object)
+    if item.dtype.kind in "OSTU":  # Text of zarr.
+        return lambda start, stop: _decoded(item[start:stop])
     return _numbers(item) if item.dtype.kind in "biuf" else None
 
 
@@ -217,9 +237,17 @@ def _decoded(values: np.ndarray) -> np.ndarray:
     return np.array(texts, dtype=object)
 
 
-def _length(item: h5py.Group | h5py.Dataset) -> int | None:
+def _is_array(item: Any) -> bool:
+    return hasattr(item, "shape")
+
+
+def _holds(group: Any, *parts: str) -> bool:
+    return all(part in group for part in parts)
+
+
+def _length(item: Any) -> int | None:
     """Rows of a column; None where it is of a kind that is not known."""
-    if isinstance(item, h5py.Dataset):
+    if _is_array(item):
         return int(item.shape[0]) if item.shape else None
     known = (part for part in ("codes", "values") if part in item)
     part = next(known, None)

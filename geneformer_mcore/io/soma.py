@@ -7,11 +7,10 @@ address  ->  on this machine | in S3  ->  the process' context: few threads, bou
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterable
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlparse
 
@@ -20,10 +19,12 @@ import pandas as pd
 import pyarrow as pa
 import tiledbsoma
 
+from geneformer_mcore.backends import compiled
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.io.blocks import BLOCK_ENTRIES, CountBlock, check_counts, looks_normalised
-from geneformer_mcore.io.frames import MAX_CATEGORIES, NAME_COLUMNS
-from geneformer_mcore.io.h5ad import count_rows, place_entries, sort_columns
+from geneformer_mcore.io.blocks import BLOCK_ENTRIES, CountBlock
+from geneformer_mcore.io.count_matrix import StoredMatrix, count_rows, place_entries
+from geneformer_mcore.io.frames import MAX_CATEGORIES, Column, Frame
+from geneformer_mcore.io.h5ad import Counts
 from geneformer_mcore.io.retry import raise_if_io_error
 
 _THREADS = 2
@@ -127,9 +128,29 @@ def last_write_ms(address: str) -> int:
     return max((int(name.split("_")[3]) for name in names), default=0)
 
 
-# The soma_joinids of chosen cells, kept as runs: the Census' data sets are few runs of many cells.
+# The data frames of a SOMA Experiment, read by joinids: obs of chosen cells, var of all genes.
 #
-# ids, ascending  ->  runs of neighbours (first id, place of the first)  ->  ids of places a..b
+# joinids -> one query -> in order of joinids, none missing? -> Arrow -> pandas, dtypes fixed
+#
+# The joinids of cells are kept as runs: the Census' data sets are few runs of many cells.
+
+JOINID = "soma_joinid"
+
+CELL_ID_COLUMNS = ("observation_joinid", "obs_id", "cell_id")
+"""Where the ids of cells are looked for in obs, in this order; where missing, the soma_joinid."""
+
+# Where values can be missing, a slice with some must have the dtype of one with none.
+_NULLABLE = {
+    pa.bool_(): pd.BooleanDtype(),
+    pa.int8(): pd.Int8Dtype(),
+    pa.int16(): pd.Int16Dtype(),
+    pa.int32(): pd.Int32Dtype(),
+    pa.int64(): pd.Int64Dtype(),
+    pa.uint8(): pd.UInt8Dtype(),
+    pa.uint16(): pd.UInt16Dtype(),
+    pa.uint32(): pd.UInt32Dtype(),
+    pa.uint64(): pd.UInt64Dtype(),
+}
 
 
 class JoinIds:
@@ -156,33 +177,6 @@ class JoinIds:
     def describe(self) -> bytes:
         """What is the same for the same ids alone."""
         return self._places.tobytes() + self._firsts.tobytes() + str(self._length).encode()
-
-
-def as_coordinates(ids: np.ndarray) -> slice | np.ndarray:
-    """What SOMA reads best: a slice where ids are neighbours (its end is part of it), else all."""
-    if len(ids) and int(ids[-1]) - int(ids[0]) == len(ids) - 1:
-        return slice(int(ids[0]), int(ids[-1]))
-    return ids
-
-
-# A SOMA data frame (an Experiment's obs or var), read by joinids.
-#
-# joinids -> one query -> in order of joinids, none missing? -> Arrow -> pandas, dtypes fixed
-
-JOINID = "soma_joinid"
-
-# Where values can be missing, a slice with some must have the dtype of one with none.
-_NULLABLE = {
-    pa.bool_(): pd.BooleanDtype(),
-    pa.int8(): pd.Int8Dtype(),
-    pa.int16(): pd.Int16Dtype(),
-    pa.int32(): pd.Int32Dtype(),
-    pa.int64(): pd.Int64Dtype(),
-    pa.uint8(): pd.UInt8Dtype(),
-    pa.uint16(): pd.UInt16Dtype(),
-    pa.uint32(): pd.UInt32Dtype(),
-    pa.uint64(): pd.UInt64Dtype(),
-}
 
 
 class SomaFrame:
@@ -236,6 +230,73 @@ class SomaFrame:
             raise unreadable(self.name, what, error) from error
 
 
+class CellFrame(Frame):
+    """obs of the cells `ids`, by their places."""
+
+    def __init__(self, obs: SomaFrame, ids: JoinIds) -> None:
+        self.columns, self.num_rows = list(obs.kinds), len(ids)
+        self._obs, self._ids = obs, ids
+
+    @property
+    def readable(self) -> dict[str, Column]:
+        """{column: its reader, as text}"""
+        return {name: partial(self._texts, name) for name in self.columns}
+
+    def read(self, start: int, stop: int) -> pd.DataFrame:
+        """Rows start..stop-1, of every column by one query."""
+        if start == stop:
+            return self.read(0, 1).iloc[:0]  # With the categories of the others.
+        ids = self._ids.read(start, stop)
+        table = self._obs.read(ids, self.columns)
+        columns = {name: as_pandas(table[name]) for name in table.column_names}
+        index = pd.Index(_names(table, ids), dtype=object)
+        return pd.DataFrame({n: c for n, c in columns.items() if c is not None}, index=index)
+
+    def row_names(self, start: int, stop: int) -> list[str]:
+        """The ids of rows start..stop-1 (see CELL_ID_COLUMNS)."""
+        ids = self._ids.read(start, stop)
+        there = [name for name in CELL_ID_COLUMNS if name in self.columns]
+        return _names(self._obs.read(ids, there), ids)
+
+    def _texts(self, name: str, start: int, stop: int) -> list[str]:
+        return texts(self._obs.read(self._ids.read(start, stop), [name])[name])
+
+
+class GeneFrame(Frame):
+    """The text of var, a row per column of X: "" where var has none, as it may have gaps."""
+
+    def __init__(self, var: SomaFrame, num_columns: int) -> None:
+        self.num_rows, self._var = num_columns, var
+        self.columns = [name for name in var.kinds if var.holds_text(name)]
+
+    @property
+    def readable(self) -> dict[str, Column]:
+        """Implements Frame."""
+        return {name: partial(self._texts, name) for name in self.columns}
+
+    def row_names(self, start: int, stop: int) -> list[str]:
+        """`var_id`, else `feature_id`, else numbers."""
+        found = (name for name in ("var_id", "feature_id") if name in self.columns)
+        name = next(found, None)
+        numbers = range(start, stop)
+        return list(map(str, numbers)) if name is None else self._texts(name, start, stop)
+
+    def _texts(self, name: str, start: int, stop: int) -> list[str]:
+        table = self._table
+        by_place = dict(zip(table[JOINID].to_pylist(), texts(table[name]), strict=True))
+        return [by_place.get(place, "") for place in range(start, stop)]
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return self._var.read_all()
+
+
+def _names(table: pa.Table, ids: np.ndarray) -> list[str]:
+    name = next((name for name in CELL_ID_COLUMNS if name in table.column_names), None)
+    found = texts(table[name]) if name else [""] * len(ids)
+    return [text or str(joinid) for text, joinid in zip(found, ids.tolist(), strict=True)]
+
+
 def texts(column: pa.ChunkedArray) -> list[str]:
     """The values as text, "" where missing."""
     return ["" if value is None else str(value) for value in column.to_pylist()]
@@ -262,35 +323,61 @@ def as_pandas(column: pa.ChunkedArray) -> Any:
     return array.to_pandas(types_mapper=_NULLABLE.get).array
 
 
+def as_coordinates(ids: np.ndarray) -> slice | np.ndarray:
+    """What SOMA reads best: a slice where ids are neighbours (its end is part of it), else all."""
+    if len(ids) and int(ids[-1]) - int(ids[0]) == len(ids) - 1:
+        return slice(int(ids[0]), int(ids[-1]))
+    return ids
+
+
 # A layer of X of a SOMA Experiment, read by joinids in bounded memory.
 #
 # joinids  ->  one query, its answer in parts of bounded size  ->  entries by rows  ->  CSR
+#
+# Not `axis_query(...).X(layer).blockwise(...).scipy()`: that takes half as long again, and leaves
+# out entries in columns that var has not, which must be refused.
 
 _SPARSE = ("soma_dim_0", "soma_dim_1", "soma_data")
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Some entries: place of the row among those asked for int32, column int32, value float32 | 64."""
 
+_FIRST_ROWS = 512
+_PROBED_PLACES = 16
 _BAND_VALUES = 4 << 20
 """Of a dense array, so many values are read at once."""
 
 
-class SomaMatrix:
-    """An open SOMA SparseNDArray or DenseNDArray, cells x genes; `name` is what messages call it.
+class SomaMatrix(StoredMatrix):
+    """The rows of an open SOMA SparseNDArray or DenseNDArray for `ids`.
 
-    num_columns: of its shape, which may be wider than there are genes
+    name:     of messages
+    columns:  from its shape, which may have room for more than there are genes
     """
 
-    def __init__(self, array: Any, name: str) -> None:
-        self.name, self._array = name, array
-        self.num_columns = int(array.shape[1])
-        self.address = str(array.uri)
+    def __init__(self, array: Any, ids: JoinIds, name: str) -> None:
+        self.name, self.address, self._array, self._ids = name, str(array.uri), array, ids
+        self.shape = (len(ids), int(array.shape[1]))
+        self._longest = 0.0  # Entries per row of the longest block read so far.
 
-    def read(self, ids: np.ndarray, start: int) -> CountBlock:
-        """The rows of `ids` (ascending) as a block whose first row is `start`; values unchecked.
+    def fitting(self, start: int, stop: int) -> int:
+        """Rows that have BLOCK_ENTRIES at most if none of them has twice the genes of the longest
+        block before: how long rows are shows only when some were read."""
+        fitting = max(1, int(BLOCK_ENTRIES / self._longest)) if self._longest else _FIRST_ROWS
+        return min(stop, start + fitting)
 
-        DataError if they cannot be read.
-        """
+    def some(self) -> np.ndarray:
+        """The values of rows from all over the matrix."""
+        rows = range(0, len(self._ids), max(1, len(self._ids) // _PROBED_PLACES))
+        return self._read(np.array([self._ids.read(row, row + 1)[0] for row in rows]), 0).data
+
+    def read_rows(self, start: int, stop: int) -> CountBlock:
+        """Rows start..stop-1, values not checked. DataError if they cannot be read."""
+        block = self._read(self._ids.read(start, stop), start)
+        self._longest = max(self._longest, len(block.data) / max(1, len(block)), 1.0)
+        return block
+
+    def _read(self, ids: np.ndarray, start: int) -> CountBlock:
         try:
             is_dense = self._array.soma_type == "SOMADenseNDArray"
             parts = self._dense(ids) if is_dense else self._sparse(ids)
@@ -303,9 +390,9 @@ class SomaMatrix:
         indptr = np.cumsum(indptr)
         values, columns = np.empty(int(indptr[-1])), np.empty(int(indptr[-1]), np.int32)
         nexts = indptr[:-1].copy()
-        while parts:  # Each is given back once its entries have their place.
+        while parts:  # Each is freed once its entries have their place.
             place_entries(*parts.pop(0), nexts, columns, values)
-        sort_columns(indptr, columns, values)
+        _sort_columns(indptr, columns, values)
         return CountBlock(values, columns, indptr, start)
 
     def _sparse(self, ids: np.ndarray) -> list[Part]:
@@ -319,7 +406,7 @@ class SomaMatrix:
 
     def _dense(self, ids: np.ndarray) -> list[Part]:
         parts = []
-        most = max(1, _BAND_VALUES // self.num_columns)
+        most = max(1, _BAND_VALUES // self.shape[1])
         place = 0
         for run in np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1):
             for first in range(int(run[0]), int(run[-1]) + 1, most):
@@ -339,6 +426,20 @@ def _part(places: np.ndarray, columns: np.ndarray, values: np.ndarray) -> Part:
     return places.astype(np.int32), columns.astype(np.int32), values.astype(kind)
 
 
+@compiled
+def _sort_columns(indptr: np.ndarray, columns: np.ndarray, values: np.ndarray) -> None:
+    """Puts the entries of every CSR row whose columns do not ascend in order of its columns."""
+    for row in range(len(indptr) - 1):
+        start, stop = indptr[row], indptr[row + 1]
+        ascends = True
+        for entry in range(start + 1, stop):
+            ascends &= columns[entry] > columns[entry - 1]
+        if not ascends:
+            order = np.argsort(columns[start:stop], kind="mergesort")
+            columns[start:stop] = columns[start:stop][order]
+            values[start:stop] = values[start:stop][order]
+
+
 # Counts of a SOMA Experiment, the Census' among them, as validated CSR blocks.
 #
 #     path | s3://...  ->  Experiment (of a Census: its human one)  ->  which layer of X?
@@ -347,27 +448,19 @@ def _part(places: np.ndarray, columns: np.ndarray, values: np.ndarray) -> Part:
 #
 # Row i is the i-th of the chosen cells, whatever gaps their joinids have.
 
-ROWS_PER_BLOCK = 4096
-
-CELL_ID_COLUMNS = ("observation_joinid", "obs_id", "cell_id")
-"""Where the ids of cells are looked for in obs, in this order; where missing, the soma_joinid."""
-
 LAYERS = ("raw", "counts", "data")
 """Layers of X that may hold the counts, in this order; else the only one there is."""
 
-_FIRST_ROWS = 512
-_PROBED_PLACES = 16
 
-
-class ExperimentCounts:
-    """A SOMA Experiment, open for reading; see counts.Counts for what it gives.
+class ExperimentCounts(Counts):
+    """A SOMA Experiment, open for reading.
 
     name:         the address, as given; stem: the last part of it
     location:     "X/LAYER"; passed_over: layers before it whose values are plainly no counts
     num_columns:  up to the last gene of var; X's shape may be far wider
     """
 
-    is_sequential = False
+    _matrix: SomaMatrix
 
     def __init__(
         self,
@@ -384,25 +477,24 @@ class ExperimentCounts:
         joinids:       int64, ascending: only these cells
         Raises DataError if it cannot be read, or has no such layer or cells.
         """
+        super().__init__(allow_normalised)
         self.name = str(address)
         self.stem = self.name.rstrip("/").rsplit("/", 1)[-1]
-        self._whole_numbers = not allow_normalised
-        self._longest = 0.0  # Entries per row of the longest block read so far.
         self._experiment = open_experiment(self.name)
         try:
-            self._open(layer, value_filter, joinids)
+            measurement = self._measurement()
+            self._choose_cells(value_filter, joinids)
+            self._open_matrix(measurement, layer)
         except BaseException as error:
             self.close()
             if isinstance(error, FAILURES):
                 raise unreadable(self.name, "cannot be read", error) from error
             raise
 
-    def _open(self, layer: str | None, where: str | None, among: np.ndarray | None) -> None:
-        measurement = self._measurement()
-        self._obs = SomaFrame(self._experiment["obs"], f"{self.name}: obs")
-        self._var = SomaFrame(measurement["var"], f"{self.name}: var")
-        self._ids = JoinIds(self._obs.joinids(where, among))
-        self.num_cells = len(self._ids)
+    def _choose_cells(self, where: str | None, among: np.ndarray | None) -> None:
+        obs = SomaFrame(self._experiment["obs"], f"{self.name}: obs")
+        self._ids = JoinIds(obs.joinids(where, among))
+        self.num_cells, self._obs_address = len(self._ids), obs.address
         if among is not None and where is None and self.num_cells != len(among):
             raise DataError(
                 f"{self.name}: obs holds {self.num_cells:,} of the {len(among):,} cells asked for."
@@ -412,16 +504,33 @@ class ExperimentCounts:
             raise DataError(
                 f"{self.name}: no cells{chosen}: there is nothing to encode. Remedy: leave it out."
             )
-        self._layers = list(measurement["X"]) if "X" in measurement else []
-        self.location, self.passed_over, self._matrix = self._find_counts(measurement, layer)
-        genes = self._var.joinids(None, None)
+        self._obs = CellFrame(obs, self._ids)
+
+    def _open_matrix(self, measurement: Any, layer: str | None) -> None:
+        self._layer_names = list(measurement["X"]) if "X" in measurement else []
+        wanted = LAYERS if layer is None else (layer.removeprefix("X/"),)
+        names = [name for name in wanted if name in self._layer_names]
+        if not names and layer is None and len(self._layer_names) == 1:
+            names = self._layer_names
+        if not names:
+            raise self._no_matrix(wanted)
+
+        def open_layer(name: str) -> SomaMatrix:
+            return SomaMatrix(measurement["X"][name], self._ids, f"{self.name}: X/{name}")
+
+        location, passed_over, self._matrix = self._first_of_counts(names, open_layer)
+        self.location = f"X/{location}"
+        self.passed_over = tuple(f"X/{place}" for place in passed_over)
+        var = SomaFrame(measurement["var"], f"{self.name}: var")
+        genes = var.joinids(None, None)
         if not len(genes):
             raise DataError(
                 f"{self.name}: var names no genes: there is nothing to encode. Remedy: leave it "
                 "out."
             )
         # tiledbsoma.io once gave every X room for 2,147,483,646 genes.
-        self.num_columns = min(self._matrix.num_columns, int(genes[-1]) + 1)
+        self.num_columns = min(self._matrix.shape[1], int(genes[-1]) + 1)
+        self._var = GeneFrame(var, self.num_columns)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -429,108 +538,19 @@ class ExperimentCounts:
 
         A Census in S3 is never written again.
         """
-        written = [last_write_ms(part.address) for part in (self._obs, self._matrix)]
+        written = [last_write_ms(place) for place in (self._obs_address, self._matrix.address)]
         return {
             "cells": self.num_cells,
             "chosen": sha256(self._ids.describe()).hexdigest()[:16],
             "written_ms": max(written),
         }
 
-    @property
-    def obs_columns(self) -> list[str]:
-        """The columns of obs, soma_joinid left out."""
-        return list(self._obs.kinds)
-
-    def read_obs(self, start: int, stop: int) -> pd.DataFrame:
-        """Rows start..stop-1 of obs, indexed by cell id."""
-        if start == stop:
-            return self.read_obs(0, 1).iloc[:0]  # With the categories of the others.
-        ids = self._ids.read(start, stop)
-        table = self._obs.read(ids, self.obs_columns)
-        columns = {name: as_pandas(table[name]) for name in table.column_names}
-        index = pd.Index(self._cell_ids(table, ids), dtype=object)
-        return pd.DataFrame({n: c for n, c in columns.items() if c is not None}, index=index)
-
-    def read_cell_ids(self, start: int, stop: int) -> list[str]:
-        """The ids of rows start..stop-1 (see CELL_ID_COLUMNS)."""
-        ids = self._ids.read(start, stop)
-        there = [name for name in CELL_ID_COLUMNS if name in self._obs.kinds]
-        return self._cell_ids(self._obs.read(ids, there), ids)
-
-    def read_dataset_ids(self, start: int, stop: int) -> list[str]:
-        """The dataset of each cell: obs' `dataset_id`, else the stem."""
-        if "dataset_id" not in self._obs.kinds:
-            return [self.stem] * (stop - start)
-        table = self._obs.read(self._ids.read(start, stop), ["dataset_id"])
-        return [name or self.stem for name in texts(table["dataset_id"])]
-
-    def gene_columns(self) -> dict[str, Sequence[object]]:
-        """The columns of var that hold text; `var_id` (else `feature_id`) under "index" too."""
-        return dict(self._gene_texts)
-
-    def gene_names(self) -> list[str]:
-        """One name (symbol) per column, from var's column of symbols, else its ids."""
-        found = (name for name in NAME_COLUMNS if name in self._gene_texts)
-        return self._gene_texts[next(found, "index")]
-
-    def blocks(
-        self, num_rows: int = ROWS_PER_BLOCK, start: int = 0, stop: int | None = None
-    ) -> Iterator[CountBlock]:
-        """Rows start..stop-1 in blocks of at most `num_rows`, every value checked.
-
-        How long rows are shows once some were read: blocks have BLOCK_ENTRIES at most if none of
-        their cells has twice the genes of the longest block before.
-        """
-        stop = self.num_cells if stop is None else stop
-        while start < stop:
-            fitting = max(1, int(BLOCK_ENTRIES / self._longest)) if self._longest else _FIRST_ROWS
-            block = self.read_rows(start, min(start + num_rows, start + fitting, stop))
-            yield block
-            start += len(block)
-            self._longest = max(self._longest, len(block.data) / len(block), 1.0)
-
-    def read_rows(self, start: int, stop: int) -> CountBlock:
-        """Rows start..stop-1, every value checked.
-
-        Raises DataError with row, gene, value and remedy at a value that is no count.
-        """
-        block = self._matrix.read(self._ids.read(start, stop), start)
-        check_counts(block, self, self._matrix.name, self._whole_numbers, self._layers)
-        return block
-
     def close(self) -> None:
         """Closes the Experiment; blocks already read stay good."""
         self._experiment.close()
 
-    def __enter__(self) -> ExperimentCounts:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    @cached_property
-    def _gene_texts(self) -> dict[str, list[str]]:
-        table = self._var.read_all()
-        places = table[JOINID].to_numpy()
-        columns = {}
-        for name in self._var.kinds:
-            if self._var.holds_text(name):
-                by_place = dict(zip(places.tolist(), texts(table[name]), strict=True))
-                columns[name] = [by_place.get(i, "") for i in range(self.num_columns)]
-        plain = [str(place) for place in range(self.num_columns)]
-        index = columns.get("var_id", columns.get("feature_id", plain))
-        return columns | {"index": index}
-
-    def _cell_ids(self, table: pa.Table, ids: np.ndarray) -> list[str]:
-        there = (name for name in CELL_ID_COLUMNS if name in table.column_names)
-        name = next(there, None)
-        found = texts(table[name]) if name else [""] * len(ids)
-        return [text or str(joinid) for text, joinid in zip(found, ids.tolist(), strict=True)]
+    def _layers(self) -> list[str]:
+        return self._layer_names
 
     def _measurement(self) -> Any:
         names = list(self._experiment["ms"]) if "ms" in self._experiment else []
@@ -542,25 +562,9 @@ class ExperimentCounts:
             )
         return self._experiment["ms"][name]
 
-    def _find_counts(
-        self, measurement: Any, layer: str | None
-    ) -> tuple[str, tuple[str, ...], SomaMatrix]:
-        """(location, places passed over, matrix)."""
-        wanted = LAYERS if layer is None else (layer.removeprefix("X/"),)
-        places = [name for name in wanted if name in self._layers]
-        if not places and layer is None and len(self._layers) == 1:
-            places = self._layers
-        for i, name in enumerate(places):
-            matrix = SomaMatrix(measurement["X"][name], f"{self.name}: X/{name}")
-            if name == places[-1] or not self._whole_numbers or not self._is_normalised(matrix):
-                return f"X/{name}", tuple(f"X/{place}" for place in places[:i]), matrix
-        raise DataError(
+    def _no_matrix(self, wanted: Iterable[str]) -> DataError:
+        return DataError(
             f"{self.name}: no layer X/{' or X/'.join(wanted)}; it has: "
-            f"{', '.join(self._layers) or 'none'}. Remedy: name the layer of the raw counts with "
-            "--layer."
+            f"{', '.join(self._layer_names) or 'none'}. Remedy: name the layer of the raw counts "
+            "with `counts_layer=`."
         )
-
-    def _is_normalised(self, matrix: SomaMatrix) -> bool:
-        step = max(1, self.num_cells // _PROBED_PLACES)
-        ids = np.array([self._ids.read(row, row + 1)[0] for row in range(0, self.num_cells, step)])
-        return looks_normalised(matrix.read(ids, 0).data)

@@ -37,7 +37,7 @@ from geneformer_mcore.perturb.question import (
     distinct,
 )
 from geneformer_mcore.perturb.statistics import Controls, Survey, Tested, table
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.types import NUM_SPECIALS
 
 MOST_BYTES = 16 << 30
@@ -89,7 +89,7 @@ class Prepared:
 
 def perturb(
     model: Pretrained,
-    source: str,
+    source: Any,
     question: Question,
     choices: Choices,
     options: InputOptions,
@@ -105,7 +105,7 @@ def perturb(
     with ExitStack() as stack:
         cells = _counted(source, model, options)
         stack.callback(cells.close)
-        prepared = _prepare(model, cells, source, question, options)
+        prepared = _prepare(model, cells, cells.counts.name, question, options)
         engine = stack.enter_context(
             encoder.started(model, precision, choices.tokens_per_batch, layers)
         )
@@ -122,7 +122,7 @@ def perturb(
         return _answer(question, prepared, values_NPC, moved, facts)
 
 
-def _counted(source: str, model: Pretrained, options: InputOptions) -> CountedCells:
+def _counted(source: Any, model: Pretrained, options: InputOptions) -> CountedCells:
     cells = open_cells(source, model.vocabulary, model.config.data.seq_length, options)
     if not isinstance(cells, CountedCells):
         cells.close()
@@ -181,7 +181,7 @@ def _chosen(
             raise DataError(
                 f"{source}: all {len(rows):,} cells {_of(question.start)}are {question.goal}, so "
                 "none is left to move toward it. Remedy: a file with other cells too, or another "
-                "--start or --goal."
+                "`start=` or `goal=`."
             )
         if question.start and len(others) < len(rows):
             lines.append(
@@ -216,7 +216,7 @@ def _refuse_absent(tested: Tested, mode: Mode, found: Survey, source: str) -> No
     more = f" ({cut} of them are detected, below the place where sentences are cut)" if cut else ""
     raise DataError(
         f"{source}: of the {found.num_cells:,} chosen cells none has {named} in its sentence"
-        f"{more}, so nothing can be deleted. Remedy: other cells or genes, or --mode overexpress."
+        f'{more}, so nothing can be deleted. Remedy: other cells or genes, or `mode="overexpress"`.'
     )
 
 
@@ -226,7 +226,7 @@ def _check_room(num_cells: int, num_perturbations: int) -> None:
         raise ConfigError(
             f"{num_cells:,} cells x {num_perturbations:,} perturbations (controls included) need "
             f"{needed / 2**30:.1f} GiB of memory, and at most {MOST_BYTES / 2**30:.0f} GiB are "
-            "taken. Remedy: a smaller --max-cells, or fewer genes at a time."
+            "taken. Remedy: a smaller `max_cells=`, or fewer genes at a time."
         )
 
 

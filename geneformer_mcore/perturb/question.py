@@ -17,7 +17,8 @@ import numpy as np
 from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.inference.cells import CountedCells
 from geneformer_mcore.perturb.perturbed_cells import Mode
-from geneformer_mcore.tokenizer.genes import clean_id, names_as_symbols
+from geneformer_mcore.tokenizer.gencode import clean_id
+from geneformer_mcore.tokenizer.genes import names_as_symbols
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS
 
@@ -136,7 +137,7 @@ class GeneNames:
             f"{where}{len(unknown):,} of {asked:,} genes are not among the "
             f"{len(self._vocabulary.feature_ids):,} that the model knows: {', '.join(listed)}"
             + (f" and {more:,} more" if more > 0 else "")
-            + ". Remedy: Ensembl ids, symbols as the file has them, or --symbols FILE."
+            + ". Remedy: Ensembl ids, symbols as the file has them, or `symbols=FILE`."
         )
 
 
@@ -267,19 +268,19 @@ class Question:
             raise ConfigError(f"mode must be delete or overexpress, and is {self.mode}.")
         if self.truncated and self.mode != Mode.delete.value:
             raise ConfigError(
-                "--truncated goes with --mode delete: what is put in front of a sentence that "
-                "was cut is the same as of a whole one."
+                '`truncated=True` goes with `mode="delete"`: what is put in front of a sentence '
+                "that was cut is the same as of a whole one."
             )
         if not self.genes and self.groups is None and self.top is None:
             raise ConfigError(
-                "nothing is to be perturbed: give --genes, --groups, --top N or --all-genes."
+                "nothing is to be perturbed: give `genes=`, `groups=` or `top=N` (`top=-1`: every "
+                "gene)."
             )
         for name in ("max_cells", "null", "moved", "seed"):
             if getattr(self, name) < 0:
-                option = name.replace("_", "-")
-                raise ConfigError(f"--{option} must be at least 0, and is {getattr(self, name)}.")
+                raise ConfigError(f"`{name}=` must be at least 0, and is {getattr(self, name)}.")
         if self.top is not None and self.top != ALL_GENES and self.top < 1:
-            raise ConfigError(f"--top must be at least 1, and is {self.top}.")
+            raise ConfigError(f"`top=` must be at least 1, and is {self.top}.")
 
     def perturbations(self, names: GeneNames) -> tuple[list[Perturbation], list[str]]:
         """Its genes and groups, and lines on what was left out. DataError for unknown ones."""

@@ -13,13 +13,12 @@ from typing import Any
 
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.inference import pretrained
-from geneformer_mcore.inference.cells import rows_with
 from geneformer_mcore.inference.embed import Choices, check_target
-from geneformer_mcore.io import anndata_out
+from geneformer_mcore.io.memory import require
 from geneformer_mcore.perturb import outputs
 from geneformer_mcore.perturb.perturb import Answer, perturb
 from geneformer_mcore.perturb.question import Question
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 
 
 @dataclass(frozen=True)
@@ -121,16 +120,11 @@ def perturb_adata(
     counts_layer: str | None,
 ) -> Any:
     """The same for an AnnData in memory, in this process alone; gives an AnnData."""
-    anndata_out.require(adata)
+    require(adata)
     question.check()
-    # Against its own obs, of which the file gets these columns alone.
-    for label in filter(None, (question.start, question.goal)):
-        rows_with(adata.obs, label, "the AnnData")
     model = pretrained.find(checkpoint, vocabulary)
-    columns = {label.partition("=")[0] for label in (question.start, question.goal)}
-    with anndata_out.as_file(adata, counts_layer, columns) as path:
-        options = InputOptions(layer=counts_layer)
-        answer = perturb(model, str(path), question, choices, options, shows_progress=True)
+    options = InputOptions(layer=counts_layer)
+    answer = perturb(model, adata, question, choices, options, shows_progress=True)
     if answer is None:
         raise ConfigError(
             "geneformer_mcore.perturb works in one process, and this is one of several. Remedy: "

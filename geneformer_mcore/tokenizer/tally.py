@@ -23,8 +23,8 @@ import numpy as np
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.blocks import CountBlock
 from geneformer_mcore.io.files import whole_file
-from geneformer_mcore.tokenizer.corpus import InputOptions
-from geneformer_mcore.tokenizer.genes import is_ensembl_id
+from geneformer_mcore.tokenizer.gencode import is_ensembl_id
+from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.tokenizer.medians import BYTES_PER_VALUE, BinCounts, MedianCollector
 from geneformer_mcore.tokenizer.rank_encoder import normalised_values
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary

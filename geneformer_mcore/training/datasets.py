@@ -14,10 +14,9 @@ import pyarrow as pa
 import torch
 
 from geneformer_mcore.config import Config
-from geneformer_mcore.config.derive import token_budget
 from geneformer_mcore.config.sections import Loader, Source
 from geneformer_mcore.data.collate import Collator, PermutedGenes, make_batch
-from geneformer_mcore.data.loader import Budget, Feed, Share
+from geneformer_mcore.data.loader import Feed, Share, budget
 from geneformer_mcore.data.masking import Masking
 from geneformer_mcore.data.sampler import Sampler
 from geneformer_mcore.distributed.groups import Topology
@@ -28,17 +27,6 @@ from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.split.table import RandomSplit, SplitRule
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import TokenSource
-
-# From settings to how cells are packed.
-
-
-def budget(config: Config) -> Budget | None:
-    """How cells are packed; None if they are padded."""
-    if not config.data.packing:
-        return None
-    parallel = config.parallel
-    # The interleaved schedule runs micro batches in groups of as many as there are stages.
-    return Budget(token_budget(config), parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
 
 
 @dataclass(frozen=True)

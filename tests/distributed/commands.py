@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from geneformer_mcore.exit_codes import run
 from tests.distributed.ranks import run_ranks
 
 LIMIT_S = 280
@@ -38,8 +39,8 @@ def calls(lines: list[list[str]]) -> list[Ended]:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                code = command.main()
-            except SystemExit as error:  # of argparse
+                run(command.main)
+            except SystemExit as error:
                 code = int(error.code or 0)
         ended.append(Ended(code, out.getvalue(), err.getvalue()))
     return ended

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed import trained
-from tests.distributed.trained import Trained
+from tests.distributed.inference import trained
+from tests.distributed.inference.trained import Trained
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -95,15 +96,16 @@ class Truth:
         return Reference(weights, 4, toy.VOCABULARY, *(getattr(F, name) for name in self.functions))
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What one rank found. logits: largest difference; None on ranks that have no logits;
-    slices: (key, offset in the whole) of this rank's parts of gradients -> (size, squared error).
-    """
+Slices = dict[tuple[str, tuple[int, ...]], tuple[int, float]]
+"""(key, offset in the whole) of a rank's parts of gradients -> (size, squared error)."""
 
-    totals: Totals
+
+class Seen(NamedTuple):
+    """What one rank found. logits: largest difference; None on ranks that have no logits."""
+
+    loss: float
     logits: float | None
-    slices: dict[tuple[str, tuple[int, ...]], tuple[int, float]]
+    slices: Slices
     norm: float
 
 
@@ -156,7 +158,7 @@ def _errors(seen: Sequence[Seen], expected: Truth) -> Parity:
         logits=_worst(logits),
         gradients=_gradient_errors(seen, expected),
         norm=_worst([_relative(each.norm, expected.norm) for each in seen]),
-        loss=_worst([_relative(each.totals.loss, expected.loss) for each in seen]),
+        loss=_worst([_relative(each.loss, expected.loss) for each in seen]),
     )
 
 
@@ -174,7 +176,7 @@ def _relative(value: float, expected: float) -> float:
 def _gradient_errors(seen: Sequence[Seen], expected: Truth) -> dict[str, float]:
     """Relative error of each whole gradient; of slices that several ranks hold, the worst counts.
     Fails if any part of any gradient is on no rank."""
-    worst: dict[tuple[str, tuple[int, ...]], tuple[int, float]] = {}
+    worst: Slices = {}
     for where, (numel, error) in (part for each in seen for part in each.slices.items()):
         # Written so that NaN counts as the worst.
         if where not in worst or not error <= worst[where][1]:
@@ -237,16 +239,14 @@ def _seen(expected: Truth, change: Change, *settings: str) -> Seen:
     run = toy.make("train.micro_batch_size=2", *settings)
     enlarge(run)
     batches = change(run.feed.step(0), run.topology.data_rank)
-    last = run.trainable.stages[-1]
-    recorded = _record_logits(last) if last.post_process else None
+    last, logits = run.trainable.stages[-1], None
+    recorded = _record_logits(last) if last.post_process else []
     totals = _run_twice(run, batches)
     norm = optim.gradient_norm(run.trainable.optimizer)
-    logits = None
-    if recorded is not None:
-        recorded = recorded[-len(batches) :]
+    if last.post_process:
         first = run.topology.tensor_rank * last.output_layer.output_size_per_partition
-        logits = _logits_error(recorded, batches, expected.reference(), first)
-    return Seen(totals, logits, _slices(run.trainable, expected), norm)
+        logits = _logits_error(recorded[-len(batches) :], batches, expected.reference(), first)
+    return Seen(totals.loss, logits, _slices(run.trainable, expected), norm)
 
 
 def _run_twice(run: toy.Toy, batches: list[Batch]) -> Totals:
@@ -280,7 +280,7 @@ def _record_logits(stage: Geneformer) -> list[torch.Tensor]:
 
     def logits(*arguments: torch.Tensor) -> torch.Tensor:
         answer = theirs(*arguments)
-        recorded.append(answer.detach().clone())
+        recorded.append(answer.detach().clone())  # the loss is computed in place
         return answer
 
     stage.logits = logits
@@ -298,9 +298,8 @@ def _logits_error(
         assert not logits_MV[:, max(last - first, 0) :].exp().any()
         if len(batch.selected_M) == 0 or last <= first:
             continue
-        with torch.no_grad():
-            tokens_BS, selected_M = in_rows(batch)
-            whole = reference.logits(tokens_BS, batch.lengths_N).flatten(0, 1)
+        tokens_BS, selected_M = in_rows(batch)
+        whole = reference.logits(tokens_BS, batch.lengths_N).flatten(0, 1).detach()
         assert whole.std() > 0.5, "weights too small for the comparison to mean anything"
         wanted = whole[selected_M][:, first:last]
         errors.append(float((logits_MV[:, : last - first] - wanted).abs().max()))
@@ -321,9 +320,7 @@ def in_rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens_BS, cell_M * tokens_BS.shape[1] + batch.selected_M - starts_N[cell_M]
 
 
-def _slices(
-    trainable: optim.Trainable, expected: Truth
-) -> dict[tuple[str, tuple[int, ...]], tuple[int, float]]:
+def _slices(trainable: optim.Trainable, expected: Truth) -> Slices:
     found = {}
     for chunk in trainable.chunks:
         _gather_gradients(chunk)

@@ -14,13 +14,12 @@ import torch
 from geneformer_mcore.checkpoint import state
 from geneformer_mcore.config import Config, load, plan
 from geneformer_mcore.data.collate import Collator, make_batch
-from geneformer_mcore.data.loader import Feed, Share
+from geneformer_mcore.data.loader import Feed, Share, budget
 from geneformer_mcore.data.masking import Masking
 from geneformer_mcore.data.sampler import Sampler
 from geneformer_mcore.distributed import groups
 from geneformer_mcore.model import geneformer, init, megatron_config
 from geneformer_mcore.optim import optimizer as optim
-from geneformer_mcore.training.datasets import budget
 from geneformer_mcore.training.step import StepResult, train_step
 from geneformer_mcore.types import NUM_SPECIALS, CellViews, RaggedCells
 

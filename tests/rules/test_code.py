@@ -86,7 +86,7 @@ def test_every_key_of_a_record_is_asserted() -> None:
     assert isinstance(returned, ast.Dict)
     keys = {key.value for key in returned.keys if isinstance(key, ast.Constant)}
     assert len(keys) >= 12
-    tests = tree_of(ROOT / "tests" / "unit" / "test_metrics_meter.py")
+    tests = tree_of(ROOT / "tests" / "unit" / "training" / "test_metrics_meter.py")
     assertions = [ast.unparse(node) for node in ast.walk(tests) if isinstance(node, ast.Assert)]
     assert not keys - set(re.findall(r"\['(\w+)'\]", " ".join(assertions)))
 

@@ -17,8 +17,8 @@ from tests.soak.__main__ import judged as judged_share
 from tests.soak.faults import FAULTS, PACKAGE_TESTS, Fault
 from tests.soak.planted_faults import CAUGHT, MISSED, Results, judged
 
-FOLDERS = {path.parent.relative_to(LIBRARY).as_posix() for path in LIBRARY_FILES}
-PACKAGES = {"top" if folder == "." else folder for folder in FOLDERS}
+PARTS = [path.relative_to(LIBRARY).parts for path in LIBRARY_FILES]
+PACKAGES = {"top" if len(parts) == 1 else parts[0] for parts in PARTS}
 SKIPPED = "sss\nSKIPPED [2] tests/soak/slurm/conftest.py:23: no slurmctld\n2 skipped in 0.1s\n"
 
 

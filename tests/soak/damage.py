@@ -3,8 +3,8 @@
     python -m tests.soak.damage store [--times 200]          a flipped bit: seen, or nothing changes
     python -m tests.soak.damage checkpoint [--times 100]     seen, and the one before is taken
 
-One of each kind, at a fixed place: tests/unit/test_store_damage.py and
-tests/distributed/test_damage.py.
+One of each kind, at a fixed place: tests/unit/store/test_damage.py and
+tests/distributed/training/test_damage.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,13 @@ from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.store.check import check_store
 from geneformer_mcore.store.layout import list_files
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_damage import DAMAGES, assert_passed_over, flip_a_bit, save_twice
-from tests.unit.test_store_damage import is_seen_flipped, write_some_cells
+from tests.distributed.training.test_damage import (
+    DAMAGES,
+    assert_passed_over,
+    flip_a_bit,
+    save_twice,
+)
+from tests.unit.store.test_damage import is_seen_flipped, write_some_cells
 
 LEAST_SEEN = 0.9
 """Share of the flips in a store; others fell where nothing is read."""

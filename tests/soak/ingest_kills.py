@@ -2,7 +2,7 @@
 
     python -m tests.soak.ingest_kills [--kills 50]
 
-A kill at each stage, at an exact instant: tests/end_to_end/test_ingest.py.
+A kill at each stage, at an exact instant: tests/end_to_end/commands/test_ingest.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 from geneformer_mcore.store.check import check_store
 from geneformer_mcore.store.layout import Manifest
-from tests.end_to_end.test_ingest import start, write_inputs
+from tests.end_to_end.commands.test_ingest import start, write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 EVENTS = ("unit", "store", "manifest", "published")

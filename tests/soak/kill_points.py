@@ -6,7 +6,7 @@ A process that has a checkpoint of step 1 forks a child, which saves step 2 unde
 n-th call that opens, writes, syncs, renames or removes something strace kills it (`inject`). Then
 step 1 must be there and verify, step 2 must be whole or not there, and the next save must go
 through and clear what was left. n goes up to the last call of the save. Needs strace. A few chosen
-calls: tests/end_to_end/test_kills.py.
+calls: tests/end_to_end/run/test_kills.py.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python -m tests.soak.parity_table [--json OUT] [LAYOUT ...]
 
-The same measurements and bars as in tests/distributed/test_parity.py, with the numbers kept, and
-loss curves of every layout. Layouts that OUT has of this very commit are not measured again.
+The same measurements and bars as in tests/distributed/training/test_parity.py, with the numbers
+kept, and loss curves of every layout. Layouts that OUT has of this very commit are not measured
+again.
 """
 
 from __future__ import annotations

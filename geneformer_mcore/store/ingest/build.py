@@ -40,7 +40,7 @@ from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.store.report import SourceReport, report_source
 from geneformer_mcore.store.split.table import RandomSplit, SplitRule
 from geneformer_mcore.tokenizer.build import build_vocabulary
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 

@@ -25,7 +25,7 @@ from geneformer_mcore.io.files import checksum_of, file_digest, read_sealed, rep
 from geneformer_mcore.store.ingest.buckets import count_buckets
 from geneformer_mcore.store.ingest.sources import InputSource, Refusal
 from geneformer_mcore.store.split.table import SplitRule
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.version import __version__
 

@@ -18,13 +18,12 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.io.counts import Counts
+from geneformer_mcore.io.h5ad import Counts
 from geneformer_mcore.store.ingest.buckets import duplicate_error
 from geneformer_mcore.store.ingest.labels import label_kinds
 from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.split.table import SplitRule
-from geneformer_mcore.tokenizer.corpus import InputOptions, find_genes
-from geneformer_mcore.tokenizer.genes import GeneMap, map_genes
+from geneformer_mcore.tokenizer.genes import GeneMap, InputOptions, find_genes, map_genes
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 MOST_CELLS_NAMED_EARLY = 4 << 20
@@ -41,8 +40,8 @@ class InputSource:
     name:         as given
     address:      what names it wherever the command is started
     stem:         dataset of cells without one
-    fingerprint:  changes with the content (see counts.Counts)
-    is_sequential:  its units are better done by one process (see counts.Counts)
+    fingerprint:  changes with the content (see inputs.Counts)
+    is_sequential:  its units are better done by one process (see inputs.Counts)
     location, passed_over:  where the counts are, and where they were looked for before
     kinds:        {label column of obs: its type}
     left_out:     columns of obs that are not kept

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_mcore.io.blocks import CountBlock
-from geneformer_mcore.io.counts import Counts
+from geneformer_mcore.io.h5ad import Counts
 from geneformer_mcore.io.workers import Tell
 from geneformer_mcore.store.ingest.buckets import bucket_codes, by_bucket
 from geneformer_mcore.store.ingest.labels import label_columns

@@ -21,7 +21,7 @@ from geneformer_mcore.store.census_download import PLAN_FILE, CensusPlan
 from geneformer_mcore.store.layout import MANIFEST_FILE, OBS
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.soma_io import SomaReader
-from geneformer_mcore.tokenizer.corpus import InputOptions
+from geneformer_mcore.tokenizer.genes import InputOptions
 
 COVERED = ("assay", "tissue_general")
 """Columns of obs every value of which must occur in the training split."""

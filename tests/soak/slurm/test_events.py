@@ -2,7 +2,7 @@
 
 Every job runs the project's own script as it is, and ends with the weights of a job that nothing
 disturbed, byte for byte. A soak (`make soak`, or pytest on this folder); a job that is signalled
-once is in tests/end_to_end/test_slurm.py.
+once is in tests/end_to_end/run/test_slurm.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,311 @@
+"""The stream of batches: one and the same over ranks, prefetching, sources, stops and restarts."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geneformer_mcore.data.collate import Collator, make_batch
+from geneformer_mcore.data.loader import Budget
+from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.store import local_cache
+from geneformer_mcore.store.keys import cell_keys
+from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.types import NUM_SPECIALS, KnownLengths, RaggedCells, TokenSource
+from tests.distributed.ranks import run_ranks
+from tests.small_store import write_small_store
+from tests.unit.data.identified_cells import VOCABULARY, Cells, cell, feed, ragged, sights, views
+
+BATCH = 24
+NUM_CELLS = 500
+CELLS = Cells(NUM_CELLS)
+BUDGET = Budget(150)
+SIZES = (1, 2, 3, 4, 8)
+FEW_SIZES = (1, 3, 8)
+STEPS_PAST_AN_EPOCH = NUM_CELLS // BATCH + 3
+
+
+def stream_hash(
+    source: TokenSource, size: int, prefetch: int, steps: int = 45, maker: Collator = make_batch
+) -> str:
+    """Of the cells and masks of all ranks, step after step, in the order of the global batch."""
+    digest = hashlib.sha256()
+    feeds = [feed(source, rank, size, num_cells=NUM_CELLS, maker=maker) for rank in range(size)]
+    streams = [each.steps(0, prefetch) for each in feeds]
+    for _ in range(steps):
+        assigned = [list(sights(next(stream)[0])) for stream in streams]
+        for i in range(BATCH):
+            key, seen = assigned[i % size][i // size]
+            digest.update(key.to_bytes(8, "little") + seen)
+    for stream in streams:
+        stream.close()  # type: ignore[attr-defined]
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def truth() -> str:
+    return stream_hash(CELLS, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "prefetch"), [*((size, 0) for size in SIZES), (1, 1), (2, 4), (3, 1), (8, 4)]
+)
+def test_one_stream_over_ranks_and_prefetching(truth: str, size: int, prefetch: int) -> None:
+    assert stream_hash(CELLS, size, prefetch) == truth
+
+
+def steps_of(
+    source: TokenSource, size: int, budget: Budget | None, maker: Collator = make_batch
+) -> Iterator[list[tuple[int, bytes]]]:
+    """The cells and masks of all ranks, step after step, sorted."""
+    feeds = [
+        feed(source, rank, size, num_cells=NUM_CELLS, maker=maker, budget=budget)
+        for rank in range(size)
+    ]
+    for position in range(0, 45 * BATCH, BATCH):
+        steps = [each.step(position) for each in feeds]
+        assert len({len(batches) for batches in steps}) == 1, "ranks differ in micro batches"
+        batches = list(itertools.chain.from_iterable(steps))
+        assert len({batch.tokens_BS.shape for batch in batches}) == 1
+        yield sorted(itertools.chain.from_iterable(map(sights, batches)))
+
+
+def assert_packed_is_padded(
+    source: TokenSource,
+    padded_source: TokenSource,
+    maker: Collator = make_batch,
+    size: int = 3,
+    budget: Budget = BUDGET,
+) -> None:
+    padded = steps_of(padded_source, 1, None)
+    for packed, expected in zip(steps_of(source, size, budget, maker), padded, strict=True):
+        assert packed == expected
+
+
+@pytest.mark.parametrize("size", FEW_SIZES)
+@pytest.mark.parametrize("budget", [Budget(64), Budget(200, multiple=2), Budget(5000)])
+def test_packed_the_cells_of_a_step_are_the_same(size: int, budget: Budget) -> None:
+    assert_packed_is_padded(CELLS, CELLS, size=size, budget=budget)
+
+
+class Spanned(Cells):
+    """Cells that are read by spans, and whose lengths are known: as a token store's."""
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        return rows % 50 + 2
+
+
+@pytest.mark.parametrize(
+    ("size", "global_batch", "window_spans"), [(1, 70, 1), (2, 60, 2), (3, 99, 3)]
+)
+def test_packed_steps_that_straddle_windows(
+    size: int, global_batch: int, window_spans: int
+) -> None:
+    """A rank's cells come in the order of its micro batches, newer windows before older ones."""
+    sources = Spanned(NUM_CELLS), CELLS
+    assert [isinstance(source, KnownLengths) for source in sources] == [True, False]
+    for rank in range(size):
+        spanned, whole = (
+            feed(source, rank, size, global_batch, spans=(16, window_spans), budget=BUDGET)
+            for source in sources
+        )
+        for position in range(0, 60 * global_batch, global_batch):
+            found = [sorted(sights(batch)) for batch in spanned.step(position)]
+            assert found == [sorted(sights(batch)) for batch in whole.step(position)]
+
+
+def test_packed_batches_are_full() -> None:
+    packing = feed(CELLS, budget=Budget(200))
+    for position in range(0, 10 * BATCH, BATCH):
+        batches = packing.step(position)
+        real = sum(batch.num_tokens for batch in batches)
+        assert batches[0].tokens_BS.shape[1] <= 200
+        assert real > 0.85 * sum(batch.tokens_BS.numel() for batch in batches)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenStore]:
+    path = tmp_path_factory.mktemp("stream") / "store"
+    cells = [cell(number).tolist() for number in range(NUM_CELLS)]
+    write_small_store(path, cells, VOCABULARY - NUM_SPECIALS, 64)
+    with TokenStore.open(path) as opened:
+        yield opened
+
+
+class InMemory(Cells):
+    """The tokens that the store was made of: of the store, the order of cells alone is used."""
+
+    def __init__(self, store: TokenStore) -> None:
+        super().__init__(NUM_CELLS)
+        self.keys_N = store.read(0, NUM_CELLS).keys_N
+        keys = cell_keys("d", [f"c{i}" for i in range(NUM_CELLS)])
+        self.number_of = {int(key): number for number, key in enumerate(keys)}
+
+    def read(self, start: int, stop: int) -> RaggedCells:
+        keys_N = self.keys_N[start:stop]
+        return ragged([cell(self.number_of[int(key)]) for key in keys_N], keys_N)
+
+
+@pytest.fixture(scope="module")
+def truth_of_the_store(store: TokenStore) -> str:
+    return stream_hash(InMemory(store), 1, 0, STEPS_PAST_AN_EPOCH)
+
+
+@pytest.fixture(scope="module", params=["store", "flat copy"])
+def source(
+    request: pytest.FixtureRequest, store: TokenStore, tmp_path_factory: pytest.TempPathFactory
+) -> TokenSource:
+    if request.param == "store":
+        return store
+    manifest, cache = store.manifest, tmp_path_factory.mktemp("cache")
+    return local_cache.ensure(store, manifest.content_hash, manifest.tokens, cache)
+
+
+def test_packed_one_stream_from_every_source(source: TokenSource, store: TokenStore) -> None:
+    assert_packed_is_padded(source, store)
+
+
+@pytest.mark.parametrize("size", FEW_SIZES)
+def test_one_stream_over_ranks_and_sources(
+    truth_of_the_store: str, source: TokenSource, size: int
+) -> None:
+    assert stream_hash(source, size, 2, STEPS_PAST_AN_EPOCH) == truth_of_the_store
+
+
+def stream_by_dali(path: Path, sizes: tuple[int, ...]) -> list[str]:
+    from geneformer_mcore.data.dali import DaliBatches
+
+    maker = DaliBatches(torch.device("cpu"))
+    with TokenStore.open(path) as store:
+        assert_packed_is_padded(store, store, maker)
+        return [stream_hash(store, size, 2, STEPS_PAST_AN_EPOCH, maker) for size in sizes]
+
+
+def test_one_stream_by_dali(store: TokenStore, truth_of_the_store: str) -> None:
+    """In a process of its own, as a rank is: once, in one that had run two thousand other tests, a
+    thread of DALI's or TileDB's ended all of them with a segmentation fault."""
+    pytest.importorskip("nvidia.dali")
+    (found,) = run_ranks(stream_by_dali, 1, store.path, FEW_SIZES)
+    assert found == [truth_of_the_store] * len(FEW_SIZES)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_stops_and_restarts_continue_exactly(data: st.DataObject) -> None:
+    """Stops at random steps, each time resuming with another number of ranks: the cells of every
+    global batch are those of the run that never stopped."""
+    undisturbed, position = feed(CELLS), 0
+    for _ in range(data.draw(st.integers(1, 4))):
+        size, steps = data.draw(st.sampled_from(SIZES)), data.draw(st.integers(1, 3))
+        feeds = [feed(CELLS, rank, size) for rank in range(size)]
+        position += BATCH * data.draw(st.integers(0, 30))
+        for _ in range(steps):
+            found = sorted(s for f in feeds for batch in f.step(position) for s in sights(batch))
+            assert found == sorted(s for b in undisturbed.step(position) for s in sights(b))
+            position += BATCH
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_each_epoch_sees_each_cell_once_with_its_own_tokens(size: int) -> None:
+    """Over all ranks, from steps that straddle epochs; labels put back the tokens that were
+    masked."""
+    num_cells = BATCH * 21 - 5
+    feeds = [feed(Cells(num_cells), rank, size) for rank in range(size)]
+    seen = []
+    for position in range(0, 2 * 21 * BATCH, BATCH):
+        _, epochs = feeds[0].order.rows(position, position + BATCH)
+        for rank, each in enumerate(feeds):
+            (batch,) = each.step(position)
+            tokens = batch.tokens_BS.flatten().clone()
+            tokens[batch.selected_M] = batch.labels_M.int()
+            rows = tokens.view_as(batch.tokens_BS)
+            for row, n, key in zip(rows, batch.lengths_N, batch.keys_N.tolist(), strict=True):
+                assert row[: int(n)].tolist() == cell(key).tolist()
+            seen += list(zip(epochs[rank::size].tolist(), batch.keys_N.tolist(), strict=True))
+    assert len(set(seen)) == len(seen)
+    assert {key for epoch, key in seen if epoch == 0} == set(range(num_cells))
+
+
+def test_the_masks_of_a_cell_change_from_epoch_to_epoch() -> None:
+    each = feed(CELLS)
+    first, second = (
+        dict(s for step in steps for batch in each.step(step * BATCH) for s in sights(batch))
+        for steps in (range(21), range(21, 42))
+    )
+    long = [key for key in first.keys() & second.keys() if key % 50 > 30]
+    assert len(long) > 100
+    assert not [key for key in long if first[key] == second[key]]
+
+
+@pytest.mark.parametrize(("size", "spans_per_window"), [(1, 8), (2, 4), (4, 2), (8, 1), (3, 8)])
+def test_a_rank_reads_only_the_spans_it_meets(size: int, spans_per_window: int) -> None:
+    """Of every full window of eight spans; each whole, and none twice in an epoch, but by ranks
+    that share it (three ranks share all)."""
+    for rank in range(size):
+        source = Cells(16 * 64)
+        each = feed(source, rank, size, spans=(16, 8))
+        for position in range(0, 16 * 64 - BATCH, BATCH):
+            each.step(position)
+        assert len(source.reads) == len(set(source.reads)) == 8 * spans_per_window
+        assert all(start % 16 == 0 and stop - start == 16 for start, stop in source.reads)
+
+
+def test_a_batch_mixes_as_many_spans_as_a_window_holds() -> None:
+    rows, _ = feed(Cells(64 * 64), spans=(64, 16)).order.rows(0, 64 * 64)
+    spans = (rows // 64).reshape(-1, 32)
+    assert min(len(np.unique(batch)) for batch in spans) == 16
+    # Within a span cells come in no order: neighbours are as far apart as chance makes them.
+    steps = np.abs(np.diff(rows[:1024].reshape(64, 16)[:, 0]))
+    assert 64 / 3 * 0.7 < steps.mean() < 64 / 3 * 1.3
+
+
+def test_a_batch_larger_than_several_windows_is_whole() -> None:
+    """More spans at once than two windows hold: the pool grows, and gives the same cells."""
+    source = Cells(200)
+    each = feed(source, batch=72, spans=(8, 1))
+    seen = [key for step in range(3) for b in each.step(step * 72) for key in b.keys_N.tolist()]
+    assert seen == each.order.rows(0, 216)[0].tolist()
+    all_sights = dict(s for b in feed(source, batch=200).step(0) for s in sights(b))
+    assert dict(s for b in each.step(0) for s in sights(b)) == {
+        key: all_sights[key] for key in seen[:72]
+    }
+
+
+def test_cells_are_truncated_to_seq_length_from_every_source(tmp_path: Path) -> None:
+    copy = local_cache.ensure(CELLS, "d" * 64, 10**5, tmp_path)
+    short, from_copy = (
+        feed(source, num_cells=NUM_CELLS, seq_length=20, pad=4) for source in (CELLS, copy)
+    )
+    for position in range(0, 4 * BATCH, BATCH):
+        (one,), (other,) = short.step(position), from_copy.step(position)
+        assert int(one.lengths_N.max()) == 20
+        assert list(sights(one)) == list(sights(other))
+
+
+def test_nothing_is_predicted_in_a_cell_of_cls_alone() -> None:
+    block = views(ragged([np.zeros(1, np.uint16), cell(40)], np.array([1, 40])))
+    always = Masking(1.0, (1.0, 0.0, 0.0), 300, 1)
+    batch = make_batch(block, np.zeros(2, np.int64), np.zeros(2, bool), always, 48)
+    assert batch.selected_M.tolist() == list(range(49, 48 + 42))
+
+
+@pytest.mark.parametrize("broken_from", [0, 96])
+def test_an_error_of_the_source_reaches_the_consumer_and_ends_the_thread(broken_from: int) -> None:
+    class Breaks(Cells):
+        def read(self, start: int, stop: int) -> RaggedCells:
+            if start >= broken_from:
+                raise OSError("cut off")
+            return super().read(start, stop)
+
+    with pytest.raises(OSError, match="cut off"):
+        list(itertools.islice(feed(Breaks(NUM_CELLS)).steps(0, 2), 21))
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]

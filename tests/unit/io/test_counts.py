@@ -1,0 +1,343 @@
+"""Counts of h5ad and zarr: found in their places, streamed in blocks, refused if they are none."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import zarr
+from scipy import sparse
+
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.counts import open_counts
+from geneformer_mcore.io.h5ad import CountsFile
+from tests.small_cells import gene_id, random_counts, write_h5ad
+
+
+@pytest.fixture
+def counts(rng: np.random.Generator) -> sparse.csr_matrix:
+    return random_counts(rng, num_cells=23, num_genes=40)
+
+
+def dense_of(file: CountsFile, num_rows: int) -> np.ndarray:
+    rows = []
+    for block in file.blocks(num_rows):
+        assert block.start == sum(map(len, rows))
+        shape = (len(block), file.num_columns)
+        rows.append(sparse.csr_matrix((block.data, block.indices, block.indptr), shape).toarray())
+    return np.concatenate(rows)
+
+
+STORAGES = ("h5ad", "zarr2", "zarr3", "zarr3.zip")
+
+
+def stored(path: Path, storage: str) -> Path:
+    """The h5ad file `path`, or the same in another storage."""
+    if storage == "h5ad":
+        return path
+    target = path.with_suffix(".zarr")
+    with warnings.catch_warnings(), anndata.settings.override(zarr_write_format=int(storage[4])):
+        warnings.simplefilter("ignore")  # Of zarr, about its own format 3.
+        anndata.read_h5ad(path).write_zarr(target)
+    if storage.endswith("zip"):
+        return Path(shutil.make_archive(str(target), "zip", target))
+    return target
+
+
+@pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csc_matrix, lambda m: m.toarray()])
+@pytest.mark.parametrize(
+    ("storage", "kind"),
+    [("h5ad", kind) for kind in (np.float64, np.int32, np.int64, np.uint16)]
+    + [(storage, np.float32) for storage in STORAGES],
+)
+@pytest.mark.parametrize("num_rows", [1, 7, 100])
+def test_blocks_are_the_matrix(
+    tmp_path: Path,
+    counts: sparse.csr_matrix,
+    form: type,
+    kind: type,
+    storage: str,
+    num_rows: int,
+) -> None:
+    path = stored(write_h5ad(tmp_path / "a.h5ad", form(counts.astype(kind))), storage)
+    with open_counts(path) as file:
+        assert isinstance(file, CountsFile)
+        assert (file.stem, file.path) == ("a", path if storage == "h5ad" else None)
+        assert (file.num_cells, file.num_columns) == counts.shape
+        assert file.read_cell_ids(0, 2) == ["c0", "c1"]
+        np.testing.assert_array_equal(dense_of(file, num_rows), counts.toarray())
+
+
+def test_any_rows_can_be_read(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    with CountsFile(write_h5ad(tmp_path / "a.h5ad", counts)) as file:
+        block = file.read_rows(5, 9)
+        assert block.start == 5
+        assert block.data.tolist() == counts[5:9].data.tolist()
+        assert [len(b) for b in file.blocks(4, start=3, stop=13)] == [4, 4, 2]
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_order_of_places(tmp_path: Path, counts: sparse.csr_matrix, storage: str) -> None:
+    raw = anndata.AnnData(counts * 2, var=pd.DataFrame(index=[f"r{i}" for i in range(40)]))
+    data = anndata.AnnData(counts, layers={"counts": counts * 3, "other": counts * 4})
+    data.raw = raw
+    data.write_h5ad(tmp_path / "all.h5ad")
+    del data.layers["counts"]
+    data.write_h5ad(tmp_path / "raw.h5ad")
+    found = {}
+    for name, layer in (("all", None), ("raw", None), ("all", "other"), ("all", "X")):
+        path = stored(tmp_path / f"{name}.h5ad", storage)
+        with CountsFile(path, layer) as file:
+            ratio = file.read_rows(0, 23).data.sum() / counts.sum()
+            found[name, layer] = (file.location, ratio, file.gene_columns()["index"][0])
+    assert found == {
+        ("all", None): ("layers/counts", 3, "0"),
+        ("raw", None): ("raw.X", 2, "r0"),
+        ("all", "other"): ("layers/other", 4, "0"),
+        ("all", "X"): ("X", 1, "0"),
+    }
+
+
+def test_place_of_normalised_values_is_passed_over(
+    tmp_path: Path, counts: sparse.csr_matrix
+) -> None:
+    data = anndata.AnnData(counts)
+    data.raw = anndata.AnnData(sparse.csr_matrix(np.log1p(counts.toarray() * 0.37)))
+    data.write_h5ad(tmp_path / "a.h5ad")
+    with CountsFile(tmp_path / "a.h5ad") as file:
+        assert (file.location, file.passed_over) == ("X", ("raw.X",))
+
+
+def test_damaged_count_is_not_passed_over(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    layer = counts.copy()
+    layer.data[3] = -1
+    path = write_h5ad(tmp_path / "a.h5ad", counts, layers={"counts": layer})
+    with CountsFile(path) as file, pytest.raises(DataError, match="layers/counts must hold counts"):
+        file.read_rows(0, 23)
+
+
+@pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [(-1.0, "negative"), (np.nan, "NaN"), (np.inf, "infinite"), (1.5, "not a whole number")],
+)
+def test_value_that_is_no_count_is_named(
+    tmp_path: Path, counts: sparse.csr_matrix, form: type, value: float, why: str
+) -> None:
+    wrong = counts.toarray()
+    wrong[17, 31] = value
+    path = write_h5ad(tmp_path / "a.h5ad", form(wrong))
+    with CountsFile(path) as file, pytest.raises(DataError) as error:
+        list(file.blocks(5))
+    message = str(error.value)
+    for part in ("a.h5ad", "row 17", "cell c17", gene_id(31), f"{value:g}", why, "Remedy"):
+        assert part in message
+
+
+def test_scaled_counts_pass_only_when_allowed(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", counts * 0.3)
+    with CountsFile(path) as file, pytest.raises(DataError, match=r"layers\[.counts.\]"):
+        file.read_rows(0, 23)
+    with CountsFile(path, allow_normalised=True) as file:
+        assert file.read_rows(0, 23).data.sum() == pytest.approx(counts.sum() * 0.3)
+    negative = write_h5ad(tmp_path / "b.h5ad", counts * -0.3)
+    with (
+        CountsFile(negative, allow_normalised=True) as file,
+        pytest.raises(DataError, match="negative"),
+    ):
+        file.read_rows(0, 23)
+
+
+def test_missing_layer_names_those_there_are(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", counts, layers={"spliced": counts})
+    with pytest.raises(DataError, match=r"layers/nascent.*spliced"):
+        CountsFile(path, "nascent")
+
+
+def test_files_that_are_none(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    whole = write_h5ad(tmp_path / "a.h5ad", counts).read_bytes()
+    for name, raw in (("empty", b""), ("text", b"cells"), ("cut", whole[: len(whole) // 2])):
+        path = tmp_path / f"{name}.h5ad"
+        path.write_bytes(raw)
+        with pytest.raises(DataError, match=f"{name}.h5ad: not a whole HDF5"):
+            CountsFile(path)
+    with pytest.raises(DataError, match="no such file"):
+        CountsFile(tmp_path / "missing.h5ad")
+    with h5py.File(tmp_path / "other.h5ad", "w") as file:
+        file["matrix"] = [1, 2, 3]
+    with pytest.raises(DataError, match=r"no AnnData file: it holds matrix.*write_h5ad"):
+        CountsFile(tmp_path / "other.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        del file["X"]
+    with pytest.raises(DataError, match=r"no matrix in layers/counts or raw\.X or X"):
+        CountsFile(tmp_path / "a.h5ad")
+
+
+@pytest.mark.parametrize("name", ["a.zarr/.zgroup", "a.zarr/zarr.json", "a.zarr.zip"])
+def test_zarr_that_is_none(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{")
+    with pytest.raises(DataError, match=r"a.zarr.*cannot be opened as a zarr store.*read_zarr"):
+        open_counts(file if name.endswith("zip") else file.parent)
+    with pytest.raises(DataError, match="no such file"):
+        open_counts(tmp_path / "missing.zarr.zip")
+
+
+@pytest.mark.parametrize("part", ["X/data", "X/indices", "obs/_index"])
+@pytest.mark.parametrize("storage", ["zarr2", "zarr3", "zarr3.zip"])
+def test_damaged_chunks_of_zarr(
+    tmp_path: Path, counts: sparse.csr_matrix, storage: str, part: str
+) -> None:
+    path = stored(write_h5ad(tmp_path / "a.h5ad", counts), storage)
+    if path.suffix == ".zip":
+        raw = bytearray(path.read_bytes())
+        start = raw.index(f"{part}/c/0".encode()) + len(part) + 4
+        raw[start : start + 40] = bytes(40)
+        path.write_bytes(raw)
+    else:
+        (chunk,) = (path / part / ("0" if storage == "zarr2" else "c/0"),)
+        chunk.write_bytes(b"damaged beyond repair")
+
+    def read_all() -> None:
+        with open_counts(path) as file:
+            file.read_rows(0, 23)
+            file.read_obs(0, 23)
+
+    with pytest.raises(DataError, match=r"a\.zarr.*cannot be read.*Remedy"):
+        read_all()
+
+
+def test_zarr_of_other_things(tmp_path: Path) -> None:
+    zarr.open_group(tmp_path / "a.zarr", mode="w").create_group("matrix")
+    with pytest.raises(DataError, match=r"a zarr store, and no AnnData file: it holds matrix"):
+        open_counts(tmp_path / "a.zarr")
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("name", ["kang_ifnb", "pbmc3k_labelled"])
+def test_real_files_are_what_anndata_reads(
+    shared_data: Path, tmp_path: Path, name: str, storage: str
+) -> None:
+    source = shared_data / f"{name}.h5ad"
+    expected = anndata.read_h5ad(source)
+    with open_counts(stored(shutil.copy(source, tmp_path / "a.h5ad"), storage)) as file:
+        obs, blocks = file.read_obs(0, file.num_cells), list(file.blocks(1000))
+        assert file.gene_columns()["index"] == expected.var_names.tolist()
+    pd.testing.assert_frame_equal(obs, expected.obs, check_names=False)
+    for part in ("data", "indices"):
+        found = np.concatenate([getattr(block, part) for block in blocks])
+        np.testing.assert_array_equal(found, getattr(expected.X, part))
+    lengths = np.concatenate([np.diff(block.indptr) for block in blocks])
+    np.testing.assert_array_equal(lengths, np.diff(expected.X.indptr))
+
+
+def test_compression_that_is_not_there(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", counts)
+    with h5py.File(path, "r+") as file:
+        data = file["X/data"][:]
+        del file["X/data"]
+        settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        settings.set_chunk((len(data),))
+        settings.set_filter(32015, h5py.h5z.FLAG_OPTIONAL)
+        space = h5py.h5s.create_simple((len(data),))
+        made = h5py.h5d.create(file["X"].id, b"data", h5py.h5t.NATIVE_FLOAT, space, dcpl=settings)
+        made.write_direct_chunk((0,), b"squeezed")
+    with pytest.raises(DataError, match=r"X is compressed by HDF5 filter 32015 .*gzip"):
+        CountsFile(path)
+
+
+def test_datasets_of_cells(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    obs = {"dataset_id": pd.Categorical(["d1", None, ""] + ["d2"] * 20)}
+    with CountsFile(write_h5ad(tmp_path / "mine.h5ad", counts, obs=obs)) as file:
+        assert file.read_dataset_ids(0, 4) == ["d1", "mine", "mine", "d2"]
+    with CountsFile(write_h5ad(tmp_path / "mine.h5ad", counts)) as file:
+        assert file.read_dataset_ids(21, 23) == ["mine", "mine"]
+        assert (file.stem, file.name) == ("mine", str(tmp_path / "mine.h5ad"))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_fingerprint_is_another_after_a_change(
+    tmp_path: Path, counts: sparse.csr_matrix, storage: str
+) -> None:
+    found = []
+    for factor in (1, 1, 2):
+        path = write_h5ad(tmp_path / "a.h5ad", counts * factor)
+        with CountsFile(stored(path, storage)) as file:
+            found.append(file.fingerprint)
+    assert found[0] != found[1] != found[2]
+    assert set(found[0]) == {"size", "mtime_ns"}
+
+
+def test_raw_of_before_0_7(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", np.log1p(counts.toarray() * 0.3))
+    with h5py.File(path, "r+") as file:
+        file.create_group("raw.X").attrs.update(
+            {"h5sparse_format": "csr", "h5sparse_shape": (23, 40)}
+        )
+        for part in ("data", "indices", "indptr"):
+            file["raw.X"][part] = getattr(counts, part)
+        file["raw.var"] = np.array(
+            [(b"r%d" % i, i) for i in range(40)], [("index", "S4"), ("n", int)]
+        )
+    with CountsFile(path) as opened:
+        assert opened.location == "raw.X"
+        assert opened.gene_columns()["index"][39] == "r39"
+        np.testing.assert_array_equal(dense_of(opened, 7), counts.toarray())
+
+
+def test_file_without_cells_or_genes(tmp_path: Path) -> None:
+    for shape in ((0, 3), (3, 0)):
+        path = write_h5ad(tmp_path / "a.h5ad", sparse.csr_matrix(shape, dtype=np.float32))
+        with pytest.raises(DataError, match=f"{shape[0]} cells x {shape[1]} genes"):
+            CountsFile(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "place", "value", "message"),
+    [
+        ("indptr", 3, 10**6, "index"),
+        ("indptr", -1, 5, "index"),
+        ("indices", 4, 40, "column 40 of 40"),
+        ("indices", 4, -1, "column -1 of 40"),
+    ],
+)
+@pytest.mark.parametrize("storage", ["h5ad", "zarr2", "zarr3"])
+def test_damaged_index_is_refused(
+    tmp_path: Path,
+    counts: sparse.csr_matrix,
+    part: str,
+    place: int,
+    value: int,
+    message: str,
+    storage: str,
+) -> None:
+    path = stored(write_h5ad(tmp_path / "a.h5ad", counts), storage)
+    file = h5py.File(path, "r+") if storage == "h5ad" else zarr.open_group(path, mode="r+")
+    values = file["X"][part][:]
+    values[place] = value
+    file["X"][part][:] = values
+    if storage == "h5ad":
+        file.close()
+
+    def read_all() -> None:
+        with CountsFile(path) as opened:
+            list(opened.blocks())
+
+    with pytest.raises(DataError, match=message):
+        read_all()
+
+
+def test_input_is_not_modified(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", counts)
+    before = path.read_bytes()
+    path.chmod(0o444)
+    with CountsFile(path) as file:
+        list(file.blocks())
+    assert path.read_bytes() == before

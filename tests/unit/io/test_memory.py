@@ -1,0 +1,209 @@
+"""Counts of an AnnData in memory: those of its file, whatever it holds, and no disk is touched."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.io import count_matrix
+from geneformer_mcore.io.counts import open_counts
+from geneformer_mcore.io.memory import MemoryCounts
+from tests.small_cells import gene_id, random_counts
+
+NUM_CELLS, NUM_GENES = 23, 40
+FORMS: dict[str, Callable[[Any], Any]] = {
+    "csr": sparse.csr_matrix,
+    "csr_array": sparse.csr_array,
+    "csc": sparse.csc_matrix,
+    "dense": lambda matrix: matrix.toarray(),
+    "whole numbers": lambda matrix: matrix.toarray().astype(np.uint16),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No temporary file can be made, and any conversion counts as a large one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(count_matrix, "IN_MEMORY_BYTES", 0)
+
+
+def adata_of(counts: Any) -> anndata.AnnData:
+    cells = [f"c{i}" for i in range(NUM_CELLS)]
+    genes = [gene_id(i) for i in range(NUM_GENES)]
+    return anndata.AnnData(
+        counts,
+        obs=pd.DataFrame(
+            {
+                "dataset_id": pd.Categorical(["d1", None, ""] + ["d2"] * (NUM_CELLS - 3)),
+                "score": np.arange(NUM_CELLS) / 2,
+            },
+            index=cells,
+        ),
+        var=pd.DataFrame({"symbol": [f"S{i}" for i in range(NUM_GENES)], "n": 1}, index=genes),
+    )
+
+
+@pytest.fixture
+def counts(rng: np.random.Generator) -> sparse.csr_matrix:
+    return random_counts(rng, NUM_CELLS, NUM_GENES)
+
+
+def read(source: Any) -> tuple[list[Any], pd.DataFrame, list[Any]]:
+    with open_counts(source) as opened:
+        blocks = [
+            (block.start, block.data.tolist(), block.indices.tolist(), block.indptr.tolist())
+            for block in opened.blocks(7)
+        ]
+        names = [
+            opened.location,
+            opened.passed_over,
+            opened.read_cell_ids(0, opened.num_cells),
+            opened.gene_columns(),
+            opened.gene_names(),
+            opened.obs_columns,
+            opened.is_sequential,
+        ]
+        return blocks, opened.read_obs(2, 9), names
+
+
+def assert_the_same(adata: anndata.AnnData, path: Path) -> None:
+    adata.copy().write_h5ad(path) if not adata.isbacked else adata.to_memory().write_h5ad(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(count_matrix, "IN_MEMORY_BYTES", 1 << 20)
+        expected = read(path)
+    blocks, obs, names = read(adata)
+    assert (blocks, names) == (expected[0], expected[2])
+    pd.testing.assert_frame_equal(obs, expected[1])
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_as_of_the_file(
+    counts: sparse.csr_matrix, form: str, view: bool, tmp_path: Path
+) -> None:
+    adata = adata_of(FORMS[form](counts))
+    assert_the_same(adata[3:, ::2] if view else adata, tmp_path / "a.h5ad")
+
+
+@pytest.mark.parametrize("place", ["X", "layers/counts", "raw.X"])
+@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
+def test_the_place_of_the_counts(
+    counts: sparse.csr_matrix, place: str, form: str, tmp_path: Path
+) -> None:
+    adata = adata_of(FORMS[form](counts))
+    logged = adata_of(FORMS[form](counts.log1p()))
+    if place == "raw.X":
+        logged.raw = adata
+        adata = logged
+    if place == "layers/counts":
+        logged.layers["counts"] = adata.X
+        adata = logged
+    assert_the_same(adata[1:], tmp_path / "a.h5ad")
+    with open_counts(adata) as opened:
+        assert opened.location == place
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
+def test_backed(counts: sparse.csr_matrix, form: str, view: bool, tmp_path: Path) -> None:
+    adata_of(FORMS[form](counts)).write_h5ad(tmp_path / "backed.h5ad")
+    backed = anndata.read_h5ad(tmp_path / "backed.h5ad", backed="r")
+    assert_the_same(backed[3:] if view else backed, tmp_path / "a.h5ad")
+    backed.file.close()
+
+
+@pytest.mark.parametrize("form", ["csr", "dense"])
+def test_a_lazy_array_is_computed_by_rows(counts: sparse.csr_matrix, form: str) -> None:
+    """Such as dask's, which is not installed here."""
+
+    class Lazy:
+        def __init__(self, array: Any) -> None:
+            self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+        def __getitem__(self, rows: slice) -> Lazy:
+            return Lazy(self.array[rows])
+
+        def compute(self) -> Any:
+            return self.array
+
+    adata = adata_of(counts)
+    expected = read(adata)
+    adata._X = Lazy(FORMS[form](counts))
+    assert read(adata)[0] == expected[0]
+
+
+def test_what_changes_changes_the_fingerprint(counts: sparse.csr_matrix) -> None:
+    adata, other = adata_of(counts), adata_of(counts * 2)
+    renamed = adata.copy()
+    renamed.obs_names = [f"d{i}" for i in range(NUM_CELLS)]
+    prints = [MemoryCounts(each).fingerprint["sha256"] for each in (adata, adata, other, renamed)]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+def test_datasets_of_cells(counts: sparse.csr_matrix) -> None:
+    with open_counts(adata_of(counts)) as opened:
+        assert opened.read_dataset_ids(0, 4) == ["d1", "adata", "adata", "d2"]
+        assert opened.path is None
+
+
+def test_the_anndata_stays_as_it_is(counts: sparse.csr_matrix) -> None:
+    adata = adata_of(counts.tocsc())
+    before, obs = adata.X.copy(), adata.obs.copy()
+    read(adata)
+    assert (before != adata.X).nnz == 0
+    assert adata.X.format == "csc"
+    pd.testing.assert_frame_equal(adata.obs, obs)
+
+
+@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
+def test_values_that_are_no_counts(counts: sparse.csr_matrix, form: str) -> None:
+    wrong = counts.toarray()
+    wrong[17, 31] = -2
+    with (
+        open_counts(adata_of(FORMS[form](sparse.csr_matrix(wrong)))) as opened,
+        pytest.raises(DataError) as error,
+    ):
+        list(opened.blocks())
+    for part in ("the AnnData: X must", "row 17", "cell c17", gene_id(31), "-2: negative"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["csr", "csc"])
+def test_an_index_that_is_none(counts: sparse.csr_matrix, form: str) -> None:
+    """scipy does not look at it, and its own loops would leave the memory of the matrix."""
+    matrix = counts.asformat(form)
+    adata = adata_of(matrix)
+    adata.X.indices[4] = 10**6
+    with open_counts(adata) as opened, pytest.raises(DataError, match="is damaged"):
+        list(opened.blocks())
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (pd.DataFrame(), "an AnnData is needed, and this is DataFrame"),
+        (anndata.AnnData(obs=pd.DataFrame(index=["a"])), "no matrix in layers/counts or raw.X or"),
+        (anndata.AnnData(np.ones((0, 3))), "0 cells x 3 genes"),
+    ],
+    ids=["DataFrame", "no matrix", "no cells"],
+)
+def test_what_has_no_counts_is_refused(source: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_counts(source)
+
+
+def test_a_layer_that_is_missing(counts: sparse.csr_matrix) -> None:
+    adata = adata_of(counts)
+    adata.layers["spliced"] = counts
+    with pytest.raises(DataError, match=r"layers/nascent; layers of the file: spliced"):
+        MemoryCounts(adata, "nascent")

@@ -1,0 +1,189 @@
+"""Which gene a column is: versions, blanks, duplicates, symbols, overlap."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from geneformer_mcore.errors import DataError
+from geneformer_mcore.tokenizer.gencode import clean_id, load_symbols
+from geneformer_mcore.tokenizer.genes import GeneIds, find_gene_ids, map_genes, names_as_symbols
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
+from tests.small_cells import gene_id, gene_ids, vocabulary_of
+
+THREE, FOUR = vocabulary_of(3), vocabulary_of(4)
+TABLE = {"TP53": gene_id(1), "MYC": gene_id(2)}
+TABLES = {"t": lambda: TABLE}
+NOVEL = [f"novel{i}" for i in range(19)]
+
+
+@pytest.mark.parametrize(
+    ("raw", "cleaned"),
+    [
+        ("ENSG00000141510", "ENSG00000141510"),
+        ("ENSG00000141510.17", "ENSG00000141510"),
+        (" ENSG00000141510.17 ", "ENSG00000141510"),
+        ("ENSMUSG00000059552.5", "ENSMUSG00000059552"),
+        ("ENSG00000182378.15_PAR_Y", "ENSG00000182378"),
+        ("AC000061.1", "AC000061.1"),
+        ("RP11-34P13.7", "RP11-34P13.7"),
+        *((blank, "") for blank in ("", "  ", "NA", "nan", float("nan"), None, "<NA>")),
+    ],
+)
+def test_clean_id(raw: object, cleaned: str) -> None:
+    assert clean_id(raw) == cleaned
+
+
+def test_map_counts_each_kind_of_column() -> None:
+    ids = (gene_id(1), gene_id(0), "", gene_id(1), "ENSG99999999999", "", gene_id(1))
+    found = map_genes(GeneIds(ids, "index"), THREE, "file")
+    assert found.token_of_column.tolist() == [6, 5, 0, 6, 0, 0, 6]
+    assert (found.num_known, found.num_unknown) == (2, 1)
+    assert (found.num_blank, found.num_repeated) == (2, 2)
+    assert found.overlap == 2 / 3
+
+
+def test_places_are_tried_in_order_until_one_knows_a_gene() -> None:
+    known = THREE.token_ids
+    columns = {"index": ["TP53", "MYC"], "gene_ids": [gene_id(0), "x"], "ensembl_id": ["", "y"]}
+    assert find_gene_ids(columns, known).location == "gene_ids"
+    columns["ensembl_id"] = [gene_id(1), ""]
+    assert find_gene_ids(columns, known).location == "ensembl_id"
+    columns["feature_id"] = [gene_id(2) + ".3", ""]
+    found = find_gene_ids(columns, known)
+    assert (found.location, found.ids) == ("feature_id", (gene_id(2), ""))
+    assert find_gene_ids({"index": ["TP53", "MYC"]}, known).location == "index"
+    # A column of another name may hold the ids.
+    columns = {"index": ["TP53", "MYC"], "kind": ["x", "y"], "ENSEMBL": [gene_id(1), gene_id(7)]}
+    assert find_gene_ids(columns, known).location == "ENSEMBL"
+    assert find_gene_ids(columns).ids == (gene_id(1), gene_id(7))
+
+
+def test_symbols_are_mapped_where_the_id_is_not_known() -> None:
+    symbols = {"TP53": gene_id(1), gene_id(0): gene_id(2)}
+    columns = {"index": ["TP53", gene_id(0), "NOVEL"]}
+    found = find_gene_ids(columns, THREE.token_ids, symbols)
+    assert found.ids == (gene_id(1), gene_id(0), "NOVEL")
+    assert found.num_mapped_symbols == 1
+    assert find_gene_ids(columns, None, symbols).ids == (gene_id(1), gene_id(0), "")
+
+
+def test_tables_are_asked_only_where_there_are_no_ids() -> None:
+    def forbidden() -> dict[str, str]:
+        raise AssertionError("asked for")
+
+    tables = {"table": forbidden}
+    few, others = gene_ids([1, *range(100, 120)]), gene_ids(range(100, 104))
+    for ids, known in ((few, THREE.token_ids), (few, None), (others, THREE.token_ids)):
+        assert find_gene_ids({"index": ids}, known, tables=tables).ids == tuple(ids)
+    mixed = [gene_id(1), gene_id(2), "x", "y", "z"]
+    for columns, location in (
+        ({"feature_id": [gene_id(1), *others], "index": mixed}, "feature_id"),
+        (
+            {"index": ["TP53", "MYC", "ACTB"], "ensembl_id": [gene_id(1), "", gene_id(50)]},
+            "ensembl_id",
+        ),
+    ):
+        assert find_gene_ids(columns, THREE.token_ids, tables=tables).location == location
+
+
+def test_tables_are_asked_in_turn_until_nearly_all_is_known() -> None:
+    asked = []
+
+    def table(name: str, content: dict[str, str] | None) -> dict[str, str] | None:
+        asked.append(name)
+        return content
+
+    first, second = {"TP53": gene_id(1)}, {"TP53": gene_id(0), "MYC": gene_id(2)}
+    tables = {"a": lambda: table("a", first), "b": lambda: table("b", second)}
+    found = find_gene_ids({"index": ["TP53"]}, FOUR.token_ids, tables=tables)
+    assert (found.ids, found.symbols_from, asked) == ((gene_id(1),), "a", ["a"])
+    found = find_gene_ids({"index": ["TP53", "MYC", "n1"]}, FOUR.token_ids, tables=tables)
+    assert found.ids == (gene_id(1), gene_id(2), "n1"), "the first table's word stands"
+    assert (found.symbols_from, found.num_mapped_symbols) == ("a and b", 2)
+    none = {"a": lambda: table("a", None)}
+    assert find_gene_ids({"index": ["TP53"]}, FOUR.token_ids, tables=none).ids == ("TP53",)
+
+
+@pytest.mark.parametrize(
+    ("index", "known", "expected"),
+    [
+        (
+            ["TP53", "MYC", gene_id(0), "novel", "other"],
+            FOUR.token_ids,
+            (gene_id(1), gene_id(2), gene_id(0), "novel", "other"),
+        ),
+        (["TP53", "MYC", "novel"], None, (gene_id(1), gene_id(2), "")),
+        (["Trp53", "Myc", "MYC"], None, ("Trp53", "Myc", "MYC")),
+    ],
+    ids=["ids among symbols stay", "no vocabulary, a table that fits", "one that does not"],
+)
+def test_symbols_by_a_table(index, known, expected) -> None:
+    assert find_gene_ids({"index": index}, known, tables=TABLES).ids == expected
+    if known:
+        columns = {"index": list("01234"), "gene_symbols": index}
+        found = find_gene_ids(columns, known, tables=TABLES)
+        assert (found.location, found.ids) == ("gene_symbols", expected)
+
+
+def test_names_of_the_vocabulary_that_are_one_genes_alone() -> None:
+    names = ("TP53", "MYC", "MYC", gene_id(3))
+    vocabulary = Vocabulary(tuple(gene_ids(4)), names, (1.0,) * 4)
+    assert names_as_symbols(vocabulary) == {"TP53": gene_id(0)}
+
+
+@pytest.mark.parametrize(
+    ("ids", "mapped", "allowed", "message"),
+    [
+        (
+            (gene_id(0), *NOVEL),
+            (1, "GENCODE"),
+            (),
+            r"1 of 20 genes \(5\.0%\) are in the vocabulary, 1 of them mapped.*by GENCODE",
+        ),
+        (
+            ("TP53", "MYC"),
+            (),
+            (True,),
+            rf"a\.h5ad: 0 of 2 genes \(0\.0%\).*MYC, TP53.*{gene_id(0)}.*`symbols=FILE`",
+        ),
+        ((gene_id(0), *NOVEL[:10]), (), (), r"1 of 11 genes \(9\.1%\).*`allow_low_overlap=True`"),
+        (("", ""), (), (True, True), r"0 of 0 genes.*all blank"),
+    ],
+    ids=["with symbols", "none", "few", "blank"],
+)
+def test_low_overlap_is_refused(ids, mapped, allowed, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        map_genes(GeneIds(ids, "index", *mapped), THREE, "a.h5ad", *allowed)
+
+
+def test_low_or_no_overlap_may_be_allowed() -> None:
+    ids = (gene_id(0), *NOVEL[:10])
+    few, enough, none = (GeneIds(each, "index") for each in (ids, ids[:10], ("TP53", "")))
+    assert map_genes(few, THREE, "a.h5ad", allow_low_overlap=True).num_known == 1
+    assert map_genes(enough, THREE, "a.h5ad").overlap == 0.1
+    found = map_genes(none, THREE, "a.h5ad", True, allow_no_overlap=True)
+    assert (found.num_known, found.num_unknown, found.num_blank) == (0, 1, 1)
+
+
+def test_symbol_tables(tmp_path) -> None:
+    table = "ENSG00000290825.1,DDX11L16,2,1396,lncRNA\nENSG00000223972,WASH7P,6,632,x\n"
+    table += "ENSG00000310526,WASH7P,1,1226,lncRNA\nENSG00000000001,,1,1,x\n"
+    expected = {"DDX11L16": "ENSG00000290825", "WASH7P": "ENSG00000223972"}
+    (tmp_path / "genes.csv.gz").write_bytes(gzip.compress(table.encode()))
+    (tmp_path / "genes.csv").write_text(table)
+    (tmp_path / "genes.json").write_text(json.dumps({**expected, "NONE": ""}))
+    for name in ("genes.csv.gz", "genes.csv", "genes.json"):
+        assert load_symbols(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"a,b\n", b"{broken", b'{"a": 1}', b"\x1f\x8b broken", b"\xff\xfe", None]
+)
+def test_wrong_symbol_table_is_refused(tmp_path, raw: bytes | None) -> None:
+    if raw is not None:
+        (tmp_path / "genes").write_bytes(raw)
+    with pytest.raises(DataError, match="genes" if raw is not None else "cannot be read"):
+        load_symbols(tmp_path / "genes")

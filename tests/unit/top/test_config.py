@@ -1,0 +1,151 @@
+"""Settings: merging, mistakes named all at once, and the plan that follows from them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from geneformer_mcore.config import Config, load, plan, run_dir
+from geneformer_mcore.config.sections import Activation
+from geneformer_mcore.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+SEQUENCES = "parallel.sequence=true parallel.tensor=2"
+CHUNKS = "parallel.pipeline=2 parallel.virtual_pipeline=3"
+
+
+def config(*overrides: str) -> Config:
+    return load(None, overrides)[0]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "some.yaml"
+
+
+def test_arguments_win_over_the_file_and_the_file_over_the_defaults(file: Path) -> None:
+    file.write_text("model: {num_layers: 3, activation: gelu}\ntrain: {seed: 5}\n")
+    merged, text = load(file, ["train.seed=6", "optim.lr=1e-4"])
+    assert merged.model.num_layers == 3
+    assert merged.model.activation is Activation.gelu
+    assert merged.train.seed == 6
+    assert merged.optim.lr == 1e-4
+    assert yaml.safe_load(text)["model"]["activation"] == "gelu"
+
+
+def test_all_mistakes_are_named_at_once_with_the_nearest_key() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config("train.stepss=3", "optim.lr=fast", "nonsense", "model.activation=tanh")
+    message = str(caught.value)
+    assert "Did you mean `train.steps`?" in message
+    assert "optim.lr takes a number, and got 'fast'" in message
+    assert "`nonsense`" in message
+    assert "model.activation takes one of relu, gelu, gelu_tanh, and got 'tanh'" in message
+
+
+def test_ranges_are_checked_all_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(config("optim.lr=-1", "train.steps=0", "data.mask_fractions=[0.5,0.5,0.5]"), 1)
+    message = str(caught.value)
+    assert "optim.lr must be within 0..10, and is -1.0" in message
+    assert "train.steps must be at least 1, and is 0" in message
+    assert "sum to 1" in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["optim.lr=.nan", "data.mask_fractions=[.nan,0.5,0.5]", "run.dir=", "data.store=' '"],
+)
+def test_no_number_and_no_name_are_out_of_range(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        plan(config(override), 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "numbers"),
+    [
+        ("parallel.tensor=3", 3, "model.num_attention_heads (4)"),
+        ("parallel.pipeline=4", 4, "4 x 1 = 4"),
+        ("parallel.tensor=2", 3, "number of ranks (3)"),
+        ("train.global_batch_size=100", 1, "32 x 1 = 32"),
+        ("parallel.sequence=true", 1, "parallel.tensor > 1"),
+        (f"{SEQUENCES} data.seq_length=99", 2, "data.seq_length (99)"),
+        ("parallel.virtual_pipeline=2", 1, "parallel.pipeline > 1"),
+        (f"{CHUNKS} train.global_batch_size=32", 2, "micro batches per step (1"),
+        ("data.tokens_per_micro_batch=4096", 1, "tokens_per_micro_batch (4096)"),
+        ("data.packing=true data.tokens_per_micro_batch=2047", 1, "(2047)"),
+        (f"{SEQUENCES} data.packing=true data.tokens_per_micro_batch=2049", 2, "(2049)"),
+        ("train.precision=fp8 data.seq_length=2040", 1, "data.seq_length (2040)"),
+        ("train.precision=fp8 data.pad_multiple=8", 1, "data.pad_multiple (8)"),
+        ("train.precision=fp8 model.ffn_hidden_size=520", 1, "(520) must be a multiple"),
+    ],
+)
+def test_impossible_layouts_are_refused_with_their_factors(
+    overrides: str, world_size: int, numbers: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(numbers)):
+        plan(config(*overrides.split()), world_size)
+
+
+def test_the_plan_of_the_card() -> None:
+    made = plan(load(CONFIGS / "geneformer_106m.yaml", ["data.packing=false"])[0], 128)
+    assert (made.data_parallel, made.micro_batches) == (128, 1)
+    assert (made.warmup_steps, made.hold_steps) == (1154, 5772)
+    packed = plan(load(CONFIGS / "geneformer_106m.yaml")[0], 128)
+    assert (packed.micro_batches, packed.tokens_per_micro_batch) == (0, 32_768)
+
+
+def test_the_10m_recipe_is_the_defaults() -> None:
+    card, _ = load(CONFIGS / "geneformer_10m.yaml")
+    default = Config()
+    assert (card.model, card.optim, card.train) == (default.model, default.optim, default.train)
+
+
+def test_secrets_are_not_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "/secret/place")
+    merged, text = load(None, ["run.dir=${oc.env:PLACE}/run"])
+    assert merged.run.dir == "/secret/place/run"
+    assert "/secret/place" not in text
+    assert "${oc.env:PLACE}/run" in text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[1, 2]", "a: [", "!!python/object/apply:os.system ['true']", "\x00", "trian: {}",
+        "trian:", "train: {steps: 3, steps: 4}", "train: 5", "train: {steps: }",
+        "data: {mask_fractions: 0.5}",
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_plain_mapping_is_refused(file: Path, content: str) -> None:
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=r"some\.yaml"):
+        load(file)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
+        load("nowhere.yaml")
+
+
+def test_numbers_may_be_written_as_people_write_them() -> None:
+    merged = config("train.steps=1e3", "optim.lr=1e-3", "train.max_minutes=5")
+    assert (merged.train.steps, merged.optim.lr, merged.train.max_minutes) == (1000, 1e-3, 5.0)
+    for wrong in ("train.steps=1.5", "train.steps=null", "parallel.sequence=3x"):
+        with pytest.raises(ConfigError, match="takes"):
+            config(wrong)
+
+
+def test_an_empty_section_and_an_optional_null_are_fine(file: Path) -> None:
+    file.write_text("train:\nmodel: {head_activation: null}\n")
+    assert load(file)[0] == Config()
+
+
+def test_the_run_folder_is_known_even_of_refused_settings(file: Path) -> None:
+    file.write_text("run: {dir: from_file}\ntrain: {stepss: 3}\n")
+    assert run_dir(file, ["optim.lr=x"]) == "from_file"
+    assert run_dir(file, ["run.dir=typed", "nonsense"]) == "typed"
+    assert run_dir(file.with_name("nowhere.yaml"), []) == Config().run.dir
