@@ -5,7 +5,7 @@
 
 DATA is a folder with *.h5ad files of human cells (those named in FILES are taken) and
 dicts/gc30m_gene_medians.json, the medians of Geneformer's first corpus. Writes
-results/real_job_*.json in about 20 minutes on two CPU cores. The data are not part of the project.
+results/runs/real_job_*.json in about 20 minutes on two CPU cores. The data are not part of the project.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> int:
     for name, settings in (("10m", CARD), ("narrow", NARROW)):
         folder = WORK / name
         step("launch/pretrain.py", *settings, f"data.store={store}", f"run.dir={folder}")
-        step("launch/report.py", folder, "--json", RESULTS / f"real_job_{name}.json")
+        step("launch/report.py", folder, "--json", RESULTS / "runs" / f"real_job_{name}.json")
     return 0
 
 

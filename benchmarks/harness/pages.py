@@ -100,7 +100,7 @@ def read(path: Path) -> Measurement:
 
 def _all(results: Path, start: str) -> dict[str, Measurement]:
     """{rest of the file's name: its measurement}."""
-    paths = sorted(results.glob(f"{start}*.json"))
+    paths = sorted(results.rglob(f"{start}*.json"))
     return {path.stem.removeprefix(start): found for path in paths if (found := read(path))}
 
 
@@ -158,7 +158,7 @@ def runs(results: Path, head: str, files: dict[str, str]) -> str:
     return markdown([head, *files], rows, found)
 
 
-REAL_JOB = {"10M, the card's settings": "real_job_10m", "narrower": "real_job_narrow"}
+REAL_JOB = {"10M, the card's settings": "runs/real_job_10m", "narrower": "runs/real_job_narrow"}
 
 
 def _trained(report: Measurement) -> str:

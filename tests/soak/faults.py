@@ -482,7 +482,7 @@ MODEL = (
         "return [of_query.mul_(self.scale), of_key, of_value]",
         "return [of_query, of_key, of_value]",
         "tests/unit/model/test_blockwise.py",
-        "tests/distributed/training/test_bench_steps.py",
+        "tests/distributed/test_bench_steps.py",
     ),
     _fault(
         "model",
