@@ -5,7 +5,8 @@
 
 DATA is a folder with *.h5ad files of human cells (those named in FILES are taken) and
 dicts/gc30m_gene_medians.json, the medians of Geneformer's first corpus. Writes
-results/runs/real_job_*.json in about 20 minutes on two CPU cores. The data are not part of the project.
+results/runs/real_job_*.json in about 20 minutes on two CPU cores. The data are not part of the
+project.
 """
 
 from __future__ import annotations
