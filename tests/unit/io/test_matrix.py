@@ -193,7 +193,7 @@ def test_no_room_to_convert(
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
     matrix = open_matrix(store(file, counts, "csc"), "a.h5ad: X")
     why = r"0\.0 GB are free" if when == "before" else "No space left"
-    with pytest.raises(DataError, match=rf"a\.h5ad: X lies by columns.*{why}.*TMPDIR"):
+    with pytest.raises(DataError, match=rf"a\.h5ad: X is stored by columns.*{why}.*TMPDIR"):
         matrix.read_rows(0, 3)
 
 

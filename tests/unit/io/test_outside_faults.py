@@ -157,7 +157,7 @@ def test_a_full_folder_of_temporary_files_ends_the_build(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", full)
         with pytest.raises(
-            ExternalIOError, match=r"b\.h5ad: X lies by columns.*/scratch and .*TMPDI"
+            ExternalIOError, match=r"b\.h5ad: X is stored by columns.*/scratch and .*TMPDI"
         ):
             build_store(inputs, tmp_path / "s", vocabulary_of(NUM_GENES))
     assert not (tmp_path / "s").exists()
