@@ -33,7 +33,7 @@ def _parse() -> argparse.Namespace:
         "sources",
         nargs="+",
         metavar="STORE_OR_TABLE",
-        help="token store, table, folder of download_census.py, h5ad files or SOMA Experiment",
+        help="token store, table, folder of download_census.py, h5ad, zarr or SOMA Experiment",
     )
     add("--out", required=True, metavar="split.json", help="the file to write, a new one")
     add("--policy", default="card", choices=("card", "smallest-first"), help="(default: card)")

@@ -1,4 +1,4 @@
-"""Every row of a store against its manifest: what is wrong with it, if anything.
+"""Full check of a store against its manifest.
 
 all rows, span by span  ->  each cell sound?  ->  obs fits tokens?  ->  totals, content hash
 """
@@ -78,7 +78,7 @@ class _StoreCheck:
                 self._first_row.setdefault(name, start + int(wrong[0]))
 
     def _wrong_tokens(self, cells: RaggedCells) -> dict[str, np.ndarray]:
-        """{what is wrong: bool [N], which cells}."""
+        """{problem: bool [N], the cells that have it}."""
         lengths, starts = cells.lengths, cells.offsets[:-1]
         cell_T = np.repeat(np.arange(len(cells)), lengths)
         is_first_T = np.zeros(len(cells.tokens_T), dtype=bool)

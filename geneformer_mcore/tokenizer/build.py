@@ -1,19 +1,20 @@
-"""Reading a corpus for its vocabulary: every file, every row, in one process or several.
+"""The vocabulary of a corpus: every row of every file, in one process or several.
 
-files  ->  opened, genes named alike?  ->  units of rows  ->  the next free worker
+files  ->  opened, one kind of gene id?  ->  units of rows  ->  the next free worker
 each worker: rows  ->  its own Tally     all tallies  ->  added  ->  Vocabulary
 """
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.progress import Progress, no_progress
 from geneformer_mcore.io.workers import Tell, Workers
 from geneformer_mcore.tokenizer.genes import InputOptions, find_genes
 from geneformer_mcore.tokenizer.tally import (
@@ -34,15 +35,7 @@ _AGAIN = (
     "--memory-gb."
 )
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what is done, cells done, cells in all)."""
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """Shows nothing."""
-
-
-HAND_OVER = "handing over what was counted"
+HAND_OVER = "returning the tally"
 
 
 @dataclass(frozen=True)
@@ -78,11 +71,10 @@ def gather(
     workers: int = 1,
     progress: Progress = no_progress,
 ) -> Tally:
-    """What the cells of these files or SOMA Experiments hold.
+    """The tally of all cells of these files or SOMA Experiments, independent of their order.
 
     memory_gb:  for the values, 10^9 bytes each; where they do not fit, histograms are kept
-    workers:    processes; 1: this one alone
-    Neither `workers` nor the order of `sources` makes any difference to the vocabulary.
+    workers:    processes; 1: this one alone; the vocabulary does not depend on it
     Raises DataError for sources that cannot be used; LostWorkerError if a worker is killed or
     memory runs out.
     """
@@ -113,7 +105,7 @@ def gather(
 
 
 def merge_parts(paths: Sequence[str | Path], memory_gb: float = DEFAULT_MEMORY_GB) -> Tally:
-    """The sum of partial files (see tally_file). DataError unless all were read alike."""
+    """The sum of partial files (see save_tally). DataError unless all have the same options."""
     limit = most_values(memory_gb)
     whole: Tally | None = None
     for path in sorted({str(path) for path in paths}):
@@ -134,13 +126,13 @@ def merge_parts(paths: Sequence[str | Path], memory_gb: float = DEFAULT_MEMORY_G
 
 
 def _inspect(sources: Sequence[str], options: InputOptions) -> list[Unit]:
-    """Opens every source, before any is read through; what there is to read."""
+    """The units of all sources, each of which is opened before any is read."""
     files, units = [], []
     for source in sources:
         with options.open(source) as counts:
             files.append(FileRecord(source, ensembl_share(find_genes(counts, options).ids)))
             check_one_kind(files)
-            # One that is cheap in order alone is one worker's, as a whole.
+            # A sequential one is a single unit.
             step = counts.num_cells if counts.is_sequential else ROWS_PER_UNIT
             for start in range(0, counts.num_cells, step):
                 units.append(Unit(source, start, min(start + step, counts.num_cells)))
@@ -148,9 +140,9 @@ def _inspect(sources: Sequence[str], options: InputOptions) -> list[Unit]:
 
 
 class Counting:
-    """The work of counting units into one Tally per process (a workers.Work).
+    """Counts units into one Tally per process (a workers.Work).
 
-    shared: how many values all processes hold together; None: there is this one alone
+    shared: the number of values of all processes; None: there is only one
     """
 
     shared: Any = None
@@ -161,7 +153,7 @@ class Counting:
         self._file, self._source = ExitStack(), ""
 
     def __call__(self, job: Unit | str, tell: Tell) -> Tally | None:
-        """Counts a unit; gives the Tally when it is to be handed over."""
+        """Counts a unit; returns the Tally for the job HAND_OVER."""
         if not isinstance(job, Unit):
             self._file.close()
             return self._tally
@@ -189,7 +181,6 @@ class Counting:
         with self.shared.get_lock():
             self.shared.value += new_values
             together = int(self.shared.value)
-        # What all processes hold together must fit, not what one of them holds.
         if together > self._limit:
             self._tally.collector.give_up_values()
 

@@ -109,7 +109,7 @@ def test_joinids_choose_cells(census: Path, counts: np.ndarray) -> None:
     both = {"joinids": chosen, "value_filter": 'dataset_id == "d3"'}
     with ExperimentCounts(census, **both) as opened:
         np.testing.assert_array_equal(dense_of(opened, 0, 2), counts[[30, 32]])
-    with pytest.raises(DataError, match="holds 1 of the 2 cells asked for"):
+    with pytest.raises(DataError, match="holds 1 of the 2 cells requested"):
         ExperimentCounts(census, joinids=np.array([32, 33]))
 
 
