@@ -103,8 +103,9 @@ class TokenStore:
         return self._soma.read(OBS, start, stop, ["dataset_id"])["dataset_id"].to_pylist()
 
     def labels(self, name: str) -> pa.Table:
-        """`cell_key` and a label column of all cells, null where a cell has none; DataError with the
-        existing columns if it is none of them."""
+        """`cell_key` and a label column of all cells, null where a cell has none.
+
+        Raises DataError if there is no such column."""
         labels = self.manifest.labels
         if name not in labels:
             there = ", ".join(sorted(labels)) or "none"

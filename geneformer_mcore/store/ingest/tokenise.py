@@ -1,9 +1,9 @@
-"""A unit of work: its rows read, told as rank tokens, and laid by bucket into a file.
+"""Tokenising a unit of work: rows read, rank-encoded, and written by bucket.
 
     counts, block by block  ->  rank tokens  ->  cells with a known gene, their obs  ->  buckets
                             ->  the unit's file, its report
 
-A unit that is there and sound is taken as it is.
+A unit that is there and sound is kept.
 """
 
 from __future__ import annotations
@@ -40,23 +40,19 @@ NO_KNOWN_GENE = "no gene of the vocabulary"
 ROWS_PER_BLOCK = 2048
 
 _open: dict[str, Counts] = {}
-"""The input that this process read last: its next unit is likely of the same one."""
+"""The input that this process read last: its next unit is probably of the same one."""
 
 
 @dataclass(frozen=True)
 class Tokenising:
-    """The work of doing one unit (a workers.Work). Its files go to `folder`."""
+    """Writes one unit to `folder` (a workers.Work)."""
 
     recipe: Recipe
     num_buckets: int
     folder: Path
 
     def __call__(self, job: Unit, tell: Tell) -> UnitReport:
-        """Does the unit `job`, unless it is there already.
-
-        Raises DataError at values that are no counts or cannot be read; OSError if its file cannot
-        be written.
-        """
+        """Raises DataError at values that are no counts or unreadable; OSError if writing fails."""
         report = read_sound_report(self.folder, job.name)
         if report is not None:
             tell(len(job))
@@ -82,7 +78,7 @@ def _opened(unit: Unit, recipe: Recipe) -> Counts:
 
 
 def close_inputs() -> None:
-    """Closes what this process has open from its last unit."""
+    """Closes the input of this process' last unit."""
     while _open:
         with suppress(OSError):
             _open.popitem()[1].close()

@@ -1,6 +1,6 @@
-"""What a split by data set must know of a corpus: each data set's cells, assays and tissues.
+"""The data sets of a corpus for a split by data set: cells, assays and tissues of each.
 
-token store | CSV or Parquet table | h5ad | SOMA Experiment
+token store | CSV or Parquet table | Census plan | h5ad | zarr | SOMA Experiment
     ->  (dataset_id, assay, tissue_general): cells, by slices  ->  DatasetTable
 """
 
@@ -27,7 +27,7 @@ COVERED = ("assay", "tissue_general")
 """Columns of obs every value of which must occur in the training split."""
 
 CELLS_COLUMN = "n_cells"
-"""Of a table with a row for several cells: how many."""
+"""Column of a table with a row for several cells: their number."""
 
 _ROWS = 262_144
 _NO_LABEL = frozenset({"", "nan", "na", "none", "<na>"})
@@ -45,7 +45,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class DatasetTable:
-    """datasets: sorted by id; missing: covered columns that a source has not, with its name."""
+    """datasets: sorted by id; missing: {covered column: a source that lacks it}."""
 
     datasets: tuple[Dataset, ...]
     missing: dict[str, str] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class DatasetCounter:
                     of_dataset[name].add(label)
 
     def table(self) -> DatasetTable:
-        """What was counted; data sets without cells are none."""
+        """The data sets that have cells."""
         datasets = [
             Dataset(
                 dataset_id,
@@ -163,7 +163,7 @@ def _of_table(path: Path) -> Iterator[pd.DataFrame]:
     if "dataset_id" not in frame:
         raise DataError(
             f"{path}: a table of data sets needs the column dataset_id, and has none. Remedy: one "
-            f"row per cell, or per data set with the column {CELLS_COLUMN}; beside it "
+            f"row per cell, or per data set with the column {CELLS_COLUMN}; also "
             f"{' and '.join(COVERED)}."
         )
     if CELLS_COLUMN in frame:
