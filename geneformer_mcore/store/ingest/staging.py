@@ -33,7 +33,7 @@ _PUBLISHED = "published"
 class StagedFolder:
     """A context manager: folders `units` and `store` next to `target`; `publish` renames `store`.
 
-    Without `publish`, `units` stays for the next writer if it holds a unit, and the rest is removed;
+    Without `publish`, `units` stays for the next writer if it holds a unit, the rest is removed;
     after a kill the next writer does that. An error due to a full disk becomes a DataError.
 
     bytes_needed:  to be set: the approximate size of units and store together (0: unknown)

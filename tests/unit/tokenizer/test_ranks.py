@@ -165,13 +165,13 @@ def test_a_thousand_real_cells(shared_data, name: str) -> None:
 
 
 def test_compiled_without_a_place_for_the_cache(monkeypatch) -> None:
-    asked = []
+    asked, original = [], numba.njit
 
     def njit(cache: bool = False, **options: Any):  # type: ignore[no-untyped-def]
         asked.append(cache)
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
-        return numba.njit(**options)
+        return original(**options)
 
     # Numba raises that error for code that is in no file.
     code = compile("lambda number: number * 2", "<nowhere>", "eval")
@@ -179,6 +179,6 @@ def test_compiled_without_a_place_for_the_cache(monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit(cache=True)(function)
     assert module.compiled(function)(4) == 8
-    monkeypatch.setattr(module, "njit", njit)
+    monkeypatch.setattr(numba, "njit", njit)
     assert module.compiled(lambda number: number + 1)(2) == 3
     assert asked == [True, False]
