@@ -54,7 +54,10 @@ def write_copy(source: Path, target: Path, beside: Beside) -> None:
     with whole_file(target) as partial:
         shutil.copyfile(source, partial)
         with h5py.File(partial, "r+") as file:
-            is_current = _is_frame(file.get("obs"))
+            obs = file.get("obs")  # a table before AnnData 0.7
+            is_current = (
+                isinstance(obs, h5py.Group) and obs.attrs.get("encoding-type") == "dataframe"
+            )
             if is_current:
                 _add(file, beside)
         if not is_current:
@@ -134,11 +137,6 @@ def _writable_column(column: pd.Series) -> pd.Series:
     if pd.api.types.infer_dtype(column, skipna=True) in _TIMES:
         values = values.map(str, na_action="ignore")
     return values.astype("category") if values.isna().any() else values
-
-
-def _is_frame(obs: Any) -> bool:
-    """Whether a group is written as AnnData writes data frames since 0.7."""
-    return isinstance(obs, h5py.Group) and obs.attrs.get("encoding-type") == "dataframe"
 
 
 def _add(file: h5py.File, beside: Beside) -> None:

@@ -137,16 +137,8 @@ def fetch_cells(
             {"feature_name": counts.gene_names()}, pd.Index(genes, name="feature_id")
         )
     kept = obs[[name for name in OBS_COLUMNS if name in obs]]
+    # Categories are all labels of the Census, of which these cells have few.
+    labels = kept.select_dtypes("category")
+    used = {name: column.cat.remove_unused_categories() for name, column in labels.items()}
     matrix = sparse.csr_matrix((data, indices, indptr), shape)
-    return anndata.AnnData(matrix, obs=_without_unused_categories(kept), var=var)
-
-
-def _without_unused_categories(obs: pd.DataFrame) -> pd.DataFrame:
-    # A category column names all labels of the Census, and a piece has few of them.
-    return pd.DataFrame(
-        {
-            name: column.cat.remove_unused_categories() if column.dtype == "category" else column
-            for name, column in obs.items()
-        },
-        index=obs.index,
-    )
+    return anndata.AnnData(matrix, obs=kept.assign(**used), var=var)

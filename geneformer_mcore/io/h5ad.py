@@ -220,10 +220,9 @@ class AnnDataCounts(Counts):
         if not places:
             raise self._no_matrix(wanted)
 
-        def open_place(name: str) -> StoredMatrix:
-            return open_matrix(found[name], f"{self.name}: {name}", in_memory)
-
-        return self._first_of_counts(places, open_place)
+        return self._first_of_counts(
+            places, lambda name: open_matrix(found[name], f"{self.name}: {name}", in_memory)
+        )
 
     def _no_matrix(self, wanted: Iterable[str]) -> DataError:
         return DataError(
@@ -314,7 +313,12 @@ def _open_file(path: Path, is_zarr: bool) -> Any:
     if not path.exists():
         raise DataError(f"{path}: there is no such file. Remedy: check the path.")
     try:
-        return _open_zarr(path) if is_zarr else h5py.File(path, "r")
+        if not is_zarr:
+            return h5py.File(path, "r")
+        import zarr  # takes half a second
+
+        store: Any = path if path.is_dir() else zarr.storage.ZipStore(path, mode="r")
+        return zarr.open_group(store, mode="r")
     except READ_FAILURES as error:
         raise_if_io_error(str(path), error)
         if is_zarr:
@@ -327,10 +331,3 @@ def _open_file(path: Path, is_zarr: bool) -> Any:
             f"{path}: not a whole HDF5 (h5ad) file ({size:,} bytes): {error}. Remedy: get it "
             "again; other formats are converted with anndata."
         ) from error
-
-
-def _open_zarr(path: Path) -> Any:
-    import zarr  # Takes half a second, which only those who have zarr must wait.
-
-    store: Any = path if path.is_dir() else zarr.storage.ZipStore(path, mode="r")
-    return zarr.open_group(store, mode="r")

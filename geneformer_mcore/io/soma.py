@@ -479,10 +479,10 @@ class ExperimentCounts(Counts):
         if not names:
             raise self._no_matrix(wanted)
 
-        def open_layer(name: str) -> SomaMatrix:
-            return SomaMatrix(measurement["X"][name], self._ids, f"{self.name}: X/{name}")
-
-        location, passed_over, self._matrix = self._first_of_counts(names, open_layer)
+        location, passed_over, self._matrix = self._first_of_counts(
+            names,
+            lambda name: SomaMatrix(measurement["X"][name], self._ids, f"{self.name}: X/{name}"),
+        )
         self.location = f"X/{location}"
         self.passed_over = tuple(f"X/{place}" for place in passed_over)
         var = SomaFrame(measurement["var"], f"{self.name}: var")

@@ -156,7 +156,11 @@ def _run_apart(
                 continue
             del busy[connection]
             free.append(process)
-            yield job, _checked(kind, value)
+            if kind == "error":
+                raise value
+            if kind == "failed":
+                raise RuntimeError(f"internal error in a worker process:\n{value}")
+            yield job, value
 
 
 class _Worker:
@@ -289,11 +293,3 @@ def _outcome(work: Work, job: Any, tell: Tell, again: str) -> Any:
 def _short_of_memory(error: MemoryError, job: Any, again: str) -> LostWorkerError:
     why = f"there is not enough memory ({str(error) or 'Python has none left'})"
     return LostWorkerError(f"{why}, in the middle of {job}. {again}")
-
-
-def _checked(kind: str, value: Any) -> Any:
-    if kind == "error":
-        raise value
-    if kind == "failed":
-        raise RuntimeError(f"a defect in a worker process:\n{value}")
-    return value

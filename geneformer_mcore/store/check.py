@@ -58,7 +58,11 @@ class _StoreCheck:
                     self._problems.append("... and more; the check ended here.")
                     return self._problems
             progress("checking rows", stop, num_cells)
-        self._report_unsound()
+        self._problems += [
+            f"{self._store.path}: {number:,} cells {name}, the first at row "
+            f"{self._first_row[name]:,}."
+            for name, number in self._unsound.items()
+        ]
         # After an unreadable span, totals would only repeat that rows are missing.
         if not self._problems:
             self._check_totals()
@@ -113,13 +117,6 @@ class _StoreCheck:
             "have another split in obs than their rows": obs["split"].to_numpy() != split_of_row,
             "have a cell_key that is not their names'": cell_keys(datasets, names) != cells.keys_N,
         }
-
-    def _report_unsound(self) -> None:
-        for name, number in self._unsound.items():
-            self._problems.append(
-                f"{self._store.path}: {number:,} cells {name}, the first at row "
-                f"{self._first_row[name]:,}."
-            )
 
     def _check_totals(self) -> None:
         manifest = self._store.manifest

@@ -51,7 +51,13 @@ class TokenStore:
         self._soma = SomaReader(self.path)
         self._parts: dict[tuple[str, int], np.ndarray] = {}
         for name in (TOKENS, OBS):
-            self._check_count(name)
+            found = self._soma.count(name)
+            if found != self.manifest.cells:
+                raise DataError(
+                    f"{self.path}: {name} holds {found:,} rows, the manifest says "
+                    f"{self.manifest.cells:,}. Remedy: files are missing; copy the store again, or "
+                    "build it again."
+                )
 
     @classmethod
     def open(cls, path: str | Path) -> TokenStore:
@@ -172,15 +178,6 @@ class TokenStore:
             raise DataError(
                 f"{self.path}: {'; '.join(changes[:_MOST_LISTED])}{more}. Remedy: copy the store "
                 "again, or build it again; a store is never changed once it is built."
-            )
-
-    def _check_count(self, name: str) -> None:
-        found = self._soma.count(name)
-        if found != self.manifest.cells:
-            raise DataError(
-                f"{self.path}: {name} holds {found:,} rows, the manifest says "
-                f"{self.manifest.cells:,}. Remedy: files are missing; copy the store again, or "
-                "build it again."
             )
 
     def _check_span(self, start: int, stop: int) -> None:

@@ -264,15 +264,12 @@ def find_genes(
     tables: dict[str, Table] = {}
     if vocabulary is not None and not options.symbols:
         tables["the vocabulary's names"] = lambda: names_as_symbols(vocabulary)
-    if not options.symbols and (vocabulary is None or _is_human(vocabulary)):
+    ids = () if vocabulary is None else vocabulary.feature_ids
+    is_human = sum(gene.startswith("ENSG0") for gene in ids) * 2 >= len(ids)
+    if not options.symbols and is_human:
         tables["GENCODE"] = options.default_symbols
     known = None if vocabulary is None else vocabulary.token_ids
     return find_gene_ids(counts.gene_columns(), known, options.symbols, tables)
-
-
-def _is_human(vocabulary: Vocabulary) -> bool:
-    ids = vocabulary.feature_ids
-    return sum(gene.startswith("ENSG0") for gene in ids) * 2 >= len(ids)
 
 
 def describe_other_ids(vocabulary: Vocabulary) -> str | None:

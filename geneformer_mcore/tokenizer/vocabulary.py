@@ -146,9 +146,8 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def _problem_of_lengths(vocabulary: Vocabulary) -> str | None:
-    numbers = [
-        len(column) for column in (vocabulary.feature_ids, vocabulary.names, vocabulary.medians)
-    ]
+    columns = vocabulary.feature_ids, vocabulary.names, vocabulary.medians
+    numbers = [*map(len, columns)]
     if len(set(numbers)) > 1:
         return "gene ids, names and medians must be as many: {} ids, {} names, {} medians.".format(
             *numbers
@@ -176,10 +175,7 @@ def _problem_of_ids(ids: tuple[str, ...]) -> str | None:
 
 
 def _problem_of_medians(ids: tuple[str, ...], medians: tuple[float, ...]) -> str | None:
-    def is_wrong(median: object) -> bool:
-        return not isinstance(median, float) or not math.isfinite(median) or median <= 0
-
-    wrong = [i for i, median in enumerate(medians) if is_wrong(median)]
+    wrong = [i for i, m in enumerate(medians) if not isinstance(m, float) or not 0 < m < math.inf]
     if not wrong:
         return None
     return (

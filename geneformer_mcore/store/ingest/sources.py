@@ -160,11 +160,10 @@ def _check_names(counts: Counts, keys_N: np.ndarray) -> None:
     order = np.argsort(keys_N, kind="stable")
     equal = np.flatnonzero(np.diff(keys_N[order]) == 0)
     for place in equal.tolist():
-        first, second = (_name_of(counts, int(order[place + i])) for i in (0, 1))
+        first, second = (
+            (*counts.read_dataset_ids(row, row + 1), *counts.read_cell_ids(row, row + 1))
+            for row in order[place : place + 2].tolist()
+        )
         # Two cells may share a key, but not their names.
         if first == second:
             raise DataError(f"{counts.name}: {duplicate_error(*first)}")
-
-
-def _name_of(counts: Counts, row: int) -> tuple[str, str]:
-    return counts.read_dataset_ids(row, row + 1)[0], counts.read_cell_ids(row, row + 1)[0]

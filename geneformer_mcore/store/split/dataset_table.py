@@ -127,7 +127,8 @@ def _slices(source: str, options: InputOptions) -> Iterator[pd.DataFrame]:
     if (path / MANIFEST_FILE).is_file():
         return _of_store(path)
     if (path / PLAN_FILE).is_file():
-        return _of_plan(path)
+        plan = CensusPlan.load(path)
+        return iter([pd.DataFrame(plan.table, columns=[*TABLE_COLUMNS, CELLS_COLUMN])])
     if path.suffix in _TEXT_TABLES or path.suffix == ".parquet":
         return _of_table(path)
     return _of_counts(source, options)
@@ -138,10 +139,6 @@ def _of_store(path: Path) -> Iterator[pd.DataFrame]:
         columns = ["dataset_id", *(name for name in COVERED if name in store.manifest.labels)]
         for start in range(0, len(store), _ROWS):
             yield reader.read(OBS, start, min(start + _ROWS, len(store)), columns).to_pandas()
-
-
-def _of_plan(path: Path) -> Iterator[pd.DataFrame]:
-    yield pd.DataFrame(CensusPlan.load(path).table, columns=[*TABLE_COLUMNS, CELLS_COLUMN])
 
 
 def _of_counts(source: str, options: InputOptions) -> Iterator[pd.DataFrame]:
@@ -155,7 +152,7 @@ def _of_counts(source: str, options: InputOptions) -> Iterator[pd.DataFrame]:
 
 def _of_table(path: Path) -> Iterator[pd.DataFrame]:
     try:
-        frame = _read_parquet(path) if path.suffix == ".parquet" else _read_text(path)
+        frame = _read_table(path)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file.") from None
     except (OSError, ValueError, pa.ArrowInvalid) as error:
@@ -180,13 +177,10 @@ def _wanted(name: str) -> bool:
     return name in ("dataset_id", CELLS_COLUMN, *COVERED)
 
 
-def _read_text(path: Path) -> pd.DataFrame:
+def _read_table(path: Path) -> pd.DataFrame:
+    if path.suffix == ".parquet":
+        with pa.parquet.ParquetFile(path) as file:
+            return file.read([*filter(_wanted, file.schema_arrow.names)]).to_pandas()
     separator = _TEXT_TABLES[path.suffix]
     # As text: a dataset_id of digits alone keeps its zeros.
     return pd.read_csv(path, sep=separator, usecols=_wanted, dtype=str, keep_default_na=False)
-
-
-def _read_parquet(path: Path) -> pd.DataFrame:
-    with pa.parquet.ParquetFile(path) as file:
-        columns = [name for name in file.schema_arrow.names if _wanted(name)]
-        return file.read(columns).to_pandas()

@@ -79,8 +79,7 @@ UNLISTED = (REFUSE, TRAIN)
 
 FORMAT = "geneformer_mcore split"
 VERSION = 1
-_CODE = {split: np.int8(code) for code, split in enumerate(SPLITS)}
-_HELD_OUT_CODE = np.int8(-1)
+_CODES = {HELD_OUT: np.int8(-1)} | {split: np.int8(code) for code, split in enumerate(SPLITS)}
 
 
 @dataclass(frozen=True)
@@ -114,15 +113,11 @@ class SplitTable:
         """int8 [N], the code of each cell's split. DataError for a data set without a role."""
         distinct = set(dataset_ids)
         self.check(distinct)
-        code_of = {name: self._code(name) for name in distinct}
+        code_of = {name: _CODES[self.roles.get(name, self.unlisted)] for name in distinct}
         codes_N = np.array([code_of[name] for name in dataset_ids], np.int8)
         in_validation_N = split_draws(keys_N) < self.validation_share
-        held_out_N = np.where(in_validation_N, _CODE["validation"], _CODE["test"])
-        return np.where(codes_N == _HELD_OUT_CODE, held_out_N, codes_N).astype(np.int8)
-
-    def _code(self, dataset_id: str) -> np.int8:
-        role = self.roles.get(dataset_id, self.unlisted)
-        return _HELD_OUT_CODE if role == HELD_OUT else _CODE[role]
+        held_out_N = np.where(in_validation_N, _CODES["validation"], _CODES["test"])
+        return np.where(codes_N == _CODES[HELD_OUT], held_out_N, codes_N).astype(np.int8)
 
     def check(self, dataset_ids: Iterable[str]) -> None:
         """Raises DataError if one of the data sets has no role, and unlisted ones are refused."""

@@ -134,7 +134,7 @@ def test_a_chain_is_done_by_one_process_in_order(three: Workers) -> None:
         ("exit", LostWorkerError, r"ended with exit code 7, in the middle of 5\. Again\."),
         ("memory", LostWorkerError, r"not enough memory \(Python.*, in the middle of 5\. Again\."),
         ("large", LostWorkerError, r"not enough memory \(a copy\), in the middle of 5\. Again\."),
-        ("defect", RuntimeError, "(?s)a defect in a worker process.*ZeroDivisionError: a defect"),
+        ("defect", RuntimeError, "(?s)internal error in a worker process.*ZeroDivisionError: a defect"),
         ("full", OSError, "No space left on device: 'file'"),
     ],
 )
