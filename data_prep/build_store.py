@@ -153,7 +153,7 @@ def _settings(arguments: argparse.Namespace, progress: ProgressLine) -> dict[str
         "split_rule": split,
         "overwrite": arguments.overwrite,
         "progress": progress.update,
-        "say": progress.say,
+        "log": progress.print_line,
         "workers": workers,
         "strict": arguments.strict,
     }
@@ -178,7 +178,7 @@ def _vocabulary(
     )
     warning = describe_other_ids(vocabulary)
     if warning:
-        progress.say(f"warning: {warning}")
+        progress.print_line(f"warning: {warning}")
     return vocabulary
 
 

@@ -49,7 +49,7 @@ class ProgressLine:
             return
         self._shown_s = now_s
         rate = (done - self._first) / max(1e-9, now_s - self._started_s)
-        self.say(self._line(done, total, rate), keep=not self._on_terminal)
+        self.print_line(self._line(done, total, rate), keep=not self._on_terminal)
 
     def _line(self, done: int, total: int, rate: float) -> str:
         share = done / max(1, total)
@@ -60,7 +60,7 @@ class ProgressLine:
             f"{rate:,.0f}/s, {left}"
         )
 
-    def say(self, line: str, keep: bool = True) -> None:
+    def print_line(self, line: str, keep: bool = True) -> None:
         """Prints a line in place of the bar. keep: it stays, and the bar goes on below."""
         start, end = ("\r\x1b[K", "\n" if keep else "") if self._on_terminal else ("", "\n")
         print(f"{start}{line}", end=end, file=self._stream, flush=True)

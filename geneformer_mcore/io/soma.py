@@ -498,7 +498,7 @@ class ExperimentCounts(Counts):
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """The cells chosen and, where it lies on this machine, the time of the last write in ms.
+        """The cells chosen and, where it is on this machine, the time of the last write in ms.
 
         A Census in S3 is never written again.
         """

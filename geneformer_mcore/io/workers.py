@@ -26,7 +26,7 @@ from geneformer_mcore.errors import AGAIN, DataError, LostWorkerError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Tell = Callable[[int], None]
+Advance = Callable[[int], None]
 """Called by a work with the number of cells just done."""
 
 _STOP_S = 5.0
@@ -35,7 +35,7 @@ _STOP_S = 5.0
 class Work(Protocol):
     """The function of a job: any picklable callable."""
 
-    def __call__(self, job: Any, tell: Tell) -> Any:
+    def __call__(self, job: Any, advance: Advance) -> Any:
         """Does the job. A DataError is its outcome; any other error ends all work."""
         ...
 
@@ -58,7 +58,7 @@ class Workers:
         self,
         work: Work,
         jobs: Sequence[Job],
-        tell: Callable[[Job, int], None] = lambda job, cells: None,
+        advance: Callable[[Job, int], None] = lambda job, cells: None,
         is_wanted: Callable[[Job], bool] = lambda job: True,
         most: int | None = None,
         chain: Callable[[Job], str | None] = lambda job: None,
@@ -66,7 +66,7 @@ class Workers:
     ) -> Iterator[tuple[Job, Any]]:
         """(job, what `work` returned, or its DataError), as they are done; begun in order.
 
-        tell:       called with a job and the number of its cells just done
+        advance:       called with a job and the number of its cells just done
         is_wanted:  called before a job is begun; False: it is skipped
         most:       processes that are worth their start here
         chain:      jobs of one name are done by one process, in their order
@@ -79,7 +79,7 @@ class Workers:
             queues.append(_Queue([last] * number))
         if number == 1:
             for job in (job for queue in queues for job in queue):
-                yield job, _outcome(work, job, partial(tell, job), self._again)
+                yield job, _outcome(work, job, partial(advance, job), self._again)
             return
         while len(self._processes) < number:
             self._processes.append(_Worker(self._shared, self._again))
@@ -87,7 +87,7 @@ class Workers:
         for process in processes:
             process.send(work)
         for queue in queues:
-            yield from _run_apart(processes, queue, tell)
+            yield from _run_apart(processes, queue, advance)
 
     def __enter__(self) -> Workers:
         return self
@@ -135,7 +135,7 @@ class _Queue:
 
 
 def _run_apart(
-    processes: Sequence[_Worker], queue: _Queue, tell: Callable[[Any, int], None]
+    processes: Sequence[_Worker], queue: _Queue, advance: Callable[[Any, int], None]
 ) -> Iterator[tuple[Any, Any]]:
     free = list(processes)
     busy: dict[Any, tuple[_Worker, Any]] = {}
@@ -151,8 +151,8 @@ def _run_apart(
         for connection in wait(list(busy)):
             process, job = busy[connection]
             kind, value = process.answer()
-            if kind == "tell":
-                tell(job, value)
+            if kind == "advance":
+                advance(job, value)
                 continue
             del busy[connection]
             free.append(process)
@@ -267,7 +267,7 @@ def _end_with_parent() -> None:
 
 def _answer(connection: Connection, work: Work, job: Any, again: str) -> None:
     try:
-        outcome = _outcome(work, job, lambda cells: connection.send(("tell", cells)), again)
+        outcome = _outcome(work, job, lambda cells: connection.send(("advance", cells)), again)
         answer: tuple[str, Any] = "outcome", outcome
     except OSError as error:
         answer = "error", OSError(error.errno, error.strerror, error.filename)
@@ -281,9 +281,9 @@ def _answer(connection: Connection, work: Work, job: Any, again: str) -> None:
         connection.send(("error", _short_of_memory(error, job, again)))
 
 
-def _outcome(work: Work, job: Any, tell: Tell, again: str) -> Any:
+def _outcome(work: Work, job: Any, advance: Advance, again: str) -> Any:
     try:
-        return work(job, tell)
+        return work(job, advance)
     except DataError as error:
         return error
     except MemoryError as error:

@@ -281,11 +281,11 @@ class Fetching:
         """For the units of `plan`."""
         return cls(folder, (plan.address, plan.selection.value_filter), retry or Retry())
 
-    def __call__(self, job: CensusUnit, tell: Callable[[int], None]) -> None:
+    def __call__(self, job: CensusUnit, advance: Callable[[int], None]) -> None:
         """Raises NetworkError, or another DataError if the cells are not those of the plan."""
         address, value_filter = self.plan_head
         wanted = (address, value_filter or None, job.dataset_id, job.first, job.last)
-        attempts = _Attempts(tell)
+        attempts = _Attempts(advance)
         cells = self.retry.call(job.name, lambda: fetch_cells(*wanted, attempts.begin()))
         if cells.n_obs != job.cells:
             raise DataError(
@@ -327,8 +327,8 @@ class Fetching:
 class _Attempts:
     """Reports each cell once, however often it is read."""
 
-    def __init__(self, tell: Callable[[int], None]) -> None:
-        self._tell, self._reported, self._read = tell, 0, 0
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance, self._reported, self._read = advance, 0, 0
 
     def begin(self) -> Callable[[int], None]:
         self._read = 0
@@ -336,7 +336,7 @@ class _Attempts:
 
     def _count(self, cells: int) -> None:
         self._read += cells
-        self._tell(max(0, self._read - self._reported))
+        self._advance(max(0, self._read - self._reported))
         self._reported = max(self._read, self._reported)
 
 
@@ -371,7 +371,7 @@ def _fetch_missing(
     in_a_row = fetched = 0
     is_writable = True
 
-    def tell(_: CensusUnit, cells: int) -> None:
+    def advance(_: CensusUnit, cells: int) -> None:
         nonlocal done
         done += cells
         progress("fetching", done, total)
@@ -380,7 +380,7 @@ def _fetch_missing(
         return is_writable and in_a_row < GIVE_UP_AFTER
 
     with Workers(workers) as pool:
-        for _, result in pool.run(fetching, missing, tell, is_wanted):
+        for _, result in pool.run(fetching, missing, advance, is_wanted):
             if isinstance(result, NetworkError):
                 network.append(str(result))
                 in_a_row += 1

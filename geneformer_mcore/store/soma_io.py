@@ -160,5 +160,5 @@ class SomaReader:
     def _unreadable(self, what: str, error: Exception) -> DataError:
         return DataError(
             f"{self._folder}: {what}: {error}. Remedy: a file of the store is damaged or missing; "
-            "copy it again, or build the store again (data_prep/check_store.py says more)."
+            "copy it again, or build the store again (data_prep/check_store.py reports details)."
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.progress import Progress, no_progress
-from geneformer_mcore.io.workers import Tell, Workers
+from geneformer_mcore.io.workers import Advance, Workers
 from geneformer_mcore.tokenizer.genes import InputOptions, find_genes
 from geneformer_mcore.tokenizer.tally import (
     DEFAULT_MEMORY_GB,
@@ -84,7 +84,7 @@ def gather(
     units = _inspect(sorted({str(source) for source in sources}), options)
     total, done = sum(unit.stop - unit.start for unit in units), 0
 
-    def tell(_: object, cells: int) -> None:
+    def advance(_: object, cells: int) -> None:
         nonlocal done
         done += cells
         progress("counting", done, total)
@@ -92,7 +92,7 @@ def gather(
     whole: Tally | None = None
     values = multiprocessing.get_context("spawn").Value("q", 0) if workers > 1 else None
     with Counting(options, limit) as work, Workers(workers, values, _AGAIN) as pool:
-        for _, outcome in pool.run(work, units, tell, last=HAND_OVER):
+        for _, outcome in pool.run(work, units, advance, last=HAND_OVER):
             if isinstance(outcome, DataError):
                 raise outcome
             if whole is None or outcome is None:
@@ -152,7 +152,7 @@ class Counting:
         self._tally = Tally(describe_options(options), limit)
         self._file, self._source = ExitStack(), ""
 
-    def __call__(self, job: Unit | str, tell: Tell) -> Tally | None:
+    def __call__(self, job: Unit | str, advance: Advance) -> Tally | None:
         """Counts a unit; returns the Tally for the job HAND_OVER."""
         if not isinstance(job, Unit):
             self._file.close()
@@ -163,7 +163,7 @@ class Counting:
             before = self._tally.collector.num_values
             self._tally.add_block(block, self._column_places)
             self._share(self._tally.collector.num_values - before)
-            tell(len(block))
+            advance(len(block))
         return None
 
     def _open(self, source: str) -> None:

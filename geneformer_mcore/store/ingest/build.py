@@ -56,7 +56,7 @@ class Trial:
     options: InputOptions
     whole: bool
 
-    def __call__(self, job: str, tell: Callable[[int], None]) -> None:
+    def __call__(self, job: str, advance: Callable[[int], None]) -> None:
         """Opens `job`, and reads it if `whole`. Raises DataError if it cannot be used."""
         with self.options.open(job) as counts:
             for _ in counts.blocks() if self.whole else ():
@@ -108,11 +108,11 @@ def _try(processes: Workers, names: Sequence[str], trial: Trial) -> tuple[list[s
 _INPUTS_PER_WORKER, _CELLS_PER_WORKER = 32, 8192
 """To inspect so many inputs, or tokenise so many cells, takes as long as to start a process."""
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 """Called with a line to be shown at once."""
 
 
-def silent(line: str) -> None:
+def no_log(line: str) -> None:
     """Shows nothing."""
 
 
@@ -125,7 +125,7 @@ def build_store(
     split_rule: SplitRule | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
-    say: Say = silent,
+    log: Log = no_log,
     workers: int = 1,
     strict: bool = False,
 ) -> Manifest:
@@ -140,9 +140,9 @@ def build_store(
     a worker is killed or memory runs out. Finished units stay for the next call.
     """
     recipe = _recipe(vocabulary, seq_length, options, split_rule)
-    with _working(Path(out), overwrite, workers, say) as (staged, processes):
+    with _working(Path(out), overwrite, workers, log) as (staged, processes):
         remove_partial(staged.units)
-        build = _Build(recipe, staged, processes, strict, progress, say)
+        build = _Build(recipe, staged, processes, strict, progress, log)
         plan = build.plan(inputs)
         declare(plan, staged.path)
         build.tokenise(plan, plan.units)
@@ -170,7 +170,7 @@ def tokenise_part(
     split_rule: SplitRule | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
-    say: Say = silent,
+    log: Log = no_log,
     workers: int = 1,
     strict: bool = False,
 ) -> list[Refusal]:
@@ -181,8 +181,8 @@ def tokenise_part(
     another part was started with other inputs or options.
     """
     recipe = _recipe(vocabulary, seq_length, options, split_rule)
-    with _working(Path(out), overwrite, workers, say, part) as (staged, processes):
-        build = _Build(recipe, staged, processes, strict, progress, say)
+    with _working(Path(out), overwrite, workers, log, part) as (staged, processes):
+        build = _Build(recipe, staged, processes, strict, progress, log)
         plan = build.plan(inputs)
         join(plan, staged.path)
         build.tokenise(plan, part.of(plan.units))
@@ -201,7 +201,7 @@ def _recipe(
 
 @contextmanager
 def _working(
-    out: Path, overwrite: bool, workers: int, say: Say, part: Part | None = None
+    out: Path, overwrite: bool, workers: int, log: Log, part: Part | None = None
 ) -> Iterator[tuple[StagedFolder, Workers]]:
     """The folder and the processes of a build, both released at the end."""
     name = None if part is None else str(part)
@@ -211,7 +211,7 @@ def _working(
         except BaseException:
             number = len(unit_names(staged.units))
             if number:
-                say(f"{number} finished units of work stay in {staged.path}: start the same again.")
+                log(f"{number} finished units of work stay in {staged.path}: start the same again.")
             raise
         finally:
             close_inputs()
@@ -230,7 +230,7 @@ class _Build:
     workers: Workers
     strict: bool
     progress: Progress
-    say: Say
+    log: Log
     done: dict[str, UnitReport] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
 
@@ -256,7 +256,7 @@ class _Build:
         """Does the missing `units`, without those of inputs that turn out bad."""
         there = {unit for unit in units if read_report(self.staged.units, unit.name)}
         if there:
-            self.say(f"continues: {len(there)} of {len(units)} units of work are there")
+            self.log(f"continues: {len(there)} of {len(units)} units of work are there")
         reported = _CellProgress(units, there, self.progress)
         faults: dict[str, tuple[int, str]] = {}
         work = Tokenising(self.recipe, plan.num_buckets, self.staged.units)
@@ -281,7 +281,7 @@ class _Build:
     def _refuse(self, reasons: dict[str, str]) -> None:
         self.refusals += [Refusal(name, reason) for name, reason in reasons.items()]
         for reason in reasons.values():
-            self.say(f"refused: {reason}")
+            self.log(f"refused: {reason}")
 
     def _check_strict(self, *reasons: str) -> None:
         if self.strict and reasons:
@@ -326,16 +326,16 @@ class _CellProgress:
         self._total = sum(map(len, units))
         self._of_unit = {unit: len(unit) for unit in there}
         self._there, self._progress = there, progress
-        self._tell()
+        self._advance()
 
     def add(self, unit: Unit, cells: int) -> None:
         if unit not in self._there:
             self._of_unit[unit] = self._of_unit.get(unit, 0) + cells
-            self._tell()
+            self._advance()
 
     def finish(self, unit: Unit) -> None:
         self._of_unit[unit] = len(unit)
-        self._tell()
+        self._advance()
 
-    def _tell(self) -> None:
+    def _advance(self) -> None:
         self._progress("tokenising", sum(self._of_unit.values()), self._total)

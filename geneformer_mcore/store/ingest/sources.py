@@ -109,7 +109,7 @@ class Inspection:
     options: InputOptions
     split_rule: SplitRule
 
-    def __call__(self, job: str, tell: Callable[[int], None]) -> InputSource:
+    def __call__(self, job: str, advance: Callable[[int], None]) -> InputSource:
         """Raises DataError if the input `job` cannot be used."""
         with self.options.open(job) as counts:
             genes = find_genes(counts, self.options, self.vocabulary)

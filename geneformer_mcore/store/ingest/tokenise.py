@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from geneformer_mcore.io.blocks import CountBlock
 from geneformer_mcore.io.h5ad import Counts
-from geneformer_mcore.io.workers import Tell
+from geneformer_mcore.io.workers import Advance
 from geneformer_mcore.store.ingest.buckets import bucket_codes, by_bucket
 from geneformer_mcore.store.ingest.labels import label_columns
 from geneformer_mcore.store.ingest.plan import (
@@ -51,15 +51,15 @@ class Tokenising:
     num_buckets: int
     folder: Path
 
-    def __call__(self, job: Unit, tell: Tell) -> UnitReport:
+    def __call__(self, job: Unit, advance: Advance) -> UnitReport:
         """Raises DataError at values that are no counts or unreadable; OSError if writing fails."""
         report = read_sound_report(self.folder, job.name)
         if report is not None:
-            tell(len(job))
+            advance(len(job))
             return report
         counts = _opened(job, self.recipe)
         unit = _UnitCells(job, self.recipe, counts)
-        cells, splits_N = unit.read(tell)
+        cells, splits_N = unit.read(advance)
         codes = bucket_codes(cells["cell_key"].to_numpy(), splits_N, self.num_buckets)
         order, starts = by_bucket(codes, self.num_buckets)
         cells = cells.take(pa.array(order)).combine_chunks()
@@ -95,7 +95,7 @@ class _UnitCells:
     sums: np.ndarray = field(default_factory=lambda: np.zeros(2))
     cells_cut: int = 0
 
-    def read(self, tell: Tell) -> tuple[pa.Table, np.ndarray]:
+    def read(self, advance: Advance) -> tuple[pa.Table, np.ndarray]:
         """(cells to store, in one chunk; int8 code of each one's split)."""
         encoder = RankEncoder(self.recipe.vocabulary, self.recipe.seq_length)
         pieces = []
@@ -104,7 +104,7 @@ class _UnitCells:
             kept_N = self._count(ranked)
             cells = self._table(block, ranked)
             pieces.append(cells if kept_N.all() else cells.filter(pa.array(kept_N)))
-            tell(len(block))
+            advance(len(block))
         cells = pa.concat_tables(pieces).combine_chunks()
         datasets = cells["dataset_id"].to_pylist()
         self.datasets = sorted(set(datasets))

@@ -127,7 +127,7 @@ def test_a_build_ends_with_its_units_kept_and_goes_on(
     assert not (tmp_path / "s").exists()
     assert len(list((tmp_path / ".s.staging/units").glob("*.json"))) == 2
     said: list[str] = []
-    whole = build_store(inputs, tmp_path / "s", vocabulary_of(NUM_GENES), say=said.append)
+    whole = build_store(inputs, tmp_path / "s", vocabulary_of(NUM_GENES), log=said.append)
     assert said == ["continues: 2 of 5 units of work are there"]
     assert whole.refused == []
     assert whole.content_hash == clean.content_hash
