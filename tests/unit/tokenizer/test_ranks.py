@@ -165,13 +165,13 @@ def test_a_thousand_real_cells(shared_data, name: str) -> None:
 
 
 def test_compiled_without_a_place_for_the_cache(monkeypatch) -> None:
-    asked, original = [], numba.njit
+    asked, plain = [], numba.njit
 
     def njit(cache: bool = False, **options: Any):  # type: ignore[no-untyped-def]
         asked.append(cache)
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
-        return original(**options)
+        return plain(**options)
 
     # Numba raises that error for code that is in no file.
     code = compile("lambda number: number * 2", "<nowhere>", "eval")
