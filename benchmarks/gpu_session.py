@@ -2,21 +2,18 @@
 """Everything worth knowing of a GPU that is lent for a few minutes, in one unattended command.
 
     python benchmarks/gpu_session.py --out DIR [--cells FLAT]
-    python benchmarks/gpu_session.py --out DIR --only machine tflops_106m     some of its parts
+    python benchmarks/gpu_session.py --out DIR --only attention tflops_106m   some of its parts
     python benchmarks/gpu_session.py --out DIR --toy         the same on a CPU, as small as can be
 
-    machine      what there is, its fastest matrix products
-    check_*      each attention: the kernels that run, our model against plain arithmetic in fp64
-                 (forward and gradients, bf16 and fp32, padded and packed), statistics of dropout
-    tflops_*     benchmarks/tflops.py for both models, padded and packed at a mean of 1,300 tokens
-    train_step_* benchmarks/train_step.py: ours and its peers on the same cells
+    attention    te, flash, sdpa in bf16 and fp32, padded and packed, forward and gradients, against
+                 the formula in fp64
+    tflops_*     benchmarks/tflops.py for both models
+    train_step_* benchmarks/train_step.py for both models: ours and its peers, on the flat copy FLAT
+                 or made-up cells
 
-Each part is a process with a time of its own, and what it has found is written at once: one that
-crashes or hangs costs no other. What needs Transformer Engine is left out, with that reason, where
-it is not installed, and FlashAttention-2 inside torch does its work. DIR/summary.json holds the
-bars; DIR/tflops_GPU.json is for benchmarks/results.
-
-Needs torch, megatron-core, numpy, numba and omegaconf. Cells: a flat copy, or made-up tokens.
+The parts are commands, run one after the other, each within a time of its own: DIR/PART.json,
+PART.log, and the exit codes in session.json. What this machine lacks is left out with the reason.
+Needs torch, megatron-core, numpy, numba and omegaconf.
 """
 
 from __future__ import annotations
@@ -24,126 +21,156 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # In place of this folder, where a tokenize.py would hide Python's own: the project, since a GPU
-    # machine may lack the install.
-    sys.path.remove(sys.path[0])
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # in place of this folder, whose tokenize.py hides Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import itertools
 import os
-import tempfile
+import signal
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness.common import VOCABULARY, parser_of, refuse
-from benchmarks.harness.session.parts import ENDED, Part, run_all, summarise
-from benchmarks.harness.tflops.settings import MEAN_TOKENS, made_up
-from benchmarks.harness.train_step import cells as step_cells
+from benchmarks.harness import step_cells
+from benchmarks.harness.common import (
+    SEQ_LENGTH,
+    VOCABULARY,
+    parser_of,
+    refuse,
+    save_results,
+    unknown_names,
+)
+from benchmarks.harness.made_up import MEAN_TOKENS, token_cells
 from geneformer_mcore.backends import ignore_known_warnings
-from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.errors import GeneformerError
 from geneformer_mcore.exit_codes import DEFECT, FINISHED, run
 from geneformer_mcore.store.local_cache import ensure
+
+if TYPE_CHECKING:
+    import torch
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 470.0
 """Under eight minutes, the end included."""
-CHECKED, CHECKED_TOY = ("te", "flash", "sdpa"), ("te", "sdpa")
+ATTENTION = (("te", "flash", "sdpa"), ("bf16", "fp32"), (True, False))
+_ROWS = "--attention te flash --steps 10 --micro-batch"
+PARTS = (
+    ("tflops", "106m", 100.0, f"{_ROWS} 16 32 64"),
+    ("tflops", "10m", 80.0, f"{_ROWS} 64 128"),
+    ("train_step", "106m", 130.0, "--global-batch 128 --micro-batches 32"),
+    ("train_step", "10m", 110.0, "--global-batch 512 --micro-batches 64"),
+)
+_SMALL = "--seq-length 64 --steps 1 --warmup 0 --attention-dropout 0.1"
+TOY = (
+    ("tflops", "10m", 300.0, f"{_SMALL} --attention auto te --micro-batch 2"),
+    ("train_step", "10m", 300.0, f"{_SMALL} --global-batch 4 --micro-batches 4 --only ours_packed"),
+)
+LEAST_S = 10.0
+"""With less time than this left no part is begun: it would not get past its imports."""
 
 
 def main() -> int:
-    """Run all parts and report them; or be one of them."""
+    """Run all parts; or be the one that checks attention."""
     arguments = _arguments()
     ignore_known_warnings()
-    if arguments.part:
-        return _child(arguments)
     out = arguments.out.resolve()
-    refuse([], [out / "session.json"])
-    with tempfile.TemporaryDirectory() as work:
-        cells = _cells(arguments.cells, Path(work), 64 if arguments.toy else 2048)
-        parts = toy_parts(out, cells) if arguments.toy else all_parts(out, cells)
-        parts = _chosen(parts, arguments.only)
-        outcomes = run_all(parts, out, arguments.seconds)
-    print(summarise(out))
-    return FINISHED if all(each.state == ENDED for each in outcomes) else DEFECT
+    if arguments.check:
+        return DEFECT if check_attention(out) else FINISHED
+    cells = step_cells.flat_copy(arguments.cells) if arguments.cells else out / "cells"
+    parts = parts_of(out, cells, arguments.toy)
+    refuse(unknown_names("--only", arguments.only, parts), [out / "session.json"])
+    chosen = {name: parts[name] for name in parts if name in (arguments.only or parts)}
+    if not arguments.cells:
+        length = 64 if arguments.toy else SEQ_LENGTH
+        made = token_cells(MEAN_TOKENS * length // SEQ_LENGTH, length, VOCABULARY)
+        ensure(made, "made_up_cells", round(made.mean_tokens * len(made)), cells)
+    ends = run_parts(chosen, out, arguments.seconds)
+    return FINISHED if all(end == "0" for end in ends.values()) else DEFECT
 
 
-def all_parts(out: Path, cells: Path) -> list[Part]:
-    """The parts with a GPU, the most needed first."""
-    packings = ("--packing", "padded", "packed", "--attention", "te", "flash", "--steps", "10")
-    peers = ("--warmup", "1", "--rounds", "1", "--cells", str(cells))
-    return [
-        _own("machine", out, 45),
-        *(_own(f"check_{name}", out, 60, "--seq-length", "1024") for name in CHECKED),
-        _tflops("106m", out, 100, *packings, "--micro-batch", "16", "32", "64", "--seconds", "75"),
-        _tflops("10m", out, 80, *packings, "--micro-batch", "64", "128", "--seconds", "60"),
-        _train_step("106m", out, 130, *peers, "--global-batch", "128", "--micro-batches", "32"),
-        _train_step("10m", out, 110, *peers, "--global-batch", "512", "--micro-batches", "64"),
-    ]
+def parts_of(out: Path, cells: Path, toy: bool) -> dict[str, tuple[float, list[str]]]:
+    """{name: (seconds, command)}, the most needed first."""
+    attention = ["gpu_session.py", "--check", "--out", str(out)]
+    parts = {"attention": (300.0 if toy else 60.0, attention)}
+    for script, model, seconds, options in TOY if toy else PARTS:
+        name = f"{script}_{model}"
+        words = [f"{script}.py", "--model", model, *options.split()]
+        if script == "train_step":
+            words += ["--cells", str(cells), "--rounds", "1", "--work", str(out / name)]
+        parts[name] = (seconds, [*words, "--json", str(out / f"{name}.json")])
+    return parts
 
 
-def _chosen(parts: list[Part], names: list[str] | None) -> list[Part]:
-    there = [part.name for part in parts]
-    unknown = [name for name in names or () if name not in there]
-    if unknown:
-        raise ConfigError(
-            f"--only must name parts of a session ({', '.join(there)}), and names "
-            f"{', '.join(unknown)}."
-        )
-    return [part for part in parts if not names or part.name in names]
+def run_parts(
+    parts: dict[str, tuple[float, list[str]]], out: Path, seconds: float
+) -> dict[str, str]:
+    """All parts in turn, within `seconds` together: {name: exit code, or why there is none}."""
+    deadline, ends = time.monotonic() + seconds, {}
+    for name, (budget_s, words) in parts.items():
+        left = min(budget_s, deadline - time.monotonic())
+        command = [sys.executable, str(HERE / words[0]), *words[1:]]
+        began = time.monotonic()
+        ends[name] = "not begun" if left < LEAST_S else _end_of(command, out / f"{name}.log", left)
+        print(f"{name}: {ends[name]}, {time.monotonic() - began:.0f} s", flush=True)
+        save_results(out / "session.json", {"ends": ends})
+    return ends
 
 
-def toy_parts(out: Path, cells: Path) -> list[Part]:
-    """The same on a CPU: every part in a few seconds, to know that it runs."""
-    small = ("--seq-length", "64", "--steps", "1", "--warmup", "0")
-    rows = ("--attention", "auto", "te", "--attention-dropout", "0.1", "--micro-batch", "2")
-    peers = ("--global-batch", "4", "--micro-batches", "4", "--rounds", "1", "--cells", str(cells))
-    only = ("--only", "ours_packed", "te_layers")
-    return [
-        _own("machine", out, 200),
-        *(_own(f"check_{name}", out, 300, "--seq-length", "64") for name in CHECKED_TOY),
-        _tflops("10m", out, 300, *small, *rows, "--lengths", "40"),
-        _train_step("10m", out, 300, *small, *peers, *only),
-    ]
+def _end_of(command: list[str], log: Path, seconds: float) -> str:
+    """Run a part, killed with all that it has started after `seconds`."""
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, start_new_session=True, **streams)
+        try:
+            return str(process.wait(seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return "out of time"
 
 
-def _own(name: str, out: Path, budget_s: float, *options: str) -> Part:
-    command = [sys.executable, str(HERE / "gpu_session.py"), "--part", name, "--out", str(out)]
-    return Part(name, [*command, *options], budget_s)
+def check_attention(out: Path) -> int:
+    """Compare each attention with the formula; the number of those that are wrong."""
+    import torch
+
+    from geneformer_mcore.config.sections import ParallelConfig
+    from geneformer_mcore.distributed import device, groups
+
+    os.environ["NVTE_UNFUSED_ATTN"] = "0"  # an error rather than attention with every score
+    here = device.start()
+    groups.start(here, ParallelConfig())
+    groups.seed_dropout(1, groups.topology())
+    checks: list[dict[str, Any]] = []
+    for name, precision, packed in itertools.product(*ATTENTION):
+        known = {"attention": name, "precision": precision, "packed": packed}
+        checks.append(known | compared(str(name), str(precision), bool(packed), here))
+        print(checks[-1], flush=True)
+        save_results(out / "attention.json", {"cuda": torch.version.cuda, "checks": checks})
+    groups.stop()
+    return sum("wrong" in each for each in checks)
 
 
-def _tflops(model: str, out: Path, budget_s: float, *options: str) -> Part:
-    name = f"tflops_{model}"
-    command = [sys.executable, str(HERE / "tflops.py"), "--model", model, *options]
-    return Part(name, [*command, "--json", str(out / "parts" / f"{name}.json")], budget_s)
+def compared(name: str, precision: str, packed: bool, here: torch.device) -> dict[str, Any]:
+    """The largest difference; or the reason why this machine has it not, or what is wrong."""
+    from benchmarks.harness.peers.steps import our_stages
+    from geneformer_mcore.config import load
+    from geneformer_mcore.model import megatron_config
+    from geneformer_mcore.model.attention import select, selftest
 
-
-def _train_step(model: str, out: Path, budget_s: float, *options: str) -> Part:
-    name = f"train_step_{model}"
-    command = [sys.executable, str(HERE / "train_step.py"), "--model", model, *options]
-    command += ["--work", str(out / "parts" / name), "--json", str(out / f"{name}.json")]
-    return Part(name, command, budget_s)
-
-
-def _child(arguments: argparse.Namespace) -> int:
-    # Transformer Engine says which of its kernels it takes, into this part's log, and raises rather
-    # than fall back to attention that keeps every score in memory. Timed parts must be left alone.
-    os.environ.update(NVTE_DEBUG="1", NVTE_DEBUG_LEVEL="2", NVTE_UNFUSED_ATTN="0")
-    from benchmarks.harness.session import check
-
-    kind, _, name = arguments.part.partition("_")
-    if kind == "machine":
-        sound = check.machine(arguments.out)
-    else:
-        sound = check.check(name, arguments.out, arguments.seq_length)
-    return FINISHED if sound else DEFECT
-
-
-def _cells(flat: Path | None, work: Path, seq_length: int) -> Path:
-    """The given flat copy, or one of made-up cells."""
-    if flat is not None:
-        return step_cells.flat_copy(flat).resolve()
-    cells = made_up(MEAN_TOKENS * seq_length // 2048, seq_length, VOCABULARY)
-    num_tokens = round(cells.mean_tokens * len(cells.source))
-    return ensure(cells.source, "made_up_cells", num_tokens, work).folder
+    changes = [f"model.attention={name}", f"train.precision={precision}", "model.num_layers=1"]
+    config, _ = load(None, [*changes, f"data.packing={str(packed).lower()}"])
+    kind = config.train.precision
+    try:
+        select.choose(config.model, here, kind, packed)
+        core = megatron_config.transformer_config(config.model, config.parallel, kind, here)
+        (stage,) = our_stages(config, core, here, VOCABULARY)
+    except GeneformerError as error:
+        return {"reason": str(error)}
+    try:
+        return {"difference": selftest.check(stage, here, packed)}
+    except (GeneformerError, RuntimeError) as error:  # the next one may be right
+        return {"wrong": str(error)}
 
 
 def _arguments() -> argparse.Namespace:
@@ -154,8 +181,7 @@ def _arguments() -> argparse.Namespace:
     add("--only", nargs="+", metavar="PART", help="these parts; default: all")
     add("--toy", action="store_true", help="as small as can be, also without a GPU")
     add("--seconds", type=float, default=SECONDS, help=f"for all parts (default: {SECONDS:g})")
-    add("--part", help=argparse.SUPPRESS)
-    add("--seq-length", type=int, default=1024, help=argparse.SUPPRESS)
+    add("--check", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

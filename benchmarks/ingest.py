@@ -15,12 +15,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # In place of this folder, where a tokenize.py would hide Python's own: the project.
-    sys.path.remove(sys.path[0])
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # in place of this folder, whose tokenize.py hides Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import contextlib
 import json
 import re
 import resource
@@ -28,24 +27,14 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 import psutil
 
-from benchmarks.harness.common import (
-    RESULTS,
-    ROOT,
-    Goal,
-    build_store,
-    parser_of,
-    save_results,
-    text_table,
-)
-from benchmarks.harness.loader.cells import draw, write
-from benchmarks.harness.pages import INGEST_COLUMNS, heads, shown
+from benchmarks.harness.common import RESULTS, ROOT, goal, goal_text, parser_of, save_results
+from benchmarks.harness.loader_cells import draw, write
+from benchmarks.harness.pages import INGEST_COLUMNS, table
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.exit_codes import run
 from geneformer_mcore.store.ingest import plan
@@ -62,89 +51,53 @@ S_PER_PIECE = 50e-6
 """The merge reads one piece per unit of work and bucket: 43 to 55 us each, tried by themselves on
 two cores. With 200,000 cells there are too few to be seen."""
 
-HOW = """
-cells/s      all cells over the wall time of the command, start of Python included
-tokenising   reading, checking, ranking: shared by the workers, so it is divided by their number
-writing      the merge: one process, whatever the cores
-memory       largest sum over the command and its workers, sampled every {sample_s:g} s; PSS counts
-             pages that processes share once, RSS in each
-{census:,} cells on {cores} cores: cells / ({per_core:,.0f} cells/s and core x {cores}) + cells /
-             ({merge:,.0f} cells/s) + {pieces:,} pieces x 50 us = {tokenise_s:,.0f} s +
-             {merge_s:,.0f} s + {pieces_s:,.0f} s = {minutes:.0f} min, if the disk gives the
-             {read_gb_per_s:.1f} GB/s of compressed counts that so many cores read, and the store's
-             bandwidth is no less than here
-"""
-
-
-COLUMNS = [
-    *INGEST_COLUMNS,
-    ("tokenising", lambda run: f"{run['tokenising_s']:.1f} s"),
-    ("writing", lambda run: f"{run['writing_s']:.1f} s"),
-    ("RSS", lambda run: f"{run['peak_rss_gb']:.2f} GB"),
-]
-
 
 def main() -> None:
     """Make the files, build the stores, print the table, write the result."""
     arguments = _arguments()
-    work = Path(arguments.work)
+    work = arguments.work.resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    workers = psutil.cpu_count() if arguments.workers is None else arguments.workers
-    sources = [Path(name) for name in arguments.inputs] or [_made_up(work)]
-    sets = _resample(sources, work, max(SETS), arguments.cells, workers)
+    workers = arguments.workers or psutil.cpu_count()
+    made_up = [] if arguments.inputs else draw([], None, 2000, seed=0)[:1]
+    sources = arguments.inputs or [write(each, work / "made_up").counts_file for each in made_up]
+    sets = _resample(sources, work, max(SETS), arguments.cells)
     runs = []
     for number in SETS:
         files = [file for part in sets[:number] for file in part]
         runs.append(_measure(files, work / "store", arguments.vocabulary, workers))
         print(f"{runs[-1]['cells']:,} cells: {runs[-1]['seconds']} s", flush=True)
     result = _result(runs, workers, [path.name for path in sources])
-    goals = _goals(runs)
-    print(text_table(heads(COLUMNS), [shown(COLUMNS, each) for each in runs]))
-    print(HOW.format(sample_s=SAMPLE_S, **result["extrapolation"]))
-    print("\n".join(map(str, goals)))
-    result["goals"] = [goal.as_json() for goal in goals]
-    save_results(Path(arguments.json), result)
+    print(table(INGEST_COLUMNS, runs), *map(goal_text, result["goals"]), sep="\n")
+    save_results(arguments.json, result)
     shutil.rmtree(work)
 
 
 def _arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="FILE.h5ad", help="real cells (default: made-up ones)")
-    add("--vocabulary", metavar="FILE.json", help="default: that of the cells")
+    add("inputs", nargs="*", type=Path, metavar="FILE.h5ad", help="default: made-up cells")
+    add("--vocabulary", type=Path, metavar="FILE.json", help="default: that of the cells")
     add("--workers", type=int, help="default: one per core")
     add("--cells", type=int, default=CELLS_OF_SET, help="cells of the smallest store")
-    add("--work", default=str(ROOT / "build" / "ingest"), help="scratch folder, emptied first")
-    add("--json", default=str(RESULTS / "ingest.json"))
+    add(
+        "--work", type=Path, default=ROOT / "build" / "ingest", help="scratch folder, emptied first"
+    )
+    add("--json", type=Path, default=RESULTS / "ingest.json")
     return parser.parse_args()
 
 
-# Files
-
-
-def _made_up(work: Path) -> Path:
-    """2,000 cells of about 1,700 expressed genes of 20,000."""
-    return write(draw([], None, 2000, seed=0)[0], work / "made_up").counts_file
-
-
-def _resample(
-    sources: Sequence[Path], work: Path, num_sets: int, cells: int, workers: int
-) -> list[list[Path]]:
+def _resample(sources: Sequence[Path], work: Path, num_sets: int, cells: int) -> list[list[Path]]:
     """`num_sets` lists of files with `cells` cells each, a file per source in every list."""
     import anndata
 
     sizes = [anndata.read_h5ad(path, backed="r").n_obs for path in sources]
-    edges = np.rint(np.cumsum([0, *sizes]) / sum(sizes) * cells).astype(int)
-    jobs, files = [], []
+    shares = np.diff(np.rint(np.cumsum([0, *sizes]) / sum(sizes) * cells).astype(int))
+    files = []
     for number in range(num_sets):
         files.append([work / f"{path.stem}_{number}.h5ad" for path in sources])
-        jobs += [
-            (path, out, int(size), number)
-            for path, out, size in zip(sources, files[-1], np.diff(edges), strict=True)
-        ]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        list(pool.map(_draw, *zip(*jobs, strict=True)))
+        for source, out, share in zip(sources, files[-1], shares, strict=True):
+            _draw(source, out, int(share), number)
     return files
 
 
@@ -165,38 +118,35 @@ def _draw(source: Path, out: Path, num_cells: int, seed: int) -> None:
 
 
 def _measure(
-    files: Sequence[Path], store: Path, vocabulary: str | None, workers: int
+    files: Sequence[Path], store: Path, vocabulary: Path | None, workers: int
 ) -> dict[str, Any]:
     """One build, and what it took."""
     shutil.rmtree(store, ignore_errors=True)
-    command = build_store(store, files, vocabulary, "--workers", str(workers))
+    script = str(ROOT / "data_prep" / "build_store.py")
+    command: list[Any] = [sys.executable, script, "--out", store, "--workers", f"{workers}", *files]
+    command += ["--vocabulary", vocabulary] if vocabulary else []
     started, cpu_s = time.monotonic(), _children_cpu_s()
-    peaks = {"rss": 0, "pss": 0}
+    peak = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
-            for name, size in _memory(process.pid).items():
-                peaks[name] = max(peaks[name], size)
+            peak = max(peak, _memory(process.pid))
             time.sleep(SAMPLE_S)
         seconds = time.monotonic() - started
         assert process.stdout is not None
         printed = process.stdout.read()
     if process.returncode:
         raise DataError(f"build_store.py ended with {process.returncode}.")
-    tokenising_s, writing_s = (_phase_s(what, printed) for what in ("tokenising", "writing rows"))
     manifest = json.loads((store / "manifest.json").read_text())
     return {
         "cells": manifest["cells"],
         "seconds": round(seconds, 2),
         "cells_per_s": round(manifest["cells"] / seconds),
         "cpu_s": round(_children_cpu_s() - cpu_s, 2),
-        "tokenising_s": tokenising_s,
-        "writing_s": writing_s,
-        "peak_pss_gb": round(peaks["pss"] / 1e9, 3),
-        "peak_rss_gb": round(peaks["rss"] / 1e9, 3),
+        "tokenising_s": _phase_s("tokenising", printed),
+        "writing_s": _phase_s("writing rows", printed),
+        "peak_pss_gb": round(peak / 1e9, 3),
         "input_bytes": sum(file.stat().st_size for file in files),
         "store_bytes": sum(file.stat().st_size for file in store.rglob("*") if file.is_file()),
-        "tokens": manifest["tokens"],
-        "content_hash": manifest["content_hash"],
     }
 
 
@@ -208,77 +158,63 @@ def _phase_s(what: str, printed: str) -> float:
 
 
 def _children_cpu_s() -> float:
-    """CPU seconds of all processes that were waited for, and of theirs."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
-def _memory(pid: int) -> dict[str, int]:
-    """Bytes of a process and all under it."""
-    total = {"rss": 0, "pss": 0}
-    try:
+def _memory(pid: int) -> int:
+    """PSS in bytes of a process and all under it: pages that they share count once."""
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
-        family = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return total
-    for process in family:
-        try:
-            found = process.memory_full_info()
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-        total["rss"] += found.rss
-        total["pss"] += found.pss
+        for process in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # a zombie, too
+                total += process.memory_full_info().pss
     return total
 
 
-def _goals(runs: Sequence[dict[str, Any]]) -> list[Goal]:
+def _goals(first: dict[str, Any], last: dict[str, Any]) -> list[dict[str, Any]]:
     """Goals of the largest run, and of the growth of time and memory from the first to it."""
-    first, last = runs[0], runs[-1]
     per_cell = [run["seconds"] / run["cells"] for run in (first, last)]
     memory = last["peak_pss_gb"] / first["peak_pss_gb"]
     both = f"{last['cells']:,} / {first['cells']:,} cells"
     return [
-        Goal(f"ingest of {last['cells']:,} cells", last["cells_per_s"], 5000, "cells/s"),
-        Goal("memory of all processes, PSS", last["peak_pss_gb"], 2, "GB", at_most=True),
-        Goal(f"time per cell, {both}", per_cell[1] / per_cell[0], 1.15, at_most=True),
-        Goal(f"memory, {both}", memory, 1.15, at_most=True),
+        goal(f"ingest of {last['cells']:,} cells", last["cells_per_s"], 5000, "cells/s"),
+        goal("memory of all processes, PSS", last["peak_pss_gb"], 2, "GB", at_most=True),
+        goal(f"time per cell, {both}", per_cell[1] / per_cell[0], 1.15, at_most=True),
+        goal(f"memory, {both}", memory, 1.15, at_most=True),
     ]
 
 
 def _result(runs: Sequence[dict[str, Any]], workers: int, sources: Sequence[str]) -> dict[str, Any]:
-    first, last = runs[0], runs[-1]
-    growing = {"memory_pss": "peak_pss_gb"}
-    growing |= {name: name for name in ("cells", "seconds", "store_bytes")}
     return {
         "sources": list(sources),
         "compression": "gzip",
         "workers": workers,
         "runs": list(runs),
-        "growth": {name: round(last[key] / first[key], 3) for name, key in growing.items()},
-        "extrapolation": _census(last, workers),
+        "extrapolation": _census(runs[-1], workers),
+        "goals": _goals(runs[0], runs[-1]),
     }
 
 
 def _census(last: dict[str, Any], workers: int) -> dict[str, Any]:
-    """The whole Census on one node: an extrapolation from the largest run."""
+    """The whole Census on one node, from the largest run: cells / (cells/s and core x cores) +
+    cells / (cells/s of the merge, one process) + pieces, if the disk gives read_gb_per_s."""
     per_core = last["cells"] / last["tokenising_s"] / workers
     merge = last["cells"] / last["writing_s"]
     units = -(-CENSUS_CELLS // plan.MOST_ROWS_PER_UNIT)
     pieces = units * len(SPLITS) * count_buckets(CENSUS_CELLS)
-    tokenise_s, merge_s = CENSUS_CELLS / (per_core * NODE_CORES), CENSUS_CELLS / merge
-    pieces_s = pieces * S_PER_PIECE
-    bytes_per_s = last["input_bytes"] / last["cells"] * per_core * NODE_CORES
+    rate = per_core * NODE_CORES
+    seconds = (CENSUS_CELLS / rate, CENSUS_CELLS / merge, pieces * S_PER_PIECE)
+    names = ("tokenise_s", "merge_s", "pieces_s")
     return {
         "census": CENSUS_CELLS,
         "cores": NODE_CORES,
         "per_core": round(per_core),
         "merge": round(merge),
-        "tokenise_s": round(tokenise_s),
-        "merge_s": round(merge_s),
         "pieces": pieces,
-        "pieces_s": round(pieces_s),
-        "minutes": round((tokenise_s + merge_s + pieces_s) / 60, 1),
-        "read_gb_per_s": round(bytes_per_s / 1e9, 2),
+        **{name: round(each) for name, each in zip(names, seconds, strict=True)},
+        "minutes": round(sum(seconds) / 60, 1),
+        "read_gb_per_s": round(last["input_bytes"] / last["cells"] * rate / 1e9, 2),
     }
 
 

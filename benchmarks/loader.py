@@ -6,13 +6,9 @@
 
 Two tables: raw counts out, and padded batches of the same tokens. Each contestant reads the same
 cells in a format of its own, which is made in DIR once. All take turns, several times, each turn in
-a process of its own: open, read whole epochs for eight seconds or more. The page cache is warm.
-Cells are checked by their sums in one more epoch of the first turn. Peers come with
-
-    pip install -c requirements.lock -e ".[bench]"
-
-in an environment of their own, if ours is to stay as requirements.lock has it. A peer that is not
-there, or fails, is listed as not measured. annbatch needs Python 3.12 and is not among them.
+a process of its own: open, read whole epochs for eight seconds or more, page cache warm; the first
+turn checks every cell by its sum. Peers come with the extra [bench] (pip install -c
+requirements.lock -e ".[bench]"); one that is not there, or fails, is listed as not measured.
 """
 
 from __future__ import annotations
@@ -20,18 +16,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # In place of this folder, where tokenize.py hides Python's own: the project.
-    sys.path.remove(sys.path[0])
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # in place of this folder, whose tokenize.py hides Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json
 import shutil
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.harness import common
-from benchmarks.harness.loader.rows import LEGEND, goals_of, row, table
+from benchmarks.harness.common import goal, ratio
+from benchmarks.harness.pages import LOADER_COLUMNS, table
 from benchmarks.harness.peers.contestant import BATCH_SIZE, COUNTS, TOKENS, Contestant
 from benchmarks.harness.peers.loaders import CONTESTANTS
 from geneformer_mcore.errors import ConfigError
@@ -39,12 +36,20 @@ from geneformer_mcore.exit_codes import run
 
 TITLES = {COUNTS: "raw counts out", TOKENS: "padded batches of tokens out"}
 TIMEOUT_S = 1800
+ON_THE_FLY = ("ours_h5ad", "ours_experiment")
+SOMAS = ("counts_soma_dense", "counts_soma_sparse")
+SAME_TOKENS = (
+    *("tokens_soma", "tokens_scdataset", "tokens_scdataset_workers", "tokens_scdataset_arrow"),
+    "tokens_scdataset_our_store",
+)
+"""The same tokens in tiledbsoma-ml's or scDataset's way of reading."""
 _RESULT = "turn.json"
 
 
 def main() -> int:
     """Prepare, let all take turns, print the tables; or, called by itself, take one turn."""
     arguments = _arguments()
+    arguments.work = arguments.work.resolve()
     if arguments.turn or arguments.prepare:
         return _child(arguments)
     problems = common.too_small(
@@ -54,10 +59,10 @@ def main() -> int:
     common.refuse(problems, (arguments.json, arguments.png, arguments.work / "about.json"))
     chosen = {name: CONTESTANTS[name] for name in arguments.only or CONTESTANTS}
     about = _make_cells(arguments)
-    failures = _prepare(arguments, chosen)
+    failures = _prepare(arguments.work, chosen)
 
     def turn(name: str, number: int) -> tuple[dict[str, Any], str]:
-        why = _call(arguments, "--turn", name, *(["--check"] if number == 0 else []))
+        why = _call(arguments.work, "--turn", name, *(["--check"] if number == 0 else []))
         return ({}, why) if why else (json.loads((arguments.work / _RESULT).read_text()), "")
 
     labels = {name: kind.label for name, kind in chosen.items()}
@@ -67,16 +72,19 @@ def main() -> int:
     rows = [row(name, turns[name], failures.get(name)) for name in chosen]
     goals = goals_of(rows)
     for kind, title in TITLES.items():
-        print(f"\n{title}\n{table([found for found in rows if found['table'] == kind])}")
-    print(f"\n{_conditions(about, arguments.runs)}\n")
-    print("\n".join(map(str, goals)))
-    _save(arguments, rows, goals, about)
+        these = [found for found in rows if found["table"] == kind]
+        print(f"\n{title}\n{table(LOADER_COLUMNS, these, (), 2)}")
+    print("", *map(common.goal_text, goals), sep="\n")
+    content = {"rows": rows, "goals": goals, "runs": arguments.runs} | about
+    common.save_results(arguments.json, content)
+    if arguments.png:
+        save_bars(arguments.png, rows, f"{about['cells']:,} cells, page cache warm")
     return 0
 
 
 def _make_cells(arguments: argparse.Namespace) -> dict[str, Any]:
     """Draw the cells, unless they are there. Raises ConfigError if others are."""
-    from benchmarks.harness.loader.cells import draw, write
+    from benchmarks.harness.loader_cells import draw, write
 
     wanted = {
         "cells": arguments.cells // BATCH_SIZE * BATCH_SIZE,
@@ -86,7 +94,7 @@ def _make_cells(arguments: argparse.Namespace) -> dict[str, Any]:
     about = arguments.work / "about.json"
     if about.exists():
         found = json.loads(about.read_text())
-        if all(found[key] == wanted[key] for key in wanted):
+        if found.items() >= wanted.items():
             return found
         raise ConfigError(
             f"{arguments.work} holds other cells ({found['cells']:,} of {found['data']}). Name "
@@ -96,104 +104,132 @@ def _make_cells(arguments: argparse.Namespace) -> dict[str, Any]:
     cells, few = draw(arguments.files, arguments.medians, wanted["cells"], seed=0)
     write(few, arguments.work / "few")
     data = write(cells, arguments.work / "all")
-    numbers = {
+    wanted |= {
         "genes": len(cells.gene_ids),
         "nonzeros_per_cell": cells.counts.nnz / len(cells),
-        "tokens_per_cell": float(data.truth.num_tokens_N.mean()),
+        "tokens_per_cell": float(data.num_tokens_N.mean()),
     }
-    about.write_text(json.dumps(wanted | numbers))
-    return wanted | numbers
+    about.write_text(json.dumps(wanted))
+    return wanted
 
 
-def _prepare(arguments: argparse.Namespace, chosen: dict[str, type[Contestant]]) -> dict[str, str]:
+def _prepare(work: Path, chosen: dict[str, type[Contestant]]) -> dict[str, str]:
     """Make the formats that are not there; {contestant: why it cannot be measured}."""
     failures: dict[str, str] = {}
     for name, kind in chosen.items():
         if kind.package and common.version_of(kind.package) == common.NOT_INSTALLED:
             failures[name] = f"{kind.package} is {common.NOT_INSTALLED}"
-            continue
-        for number, make in enumerate(kind.formats):
-            if (arguments.work / "all" / f"{make.__name__}.made").exists():
-                continue
-            print(f"{kind.label}: making {make.__name__}", flush=True)
-            why = _call(arguments, "--prepare", f"{name}:{number}")
-            if why:
-                failures[name] = why
-                break
-    return failures
+        elif not all((work / "all" / f"{make.__name__}.made").exists() for make in kind.formats):
+            print(f"{kind.label}: making its files", flush=True)
+            failures[name] = _call(work, "--prepare", name)
+    return {name: why for name, why in failures.items() if why}
 
 
-def _call(arguments: argparse.Namespace, *words: str) -> str:
+def _call(work: Path, *words: str) -> str:
     """Run this script with `words`; why it failed, or nothing."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--work", str(arguments.work), *words]
-    return common.why_failed(command, TIMEOUT_S).replace(str(arguments.work), "DIR")
+    command = [sys.executable, str(Path(__file__).resolve()), "--work", str(work), *words]
+    return common.why_failed(command, TIMEOUT_S).replace(str(work), "DIR")
 
 
 def _child(arguments: argparse.Namespace) -> int:
-    from benchmarks.harness.loader.cells import Prepared
-    from benchmarks.harness.loader.turn import take_turn
+    from benchmarks.harness.loader_cells import Prepared
+    from benchmarks.harness.loader_turn import take_turn
 
     few, data = (Prepared(arguments.work / name) for name in ("few", "all"))
-    if not arguments.prepare:
+    if arguments.turn:
         found = take_turn(CONTESTANTS[arguments.turn], data, few, with_check=arguments.check)
         (arguments.work / _RESULT).write_text(json.dumps(found))
         return 0
-    name, _, number = arguments.prepare.partition(":")
-    make = CONTESTANTS[name].formats[int(number)]
-    for each in (few, data):
-        mark = each.folder / f"{make.__name__}.made"
-        if not mark.exists():
-            _remove(each.place(make.__name__))  # left by a run that was killed
-            make(each)
-            mark.touch()
+    for make in CONTESTANTS[arguments.prepare].formats:
+        for each in (few, data):
+            mark, place = each.folder / f"{make.__name__}.made", each.place(make.__name__)
+            if not mark.exists():
+                shutil.rmtree(place, ignore_errors=True)  # left by a run that was killed
+                place.unlink(missing_ok=True)
+                make(each)
+                mark.touch()
     return 0
 
 
-def _remove(place: Path) -> None:
-    if place.is_dir():
-        shutil.rmtree(place)
-    else:
-        place.unlink(missing_ok=True)
+# Numbers
 
 
-def _conditions(about: dict[str, Any], runs: int) -> str:
-    return (
-        f"{about['cells']:,} cells x {about['genes']:,} genes, {about['nonzeros_per_cell']:,.0f} "
-        f"non-zeros and {about['tokens_per_cell']:,.0f} tokens per cell; batches of {BATCH_SIZE}; "
-        f"whole epochs for 8 s or more, opening included, median of {runs} turns; local files, "
-        f"page cache warm.\n{LEGEND}"
-    )
+def row(name: str, turns: Sequence[dict[str, Any]], not_measured: str | None) -> dict[str, Any]:
+    """One line: medians over the turns (of `take_turn`), and the first turn's check.
+
+    not_measured: why there are no turns
+    """
+    kind = CONTESTANTS[name]
+    known = common.named(name, kind, not_measured) | {"table": kind.table}
+    if not_measured:
+        return known
+    chosen = ("cells_per_s", "cpu_us_per_cell", "first_batch_s", "peak_mib")
+    medians = {key: statistics.median(turn[key] for turn in turns) for key in chosen}
+    return known | turns[0] | medians | {"runs": [turn["cells_per_s"] for turn in turns]}
 
 
-def _save(
-    arguments: argparse.Namespace,
-    rows: list[dict[str, Any]],
-    goals: list[common.Goal],
-    about: dict[str, Any],
-) -> None:
+def goals_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ratios and limits with their bars; without a value where a side was not measured."""
+    found = {each["name"]: each for each in rows}
+
+    def value(name: str, key: str = "cells_per_s") -> float | None:
+        return found.get(name, {}).get(key)
+
+    def best(*prefixes: str) -> float | None:
+        rates = [value(name) for name in found if name.startswith(prefixes)]
+        return max((rate for rate in rates if rate is not None), default=None)
+
+    store, flat, masked = value("ours_store"), value("ours_flat"), best("masked_")
+    same = max(filter(None, map(value, SAME_TOKENS)), default=None)
+    ratios = [
+        ("store / tiledbsoma-ml on counts, dense", store, value(SOMAS[0]), 15),
+        ("store / tiledbsoma-ml on counts, at its best", store, best(*SOMAS), 15),
+        ("store / the same tokens in tiledbsoma-ml's or scDataset's way, best", store, same, 5),
+        ("store / best peer on counts", store, best("counts_"), 1.5),
+        ("flat copy / best peer of either table", flat, best("counts_", "tokens_"), 5),
+        ("flat copy / best peer with masks, as ours has", flat, masked, 5),
+        ("store / best peer with masks, as ours has", store, masked, 1),
+    ]
+    for name in ON_THE_FLY:
+        what = f"{CONTESTANTS[name].label} / tiledbsoma-ml with HF-style tokenising"
+        ratios.append((what, value(name), value("soma_tokenised"), 3))
+    goals = [goal(what, ratio(ours, theirs), bar) for what, ours, theirs, bar in ratios]
+    for name in ("ours_store", "ours_flat", *ON_THE_FLY):
+        label = CONTESTANTS[name].label
+        memory, first = value(name, "peak_mib"), value(name, "first_batch_s")
+        goals.append(goal(f"{label}: resident memory", memory, 1000, "MiB", at_most=True))
+        goals.append(goal(f"{label}: first batch", first, 2, "s", at_most=True))
+    return goals
+
+
+def save_bars(path: Path, rows: Sequence[dict[str, Any]], about: str) -> None:
+    """Draw cells/s as horizontal bars on a log scale, a panel per table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     from geneformer_mcore.metrics.provenance import machine
 
-    if arguments.json:
-        content = {
-            "rows": rows,
-            "goals": [goal.as_json() for goal in goals],
-            "conditions": _conditions(about, arguments.runs),
-            "runs": arguments.runs,
-        }
-        common.save_results(arguments.json, content | about)
-    if arguments.png:
-        panels = {
-            f"{title}, batches of {BATCH_SIZE}": [
-                (found["label"], found["cells_per_s"], not found["peer"])
-                for found in rows
-                if found["table"] == kind and not found["not_measured"]
-            ]
-            for kind, title in TITLES.items()
-        }
-        footer = f"{machine()}; {about['cells']:,} cells, page cache warm"
-        common.save_bars(
-            arguments.png, {title: bars for title, bars in panels.items() if bars}, footer
-        )
+    kept = [each for each in rows if not each["not_measured"]]
+    size = (9, 0.32 * (len(kept) + 5))
+    figure, panels = pyplot.subplots(len(TITLES), figsize=size, layout="constrained")
+    for axes, (kind, title) in zip(panels, TITLES.items(), strict=True):
+        bars = [each for each in kept if each["table"] == kind]
+        bars.sort(key=lambda each: each["cells_per_s"])
+        rates = [each["cells_per_s"] for each in bars]
+        colours = ["#9aa5b1" if each["peer"] else "#1f6f5c" for each in bars]
+        drawn = axes.barh([each["label"] for each in bars], rates, color=colours)
+        axes.bar_label(drawn, [f"{rate:,.0f}" for rate in rates], padding=3, fontsize=8)
+        axes.set_title(f"{title}, batches of {BATCH_SIZE}", loc="left", fontsize=10)
+        axes.set_xscale("log")
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("cells/s", fontsize=9)
+    figure.supxlabel(f"{machine()}; {about}", x=0.01, ha="left", fontsize=7, color="#555555")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    pyplot.close(figure)
 
 
 def _arguments() -> argparse.Namespace:
@@ -203,7 +239,7 @@ def _arguments() -> argparse.Namespace:
     add("--work", type=Path, required=True, metavar="DIR", help="where the formats are made")
     add("--cells", type=int, default=50_048, help="drawn with replacement (default: 50,048)")
     add("--runs", type=int, default=5, help="turns of each (default: 5)")
-    add("--medians", type=Path, help="{gene id: median} of the vocabulary; default: the cells'")
+    add("--medians", type=Path, help="{gene id: median} of the vocabulary of these files")
     add("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(CONTESTANTS)}")
     add("--json", type=Path, metavar="OUT", help="write the rows here too")
     add("--png", type=Path, metavar="OUT", help="draw the rates here (.png, .svg)")

@@ -3,15 +3,11 @@
 
     python benchmarks/perturb.py CELLS.h5ad --medians gc30m_gene_medians.json
 
-The job: 100 cells drawn at random and the 200 genes that are detected in most of them, each deleted
-from every cell that has it; the shape of the 10M model, random weights, fp32 on a CPU. All ways
-work on random variants of that job, in turns, cell by cell: ours on some genes of a cell, through
-the very code of launch/perturb.py (read, rank again, embed the original once, pack, compare); the
-others on fewer of the same, a padded forward of the same weights each, with its tokens and its
-original given: once with the logits of all positions, as a masked language model's forward gives
-them and Geneformer's own code computes them, once up to the states alone. What all find is
-compared. One thread each, in wall-clock and in CPU seconds, and by the operations of either way
-(model/flops.py), which no busy machine disturbs.
+The job: 100 cells drawn at random and the 200 genes detected in most of them, each deleted from
+every cell that has it; the shape of the 10M model, random weights, fp32 on a CPU, one thread. Cell
+by cell in turns: ours on some genes through the code of launch/perturb.py; on fewer of the same a
+padded forward each, with the logits of all positions, as Geneformer's own code computes them, and
+without. Results are compared; times are wall-clock and CPU seconds, next to the operations.
 """
 
 from __future__ import annotations
@@ -19,17 +15,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # In place of this folder, where tokenize.py hides Python's own: the project.
-    sys.path.remove(sys.path[0])
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # in place of this folder, whose tokenize.py hides Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,49 +53,44 @@ class Side:
     variants: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
-    def rate(self, seconds: list[float]) -> float:
-        """Variants per second over all turns."""
-        return sum(self.variants) / sum(seconds)
-
     def flops(self, shape: ModelShape, seq_length: int) -> float:
         """Floating-point operations per variant: of ours with a share of the original's forward, of
-        the others of a forward of seq_length tokens, as this way of them is."""
-        head = seq_length if self.name == WHOLE else 0
-        padded = forward_flops(shape, Workload(seq_length, seq_length**2, head))
+        the others of a forward of seq_length tokens."""
         if self.name != OURS:
-            return float(padded)
-        found = 0
+            head = seq_length if self.name == WHOLE else 0
+            return float(forward_flops(shape, Workload(seq_length, seq_length**2, head)))
+        total = 0
         for length, variants in zip(self.tokens, self.variants, strict=True):
             original = forward_flops(shape, Workload(length + 1, (length + 1) ** 2, 0))
-            found += original + variants * forward_flops(shape, Workload(length, length**2, 0))
-        return found / sum(self.variants)
+            total += original + variants * forward_flops(shape, Workload(length, length**2, 0))
+        return total / sum(self.variants)
 
     def as_json(self, shape: ModelShape, seq_length: int) -> dict[str, Any]:
-        """Every number."""
-        return {
-            "name": self.name,
-            "variants_per_s": self.rate(self.wall_s),
-            "variants_per_cpu_s": self.rate(self.cpu_s),
+        """Every number; rates are over all turns."""
+        return asdict(self) | {
+            "variants_per_s": sum(self.variants) / sum(self.wall_s),
+            "variants_per_cpu_s": sum(self.variants) / sum(self.cpu_s),
             "flops_per_variant": self.flops(shape, seq_length),
-            "wall_s": self.wall_s,
-            "cpu_s": self.cpu_s,
-            "variants": self.variants,
-            "tokens": self.tokens,
         }
 
 
 def main() -> int:
     """Measure, compare, print and keep the numbers; 1 if they disagree."""
     arguments = _arguments()
-    common.refuse(_problems(arguments), [arguments.json])
+    lows = [(f"--{name}", getattr(arguments, name), 1) for name in ("turns", "sample", "padded")]
+    problems = common.too_small(*lows)
+    if arguments.padded > arguments.sample:
+        problems.append("--padded must not exceed --sample: they are some of the same variants.")
+    common.refuse(problems, [arguments.json])
     ignore_known_warnings()
     import torch
 
-    from benchmarks.harness import padded_variants
+    from benchmarks.harness.padded_variants import prepared
+    from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
-    vocabulary = _vocabulary(arguments.medians)
+    vocabulary = Vocabulary.from_medians(json.loads(arguments.medians.read_text()))
     job = (arguments.cells, vocabulary, common.CONFIGS["10m"], NUM_CELLS, NUM_GENES, SEED)
-    with padded_variants.prepared(*job) as ways:
+    with prepared(*job) as ways:
         sides, apart = measure(ways, arguments)
         about = {
             "cells": NUM_CELLS,
@@ -110,20 +99,13 @@ def main() -> int:
             "mean_tokens": ways.mean_tokens,
             "mean_tokens_measured": float(np.average(sides[0].tokens, weights=sides[0].variants)),
             "threads": torch.get_num_threads(),
-        }
-        shape, seq_length = ways.shape, ways.config.data.seq_length
-    measured = in_json(sides, about, shape, seq_length)
-    print(table(sides))
-    print(f"\n{_about(about, arguments, apart)}\n")
-    print("\n".join(measured["reading"]))
-    if arguments.json:
-        content = {
-            **measured,
             "sampled": {"cells": arguments.turns, "genes": arguments.sample},
             "largest_difference": apart,
             "data": arguments.cells.name,
         }
-        common.save_results(arguments.json, content)
+        content = in_json(sides, about, ways.shape, ways.config.data.seq_length)
+    print(*content["reading"], f"shifts differ by {apart:.1e} at most", sep="\n")
+    common.save_results(arguments.json, content)
     return 0 if apart < 1e-5 else 1
 
 
@@ -133,22 +115,21 @@ def in_json(
     """The measurements, the goals by both clocks, and how to read them."""
     rows = [side.as_json(shape, seq_length) for side in sides]
     goals = [
-        common.Goal(f"{OURS} / {row['name']}, {clock}", common.ratio(rows[0][rate], row[rate]), BAR)
+        common.goal(f"{OURS} / {row['name']}, {clock}", rows[0][rate] / row[rate], BAR)
         for row in rows[1:]
         for clock, rate in CLOCKS.items()
     ]
-    flops = [row["flops_per_variant"] for row in rows]
-    times = ", ".join(f"{other / flops[0]:.2f} x" for other in flops[1:])
+    ours, *others = (row["flops_per_variant"] for row in rows)
+    times = ", ".join(f"{other / ours:.2f} x" for other in others)
     mine, whole = about["mean_tokens_measured"], about["mean_tokens"]
     kind, favours = ("shorter", "ours") if mine < whole else ("longer", "the others")
     reading = [
-        *map(str, goals),
+        *map(common.goal_text, goals),
         f"operations of the measured variants, counted by model/flops.py: {times}",
         f"the measured cells are {kind} than those of the job ({mine:,.0f} against {whole:,.0f} "
         f"tokens per variant), which favours {favours}",
     ]
-    goals_json = [goal.as_json() for goal in goals]
-    return {"rows": rows, "goals": goals_json, "reading": reading, **about}
+    return {"rows": rows, "goals": goals, "reading": reading, **about}
 
 
 def measure(ways: Ways, arguments: argparse.Namespace) -> tuple[list[Side], float]:
@@ -170,8 +151,6 @@ def measure(ways: Ways, arguments: argparse.Namespace) -> tuple[list[Side], floa
             apart = max(apart, float(np.abs(found[np.searchsorted(genes, few)] - expected).max()))
         if number == 0:
             sides = [Side(side.name) for side in sides]
-        else:
-            print(f"cell {number} of {arguments.turns}", file=sys.stderr, flush=True)
     return sides, apart
 
 
@@ -184,43 +163,6 @@ def _timed(side: Side, variants: int, tokens: int) -> Iterator[None]:
     side.cpu_s.append(time.process_time() - cpu_s)
     side.variants.append(variants)
     side.tokens.append(tokens)
-
-
-def table(sides: list[Side]) -> str:
-    """The sides as text."""
-    head = ["way", "variants", "variants/s", "variants per CPU second"]
-    rows = [
-        [
-            *(side.name, f"{sum(side.variants):,}"),
-            *(f"{side.rate(seconds):.2f}" for seconds in (side.wall_s, side.cpu_s)),
-        ]
-        for side in sides
-    ]
-    return common.text_table(head, rows)
-
-
-def _about(about: dict[str, Any], arguments: argparse.Namespace, apart: float) -> str:
-    return (
-        f"{about['cells']} cells x {about['genes']} genes: {about['variants_of_the_job']:,} "
-        f"variants of {about['mean_tokens']:,.0f} tokens, of which {arguments.sample} at most "
-        f"of each of {arguments.turns} cells ({about['mean_tokens_measured']:,.0f} tokens) were "
-        f"measured, and {arguments.padded} of these padded; "
-        f"{about['threads']} thread. Shifts differ by {apart:.1e} at most."
-    )
-
-
-def _problems(arguments: argparse.Namespace) -> list[str]:
-    lows = [(f"--{name}", getattr(arguments, name), 1) for name in ("turns", "sample", "padded")]
-    problems = common.too_small(*lows)
-    if arguments.padded > arguments.sample:
-        problems.append("--padded must not exceed --sample: they are some of the same variants.")
-    return problems
-
-
-def _vocabulary(path: Path) -> Any:
-    from geneformer_mcore.tokenizer.vocabulary import Vocabulary
-
-    return Vocabulary.from_medians(json.loads(path.read_text()))
 
 
 def _arguments() -> argparse.Namespace:

@@ -12,10 +12,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # In place of this folder, where tokenize.py hides Python's own: the project.
-    sys.path.remove(sys.path[0])
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # in place of this folder, whose tokenize.py hides Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import difflib
@@ -44,17 +42,11 @@ def main() -> int:
         if not arguments.check:
             page.write_text(after)
         elif before != after:
-            _show_difference(page.name, before, after)
+            names = (page.name, f"{page.name} as measured")
+            lines = difflib.unified_diff(before.splitlines(), after.splitlines(), *names)
+            print(*lines, "run: python benchmarks/readme_tables.py", sep="\n", file=sys.stderr)
             status = 1
     return status
-
-
-def _show_difference(name: str, before: str, after: str) -> None:
-    diff = difflib.unified_diff(
-        before.splitlines(), after.splitlines(), name, f"{name} as measured", lineterm=""
-    )
-    print("\n".join(diff), file=sys.stderr)
-    print("run: python benchmarks/readme_tables.py", file=sys.stderr)
 
 
 def filled(page: str, results: Path) -> str:

@@ -7,7 +7,7 @@
 
 No cluster is needed, and nothing printed was measured on one. Measured are steps of one H200
 (benchmarks/results/tflops_h200.json), the loader (loader.json), the lengths of the cells and their
-packing on simulated ranks. Assumed is the rest: harness/scaling_model.py has the formulas.
+packing on simulated ranks. Assumed is the rest: Assumptions in harness/scaling_model.py.
 """
 
 from __future__ import annotations
@@ -15,32 +15,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # In place of this folder, where tokenize.py hides Python's own: the project.
-    sys.path.remove(sys.path[0])
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # in place of this folder, whose tokenize.py hides Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.harness.common import RESULTS, ROOT, parser_of, refuse, save_results, text_table
-from benchmarks.harness.scaling_model import (
-    GPUS_PER_NODE,
-    H200,
-    NODES,
-    SEQ_LENGTH,
-    Assumptions,
-    Inputs,
-    balance,
-    curves,
-    loader_rate,
-    project,
-    save_picture,
-    table,
-)
-from benchmarks.harness.tflops.settings import MEAN_TOKENS, like_real
+from benchmarks.harness import scaling_model
+from benchmarks.harness.common import RESULTS, ROOT, parser_of, refuse, save_results
+from benchmarks.harness.made_up import MEAN_TOKENS, like_real
+from benchmarks.harness.pages import markdown
+from benchmarks.harness.scaling_model import GPUS_PER_NODE, NODES, SEQ_LENGTH, Assumptions, Inputs
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.exit_codes import run
@@ -54,31 +41,27 @@ DEMO_STORE = ROOT / "build" / "demo" / "store"
 def main() -> int:
     """Simulate, project, print the table."""
     arguments = _arguments()
-    refuse(_problems(arguments), [arguments.json, arguments.svg])
+    steps = arguments.steps
+    problems = [f"--steps must be above 0, and is {steps}."] if steps <= 0 else []
+    if arguments.cells and arguments.tokens:
+        problems.append("--cells and --tokens both name cells: give one of the two.")
+    refuse(problems, [arguments.json, arguments.svg])
     ignore_known_warnings()
     lengths, source = corpus(arguments.cells, arguments.tokens)
     ranks = [GPUS_PER_NODE * nodes for nodes in NODES]
     inputs = Inputs(
-        curves(arguments.results),
+        scaling_model.curves(arguments.results),
         float(lengths.mean()),
-        {number: balance(lengths, number, arguments.steps) for number in ranks},
-        loader_rate(arguments.results, "ours_flat"),
-        loader_rate(arguments.results, "ours_store"),
+        {number: scaling_model.balance(lengths, number, steps) for number in ranks},
+        scaling_model.loader_rate(arguments.results, "ours_flat"),
+        scaling_model.loader_rate(arguments.results, "ours_store"),
     )
-    assumed = Assumptions(
-        nvlink_bytes_s=arguments.nvlink_gb_s * 1e9,
-        ib_bytes_s=arguments.ib_gb_s * 1e9,
-        optimizer_s=arguments.optimizer_ms / 1e3,
-        sustained=arguments.sustained,
-        cores_per_rank=arguments.cores_per_rank,
-    )
-    found = project(inputs, assumed) | {"sources": sources(inputs, assumed, len(lengths), source)}
-    print(text_table(*table(found)))
-    print(f"\n{found['sources']}")
-    if arguments.json:
-        save_results(arguments.json, found)
+    found = scaling_model.project(inputs, Assumptions())
+    found["sources"] = sources(inputs, Assumptions(), len(lengths), source)
+    print(markdown(*scaling_model.table(found)), found["sources"], sep="\n\n")
+    save_results(arguments.json, found)
     if arguments.svg:
-        save_picture(arguments.svg, found)
+        scaling_model.save_picture(arguments.svg, found)
     return 0
 
 
@@ -86,9 +69,9 @@ def sources(inputs: Inputs, assumed: Assumptions, num_cells: int, cells: str) ->
     """The origin of every number, in a paragraph."""
     worst = max(each.packed for each in inputs.balances.values())
     return (
-        f"Estimates. Measured: steps of one H200 with AdamW on all parameters ({H200}); the loader "
-        f"on a CPU, {inputs.flat_cells_s:,.0f} cells/s from a flat copy and "
-        f"{inputs.store_cells_s:,.0f} from the SOMA store per process (loader.json); "
+        "Estimates. Measured: steps of one H200 with AdamW on all parameters "
+        f"({scaling_model.H200}); the loader on a CPU, {inputs.flat_cells_s:,.0f} cells/s from a "
+        f"flat copy and {inputs.store_cells_s:,.0f} from the SOMA store per process (loader.json); "
         f"{num_cells:,} cells of {inputs.mean_tokens:,.0f} tokens on average, cut at 2,048 "
         f"({cells}), packed by the real code onto simulated ranks, the fullest of which has "
         f"{worst:.4f} x the mean at most. Assumed: packed steps take the time of as many tokens of "
@@ -129,38 +112,12 @@ def _of_counts(path: Path) -> np.ndarray:
     return np.concatenate(lengths)
 
 
-def _problems(arguments: argparse.Namespace) -> list[str]:
-    above_zero = (
-        ("--steps", arguments.steps),
-        ("--nvlink-gb-s", arguments.nvlink_gb_s),
-        ("--ib-gb-s", arguments.ib_gb_s),
-        ("--cores-per-rank", arguments.cores_per_rank),
-    )
-    problems = [
-        f"{name} must be above 0, and is {value:g}." for name, value in above_zero if value <= 0
-    ]
-    if arguments.optimizer_ms < 0:
-        problems.append(f"--optimizer-ms must be at least 0, and is {arguments.optimizer_ms:g}.")
-    if not 0 < arguments.sustained <= 1:
-        problems.append(
-            f"--sustained must be within 0..1, 0 excluded, and is {arguments.sustained:g}."
-        )
-    if arguments.cells and arguments.tokens:
-        problems.append("--cells and --tokens both name cells: give one of the two.")
-    return problems
-
-
 def _arguments() -> argparse.Namespace:
-    parser, assumed = parser_of(__doc__), Assumptions()
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--cells", nargs="+", type=Path, default=[], metavar="FILE.h5ad", help="whose lengths")
     add("--tokens", type=Path, metavar="DIR", help="a flat copy whose lengths")
     add("--steps", type=int, default=50, help="global batches that are packed (default: 50)")
-    add("--nvlink-gb-s", type=float, default=assumed.nvlink_bytes_s / 1e9, help="per GPU")
-    add("--ib-gb-s", type=float, default=assumed.ib_bytes_s / 1e9, help="per GPU, between nodes")
-    add("--optimizer-ms", type=float, default=0, help="added to a measured step, which has AdamW")
-    add("--sustained", type=float, default=assumed.sustained, help="share of the best speed")
-    add("--cores-per-rank", type=float, default=2, help="for the loader (default: 2)")
     add("--results", type=Path, default=RESULTS, help="measurements")
     add("--json", type=Path, metavar="OUT", help="write the numbers here too")
     add("--svg", type=Path, metavar="OUT", help="draw cells/s against GPUs here (.svg, .png)")

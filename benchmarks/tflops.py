@@ -6,10 +6,10 @@
         --attention te flash --steps 20 --json benchmarks/results
 
 Every combination of the listed values is a row; what cannot be, or finds no memory, is left out
-with its reason. Cells go through the real feed, model, loss and optimizer: made-up ones of full
-length where they are padded, and of a mean of 1,300 tokens where they are packed (--lengths), or
-those of a flat copy of tokens (--cells, see geneformer_mcore/store/local_cache.py). Results are
-kept row by row.
+with its reason. Made-up cells go through the real feed, model, loss and optimizer: of full length
+where padded, of 1,300 tokens on average where packed. TFLOPS are padded-equivalent (cells of full
+length, all predicted) and executed (real tokens, predicted positions); MFU is the share of executed
+FLOPs in the fastest matrix product of this precision measured here.
 
 Needs torch, megatron-core, numpy, numba and omegaconf, nothing else.
 """
@@ -19,139 +19,172 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # In place of this folder, where a tokenize.py would hide Python's own: the project, since a GPU
-    # machine may lack the install.
-    sys.path.remove(sys.path[0])
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # in place of this folder, whose tokenize.py hides Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-from typing import TYPE_CHECKING
+import itertools
+import re
+import traceback
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness.common import CONFIGS, VOCABULARY, parser_of, refuse, too_small
-from benchmarks.harness.tflops.settings import (
-    FULL,
-    PACKINGS,
-    Cells,
-    Conditions,
-    grid,
-    of_flat_copy,
+from benchmarks.harness.common import (
+    CONFIGS,
+    SEQ_LENGTH,
+    parser_of,
+    refuse,
+    save_results,
+    too_small,
 )
+from benchmarks.harness.pages import TFLOPS_COLUMNS, table
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.config.sections import Attention, ParallelConfig, Precision
+from geneformer_mcore.errors import ConfigError, GeneformerError
 from geneformer_mcore.exit_codes import DEFECT, FINISHED, run
 
 if TYPE_CHECKING:
-    from benchmarks.harness.tflops.run import Results
+    import torch
+
+    from benchmarks.harness.tflops_rows import Setting
+
+PACKINGS = ("padded", "packed")
+FAILED = "failed: "
 
 
 def main() -> int:
     """Measure every requested setting and print the table."""
     arguments = _arguments()
-    refuse(_problems(arguments))
+    ranges = [("--steps", arguments.steps, 1), ("--warmup", arguments.warmup, 0)]
+    ranges += [("--micro-batch", size, 1) for size in arguments.micro_batch or ()]
+    refuse(too_small(*ranges))
     ignore_known_warnings()
     import torch
 
-    from benchmarks.harness.tflops import run as tflops_run
     from geneformer_mcore.distributed import device, groups
 
     on_gpu = torch.cuda.is_available()
-    out = arguments.json
-    if out is not None:
-        out = tflops_run.file_in(out) if out.is_dir() else out
-        refuse([], [out])
-    conditions = Conditions(
-        seq_length=arguments.seq_length,
-        num_micro_batches=arguments.micro_batches_per_step,
-        steps=arguments.steps or (20 if on_gpu else 3),
-        warmup=(3 if on_gpu else 1) if arguments.warmup is None else arguments.warmup,
-        flat=_flat(arguments),
-        seconds=arguments.seconds,
-        out=out,
-    )
+    if arguments.json and arguments.json.is_dir():
+        arguments.json /= file_name()
+    refuse([], [arguments.json])
+    arguments.steps = arguments.steps or (20 if on_gpu else 3)
+    arguments.warmup = (3 if on_gpu else 1) if arguments.warmup is None else arguments.warmup
     wanted = grid(arguments, on_gpu)
-    # Before anything is begun.
-    tflops_run.possible(wanted, conditions, torch.device("cuda" if on_gpu else "cpu"))
+    reasons = impossible(wanted, arguments.seq_length, torch.device("cuda" if on_gpu else "cpu"))
     here = device.start()
     groups.start(here, ParallelConfig())
-    results = tflops_run.measure_all(wanted, conditions, here)
+    failed = _measure_all(wanted, reasons, arguments, here)
     groups.stop()
-    _show(results, conditions)
-    return DEFECT if results.failed else FINISHED
+    return DEFECT if failed else FINISHED
 
 
-def _show(results: Results, conditions: Conditions) -> None:
+def grid(arguments: argparse.Namespace, on_gpu: bool) -> list[Setting]:
+    """Every combination of the options, with this machine's defaults: the card's micro batches on a
+    GPU, and what takes seconds on a CPU, where two cells are the least that can be packed."""
+    from benchmarks.harness.tflops_rows import Setting
+
+    models = arguments.model or (["106m", "10m"] if on_gpu else ["10m"])
+    precisions = arguments.precision or (["bf16"] if on_gpu else ["fp32"])
+    # torch has no fused attention with dropout on a CPU: show what the card's dropout costs there.
+    dropouts = arguments.attention_dropout or ([None] if on_gpu else [None, 0.0])
+    compiled = [{"auto": None, "no": False, "yes": True}[word] for word in arguments.compile]
+    found = []
+    for model, precision, packing in itertools.product(models, precisions, arguments.packing):
+        usual = {"10m": 32, "106m": 16}[model] if on_gpu else 1 + (packing == "packed")
+        sizes = arguments.micro_batch or [usual]
+        others = itertools.product(arguments.attention, dropouts, sizes, compiled)
+        found += [Setting(model, precision, packing, *other) for other in others]
+    return found
+
+
+def impossible(wanted: list[Setting], seq_length: int, here: torch.device) -> dict[Setting, str]:
+    """Reasons of the settings that cannot be measured here. Raises ConfigError if none can."""
+    from geneformer_mcore.model.attention import select
+
+    reasons = {}
+    for setting in wanted:
+        try:
+            config = setting.config(seq_length)
+            select.choose(config.model, here, config.train.precision, config.data.packing)
+        except GeneformerError as error:
+            reasons[setting] = str(error)
+    if len(reasons) == len(set(wanted)):
+        raise ConfigError("\n".join(dict.fromkeys(reasons.values())))
+    return reasons
+
+
+def _measure_all(
+    wanted: list[Setting], reasons: dict[Setting, str], known: argparse.Namespace, here: Any
+) -> bool:
+    """Every row in turn, kept as soon as it is there. True if one raised an error of ours."""
     import torch
 
-    from benchmarks.harness.tflops.run import HOW, table
+    from benchmarks.harness.tflops_rows import measured_row
+    from geneformer_mcore.metrics import peak_flops
+    from geneformer_mcore.model.megatron_config import DTYPES
+
+    peaks: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
+    for setting in wanted:
+        name, reason = setting.precision, reasons.get(setting, "")
+        try:
+            if not reason:
+                peaks[name] = peaks.get(name) or peak_flops.measured_peak(
+                    here, DTYPES[Precision(name)]
+                )
+                given = (known.seq_length, here, known.warmup, known.steps, peaks[name])
+                rows.append(measured_row(setting, *given))
+        except torch.OutOfMemoryError:
+            reason = "out of memory"
+        except GeneformerError as error:
+            reason = str(error)
+        except Exception as error:  # the other rows are worth having all the same
+            traceback.print_exc()
+            reason = f"{FAILED}{type(error).__name__}: {error}"
+        if reason:
+            skipped.append(asdict(setting) | {"reason": reason})
+            print(f"not measured: {setting}: {reason}", flush=True)
+        sizes = {"steps": known.steps, "warmup": known.warmup}
+        save_results(known.json, {"rows": rows, "skipped": skipped, **sizes})
+        if here.type == "cuda":
+            torch.cuda.empty_cache()  # the next model must find all memory
+    print(table(TFLOPS_COLUMNS, rows))
+    return any(each["reason"].startswith(FAILED) for each in skipped)
+
+
+def file_name() -> str:
+    """The file of this machine's results: tflops_GPU.json, or tflops_PROCESSOR_2_CORES.json."""
+    import torch
+
     from geneformer_mcore.metrics.provenance import machine
 
-    peaks = ", ".join(f"{name} {peak / 1e12:.3g}" for name, peak in results.peaks.items())
-    print(f"\n{table(results)}")
-    how = {"steps": conditions.steps, "warmup": conditions.warmup, "peaks": peaks}
-    print(HOW.format(seq_length=conditions.seq_length, **how))
-    print(f"{machine()}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
-
-
-def _problems(arguments: argparse.Namespace) -> list[str]:
-    """Unusable arguments. Settings have a check of their own, row by row."""
-    means = [mean for mean in arguments.lengths or () if mean != FULL]
-    problems = too_small(
-        ("--steps", arguments.steps, 1),
-        ("--warmup", arguments.warmup, 0),
-        ("--micro-batches-per-step", arguments.micro_batches_per_step, 1),
-        *(("--micro-batch", size, 1) for size in arguments.micro_batch or ()),
-        *(("--lengths", mean, 2) for mean in means),
-    )
-    problems += [
-        f"--lengths ({mean}) must not exceed --seq-length ({arguments.seq_length})."
-        for mean in means
-        if mean > arguments.seq_length
-    ]
-    if arguments.cells and arguments.lengths:
-        problems.append("--cells brings cells with lengths of their own: leave out --lengths.")
-    return problems
-
-
-def _flat(arguments: argparse.Namespace) -> Cells | None:
-    if arguments.cells is None:
-        return None
-    from benchmarks.harness.train_step import cells as step_cells
-
-    folder = step_cells.flat_copy(arguments.cells)
-    step_cells.check(folder, VOCABULARY, global_batch=1)
-    return of_flat_copy(folder, arguments.seq_length)
-
-
-def _length(word: str) -> int:
-    return FULL if word == "full" else int(word)
+    name = " ".join(machine().split(", ")[:2])
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name().removeprefix("NVIDIA ")
+    return f"tflops_{re.sub('[^a-z0-9]+', '_', name.lower()).strip('_')}.json"
 
 
 def _arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
 
-    def listed(name: str, about: str, **known: object) -> None:
-        parser.add_argument(name, nargs="+", help=about, **known)  # type: ignore[arg-type]
+    def listed(name: str, about: str, **known: Any) -> None:
+        parser.add_argument(name, nargs="+", help=about, **known)
 
     add = parser.add_argument
     precisions, attentions = ([each.value for each in kind] for kind in (Precision, Attention))
     listed("--model", "default: 10m, and 106m on a GPU", choices=CONFIGS)
     listed("--precision", "default: bf16 on a GPU, else fp32", choices=precisions)
     listed("--packing", "default: both", choices=PACKINGS, default=PACKINGS)
-    about = "full, or mean tokens of made-up cells; default: full if padded, 1300 if packed"
-    listed("--lengths", about, type=_length, metavar="MEAN")
     listed("--attention", "default: auto", choices=attentions, default=["auto"])
     listed("--attention-dropout", "default: the card's, on a CPU also 0", type=float, metavar="P")
     about = "packed: cells of full length that fit; default: the card's on a GPU, else 1 or 2"
     listed("--micro-batch", about, type=int, metavar="CELLS")
     about = "model.compile; default: auto, which is yes on a GPU"
     listed("--compile", about, choices=["auto", "no", "yes"], default=["auto"])
-    add("--micro-batches-per-step", type=int, default=1, metavar="N", help="default: 1")
-    add("--cells", type=Path, metavar="FLAT", help="a flat copy of tokens, for made-up cells")
-    add("--seq-length", type=int, default=2048)
+    add("--seq-length", type=int, default=SEQ_LENGTH)
     add("--steps", type=int, help="measured steps of a row (default: 20 on a GPU, else 3)")
     add("--warmup", type=int, help="unmeasured steps before them (default: 3 on a GPU, else 1)")
-    add("--seconds", type=float, help="begin no row later than this")
     add("--json", type=Path, metavar="OUT", help="keep the rows in this file, or in this folder")
     return parser.parse_args()
 

@@ -16,10 +16,8 @@ import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # In place of this folder, where this very file hides Python's own `tokenize`: the project.
-    sys.path.remove(sys.path[0])
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # in place of this folder, whose tokenize.py hides Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     # Before numpy and numba are there to see it.
     for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[_threads] = "1"
@@ -27,14 +25,15 @@ if __name__ == "__main__":
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from scipy import sparse
 
 from benchmarks.harness import common
-from benchmarks.harness.loader.cells import SEQ_LENGTH, Cells, count_block, draw
+from benchmarks.harness.common import SEQ_LENGTH
+from benchmarks.harness.loader_cells import Cells, count_block, draw
 from benchmarks.harness.peers.tokenisers import BioNeMoTokeniser, HFTokeniser, blocks, exact_tokens
 from geneformer_mcore.exit_codes import run
 from geneformer_mcore.tokenizer.rank_encoder import RankedCells, RankEncoder
@@ -48,39 +47,41 @@ Tokeniser = Callable[[sparse.csr_matrix], Tokens]
 """Each gives tokens in the form that is natural to it."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One tokeniser: its median rate, and the number of cells whose list is not the exact one."""
-
-    name: str
-    cells_per_s: float
-    us_per_cell: float
-    cells_that_differ: int
-    runs: list[float]
-
-
 def main() -> int:
-    """Measure, compare every cell, print the table; 1 if one of our lists is not exact."""
+    """Measure, compare every cell, print the rates; 1 if one of our lists is not exact."""
     arguments = _arguments()
     ranges = (("--cells", arguments.cells, 1), ("--runs", arguments.runs, 1))
-    common.refuse(common.too_small(*ranges), (arguments.json, arguments.png))
+    common.refuse(common.too_small(*ranges), [arguments.json])
     cells, few = draw(arguments.files, arguments.medians, arguments.cells, seed=0)
     rows = measure(cells, few, arguments.runs)
-    goals = goals_of(rows)
-    print(f"{table(rows)}\n\n{about(cells, arguments.runs)}\n")
-    print("\n".join(map(str, goals)))
-    _save(arguments, cells, rows, goals)
-    return int(any(row.cells_that_differ for row in rows if row.name == OURS))
+    rate = {row["name"]: row["cells_per_s"] for row in rows}
+    goals = [
+        common.goal(f"{OURS} / {name}", rate[OURS] / rate[name], BAR) for name in (BY_ROWS, LEAN)
+    ]
+    for row in rows:
+        differ = f"{row['cells_that_differ']:,} cells differ from exact"
+        print(f"{row['name']}: {row['cells_per_s']:,.0f} cells/s, {differ}")
+    print(*map(common.goal_text, goals), sep="\n")
+    content = {
+        "rows": rows,
+        "goals": goals,
+        "cells": len(cells),
+        "nonzeros_per_cell": cells.counts.nnz / len(cells),
+        "genes": len(cells.gene_ids),
+        "data": [path.name for path in arguments.files] or "made up",
+        "runs": arguments.runs,
+    }
+    common.save_results(arguments.json, content)
+    return int(rows[0]["cells_that_differ"] > 0)
 
 
 def tokenisers(cells: Cells) -> dict[str, Tokeniser]:
-    """All contestants, ready to work."""
+    """All contestants, ready to work, ours first."""
     vocabulary, token_of_column = cells.vocabulary, cells.token_of_column
-    medians = vocabulary.medians_of_token
+    medians, tokens = vocabulary.medians_of_token, vocabulary.token_ids
     encoder = RankEncoder(vocabulary, SEQ_LENGTH)
     hf = HFTokeniser(token_of_column, medians, SEQ_LENGTH)
     stable = HFTokeniser(token_of_column, medians, SEQ_LENGTH, stable=True)
-    tokens = vocabulary.token_ids
     of_genes = {gene: float(medians[token]) for gene, token in tokens.items()}
     bionemo = BioNeMoTokeniser(cells.gene_ids, tokens, of_genes, SEQ_LENGTH)
 
@@ -92,7 +93,7 @@ def tokenisers(cells: Cells) -> dict[str, Tokeniser]:
     return dict(zip((OURS, BY_ROWS, LEAN, STABLE, BIONEMO), ways, strict=True))
 
 
-def measure(cells: Cells, few: Cells, runs: int) -> list[Row]:
+def measure(cells: Cells, few: Cells, runs: int) -> list[dict[str, Any]]:
     """Every contestant's row, from `runs` rounds in which each has one turn."""
     contestants = tokenisers(cells)
     medians, parts = cells.vocabulary.medians_of_token, blocks(cells.counts)
@@ -109,13 +110,16 @@ def measure(cells: Cells, few: Cells, runs: int) -> list[Row]:
             for part in parts:
                 encode(part)
             seconds[name].append(time.process_time() - began)
-    return [_row(name, len(cells), differ[name], times) for name, times in seconds.items()]
-
-
-def _row(name: str, num_cells: int, differ: int, times: list[float]) -> Row:
-    median = statistics.median(times)
-    rates = [num_cells / seconds for seconds in times]
-    return Row(name, num_cells / median, median / num_cells * 1e6, differ, rates)
+    return [
+        {
+            "name": name,
+            "cells_per_s": len(cells) / statistics.median(times),
+            "us_per_cell": statistics.median(times) / len(cells) * 1e6,
+            "cells_that_differ": differ[name],
+            "runs": [len(cells) / each for each in times],
+        }
+        for name, times in seconds.items()
+    ]
 
 
 def _as_list(tokens: Tokens) -> list[np.ndarray]:
@@ -124,66 +128,9 @@ def _as_list(tokens: Tokens) -> list[np.ndarray]:
     return tokens
 
 
-def num_different(found: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> int:
+def num_different(found: list[np.ndarray], exact: list[np.ndarray]) -> int:
     """Cells whose lists are not equal."""
-    pairs = zip(found, exact, strict=True)
-    return sum(not np.array_equal(one, other) for one, other in pairs)
-
-
-def goals_of(rows: Sequence[Row]) -> list[common.Goal]:
-    """Our rate over that of each HF-style tokeniser."""
-    rate = {row.name: row.cells_per_s for row in rows}
-    others = (BY_ROWS, LEAN)
-    return [
-        common.Goal(f"{OURS} / {name}", common.ratio(rate[OURS], rate[name]), BAR)
-        for name in others
-    ]
-
-
-def table(rows: Sequence[Row]) -> str:
-    """The rows as text."""
-    ours = next(row.cells_per_s for row in rows if row.name == OURS)
-    head = ["tokeniser, one core", "cells/s", "us/cell", "ours is", "cells that differ from exact"]
-    lines = [
-        [
-            *(row.name, f"{row.cells_per_s:,.0f}", f"{row.us_per_cell:.1f}"),
-            *(f"{ours / row.cells_per_s:.2f} x", f"{row.cells_that_differ:,}"),
-        ]
-        for row in rows
-    ]
-    return common.text_table(head, lines)
-
-
-def about(cells: Cells, runs: int) -> str:
-    """The cells and the clock."""
-    return (
-        f"{len(cells):,} cells x {len(cells.gene_ids):,} genes, "
-        f"{cells.counts.nnz / len(cells):,.0f} non-zeros per cell, vocabulary "
-        f"{cells.vocabulary.size:,}; median of {runs} rounds in turn, CPU seconds of one thread."
-    )
-
-
-def _save(
-    arguments: argparse.Namespace, cells: Cells, rows: list[Row], goals: list[common.Goal]
-) -> None:
-    from geneformer_mcore.metrics.provenance import machine
-
-    if arguments.json:
-        content = {
-            "rows": [asdict(row) for row in rows],
-            "goals": [goal.as_json() for goal in goals],
-            "cells": len(cells),
-            "nonzeros_per_cell": cells.counts.nnz / len(cells),
-            "genes": len(cells.gene_ids),
-            "data": [path.name for path in arguments.files] or "made up",
-            "runs": arguments.runs,
-        }
-        common.save_results(arguments.json, content)
-    if arguments.png:
-        bars = [(row.name, row.cells_per_s, row.name == OURS) for row in rows]
-        common.save_bars(
-            arguments.png, {"Tokenising, one core": bars}, f"{machine()}; {len(cells):,} cells"
-        )
+    return sum(not np.array_equal(*pair) for pair in zip(found, exact, strict=True))
 
 
 def _arguments() -> argparse.Namespace:
@@ -192,9 +139,8 @@ def _arguments() -> argparse.Namespace:
     add("files", nargs="*", type=Path, metavar="FILE.h5ad", help="default: made-up cells")
     add("--cells", type=int, default=8192, help="drawn with replacement (default: 8192)")
     add("--runs", type=int, default=5, help="rounds (default: 5)")
-    add("--medians", type=Path, help="{gene id: median} of the vocabulary; default: the cells'")
+    add("--medians", type=Path, help="{gene id: median} of the vocabulary of these files")
     add("--json", type=Path, metavar="OUT", help="write the rows here too")
-    add("--png", type=Path, metavar="OUT", help="draw the rates here")
     return parser.parse_args()
 
 

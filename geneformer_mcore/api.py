@@ -1,9 +1,9 @@
-"""`geneformer_mcore.embed` and `.perturb`: what a user of scanpy calls from a notebook.
+"""Functions for notebooks, in the manner of scanpy: `geneformer_mcore.embed` and `.perturb`.
 
-    AnnData  ->  its counts, read in memory  ->  as launch/embed.py does  ->  obsm, obs, uns
-                                             ->  as launch/perturb.py     ->  a new AnnData
+    AnnData  ->  its counts in memory  ->  as launch/embed.py does    ->  obsm, obs, uns
+                             ->  as launch/perturb.py does  ->  a new AnnData
 
-Imported by the package when it is asked for, and importing what takes seconds when it is called.
+Light to import: torch is imported by the first call.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def embed(
     key_added: str = "X_geneformer",
     copy: bool = False,
 ) -> Any:
-    """Adds a Geneformer embedding of every cell to an AnnData, as scanpy's tools add theirs.
+    """Add a Geneformer embedding of every cell to an AnnData.
 
         geneformer_mcore.embed(adata, "runs/demo")
         sc.pp.neighbors(adata, use_rep="X_geneformer")
 
     adata:             cells with counts in layers["counts"], raw.X or X (the first that holds
                        counts), genes by Ensembl id or symbol
-    checkpoint:        a run's folder (its newest checkpoint) or one of its step folders
+    checkpoint:        a run directory (its latest valid checkpoint) or one of its step folders
     layer:             "last" (after the final norm), "second-to-last", or a number of layers
     pooling:           "mean" over the genes of a cell, or "cls"
     precision:         "fp32", "bf16" or "fp16"; by default what suits the device
@@ -50,23 +50,16 @@ def embed(
     Sets obsm[key_added] ([cells, width], NaN rows for cells without a known gene),
     obs["geneformer_embedded"] (False for those) and uns["geneformer"] (model, checkpoint, layer).
     Returns None, or the copy. Works in this process, on its GPU or CPU. Raises a GeneformerError
-    that says what to mend.
+    with the remedy for mistakes.
     """
-    choices = {"layer": str(layer), "pooling": pooling, "precision": precision, "dtype": dtype}
     with warnings.catch_warnings():
         ignore_known_warnings()
-        from geneformer_mcore.inference import embed as embedding
-        from geneformer_mcore.inference.embed import Choices, embed_adata
+        from geneformer_mcore.inference.embed import Choices, as_annotations, embed_adata
 
-        values_NH, facts = embed_adata(
-            adata,
-            checkpoint,
-            Choices(**choices, tokens_per_batch=tokens_per_batch),
-            vocabulary,
-            counts_layer,
-        )
+        choices = Choices(str(layer), pooling, precision, dtype, tokens_per_batch)
+        values_NH, facts = embed_adata(adata, checkpoint, choices, vocabulary, counts_layer)
     target = adata.copy() if copy else adata
-    embedding.beside(values_NH, facts, key_added).put(target)
+    as_annotations(values_NH, facts, key_added).put(target)
     return target if copy else None
 
 
@@ -91,30 +84,30 @@ def perturb(
     vocabulary: str | Path | None = None,
     counts_layer: str | None = None,
 ) -> Any:
-    """Deletes or overexpresses genes, and tells how far the model then moves each cell.
+    """Delete or overexpress genes, and measure the displacement of each cell's embedding.
 
         shifts = geneformer_mcore.perturb(adata, "runs/demo", ["GATA1", "SPI1"], max_cells=200)
         shifts.var.sort_values("p")
 
     adata, checkpoint, layer, pooling, precision, vocabulary, counts_layer:  as for `embed`
-    genes, groups, top:  what is perturbed: genes one by one (ids or symbols), {name: genes} at
-                         once, the `top` genes in most cells (-1: every gene); any of these
+    genes, groups, top:  genes one by one (ids or symbols), {name: genes} at once, the `top` genes
+                         in most cells (-1: every gene); any of these
     mode:                "delete", or "overexpress" (moved to the front of the cell's ranking)
-    truncated:           delete from the sentence as it was cut, as Geneformer's own code does
+    truncated:           delete from the truncated cell, as Geneformer's own code does
     start, goal:         "COLUMN=VALUE" of obs: only these cells; measure shifts toward those
     max_cells, seed:     at most so many cells (0: all), drawn at random by the seed
     null:                random genes to compare each with (0: no p)
 
     Returns an AnnData of cells x perturbations: X the shift (1 - cosine) of the cell's vector, NaN
     where the gene is not in the cell, layers "gene_shift" and, with a goal, "goal_shift"; var the
-    means, p and q; uns["geneformer"]. `adata` is left alone. Raises a GeneformerError that says
-    what to mend.
+    means, p and q; uns["geneformer"]. `adata` is left alone. Raises a GeneformerError with the
+    remedy for mistakes.
     """
     with warnings.catch_warnings():
         ignore_known_warnings()
         from geneformer_mcore.inference.embed import Choices
-        from geneformer_mcore.perturb.question import Question
-        from geneformer_mcore.perturb.request import perturb_adata
+        from geneformer_mcore.perturbation.question import Question
+        from geneformer_mcore.perturbation.request import perturb_adata
 
         named = None if groups is None else {name: list(each) for name, each in groups.items()}
         question = Question(

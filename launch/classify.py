@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tells how well cell types can be predicted from a model's embeddings, beside PCA of the counts.
+"""Compare how well cell types are predicted from a model's embeddings and from PCA of the counts.
 
 python launch/classify.py --checkpoint RUN --input labelled.h5ad --out DIR
 """
@@ -7,7 +7,6 @@ python launch/classify.py --checkpoint RUN --input labelled.h5ad --out DIR
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,12 +28,12 @@ Every method sees the same cells in the same folds: 5, stratified by label, and 
 obs names two or more. Cells that a model was trained on are found by their content, whatever they
 are called, and refused. The folder gets results.json, table.md, predictions.csv, and pictures.
 
-exit codes: 0 finished   2 wrong input   1 defect
+exit codes: 0 finished   2 wrong input   1 internal error
 """
 
 
 def main() -> int:
-    """Classifies, writes the folder, prints the table."""
+    """Classify, write the folder, print the table."""
     arguments = _arguments()
     ignore_known_warnings()
     try:
@@ -47,7 +46,6 @@ def main() -> int:
 def _classify(arguments: argparse.Namespace) -> None:
     for name in ("scanpy", "sklearn"):
         require(name)
-    # Only now what takes seconds to import.
     from geneformer_mcore.celltypes import classify, tables
     from geneformer_mcore.io.files import check_free, check_place, whole_folder
 
@@ -59,7 +57,7 @@ def _classify(arguments: argparse.Namespace) -> None:
         names = tables.save(found, partial)
     print("\n".join(tables.lines(found)), flush=True)
     if not arguments.no_plots:
-        # Afterwards: whatever befalls a picture, the figures are there.
+        # Last, so that an error of a figure loses no result.
         from geneformer_mcore.celltypes import plots
 
         names += plots.save(found, arguments.out, request.seed)
@@ -70,30 +68,19 @@ def _request(arguments: argparse.Namespace) -> ClassifyRequest:
     from geneformer_mcore.celltypes.classify import ClassifyRequest
     from geneformer_mcore.inference.embed import Choices
 
-    return ClassifyRequest(
+    return options.build(
+        ClassifyRequest,
+        arguments,
         source=arguments.input,
         checkpoints=_named(arguments.checkpoint),
-        obsm=arguments.obsm,
-        label=arguments.label,
-        donor=arguments.donor,
-        untrained=arguments.untrained,
-        choices=Choices(
-            layer=arguments.layer,
-            pooling=arguments.pooling,
-            tokens_per_batch=arguments.tokens_per_batch,
-        ),
+        choices=options.build(Choices, arguments),
         options=options.input_options(arguments),
-        vocabulary=arguments.vocabulary,
-        training_store=arguments.training_store,
-        allow_overlap=arguments.allow_overlap,
-        seed=arguments.seed,
-        resamples=arguments.resamples,
     )
 
 
 def _named(given: list[str]) -> dict[str, Path]:
-    """{name: folder} of NAME=FOLDER, or of a folder alone, which is named by itself. What is there
-    as it stands is a folder, though a `=` is in its name."""
+    """{name: folder} of NAME=FOLDER, or of a folder alone, which is named by itself. An existing
+    path is a folder even with a `=` in its name."""
     found: dict[str, Path] = {}
     for text in given:
         name, folder = "", text
@@ -140,8 +127,7 @@ def _arguments() -> argparse.Namespace:
         help="of obs (default: donor_id or alike, if it names two); none: do not leave donors out",
     )
     add("--layer", default="last", help="of the model; see launch/embed.py (default: last)")
-    options.add_pooling(parser)
-    options.add_tokens_per_batch(parser)
+    options.add(parser, "--pooling", "--tokens-per-batch")
     add("--seed", type=int, default=0, help="of folds, forests, random weights (default: 0)")
     add(
         "--resamples",
@@ -152,11 +138,10 @@ def _arguments() -> argparse.Namespace:
     )
     add("--training-store", type=Path, help="of the training, where it has moved")
     add("--allow-overlap", action="store_true", help="cells may be those of the training")
-    add("--vocabulary", type=Path, help="the models', where their store has moved")
-    options.add_counts(parser)
+    options.add(parser, "--vocabulary", *options.COUNTS)
     add("--no-plots", action="store_true", help="numbers only")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

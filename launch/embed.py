@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Embeds cells with a trained model: AnnData in, AnnData with obsm["X_geneformer"] out.
+"""Embed cells with a trained model: AnnData in, AnnData with obsm["X_geneformer"] out.
 
 torchrun [--nproc_per_node=N] launch/embed.py --checkpoint RUN --input a.h5ad --output b.h5ad
 """
@@ -7,7 +7,6 @@ torchrun [--nproc_per_node=N] launch/embed.py --checkpoint RUN --input a.h5ad --
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,17 +25,16 @@ EXAMPLE = """examples:
 
 The output holds the whole input, obsm["X_geneformer"] (NaN for cells without a known gene, which
 obs["geneformer_embedded"] marks) and uns["geneformer"]. Then: sc.pp.neighbors(adata,
-use_rep="X_geneformer"). A .npy has these facts in a .json beside it.
+use_rep="X_geneformer"). The facts about a .npy are in a .json of the same name.
 
-exit codes (torchrun turns all but 0 into 1): 0 finished   2 wrong input   1 defect
+exit codes (torchrun turns all but 0 into 1): 0 finished   2 wrong input   1 internal error
 """
 
 
 def main() -> int:
-    """Embeds, and says on the first rank what was written."""
+    """Embed, and print on the first rank what was written."""
     arguments = _arguments()
     ignore_known_warnings()
-    # Only now what takes seconds to import.
     from geneformer_mcore.inference import embed
 
     return report_on_first_rank(lambda is_first: embed.run(_request(arguments), is_first))
@@ -45,29 +43,19 @@ def main() -> int:
 def _request(arguments: argparse.Namespace) -> EmbedRequest:
     from geneformer_mcore.inference.embed import Choices, EmbedRequest
 
-    return EmbedRequest(
-        checkpoint=arguments.checkpoint,
+    return options.build(
+        EmbedRequest,
+        arguments,
         source=arguments.input or "",
-        output=arguments.output,
-        gene_embeddings=arguments.gene_embeddings,
-        choices=Choices(
-            arguments.layer,
-            arguments.pooling,
-            arguments.precision,
-            arguments.dtype,
-            arguments.tokens_per_batch,
-        ),
-        vocabulary=arguments.vocabulary,
+        choices=options.build(Choices, arguments),
         options=options.input_options(arguments),
-        layout=arguments.layout,
-        overwrite=arguments.overwrite,
     )
 
 
 def _arguments() -> argparse.Namespace:
     parser = options.parser(__doc__, EXAMPLE)
     add = parser.add_argument
-    options.add_checkpoint(parser)
+    options.add(parser, "--checkpoint")
     add("--input", metavar="CELLS", help="h5ad or zarr of counts, SOMA Experiment or token store")
     add("--output", type=Path, metavar="FILE", help="b.h5ad or b.npy")
     add("--gene-embeddings", type=Path, metavar="FILE", help="genes as .csv, .tsv or .npy")
@@ -77,20 +65,16 @@ def _arguments() -> argparse.Namespace:
         help="last (default; after the final norm), second-to-last, or N: the residual stream "
         "behind N layers, which is not normalised",
     )
-    options.add_pooling(parser)
-    options.add_arithmetic(parser)
+    options.add(parser, "--pooling", "--precision", "--tokens-per-batch")
     add(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
         help="of the result; bfloat16 is kept as float32 that is rounded to it",
     )
-    options.add_vocabulary(parser)
-    options.add_counts(parser)
-    add("--overwrite", action="store_true", help="replace an output that is there")
-    options.add_layout(parser)
+    options.add(parser, "--vocabulary", *options.COUNTS, "--overwrite", "layout")
     return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

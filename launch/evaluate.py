@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluates a trained model on held-out cells: masked-gene loss, accuracy, and what they must beat.
+"""Evaluate a trained model on held-out cells: masked-gene loss, accuracy, and baselines.
 
 torchrun [--nproc_per_node=N] launch/evaluate.py --checkpoint RUN --store STORE [--split test]
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,15 +24,15 @@ EXAMPLE = """examples:
   torchrun --nproc_per_node=2 launch/evaluate.py --checkpoint runs/lung --store stores/lung \\
       --split validation --by tissue_general,assay --plot plots parallel.tensor=2
 
-Which genes are hidden depends on --seed and the cell alone, the model's own seed by default: the
+Which genes are masked depends on --seed and the cell alone, the model's own seed by default: the
 validation split then shows the very genes that validation in training asked for.
 
-exit codes (torchrun turns all but 0 into 1): 0 finished   2 wrong input   1 defect
+exit codes (torchrun turns all but 0 into 1): 0 finished   2 wrong input   1 internal error
 """
 
 
 def main() -> int:
-    """Evaluates, and prints the table on the first rank."""
+    """Evaluate, and print the table on the first rank."""
     arguments = _arguments()
     ignore_known_warnings()
     is_first = int(os.environ.get("RANK", "0")) == 0
@@ -47,7 +46,6 @@ def main() -> int:
 
 
 def _evaluate(arguments: argparse.Namespace, is_first: bool) -> Evaluation | None:
-    # Only now what takes seconds to import.
     from geneformer_mcore.inference import evaluate
     from geneformer_mcore.io.files import check_place
 
@@ -55,23 +53,15 @@ def _evaluate(arguments: argparse.Namespace, is_first: bool) -> Evaluation | Non
         check_place(arguments.json)
     if arguments.plot is not None:
         check_place(arguments.plot / "loss.png")
-    fractions = arguments.mask_fractions
-    columns = arguments.by
-    return evaluate.evaluate(
-        evaluate.EvaluateRequest(
-            checkpoint=arguments.checkpoint,
-            store=arguments.store,
-            split=arguments.split,
-            columns=None if columns is None else [c for c in columns.split(",") if c],
-            mask_fractions=None if fractions is None else evaluate.parse_fractions(fractions),
-            seed=arguments.seed,
-            precision=options.precision_of(arguments),
-            tokens_per_batch=arguments.tokens_per_batch,
-            vocabulary=arguments.vocabulary,
-            layout=arguments.layout,
-        ),
-        is_first,
+    fractions, columns = arguments.mask_fractions, arguments.by
+    request = options.build(
+        evaluate.EvaluateRequest,
+        arguments,
+        columns=None if columns is None else [c for c in columns.split(",") if c],
+        mask_fractions=None if fractions is None else evaluate.parse_fractions(fractions),
+        precision=options.precision_of(arguments),
     )
+    return evaluate.evaluate(request, is_first)
 
 
 def _show(arguments: argparse.Namespace, found: Evaluation) -> None:
@@ -88,7 +78,7 @@ def _show(arguments: argparse.Namespace, found: Evaluation) -> None:
 def _arguments() -> argparse.Namespace:
     parser = options.parser(__doc__, EXAMPLE)
     add = parser.add_argument
-    options.add_checkpoint(parser)
+    options.add(parser, "--checkpoint")
     add("--store", required=True, help="token store with the model's vocabulary")
     add("--split", choices=("train", "validation", "test"), default="test", help="default: test")
     add("--json", type=Path, metavar="OUT", help="also write all figures here")
@@ -96,11 +86,9 @@ def _arguments() -> argparse.Namespace:
     add("--by", metavar="COLUMNS", help="of obs, with commas (default: those of the card)")
     add("--mask-fractions", metavar="M,R,K", help="[MASK], random gene, unchanged (default: own)")
     add("--seed", type=int, help="of the masks (default: the model's)")
-    options.add_arithmetic(parser)
-    options.add_vocabulary(parser)
-    options.add_layout(parser)
+    options.add(parser, "--precision", "--tokens-per-batch", "--vocabulary", "layout")
     return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tunes a pretrained model to tell classes of cells, such as cell types; predicts with it.
+"""Fine-tune a pretrained model to classify cells, such as by cell type, and predict with it.
 
 torchrun [--nproc_per_node=N] launch/finetune.py --checkpoint RUN --store STORE --label COLUMN
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,20 +32,20 @@ EXAMPLE = """examples:
       --label cell_type run.dir=runs/types train.steps=500 optim.lr=1e-4
   ... finetune.frozen_layers=4                   the embedding and the first 4 layers stay
   ... finetune.lora_rank=8 optim.lr=1e-3         the encoder stays, corrections are trained
-  python launch/finetune.py --checkpoint runs/types --predict new.h5ad --output told.h5ad
+  python launch/finetune.py --checkpoint runs/types --predict new.h5ad --output predicted.h5ad
 
 A store (data_prep/build_store.py --vocabulary, with the model's vocabulary.json) keeps the columns
-of obs. Its train split trains, validation is looked at on the way, test at the end, into RUN/test.
-All of launch/pretrain.py's settings hold; those of the model come with its checkpoint. Start the
-same command again and it goes on where it was stopped.
+of obs. The run trains on its train split, evaluates validation on the way, and test at the end,
+into RUN/test. All of launch/pretrain.py's settings hold; those of the model come with its
+checkpoint. The same command resumes exactly from the last checkpoint.
 
 exit codes (also in RUN/outcome.json, since torchrun turns all but 0 into 1):
-  0 finished   2 wrong settings or data   75 interrupted and saved, start again   1 defect
+  0 finished   2 wrong settings or data   75 interrupted and saved, start again   1 internal error
 """
 
 
 def main() -> int:
-    """Ends with the exit code of the run, which rank 0 also writes into outcome.json."""
+    """Return the exit code of the run, which rank 0 also writes into outcome.json."""
     arguments = _arguments()
     if arguments.predict is not None:
         return _predict(arguments)
@@ -68,7 +67,6 @@ def main() -> int:
         return FineTuning.opened(config, Origin(*origin))
 
     def work(folder: RunFolder, watch: Watchdog) -> tuple[int, str]:
-        # Only now what takes seconds to import: a mistake in the settings is answered at once.
         from geneformer_mcore.training import trainer
 
         after = partial(_test, config)
@@ -90,9 +88,9 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 def _settings(
     arguments: argparse.Namespace, file: Path, overrides: list[str]
 ) -> tuple[settings.Config, str, tuple[Path, str, str]]:
-    """The settings on top of those of the pretrained model, as text too, and that model: folder,
-    name, checksum of its vocabulary."""
-    # What is wrong with the settings alone is answered at once.
+    """(settings on top of those of the pretrained model, their text, that model: folder, name,
+    checksum of its vocabulary)."""
+    # First the settings alone, before torch is imported.
     config, text = settings.load(file, overrides)
     if not config.finetune.label:
         raise ConfigError(
@@ -125,7 +123,6 @@ def _predict(arguments: argparse.Namespace) -> int:
     def work(is_first: bool) -> list[str]:
         if arguments.output is None:
             raise ConfigError("--predict and --output go together: cells, and where they go.")
-        # Only now what takes seconds to import.
         from geneformer_mcore.inference import predict
 
         return predict.run(_request(arguments), is_first)
@@ -136,24 +133,20 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _request(arguments: argparse.Namespace) -> PredictRequest:
     from geneformer_mcore.inference.predict import PredictRequest
 
-    return PredictRequest(
-        checkpoint=arguments.checkpoint,
+    return options.build(
+        PredictRequest,
+        arguments,
         source=arguments.predict,
-        output=arguments.output,
         precision=options.precision_of(arguments),
-        tokens_per_batch=arguments.tokens_per_batch,
-        vocabulary=arguments.vocabulary,
         options=options.input_options(arguments),
         layout=arguments.settings,
-        overwrite=arguments.overwrite,
     )
 
 
 def _arguments() -> argparse.Namespace:
     parser = options.parser(__doc__, EXAMPLE)
     add = parser.add_argument
-    options.add_checkpoint(parser)
-    options.add_vocabulary(parser)
+    options.add(parser, "--checkpoint", "--vocabulary")
     train = parser.add_argument_group("to fine-tune")
     train.add_argument("--store", help="token store with the model's vocabulary")
     train.add_argument("--label", metavar="COLUMN", help="of obs, such as cell_type")
@@ -169,10 +162,9 @@ def _add_prediction(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--predict", metavar="CELLS", help="h5ad or zarr of counts, SOMA Experiment or token store")
     add("--output", type=Path, metavar="FILE", help="h5ad: the cells, with columns in obs")
-    options.add_arithmetic(group)
-    options.add_counts(group)
-    add("--overwrite", action="store_true", help="replace an output that is there")
+    names = ("--precision", "--tokens-per-batch", *options.COUNTS, "--overwrite")
+    options.add(group, *names)
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

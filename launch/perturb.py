@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Deletes or overexpresses genes in cells, and tells how far a trained model then moves the cells.
+"""Delete or overexpress genes in cells, and measure the displacement of their embeddings.
 
 torchrun [--nproc_per_node=N] launch/perturb.py --checkpoint RUN --input a.h5ad --table b.csv
 """
@@ -7,7 +7,6 @@ torchrun [--nproc_per_node=N] launch/perturb.py --checkpoint RUN --input a.h5ad 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from geneformer_mcore.exit_codes import report_on_first_rank, run
 from geneformer_mcore.inference import options
 
 if TYPE_CHECKING:
-    from geneformer_mcore.perturb.request import PerturbRequest
+    from geneformer_mcore.perturbation.request import PerturbRequest
 
 EXAMPLE = """examples:
   python launch/perturb.py --checkpoint runs/lung --input a.h5ad --genes GATA4 TBX5 \\
@@ -29,65 +28,48 @@ A row of the table is a gene or group: its mean shift (1 - cosine of the cells' 
 after), p and q against random genes that are as common and stand as high, and, with --goal, whether
 the cells moved toward it.
 
-exit codes (torchrun turns all but 0 into 1): 0 finished   2 wrong input   1 defect
+exit codes (torchrun turns all but 0 into 1): 0 finished   2 wrong input   1 internal error
 """
 
 
 def main() -> int:
-    """Perturbs, and says on the first rank what was written."""
+    """Perturb, and print on the first rank what was written."""
     arguments = _arguments()
     ignore_known_warnings()
-    # Only now what takes seconds to import.
-    from geneformer_mcore.perturb import request
+    from geneformer_mcore.perturbation import request
 
     return report_on_first_rank(lambda is_first: request.run(_request(arguments), is_first))
 
 
 def _request(arguments: argparse.Namespace) -> PerturbRequest:
     from geneformer_mcore.inference.embed import Choices
-    from geneformer_mcore.perturb.question import ALL_GENES, Question
-    from geneformer_mcore.perturb.request import PerturbRequest
+    from geneformer_mcore.perturbation.question import ALL_GENES, Question
+    from geneformer_mcore.perturbation.request import PerturbRequest
 
-    top = ALL_GENES if arguments.all_genes else arguments.top
-    # The layout may stand behind the genes, whose names have no "=".
+    # The layout may follow the genes, whose names have no "=".
     words = [word for text in arguments.genes for word in text.split(",")]
-    return PerturbRequest(
-        checkpoint=arguments.checkpoint,
+    question = options.build(
+        Question,
+        arguments,
+        genes=[word for word in words if "=" not in word],
+        top=ALL_GENES if arguments.all_genes else arguments.top,
+        moved=arguments.most_moved if arguments.gene_effects else 0,
+    )
+    return options.build(
+        PerturbRequest,
+        arguments,
         source=arguments.input,
-        question=Question(
-            genes=[word for word in words if "=" not in word],
-            groups=arguments.groups,
-            top=top,
-            mode=arguments.mode,
-            truncated=arguments.truncated,
-            start=arguments.start,
-            goal=arguments.goal,
-            max_cells=arguments.max_cells,
-            null=arguments.null,
-            moved=arguments.most_moved if arguments.gene_effects else 0,
-            seed=arguments.seed,
-        ),
-        table=arguments.table,
-        output=arguments.output,
-        plot=arguments.plot,
-        gene_effects=arguments.gene_effects,
-        choices=Choices(
-            arguments.layer,
-            arguments.pooling,
-            arguments.precision,
-            tokens_per_batch=arguments.tokens_per_batch,
-        ),
-        vocabulary=arguments.vocabulary,
+        question=question,
+        choices=options.build(Choices, arguments),
         options=options.input_options(arguments),
         layout=[*arguments.layout, *(word for word in words if "=" in word)],
-        overwrite=arguments.overwrite,
     )
 
 
 def _arguments() -> argparse.Namespace:
     parser = options.parser(__doc__, EXAMPLE)
     add = parser.add_argument
-    options.add_checkpoint(parser)
+    options.add(parser, "--checkpoint")
     add("--input", required=True, metavar="CELLS", help="h5ad or zarr of counts, SOMA Experiment")
     _add_question(parser)
     add("--table", type=Path, metavar="FILE", help="a row per gene or group: .csv or .tsv")
@@ -95,9 +77,9 @@ def _arguments() -> argparse.Namespace:
     add("--plot", type=Path, metavar="FILE", help="bars, or p over shift: .png")
     add("--gene-effects", type=Path, metavar="FILE", help="which genes' states move: .csv or .tsv")
     add("--most-moved", type=int, default=50, metavar="N", help="of each in it (default: 50)")
-    _add_model(parser)
-    add("--overwrite", action="store_true", help="replace outputs that are there")
-    options.add_layout(parser)
+    add("--layer", default="last", help="last (default), second-to-last, or N: behind N layers")
+    options.add(parser, "--pooling", "--precision", "--tokens-per-batch", "--vocabulary")
+    options.add(parser, *options.COUNTS, "--overwrite", "layout")
     return parser.parse_intermixed_args()
 
 
@@ -117,8 +99,8 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     add(
         "--truncated",
         action="store_true",
-        help="delete from the sentence as it was cut, as Geneformer's own code does: no gene moves "
-        "in behind (default: rank the cell anew without the gene's count)",
+        help="delete from the truncated cell, as Geneformer's own code does: no gene moves up "
+        "(default: rank the cell again without the gene's count)",
     )
     add("--start", "--cells", default="", metavar="COLUMN=VALUE", help="only these cells, by obs")
     add("--goal", default="", metavar="COLUMN=VALUE", help="measure shifts toward these cells")
@@ -133,14 +115,5 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the cells and random genes drawn (default: 0)")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--layer", default="last", help="last (default), second-to-last, or N: behind N layers")
-    options.add_pooling(parser)
-    options.add_arithmetic(parser)
-    options.add_vocabulary(parser)
-    options.add_counts(parser)
-
-
 if __name__ == "__main__":
-    sys.exit(run(main, moved="--most-moved"))
+    run(main, moved="--most-moved")

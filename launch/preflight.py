@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Checks a job before it trains: what all of its nodes see, share and run, and how they talk.
+"""Check the nodes of a job before it trains.
 
 torchrun [as for the job] launch/preflight.py [--config FILE] [--json FILE] [section.key=value]
 """
@@ -19,6 +19,7 @@ from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import GeneformerError
 from geneformer_mcore.exit_codes import DEFECT, end_after_last_words, print_stderr, report_error
+from geneformer_mcore.inference import options
 
 if TYPE_CHECKING:
     from geneformer_mcore.distributed.watchdog import LostRankError
@@ -30,12 +31,12 @@ EXAMPLE = """example, on every node, with the arguments of launch/pretrain.py:
       launch/preflight.py --config configs/geneformer_106m.yaml data.store=stores/lung
 
 exit codes (torchrun turns all but 0 into 1):
-  0 all is well   2 something to mend, all of it listed   1 defect, or a rank that was lost
+  0 all is well   2 something to fix, all of it listed   1 internal error or lost rank
 """
 
 
 def main() -> int:
-    """Ends with the same exit code on every rank."""
+    """Return the same exit code on every rank."""
     arguments = _arguments()
     try:
         config, text = settings.load(arguments.config or DEMO, arguments.settings)
@@ -43,8 +44,8 @@ def main() -> int:
     except GeneformerError as error:
         return report_error(error)
     ignore_known_warnings()
-    # Only now what takes seconds to import: a wrong setting is answered at once.
     from geneformer_mcore.distributed.watchdog import LostRankError, Watchdog
+    from geneformer_mcore.io.files import write_json
     from geneformer_mcore.preflight import cluster
     from geneformer_mcore.preflight.cluster import Traces
 
@@ -54,9 +55,9 @@ def main() -> int:
     watch = Watchdog(min(cluster.LIMIT_S, config.parallel.timeout_s), partial(_end_lost, traces))
     try:
         with watch:
-            code, result = cluster.check(config, text, watch, traces, _say)
-            if arguments.json is not None and _is_first():
-                _keep(arguments.json, result)
+            code, result = cluster.check(config, text, watch, traces, partial(print, flush=True))
+            if arguments.json is not None and os.environ.get("RANK", "0") == "0":
+                write_json(arguments.json, result)
         return code
     except GeneformerError as error:
         return report_error(error)
@@ -79,34 +80,16 @@ def _end_lost(traces: Traces, loss: LostRankError) -> None:
 
 
 def _end_on_signal(traces: Traces, number: int, _frame: Any) -> None:
-    """torchrun ends the other ranks so, once one has ended; a launcher, when time is up."""
+    """Signalled by torchrun, once another rank has ended, or by a launcher at its time limit."""
     traces.clear()
     os._exit(128 + number)
 
 
-def _keep(path: Path, result: dict[str, Any]) -> None:
-    from geneformer_mcore.io.files import write_json
-
-    write_json(path, result)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Check the nodes of a job before it trains.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser(__doc__, EXAMPLE)
     parser.add_argument("--config", type=Path, help="YAML file; default: configs/demo.yaml")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
-    parser.add_argument("settings", nargs="*", metavar="section.key=value")
+    options.add(parser, "settings")
     return parser.parse_intermixed_args()
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pretrains Geneformer, or goes on where the run folder's newest checkpoint stands.
+"""Pretrain Geneformer, or resume from the latest checkpoint in run.dir.
 
 torchrun [--nproc_per_node=N] launch/pretrain.py [--config FILE] [--dry-run] [section.key=value]
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import ConfigError, DataError, GeneformerError
+from geneformer_mcore.inference import options
 from geneformer_mcore.training import job
 from geneformer_mcore.training.run_folder import RunFolder
 from geneformer_mcore.training.signals import Interruption
@@ -29,12 +30,12 @@ EXAMPLE = """example:
       data.store=stores/lung run.dir=runs/lung train.steps=1000
 
 exit codes (also in RUN/outcome.json, since torchrun turns all but 0 into 1):
-  0 finished   2 wrong settings or data   75 interrupted and saved, start again   1 defect
+  0 finished   2 wrong settings or data   75 interrupted and saved, start again   1 internal error
 """
 
 
 def main() -> int:
-    """Ends with the exit code of the run, which rank 0 also writes into outcome.json."""
+    """Return the exit code of the run, which rank 0 also writes into outcome.json."""
     interruption = Interruption()
     arguments = _arguments()
     file, overrides = arguments.config or DEMO, arguments.settings
@@ -62,8 +63,7 @@ def _train(
     interruption: Interruption,
     watch: Watchdog,
 ) -> tuple[int, str]:
-    _demo_store_hint(config)
-    # Only now what takes seconds to import: a mistake in the settings is answered at once.
+    _check_demo_store(config)
     from geneformer_mcore.training import trainer
 
     open_task = partial(_pretraining, config)
@@ -71,14 +71,13 @@ def _train(
 
 
 def _pretraining(config: settings.Config) -> Task:
-    # Only now what takes seconds to import: a user's error is answered at once.
     from geneformer_mcore.training import datasets
     from geneformer_mcore.training.pretraining import Pretraining
 
     return Pretraining(config, datasets.open_cells(config))
 
 
-def _demo_store_hint(config: settings.Config) -> None:
+def _check_demo_store(config: settings.Config) -> None:
     demo_store = settings.Config().data.store
     if config.data.store == demo_store and not Path(demo_store).exists():
         raise DataError(
@@ -97,14 +96,10 @@ def _not_to_be_finetuned(config: settings.Config) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Pretrain Geneformer; continues the run in run.dir if there is one.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser(__doc__, EXAMPLE)
     parser.add_argument("--config", type=Path, help="YAML file; default: configs/demo.yaml")
     parser.add_argument("--dry-run", action="store_true", help="show the settings and stop")
-    parser.add_argument("settings", nargs="*", metavar="section.key=value")
+    options.add(parser, "settings")
     return parser.parse_intermixed_args()
 
 

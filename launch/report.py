@@ -1,9 +1,9 @@
-"""What came of a run: a short table, and its loss curve as RUN_DIR/loss.png.
+"""Report the results of a run: a short table, and its loss curve as RUN_DIR/loss.png.
 
     python launch/report.py RUN_DIR [--json OUT]
 
-Ends with the exit code of the run itself, which torchrun turns into 1: 0 finished, 75 interrupted
-and saved, 2 wrong settings or data, 1 anything else.
+Exits with the status of the run itself, which torchrun turns into 1: 0 finished, 75 interrupted and
+saved, 2 wrong settings or data, 1 anything else.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ EXAMPLE = "example: python launch/report.py runs/mine --json build/mine/report.j
 
 
 def main() -> int:
-    """Reads the arguments, prints the table, writes the plot and, if asked for, the JSON."""
+    """Print the table, write the plot and, if requested, the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=EXAMPLE)
     parser.add_argument("run_dir", type=Path, help="the run's folder, run.dir of its config")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers here")
     arguments = parser.parse_args()
-    # Only now what takes seconds to import.
     from geneformer_mcore.io.files import write_json
     from geneformer_mcore.report import figures, results
 

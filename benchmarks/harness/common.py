@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: goals, tables, pictures, arguments, processes in turns, memory."""
+"""Shared by all benchmarks: arguments, goals, results, child processes, turns, memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,16 +24,17 @@ CONFIGS = {name: ROOT / "configs" / f"geneformer_{name}.yaml" for name in ("10m"
 """The model card's models, by the names that commands take."""
 VOCABULARY = 25_429
 """Tokens of the card's models, specials included."""
+SEQ_LENGTH = 2048
 
 NOT_INSTALLED = "not installed"
 MIB = 2**20
 
 
-# Arguments
+# Arguments and results
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring, as it stands."""
+    """A parser whose help is the script's docstring, unchanged."""
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -51,7 +51,6 @@ def too_small(*ranges: tuple[str, float | None, float]) -> list[str]:
 
 def unknown_names(option: str, names: Iterable[str] | None, known: Iterable[str]) -> list[str]:
     """A problem if some of `names` are not known."""
-    known = list(known)
     unknown = sorted(set(names or ()) - set(known))
     return [f"{option}: no {', '.join(unknown)}; there are {', '.join(known)}."] if unknown else []
 
@@ -60,61 +59,40 @@ def refuse(problems: Sequence[str], places: Iterable[Path | None] = ()) -> None:
     """Raise ConfigError with all problems, if any, and DataError for a place not writable."""
     if problems:
         raise ConfigError("\n".join(problems))
-    for path in places:
-        if path:
-            files.check_output(path, overwrite=True)
+    for path in filter(None, places):
+        files.check_output(path, overwrite=True)
 
 
-def save_results(path: Path, content: dict[str, Any]) -> None:
-    """Write numbers as JSON, with machine, versions and commit."""
+def save_results(path: Path | None, content: dict[str, Any]) -> None:
+    """Write numbers as JSON, with machine, versions and commit, if there is a path."""
     from geneformer_mcore.metrics.provenance import provenance
 
-    files.write_json(path, content | provenance())
+    if path:
+        files.write_json(path, content | provenance())
 
 
-# Goals
+def goal(
+    what: str, value: float | None, bar: float, unit: str = "x", at_most: bool = False
+) -> dict[str, Any]:
+    """A ratio or amount, what it must reach (or stay under), and whether it does.
 
-
-@dataclass(frozen=True)
-class Goal:
-    """A line under a table.
-
-    value:    the ratio or amount found; None where a side of it was not measured
-    bar:      what it must reach, or with `at_most` must stay under
+    value: None where a side of it was not measured; then `met` is None
     """
+    met = None if value is None else value < bar if at_most else value >= bar
+    return {"what": what, "value": value, "bar": bar, "unit": unit, "at_most": at_most, "met": met}
 
-    what: str
-    value: float | None
-    bar: float
-    unit: str = "x"
-    at_most: bool = False
 
-    @property
-    def met(self) -> bool | None:
-        """None where there is no value."""
-        if self.value is None:
-            return None
-        return self.value < self.bar if self.at_most else self.value >= self.bar
-
-    def __str__(self) -> str:
-        sign = "<" if self.at_most else ">="
-        words = {True: "met", False: "MISSED", None: "not measured"}[self.met]
-        found = "-" if self.value is None else f"{self.value:.3g} {self.unit}"
-        return f"{self.what}: {found} (bar {sign} {self.bar:g} {self.unit}): {words}"
-
-    def as_json(self) -> dict[str, Any]:
-        """Its fields and whether it is met."""
-        return asdict(self) | {"met": self.met}
+def goal_text(goal: dict[str, Any]) -> str:
+    """A goal in one line."""
+    found = "-" if goal["value"] is None else f"{goal['value']:.3g} {goal['unit']}"
+    word = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
+    sign = "<" if goal["at_most"] else ">="
+    return f"{goal['what']}: {found} (bar {sign} {goal['bar']:g} {goal['unit']}): {word}"
 
 
 def ratio(ours: float | None, theirs: float | None) -> float | None:
     """ours / theirs; None if either is missing."""
     return None if ours is None or theirs is None else ours / theirs
-
-
-def best(rates: list[float | None]) -> float | None:
-    """The largest of those that were measured; None if none was."""
-    return max((rate for rate in rates if rate is not None), default=None)
 
 
 def version_of(package: str) -> str:
@@ -126,79 +104,37 @@ def version_of(package: str) -> str:
 
 
 def named(name: str, kind: Any, not_measured: str | None) -> dict[str, Any]:
-    """Start of a contestant's row; with the reason if it was not measured.
-
-    kind: its class, or an object with its label and package
-    """
+    """Start of a contestant's row. kind: its class, with label and package."""
     peer = kind.package and f"{kind.package} {version_of(kind.package)}"
     return {"name": name, "label": kind.label, "peer": peer, "not_measured": not_measured}
-
-
-# Tables and pictures
-
-
-def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns wide enough for what they hold; the first flush left, the others right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(text.rjust(w) for text, w in others)])
-
-    return "\n".join([line(head), *map(line, rows)])
-
-
-def save_bars(path: Path, panels: dict[str, list[tuple[str, float, bool]]], footer: str) -> None:
-    """Draw cells/s as horizontal bars on a log scale: {title: [(label, rate, is ours)]}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    heights = [len(bars) + 1.5 for bars in panels.values()]
-    size = (9, 0.32 * sum(heights) + 1)
-    layout: dict[str, Any] = {"height_ratios": heights, "squeeze": False, "layout": "constrained"}
-    figure, all_axes = pyplot.subplots(len(panels), figsize=size, **layout)
-    for axes, (title, bars) in zip(all_axes[:, 0], panels.items(), strict=True):
-        ordered = sorted(bars, key=lambda bar: bar[1])
-        rates = [rate for _, rate, _ in ordered]
-        colours = ["#1f6f5c" if is_ours else "#9aa5b1" for _, _, is_ours in ordered]
-        drawn = axes.barh([label for label, _, _ in ordered], rates, color=colours)
-        axes.bar_label(drawn, [f"{rate:,.0f}" for rate in rates], padding=3, fontsize=8)
-        axes.set_xscale("log")
-        axes.set_xlim(min(rates) / 2, max(rates) * 3)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:,.0f}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    all_axes[-1, 0].set_xlabel("cells/s", fontsize=9)
-    figure.text(0.01, -0.02, footer, fontsize=7, color="#555555")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 # Processes, and turns of contestants in them
 
 
-def build_store(
-    out: Path, inputs: Iterable[Path | str], vocabulary: Path | str | None, *options: str
-) -> list[str]:
-    """The command that builds a token store; without a vocabulary, that of the cells."""
-    command = [sys.executable, str(ROOT / "data_prep" / "build_store.py"), "--out", str(out)]
-    command += ["--vocabulary", str(vocabulary)] if vocabulary else []
-    return [*command, *options, *map(str, inputs)]
+def step(*command: object, **environment: str) -> None:
+    """Run one of the project's commands, shown on the console. Raises DataError if it fails.
+
+    environment: defaults, for variables that are not set
+    """
+    words = [str(word) for word in command]
+    print(f"\n$ python {' '.join(words)}", flush=True)
+    ended = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment | os.environ)
+    if ended.returncode:
+        raise DataError(f"{words[0]} ended with {ended.returncode}; its error is shown above.")
+
+
+def build_store(out: Path, inputs: Iterable[Path], vocabulary: Path | None, *options: str) -> None:
+    """Build a token store; without a vocabulary, with that of the cells."""
+    words = ["--vocabulary", vocabulary.resolve()] if vocabulary else []
+    paths = [path.resolve() for path in inputs]
+    step("data_prep/build_store.py", "--out", out.resolve(), *words, *options, *paths)
 
 
 def why_failed(command: Sequence[str], timeout_s: float) -> str:
     """Run a child process. The reason of its failure in one line, or ""."""
     try:
-        ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         return f"not done after {timeout_s} s"
     if ended.returncode < 0:
@@ -221,33 +157,15 @@ def in_rounds(
     """
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in labels}
     for number in range(num_rounds):
-        for name, label in labels.items():
-            if name in failures:
-                continue
+        for name in [name for name in labels if name not in failures]:
             found, why = turn(name, number)
             if why:
                 failures[name] = why
             else:
                 turns[name].append(found)
-            print(f"round {number + 1}: {label}: {why or rate_text(rate(found))}", flush=True)
+            rate_or_why = why or f"{rate(found):,.3g} cells/s"
+            print(f"round {number + 1}: {labels[name]}: {rate_or_why}", flush=True)
     return turns
-
-
-def rate_text(cells_per_s: float) -> str:
-    """Cells per second, with three digits or more."""
-    return f"{cells_per_s:,.0f} cells/s" if cells_per_s >= 100 else f"{cells_per_s:.3g} cells/s"
-
-
-def step(*command: object, **environment: str) -> None:
-    """Run one of the project's commands, shown on the console. Raises DataError if it fails.
-
-    environment: defaults, for variables that are not set
-    """
-    words = [str(word) for word in command]
-    print(f"\n$ python {' '.join(words)}", flush=True)
-    ended = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment | os.environ)
-    if ended.returncode:
-        raise DataError(f"{words[0]} ended with {ended.returncode}; its error is shown above.")
 
 
 # Memory
@@ -269,17 +187,8 @@ def peak_mib(here: torch.device) -> float:
     """The most since `forget_peak_mib`: allocated by torch, or resident in the whole process."""
     import torch
 
-    if here.type == "cuda":
-        return torch.cuda.max_memory_allocated(here) / MIB
-    return process_mib("VmHWM")
-
-
-def wait_for(here: torch.device) -> None:
-    """Return when a GPU has finished its work."""
-    import torch
-
-    if here.type == "cuda":
-        torch.cuda.synchronize(here)
+    on_gpu = here.type == "cuda"
+    return torch.cuda.max_memory_allocated(here) / MIB if on_gpu else process_mib("VmHWM")
 
 
 def process_mib(name: str) -> float:

@@ -1,13 +1,14 @@
 """Tables of README.md and docs/*.md: (results folder) -> Markdown, by name in TABLES.
 
-What was not measured is shown as such. Columns are pairs (heading, row -> text); the benchmarks
-print the same columns on the console.
+What was not measured is shown as such. Columns are {heading: row -> text}; the benchmarks print the
+same tables on the console.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,11 +16,10 @@ from benchmarks.harness import scaling_model
 from geneformer_mcore.errors import DataError
 
 NOT_MEASURED = "not measured"
-NO_GPU = "no GPU"
-"""The end of the name of such a machine (metrics/provenance.py)."""
+YES = {True: "yes", False: "**no**", None: NOT_MEASURED}
 
 Measurement: TypeAlias = dict[str, Any]
-Column: TypeAlias = tuple[str, Callable[[Measurement], str]]
+Columns: TypeAlias = dict[str, Callable[[Measurement], str]]
 
 
 # Text
@@ -40,47 +40,55 @@ def share(value: float | None) -> str:
     return number(value, ".1%")
 
 
-def heads(columns: Sequence[Column]) -> list[str]:
-    """The headings."""
-    return [label for label, _ in columns]
-
-
-def shown(columns: Sequence[Column], row: Measurement) -> list[str]:
+def shown(columns: Columns, row: Measurement) -> list[str]:
     """The texts of a row."""
-    return [show(row) for _, show in columns]
-
-
-def row_of(cells: Iterable[str]) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+    return [show(row) for show in columns.values()]
 
 
 def markdown(
-    head: Sequence[str],
+    head: Iterable[str],
     rows: Sequence[Sequence[str]],
-    sources: Sequence[Measurement | None],
+    sources: Iterable[Measurement | None] = (),
     with_machine: bool = True,
 ) -> str:
     """A table, and under it the origin of its numbers. Without rows: that nothing was measured."""
+    head = list(head)
     rows = rows or [[NOT_MEASURED, *[""] * (len(head) - 1)]]
-    lines = [row_of(head), row_of(["---"] * len(head)), *map(row_of, rows)]
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     origins = dict.fromkeys(origin(source, with_machine) for source in sources if source)
     return "\n".join([*lines, "", *(f"<sub>{origin}</sub>" for origin in origins)]).rstrip()
 
 
+def table(
+    columns: Columns,
+    rows: Iterable[Measurement],
+    sources: Iterable[Measurement | None] = (),
+    num_names: int = 1,
+) -> str:
+    """A line per row; of a contestant not measured its names (the first columns) and the reason."""
+    lines = []
+    for row in rows:
+        if row.get("not_measured"):
+            known = [show(row) for show in list(columns.values())[:num_names]]
+            known.append(f"{NOT_MEASURED}: {row['not_measured']}")
+            lines.append(known + [""] * (len(columns) - len(known)))
+        else:
+            lines.append(shown(columns, row))
+    return markdown(columns, lines, sources)
+
+
 def origin(source: Measurement, with_machine: bool = True) -> str:
     """Machine, versions and commit of a measurement."""
-    versions = ", ".join(
-        f"{name} {number}" for name, number in source["versions"].items() if number != "absent"
-    )
+    found = source["versions"].items()
+    versions = ", ".join(f"{name} {number}" for name, number in found if number != "absent")
     machine = f"{source['machine']}; " if with_machine else ""
     return f"Measured on {machine}{versions}; commit {source['commit']}."
 
 
-def read(path: Path) -> Measurement | None:
-    """The measurement in `path`; None where there is none."""
+def read(path: Path) -> Measurement:
+    """The measurement in `path`; empty where there is none."""
     if not path.exists():
-        return None
+        return {}
     try:
         found = json.loads(path.read_text())
     except ValueError:
@@ -90,14 +98,10 @@ def read(path: Path) -> Measurement | None:
     return found
 
 
-def _all(results: Path, pattern: str) -> dict[str, Measurement]:
-    """{the file's part in place of *: its measurement}."""
-    before, after = pattern.split("*")
-    return {
-        path.name.removeprefix(before).removesuffix(after): found
-        for path in sorted(results.glob(pattern))
-        if (found := read(path))
-    }
+def _all(results: Path, start: str) -> dict[str, Measurement]:
+    """{rest of the file's name: its measurement}."""
+    paths = sorted(results.glob(f"{start}*.json"))
+    return {path.stem.removeprefix(start): found for path in paths if (found := read(path))}
 
 
 # Training runs
@@ -105,10 +109,8 @@ def _all(results: Path, pattern: str) -> dict[str, Measurement]:
 
 def _run_model(run: Measurement) -> str:
     model, settings = run["settings"]["model"], run["settings"]
-    return (
-        f"{model['num_layers']} layers x {model['hidden_size']}, "
-        f"{settings['seq_length']:,} tokens, {settings['train']['precision']}"
-    )
+    size = f"{model['num_layers']} layers x {model['hidden_size']}"
+    return f"{size}, {settings['seq_length']:,} tokens, {settings['train']['precision']}"
 
 
 def _run_steps(run: Measurement) -> str:
@@ -116,8 +118,12 @@ def _run_steps(run: Measurement) -> str:
     return f"{run['logged_step']:,} of {batch:,} cells"
 
 
-def _baseline(run: Measurement, name: str) -> str:
-    return nats((run["baselines"] or {}).get(name))
+def _of(key: str, form: str) -> Callable[[Measurement], str]:
+    return lambda row: number(row[key], form)
+
+
+def _baseline(name: str) -> Callable[[Measurement], str]:
+    return lambda run: nats((run["baselines"] or {}).get(name))
 
 
 def _both_tflops(run: Measurement) -> str:
@@ -125,44 +131,34 @@ def _both_tflops(run: Measurement) -> str:
     return " / ".join(number(kind, ".3g") for kind in kinds)
 
 
-RUN_ROWS: list[Column] = [
-    ("model", _run_model),
-    ("steps", _run_steps),
-    ("training loss, nats per masked gene", lambda run: nats(run["train_loss"])),
-    ("**validation loss**", lambda run: f"**{nats(run['val_loss'])}**"),
-    ("control: genes of each cell shuffled", lambda run: nats(run["val_loss_shuffled_genes"])),
-    ("baseline: unigram", lambda run: _baseline(run, "unigram")),
-    ("baseline: gene given rank", lambda run: _baseline(run, "gene_given_rank")),
-    ("cells/s", lambda run: number(run["cells_per_s"], ",.1f")),
-    ("tokens/s, padding not counted", lambda run: number(run["tokens_per_s"], ",.0f")),
-    ("TFLOPS per rank, padded-equivalent / executed", _both_tflops),
-    ("MFU, executed / measured peak", lambda run: share(run["mfu"])),
-    ("share of time waiting for data", lambda run: share(run["data_wait_fraction"])),
-    ("wall time", lambda run: f"{number(run['wall_s'], ',.0f')} s"),
-]
+RUN_ROWS: Columns = {
+    "model": _run_model,
+    "steps": _run_steps,
+    "training loss, nats per masked gene": _of("train_loss", ".3f"),
+    "**validation loss**": lambda run: f"**{nats(run['val_loss'])}**",
+    "control: genes of each cell shuffled": _of("val_loss_shuffled_genes", ".3f"),
+    "baseline: unigram": _baseline("unigram"),
+    "baseline: gene given rank": _baseline("gene_given_rank"),
+    "cells/s": _of("cells_per_s", ",.1f"),
+    "tokens/s, padding not counted": _of("tokens_per_s", ",.0f"),
+    "TFLOPS per rank, padded-equivalent / executed": _both_tflops,
+    "MFU, executed / measured peak": _of("mfu", ".1%"),
+    "share of time waiting for data": _of("data_wait_fraction", ".1%"),
+    "wall time": lambda run: f"{number(run['wall_s'], ',.0f')} s",
+}
 
 
-def _runs(head: str, files: dict[str, Path]) -> str:
-    """Runs of launch/report.py --json, one column each."""
-    found = [read(path) for path in files.values()]
+def runs(results: Path, head: str, files: dict[str, str]) -> str:
+    """Runs of launch/report.py --json, one column each. files: {heading: file name}."""
+    found = [read(results / f"{name}.json") for name in files.values()]
     rows = [
-        [label, *(show(run) if run else NOT_MEASURED for run in found)] for label, show in RUN_ROWS
+        [label, *(show(run) if run else NOT_MEASURED for run in found)]
+        for label, show in RUN_ROWS.items()
     ]
     return markdown([head, *files], rows, found)
 
 
-def demo(results: Path) -> str:
-    """The run of `make demo`."""
-    return _runs("`make demo`", {"": results / "demo.json"})
-
-
-def real_job(results: Path) -> str:
-    """The runs of real_job.py."""
-    files = {"10M, the card's settings": "10m", "narrower": "narrow"}
-    return _runs(
-        "real cells",
-        {label: results / f"real_job_{name}.json" for label, name in files.items()},
-    )
+REAL_JOB = {"10M, the card's settings": "real_job_10m", "narrower": "real_job_narrow"}
 
 
 def _trained(report: Measurement) -> str:
@@ -174,171 +170,155 @@ def _trained(report: Measurement) -> str:
     return f"all but {tune['frozen_layers']} layer(s)" if tune["frozen_layers"] else "everything"
 
 
-FINETUNE_COLUMNS: list[Column] = [
-    ("trained", _trained),
-    ("steps x cells", lambda r: f"{r['finetune']['steps']} x {r['finetune']['global_batch_size']}"),
-    ("learning rate", lambda r: f"{r['finetune']['lr']:g}"),
-    ("test cells", lambda r: f"{r['num_cells']:,}"),
-    ("accuracy", lambda r: share(r["accuracy"])),
-    ("macro F1", lambda r: number(r["macro_f1"], ".3f")),
-    ("accuracy of the commonest class", lambda r: share(r["majority_class"]["accuracy"])),
-    ("its macro F1", lambda r: number(r["majority_class"]["macro_f1"], ".3f")),
-]
+FINETUNE_COLUMNS: Columns = {
+    "trained": _trained,
+    "steps x cells": lambda r: f"{r['finetune']['steps']} x {r['finetune']['global_batch_size']}",
+    "learning rate": lambda r: f"{r['finetune']['lr']:g}",
+    "test cells": lambda r: f"{r['num_cells']:,}",
+    "accuracy": lambda r: share(r["accuracy"]),
+    "macro F1": lambda r: nats(r["macro_f1"]),
+    "accuracy of the commonest class": lambda r: share(r["majority_class"]["accuracy"]),
+    "its macro F1": lambda r: nats(r["majority_class"]["macro_f1"]),
+}
 
 
 def finetune(results: Path) -> str:
     """All test/report.json of runs of launch/finetune.py."""
-    found = list(_all(results, "finetune_*.json").values())
-    rows = [shown(FINETUNE_COLUMNS, each) for each in found]
-    return markdown(heads(FINETUNE_COLUMNS), rows, found)
+    found = _all(results, "finetune_").values()
+    return table(FINETUNE_COLUMNS, found, found)
 
 
 # Speed
 
 
-TFLOPS_COLUMNS: list[Column] = [
-    ("model", lambda row: str(row["model"])),
-    ("precision", lambda row: str(row["precision"])),
-    ("cells", lambda row: f"{row.get('packing', 'padded')}, {row['tokens_per_cell']:,.0f} tokens"),
-    ("attention", lambda row: f"{row['attention']}, dropout {row['attention_dropout']:g}"),
-    ("compiled", lambda row: "yes" if row.get("compiled") else "no"),
-    ("micro batch", lambda row: f"{row['micro_batch']:,}"),
-    ("fill", lambda row: share(row.get("fill"))),
-    ("s per step", lambda row: f"{row['step_s']:.3g}"),
-    (
-        "cells/s",
-        lambda row: number(row["cells_per_s"], ",.0f" if row["cells_per_s"] > 99 else ".3g"),
-    ),
-    ("tokens/s", lambda row: f"{row['tokens_per_s']:,.0f}"),
-    ("TFLOPS, padded-equivalent", lambda row: f"{row['tflops_padded_equivalent']:.3g}"),
-    ("TFLOPS, executed", lambda row: f"{row['tflops_executed']:.3g}"),
-    ("MFU", lambda row: share(row["mfu"])),
-    ("data wait", lambda row: share(row["data_wait_fraction"])),
-    ("memory, MiB", lambda row: number(row.get("peak_mib"), ",.0f")),
-]
+def _rate(row: Measurement) -> str:
+    rate = row["cells_per_s"]
+    return number(rate, ",.0f" if rate > 99 else ".3g")
+
+
+TFLOPS_COLUMNS: Columns = {
+    "model": lambda row: str(row["model"]),
+    "precision": lambda row: str(row["precision"]),
+    "cells": lambda row: f"{row.get('packing', 'padded')}, {row['tokens_per_cell']:,.0f} tokens",
+    "attention": lambda row: f"{row['attention']}, dropout {row['attention_dropout']:g}",
+    "compiled": lambda row: "yes" if row.get("compiled") else "no",
+    "micro batch": lambda row: f"{row['micro_batch']:,}",
+    "fill": lambda row: share(row.get("fill")),
+    "s per step": lambda row: f"{row['step_s']:.3g}",
+    "cells/s": _rate,
+    "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+    "TFLOPS, padded-equivalent": lambda row: f"{row['tflops_padded_equivalent']:.3g}",
+    "TFLOPS, executed": lambda row: f"{row['tflops_executed']:.3g}",
+    "MFU": lambda row: share(row["mfu"]),
+    "data wait": lambda row: share(row["data_wait_fraction"]),
+    "memory, MiB": lambda row: number(row.get("peak_mib"), ",.0f"),
+}
 
 
 def tflops(results: Path) -> str:
     """All results of tflops.py, one line per measured setting."""
-    found = list(_all(results, "tflops_*.json").values())
+    found = _all(results, "tflops_").values()
     rows = [
         [here["machine"], *shown(TFLOPS_COLUMNS, row)] for here in found for row in here["rows"]
     ]
-    if all(here["machine"].endswith(NO_GPU) for here in found):
+    if all(here["machine"].endswith("no GPU") for here in found):
         rows.append(["one GPU", NOT_MEASURED, *[""] * (len(TFLOPS_COLUMNS) - 1)])
-    return markdown(["machine", *heads(TFLOPS_COLUMNS)], rows, found, with_machine=False)
+    return markdown(["machine", *TFLOPS_COLUMNS], rows, found, with_machine=False)
 
 
 def _step_ratio(found: list[float] | None) -> str:
     return "" if found is None else "**{:.2f}** ({:.2f} to {:.2f})".format(*found)
 
 
-STEP_COLUMNS: list[Column] = [
-    ("contestant", lambda row: row["label"]),
-    ("micro batch", lambda row: str(row["micro_batch"])),
-    ("cells/s", lambda row: f"{row['cells_per_s']:.3g}"),
-    ("tokens/s", lambda row: f"{row['tokens_per_s']:,.0f}"),
-    ("fill", lambda row: f"{row['fill']:.0%}"),
-    ("memory, MiB", lambda row: f"{row['peak_mib']:,.0f}"),
-    ("TFLOPS, executed", lambda row: f"{row['tflops_executed']:.3f}"),
-    ("x Hugging Face, dynamic padding", lambda row: _step_ratio(row["hf_dynamic_ratio"])),
-    ("x Hugging Face, padded to 2,048", lambda row: _step_ratio(row["hf_padded_ratio"])),
-]
-
-
-def contestant_row(columns: Sequence[Column], num_names: int, row: Measurement) -> list[str]:
-    """A contestant's texts; of one not measured its names (the first columns) and the reason."""
-    if not row["not_measured"]:
-        return shown(columns, row)
-    reason = f"{NOT_MEASURED}: {row['not_measured']}"
-    return [*shown(columns[:num_names], row), reason, *[""] * (len(columns) - num_names - 1)]
+STEP_COLUMNS: Columns = {
+    "cells": lambda row: row["cells"],
+    "contestant": lambda row: row["label"],
+    "micro batch": lambda row: str(row["micro_batch"]),
+    "cells/s": lambda row: f"{row['cells_per_s']:.3g}",
+    "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+    "fill": lambda row: f"{row['fill']:.0%}",
+    "memory, MiB": lambda row: f"{row['peak_mib']:,.0f}",
+    "TFLOPS, executed": lambda row: f"{row['tflops_executed']:.3f}",
+    "x Hugging Face, dynamic padding": lambda row: _step_ratio(row["hf_dynamic_ratio"]),
+    "x Hugging Face, padded to 2,048": lambda row: _step_ratio(row["hf_padded_ratio"]),
+}
 
 
 def train_step(results: Path) -> str:
     """All results of train_step.py, one after the other."""
-    found = _all(results, "train_step_*.json")
-    rows = [
-        [name, *contestant_row(STEP_COLUMNS, 1, row)]
-        for name, content in found.items()
-        for row in content["rows"]
-    ]
-    return markdown(["cells", *heads(STEP_COLUMNS)], rows, list(found.values()))
+    found = _all(results, "train_step_")
+    rows = [row | {"cells": name} for name, content in found.items() for row in content["rows"]]
+    return table(STEP_COLUMNS, rows, found.values(), num_names=2)
 
 
 def tokenize(results: Path) -> str:
     """The rates of tokenize.py."""
     found = read(results / "tokenize.json")
-    head = ["tokeniser, one core", "cells/s", "ours is", "cells that differ from exact"]
-    rows = [
-        [
-            *(row["name"], f"{row['cells_per_s']:,.0f}"),
-            f"{found['rows'][0]['cells_per_s'] / row['cells_per_s']:.2f} x",
-            f"{row['cells_that_differ']:,} of {found['cells']:,}",
-        ]
-        for row in (found["rows"] if found else ())
-        if found
-    ]
-    return markdown(head, rows, [found])
+    rows = found.get("rows", [])
+    columns: Columns = {
+        "tokeniser, one core": lambda row: row["name"],
+        "cells/s": lambda row: f"{row['cells_per_s']:,.0f}",
+        "ours is": lambda row: f"{rows[0]['cells_per_s'] / row['cells_per_s']:.2f} x",
+        "cells that differ from exact": (
+            lambda row: f"{row['cells_that_differ']:,} of {found['cells']:,}"
+        ),
+    }
+    return table(columns, rows, [found])
 
 
-INGEST_COLUMNS: list[Column] = [
-    ("cells", lambda row: f"{row['cells']:,}"),
-    ("wall time", lambda row: f"{row['seconds']:.1f} s"),
-    ("cells/s", lambda row: f"{row['cells_per_s']:,}"),
-    ("CPU time", lambda row: f"{row['cpu_s']:.1f} s"),
-    ("memory of all processes, PSS", lambda row: f"{row['peak_pss_gb']:.2f} GB"),
-    ("store", lambda row: f"{row['store_bytes'] / 1e6:,.0f} MB"),
-]
+INGEST_COLUMNS: Columns = {
+    "cells": lambda row: f"{row['cells']:,}",
+    "wall time": lambda row: f"{row['seconds']:.1f} s",
+    "cells/s": lambda row: f"{row['cells_per_s']:,}",
+    "CPU time": lambda row: f"{row['cpu_s']:.1f} s",
+    "memory of all processes, PSS": lambda row: f"{row['peak_pss_gb']:.2f} GB",
+    "store": lambda row: f"{row['store_bytes'] / 1e6:,.0f} MB",
+}
 
 
 def ingest(results: Path) -> str:
     """The builds of ingest.py, and the extrapolation."""
     found = read(results / "ingest.json")
-    rows = [shown(INGEST_COLUMNS, row) for row in found["runs"]] if found else []
+    rows = [shown(INGEST_COLUMNS, row) for row in found.get("runs", ())]
     if found:
         far = found["extrapolation"]
         what = f"{far['census']:,}, {far['cores']} cores: estimate"
         rows.append([what, f"{far['minutes']:.0f} min", *[""] * 4])
-    return markdown(heads(INGEST_COLUMNS), rows, [found])
+    return markdown(INGEST_COLUMNS, rows, [found])
 
 
-LOADER_COLUMNS: list[Column] = [
-    ("loader", lambda row: row["label"]),
-    ("peer", lambda row: row["peer"] or "-"),
-    ("cells/s", lambda row: f"{row['cells_per_s']:,.0f}"),
-    ("first batch, s", lambda row: f"{row['first_batch_s']:.2f}"),
-    ("memory, MiB", lambda row: f"{row['peak_mib']:,.0f}"),
-    ("mixed, 1 = uniform", lambda row: f"{row['shuffle']['blocks']:.2f}"),
-    ("each cell once", lambda row: "yes" if row["shuffle"]["each_once"] else "**no**"),
-    ("epoch 2 differs", lambda row: "yes" if row["shuffle"]["epochs_differ"] else "**no**"),
-]
+LOADER_COLUMNS: Columns = {
+    "loader": lambda row: row["label"],
+    "peer": lambda row: row["peer"] or "-",
+    "cells/s": lambda row: f"{row['cells_per_s']:,.0f}",
+    "first batch, s": lambda row: f"{row['first_batch_s']:.2f}",
+    "memory, MiB": lambda row: f"{row['peak_mib']:,.0f}",
+    "mixed, 1 = uniform": lambda row: f"{row['shuffle']['blocks']:.2f}",
+    "each cell once": lambda row: YES[row["shuffle"]["each_once"]],
+    "epoch 2 differs": lambda row: YES[row["shuffle"]["epochs_differ"]],
+}
 
 
-def _loader(table: str) -> Callable[[Path], str]:
+def loader(results: Path, kind: str) -> str:
     """The contestants of one of loader.py's two tables."""
+    found = read(results / "loader.json")
+    rows = [row for row in found.get("rows", ()) if row["table"] == kind]
+    return table(LOADER_COLUMNS, rows, [found], num_names=2)
 
-    def loader(results: Path) -> str:
-        found = read(results / "loader.json")
-        chosen = [row for row in (found["rows"] if found else ()) if row["table"] == table]
-        rows = [contestant_row(LOADER_COLUMNS, 2, row) for row in chosen]
-        return markdown(heads(LOADER_COLUMNS), rows, [found])
 
-    return loader
+GOAL_COLUMNS: Columns = {
+    "": lambda goal: goal["what"],
+    "found": lambda goal: number(goal["value"], ".3g"),
+    "bar": lambda goal: f"{'<' if goal['at_most'] else '>='} {goal['bar']:g} {goal['unit']}",
+    "met": lambda goal: YES[goal["met"]],
+}
 
 
 def loader_goals(results: Path) -> str:
     """The ratios and limits of loader.py, each with its bar."""
     found = read(results / "loader.json")
-    rows = [
-        [
-            goal["what"],
-            number(goal["value"], ".3g"),
-            f"{'<' if goal['at_most'] else '>='} {goal['bar']:g} {goal['unit']}",
-            {True: "yes", False: "**no**", None: NOT_MEASURED}[goal["met"]],
-        ]
-        for goal in (found["goals"] if found else ())
-    ]
-    return markdown(["", "found", "bar", "met"], rows or [["", NOT_MEASURED, "", ""]], [found])
+    rows = [shown(GOAL_COLUMNS, goal) for goal in found.get("goals", ())]
+    return markdown(GOAL_COLUMNS, rows or [["", NOT_MEASURED, "", ""]], [found])
 
 
 PERTURB_RATES = {"variants_per_s": "wall clock", "variants_per_cpu_s": "CPU"}
@@ -349,16 +329,15 @@ def perturb(results: Path) -> str:
     found = read(results / "perturb.json")
     head = ["10M model, one thread", "variants/s", "variants per CPU second"]
     head += [f"ours is, {name}" for name in [*PERTURB_RATES.values(), "operations"]]
-    if not found:
-        return markdown(head, [], [])
-    ours, rows = found["rows"][0], []
-    for row in found["rows"]:
+    rows = []
+    for row in found.get("rows", ()):
+        ours = found["rows"][0]
         times = [ours[rate] / row[rate] for rate in PERTURB_RATES]
         times.append(row["flops_per_variant"] / ours["flops_per_variant"])
         numbers = [number(row[rate], ".3g") for rate in PERTURB_RATES]
         rows.append([row["name"], *numbers, *(f"{each:.2f} x" for each in times)])
-    reading = "\n".join(f"- {line}" for line in found["reading"])
-    return f"{markdown(head, rows, [found])}\n\n{reading}"
+    reading = "\n".join(f"- {line}" for line in found.get("reading", ()))
+    return f"{markdown(head, rows, [found])}\n\n{reading}".rstrip()
 
 
 # Correctness
@@ -378,55 +357,55 @@ def parity(results: Path) -> str:
     found = read(results / "parity.json")
     rows = [
         [row["layout"], str(row["ranks"]), *(number(row[key], ".1e") for key in PARITY_COLUMNS)]
-        for row in (found["rows"] if found else ())
+        for row in found.get("rows", ())
     ]
     return markdown(["layout", "ranks", *PARITY_COLUMNS.values()], rows, [found])
+
+
+CELL_TYPE_COLUMNS: Columns = {
+    "cells": lambda row: row["cells"],
+    "scheme": lambda row: row["scheme"],
+    "features": lambda row: row["features"],
+    "classifier": lambda row: row["classifier"],
+    "macro F1 (95 %)": lambda row: row["bold"].format(_score(row["macro_f1"])),
+    "accuracy (95 %)": lambda row: _score(row["accuracy"]),
+    "F1 over PCA + forest": lambda row: row["over"],
+}
 
 
 def cell_types(results: Path) -> str:
     """Every method of cell_types.py, and below the pretraining behind it."""
     found = read(results / "cell_types.json")
-    if not found:
-        return markdown(CELL_TYPE_HEAD, [], [])
-    below = [f"<sub>{line}</sub>" for line in [*cell_type_notes(found), origin(found)]]
-    return "\n\n".join([markdown(CELL_TYPE_HEAD, cell_type_rows(found), []), *below])
+    return cell_types_of(found, [origin(found)]) if found else table(CELL_TYPE_COLUMNS, [])
 
 
-CELL_TYPE_HEAD = [
-    *("cells", "scheme", "features", "classifier", "macro F1 (95 %)", "accuracy (95 %)"),
-    "F1 over PCA + forest",
-]
-
-
-def cell_type_rows(content: Measurement) -> list[list[str]]:
-    """One per method, scheme and labelled file."""
-    return [
+def cell_types_of(content: Measurement, more: Sequence[str] = ()) -> str:
+    """One row per method, scheme and labelled file; notes below."""
+    rows = [
         _cell_type_row(each, scheme, row)
         for each in content["sets"]
         for scheme in each["schemes"]
         for row in scheme["rows"]
     ]
+    below = [f"<sub>{line}</sub>" for line in [*cell_type_notes(content), *more]]
+    return "\n\n".join([table(CELL_TYPE_COLUMNS, rows), *below])
 
 
-def _cell_type_row(each: Measurement, scheme: Measurement, row: Measurement) -> list[str]:
+def _cell_type_row(each: Measurement, scheme: Measurement, row: Measurement) -> Measurement:
     best = max(other["macro_f1"]["value"] for other in scheme["rows"])
-    score = _score(row["macro_f1"])
-    return [
-        f"{each['input'].removesuffix('.h5ad')}, {scheme['cells']:,} cells",
-        f"{scheme['name']}, {len(scheme['labels'])} labels",
-        row["features"],
-        row["classifier"],
-        f"**{score}**" if row["macro_f1"]["value"] == best else score,
-        _score(row["accuracy"]),
-        "-" if row is scheme["rows"][0] else _score(row["macro_f1_over_baseline"], "+.3f"),
-    ]
+    over = "-" if row is scheme["rows"][0] else _score(row["macro_f1_over_baseline"], "+.3f")
+    return row | {
+        "cells": f"{each['input'].removesuffix('.h5ad')}, {scheme['cells']:,} cells",
+        "scheme": f"{scheme['name']}, {len(scheme['labels'])} labels",
+        "bold": "**{}**" if row["macro_f1"]["value"] == best else "{}",
+        "over": over,
+    }
 
 
-def _score(interval: dict[str, float], form: str = ".3f") -> str:
-    text = format(interval["value"], form)
-    if "low" not in interval:
-        return text
-    return f"{text} ({interval['low']:{form}} to {interval['high']:{form}})"
+def _score(found: dict[str, float], form: str = ".3f") -> str:
+    """With its interval, if there is one."""
+    value, *bounds = (format(found[key], form) for key in ("value", "low", "high") if key in found)
+    return f"{value} ({' to '.join(bounds)})" if bounds else value
 
 
 def cell_type_notes(content: Measurement) -> list[str]:
@@ -435,46 +414,44 @@ def cell_type_notes(content: Measurement) -> list[str]:
     figures = "; ".join(
         f"{row['features']} {row['macro_f1']:.3f} / {row['accuracy']:.3f}" for row in card["rows"]
     )
-    reference = (
-        "For reference, the card's macro F1 / accuracy (random forest) on other cells, "
-        f"{card['data']}: {figures}."
-    )
-    return [*map(_pretraining, content["sets"]), reference]
+    reference = "For reference, the card's macro F1 / accuracy (random forest) on other cells, "
+    return [*map(_pretraining, content["sets"]), f"{reference}{card['data']}: {figures}."]
 
 
 def _pretraining(each: Measurement) -> str:
-    run = each["pretraining"]
-    left_out = "".join(
-        f", not on {name} ({cells:,} of the cells)"
-        for name, cells in each["not_trained_on"].items()
-    )
-    minutes = "" if run["wall_s"] is None else f", {run['wall_s'] / 60:.0f} minutes"
-    loss = "" if run["val_loss"] is None else f", validation loss {run['val_loss']:.2f}"
-    return (
-        f"{each['input']}: {run['num_layers']} layers x {run['hidden_size']}, "
-        f"{run['seq_length']:,} tokens, {run['steps']:,} steps of {run['cells_per_step']} cells"
-        f"{minutes}{loss}; pretrained on {', '.join(each['trained_on'])}{left_out}."
-    )
+    run, left_out = each["pretraining"], each["not_trained_on"].items()
+    parts = [
+        f"{each['input']}: {run['num_layers']} layers x {run['hidden_size']}",
+        f"{run['seq_length']:,} tokens",
+        f"{run['steps']:,} steps of {run['cells_per_step']} cells",
+    ]
+    if run["wall_s"] is not None:
+        parts.append(f"{run['wall_s'] / 60:.0f} minutes")
+    if run["val_loss"] is not None:
+        parts.append(f"validation loss {run['val_loss']:.2f}")
+    trained = f"pretrained on {', '.join(each['trained_on'])}"
+    not_on = "".join(f", not on {name} ({cells:,} of the cells)" for name, cells in left_out)
+    return f"{', '.join(parts)}; {trained}{not_on}."
 
 
 def scaling(results: Path) -> str:
     """The one table of scaling.py: estimates from the measured rows of one H200."""
     found = read(results / "scaling.json")
     if not found:
-        return markdown([NOT_MEASURED], [], [])
+        return markdown([NOT_MEASURED], [])
     sources = f"<sub>{found['sources']} Commit {found['commit']}.</sub>"
-    return f"{markdown(*scaling_model.table(found), [])}\n\n{sources}"
+    return f"{markdown(*scaling_model.table(found))}\n\n{sources}"
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "demo": demo,
-    "real_job": real_job,
+    "demo": partial(runs, head="`make demo`", files={"": "demo"}),
+    "real_job": partial(runs, head="real cells", files=REAL_JOB),
     "finetune": finetune,
     "tflops": tflops,
     "ingest": ingest,
     "tokenize": tokenize,
-    "loader_counts": _loader("counts"),
-    "loader_tokens": _loader("tokens"),
+    "loader_counts": partial(loader, kind="counts"),
+    "loader_tokens": partial(loader, kind="tokens"),
     "loader_goals": loader_goals,
     "parity": parity,
     "perturb": perturb,

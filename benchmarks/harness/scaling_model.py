@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,24 +41,16 @@ SLOWER = {"H200": 1.0, "H100": 4.8 / 3.35, "A100": 989 / 312}
 2.039 TB/s) and of dense bf16 FLOPs (989, 989, 312 TFLOPS), by NVIDIA's data sheets. Assumed."""
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """One of the card's models and its run ("Training diagnostics" of the model card).
 
-    nodes:      of 8 A100 each
-    card_hours: wall clock of the 115,430 steps
+    nodes: of 8 A100 each;  card_hours: wall clock of the 115,430 steps
     """
 
     name: str
     shape: ModelShape
     nodes: int
     card_hours: float
-
-    @property
-    def num_parameters(self) -> int:
-        """With the embedding padded as it is trained."""
-        shape = replace(self.shape, vocabulary_size=padded_vocabulary_size(VOCABULARY))
-        return num_parameters(shape, SEQ_LENGTH)
 
 
 MODELS = (
@@ -78,7 +70,6 @@ class Assumptions:
     least_exposed:  share of the all-reduce that is never hidden: the last bucket
     sustained:      mean speed of a long run over its best steps: logging, checkpoints, stragglers
                     (BioNeMo's ESM-2 3B keeps 96.85 % of linear from 8 to 256 GPUs)
-    optimizer_s:    added to a step; the measured steps include AdamW on all parameters already
     cores_per_rank: for the loader
     """
 
@@ -89,7 +80,6 @@ class Assumptions:
     backward: float = 0.66
     least_exposed: float = 0.06
     sustained: float = 0.96
-    optimizer_s: float = 0.0
     cores_per_rank: float = 2.0
     is_balanced: bool = True
     from_store: bool = False
@@ -136,35 +126,32 @@ def curves(results: Path) -> dict[tuple[str, bool], Curve]:
     """{(model, packed): steps}: bf16, with attention dropout, full cells or packed ones. Raises
     DataError if two sizes of each were not measured on an H200."""
     points: dict[tuple[str, bool], list[tuple[float, float, float]]] = {}
-    try:
-        for row in json.loads((results / H200).read_text())["rows"]:
-            if row["precision"] == "bf16" and row["attention_dropout"] > 0:
-                tokens = row["cells_per_step"] * row["tokens_per_cell"]
-                here = points.setdefault((row["model"], row["packing"] == "packed"), [])
-                here.append((tokens, row["step_s"], row["peak_mib"]))
-        kinds = [(model.name, packed) for model in MODELS for packed in (False, True)]
-        if any(len(points[kind]) < 2 for kind in kinds):
-            raise ValueError
-        return {kind: Curve(*zip(*sorted(points[kind]), strict=True)) for kind in kinds}
-    except (OSError, ValueError, KeyError, TypeError):
+    for row in _rows(results / H200):
+        if row["precision"] == "bf16" and row["attention_dropout"] > 0:
+            tokens = row["cells_per_step"] * row["tokens_per_cell"]
+            here = points.setdefault((row["model"], row["packing"] == "packed"), [])
+            here.append((tokens, row["step_s"], row["peak_mib"]))
+    kinds = [(model.name, packed) for model in MODELS for packed in (False, True)]
+    if any(len(points.get(kind, ())) < 2 for kind in kinds):
         raise DataError(
             f"{results / H200} has no two sizes of each model, padded and packed. Remedy: python "
             "benchmarks/gpu_session.py --out DIR on an H200."
-        ) from None
+        )
+    return {kind: Curve(*zip(*sorted(points[kind]), strict=True)) for kind in kinds}
 
 
 def loader_rate(results: Path, name: str) -> float:
     """Cells per second of one process on LOADER_CORES cores. Raises DataError if not measured."""
     path = results / "loader.json"
-    try:
-        rows = json.loads(path.read_text())["rows"]
-        (rate,) = (row["cells_per_s"] for row in rows if row["name"] == name)
-        return float(rate)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(
-            f"{path} has no rate of {name}. Remedy: python benchmarks/loader.py --work DIR --json "
-            f"{path}"
-        ) from None
+    for row in _rows(path):
+        if row["name"] == name and not row["not_measured"]:
+            return float(row["cells_per_s"])
+    remedy = f"python benchmarks/loader.py --work DIR --json {path}"
+    raise DataError(f"{path} has no rate of {name}. Remedy: {remedy}")
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def all_reduce_s(num_bytes: float, nodes: int, assumed: Assumptions) -> float:
@@ -175,13 +162,12 @@ def all_reduce_s(num_bytes: float, nodes: int, assumed: Assumptions) -> float:
     return within + between + (2 * p + 2 * nodes) * assumed.latency_s
 
 
-@dataclass(frozen=True)
-class Balance:
-    """Packed batches of real lengths on simulated ranks.
+class Balance(NamedTuple):
+    """Packed batches of real lengths on simulated ranks, means over steps.
 
-    packed, dealt: tokens of the fullest rank over the mean, by the packing of pretraining, and with
-                   cell i on rank i % ranks; means over steps
-    pack_s:        seconds of packing a global batch, which every rank does, measured here
+    packed: tokens of the fullest rank over the mean, by the packing of pretraining
+    dealt:  the same with cell i on rank i % ranks
+    pack_s: seconds of packing a global batch, which every rank does, measured here
     """
 
     packed: float
@@ -227,7 +213,9 @@ def step(
     imbalance = (balance.packed if assumed.is_balanced else balance.dealt) if packed else 1.0
     balanced_s = curve.compute_s(tokens) * SLOWER[gpu]
     compute_s = curve.compute_s(tokens * imbalance) * SLOWER[gpu]
-    reduce_s = all_reduce_s(4 * model.num_parameters, nodes, assumed)
+    # With the embedding padded as it is trained.
+    trained = replace(model.shape, vocabulary_size=padded_vocabulary_size(VOCABULARY))
+    reduce_s = all_reduce_s(4 * num_parameters(trained, SEQ_LENGTH), nodes, assumed)
     # With several micro batches gradients are complete in the last one only.
     hidden_s = assumed.overlap * assumed.backward * compute_s / curve.passes(tokens)
     exposed_s = max(reduce_s - hidden_s, assumed.least_exposed * reduce_s)
@@ -236,7 +224,7 @@ def step(
     from_store = (GLOBAL_BATCH if packed else share) / inputs.store_cells_s
     loader_s = (from_store if assumed.from_store else share / inputs.flat_cells_s) / cores
     loader_s += balance.pack_s if packed else 0.0
-    step_s = max(compute_s + exposed_s + assumed.optimizer_s, loader_s) / assumed.sustained
+    step_s = max(compute_s + exposed_s, loader_s) / assumed.sustained
     flops = padded_equivalent_flops(model.shape, SEQ_LENGTH)
     return {
         "cells_per_gpu": share,
@@ -255,105 +243,81 @@ def step(
     }
 
 
-def cases(assumed: Assumptions) -> dict[str, Assumptions]:
-    """One assumption changed in each."""
-    return {
-        "network at half the bandwidth": replace(
-            assumed,
-            nvlink_bytes_s=assumed.nvlink_bytes_s / 2,
-            ib_bytes_s=assumed.ib_bytes_s / 2,
-        ),
-        "nothing of the all-reduce hidden": replace(assumed, overlap=0.0),
-        "no balancing: cell i to rank i % ranks": replace(assumed, is_balanced=False),
-        "no flat copy: ranks read the SOMA store": replace(assumed, from_store=True),
-        "half the cores for the loader": replace(
-            assumed, cores_per_rank=min(assumed.cores_per_rank, LOADER_CORES) / 2
-        ),
-        "10 % lost to logging, checkpoints, stragglers": replace(assumed, sustained=0.9),
-    }
+CASES: dict[str, dict[str, Any]] = {
+    "network at half the bandwidth": {"nvlink_bytes_s": 115e9, "ib_bytes_s": 10e9},
+    "nothing of the all-reduce hidden": {"overlap": 0.0},
+    "no balancing: cell i to rank i % ranks": {"is_balanced": False},
+    "no flat copy: ranks read the SOMA store": {"from_store": True},
+    "half the cores for the loader": {"cores_per_rank": 1.0},
+    "10 % lost to logging, checkpoints, stragglers": {"sustained": 0.9},
+}
+"""The assumptions changed in each."""
 
 
 def project(inputs: Inputs, assumed: Assumptions) -> dict[str, Any]:
     """All estimates: the card's layouts, other numbers of GPUs, other assumptions."""
-    layouts = []
-    for model in MODELS:
-        for packed in (False, True):
-            layouts.append(
-                {
-                    "model": model.name,
-                    "packed": packed,
-                    "nodes": model.nodes,
-                    "card_hours": model.card_hours,
-                    **step(inputs, model, packed, model.nodes, "H200", assumed),
-                    "cells_per_s_of": {
-                        gpu: [
-                            step(inputs, model, packed, nodes, gpu, assumed)["cells_per_s"]
-                            for nodes in NODES
-                        ]
-                        for gpu in SLOWER
-                    },
-                    "step_s_if": {
-                        name: step(inputs, model, packed, model.nodes, "H200", case)["step_s"]
-                        for name, case in cases(assumed).items()
-                    },
-                }
-            )
+
+    def layout(model: Model, packed: bool) -> dict[str, Any]:
+        def at(nodes: int, gpu: str, **case: Any) -> dict[str, Any]:
+            return step(inputs, model, packed, nodes, gpu, replace(assumed, **case))
+
+        rates = {gpu: [at(nodes, gpu)["cells_per_s"] for nodes in NODES] for gpu in SLOWER}
+        slower = {name: at(model.nodes, "H200", **case)["step_s"] for name, case in CASES.items()}
+        known = {"model": model.name, "packed": packed, "nodes": model.nodes}
+        known |= {"card_hours": model.card_hours, **at(model.nodes, "H200")}
+        return known | {"cells_per_s_of": rates, "step_s_if": slower}
+
+    layouts = [layout(model, packed) for model in MODELS for packed in (False, True)]
     return {"layouts": layouts, "nodes": NODES, "assumed": asdict(assumed), "slower": SLOWER}
 
 
 # Table and picture
 
 
+LINES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "nodes x GPUs (H200)": lambda each: f"{each['nodes']} x {GPUS_PER_NODE}",
+    "cells per GPU and step": lambda each: f"{each['cells_per_gpu']:g}",
+    "step of one H200 at that size": lambda each: each["origin"],
+    "fixed part of that line, ms": lambda each: _ms(each["fixed_s"]),
+    "compute of the slowest rank, ms": lambda each: _ms(each["compute_s"]),
+    "- of it the others wait, ms": lambda each: _ms(each["waiting_s"]),
+    "all-reduce of the gradients, ms": lambda each: _ms(each["all_reduce_s"]),
+    "- of it not hidden by backward, ms": lambda each: _ms(each["exposed_s"]),
+    "loader of a rank, at the same time, ms": lambda each: _ms(each["loader_s"]),
+    "**step, ms**": lambda each: f"**{_ms(each['step_s'])}**",
+    "cells/s": lambda each: f"{each['cells_per_s']:,.0f}",
+    "TFLOPS per GPU, padded-eq.": lambda each: f"{each['tflops_padded_equivalent']:.0f}",
+    f"**hours for {STEPS:,} steps**": lambda each: f"**{each['hours']:.2f}**",
+}
+
+
 def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(head, rows): a column per model and kind of batch."""
-    layouts, nodes = found["layouts"], found["nodes"]
+    layouts, nodes = found["layouts"], list(found["nodes"])
 
-    def line(label: str, show: Any) -> list[str]:
-        return [label, *(str(show(layout)) for layout in layouts)]
+    def hours(layout: dict[str, Any], gpu: str) -> str:
+        rate = layout["cells_per_s_of"][gpu][nodes.index(layout["nodes"])]
+        return f"{STEPS * GLOBAL_BATCH / rate / 3600:.2f}"
 
-    def hours(gpu: str) -> list[str]:
-        return line(
-            f"hours on as many {gpu}, assumed {found['slower'][gpu]:.2f} x as slow",
-            lambda each: f"{_hours(each, gpu, nodes):.2f}",
-        )
-
-    head = ["estimate, not measured", *(_name(layout) for layout in layouts)]
-    rows = [
-        line("nodes x GPUs (H200)", lambda each: f"{each['nodes']} x {GPUS_PER_NODE}"),
-        line("cells per GPU and step", lambda each: f"{each['cells_per_gpu']:g}"),
-        line("step of one H200 at that size", lambda each: each["origin"]),
-        line("fixed part of that line, ms", lambda each: _ms(each["fixed_s"])),
-        line("compute of the slowest rank, ms", lambda each: _ms(each["compute_s"])),
-        line("- of it the others wait, ms", lambda each: _ms(each["waiting_s"])),
-        line("all-reduce of the gradients, ms", lambda each: _ms(each["all_reduce_s"])),
-        line("- of it not hidden by backward, ms", lambda each: _ms(each["exposed_s"])),
-        line("loader of a rank, at the same time, ms", lambda each: _ms(each["loader_s"])),
-        line("**step, ms**", lambda each: f"**{_ms(each['step_s'])}**"),
-        line("cells/s", lambda each: f"{each['cells_per_s']:,.0f}"),
-        line("TFLOPS per GPU, padded-eq.", lambda e: f"{e['tflops_padded_equivalent']:.0f}"),
-        line(f"**hours for {STEPS:,} steps**", lambda each: f"**{each['hours']:.2f}**"),
-        hours("H100"),
-        hours("A100"),
-        line("hours on the model card, A100", lambda each: f"{each['card_hours']:.1f}"),
-        line("GPU memory with the whole optimizer, MiB", lambda each: f"{each['peak_mib']:,.0f}"),
-    ]
-    for index, number in enumerate(nodes):
-        label = f"cells/s on {GPUS_PER_NODE * number} H200"
-        rows.append(
-            line(label, lambda e, index=index: f"{e['cells_per_s_of']['H200'][index]:,.0f}")
-        )
+    rows = [[label, *map(show, layouts)] for label, show in LINES.items()]
+    for gpu in ("H100", "A100"):
+        label = f"hours on as many {gpu}, assumed {found['slower'][gpu]:.2f} x as slow"
+        rows.append([label, *(hours(each, gpu) for each in layouts)])
+    card = "hours on the model card, A100"
+    rows.append([card, *(f"{each['card_hours']:.1f}" for each in layouts)])
+    memory = "GPU memory with the whole optimizer, MiB"
+    rows.append([memory, *(f"{each['peak_mib']:,.0f}" for each in layouts)])
+    rates = zip(*(each["cells_per_s_of"]["H200"] for each in layouts), strict=True)
+    for number, those in zip(nodes, rates, strict=True):
+        rows.append([f"cells/s on {GPUS_PER_NODE * number} H200", *(f"{r:,.0f}" for r in those)])
     for name in layouts[0]["step_s_if"]:
-        rows.append(line(f"step, ms: {name}", lambda each, name=name: _changed(each, name)))
-    return head, rows
+        rows.append([f"step, ms: {name}", *(_changed(each, name) for each in layouts)])
+    names = (f"{each['model'].upper()} {_form(each)}" for each in layouts)
+    return ["estimate, not measured", *names], rows
 
 
-def _name(layout: dict[str, Any]) -> str:
-    return f"{layout['model'].upper()} {'packed' if layout['packed'] else 'padded'}"
-
-
-def _hours(layout: dict[str, Any], gpu: str, nodes: Sequence[int]) -> float:
-    rate = layout["cells_per_s_of"][gpu][list(nodes).index(layout["nodes"])]
-    return STEPS * GLOBAL_BATCH / rate / 3600
+def _form(layout: dict[str, Any]) -> str:
+    return "packed" if layout["packed"] else "padded"
 
 
 def _ms(seconds: float) -> str:
@@ -390,26 +354,21 @@ def save_picture(path: Path, found: dict[str, Any]) -> None:
 
 
 def _draw(axes: Any, model: Model, found: dict[str, Any]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     colours = {"H200": "#4a5fa8", "H100": "#c7762b", "A100": "#1f6f5c"}
     gpus = [GPUS_PER_NODE * number for number in found["nodes"]]
     for gpu, colour in colours.items():
         for layout in (each for each in found["layouts"] if each["model"] == model.name):
-            form, dashes = ("packed", "-") if layout["packed"] else ("padded", "--")
-            style = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.4}
-            rates = layout["cells_per_s_of"][gpu]
-            axes.plot(gpus, rates, dashes, label=f"{gpu} {form}", **style)
+            style = {"color": colour, "linestyle": "-" if layout["packed"] else "--"}
+            rates, label = layout["cells_per_s_of"][gpu], f"{gpu} {_form(layout)}"
+            axes.plot(gpus, rates, label=label, marker="o", markersize=3, linewidth=1.4, **style)
     rate = STEPS * GLOBAL_BATCH / model.card_hours / 3600
     axes.plot(GPUS_PER_NODE * model.nodes, rate, "D", color="#b3263a", label="model card, A100")
     axes.set_title(f"{model.name.upper()} model", loc="left", fontsize=10)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(gpus, [str(number) for number in gpus])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:,.0f}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.minorticks_off()
     axes.tick_params(axis="y", labelleft=True)
     axes.set_xlabel("GPUs")
     axes.grid(alpha=0.25)

@@ -1,17 +1,18 @@
-"""The model card's benchmark on any labelled cells: what launch/classify.py does.
+"""The model card's benchmark of cell type classification, on any labelled cells.
 
-labelled cells  ->  were they trained on?  ->  embeddings of each model, log counts  ->  Features
+labelled cells  ->  data leakage?  ->  embeddings of each model, log counts  ->  Features
 Features x classifiers x folds  ->  predicted labels  ->  scores  ->  Classification
 
-Every method sees the same cells in the same folds: a cell that one of them cannot use (no label, a
-rare one, no known gene) is left out for all.
+Every method gets the same cells in the same folds: cells that one of them cannot use (no label, a
+rare one, no known gene) are left out for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from geneformer_mcore.celltypes.labelled import Labelled
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.inference import data_leakage, embed, pretrained
 from geneformer_mcore.inference.cells import CountedCells
-from geneformer_mcore.inference.embed import Choices, is_embedded
+from geneformer_mcore.inference.embed import Choices, has_values
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io import anndata_out
 from geneformer_mcore.io.progress import Progress, ProgressLine
@@ -42,13 +43,13 @@ NO_DONOR = "none"
 
 @dataclass(frozen=True)
 class ClassifyRequest:
-    """What launch/classify.py was asked for.
+    """Arguments of launch/classify.py.
 
-    checkpoints:     {name: run or step folder};  obsm: embeddings that the file holds already
-    label, donor:    columns of obs; "" looks for one; donor "none" takes none
+    checkpoints:     {name: run or step folder};  obsm: embeddings in the file
+    label, donor:    columns of obs; "" takes a default; donor "none" takes none
     untrained:       also the first checkpoint's model with random weights
-    training_store:  a token store that models were trained on, where it has moved
-    resamples:       draws of the bootstrap
+    training_store:  a token store of the training, where it has moved
+    resamples:       of the bootstrap
     """
 
     source: str
@@ -68,7 +69,7 @@ class ClassifyRequest:
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the table. predicted_N: object, of the scheme's cells; scores: see Scores.of."""
+    """A row of the table. predicted_N: object, of the scheme's cells; scores: see Scores.of."""
 
     features: str
     classifier: str
@@ -78,11 +79,8 @@ class Method:
 
 @dataclass(frozen=True)
 class Best:
-    """The best classifier on PCA, the best method of all others, and what that one gains over it.
-
-    gain: macro F1, {"value", "low", "high"}. That each is the best of several on these very cells
-    the interval does not know.
-    """
+    """The best method on PCA and the best of all others. gain: their difference in macro F1,
+    {"value", "low", "high"}, not corrected for the choice of the best."""
 
     pca: Method
     other: Method
@@ -91,7 +89,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Judged:
-    """One scheme, and all methods in it; labels: sorted, as the scores have them."""
+    """All methods in one scheme. labels: sorted, as in the scores."""
 
     scheme: Scheme
     labels: list[str]
@@ -99,18 +97,18 @@ class Judged:
     best: Best
 
     def method(self, features: str, classifier: str = FOREST) -> Method:
-        """The one of these names."""
-        wanted = (features, classifier)
-        return next(each for each in self.methods if (each.features, each.classifier) == wanted)
+        """The method by its names."""
+        names = (features, classifier)
+        return next(each for each in self.methods if (each.features, each.classifier) == names)
 
 
 @dataclass(frozen=True)
 class Classification:
-    """All that was found.
+    """Result of a ClassifyRequest.
 
+    features:  input of the classifiers, PCA first
     facts:     plain JSON: cells, models, overlap, settings
-    notes:     sentences that a reader must know
-    features:  as they were given to the classifiers, PCA first
+    notes:     caveats, as sentences
     """
 
     cells: Labelled
@@ -121,25 +119,23 @@ class Classification:
 
 
 def classify(request: ClassifyRequest) -> Classification:
-    """Does it, in this process. Raises a GeneformerError for all that the user can mend."""
+    """Classify in this process. Raises a GeneformerError for the user's mistakes."""
     _check(request)
     models = _models(request)
     donor = "" if request.donor == NO_DONOR else request.donor
     cells = labelled.read(request.source, request.label, donor, request.options)
     if request.donor == NO_DONOR:
         cells = replace(cells, donor="", donors_N=None)
-    # Labels that will not do are told at once, not after an hour of embedding.
+    # Unsuitable labels are refused before an hour of embedding.
     cross_validation.stratified(cells.labels_N, cells.labels_N != "", request.seed)
     given = {name: anndata_out.read_obsm(Path(request.source), name) for name in request.obsm}
     with ProgressLine("cells") as line:
-        found, notes = data_leakage.check(
-            request.source,
-            models,
-            lambda model: _open(request, model),
+        store, allow, opened = (
             request.training_store,
             request.allow_overlap,
-            line.update,
+            partial(_open, request),
         )
+        found, notes = data_leakage.check(request.source, models, opened, store, allow, line.update)
     notes += [
         f"whether the model of obsm {name} was trained on these cells was not checked: an "
         "embedding does not say it."
@@ -147,7 +143,10 @@ def classify(request: ClassifyRequest) -> Classification:
     ]
     embedded = {name: _embed(request, model) for name, model in models.items()} | given
     usable_N, reasons = _usable(cells, embedded)
-    features = _features(cells, embedded, usable_N)
+    # Rows that are not usable stay, empty: rows are those of the file throughout.
+    logs = labelled.log_counts(cells.counts_NG, usable_N)
+    features = [Features(PCA, logs, is_counts=True)]
+    features += [Features(name, values) for name, values in embedded.items()]
     cells = cells.without_counts()
     schemes = _schemes(cells, usable_N, request.seed, notes)
     with ProgressLine("folds") as line:
@@ -175,10 +174,8 @@ def _check(request: ClassifyRequest) -> None:
 
 
 def _models(request: ClassifyRequest) -> dict[str, Pretrained]:
-    found = {
-        name: pretrained.find(path, request.vocabulary)
-        for name, path in request.checkpoints.items()
-    }
+    paths = request.checkpoints.items()
+    found = {name: pretrained.find(path, request.vocabulary) for name, path in paths}
     if request.untrained:
         first = next(iter(found.values()))
         return {UNTRAINED: replace(first, initial_seed=request.seed)} | found
@@ -192,9 +189,7 @@ def _open(request: ClassifyRequest, model: Pretrained) -> CountedCells:
 
 def _embed(request: ClassifyRequest, model: Pretrained) -> np.ndarray:
     """float32 [cells, H], NaN for cells without a known gene."""
-    with ExitStack() as stack:
-        cells = _open(request, model)
-        stack.callback(cells.close)
+    with closing(_open(request, model)) as cells:
         values_NH, _ = embed.embed_cells(model, cells, request.choices, shows_progress=True)
     assert values_NH is not None, "one process holds them all"
     return values_NH
@@ -205,24 +200,13 @@ def _usable(
 ) -> tuple[np.ndarray, dict[str, int]]:
     """(bool [cells], {why not: cells})."""
     has_label_N = cells.labels_N != ""
-    has_vector_N = np.ones(len(has_label_N), bool)
+    has_gene_N = np.asarray(cells.counts_NG.sum(axis=1)).ravel() > 0
     for values_NH in embedded.values():
-        has_vector_N &= is_embedded(values_NH)
-    is_empty_N = np.asarray(cells.counts_NG.sum(axis=1)).ravel() == 0
-    usable_N = has_label_N & has_vector_N & ~is_empty_N
-    return usable_N, {
+        has_gene_N &= has_values(values_NH)
+    return has_label_N & has_gene_N, {
         "no_label": int((~has_label_N).sum()),
-        "no_known_gene": int((has_label_N & ~(has_vector_N & ~is_empty_N)).sum()),
+        "no_known_gene": int((has_label_N & ~has_gene_N).sum()),
     }
-
-
-def _features(
-    cells: Labelled, embedded: Mapping[str, np.ndarray], usable_N: np.ndarray
-) -> list[Features]:
-    """Rows that are not usable are left empty, so that rows are those of the file throughout."""
-    logs = labelled.log_counts(cells.counts_NG, usable_N)
-    found = [Features(PCA, logs, is_counts=True)]
-    return found + [Features(name, values) for name, values in embedded.items()]
 
 
 def _schemes(cells: Labelled, usable_N: np.ndarray, seed: int, notes: list[str]) -> list[Scheme]:
@@ -250,9 +234,8 @@ def _judge(
         assert cells.donors_N is not None
         donors_N = cells.donors_N[scheme.cells]
     scores = Scores(truth_N, request.resamples, request.seed, donors_N)
-    place = np.full(len(cells.labels_N), -1)
-    place[scheme.cells] = np.arange(len(scheme.cells))
-    folds = {name: place[test] for name, (_, test) in scheme.folds.items()}
+    # scheme.cells ascends.
+    folds = {name: np.searchsorted(scheme.cells, test) for name, (_, test) in scheme.folds.items()}
     methods: list[Method] = []
     for each in features:
         found = cross_validation.predict(each, cells.labels_N, scheme, request.seed, progress)
@@ -260,14 +243,11 @@ def _judge(
             baseline_N = methods[0].predicted_N if methods else predicted_N
             scored = scores.of(predicted_N, folds, baseline_N)
             methods.append(Method(each.name, classifier, predicted_N, scored))
-    return Judged(scheme, scores.labels, methods, _best(methods, scores))
-
-
-def _best(methods: Sequence[Method], scores: Scores) -> Best:
     ordered = sorted(methods, key=lambda each: -each.scores["macro_f1"]["value"])
     of_pca = next(each for each in ordered if each.features == PCA)
     other = next(each for each in ordered if each.features != PCA)
-    return Best(of_pca, other, scores.gain(other.predicted_N, of_pca.predicted_N))
+    best = Best(of_pca, other, scores.gain(other.predicted_N, of_pca.predicted_N))
+    return Judged(scheme, scores.labels, methods, best)
 
 
 def _facts(
@@ -277,7 +257,6 @@ def _facts(
     overlaps: Mapping[str, Any],
     reasons: Mapping[str, int],
 ) -> dict[str, Any]:
-    choices = {key: value for key, value in asdict(request.choices).items() if value}
     return {
         "input": Path(request.source).name,
         "label": cells.label,
@@ -290,7 +269,7 @@ def _facts(
             for name, model in models.items()
         },
         "overlap": dict(overlaps),
-        "embedding": choices,
+        "embedding": {key: value for key, value in asdict(request.choices).items() if value},
         "seed": request.seed,
         "resamples": request.resamples,
     }

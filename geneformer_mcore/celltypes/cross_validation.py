@@ -1,8 +1,14 @@
-"""Cell types predicted for cells that the classifier has not seen.
+"""Cross-validation of cell type classifiers, and their scores.
 
 cells  ->  folds: 5, stratified by label | one per donor
 training cells  ->  PCA (of counts)  ->  classifier  ->  predicted labels of the fold's other cells
-                    ^ fitted in every fold anew: of the cells to predict it knows nothing
+                    both fitted in every fold to its training cells only
+true, predicted labels  ->  macro F1, accuracy, F1 per label, confusion (scikit-learn)
+1,000 resamples of cells, or of donors with all their cells  ->  95 % intervals (scipy's bootstrap)
+
+Intervals cover the choice of evaluated cells or donors, not that of training cells. scikit-learn
+needs 5 ms to score 2,600 cells, too long for 1,000 resamples of every method: `draws_macro_f1`
+scores them at once; tests hold it equal to scikit-learn's score.
 """
 
 from __future__ import annotations
@@ -29,20 +35,25 @@ from geneformer_mcore.io.progress import Progress, no_progress
 
 NUM_FOLDS = 5
 NUM_COMPONENTS = 10
-"""Of the card's baseline."""
+"""Of the model card's baseline."""
 NUM_NEIGHBOURS = 5
 FOREST = "random forest"
-"""The card's classifier."""
+"""The model card's classifier."""
 MOST_ITERATIONS = 5000
 BY_DONOR = "leave one donor out"
+CONFIDENCE = 0.95
+BATCH = 100
+"""Resamples that are scored together."""
+MIN_DONORS = 5
+"""Donors needed for an interval."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a classifier is given of the cells.
+    """Input of classifiers.
 
     values:     float32 [cells, features], a CSR matrix of log counts or an array of embeddings
-    is_counts:  whether PCA comes first
+    is_counts:  PCA comes first
     """
 
     name: str
@@ -52,11 +63,11 @@ class Features:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How cells are dealt: every cell of `cells` is predicted exactly once.
+    """Folds of cells: every cell of `cells` is predicted exactly once.
 
-    cells:     int64, rows
-    folds:     {name: (training rows, rows to predict)}, rows of the file
-    left_out:  {label: cells} that are too few here
+    cells:     int64, rows of the file
+    folds:     {name: (training rows, rows to predict)}
+    left_out:  {label: cells} of labels that are too rare
     """
 
     name: str
@@ -66,10 +77,8 @@ class Scheme:
 
 
 def stratified(labels_N: np.ndarray, usable_N: np.ndarray, seed: int) -> Scheme:
-    """5 folds with every label in each, as evenly as can be.
-
-    Labels with fewer than 5 usable cells are left out. DataError if fewer than two are left.
-    """
+    """5 folds stratified by label. Labels with fewer than 5 usable cells are left out. Raises
+    DataError if fewer than two remain."""
     counted = Counter(labels_N[usable_N])
     rare = {label: number for label, number in counted.items() if number < NUM_FOLDS}
     cells = np.flatnonzero(usable_N & ~np.isin(labels_N, list(rare)))
@@ -87,10 +96,9 @@ def stratified(labels_N: np.ndarray, usable_N: np.ndarray, seed: int) -> Scheme:
 
 
 def by_donor(labels_N: np.ndarray, donors_N: np.ndarray, cells: np.ndarray) -> Scheme | str:
-    """Each donor predicted from the others, or a sentence that says why that cannot be.
+    """A fold per donor, or the reason why that is impossible, as a sentence.
 
-    Of `cells` (rows) those without a donor are left out, and labels that one donor alone has: they
-    could not be learned from others.
+    Of `cells` (rows) those without a donor are left out, and labels of a single donor.
     """
     cells = cells[donors_N[cells] != ""]
     donors_of = {label: set(donors_N[cells][labels_N[cells] == label]) for label in set(labels_N)}
@@ -100,9 +108,7 @@ def by_donor(labels_N: np.ndarray, donors_N: np.ndarray, cells: np.ndarray) -> S
     if len(set(donors_N[cells])) < 2 or len(set(labels_N[cells])) < 2:
         return "no two donors share two labels"
     parts = LeaveOneGroupOut().split(cells, groups=donors_N[cells])
-    folds = {}
-    for train, test in parts:
-        folds[str(donors_N[cells[test[0]]])] = cells[train], cells[test]
+    folds = {str(donors_N[cells[test[0]]]): (cells[train], cells[test]) for train, test in parts}
     lonely = [donor for donor, (train, _) in folds.items() if len(set(labels_N[train])) < 2]
     if lonely:
         return f"without donor {lonely[0]} only one label is left"
@@ -111,7 +117,7 @@ def by_donor(labels_N: np.ndarray, donors_N: np.ndarray, cells: np.ndarray) -> S
 
 
 def classifiers(seed: int) -> dict[str, Callable[[], Any]]:
-    """{name: makes it}, each with scikit-learn's settings but for what is said here."""
+    """{name: constructor}, with scikit-learn's defaults except as given."""
     cores = len(os.sched_getaffinity(0))
     return {
         FOREST: lambda: RandomForestClassifier(random_state=seed, n_jobs=cores),
@@ -132,30 +138,22 @@ def predict(
     """{classifier: object [len(scheme.cells)], the label predicted for each of its cells}."""
     place = np.full(len(labels_N), -1)
     place[scheme.cells] = np.arange(len(scheme.cells))
-    made = classifiers(seed)
-    found = {name: np.full(len(scheme.cells), "", object) for name in made}
+    constructors = classifiers(seed)
+    found = {name: np.full(len(scheme.cells), "", object) for name in constructors}
     for number, (train, test) in enumerate(scheme.folds.values()):
         progress(f"{features.name}, {scheme.name}", number, len(scheme.folds))
-        seen, unseen = _in_fold(features, train, test, seed)
-        for name, make in made.items():
-            fitted = make().fit(seen, labels_N[train].astype(str))
-            found[name][place[test]] = fitted.predict(unseen)
+        of_train, of_test = features.values[train], features.values[test]
+        if features.is_counts:
+            pca = principal_components(of_train, seed)
+            of_train, of_test = pca.transform(of_train), pca.transform(of_test)
+        for name, construct in constructors.items():
+            fitted = construct().fit(of_train, labels_N[train].astype(str))
+            found[name][place[test]] = fitted.predict(of_test)
     return found
 
 
-def _in_fold(
-    features: Features, train: np.ndarray, test: np.ndarray, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """What the classifier is given of both parts of a fold."""
-    seen, unseen = features.values[train], features.values[test]
-    if not features.is_counts:
-        return seen, unseen
-    pca = principal_components(seen, seed)
-    return pca.transform(seen), pca.transform(unseen)
-
-
 def principal_components(values: sparse.csr_matrix, seed: int) -> PCA:
-    """Fitted to `values`, 10 of them, or as many as so few cells and genes have."""
+    """PCA fitted to `values`: 10 components, fewer for very few cells or genes."""
     most = min(NUM_COMPONENTS, min(values.shape) - 1)
     return PCA(most, svd_solver="arpack", random_state=seed).fit(values)
 
@@ -164,37 +162,14 @@ def _sorted(counted: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
 
 
-# How good predicted cell types are: scikit-learn's scores, with intervals by scipy's bootstrap.
-#
-# true, predicted of every cell  ->  macro F1, accuracy, F1 per label, confusion
-# cells drawn anew, 1,000 times  ->  the same scores of each draw  ->  2.5 % and 97.5 % of them
-# (or donors, each with all cells)
-#
-# The intervals say how much the scores depend on which cells, or donors, were judged. They do not
-# know that the classifiers could have been trained on other cells.
-#
-# scikit-learn takes 5 ms to score 2,600 cells, which 1,000 draws of every method cannot wait for:
-# the draws are scored by `draws_macro_f1`, all at once, which tests hold to be scikit-learn's
-# score.
-
-CONFIDENCE = 0.95
-BATCH = 100
-"""Draws that are scored together."""
-MIN_DONORS = 5
-"""Fewer give no interval: what could be drawn of them is too little to say how others differ."""
-
-
 class Scores:
-    """Scores of predictions for the same cells.
-
-    labels: all true ones, sorted
-    """
+    """Scores of predictions for the same cells. labels: all true ones, sorted."""
 
     def __init__(
         self, truth_N: np.ndarray, resamples: int, seed: int, donors_N: np.ndarray | None = None
     ) -> None:
-        """truth_N: object, the true labels;  resamples: draws; 0 gives no intervals
-        donors_N: object; donors are drawn then, and fewer than MIN_DONORS give no intervals
+        """truth_N: object, the true labels;  resamples: of the bootstrap; 0 gives no intervals
+        donors_N: object, resampled instead of cells; below MIN_DONORS there are no intervals
         """
         self.labels = sorted(set(truth_N))
         self._numbers = {label: number for number, label in enumerate(self.labels)}
@@ -209,17 +184,17 @@ class Scores:
     def of(
         self, predicted_N: np.ndarray, folds: Mapping[str, np.ndarray], baseline_N: np.ndarray
     ) -> dict[str, Any]:
-        """Scores over all cells, and of each fold; those over all with {"value", "low", "high"}.
+        """Scores of all cells as {"value", "low", "high"}, and of each fold.
 
-        folds: {name: places among the cells};  baseline_N: what another method predicted
+        folds: {name: positions among the cells};  baseline_N: labels predicted by another method
         """
-        truth, found, other = self._truth_N, self._codes(predicted_N), self._codes(baseline_N)
+        truth, found = self._truth_N, self._codes(predicted_N)
         per_label = f1_score(truth, found, average=None, zero_division=0)
         value, accuracy = macro_f1(truth, found), float(accuracy_score(truth, found))
         return {
             "macro_f1": {"value": value} | self._interval(self._f1, truth, found),
             "accuracy": {"value": accuracy} | self._interval(_accuracy, truth, found),
-            "macro_f1_over_baseline": self._gain_of(truth, found, other),
+            "macro_f1_over_baseline": self.gain(predicted_N, baseline_N),
             "folds": {
                 name: {
                     "cells": len(places),
@@ -233,10 +208,8 @@ class Scores:
         }
 
     def gain(self, predicted_N: np.ndarray, other_N: np.ndarray) -> dict[str, float]:
-        """{"value", "low", "high"}: macro F1 of one method less that of another."""
-        return self._gain_of(self._truth_N, self._codes(predicted_N), self._codes(other_N))
-
-    def _gain_of(self, truth: np.ndarray, found: np.ndarray, other: np.ndarray) -> dict[str, float]:
+        """Macro F1 of one method less that of another, as {"value", "low", "high"}."""
+        truth, found, other = self._truth_N, self._codes(predicted_N), self._codes(other_N)
         value = macro_f1(truth, found) - macro_f1(truth, other)
         return {"value": value} | self._interval(self._gain, truth, found, other)
 
@@ -252,15 +225,12 @@ class Scores:
         return self._f1(truth, found) - self._f1(truth, other)
 
     def _interval(self, score: Callable[..., np.ndarray], *samples: np.ndarray) -> dict[str, float]:
-        """{"low", "high"}: cells are drawn together with all that is said of them, or donors with
-        all their cells."""
+        """{"low", "high"}; {} without intervals."""
         if not self._resamples:
             return {}
         if self._rows_of_donor:
-            score, samples = (
-                self._over_donors(score, samples),
-                (np.arange(len(self._rows_of_donor)),),
-            )
+            score = self._over_donors(score, samples)
+            samples = (np.arange(len(self._rows_of_donor)),)
         found = stats.bootstrap(
             samples,
             score,
@@ -277,7 +247,7 @@ class Scores:
     def _over_donors(
         self, score: Callable[..., np.ndarray], samples: tuple[np.ndarray, ...]
     ) -> Callable[..., np.ndarray]:
-        """The score of all cells of the donors whose numbers are drawn."""
+        """The score of all cells of the resampled donors."""
 
         def of_draw(drawn: np.ndarray) -> np.ndarray:
             rows = np.concatenate([self._rows_of_donor[number] for number in drawn])
@@ -287,24 +257,21 @@ class Scores:
 
 
 def macro_f1(truth: np.ndarray, found: np.ndarray) -> float:
-    """Mean over the labels that occur, as truth or as prediction: scikit-learn's own rule."""
+    """Mean F1 of the labels that occur as truth or as prediction."""
     return float(f1_score(truth, found, average="macro", zero_division=0))
 
 
 def draws_macro_f1(truth: np.ndarray, found: np.ndarray, num_labels: int) -> np.ndarray:
     """float64 [draws], `macro_f1` of every row of int64 [draws, cells], or of one of [cells]."""
-    rows = np.atleast_2d(truth)
-    draw = np.arange(len(rows))[:, None] * num_labels
+    rows, guesses = np.atleast_2d(truth), np.atleast_2d(found)
+    first = np.arange(len(rows))[:, None] * num_labels
 
-    def per_label(labels: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        places = (draw + labels)[kept]
-        flat = np.bincount(places, minlength=len(rows) * num_labels)
+    def per_label(labels: np.ndarray, kept: np.ndarray | slice = slice(None)) -> np.ndarray:
+        flat = np.bincount((first + labels)[kept].ravel(), minlength=len(rows) * num_labels)
         return flat.reshape(len(rows), num_labels)
 
-    everywhere = np.ones(rows.shape, bool)
-    guesses = np.atleast_2d(found)
     right = per_label(rows, rows == guesses)
-    either = per_label(rows, everywhere) + per_label(guesses, everywhere)
+    either = per_label(rows) + per_label(guesses)
     f1 = 2 * right / np.maximum(1, either)
     means = f1.sum(axis=1) / (either > 0).sum(axis=1)
     return means if np.ndim(truth) > 1 else means[0]

@@ -1,7 +1,7 @@
-"""Cells whose type is known, from one AnnData file: labels, donors, and counts as PCA takes them.
+"""Labelled cells of one file: labels, donors, and counts for PCA.
 
-obs     ->  which column holds the labels, which the donors?  ->  text per cell, "" for none
-counts  ->  the very matrix that the models read  ->  CSR  ->  / total * 10,000  ->  log(1 + x)
+obs     ->  columns of labels and of donors    ->  text per cell, "" for none
+counts  ->  CSR, the matrix that models read   ->  / total * 10,000  ->  log(1 + x)
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from geneformer_mcore.tokenizer.genes import InputOptions
 
 LABELS = ("celltype", "celltypes", "celllabel", "celltypeannotation", "cellontologyclass")
 DONORS = ("donorid", "donor", "patientid", "patient", "individual", "subject", "subjectid")
-"""Columns of obs that are taken unasked, in this order; written in capitals, with `_`, `.` or a
-space in them, they are the same."""
+"""Default columns of obs, the first that exists; case, `_`, `.` and spaces are ignored."""
 COUNTS_PER_CELL = 10_000.0
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """What is known of the cells of a file, in its order.
+    """Cells of a file, in its order.
 
-    label, donor: the columns of obs; "" where there is none of donors
-    labels_N:     object, text; "" where a cell has none
-    donors_N:     the same; None where there is no such column
+    label, donor:  columns of obs; donor "" where there is none
+    labels_N:      object, text; "" for none
+    donors_N:      the same; None without such a column
     """
 
     label: str
@@ -41,16 +40,15 @@ class Labelled:
     counts_NG: sparse.csr_matrix
 
     def without_counts(self) -> Labelled:
-        """The same, with an empty matrix of the same shape: the counts take most of the room."""
+        """The same with an empty matrix of the same shape, to free memory."""
         return replace(self, counts_NG=sparse.csr_matrix(self.counts_NG.shape, dtype=np.float32))
 
 
 def read(source: str, label: str, donor: str, options: InputOptions) -> Labelled:
-    """The cells of an h5ad file or Experiment.
+    """Read the cells of an h5ad file or Experiment.
 
-    label, donor: columns of obs, "" to look for one (see LABELS, DONORS). A column of donors that
-    was not asked for is taken only if it names at least two.
-    Raises DataError if there is no such column, or the counts are none.
+    label, donor: columns of obs; "" takes a default, that of donors only if it names at least two
+    Raises DataError if there is no such column, or the values are no counts.
     """
     with options.open(source) as counts:
         obs = counts.read_obs(0, counts.num_cells)
@@ -87,7 +85,7 @@ def _donors(obs: pd.DataFrame, donor: str, source: str) -> tuple[str, np.ndarray
 def find_column(
     obs: pd.DataFrame, asked: str, usual: Sequence[str], source: str, option: str
 ) -> str:
-    """The column asked for, or the first that bears a usual name. DataError if there is none."""
+    """The requested column, else the first with a usual name. Raises DataError if there is none."""
     if asked in obs.columns:
         return asked
     found = None if asked else _guess(obs, usual)
@@ -111,18 +109,15 @@ def _texts(column: pd.Series) -> np.ndarray:
 
 
 def log_counts(counts_NG: sparse.csr_matrix, usable_N: np.ndarray) -> sparse.csr_matrix:
-    """float32, log(1 + counts / total of the cell * 10,000), as scanpy makes them.
-
-    Each cell by itself: nothing of one goes into another. Rows that are not `usable_N` (bool) are
-    left empty; no other may be.
-    """
+    """float32, log(1 + counts / total of the cell * 10,000), by scanpy. Rows that are not
+    `usable_N` (bool) become empty; no other may be."""
     import scanpy
 
     adata = scanpy.AnnData(counts_NG[usable_N])
     scanpy.pp.normalize_total(adata, target_sum=COUNTS_PER_CELL)
     scanpy.pp.log1p(adata)
     logs = adata.X
-    # The same numbers, spread over all rows: large ones are not copied.
+    # All rows, without a copy of the values.
     lengths_N = np.zeros(len(usable_N), logs.indptr.dtype)
     lengths_N[usable_N] = np.diff(logs.indptr)
     indptr = np.concatenate([[0], np.cumsum(lengths_N)])

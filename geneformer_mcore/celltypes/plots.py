@@ -1,4 +1,4 @@
-"""A classification as pictures: how good, what is taken for what, and what the features look like.
+"""Figures of a Classification: scores, confusion matrices, UMAPs.
 
 Classification  ->  scores.png     macro F1 of every method, with its interval
                     confusion.png  true against predicted labels, forest on each kind of features
@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from geneformer_mcore.celltypes.classify import Classification, Judged
 from geneformer_mcore.celltypes.cross_validation import Features, principal_components
 from geneformer_mcore.io.files import whole_file
-from geneformer_mcore.report.figures import BLUE, GREEN, GREY, ORANGE
+from geneformer_mcore.report.figures import BLUE, GREEN, GREY, ORANGE, new_figure
 
 MOST_PANELS = 4
 MOST_COLOURS = 20
@@ -28,7 +27,7 @@ _MOST_LETTERS = 28
 
 
 def save(found: Classification, folder: Path, seed: int) -> list[str]:
-    """Writes the pictures into a folder. Gives their names."""
+    """Write the figures into a folder. Returns their names."""
     figures: dict[str, Callable[[], Figure]] = {
         "scores.png": lambda: _bars(found.judged),
         "confusion.png": lambda: _confusion(found.judged[0]),
@@ -41,26 +40,20 @@ def save(found: Classification, folder: Path, seed: int) -> list[str]:
     return list(figures)
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _bars(judged: list[Judged]) -> Figure:
     num_methods = len(judged[0].methods)
-    figure = _figure(4 + 3.4 * len(judged), 1.4 + 0.36 * num_methods)
+    figure = new_figure(4 + 3.4 * len(judged), 1.4 + 0.36 * num_methods)
     panels = figure.subplots(1, len(judged), squeeze=False, sharey=True)[0]
     kinds = list(dict.fromkeys(each.features for each in judged[0].methods))
     for axes, one in zip(panels, judged, strict=True):
-        for place, each in enumerate(one.methods):
+        for y, each in enumerate(one.methods):
             score = each.scores["macro_f1"]
             value = score["value"]
-            margin = [[value - score.get("low", value)], [score.get("high", value) - value]]
+            low, high = score.get("low", value), score.get("high", value)
             colour = _COLOURS[kinds.index(each.features) % len(_COLOURS)]
-            axes.barh(place, value, 0.75, color=colour, xerr=np.abs(margin), capsize=2)
-            place_of_text = score.get("high", value) + 0.015, place
-            axes.annotate(f"{value:.2f}", place_of_text, va="center", fontsize=8)
+            margin = np.abs([[value - low], [high - value]])
+            axes.barh(y, value, 0.75, color=colour, xerr=margin, capsize=2)
+            axes.annotate(f"{value:.2f}", (high + 0.015, y), va="center", fontsize=8)
         names = [f"{each.features}, {each.classifier}" for each in one.methods]
         axes.set_yticks(range(num_methods), names, fontsize=8)
         axes.set_xlim(0, 1.08)
@@ -72,11 +65,11 @@ def _bars(judged: list[Judged]) -> Figure:
 
 
 def _confusion(judged: Judged) -> Figure:
-    """The card's classifier on each kind of features."""
+    """Confusion matrices of the model card's classifier on each kind of features."""
     kinds = list(dict.fromkeys(each.features for each in judged.methods))[:MOST_PANELS]
     labels = [_short(label) for label in judged.labels]
     side = 1.6 + 0.28 * len(labels)
-    figure = _figure(1.8 + side * len(kinds), side + 2.4)
+    figure = new_figure(1.8 + side * len(kinds), side + 2.4)
     panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
     for axes, kind in zip(panels, kinds, strict=True):
         counts = np.array(judged.method(kind).scores["confusion"], np.float64)
@@ -94,7 +87,7 @@ def _confusion(judged: Judged) -> Figure:
 def _umaps(found: Classification, seed: int) -> Figure:
     shown = found.features[:MOST_PANELS]
     judged = found.judged[0]
-    figure = _figure(3.6 * len(shown) + 2.6, 4.0)
+    figure = new_figure(3.6 * len(shown) + 2.6, 4.0)
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     truth_N = found.cells.labels_N[judged.scheme.cells]
     for axes, each in zip(panels, shown, strict=True):
@@ -106,7 +99,7 @@ def _umaps(found: Classification, seed: int) -> Figure:
 
 
 def _umap(features: Features, cells: np.ndarray, seed: int) -> np.ndarray:
-    """[cells, 2]. Here PCA sees all cells: a picture predicts nothing."""
+    """[cells, 2]. PCA is fitted to all cells, as nothing is predicted."""
     values = features.values[cells]
     if features.is_counts:
         values = principal_components(values, seed).transform(values)
@@ -122,21 +115,17 @@ def _umap(features: Features, cells: np.ndarray, seed: int) -> np.ndarray:
     return adata.obsm["X_umap"]
 
 
-def _scatter(axes: Axes, places: np.ndarray, truth_N: np.ndarray, labels: list[str]) -> None:
+def _scatter(axes: Axes, points_N2: np.ndarray, truth_N: np.ndarray, labels: list[str]) -> None:
     from matplotlib import colormaps
 
     colours = colormaps["tab20"](np.arange(MOST_COLOURS))
     size = float(np.clip(6000 / len(truth_N), 1, 12))
     for number, label in enumerate(labels):
-        here = truth_N == label
         name = _short(label) if number < MOST_COLOURS else None
         colour = colours[number % MOST_COLOURS]
-        x, y = places[here].T
+        x, y = points_N2[truth_N == label].T
         axes.scatter(x, y, s=size, color=colour, linewidths=0, label=name)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_xlabel("UMAP 1")
-    axes.set_ylabel("UMAP 2")
+    axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
 
 
 def _short(label: str) -> str:

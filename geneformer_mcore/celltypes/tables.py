@@ -1,4 +1,4 @@
-"""A classification as the model card's table, as JSON, and every prediction as CSV.
+"""Tables of a Classification: console, Markdown, JSON, and all predictions as CSV.
 
 Classification  ->  lines for the console  |  table.md  |  results.json  |  predictions.csv
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +18,34 @@ from geneformer_mcore.celltypes.cross_validation import BY_DONOR, MIN_DONORS
 from geneformer_mcore.inference import data_leakage
 from geneformer_mcore.metrics.provenance import provenance
 
-HEAD = ("features", "classifier", "macro F1", "95 %", "accuracy", "95 %", "F1 over folds")
-GAIN = "F1 over PCA + forest"
+HEADINGS = (
+    *("features", "classifier", "macro F1", "95 %", "accuracy", "95 %", "F1 over folds"),
+    "F1 over PCA + forest",
+)
 _MOST_NAMED = 8
 
 
 def lines(found: Classification) -> list[str]:
-    """What the command prints."""
+    """Lines for the console."""
     shown = [*_about(found), ""]
     for judged in found.judged:
-        shown += [*_about_scheme(judged), "", *_aligned([_head(), *_rows(judged)]), ""]
+        shown += [*_about_scheme(judged), "", *_aligned([HEADINGS, *_rows(judged)]), ""]
     shown += [best(judged) for judged in found.judged]
     return shown + [f"note: {note}" for note in found.notes]
 
 
 def markdown(found: Classification) -> str:
-    """The same for a page."""
+    """The same as Markdown."""
     shown = [f"# Cell types of {found.facts['input']}", "", *_about(found), ""]
     for judged in found.judged:
         shown += [f"## {judged.scheme.name}", "", *_about_scheme(judged), ""]
-        shown += [_row_of(_head()), _row_of(["---"] * len(_head()))]
-        shown += [*map(_row_of, _rows(judged)), "", best(judged), ""]
+        rows = [HEADINGS, ["---"] * len(HEADINGS), *_rows(judged)]
+        shown += [*(f"| {' | '.join(row)} |" for row in rows), "", best(judged), ""]
     return "\n".join([*shown, *(f"- {note}" for note in found.notes)]).rstrip() + "\n"
 
 
 def content(found: Classification) -> dict[str, Any]:
-    """All figures as plain JSON, with machine, versions and commit."""
+    """All results as plain JSON, with machine, versions and commit."""
     return {
         **found.facts,
         "schemes": [
@@ -70,7 +73,7 @@ def content(found: Classification) -> dict[str, Any]:
 
 
 def save(found: Classification, folder: Path) -> list[str]:
-    """Writes results.json, table.md and predictions.csv into a folder. Gives their names."""
+    """Write results.json, table.md and predictions.csv into a folder. Returns their names."""
     (folder / "results.json").write_text(json.dumps(content(found), indent=1) + "\n")
     (folder / "table.md").write_text(markdown(found))
     with (folder / "predictions.csv").open("w", newline="") as file:
@@ -97,23 +100,19 @@ def _predictions(found: Classification, judged: Judged) -> list[list[str]]:
 
 
 def best(judged: Judged) -> str:
-    """The best of PCA, the best of the others, and whether that is ahead of it. No verdict without
-    an interval."""
+    """The best method on PCA compared with the best of all others."""
     pca, other, gain = judged.best.pca, judged.best.other, judged.best.gain
     of_pca = sum(each.features == pca.features for each in judged.methods)
+    verdict = "no interval, so no verdict"
+    if "low" in gain:
+        found = "ahead" if gain["low"] > 0 else "behind" if gain["high"] < 0 else "not told apart"
+        verdict = f"{found} (not corrected for choosing the best of several)"
     return (
         f"{judged.scheme.name}: best of {of_pca} on PCA: {pca.classifier}, "
         f"{pca.scores['macro_f1']['value']:.3f}; best of {len(judged.methods) - of_pca} others: "
         f"{other.features}, {other.classifier}, {other.scores['macro_f1']['value']:.3f}; "
-        f"{_gain(gain)} against that PCA: {_verdict(gain)}."
+        f"{_gain(gain)} against that PCA: {verdict}."
     )
-
-
-def _verdict(gain: dict[str, float]) -> str:
-    if "low" not in gain:
-        return "no interval, so no verdict"
-    found = "ahead" if gain["low"] > 0 else "behind" if gain["high"] < 0 else "not told apart"
-    return f"{found} (not corrected for choosing the best of several)"
 
 
 def _about(found: Classification) -> list[str]:
@@ -142,8 +141,11 @@ def _about_scheme(judged: Judged) -> list[str]:
     scheme = judged.scheme
     text = (
         f"{scheme.name}: {len(scheme.cells):,} cells, {len(judged.labels)} labels, "
-        f"{len(scheme.folds)} folds{_drawn(judged)}"
+        f"{len(scheme.folds)} folds"
     )
+    if scheme.name == BY_DONOR:
+        has_intervals = len(scheme.folds) >= MIN_DONORS
+        text += "; intervals " + ("over donors" if has_intervals else f"need {MIN_DONORS} donors")
     if not scheme.left_out:
         return [text]
     named = [f"{label} ({cells})" for label, cells in scheme.left_out.items()][:_MOST_NAMED]
@@ -151,39 +153,21 @@ def _about_scheme(judged: Judged) -> list[str]:
     return [f"{text}; labels left out as too rare: {', '.join(named)}{more}"]
 
 
-def _drawn(judged: Judged) -> str:
-    """What the intervals were drawn over, where that is not cells."""
-    if judged.scheme.name != BY_DONOR:
-        return ""
-    if len(judged.scheme.folds) < MIN_DONORS:
-        return f"; intervals need {MIN_DONORS} donors"
-    return "; intervals over donors"
-
-
-def _head() -> list[str]:
-    return [*HEAD, GAIN]
-
-
 def _rows(judged: Judged) -> list[list[str]]:
-    return [
-        _row(each.features, each.classifier, each.scores, is_baseline=number == 0)
-        for number, each in enumerate(judged.methods)
-    ]
-
-
-def _row(features: str, classifier: str, scores: dict[str, Any], *, is_baseline: bool) -> list[str]:
-    """One line of the table, of scores as Scores.of gives them."""
-    of_folds = np.array([fold["macro_f1"] for fold in scores["folds"].values()])
-    return [
-        features,
-        classifier,
-        f"{scores['macro_f1']['value']:.3f}",
-        _span(scores["macro_f1"]),
-        f"{scores['accuracy']['value']:.3f}",
-        _span(scores["accuracy"]),
-        f"{of_folds.mean():.3f} ± {of_folds.std(ddof=1):.3f}",
-        "-" if is_baseline else _gain(scores["macro_f1_over_baseline"]),
-    ]
+    """The text of every method's row; the first method is the baseline."""
+    rows: list[list[str]] = []
+    for each in judged.methods:
+        scores = each.scores
+        of_folds = np.array([fold["macro_f1"] for fold in scores["folds"].values()])
+        row = [
+            *(each.features, each.classifier),
+            *(f"{scores['macro_f1']['value']:.3f}", _span(scores["macro_f1"])),
+            *(f"{scores['accuracy']['value']:.3f}", _span(scores["accuracy"])),
+            f"{of_folds.mean():.3f} ± {of_folds.std(ddof=1):.3f}",
+            _gain(scores["macro_f1_over_baseline"]) if rows else "-",
+        ]
+        rows.append(row)
+    return rows
 
 
 def _gain(gain: dict[str, float]) -> str:
@@ -194,11 +178,7 @@ def _span(interval: dict[str, float]) -> str:
     return f"{interval['low']:.3f} to {interval['high']:.3f}" if "low" in interval else "-"
 
 
-def _row_of(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()

@@ -1,11 +1,11 @@
-"""NVIDIA's Geneformer weights under our names: both are Megatron's model, saved by other versions.
+"""BioNeMo's Geneformer weights under our names: Megatron's model, saved by other versions.
 
     BioNeMo 2   module.encoder.layers.0.self_attention.linear_qkv.layer_norm_weight
                 (a norm may be part of the linear that follows; layers may be stacked in one tensor)
     BioNeMo 1   model.language_model.encoder.layers.0.self_attention.query_key_value.weight
 
-Query, key and value are fused head by head in both, as in ours. Vocabulary and token ids are ours;
-the rows that pad it are cut off. Weights do not say what their activation and heads are.
+Query, key and value are fused head by head, as in ours. Vocabulary and token ids are ours, with
+padding rows. Weights do not reveal activation and number of heads.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _RENAMED = (
     (r"^lm_head\.layernorm\.", "lm_head.layer_norm."),
     (r"^lm_head\.bias$", OUTPUT_BIAS),
 )
-"""(what their names have, what ours have), one after the other."""
+"""(pattern of their names, ours), applied in order."""
 _LEFT_OUT = re.compile(r"_extra_state|^(binary_head|pooler)\.|\.rotary_|inv_freq$")
-"""Megatron's notes on 8-bit formats; heads that Geneformer does not have."""
+"""Megatron's state of 8-bit formats; heads that Geneformer does not have."""
 _STACKED = re.compile(r"^encoder\.layers\.(?=\D)")
 _OUTPUT_WORDS = "output_layer.weight"
 
@@ -48,8 +48,8 @@ def renamed(theirs: Weights) -> dict[str, torch.Tensor]:
     for name, tensor in theirs.items():
         if not isinstance(tensor, torch.Tensor):
             continue
-        for pattern, ours_has in _RENAMED:
-            name = re.sub(pattern, ours_has, name)
+        for pattern, replacement in _RENAMED:
+            name = re.sub(pattern, replacement, name)
         if _LEFT_OUT.search(name):
             continue
         if _STACKED.match(name):
@@ -63,13 +63,14 @@ def renamed(theirs: Weights) -> dict[str, torch.Tensor]:
 def from_bionemo(
     theirs: Weights, num_tokens: int, activation: Activation, heads: int = 0
 ) -> tuple[Weights, ModelConfig]:
-    """(weights of `num_tokens` rows, what model they are of).
+    """(weights of `num_tokens` rows, their model).
 
-    heads: 0 takes one per HEAD_WIDTH. Raises CheckpointError that names what is missing,
-    unexpected, or of another shape.
+    heads: 0 takes one per HEAD_WIDTH
+    Raises CheckpointError that names missing, unexpected and misshapen tensors.
     """
     ours = renamed(theirs)
-    _untwice(ours)
+    if WORDS in ours:
+        hf_keys.drop_tied(ours, {_OUTPUT_WORDS: WORDS})
     model = _model_of(ours, activation, heads)
     num_rows, num_positions = len(ours[WORDS]), len(ours[POSITIONS])
     entries = hf_keys.table(model, num_rows, num_positions)
@@ -84,19 +85,7 @@ def from_bionemo(
     return ours, model
 
 
-def _untwice(ours: dict[str, torch.Tensor]) -> None:
-    again = ours.pop(_OUTPUT_WORDS, None)
-    if again is not None and not torch.equal(ours.get(WORDS, again), again):
-        raise CheckpointError(
-            f"{_OUTPUT_WORDS} must be {WORDS}, as the output layer is tied to the embedding, and "
-            "differs from it. Models whose output layer is not tied have no counterpart here."
-        )
-
-
 def _model_of(ours: Weights, activation: Activation, heads: int) -> ModelConfig:
-    layers = {
-        int(found[1]) for found in (re.match(r"encoder\.layers\.(\d+)\.", n) for n in ours) if found
-    }
     first = "encoder.layers.0.mlp.linear_fc1.weight"
     missing = [name for name in (WORDS, POSITIONS, first) if name not in ours]
     if missing:
@@ -113,8 +102,9 @@ def _model_of(ours: Weights, activation: Activation, heads: int) -> ModelConfig:
             f"the hidden size ({hidden}) must be a multiple of the attention heads ({heads}). "
             "Remedy: say how many the model has, by `heads=`."
         )
+    layers = re.findall(r"^encoder\.layers\.(\d+)\.", "\n".join(ours), re.MULTILINE)
     return ModelConfig(
-        num_layers=max(layers) + 1,
+        num_layers=max(map(int, layers)) + 1,
         hidden_size=hidden,
         ffn_hidden_size=len(ours[first]),
         num_attention_heads=heads,

@@ -1,16 +1,15 @@
-"""Models of others as runs of ours, and runs of ours as models of others.
+"""Conversion of models: Hugging Face and BioNeMo to a run, a run to Hugging Face.
 
-    HF folder     -> names (model.hf_keys), rows (model.token_rows)  ->  run folder, step 0
-    state dict    -> names (model.bionemo_keys)                      ->  run folder, step 0
-    run or step   -> whole weights -> rows, names                    ->  HF folder + model card
+    HF folder     -> names (hf_keys), rows (token_rows)  ->  run directory, step 0
+    state dict    -> names (bionemo_keys)                ->  run directory, step 0
+    run or step   -> whole weights -> rows, names        ->  HF folder + model card
 
-Every number stays the one it was: tensors are renamed, cut, stacked and, for token types, added.
+Tensors are renamed, sliced, stacked and, for token types, added: no number is rounded.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -28,7 +27,7 @@ from geneformer_mcore.convert import (
     model_card,
     token_rows,
 )
-from geneformer_mcore.convert.hf_keys import OUTPUT_BIAS, WORDS, Weights
+from geneformer_mcore.convert.hf_keys import OUTPUT_BIAS, WORDS
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.inference import pretrained
 from geneformer_mcore.io.files import check_free, file_digest, whole_folder
@@ -45,9 +44,9 @@ def from_hf(
     tokens_path: Path | None = None,
     medians_path: Path | None = None,
 ) -> list[str]:
-    """Writes the run folder `out` of the model in `folder`. Gives lines to tell the user.
+    """Write the run directory `out` of the model in `folder`. Returns the lines to print.
 
-    The vocabulary is that of the file, or made of the model's dictionaries, or lies in the folder.
+    The vocabulary is the given one, or made from the model's dictionaries, or in the folder.
     """
     check_free(out)
     described = hf_folder.read_config(folder)
@@ -65,24 +64,20 @@ def from_hf(
     origin = {
         "from": "Hugging Face",
         "name": folder.resolve().name,
-        "sha256": file_digest(
-            next(
-                folder / f for f in (hf_folder.WEIGHTS, hf_folder.PICKLED) if (folder / f).exists()
-            )
-        ),
+        "sha256": file_digest(hf_folder.weights_file(folder)),
         "new_tokens": new,
     }
     config = _config(described.model, described.num_positions)
     files: dict[str, dict] = {ORIGIN: origin, converted_run.TOKENS: dict(tokens)}
     converted_run.write(out, config, vocabulary, ours, files)
-    return [*_told(out, config, vocabulary), *_of_new_tokens(new)]
+    return [*_summary(out, config, vocabulary), *_about_new_tokens(new)]
 
 
 def from_bionemo(
     path: Path, out: Path, vocabulary_path: Path, activation: Activation, heads: int = 0
 ) -> list[str]:
-    """Writes the run folder `out` of a BioNeMo state dict. heads: 0 takes one per 64 of the width.
-    Gives lines to tell the user."""
+    """Write the run directory `out` of a BioNeMo state dict. heads: 0 takes one per 64 of the
+    width. Returns the lines to print."""
     check_free(out)
     vocabulary = Vocabulary.load(vocabulary_path)
     theirs = hf_folder.read_state_dict(path)
@@ -91,58 +86,40 @@ def from_bionemo(
     origin = {"from": "BioNeMo", "name": path.name, "sha256": file_digest(path)}
     converted_run.write(out, config, vocabulary, ours, {ORIGIN: origin})
     return [
-        *_told(out, config, vocabulary),
+        *_summary(out, config, vocabulary),
         f"the weights do not say it: {model.num_attention_heads} heads, activation "
         f"{activation.value} (--heads, --activation)",
     ]
 
 
-@dataclass(frozen=True)
-class SourceModel:
-    """A checkpoint of ours. weights: vocabulary rows without padding."""
+def to_hf(
+    path: Path, out: Path, vocabulary_path: Path | None = None, tokens_path: Path | None = None
+) -> list[str]:
+    """Write the folder `out` for Hugging Face's transformers, of the step folder `path` or the
+    latest checkpoint of the run `path`. Returns the lines to print.
 
-    step: Path
-    record: Record
-    model: ModelConfig
-    vocabulary: Vocabulary
-    weights: Weights
-
-
-def open_source(path: Path, vocabulary_path: Path | None = None) -> SourceModel:
-    """The step folder `path`, or the newest one of the run `path`, with its vocabulary.
-
-    Raises CheckpointError or DataError where one of the two is not there, damaged, or another's.
+    tokens_path: {name: id} that orders the rows, such as Geneformer's own dictionary
+    Raises CheckpointError or DataError where checkpoint or vocabulary is missing or damaged.
     """
+    check_free(out)
     step = weights_reader.step_of(path)
     record = Record.load(step)
     config = _recorded(record)
     vocabulary = pretrained.find_vocabulary(record, config, step, vocabulary_path)
     weights = lora.folded(weights_reader.read_weights(step), config.finetune)
-    for name in (WORDS, OUTPUT_BIAS):
-        weights[name] = weights[name][: vocabulary.size]
-    return SourceModel(step, record, config.model, vocabulary, weights)
-
-
-def to_hf(
-    path: Path, out: Path, vocabulary_path: Path | None = None, tokens_path: Path | None = None
-) -> list[str]:
-    """Writes the folder `out` for Hugging Face's transformers. Gives lines to tell the user.
-
-    tokens_path: {name: id} by which rows are to be ordered, such as Geneformer's own dictionary.
-    """
-    check_free(out)
-    source = open_source(path, vocabulary_path)
-    genes = source.vocabulary.feature_ids
-    tokens = token_rows.dictionary_by_size(source.vocabulary.size, genes)
+    genes = vocabulary.feature_ids
+    tokens = token_rows.dictionary_by_size(vocabulary.size, genes)
     if tokens_path is not None:
         tokens = read_dictionary(tokens_path)
     rows = token_rows.their_rows(tokens, genes, len(tokens))
-    weights = dict(source.weights)
     for name in (WORDS, OUTPUT_BIAS):
         weights[name] = token_rows.to_theirs(weights[name], rows)
     num_positions = len(weights[hf_keys.POSITIONS])
-    described = hf_folder.config_json(source.model, len(tokens), num_positions, tokens)
-    theirs = hf_keys.to_hf(weights, source.model)
+    described = hf_folder.config_json(config.model, len(tokens), num_positions, tokens)
+    theirs = hf_keys.to_hf(weights, config.model)
+    origin_path = step.parent.parent / ORIGIN
+    origin = hf_folder.read_json(origin_path) if origin_path.is_file() else None
+    num_parameters = sum(each.numel() for each in theirs.values())
     with whole_folder(out) as partial:
         packed = {name: tensor.contiguous() for name, tensor in theirs.items()}
         save_file(packed, partial / hf_folder.WEIGHTS, metadata={"format": "pt"})
@@ -153,35 +130,20 @@ def to_hf(
             "tokenizer_config.json": hf_folder.tokenizer_config(tokens, num_positions),
         }.items():
             (partial / name).write_text(json.dumps(content, indent=1) + "\n")
-        source.vocabulary.save(partial / hf_folder.VOCABULARY)
-        (partial / "README.md").write_text(_card(source, described, theirs))
-    return [
-        f"{out}: {described['architectures'][0]} of step {source.record.step}, "
-        f"{len(tokens):,} tokens, {num_positions:,} positions",
-        *_of_a_classifier(source.record),
+        vocabulary.save(partial / hf_folder.VOCABULARY)
+        card = model_card.text(record, described, vocabulary, num_parameters, origin)
+        (partial / "README.md").write_text(card)
+    lines = [
+        f"{out}: {described['architectures'][0]} of step {record.step}, {len(tokens):,} tokens, "
+        f"{num_positions:,} positions"
     ]
-
-
-def _of_a_classifier(record: Record) -> list[str]:
-    if not record.identity.task:
-        return []
-    return [
-        "it was fine-tuned: its encoder is there as it became, corrections of low rank added to "
-        "the matrices, and its classifier is left out; the head for genes was not trained, but "
-        "its matrix is the word embedding as that became"
-    ]
-
-
-def _card(source: SourceModel, described: dict, theirs: Weights) -> str:
-    run = source.step.parent.parent
-    origin_path = run / ORIGIN
-    return model_card.text(
-        source.record,
-        described,
-        source.vocabulary,
-        sum(each.numel() for each in theirs.values()),
-        hf_folder.read_json(origin_path) if origin_path.is_file() else None,
-    )
+    if record.identity.task:
+        lines.append(
+            "it was fine-tuned: its encoder is there as it became, corrections of low rank added "
+            "to the matrices, and its classifier is left out; the head for genes was not trained, "
+            "but its matrix is the word embedding as that became"
+        )
+    return lines
 
 
 def _vocabulary(
@@ -199,13 +161,13 @@ def _vocabulary(
     if vocabulary_path is None and not path.is_file():
         raise DataError(
             f"{folder}: weights do not say which gene a row is, and there is no "
-            f"{hf_folder.VOCABULARY} beside them. Remedy: give the model's dictionaries by "
+            f"{hf_folder.VOCABULARY} next to them. Remedy: give the model's dictionaries by "
             "`tokens=` and `medians=`, or a vocabulary of ours by `vocabulary=`."
         )
     vocabulary = Vocabulary.load(path)
-    beside = tokens_path or folder / hf_folder.TOKENS
-    if tokens_path is not None or beside.is_file():
-        return vocabulary, read_dictionary(beside)
+    own_tokens = folder / hf_folder.TOKENS
+    if tokens_path is not None or own_tokens.is_file():
+        return vocabulary, read_dictionary(tokens_path or own_tokens)
     return vocabulary, token_rows.dictionary_by_size(num_tokens, vocabulary.feature_ids)
 
 
@@ -223,7 +185,7 @@ def _from_dictionaries(tokens: dict, tokens_path: Path, medians_path: Path) -> V
 
 
 def _recorded(record: Record) -> Config:
-    """The settings of a checkpoint that its weights depend on; the others are defaults."""
+    """Settings of a checkpoint that its weights depend on; the others are defaults."""
     text = yaml.safe_load(record.identity.config)
     settings = [
         f"{section}.{key}={json.dumps(value)}"
@@ -243,7 +205,7 @@ def _config(model: ModelConfig, num_positions: int) -> Config:
     return config
 
 
-def _told(out: Path, config: Config, vocabulary: Vocabulary) -> list[str]:
+def _summary(out: Path, config: Config, vocabulary: Vocabulary) -> list[str]:
     model = config.model
     return [
         f"{out}: {model.num_layers} layers x {model.hidden_size}, {model.norm.value}-LN, "
@@ -256,16 +218,13 @@ def _told(out: Path, config: Config, vocabulary: Vocabulary) -> list[str]:
     ]
 
 
-def _of_new_tokens(new: list[str]) -> list[str]:
-    if not new:
-        return []
+def _about_new_tokens(new: list[str]) -> list[str]:
+    cls = (
+        ". Our cells begin with [CLS], which takes the first position: the model has never seen it "
+        "there, so train on before judging it by our cells"
+    )
     line = (
         f"tokens that the model did not have: {', '.join(new)}. Their embeddings are 0, and their "
-        "probability is 0"
+        f"probability is 0{cls if '[CLS]' in new else ''}"
     )
-    if "[CLS]" in new:
-        line += (
-            ". Our cells begin with [CLS], which takes the first position: the model has never "
-            "seen it there, so train on before judging it by our cells"
-        )
-    return [line]
+    return [line] if new else []

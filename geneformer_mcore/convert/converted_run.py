@@ -1,12 +1,12 @@
-"""Weights from elsewhere as the run folder of a run that has made no step yet.
+"""Foreign weights as the run directory of a run at step 0.
 
 weights, settings, vocabulary  ->  RUN/vocabulary.json
                                    RUN/config.yaml
-                                   RUN/origin.json, ...                  where they are from
+                                   RUN/origin.json, ...                  their origin
                                    RUN/checkpoints/step_0000000000/      as training writes it
 
-The checkpoint is a whole one, with moments of 0: it loads under any layout, by the code that loads
-all others. Pretraining goes on from it with any cells and recipe (see record.check_continues).
+The checkpoint is complete, with optimizer moments of 0: it loads under any layout, as any other.
+Pretraining continues from it with any cells and recipe (see record.check_continues).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 VOCABULARY, CONFIG = "vocabulary.json", "config.yaml"
 TOKENS = "token_dictionary.json"
-"""{name: id} of the model that the weights are from, where its ids are not ours."""
+"""{name: id} of the original model, where its ids are not ours."""
 
 
 def write(
@@ -46,27 +46,20 @@ def write(
     weights: Weights,
     files: dict[str, dict[str, Any]],
 ) -> None:
-    """Writes the run folder `out`.
+    """Write the run directory `out`.
 
-    weights: {our name: whole tensor}, vocabulary rows without padding; files: {name: JSON content}
-    to lay beside. Raises DataError if `out` is there, or cannot be written.
+    weights: {our name: whole tensor}, without padding rows;  files: {name: JSON content} of further
+    files. Raises DataError if `out` exists, or cannot be written.
     """
     config.run.dir = str(out)
     text = dump(config)
+    identity = Identity(text, {}, vocabulary.checksum, content="")
+    versions = backends.describe()
+    record = Record(0, 0, {}, identity, layout={}, versions=versions, guard={})
     with whole_folder(out) as partial, alone(config) as here:
-        trainable = _trainable(config, vocabulary.size, weights, here)
         root = partial / "checkpoints"
         staging = checkpoints.make_staging(root, 0)
-        record = Record(
-            step=0,
-            cells_seen=0,
-            meters={},
-            identity=Identity(text, {}, vocabulary.checksum, content=""),
-            layout={},
-            versions=backends.describe(),
-            guard={},
-        )
-        state.save(trainable, staging, rank=0)
+        state.save(_trainable(config, vocabulary.size, weights, here), staging, rank=0)
         record.save(staging)
         checkpoints.commit(staging, root, 0)
         vocabulary.save(partial / VOCABULARY)
@@ -77,7 +70,7 @@ def write(
 
 @contextlib.contextmanager
 def alone(config: Config) -> Iterator[torch.device]:
-    """Megatron's groups of one process, which has the whole model."""
+    """Megatron's process groups of one process with the whole model."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             f"one process converts a model, and torchrun has started {os.environ['WORLD_SIZE']}. "
@@ -95,25 +88,19 @@ def alone(config: Config) -> Iterator[torch.device]:
 def _trainable(
     config: Config, num_tokens: int, weights: Weights, here: torch.device
 ) -> optim.Trainable:
-    core = megatron_config.transformer_config(
-        config.model, config.parallel, config.train.precision, here
-    )
-    stages = geneformer.build(config.model, core, here, num_tokens, config.data.seq_length)
-    for stage in stages:
-        _fill(stage, weights)
-    return optim.wrap(stages, config.optim, config.parallel)
-
-
-def _fill(stage: geneformer.Geneformer, weights: Weights) -> None:
-    """Rows that pad the vocabulary become 0: they take no part in anything."""
-    left = dict(weights)
+    """The model with `weights`, and its optimizer. Padding rows of the vocabulary become 0."""
+    model, parallel, precision = config.model, config.parallel, config.train.precision
+    core = megatron_config.transformer_config(model, parallel, precision, here)
+    (stage,) = geneformer.build(model, core, here, num_tokens, config.data.seq_length)
+    rest = dict(weights)
     with torch.no_grad():
         for entry in init.sharded_parameters(stage):
-            whole = left.pop(entry.key)
+            whole = rest.pop(entry.key)
             padding = entry.global_shape[0] - len(whole)
             if padding:
                 assert entry.key.startswith(("embedding.word", "output_layer"))
                 whole = torch.cat([whole, whole.new_zeros(padding, *whole.shape[1:])])
             assert tuple(whole.shape) == tuple(entry.global_shape), entry.key
             entry.data.copy_(whole)
-    assert not left, left.keys()
+    assert not rest, rest.keys()
+    return optim.wrap([stage], config.optim, parallel)

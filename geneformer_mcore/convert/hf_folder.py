@@ -1,8 +1,8 @@
-"""A folder in Hugging Face's format: read as what it says it is, and written.
+"""Folder in Hugging Face's format: its files, read and written.
 
-config.json                             what model it is
+config.json                             the model
 model.safetensors | pytorch_model.bin   its weights
-token_dictionary.json, vocabulary.json  what its rows mean; of ours, and of others that have them
+token_dictionary.json, vocabulary.json  its tokens, where there are any
 tokenizer.json, tokenizer_config.json, README.md   written, never read
 """
 
@@ -30,7 +30,7 @@ _CLASSES = {
     "bert": (Norm.post, "BertForMaskedLM"),
     "megatron-bert": (Norm.pre, "MegatronBertForMaskedLM"),
 }
-"""model_type -> (where it normalises, its class). The second is BERT with pre-LN as we have it."""
+"""model_type -> (position of its norms, its class). The second is BERT with pre-LN like ours."""
 _TYPE_OF = {norm: (name, of) for name, (norm, of) in _CLASSES.items()}
 _ACTIVATIONS = {
     "relu": Activation.relu,
@@ -38,20 +38,19 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": Activation.gelu_tanh,
     "gelu_new": Activation.gelu_tanh,
 }
-_THEIR_ACTIVATION = {
-    Activation.relu: "relu",
-    Activation.gelu: "gelu",
-    Activation.gelu_tanh: "gelu_pytorch_tanh",
+_THEIR_ACTIVATION = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+_SIZES = {
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "ffn_hidden_size",
 }
-_NUMBERS = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-    *("intermediate_size", "max_position_embeddings"),
-)
+"""Their name -> the field of ModelConfig."""
 
 
 @dataclass(frozen=True)
 class Described:
-    """What a config.json says."""
+    """Content of a config.json."""
 
     model: ModelConfig
     num_tokens: int
@@ -59,10 +58,11 @@ class Described:
 
 
 def read_config(folder: Path) -> Described:
-    """What model is in `folder`. Raises CheckpointError if it is none that we can compute."""
+    """The model in `folder`. Raises CheckpointError for one that has no counterpart here."""
     path = folder / CONFIG
     content = read_json(path)
-    numbers = {name: content.get(name) for name in _NUMBERS}
+    names = ("vocab_size", *_SIZES, "max_position_embeddings")
+    numbers = {name: content.get(name) for name in names}
     problems = [
         f"{name} must be a whole number above 0, and is {number!r}"
         for name, number in numbers.items()
@@ -76,10 +76,7 @@ def read_config(folder: Path) -> Described:
             + "\nRemedy: give the folder of a BertForMaskedLM, such as Geneformer V1 or V2."
         )
     model = ModelConfig(
-        num_layers=content["num_hidden_layers"],
-        hidden_size=content["hidden_size"],
-        ffn_hidden_size=content["intermediate_size"],
-        num_attention_heads=content["num_attention_heads"],
+        **{ours: content[theirs] for theirs, ours in _SIZES.items()},
         hidden_dropout=float(content.get("hidden_dropout_prob", 0.1)),
         attention_dropout=float(content.get("attention_probs_dropout_prob", 0.1)),
         activation=_ACTIVATIONS[content.get("hidden_act", "gelu")],
@@ -89,7 +86,7 @@ def read_config(folder: Path) -> Described:
 
 
 def _unlike_ours(content: dict[str, Any]) -> list[str]:
-    """What of a config.json has no counterpart here. Defaults are those of transformers."""
+    """Settings in a config.json without a counterpart here. Defaults are those of transformers."""
     wanted: dict[str, tuple[Any, tuple]] = {
         "model_type": (None, tuple(_CLASSES)),
         "hidden_act": ("gelu", tuple(_ACTIVATIONS)),
@@ -123,15 +120,11 @@ def config_json(
             "There is no class that computes it."
         )
     model_type, class_name = _TYPE_OF[model.norm]
-    padding = next((tokens[name] for name in ("[PAD]", "<pad>") if name in tokens), None)
     return {
         "architectures": [class_name],
         "model_type": model_type,
         "vocab_size": num_tokens,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "intermediate_size": model.ffn_hidden_size,
+        **{theirs: getattr(model, ours) for theirs, ours in _SIZES.items()},
         "hidden_act": _THEIR_ACTIVATION[model.activation],
         "hidden_dropout_prob": model.hidden_dropout,
         "attention_probs_dropout_prob": model.attention_dropout,
@@ -139,55 +132,14 @@ def config_json(
         "type_vocab_size": 1,
         "layer_norm_eps": LAYERNORM_EPSILON,
         "initializer_range": INIT_STD,
-        "pad_token_id": padding,
+        "pad_token_id": tokens.get(_roles(tokens).get("pad_token", "")),
         "tie_word_embeddings": True,
         "torch_dtype": "float32",
     }
 
 
-def tokenizer_json(tokens: dict[str, int]) -> dict[str, Any]:
-    """A tokenizer of gene ids with blanks between, which puts [CLS] first if there is one. It does
-    not rank genes: that takes counts and medians."""
-    specials = [name for name in SPECIAL_TOKENS if name in tokens]
-    specials += [name for name in tokens if name.startswith("<")]
-    first = next((name for name in ("[CLS]", "<cls>") if name in tokens), None)
-    unknown = next((name for name in ("[UKW]", "<unk>") if name in tokens), None)
-    cell = {"Sequence": {"id": "A", "type_id": 0}}
-    content: dict[str, Any] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": tokens[name],
-                "content": name,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for name in specials
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "post_processor": None,
-        "decoder": None,
-        "model": {"type": "WordLevel", "vocab": tokens, "unk_token": unknown or "<unknown>"},
-    }
-    if first is not None:
-        start = {"SpecialToken": {"id": first, "type_id": 0}}
-        content["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": [start, cell],
-            "pair": [start, cell, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {first: {"id": first, "ids": [tokens[first]], "tokens": [first]}},
-        }
-    return content
-
-
-def tokenizer_config(tokens: dict[str, int], num_positions: int) -> dict[str, Any]:
-    """The content of a tokenizer_config.json."""
+def _roles(tokens: dict[str, int]) -> dict[str, str]:
+    """{role of a tokenizer_config.json: name of the token}, of those in `tokens`."""
     roles = {
         "cls_token": ("[CLS]", "<cls>"),
         "mask_token": ("[MASK]", "<mask>"),
@@ -195,30 +147,72 @@ def tokenizer_config(tokens: dict[str, int], num_positions: int) -> dict[str, An
         "sep_token": ("[SEP]", "<eos>"),
         "unk_token": ("[UKW]", "<unk>"),
     }
-    named = {
-        role: next((name for name in names if name in tokens), None)
-        for role, names in roles.items()
+    found = {role: [name for name in names if name in tokens] for role, names in roles.items()}
+    return {role: names[0] for role, names in found.items() if names}
+
+
+def tokenizer_json(tokens: dict[str, int]) -> dict[str, Any]:
+    """A tokenizer of gene ids with blanks between, which puts [CLS] first if there is one. It does
+    not rank genes: that takes counts and medians."""
+    specials = [name for name in SPECIAL_TOKENS if name in tokens]
+    specials += [name for name in tokens if name.startswith("<")]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    roles = _roles(tokens)
+    content: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": tokens[name], "content": name, **flags, "special": True} for name in specials
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "WordLevel",
+            "vocab": tokens,
+            "unk_token": roles.get("unk_token", "<unknown>"),
+        },
     }
+    if "cls_token" in roles:
+        first = roles["cls_token"]
+        start = {"SpecialToken": {"id": first, "type_id": 0}}
+        cell, pair = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [start, cell],
+            "pair": [start, cell, pair],
+            "special_tokens": {first: {"id": first, "ids": [tokens[first]], "tokens": [first]}},
+        }
+    return content
+
+
+def tokenizer_config(tokens: dict[str, int], num_positions: int) -> dict[str, Any]:
+    """The content of a tokenizer_config.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": num_positions,
-        **{role: name for role, name in named.items() if name is not None},
+        **_roles(tokens),
     }
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """{their name: tensor} of a folder. Raises CheckpointError where there are none."""
-    if (folder / WEIGHTS).is_file():
-        return _read_safetensors(folder / WEIGHTS)
-    if (folder / PICKLED).is_file():
-        return read_state_dict(folder / PICKLED)
+def weights_file(folder: Path) -> Path:
+    """The file of weights in a folder. Raises CheckpointError where there is none."""
+    for path in (folder / WEIGHTS, folder / PICKLED):
+        if path.is_file():
+            return path
     raise CheckpointError(
         f"{folder} must hold {WEIGHTS} or {PICKLED}, and holds neither. Remedy: give the folder "
         "of a model; one that is cut into several files must be saved as one."
     )
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """{their name: tensor} of a folder. Raises CheckpointError where they cannot be read."""
+    path = weights_file(folder)
+    if path.name == PICKLED:
+        return read_state_dict(path)
     try:
         # Read, not mapped: a failing disk is then an error, not a SIGBUS.
         return load_file(path, backend="pread")
@@ -232,10 +226,8 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_state_dict(path: Path) -> dict[str, Any]:
-    """{name: tensor} of a file by torch.save, or of one below "state_dict" or "model" in it.
-
-    Raises CheckpointError for anything but tensors and plain containers.
-    """
+    """{name: tensor} of a file by torch.save, or of its "state_dict" or "model". Raises
+    CheckpointError for anything but tensors and plain containers."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

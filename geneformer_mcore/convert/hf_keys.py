@@ -1,12 +1,12 @@
-"""Our weights under Hugging Face's names, and theirs under ours: pure renaming, bit for bit.
+"""Names of weights, ours and Hugging Face's: pure renaming, bit for bit.
 
     model.norm=post  <->  BertForMaskedLM
     model.norm=pre   <->  MegatronBertForMaskedLM, the class transformers has for pre-LN BERT
 
     linear_qkv [heads x 3 x width, H]  <->  query, key, value [H, H] each
-    all else                           <->  the same tensor under another name
+    all others                         <->  the same tensor under another name
 
-Weights are {name: whole tensor}; rows of the vocabulary are in any order, all of them real tokens.
+Weights are {name: whole tensor}, without padding rows of the vocabulary.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ _TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
 _THEIR_WORDS = "bert.embeddings.word_embeddings.weight"
 _THEIR_POSITIONS = "bert.embeddings.position_embeddings.weight"
 _THEIR_BIAS = "cls.predictions.bias"
-_TWICE = {
+_TIED = {
     "cls.predictions.decoder.weight": _THEIR_WORDS,
     "cls.predictions.decoder.bias": _THEIR_BIAS,
 }
-"""Tensors that some files hold a second time, as the tied ones they are."""
+"""Tied tensors that some files hold a second time."""
 _NOT_OURS = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")
 """Of BERT's parts that Geneformer does not have: next-sentence prediction, a constant."""
+_MOST_NAMED = 6
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of ours, and the one or three (query, key, value) of theirs; shape: of each of
+    """One tensor of ours, the one or three (query, key, value) of theirs, and the shape of each of
     theirs."""
 
     ours: str
@@ -49,12 +50,12 @@ class Entry:
 
     @property
     def our_shape(self) -> tuple[int, ...]:
-        """The shape of the tensor of ours."""
+        """The shape of our tensor."""
         return (len(self.theirs) * self.shape[0], *self.shape[1:])
 
 
 def table(model: ModelConfig, num_tokens: int, num_positions: int) -> list[Entry]:
-    """Every tensor of a model, token types left out."""
+    """Every tensor of a model but token types."""
     hidden, is_post = model.hidden_size, model.norm is Norm.post
     entries = [
         Entry(WORDS, (_THEIR_WORDS,), (num_tokens, hidden)),
@@ -76,11 +77,12 @@ def from_hf(theirs: Weights, model: ModelConfig, num_tokens: int, num_positions:
     """Their weights under our names, fp32. The embedding of token type 0, which every gene has, is
     added to all positions.
 
-    Raises CheckpointError that names what is missing, unexpected, or of another shape.
+    Raises CheckpointError that names missing, unexpected and misshapen tensors.
     """
     entries = table(model, num_tokens, num_positions)
-    theirs = _once(theirs)
-    _check(theirs, {name: entry.shape for entry in entries for name in entry.theirs})
+    theirs = {name: each for name, each in theirs.items() if not name.startswith(_NOT_OURS)}
+    drop_tied(theirs, _TIED)
+    check_shapes(theirs, {name: entry.shape for entry in entries for name in entry.theirs})
     ours = {}
     for entry in entries:
         parts = [theirs[name].float() for name in entry.theirs]
@@ -91,7 +93,7 @@ def from_hf(theirs: Weights, model: ModelConfig, num_tokens: int, num_positions:
 
 
 def to_hf(ours: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
-    """Our weights under their names, with the one token type as zeros."""
+    """Our weights under their names, with one token type of zeros."""
     entries = table(model, len(ours[WORDS]), len(ours[POSITIONS]))
     theirs = {_TOKEN_TYPES: torch.zeros(1, model.hidden_size)}
     for entry in entries:
@@ -103,7 +105,7 @@ def to_hf(ours: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 def fused(parts: list[torch.Tensor], heads: int) -> torch.Tensor:
-    """Query, key and value, each [H, ...], as Megatron keeps them: head by head, [3 H, ...]."""
+    """Query, key and value, each [H, ...], in Megatron's order: head by head, [3 H, ...]."""
     by_head = [part.reshape(heads, 1, -1, *part.shape[1:]) for part in parts]
     return torch.cat(by_head, dim=1).flatten(0, 2)
 
@@ -114,39 +116,27 @@ def split(whole: torch.Tensor, heads: int) -> list[torch.Tensor]:
     return [part.flatten(0, 1) for part in by_head.unbind(1)]
 
 
-def check_shapes(found: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises CheckpointError unless `found` holds just the tensors that are expected."""
-    _check(found, expected)
-
-
-def _layer(model: ModelConfig, ours: str, theirs: str) -> list[Entry]:
+def _layer(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    qkv = tuple(f"{theirs}.attention.self.{part}" for part in ("query", "key", "value"))
     if model.norm is Norm.post:
-        norms = [
-            *_norm(
-                f"{ours}.post_attention_layernorm", f"{theirs}.attention.output.LayerNorm", hidden
-            ),
-            *_norm(f"{ours}.post_mlp_layernorm", f"{theirs}.output.LayerNorm", hidden),
-        ]
+        norms = {
+            "post_attention_layernorm": "attention.output.LayerNorm",
+            "post_mlp_layernorm": "output.LayerNorm",
+        }
     else:
-        norms = [
-            *_norm(f"{ours}.input_layernorm", f"{theirs}.attention.ln", hidden),
-            *_norm(f"{ours}.pre_mlp_layernorm", f"{theirs}.ln", hidden),
-        ]
-    attention, mlp = f"{ours}.self_attention", f"{ours}.mlp"
-    return [
-        *norms,
-        Entry(f"{attention}.linear_qkv.weight", _named(qkv, "weight"), (hidden, hidden)),
-        Entry(f"{attention}.linear_qkv.bias", _named(qkv, "bias"), (hidden,)),
-        *_linear(f"{attention}.linear_proj", f"{theirs}.attention.output.dense", (hidden, hidden)),
-        *_linear(f"{mlp}.linear_fc1", f"{theirs}.intermediate.dense", (ffn, hidden)),
-        *_linear(f"{mlp}.linear_fc2", f"{theirs}.output.dense", (hidden, ffn)),
-    ]
-
-
-def _named(modules: tuple[str, ...], parameter: str) -> tuple[str, ...]:
-    return tuple(f"{module}.{parameter}" for module in modules)
+        norms = {"input_layernorm": "attention.ln", "pre_mlp_layernorm": "ln"}
+    for our_norm, their_norm in norms.items():
+        yield from _norm(f"{ours}.{our_norm}", f"{theirs}.{their_norm}", hidden)
+    for parameter, shape in (("weight", (hidden, hidden)), ("bias", (hidden,))):
+        qkv = (f"{theirs}.attention.self.{part}" for part in ("query", "key", "value"))
+        names = tuple(f"{module}.{parameter}" for module in qkv)
+        yield Entry(f"{ours}.self_attention.linear_qkv.{parameter}", names, shape)
+    for our_linear, their_linear, matrix in (
+        ("self_attention.linear_proj", "attention.output.dense", (hidden, hidden)),
+        ("mlp.linear_fc1", "intermediate.dense", (ffn, hidden)),
+        ("mlp.linear_fc2", "output.dense", (hidden, ffn)),
+    ):
+        yield from _linear(f"{ours}.{our_linear}", f"{theirs}.{their_linear}", matrix)
 
 
 def _linear(ours: str, theirs: str, shape: tuple[int, int]) -> Iterator[Entry]:
@@ -154,27 +144,21 @@ def _linear(ours: str, theirs: str, shape: tuple[int, int]) -> Iterator[Entry]:
     yield Entry(f"{ours}.bias", (f"{theirs}.bias",), shape[:1])
 
 
-def _norm(ours: str, theirs: str, hidden: int) -> list[Entry]:
-    parameters = ("weight", "bias")
-    return [Entry(f"{ours}.{each}", (f"{theirs}.{each}",), (hidden,)) for each in parameters]
+def _norm(ours: str, theirs: str, hidden: int) -> Iterator[Entry]:
+    for each in ("weight", "bias"):
+        yield Entry(f"{ours}.{each}", (f"{theirs}.{each}",), (hidden,))
 
 
-def _once(theirs: Weights) -> dict[str, torch.Tensor]:
-    """Their weights without what is there twice, and without what Geneformer does not have.
-
-    Raises CheckpointError for a decoder of its own: ours is tied to the embedding.
-    """
-    kept = {name: each for name, each in theirs.items() if not name.startswith(_NOT_OURS)}
-    for copy, name in _TWICE.items():
-        if copy not in kept:
-            continue
-        again = kept.pop(copy)
-        if not torch.equal(kept.setdefault(name, again), again):
+def drop_tied(weights: dict[str, torch.Tensor], tied: Mapping[str, str]) -> None:
+    """Remove second copies ({copy: name}) of tied tensors. Raises CheckpointError where one differs
+    from the tensor of that name."""
+    for copy, name in tied.items():
+        again = weights.pop(copy, None)
+        if again is not None and not torch.equal(weights.setdefault(name, again), again):
             raise CheckpointError(
                 f"{copy} must be {name}, as the output layer is tied to the embedding, and differs "
                 "from it. Models whose output layer is not tied have no counterpart here."
             )
-    return kept
 
 
 def _type_0(types: torch.Tensor, hidden: int) -> torch.Tensor:
@@ -186,13 +170,11 @@ def _type_0(types: torch.Tensor, hidden: int) -> torch.Tensor:
     return types[0].float()
 
 
-_MOST_NAMED = 6
-
-
-def _check(found: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(found: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless `found` holds just the expected tensors."""
     missing = [name for name in expected if name not in found]
-    strange = [name for name in found if name not in expected and name != _TOKEN_TYPES]
-    other = [
+    unexpected = [name for name in found if name not in expected and name != _TOKEN_TYPES]
+    misshapen = [
         f"{name} is {list(found[name].shape)} and must be {list(shape)}"
         for name, shape in expected.items()
         if name in found and tuple(found[name].shape) != tuple(shape)
@@ -200,7 +182,11 @@ def _check(found: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
     problems = [
         f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}"
         + (", ..." if len(names) > _MOST_NAMED else "")
-        for what, names in (("missing", missing), ("unexpected", strange), ("misshapen", other))
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("misshapen", misshapen),
+        )
         if names
     ]
     if problems:

@@ -1,4 +1,4 @@
-"""README.md of an exported model: what is known of it, from its checkpoint, and how to use it."""
+"""Model card: README.md of an exported model, from its checkpoint."""
 
 from __future__ import annotations
 
@@ -26,30 +26,34 @@ def text(
     num_parameters: int,
     origin: dict[str, Any] | None,
 ) -> str:
-    """The card. config: content of config.json; origin: what weights the run began with, if any."""
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: fill-mask",
-            "tags: [single-cell, genomics, geneformer]",
-            "---",
-            "",
-            f"# Geneformer, {config['num_hidden_layers']} layers x {config['hidden_size']}",
-            "",
-            "A BERT over the genes of a cell, ranked by expression, written by geneformer_mcore.",
-            "",
-            *_table("model", _model(config, num_parameters)),
-            *_table("training", _training(record, origin)),
-            *_table("vocabulary", _vocabulary(config, vocabulary)),
-            *_usage(config),
-        ]
-    )
-
-
-def _table(title: str, rows: list[tuple[str, Any]]) -> list[str]:
-    lines = [f"| {name} | {value} |" for name, value in rows]
-    return [f"| {title} |  |", "| --- | --- |", *lines, ""]
+    """The card. config: content of config.json; origin: of the weights that the run started with,
+    if any."""
+    genes = [
+        ("tokens", f"{config['vocab_size']:,}"),
+        ("genes", f"{len(vocabulary.feature_ids):,}"),
+        ("checksum", f"`{vocabulary.checksum}`"),
+    ]
+    tables = {
+        "model": _model(config, num_parameters),
+        "training": _training(record, origin),
+        "vocabulary": genes,
+    }
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: fill-mask",
+        "tags: [single-cell, genomics, geneformer]",
+        "---",
+        "",
+        f"# Geneformer, {config['num_hidden_layers']} layers x {config['hidden_size']}",
+        "",
+        "A BERT over the genes of a cell, ranked by expression, written by geneformer_mcore.",
+        "",
+    ]
+    for title, rows in tables.items():
+        lines += [f"| {title} |  |", "| --- | --- |"]
+        lines += [*(f"| {name} | {value} |" for name, value in rows), ""]
+    return "\n".join([*lines, _USAGE, *([] if config["model_type"] == "bert" else [_PRE_NORM])])
 
 
 def _model(config: dict[str, Any], num_parameters: int) -> list[tuple[str, Any]]:
@@ -85,33 +89,20 @@ def _training(record: Record, origin: dict[str, Any] | None) -> list[tuple[str, 
     return [*rows, ("written with", versions)]
 
 
-def _vocabulary(config: dict[str, Any], vocabulary: Vocabulary) -> list[tuple[str, Any]]:
-    return [
-        ("tokens", f"{config['vocab_size']:,}"),
-        ("genes", f"{len(vocabulary.feature_ids):,}"),
-        ("checksum", f"`{vocabulary.checksum}`"),
-    ]
+_USAGE = """\
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+model = AutoModelForMaskedLM.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+logits = model(**tokenizer("ENSG... ENSG...", return_tensors="pt")).logits
+```
 
-
-def _usage(config: dict[str, Any]) -> list[str]:
-    lines = [
-        "```python",
-        "from transformers import AutoModelForMaskedLM, AutoTokenizer",
-        "model = AutoModelForMaskedLM.from_pretrained(FOLDER)",
-        "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
-        'logits = model(**tokenizer("ENSG... ENSG...", return_tensors="pt")).logits',
-        "```",
-        "",
-        "The tokenizer takes gene ids with blanks between, in the order that the model is to see:",
-        "highest first by counts / total x 10,000 / median of the gene, ties by token id.",
-        "`vocabulary.json` holds genes and medians, `token_dictionary.json` the ids.",
-        "Padding is masked by `attention_mask`.",
-        "",
-    ]
-    if config["model_type"] != "bert":
-        lines += [
-            "It normalises before each block, which `BertForMaskedLM` does not: the class for that",
-            "is `MegatronBertForMaskedLM`, part of transformers, so no code of this folder is run.",
-            "",
-        ]
-    return lines
+The tokenizer takes gene ids with blanks between, in the order that the model is to see:
+highest first by counts / total x 10,000 / median of the gene, ties by token id.
+`vocabulary.json` holds genes and medians, `token_dictionary.json` the ids.
+Padding is masked by `attention_mask`.
+"""
+_PRE_NORM = """\
+It normalises before each block, which `BertForMaskedLM` does not: the class for that
+is `MegatronBertForMaskedLM`, part of transformers, so no code of this folder is run.
+"""

@@ -1,4 +1,4 @@
-"""Which row of another model's vocabulary is which token of ours.
+"""Rows of another model's vocabulary, as tokens of ours.
 
     {name: their id} + our genes  ->  their row of each of our tokens, -1: they have none
                                   ->  tables of theirs in our order, and ours in theirs
@@ -29,21 +29,20 @@ _OUR_ID = {
     "<sep>": SEP,
     "<unk>": UKW,
 }
-"""Special tokens of published dictionaries, as ours. V2 ends cells with <eos>; we end none."""
+"""Our ids of the special tokens in published dictionaries. V2 ends cells with <eos>, ours do
+not."""
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "Geneformer V1": ("<pad>", "<mask>"),
     "Geneformer V2": ("<pad>", "<mask>", "<cls>", "<eos>"),
     "ours": SPECIAL_TOKENS,
 }
-"""What stands before the sorted genes in vocabularies without a dictionary beside them."""
+"""Special tokens before the sorted genes in vocabularies without a dictionary."""
 
 
 def dictionary_by_size(num_tokens: int, genes: Sequence[str]) -> dict[str, int]:
-    """{name: their id} of the layout that has so many tokens beside `genes`.
-
-    Raises DataError where there is none.
-    """
+    """{name: their id} of the layout with `num_tokens` tokens, genes included. Raises DataError
+    where there is none."""
     for specials in LAYOUTS.values():
         if len(specials) + len(genes) == num_tokens:
             return {name: number for number, name in enumerate([*specials, *genes])}
@@ -60,12 +59,17 @@ def dictionary_by_size(num_tokens: int, genes: Sequence[str]) -> dict[str, int]:
 def their_rows(tokens: Mapping[str, int], genes: Sequence[str], num_tokens: int) -> torch.Tensor:
     """int64 [our tokens]: the row of each, -1 for specials that they do not have.
 
-    tokens: {name: their id}; genes: ours, in our order; num_tokens: rows that they have
-    Raises DataError unless `tokens` names every row once and knows the same genes.
+    tokens: {name: their id};  genes: ours, in our order;  num_tokens: number of their rows
+    Raises DataError unless `tokens` names every row once and has the same genes.
     """
-    _check_ids(tokens, num_tokens)
+    ids = list(tokens.values())
+    if not all(isinstance(each, int) for each in ids) or sorted(ids) != list(range(num_tokens)):
+        raise DataError(
+            f"the token dictionary must give each of the {num_tokens:,} rows of the model one "
+            f"name, and has {len(ids):,} names. Remedy: give the dictionary of the very model."
+        )
     rows = torch.full((NUM_SPECIALS + len(genes),), -1, dtype=torch.int64)
-    for name in (name for name in tokens if name in _OUR_ID):
+    for name in filter(_OUR_ID.__contains__, tokens):
         if rows[_OUR_ID[name]] >= 0:
             raise DataError(
                 f"the token dictionary has two names for our {SPECIAL_TOKENS[_OUR_ID[name]]}, one "
@@ -86,28 +90,19 @@ def their_rows(tokens: Mapping[str, int], genes: Sequence[str], num_tokens: int)
 
 
 def genes_of(tokens: Mapping[str, int]) -> list[str]:
-    """Names of a token dictionary that are no special tokens."""
+    """Names in a token dictionary but special tokens."""
     return [name for name in tokens if name not in _OUR_ID]
 
 
 def to_ours(theirs: torch.Tensor, rows: torch.Tensor, new: float = 0.0) -> torch.Tensor:
-    """[our tokens, ...] of [their tokens, ...]; rows that they have not are filled with `new`."""
+    """[our tokens, ...] of [their tokens, ...]; missing rows are filled with `new`."""
     ours = theirs[rows.clamp(min=0)]
     ours[rows < 0] = new
     return ours
 
 
 def to_theirs(ours: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[their tokens, ...] of [our tokens or more, ...]: padding, and what they do not have, is
-    left out."""
+    """[their tokens, ...] of [our tokens or more, ...], without padding and tokens that they do not
+    have."""
     known = (rows >= 0).nonzero().squeeze(1)
     return ours[known[rows[known].argsort()]]
-
-
-def _check_ids(tokens: Mapping[str, int], num_tokens: int) -> None:
-    ids = list(tokens.values())
-    if not all(isinstance(each, int) for each in ids) or sorted(ids) != list(range(num_tokens)):
-        raise DataError(
-            f"the token dictionary must give each of the {num_tokens:,} rows of the model one "
-            f"name, and has {len(ids):,} names. Remedy: give the dictionary of the very model."
-        )

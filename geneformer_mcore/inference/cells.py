@@ -1,12 +1,13 @@
-"""Cells that a trained model is used on, by row number, in the order in which they lie.
+"""Input cells of a trained model, by row number, in the order of the file.
 
-file | SOMA Experiment | AnnData  ->  counts, ranked by the model's vocabulary      ->  RaggedCells
-token store                       ->  tokens, if they are of that vocabulary        ->  RaggedCells
+file | SOMA Experiment | AnnData  ->  counts, ranked by the model's vocabulary  ->  RaggedCells
+token store                       ->  tokens, if they are of that vocabulary    ->  RaggedCells
+obs COLUMN=VALUE, a random sample  ->  row numbers  ->  ChosenCells of a file of counts
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,11 +27,14 @@ from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import RaggedCells
 
+MOST_LISTED = 12
+"""Columns or values that an error lists."""
+
 
 class Cells(Protocol):
     """Cells in a fixed order. A cell without a known gene is its [CLS] alone.
 
-    path: the h5ad file they are of; None where there is none
+    path: their h5ad file, if any
     """
 
     path: Path | None
@@ -42,19 +46,19 @@ class Cells(Protocol):
         ...
 
     def obs(self) -> pd.DataFrame:
-        """What is known of every cell, indexed by its name."""
+        """Metadata of every cell, indexed by its name."""
         ...
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         ...
 
 
 def open_cells(
     source: Any, vocabulary: Vocabulary, seq_length: int, options: InputOptions
 ) -> Cells:
-    """The cells of a token store, a file of counts or an Experiment (path or URI), or of an
-    AnnData. Raises DataError if they do not suit the vocabulary, or cannot be read."""
+    """Open a token store, a file of counts or an Experiment (path or URI), or an AnnData. Raises
+    DataError if its cells do not suit the vocabulary, or cannot be read."""
     is_path = isinstance(source, str) and "://" not in source
     if is_path and (Path(source) / MANIFEST_FILE).exists():
         return StoredCells(source, vocabulary, seq_length)
@@ -62,9 +66,9 @@ def open_cells(
 
 
 class CountedCells:
-    """Cells of a file of counts, ranked as they are read, as they are for a store.
+    """Cells of a file of counts, ranked as they are read.
 
-    counts:   the open file;  genes: its columns as tokens;  encoder: what ranks them
+    counts: the open file;  genes: its columns as tokens;  encoder: of the vocabulary
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class CountedCells:
         return self.counts.num_cells
 
     def read(self, start: int, stop: int) -> RaggedCells:
-        """Implements Cells. Cells have no keys here: nothing of them is masked."""
+        """Implements Cells. Keys are 0, as nothing is masked."""
         tokens, lengths = [np.empty(0, np.uint16)], [np.empty(0, np.int64)]
         for block in self.counts.blocks(start=start, stop=stop):
             ranked = self.encoder.encode(block, self.genes.token_of_column)
@@ -145,20 +149,13 @@ class StoredCells:
         self.store.close()
 
 
-# Some cells of a file of counts: those with a label, a number of them drawn at random.
-#
-# obs column = value, at most so many -> row numbers, ascending -> cell by cell: counts, sentence
-
-MOST_LISTED = 12
-
-
 @dataclass(frozen=True)
 class CountedCell:
-    """One cell, before and after it was ranked.
+    """Counts and tokens of one cell.
 
     place:      its number among the chosen cells
-    columns_E:  int32, the columns in which it has entries;  counts_E: float64, what stands there
-    tokens_T:   uint16, its sentence, [CLS] first
+    columns_E:  int32, columns of its entries;  counts_E: float64, their values
+    tokens_T:   uint16, its ranked genes, [CLS] first
     """
 
     place: int
@@ -168,7 +165,7 @@ class CountedCell:
 
 
 class ChosenCells:
-    """The cells of `rows_N` (int64, ascending) of a file of counts. Implements cells.Cells."""
+    """The cells of `rows_N` (int64, ascending) of a file of counts. Implements Cells."""
 
     path: Path | None = None
 
@@ -183,46 +180,42 @@ class ChosenCells:
         place = start
         for block in self._blocks(start, stop):
             ranked = self.cells.encoder.encode(block, self.cells.genes.token_of_column)
-            sentences = pairwise(ranked.offsets)
-            for entries, tokens in zip(pairwise(block.indptr), sentences, strict=True):
-                here = slice(*entries)
-                yield CountedCell(
-                    place, block.indices[here], block.data[here], ranked.tokens_T[slice(*tokens)]
-                )
+            tokens = np.split(ranked.tokens_T, ranked.offsets[1:-1])
+            for (first, last), tokens_T in zip(pairwise(block.indptr), tokens, strict=True):
+                columns_E, counts_E = block.indices[first:last], block.data[first:last]
+                yield CountedCell(place, columns_E, counts_E, tokens_T)
                 place += 1
 
     def read(self, start: int, stop: int) -> RaggedCells:
         """Implements Cells."""
-        found = [cell.tokens_T for cell in self.counted(start, stop)]
-        return ragged(found)
+        return ragged([cell.tokens_T for cell in self.counted(start, stop)])
 
     def obs(self) -> pd.DataFrame:
         """Implements Cells."""
         return self.cells.obs().iloc[self.rows_N]
 
     def close(self) -> None:
-        """Implements Cells. The file belongs to whoever opened it."""
+        """Implements Cells. The file stays open for its owner."""
 
     def _blocks(self, start: int, stop: int) -> Iterator[CountBlock]:
         rows_N = self.rows_N[start:stop]
-        # Neighbours in the file are read together.
+        # Neighbouring rows are read together.
         breaks = np.flatnonzero(np.diff(rows_N) != 1) + 1
         for run in np.split(rows_N, breaks):
             if len(run):
                 yield from self.cells.counts.blocks(start=int(run[0]), stop=int(run[-1]) + 1)
 
 
-def ragged(sentences: list[np.ndarray]) -> RaggedCells:
-    """Sentences (uint16 each) laid end to end; their keys are their numbers."""
-    lengths = [len(tokens) for tokens in sentences]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    tokens_T = np.concatenate([np.empty(0, np.uint16), *sentences])
-    return RaggedCells(tokens_T, offsets, np.arange(len(sentences), dtype=np.uint64))
+def ragged(cells: list[np.ndarray]) -> RaggedCells:
+    """Tokens of cells (uint16 each) laid end to end; their keys are their numbers."""
+    offsets = np.cumsum([0, *map(len, cells)], dtype=np.int64)
+    tokens_T = np.concatenate([np.empty(0, np.uint16), *cells])
+    return RaggedCells(tokens_T, offsets, np.arange(len(cells), dtype=np.uint64))
 
 
 def rows_with(obs: pd.DataFrame, label: str, source: str) -> np.ndarray:
-    """int64, the rows whose column has the value of `label`, "COLUMN=VALUE". Raises ConfigError
-    for another form, DataError where there is no such column, or no cell with the value."""
+    """int64, the rows with `label`, "COLUMN=VALUE". Raises ConfigError for another form, DataError
+    where there is no such column, or no cell with the value."""
     column, equals, value = label.partition("=")
     if not (column and equals and value):
         raise ConfigError(
@@ -237,8 +230,7 @@ def rows_with(obs: pd.DataFrame, label: str, source: str) -> np.ndarray:
     values = obs[column].astype(str)
     rows = np.flatnonzero(values.to_numpy() == value)
     if not len(rows):
-        there = values.value_counts()
-        found = [f"{name} ({number:,})" for name, number in there.items()]
+        found = [f"{name} ({number:,})" for name, number in values.value_counts().items()]
         raise DataError(
             f"{source}: no cell of obs column {column} is {value}. Values and cells: "
             f"{_some(found)}. Remedy: one of these, written as here."
@@ -247,13 +239,13 @@ def rows_with(obs: pd.DataFrame, label: str, source: str) -> np.ndarray:
 
 
 def drawn(rows_N: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """At most so many of the rows, drawn at random by `seed`, ascending; 0: all."""
+    """At most `most` of the rows, drawn by `seed`, ascending; 0: all."""
     if most == 0 or len(rows_N) <= most:
         return rows_N
     return np.sort(np.random.default_rng(seed).choice(rows_N, most, replace=False))
 
 
-def _some(names: object) -> str:
-    listed = [str(name) for name in names]  # type: ignore[attr-defined]
+def _some(names: Iterable[object]) -> str:
+    listed = [*map(str, names)]
     more = len(listed) - MOST_LISTED
     return ", ".join(listed[:MOST_LISTED]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,13 +1,27 @@
-"""What is told of cells that a model may have been trained on, before it is judged on them.
+"""Data leakage: cells of an evaluation that the model was trained on, found by content.
 
-model, cells  ->  overlap  ->  Seen: what was compared, what was found, what nobody could tell
-Seen          ->  facts (JSON)  |  notes  |  a refusal
+--training-store | the run's store | its files  ->  cells of the train split, in blocks
+ranked tokens  ->  genes that both sides know  ->  the first 128  ->  windows of 4 neighbours
+windows of a cell x windows of every training cell  ->  largest share in common  ->  same cell?
+Overlap  ->  Facts (JSON)  |  notes  |  DataError
+
+Names, data set ids and the order of genes differ between copies of a data set, and genes are
+filtered; the order in which a cell expresses the remaining genes stays. Four tokens in a row are
+one number (4 x 16 bits), so two windows are equal exactly when their genes are.
+
+The genes that a training cell could have are those of all training cells of its data set: one cell
+may have half the genes of another. Data sets with nearly all genes of the cells are compared
+together, any other by itself, as the genes that it lacks would break every window.
+
+Not found: cells with changed counts (ambient RNA removed, reads aligned again), cells of fewer than
+19 common genes, and those of a data set of fewer than MIN_DATASET_CELLS training cells that also
+has fewer genes than the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +30,6 @@ import numpy as np
 from scipy import sparse
 
 from geneformer_mcore.checkpoint.record import ORIGIN
-from geneformer_mcore.config import Config
 from geneformer_mcore.config.sections import Source
 from geneformer_mcore.data.collate import truncate
 from geneformer_mcore.data.counts_source import CountsSource, find_inputs
@@ -29,24 +42,30 @@ from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.split.table import RandomSplit, SplitRule, SplitTable
 from geneformer_mcore.types import NUM_SPECIALS, RaggedCells, TokenSource
 
-# The cells that a model was trained on, wherever they still are, block by block.
-#
-# --training-store, if it holds them | the run's store | its files (data.source=counts)
-#     ->  the rows of the train split  ->  blocks of cells, each with the data set it is of
-
 BLOCK_CELLS = 8192
+FIRST_GENES = 128
+WINDOW = 4
+"""Tokens of a window: as many uint16 as one uint64 holds."""
+MIN_WINDOWS = 16
+"""Of a cell that can be compared."""
+SAME = 0.25
+"""Share of windows in common, of the cell with fewer, from which two cells are the same."""
+MOST_GENES = 0.95
+"""Of the cells' first genes, by frequency: a data set with these counts as having all."""
+MIN_DATASET_CELLS = 32
+"""Training cells that reveal which genes their data set has."""
 
 
 class NoTrainingCellsError(DataError):
-    """The cells that a model was trained on are not to be had: nothing can be said."""
+    """The training cells of a model are not available."""
 
 
 @dataclass(frozen=True)
 class TrainingCells:
-    """Rows start..stop-1 of a source, cut to the model's seq_length.
+    """Rows start..stop-1 of a source, truncated to the model's seq_length.
 
-    name: what messages call them
-    datasets: (start, stop) -> the data set of each of these rows; None if all are of one
+    name:      in messages
+    datasets:  (start, stop) -> the data set of each of these rows; None if all are of one
     """
 
     name: str
@@ -60,7 +79,7 @@ class TrainingCells:
         return self.stop - self.start
 
     def blocks(self) -> Iterator[tuple[RaggedCells, np.ndarray]]:
-        """All of them, block by block: (cells, object [cells], the data set of each)."""
+        """(cells, object [cells], the data set of each), block by block."""
         for first in range(self.start, self.stop, BLOCK_CELLS):
             last = min(first + BLOCK_CELLS, self.stop)
             datasets = self.datasets(first, last) if self.datasets else [""] * (last - first)
@@ -68,27 +87,26 @@ class TrainingCells:
             yield cells, np.array(datasets, object)
 
 
-def content_hash(store: Path) -> str:
-    """Of the cells of a token store. Raises DataError if it is none."""
-    return Manifest.load(store).content_hash
-
-
 @contextmanager
 def training_cells(model: Pretrained, store: Path | None = None) -> Iterator[TrainingCells]:
-    """The cells that a model was trained on: those of the train split of its run's store or files.
+    """The train split of the store or files that a model was trained on.
 
-    store: a token store that is taken in place of the run's, if it holds these very cells
-    Raises NoTrainingCellsError where they are not to be had.
+    store: a token store to use in place of the run's, if it holds the same cells
+    Raises NoTrainingCellsError where they are not available.
     """
-    source = _open(model, store)
-    try:
-        name = source.name if isinstance(source, CountsSource) else str(source.path)
-        _check_same(name, _content_hash(source), model)
+    with closing(_open(model, store)) as source:
+        if isinstance(source, CountsSource):
+            name, found = source.name, source.content_hash
+        else:
+            name, found = str(source.path), source.manifest.content_hash
+        expected = model.record.identity.content
+        if found != expected:
+            raise NoTrainingCellsError(
+                f"{name} holds other cells (content hash {found[:12]}) than those that the model "
+                f"was trained on ({expected[:12]})"
+            )
         seq_length = model.config.data.seq_length
-        start, stop = source.rows("train")
-        yield TrainingCells(name, source, start, stop, seq_length, source.datasets)
-    finally:
-        source.close()
+        yield TrainingCells(name, source, *source.rows("train"), seq_length, source.datasets)
 
 
 def _open(model: Pretrained, store: Path | None) -> CountsSource | TokenStore:
@@ -98,68 +116,18 @@ def _open(model: Pretrained, store: Path | None) -> CountsSource | TokenStore:
         )
     data = model.config.data
     try:
-        if store is not None and content_hash(store) == model.record.identity.content:
+        if store is not None and Manifest.load(store).content_hash == model.record.identity.content:
             return TokenStore.open(store)
-        if data.source is Source.counts:
-            return _counts(model.config, model)
-        return TokenStore.open(data.store)
+        if data.source is not Source.counts:
+            return TokenStore.open(data.store)
+        rule: SplitRule = SplitTable.load(data.split) if data.split else RandomSplit()
+        return CountsSource(find_inputs(data.store), model.vocabulary, data.seq_length, rule)
     except DataError as error:
         raise NoTrainingCellsError(str(error).rstrip(".")) from error
 
 
-def _content_hash(source: CountsSource | TokenStore) -> str:
-    if isinstance(source, CountsSource):
-        return source.content_hash
-    return source.manifest.content_hash
-
-
-def _check_same(name: str, found: str, model: Pretrained) -> None:
-    wanted = model.record.identity.content
-    if found != wanted:
-        raise NoTrainingCellsError(
-            f"{name} holds other cells (content hash {found[:12]}) than those that the model was "
-            f"trained on ({wanted[:12]})"
-        )
-
-
-def _counts(config: Config, model: Pretrained) -> CountsSource:
-    data = config.data
-    rule: SplitRule = SplitTable.load(data.split) if data.split else RandomSplit()
-    return CountsSource(find_inputs(data.store), model.vocabulary, data.seq_length, rule)
-
-
-# Whether cells that a model is judged on are among those that it was trained on, by content.
-#
-# ranked tokens  ->  genes that both sides know  ->  the first 128  ->  windows of 4 neighbours
-# windows of a cell  x  windows of every training cell  ->  largest share in common  ->  same cell?
-#
-# Names, data set ids and the order of genes differ from one copy of a data set to the next, and
-# genes are filtered; the order in which a cell expresses those that are left stays. Four genes in a
-# row are one number (4 x 16 bits), so two windows are equal exactly when their genes are.
-#
-# Which genes a training cell could have is told by all training cells of its data set: one of them
-# may have half the genes of another. Data sets that have nearly all that is asked for are compared
-# together, any other by itself, or the genes that it lacks would break every window.
-#
-# Not found: cells whose counts were changed (ambient RNA taken out, reads aligned anew), cells of
-# which fewer than 19 genes are left, and those of a data set of fewer than MIN_DATASET_CELLS
-# training cells that also has fewer genes than the others.
-
-FIRST_GENES = 128
-WINDOW = 4
-"""Tokens of a window: as many uint16 as one uint64 holds."""
-MIN_WINDOWS = 16
-"""Cells with fewer cannot be told apart."""
-SAME = 0.25
-"""Share of windows in common, of the cell that has fewer, from which two cells are the same."""
-MOST_GENES = 0.95
-"""Of the cells' first genes, by how often they occur: a data set that has these has them all."""
-MIN_DATASET_CELLS = 32
-"""From fewer cells nobody can tell which genes their data set has."""
-
-
-class Wanted(Protocol):
-    """The cells that are looked for."""
+class Queries(Protocol):
+    """The cells of the evaluation."""
 
     def __len__(self) -> int: ...
 
@@ -170,13 +138,13 @@ class Wanted(Protocol):
 
 @dataclass(frozen=True)
 class Overlap:
-    """What was found for every cell that was looked for.
+    """Result for every cell of the evaluation.
 
-    same_N:      bool, among the training cells
-    share_N:     float32, the largest share of windows in common with a training cell
-    too_short_N: bool, not found, and too few genes to tell
-    num_training: training cells that they were compared with
-    num_training_too_short: training cells, besides, that have too few genes to tell
+    same_N:        bool, among the training cells
+    share_N:       float32, the largest share of windows in common with a training cell
+    too_short_N:   bool, not found, with too few genes to be compared
+    num_training:  training cells that were compared
+    num_training_too_short: further ones with too few genes to be compared
     """
 
     same_N: np.ndarray
@@ -188,12 +156,12 @@ class Overlap:
 
 @dataclass(frozen=True)
 class _Index:
-    """The windows of some of the cells, for one choice of genes.
+    """The windows of a block of cells, of some genes only.
 
-    first:   the first cell
-    known_K: uint64, all windows that occur, ascending
-    of_KN:   1 where a cell has a window
-    count_N: windows of each cell
+    first:    number of the first cell
+    known_K:  uint64, all windows that occur, ascending
+    of_KN:    1 where a cell has a window
+    count_N:  windows of each cell
     """
 
     first: int
@@ -203,7 +171,7 @@ class _Index:
 
     @classmethod
     def of(cls, first: int, cells: RaggedCells, both_V: np.ndarray) -> _Index:
-        """cells: those from the first on."""
+        """Index `cells`, the first of which has the number `first`."""
         owners, windows = _windows(cells, both_V[None], np.zeros(len(cells), np.int64))
         known, rows = np.unique(windows, return_inverse=True)
         matrix = _matrix(rows, owners, (len(known), len(cells)))
@@ -212,7 +180,7 @@ class _Index:
     def raise_shares(
         self, share_N: np.ndarray, owners: np.ndarray, windows: np.ndarray, of_block: np.ndarray
     ) -> None:
-        """Raises those of share_N that training cells have more in common with.
+        """Raise share_N (in place) to the shares in common with a block of training cells.
 
         owners, windows: of training cells (see _windows);  of_block: windows of each of these
         """
@@ -229,15 +197,14 @@ class _Index:
 
 
 def find(
-    cells: Wanted,
+    cells: Queries,
     has_gene_V: np.ndarray,
     training: TrainingCells,
     progress: Progress = no_progress,
 ) -> Overlap:
-    """Which of `cells` are training cells.
+    """Find the training cells among `cells`.
 
-    has_gene_V: bool [vocabulary size], the tokens of the genes that the cells' file has, expressed
-    or not
+    has_gene_V: bool [vocabulary size], the genes that the cells' file has, expressed or not
     """
     group_of, genes_GV = _groups(cells, has_gene_V, training, progress)
     indexes = [
@@ -266,55 +233,55 @@ def find(
     )
 
 
-def _blocks(cells: Wanted) -> Iterator[tuple[int, RaggedCells]]:
-    """(first cell, block) of them all."""
+def _blocks(cells: Queries) -> Iterator[tuple[int, RaggedCells]]:
+    """(number of the first cell, cells) of every block."""
     for first in range(0, len(cells), BLOCK_CELLS):
         yield first, cells.read(first, min(first + BLOCK_CELLS, len(cells)))
 
 
 def _groups(
-    cells: Wanted, has_gene_V: np.ndarray, training: TrainingCells, progress: Progress
+    cells: Queries, has_gene_V: np.ndarray, training: TrainingCells, progress: Progress
 ) -> tuple[dict[str, int], np.ndarray]:
-    """({data set: group}, bool [G, V], the genes that a group of them and the cells' file have)."""
-    number_of, seen_DV, num_cells_D = _seen(training, has_gene_V, progress)
-    union_GV = seen_DV.max(axis=0, keepdims=True, initial=False)
+    """({data set: its group}, bool [G, V], genes that both a group and the cells' file have)."""
+    number_of, genes_DV, num_cells_D = _genes_of_datasets(training, has_gene_V, progress)
+    union_GV = genes_DV.max(axis=0, keepdims=True, initial=False)
     often_V = np.zeros(len(has_gene_V), np.int64)
     for _, block in _blocks(cells):
         tokens, _ = _first_genes(block, union_GV, np.zeros(len(block), np.int64))
         often_V += np.bincount(tokens, minlength=len(often_V))
-    lacks_D = seen_DV @ often_V < MOST_GENES * often_V.sum()
+    lacks_D = genes_DV @ often_V < MOST_GENES * often_V.sum()
     alone_D = lacks_D & (num_cells_D >= MIN_DATASET_CELLS)
-    genes_GV = np.concatenate([seen_DV[~alone_D].any(axis=0, keepdims=True), seen_DV[alone_D]])
+    genes_GV = np.concatenate([genes_DV[~alone_D].any(axis=0, keepdims=True), genes_DV[alone_D]])
     group_D = np.where(alone_D, np.cumsum(alone_D), 0)
     return {name: int(group_D[number]) for name, number in number_of.items()}, genes_GV
 
 
-def _seen(
+def _genes_of_datasets(
     training: TrainingCells, has_gene_V: np.ndarray, progress: Progress
 ) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
-    """({data set: number}, bool [D, V], the genes of each that the cells' file has, too, int64 [D],
-    the cells of each)."""
+    """({data set: number}, bool [D, V], genes that both it and the cells' file have, int64 [D], its
+    cells)."""
     number_of: dict[str, int] = {}
-    seen_DV = np.zeros((0, len(has_gene_V)), bool)
+    genes_DV = np.zeros((0, len(has_gene_V)), bool)
     num_cells_D = np.zeros(0, np.int64)
     done = 0
     for block, datasets in training.blocks():
         progress("genes of training cells", done, len(training))
         done += len(block)
         numbers_N = np.array([number_of.setdefault(each, len(number_of)) for each in datasets])
-        new = len(number_of) - len(seen_DV)
-        seen_DV = np.concatenate([seen_DV, np.zeros((new, len(has_gene_V)), bool)])
-        num_cells_D = np.concatenate([num_cells_D, np.zeros(new, np.int64)])
-        seen_DV[np.repeat(numbers_N, block.lengths), block.tokens_T] = True
+        new = len(number_of) - len(genes_DV)
+        genes_DV = np.pad(genes_DV, ((0, new), (0, 0)))
+        num_cells_D = np.pad(num_cells_D, (0, new))
+        genes_DV[np.repeat(numbers_N, block.lengths), block.tokens_T] = True
         num_cells_D += np.bincount(numbers_N, minlength=len(number_of))
-    seen_DV[:, :NUM_SPECIALS] = False
-    return number_of, seen_DV & has_gene_V, num_cells_D
+    genes_DV[:, :NUM_SPECIALS] = False
+    return number_of, genes_DV & has_gene_V, num_cells_D
 
 
 def _first_genes(
     cells: RaggedCells, genes_GV: np.ndarray, groups_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, int64 cells): the first of every cell that are genes of its group."""
+    """(tokens, int64 cells): the first FIRST_GENES tokens of every cell among its group's genes."""
     owners = np.repeat(np.arange(len(cells)), cells.lengths)
     kept = genes_GV[groups_N[owners], cells.tokens_T]
     tokens, owners = cells.tokens_T[kept], owners[kept]
@@ -326,13 +293,13 @@ def _first_genes(
 def _windows(
     cells: RaggedCells, genes_GV: np.ndarray, groups_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(cell int64, window uint64) of every window of every cell, of genes of its group; none comes
-    twice in a cell, since no gene does."""
+    """(int64 cell, uint64 window) of every window, of genes of its group; a cell has none twice, as
+    it has no gene twice."""
     tokens, owners = _first_genes(cells, genes_GV, groups_N)
     last = max(0, len(tokens) - WINDOW + 1)
     windows = np.zeros(last, np.uint64)
-    for place in range(WINDOW):
-        windows |= tokens[place : place + last].astype(np.uint64) << np.uint64(16 * place)
+    for shift in range(WINDOW):
+        windows |= tokens[shift : shift + last].astype(np.uint64) << np.uint64(16 * shift)
     whole = owners[:last] == owners[WINDOW - 1 :][:last]
     return owners[:last][whole], windows[whole]
 
@@ -342,13 +309,13 @@ def _matrix(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sp
 
 
 Facts = dict[str, Any]
-"""Of one model and the cells: plain JSON.
+"""Overlap of one model's training cells with the cells, as plain JSON.
 
-cells, of: found among the training cells, of those that were looked for
-too_short_to_tell: of those that were not found, with too few genes in common with these
-training_cells, training_cells_too_short: compared, and with too few genes to be compared
-largest_share_of_others: of windows in common, where a cell was not found
-pretraining_unknown: the model was fine-tuned, and of these cells alone anything is known
+cells, of:                 found among the training cells, and all cells of the evaluation
+too_short_to_tell:         not found, with too few genes in common to be compared
+training_cells, training_cells_too_short:  compared, and with too few genes to be compared
+largest_share_of_others:   of windows in common, of cells that were not found
+pretraining_unknown:       the model was fine-tuned, and only those cells were compared
 """
 
 
@@ -360,18 +327,18 @@ def check(
     allow: bool,
     progress: Progress,
 ) -> tuple[dict[str, Facts | None], list[str]]:
-    """({model: Facts, None where there was nothing to compare with}, notes).
+    """({model: Facts, None without training cells}, notes).
 
-    source: what messages call the cells;  open_cells: the cells for a model
-    store: taken for those models that were trained on its cells
+    source:      name of the cells in messages;  open_cells: the cells for a model
+    store:       token store to use for the models that were trained on its cells
     Raises DataError for cells that a model was trained on, unless `allow`, and for a `store` that
     is none.
     """
     found: dict[str, Facts | None] = {}
     notes: list[str] = []
-    given = content_hash(store) if store is not None else ""
     trained = {name: model for name, model in models.items() if model.initial_seed is None}
-    if store is not None and given not in _contents(trained):
+    contents = {model.record.identity.content for model in trained.values()}
+    if store is not None and Manifest.load(store).content_hash not in contents:
         notes.append(f"--training-store {store}: none of the models was trained on its cells.")
     for name, model in trained.items():
         notes += _origin(name, model)
@@ -391,12 +358,8 @@ def check(
     return found, notes
 
 
-def _contents(models: Mapping[str, Pretrained]) -> set[str]:
-    return {model.record.identity.content for model in models.values()}
-
-
 def _origin(name: str, model: Pretrained) -> list[str]:
-    """Of what came before the run."""
+    """Notes on training before the run."""
     notes = []
     task = model.record.identity.task
     if task:
@@ -418,11 +381,8 @@ def _compare(
     store: Path | None,
     progress: Progress,
 ) -> tuple[Facts, str]:
-    """(what was found, where the training cells are)."""
-    with ExitStack() as stack:
-        training = stack.enter_context(training_cells(model, store))
-        cells = open_cells(model)
-        stack.callback(cells.close)
+    """(facts, name of the training cells)."""
+    with training_cells(model, store) as training, closing(open_cells(model)) as cells:
         has_gene_V = np.zeros(model.vocabulary.size, bool)
         has_gene_V[cells.genes.token_of_column] = True
         seen = find(cells, has_gene_V, training, progress)
@@ -438,21 +398,21 @@ def _compare(
 
 
 def summary(seen: Facts) -> str:
-    """For the line of a model: how many cells it was trained on, as far as that could be told."""
+    """How many cells a model was trained on, for its line of the table."""
     short, which = seen["too_short_to_tell"], "trained on"
     if seen["pretraining_unknown"]:
         which = "fine-tuned on, its pretraining not checked"
-    told = seen["of"] - short
-    if not told:
+    compared = seen["of"] - short
+    if not compared:
         return f"no cell has genes enough to tell whether it was {which}"
     unknown = f", {short:,} with too few genes to tell" if short else ""
-    return f"{seen['cells']:,} of {told:,} cells {which}{unknown}"
+    return f"{seen['cells']:,} of {compared:,} cells {which}{unknown}"
 
 
 def _notes(name: str, seen: Facts) -> list[str]:
     notes = []
     if seen["cells"]:
-        notes.append(f"{_told(name, seen)}: its figures flatter it (--allow-overlap).")
+        notes.append(f"{_overlap_text(name, seen)}: its figures flatter it (--allow-overlap).")
     if seen["too_short_to_tell"]:
         notes.append(
             f"{seen['too_short_to_tell']:,} of {seen['of']:,} cells have too few genes in common "
@@ -466,7 +426,7 @@ def _notes(name: str, seen: Facts) -> list[str]:
     return notes
 
 
-def _told(name: str, seen: Facts) -> str:
+def _overlap_text(name: str, seen: Facts) -> str:
     tuned = "fine-tuned" if seen["pretraining_unknown"] else "trained"
     return (
         f"{seen['cells']:,} of {seen['of']:,} cells are among the {seen['training_cells']:,} that "
@@ -476,7 +436,7 @@ def _told(name: str, seen: Facts) -> str:
 
 def _refusal(source: str, name: str, seen: Facts, where: str) -> str:
     return (
-        f"{source}: {_told(name, seen)} ({where}), by the order of their genes, whatever they are "
-        "called: a model must be judged on cells that it has not seen. Remedy: give other cells, "
-        "or a model that was trained without them; --allow-overlap judges it all the same."
+        f"{source}: {_overlap_text(name, seen)} ({where}), by the order of their genes, whatever "
+        "they are called: a model must be judged on cells that it has not seen. Remedy: give other "
+        "cells, or a model that was trained without them; --allow-overlap judges it all the same."
     )

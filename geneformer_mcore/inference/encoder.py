@@ -1,8 +1,8 @@
-"""A trained encoder on the ranks that are here, and cells through it.
+"""Trained encoder on all ranks: build it, load it, send cells through it.
 
-Pretrained -> process groups -> stages with their weights, cut after the layer asked for
-blocks of rows, dealt to data-parallel ranks -> packed -> states -> numbers per cell
-                                                                 -> in the input's order, rank 0
+Pretrained -> process groups -> stages with their weights, truncated behind the chosen layer
+blocks of rows, assigned to data-parallel ranks -> packed -> states -> numbers per cell
+                                                                    -> in input order, on rank 0
 """
 
 from __future__ import annotations
@@ -26,26 +26,23 @@ from geneformer_mcore.distributed.groups import Topology
 from geneformer_mcore.errors import ConfigError, DataError, GeneformerError
 from geneformer_mcore.inference.cells import Cells
 from geneformer_mcore.inference.pretrained import Pretrained
-from geneformer_mcore.io.progress import Progress
+from geneformer_mcore.io.progress import Progress, ProgressLine, no_progress
 from geneformer_mcore.model import forward_only, geneformer, init, lora, megatron_config
 from geneformer_mcore.model.classifier import CellClassifier
 from geneformer_mcore.types import Batch, CellViews
 
 BLOCK_CELLS = 1024
-"""Cells that are read and packed together, at most."""
+"""Most cells that are read and packed together."""
 TOKENS_ON_CPU, TOKENS_ON_GPU = 8192, 65_536
-"""Of a batch, at most, unless told otherwise."""
+"""Default of tokens_per_batch."""
 PAD_MULTIPLE = 64
 WAIT_S = 24 * 3600.0
-"""How long ranks wait for each other: those that are done, for those that have more to do."""
+"""Timeout of collectives: a rank that is done waits for those that have more to do."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """One stage of the model on this rank, ready to be used.
-
-    tokens_per_batch:  of a packed batch, at most
-    """
+    """One stage of the model on this rank. tokens_per_batch: most tokens of a packed batch."""
 
     pretrained: Pretrained
     stages: list[geneformer.Geneformer]
@@ -56,18 +53,18 @@ class Encoder:
 
     @property
     def holds_states(self) -> bool:
-        """Whether this rank answers for its cells: one of each data-parallel group does."""
+        """Whether this rank returns the results of its cells: one per model replica does."""
         return self.topology.is_last_stage and self.topology.tensor_rank == 0
 
 
 @dataclass(frozen=True)
 class CellFunction:
-    """What is made of cells.
+    """A function of cells that `per_cell` computes.
 
     name:        for the progress line
     width:       numbers per cell
-    masking:     what is hidden of them; probability 0 hides nothing
-    of_batches:  [cells, width] of each batch, where this rank holds the last stage
+    masking:     of the cells; probability 0 masks nothing
+    of_batches:  [cells, width] of each batch, on ranks with the last stage
     """
 
     name: str
@@ -77,12 +74,12 @@ class CellFunction:
 
 
 def no_masking(encoder: Encoder) -> Masking:
-    """That of cells which are looked at whole."""
+    """Masking with probability 0."""
     return Masking(0.0, (1.0, 0.0, 0.0), encoder.pretrained.vocabulary.size, 0)
 
 
 def embedding(encoder: Encoder, pooling: Pooling) -> CellFunction:
-    """One vector per cell: nothing of it is hidden."""
+    """One vector per cell, without masking."""
     return CellFunction(
         "embedding",
         encoder.pretrained.config.model.hidden_size,
@@ -99,41 +96,39 @@ def started(
     layers: int | None = None,
     num_classes: int = 0,
 ) -> Iterator[Encoder]:
-    """Joins the other ranks, builds the model and loads its weights; leaves them at the end.
+    """The model with its weights, on the process groups of all ranks while the context lasts.
 
-    precision: None takes fp32 on a CPU, and on a GPU what the model was trained in (bf16 for fp8)
-    layers:    cuts the model behind so many; None leaves it whole
-    num_classes: that a fine-tuned model tells apart; 0 leaves its classifier where it is
-    Raises ConfigError where the layout does not suit the model or the ranks, or a batch no cell.
+    precision:    None takes fp32 on a CPU, and on a GPU the one of training (bf16 for fp8)
+    layers:       number of layers kept; None keeps all, and the final norm
+    num_classes:  of a fine-tuned model; 0 leaves its classifier out
+    Raises ConfigError where the layout does not suit the model or the ranks, or a cell may not fit
+    a batch.
     """
     config = pretrained.config
     _check_budget(tokens_per_batch, config.data.seq_length)
     here = device.start()
+    default = TOKENS_ON_GPU if here.type == "cuda" else TOKENS_ON_CPU
+    tokens = tokens_per_batch or max(config.data.seq_length, default)
+    config.data.packing, config.data.tokens_per_micro_batch = True, tokens
     config.train.precision = chosen = _precision(pretrained, precision, here)
     if chosen is Precision.fp32:
         config.model.fp32_residual = True
-    tokens = tokens_per_batch or _default_tokens(config.data.seq_length, here)
-    config.data.packing, config.data.tokens_per_micro_batch = True, tokens
-    was_there = torch.distributed.is_initialized()
+    was_initialized = torch.distributed.is_initialized()
     topology = _join(pretrained, here)
     try:
         with torch.random.fork_rng(devices=[]):
             groups.seed_dropout(0, topology)
             stages = _stages(pretrained, chosen, here, num_classes)
-        _fill(stages, pretrained)
+        if pretrained.initial_seed is None:
+            weights_reader.load(stages, pretrained.folder)
+        else:
+            for stage in stages:
+                init.fill(stage, pretrained.initial_seed)
         if layers is not None:
             forward_only.cut(stages, layers)
         yield Encoder(pretrained, stages, topology, here, chosen, tokens)
     finally:
-        groups.stop(stay=was_there)
-
-
-def _fill(stages: list[geneformer.Geneformer], pretrained: Pretrained) -> None:
-    if pretrained.initial_seed is None:
-        weights_reader.load(stages, pretrained.folder)
-        return
-    for stage in stages:
-        init.fill(stage, pretrained.initial_seed)
+        groups.stop(stay=was_initialized)
 
 
 def _stages(
@@ -170,42 +165,55 @@ def _join(pretrained: Pretrained, here: torch.device) -> Topology:
     return groups.join(meeting, here, parallel, WAIT_S)
 
 
-def _precision(pretrained: Pretrained, asked: Precision | None, here: torch.device) -> Precision:
-    if asked is not None:
-        return asked
+def _precision(pretrained: Pretrained, given: Precision | None, here: torch.device) -> Precision:
+    if given is not None:
+        return given
     if here.type != "cuda":
         return Precision.fp32
     trained = pretrained.config.train.precision
     return Precision.bf16 if trained is Precision.fp8 else trained
 
 
-def _default_tokens(seq_length: int, here: torch.device) -> int:
-    return max(seq_length, TOKENS_ON_GPU if here.type == "cuda" else TOKENS_ON_CPU)
+@contextmanager
+def progress_line(unit: str, is_shown: bool) -> Iterator[Progress]:
+    """A ProgressLine's update on the rank that shows it, `no_progress` on the others."""
+    if not is_shown:
+        yield no_progress
+        return
+    with ProgressLine(unit) as line:
+        yield line.update
 
 
 def per_cell(
     encoder: Encoder, cells: Cells, work: CellFunction, dtype: type[np.floating], progress: Progress
 ) -> np.ndarray | None:
-    """On rank 0 [cells, width of the work] in the order of the cells, NaN for those without a known
-    gene; None on the other ranks. Every rank raises what any rank met.
+    """[cells, work.width] on rank 0, in the order of the cells, NaN for those without a known gene;
+    None on other ranks.
 
-    Blocks of neighbouring rows are dealt in turn; a rank reads and ranks its own blocks only.
+    Blocks of neighbouring rows are assigned to ranks in turn. Every rank raises the error of any.
     """
-    rows: list[np.ndarray] = [np.empty(0, np.int64)]
-    values: list[np.ndarray] = [np.empty((0, work.width), dtype)]
-    problem = ""
-    try:
+    rows = [np.empty(0, np.int64)]
+    values = [np.empty((0, work.width), dtype)]
+    with all_ranks_raise():
         for found_N, found_NW in _of_this_rank(encoder, cells, work, dtype, progress):
             rows.append(found_N)
             values.append(found_NW)
+    return collectives.rows_on_first_rank(
+        np.concatenate(rows), np.concatenate(values), len(cells), encoder.device
+    )
+
+
+@contextmanager
+def all_ranks_raise() -> Iterator[None]:
+    """Raise DataError on every rank, where any met a GeneformerError within the context."""
+    problem = ""
+    try:
+        yield
     except GeneformerError as error:
         problem = str(error)
     problem = collectives.first_problem(problem)
     if problem:
         raise DataError(problem)
-    return collectives.rows_on_first_rank(
-        np.concatenate(rows), np.concatenate(values), len(cells), encoder.device
-    )
 
 
 def _of_this_rank(
@@ -230,9 +238,9 @@ def _of_this_rank(
 def _block(
     encoder: Encoder, cells: CellViews, work: CellFunction, dtype: type[np.floating]
 ) -> np.ndarray:
-    """[cells, width], NaN where this rank has none."""
-    bins, made = batches(encoder, cells, work.masking)
-    found = work.of_batches(encoder.stages, made)
+    """[cells, width], NaN on ranks without the last stage."""
+    bins, packed = batches(encoder, cells, work.masking)
+    found = work.of_batches(encoder.stages, packed)
     values_NW = np.full((len(cells), work.width), np.nan, dtype)
     for members, of_batch in zip(bins, found, strict=False):
         values_NW[members] = of_batch.cpu().numpy()
@@ -242,24 +250,24 @@ def _block(
 def batches(
     encoder: Encoder, cells: CellViews, masking: Masking
 ) -> tuple[list[np.ndarray], list[Batch]]:
-    """Which cells go together, and the packed batches of them, all of one shape, on the device."""
-    config = encoder.pretrained.config
+    """(numbers of the cells of each batch, the packed batches: all of one shape, on the device)."""
+    # Longest cells first, each to the batch with the least work so far that has room.
     packing = pack(cells.lengths_N, encoder.tokens_per_batch, 1)
-    multiple = int(np.lcm(PAD_MULTIPLE, config.parallel.tensor))
+    multiple = int(np.lcm(PAD_MULTIPLE, encoder.pretrained.config.parallel.tensor))
     num_positions = padded_length(packing.most_tokens, multiple, encoder.tokens_per_batch)
     bins = [members for members in packing.bins if len(members)]
-    made = []
+    packed = []
     for members in bins:
         epochs = np.full(len(members), VALIDATION_EPOCH)
         idle = np.full(len(members), masking.probability == 0)
         batch = make_batch(cells.part(members), epochs, idle, masking, num_positions, packed=True)
-        made.append(batch.to(encoder.device))
-    return bins, made
+        packed.append(batch.to(encoder.device))
+    return bins, packed
 
 
 def number_of_layer(layer: str, num_layers: int) -> int | None:
-    """How many layers to keep for `last` (None: all, and the final norm), `second-to-last`, or a
-    number. Raises ConfigError for any other."""
+    """Layers to keep for `last` (None: all, and the final norm), `second-to-last`, or a number.
+    Raises ConfigError for any other text."""
     if layer == "last":
         return None
     if layer == "second-to-last":

@@ -1,16 +1,15 @@
-"""Classes of cells by a fine-tuned model.
+"""Prediction of cell classes by a fine-tuned model.
 
 fine-tuned run + cells -> encoder, classifier, on all ranks -> probabilities [cells, classes]
-    -> likeliest class and its probability -> columns of obs in a copy of the h5ad file
-    -> beside the labels of a test split   -> CSV, scores as JSON, confusion matrix as PNG
+    -> likeliest class and its probability   -> columns of obs in a copy of the h5ad file
+    -> compared with labels of a test split  -> CSV, scores as JSON, confusion matrix as PNG
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,16 +19,14 @@ import numpy as np
 import pandas as pd
 
 from geneformer_mcore.config.sections import Precision
-from geneformer_mcore.errors import CheckpointError, ConfigError
-from geneformer_mcore.inference import embed, encoder, pretrained
+from geneformer_mcore.errors import CheckpointError
+from geneformer_mcore.inference import encoder, pretrained
 from geneformer_mcore.inference.cells import Cells, StoredCells, open_cells
-from geneformer_mcore.inference.embed import facts_of
+from geneformer_mcore.inference.embed import check_target, facts_of, has_values, write_annotated
 from geneformer_mcore.inference.encoder import CellFunction
 from geneformer_mcore.inference.pretrained import Pretrained
-from geneformer_mcore.io import anndata_out
 from geneformer_mcore.io.anndata_out import Beside
-from geneformer_mcore.io.files import whole_file
-from geneformer_mcore.io.progress import ProgressLine, no_progress
+from geneformer_mcore.io.files import whole_file, write_json
 from geneformer_mcore.metrics import classified
 from geneformer_mcore.metrics.provenance import provenance
 from geneformer_mcore.model import classifier, forward_only
@@ -39,13 +36,13 @@ from geneformer_mcore.tokenizer.genes import InputOptions
 
 TEST_FOLDER = "test"
 PREDICTIONS, REPORT, PICTURE = "predictions.csv", "report.json", "confusion.png"
-"""What a finished run has in that folder of its own."""
+"""Files of a finished run, in TEST_FOLDER."""
 
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """Cells that a fine-tuned model is asked about: source, an h5ad file, an Experiment or a token
-    store, and the h5ad file that the answer goes to."""
+    """Arguments of launch/finetune.py --predict. source: an h5ad file, an Experiment or a token
+    store;  output: an h5ad file."""
 
     checkpoint: Path
     source: str
@@ -59,49 +56,33 @@ class PredictRequest:
 
 
 def run(request: PredictRequest, is_first: bool) -> list[str]:
-    """Predicts on the ranks that are here; lines that say what was written, on the first rank.
+    """Predict on all ranks and write from the first one. Returns the lines to print there.
 
-    Raises a GeneformerError for all that the user can mend, the output's place before any work.
+    Raises a GeneformerError for the user's mistakes, those in the output path before any work.
     """
-    _check(request)
+    check_target(request.output, (".h5ad",), request.overwrite, request.source)
     model = pretrained.find(request.checkpoint, request.vocabulary, request.layout)
     label, classes = classes_of(model)
-    started_s = time.monotonic()
-    with ExitStack() as stack:
-        seq_length = model.config.data.seq_length
-        cells = open_cells(request.source, model.vocabulary, seq_length, request.options)
-        stack.callback(cells.close)
+    started_s, seq_length = time.monotonic(), model.config.data.seq_length
+    opened = open_cells(request.source, model.vocabulary, seq_length, request.options)
+    with closing(opened) as cells:
         precision, tokens = request.precision, request.tokens_per_batch
         found_NC = probabilities(model, cells, is_first, precision, tokens)
         if found_NC is None:
             return []
-        beside = _beside(model, found_NC, label, classes)
-        if cells.path is not None:
-            anndata_out.write_copy(cells.path, request.output, beside)
-        else:
-            anndata_out.write_new(cells.obs(), request.output, beside)
-    has, seconds = ~np.isnan(found_NC).any(axis=1), time.monotonic() - started_s
-    told = pd.Series(np.array(classes)[found_NC[has].argmax(axis=1)]).value_counts()
+        write_annotated(request.output, cells, _annotations(model, found_NC, label, classes))
+    has, seconds = has_values(found_NC), time.monotonic() - started_s
+    counted = pd.Series(np.array(classes)[found_NC[has].argmax(axis=1)]).value_counts()
     return [
         *model.messages,
-        f"{request.output}: {len(has):,} cells, {int((~has).sum()):,} without a known gene (no "
+        f"{request.output}: {len(has):,} cells, {(~has).sum():,} without a known gene (no "
         f"class), {seconds:.1f} s",
-        *(f"  {name}: {count:,}" for name, count in told.items()),
+        *(f"  {name}: {count:,}" for name, count in counted.items()),
     ]
 
 
-def _check(request: PredictRequest) -> None:
-    if request.output.exists() and Path(request.source).resolve() == request.output.resolve():
-        raise ConfigError(
-            f"{request.output}: the output must be another file than the input, which is never "
-            "changed. Remedy: name another --output."
-        )
-    embed.check_target(request.output, (".h5ad",), request.overwrite)
-
-
 def classes_of(model: Pretrained) -> tuple[str, list[str]]:
-    """The label that a model was fine-tuned for and its classes, in their order. Raises
-    CheckpointError for a model that was not."""
+    """(label, its classes in order) of a fine-tuned model. Raises CheckpointError for any other."""
     classes = model.record.identity.task.get("classes", [])
     if not classes:
         raise CheckpointError(
@@ -118,21 +99,19 @@ def probabilities(
     precision: Precision | None = None,
     tokens_per_batch: int = 0,
 ) -> np.ndarray | None:
-    """On rank 0 float32 [cells, classes] in the order of the cells, NaN for those without a known
-    gene; None on the other ranks."""
-    _, classes = classes_of(model)
-    ask = partial(forward_only.through, finish=classifier.probabilities)
-    with ExitStack() as stack:
-        engine = stack.enter_context(
-            encoder.started(model, precision, tokens_per_batch, num_classes=len(classes))
-        )
-        work = CellFunction("predicting", len(classes), encoder.no_masking(engine), ask)
-        line = stack.enter_context(ProgressLine("cells")) if shows_progress else None
-        progress = line.update if line else no_progress
+    """float32 [cells, classes] on rank 0, in the order of the cells, NaN for those without a known
+    gene; None on other ranks."""
+    num_classes = len(classes_of(model)[1])
+    of_batches = partial(forward_only.through, finish=classifier.probabilities)
+    with (
+        encoder.started(model, precision, tokens_per_batch, num_classes=num_classes) as engine,
+        encoder.progress_line("cells", shows_progress) as progress,
+    ):
+        work = CellFunction("predicting", num_classes, encoder.no_masking(engine), of_batches)
         return encoder.per_cell(engine, cells, work, np.float32, progress)
 
 
-def _beside(model: Pretrained, found_NC: np.ndarray, label: str, classes: list[str]) -> Beside:
+def _annotations(model: Pretrained, found_NC: np.ndarray, label: str, classes: list[str]) -> Beside:
     likeliest, probability = _likeliest(found_NC)
     name = f"predicted_{label}"
     facts = facts_of(model) | {"label": label, "classes": np.array(classes, dtype=object)}
@@ -147,61 +126,58 @@ def _beside(model: Pretrained, found_NC: np.ndarray, label: str, classes: list[s
 
 
 def _likeliest(found_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(class of each cell, -1 where it has none; its probability, NaN there)."""
-    has = ~np.isnan(found_NC).any(axis=1)
+    """(int64 class of each cell, -1 for none; its probability, NaN for none)."""
+    has = has_values(found_NC)
     likeliest = np.where(has, np.nan_to_num(found_NC).argmax(axis=1), -1)
     return likeliest, np.where(has, found_NC.max(axis=1), np.nan)
 
 
 def test(run_dir: Path, store: str, layout: Sequence[str], is_first: bool) -> list[str]:
-    """Predicts the test split of `store` with the newest checkpoint of a fine-tuning run, and
-    writes what comes out into the run's folder, from the first rank; lines to be told there."""
+    """Predict the test split of `store` with the latest checkpoint of a fine-tuning run, and write
+    the results into the run directory, from the first rank. Returns the lines to print there."""
     model = pretrained.find(run_dir, Path(store) / "vocabulary.json", layout)
     label, classes = classes_of(model)
-    with ExitStack() as stack:
-        cells = StoredCells(store, model.vocabulary, model.config.data.seq_length, "test")
-        stack.callback(cells.close)
+    seq_length = model.config.data.seq_length
+    with closing(StoredCells(store, model.vocabulary, seq_length, "test")) as cells:
         if len(cells) == 0:
             return [f"{store} has no test cells, so nothing is said of any"]
         found_NC = probabilities(model, cells, is_first)
         if found_NC is None:
             return []
         start, stop = cells.store.rows("test")
-        # As training reads them: pandas would make 3.0 of a 3 beside a missing value.
+        # As training reads them: pandas turns 3 into 3.0 where another value is missing.
         text_N = as_text(cells.store.labels(label)[label], store, label)[start:stop]
-        table = _table(pd.Series(text_N, cells.obs().index), found_NC, classes)
-    return _reported(run_dir / TEST_FOLDER, table, label, classes, model)
+        likeliest, probability = _likeliest(found_NC)
+        predicted = np.array(classes)[likeliest]
+        columns = {"label": text_N, "predicted": predicted, "probability": probability}
+        table = pd.DataFrame(columns, index=cells.obs().index)
+    return _report(run_dir / TEST_FOLDER, table, label, classes, model)
 
 
-def _table(labels: pd.Series, found_NC: np.ndarray, classes: list[str]) -> pd.DataFrame:
-    """A row per cell: label as it is ("" if none), predicted class, its probability."""
-    likeliest, probability = _likeliest(found_NC)
-    return pd.DataFrame(
-        {
-            "label": labels.to_numpy(),
-            "predicted": np.array(classes)[likeliest],
-            "probability": probability,
-        },
-        index=labels.index,
-    )
-
-
-def _reported(
+def _report(
     folder: Path, table: pd.DataFrame, label: str, classes: list[str], model: Pretrained
 ) -> list[str]:
-    with whole_file(folder / PREDICTIONS) as partial_file:
-        table.to_csv(partial_file, index_label="cell_id")
+    """Write predictions, scores and confusion matrix. Returns the lines to print."""
+    with whole_file(folder / PREDICTIONS) as partial_path:
+        table.to_csv(partial_path, index_label="cell_id")
     judged = table[table["label"].isin(classes)]
     if len(judged) == 0:
         return [f"no test cell has a known value of {label}: nothing is said of any"]
-    places = {name: number for number, name in enumerate(classes)}
-    counts_CC = np.zeros((len(classes), len(classes)), np.int64)
-    pairs = (judged["label"].map(places).to_numpy(), judged["predicted"].map(places).to_numpy())
-    np.add.at(counts_CC, pairs, 1)
+    counts = pd.crosstab(judged["label"], judged["predicted"])
+    counts_CC = counts.reindex(index=classes, columns=classes, fill_value=0).to_numpy(np.int64)
+    config, tune = model.config, model.config.finetune
     report: dict[str, Any] = facts_of(model) | {
         **provenance(),
         "pretrained": model.record.identity.task["pretrained"],
-        "finetune": _asked(model),
+        "finetune": {
+            "steps": model.record.step,
+            "global_batch_size": config.train.global_batch_size,
+            "lr": config.optim.lr,
+            "frozen_layers": tune.frozen_layers,
+            "lora_rank": tune.lora_rank,
+            "lora_alpha": tune.lora_alpha,
+            "pooling": tune.pooling.value,
+        },
         "label": label,
         "num_cells": len(judged),
         "left_out": len(table) - len(judged),
@@ -209,27 +185,8 @@ def _reported(
         "majority_class": classified.majority(counts_CC),
         "by_class": classified.per_class(counts_CC, tuple(classes)),
     }
-    with whole_file(folder / REPORT) as partial_file:
-        partial_file.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(folder / REPORT, report)
     figures.save_confusion(counts_CC, classes, label, folder / PICTURE)
-    return _lines(report, folder)
-
-
-def _asked(model: Pretrained) -> dict[str, Any]:
-    """The settings that say how it was fine-tuned, as plain JSON."""
-    tune, config = model.config.finetune, model.config
-    return {
-        "steps": model.record.step,
-        "global_batch_size": config.train.global_batch_size,
-        "lr": config.optim.lr,
-        "frozen_layers": tune.frozen_layers,
-        "lora_rank": tune.lora_rank,
-        "lora_alpha": tune.lora_alpha,
-        "pooling": tune.pooling.value,
-    }
-
-
-def _lines(report: dict[str, Any], folder: Path) -> list[str]:
     majority = report["majority_class"]
     return [
         f"test: {report['num_cells']:,} cells, accuracy {report['accuracy']:.2%}, macro F1 "

@@ -1,13 +1,14 @@
-"""A trained model found again: its checkpoint, settings and vocabulary.
+"""Trained model: its checkpoint, settings and vocabulary.
 
-run folder | step folder  ->  newest that verifies  ->  record: settings, vocabulary's checksum
---vocabulary | beside the checkpoint | the run's store  ->  the vocabulary of that checksum
+run directory | step folder  ->  latest valid checkpoint  ->  record: settings, checksum
+given file | next to the checkpoint | the run's store  ->  the vocabulary of that checksum
+base model of fine-tuning  ->  settings that the run inherits, or is refused for
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,21 +25,21 @@ from geneformer_mcore.io.files import file_digest
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 LAYOUT_KEYS = ("parallel.tensor", "parallel.pipeline", "parallel.sequence")
-"""Settings that may be given for a model in use; all others are those it was trained with."""
+"""Settings that may be given for a trained model; all others are those of its training."""
+_OF_A_MACHINE = ("attention", "compile")
+"""Settings of a model that suit the machine of its training; fine-tuning does not inherit them."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A checkpoint that was found and verified.
+    """A verified checkpoint.
 
-    folder:      its step folder
-    record:      what it says of itself
-    config:      its run's settings, without dropout, and with the layout asked for
-    vocabulary:  the one it was trained with
-    sha256:      hash of its manifest, which holds the hash of every file
-    messages:    newer checkpoints that were passed over
-    initial_seed: the model is used with the weights that this seed draws, not with the trained
-                 ones: a baseline of the same shape
+    folder:        its step folder
+    config:        its run's settings, without dropout, in the requested layout
+    vocabulary:    of its training
+    sha256:        hash of its manifest, which holds the hash of every file
+    messages:      on later checkpoints that are damaged
+    initial_seed:  replaces the trained weights by random ones: a baseline of the same shape
     """
 
     folder: Path
@@ -53,9 +54,9 @@ class Pretrained:
 def find(
     path: str | Path, vocabulary: str | Path | None = None, layout: Sequence[str] = ()
 ) -> Pretrained:
-    """The checkpoint at `path`: a run's folder, its checkpoints/, or a step folder.
+    """Find the checkpoint at `path`: a run directory, its checkpoints/, or a step folder.
 
-    layout: "parallel.tensor=2" and the like (see LAYOUT_KEYS).
+    layout: "parallel.tensor=2" and the like (see LAYOUT_KEYS)
     Raises CheckpointError, DataError or ConfigError if it, its vocabulary or its settings cannot be
     used.
     """
@@ -102,7 +103,7 @@ def _config(record: Record, folder: Path, layout: Sequence[str]) -> Config:
         )
     config = parse(record.identity.config, f"{folder / RECORD}")
     chosen = parse("{}", "", layout).parallel
-    # The run's own ways of being fast are for training, and for its machine.
+    # The run's settings for speed suit its machine only.
     config.parallel = replace(
         ParallelConfig(),
         tensor=chosen.tensor,
@@ -120,8 +121,8 @@ def _config(record: Record, folder: Path, layout: Sequence[str]) -> Config:
 def find_vocabulary(
     record: Record, config: Config, folder: Path, given: str | Path | None = None
 ) -> Vocabulary:
-    """The vocabulary that the checkpoint in `folder` was trained with: the file `given`, or the
-    first of that checksum next to the checkpoint or where its run had it from.
+    """Find the vocabulary of a checkpoint: the file `given`, or the first with the recorded
+    checksum next to the checkpoint or where its run read it.
 
     Raises DataError if it is another one, or none is found.
     """
@@ -135,48 +136,35 @@ def find_vocabulary(
                 "Remedy: give the vocabulary.json of the store that the run was trained on."
             )
         return found
-    looked_at = []
-    for path in _places(config, folder):
+    paths = [folder / "vocabulary.json", folder.parent.parent / "vocabulary.json"]
+    if config.data.vocabulary:
+        paths.append(Path(config.data.vocabulary))
+    if config.data.store:
+        paths.append(Path(config.data.store) / "vocabulary.json")
+    tried = []
+    for path in paths:
         try:
             found = Vocabulary.load(path)
         except DataError:
-            looked_at.append(f"{path}: none that can be read")
+            tried.append(f"{path}: none that can be read")
             continue
         if found.checksum == wanted:
             return found
-        looked_at.append(f"{path}: another one, checksum {found.checksum[:12]}")
+        tried.append(f"{path}: another one, checksum {found.checksum[:12]}")
     raise DataError(
         f"the vocabulary that the model was trained with, checksum {wanted[:12]}, was not found "
-        f"({'; '.join(looked_at)}). Remedy: name it with `vocabulary=FILE`; it is the "
+        f"({'; '.join(tried)}). Remedy: name it with `vocabulary=FILE`; it is the "
         "vocabulary.json of the store that the run was trained on."
     )
-
-
-def _places(config: Config, folder: Path) -> Iterator[Path]:
-    yield folder / "vocabulary.json"
-    yield folder.parent.parent / "vocabulary.json"
-    if config.data.vocabulary:
-        yield Path(config.data.vocabulary)
-    if config.data.store:
-        yield Path(config.data.store) / "vocabulary.json"
-
-
-# The model that fine-tuning begins with, and what its settings leave to choose.
-#
-# run folder | step folder -> Pretrained -> settings that a fine-tuning run has beneath its own
-#                                        -> refused where its own are of another model
-
-_OF_A_MACHINE = ("attention", "compile")
-"""Settings of a model that suit where it was trained, and not what it is."""
 
 
 def find_base_model(
     path: str | Path, vocabulary: str | Path | None, run_dir: str | Path = ""
 ) -> Pretrained:
-    """The checkpoint at `path`: of a run's folder the newest, or that which the fine-tuning run in
-    `run_dir` began with. Raises CheckpointError, DataError or ConfigError if it cannot be used, or
-    is of a kind that fine-tuning does not begin with."""
-    found = find(_begun_with(Path(path), Path(run_dir)) or path, vocabulary)
+    """Find the base model at `path`: the checkpoint that the fine-tuning run in `run_dir` started
+    from, else the latest. Raises CheckpointError, DataError or ConfigError if it cannot be used, or
+    was fine-tuned by LoRA itself."""
+    found = find(_recorded_base(Path(path), Path(run_dir)) or path, vocabulary)
     if found.config.finetune.lora_rank:
         raise CheckpointError(
             f"{path} was fine-tuned with finetune.lora_rank={found.config.finetune.lora_rank}, and "
@@ -186,20 +174,21 @@ def find_base_model(
     return found
 
 
-def _begun_with(path: Path, run_dir: Path) -> Path | None:
-    """The step folder of the run `path` that `run_dir` went out from: that run may have gone on."""
+def _recorded_base(path: Path, run_dir: Path) -> Path | None:
+    """The step folder of the run `path` that the checkpoints in `run_dir` name: that run may have
+    been continued since."""
     root = run_dir / "checkpoints"
     try:
         record = Record.load(checkpoints.step_folder(root, checkpoints.steps(root)[-1]))
     except (IndexError, OSError, ValueError, KeyError, TypeError, CheckpointError):
-        return None  # nothing there yet, or damaged: its turn comes when it is verified
+        return None  # no checkpoint yet, or a damaged one, which is verified later
     name = str(record.identity.task.get("pretrained", "")).partition(",")[0]
-    begun = path / "checkpoints" / name
-    return begun if name and begun.is_dir() else None
+    base = path / "checkpoints" / name
+    return base if name and base.is_dir() else None
 
 
 def settings_of_base_model(model: Pretrained) -> list[str]:
-    """section.key=value, as the model was pretrained; on a CPU in fp32."""
+    """Settings of pretraining as section.key=value; fp32 on a CPU."""
     recorded = yaml.safe_load(model.record.identity.config)
     kept = {key: value for key, value in recorded["model"].items() if key not in _OF_A_MACHINE}
     precision = model.config.train.precision
@@ -215,7 +204,7 @@ def settings_of_base_model(model: Pretrained) -> list[str]:
 
 
 def check_same(config: Config, model: Pretrained) -> None:
-    """Raises ConfigError where `config` is of a model of another shape."""
+    """Raise ConfigError where `config` describes a model of another shape."""
     theirs = of_the_weights(model.record.identity.config)
     ours = of_the_weights(dump(config))
     problems = [f"{key}: {was} -> {ours[key]}" for key, was in theirs.items() if was != ours[key]]
@@ -227,5 +216,5 @@ def check_same(config: Config, model: Pretrained) -> None:
 
 
 def name_of(model: Pretrained) -> str:
-    """As people and checkpoints call it: two models have different names, wherever they lie."""
+    """The model's unique name in messages and checkpoints."""
     return f"{model.folder.name}, sha256 {model.sha256[:16]}"

@@ -1,4 +1,7 @@
-"""A confusion matrix as a PNG: a row per true class, in shares of its cells."""
+"""Figures as PNG: loss curve of a run, cell lengths of a store's input, confusion matrix.
+
+Figures are drawn off screen. Functions that write one raise DataError where they cannot.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,28 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.files import whole_file
 from geneformer_mcore.report.results import Curve, Results
 
-# The loss curve of a run as a PNG: training, validation, and the baselines to beat.
-
 # Okabe and Ito's colours, which most eyes can tell apart.
 BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#666666", "#009E73"
 BASELINES = (
     ("unigram", "baseline: unigram", GREY, "--"),
     ("gene_given_rank", "baseline: gene given rank", GREEN, "-."),
 )
+MOST_BARS = 64
+"""Of a histogram of lengths."""
+MOST_NUMBERED = 25
+"""Classes up to which every field of a confusion matrix shows its number."""
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, without a display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def save_loss(results: Results, path: Path) -> None:
-    """Writes the plot of `results` to `path` (PNG). No display is needed or opened. Raises
-    DataError where it cannot."""
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Write the loss curves of training and validation, and the baselines."""
+    figure = new_figure(8, 4.8)
     axes = figure.add_subplot()
     baselines = results.baselines or {}
     for name, label, colour, style in BASELINES:
@@ -42,51 +52,12 @@ def save_loss(results: Results, path: Path) -> None:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per masked gene)")
     axes.set_title(results.run_dir.name)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise DataError(f"the plot {path} cannot be written: {error.strerror}.") from None
+    _save(figure, path)
 
 
-def _points(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """float64 [steps] twice; a missing loss is a gap."""
-    return np.array(curve.steps, dtype=np.float64), np.array(curve.losses, dtype=np.float64)
-
-
-# How long the cells of an input are, as a PNG: a histogram of tokens per stored cell.
-MOST_BARS = 64
-
-
-def save_lengths(source: dict[str, Any], seq_length: int, path: Path) -> None:
-    """Writes the plot of one source of a manifest (see SourceReport) to `path`. No display is
-    needed or opened. Raises DataError where it cannot be written."""
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    edges, cells = _bars(source["lengths"])
-    axes.stairs(cells, edges, fill=True, color=BLUE, alpha=0.85)
-    median = source["tokens_median"]
-    axes.axvline(median, color=ORANGE, linewidth=1.4, label=f"median {median:,.0f}")
-    # Cells cut to the full length stand in one bar, which must not flatten all others.
-    most = max(cells[:-1].max(initial=0), 1)
-    if cells[-1] > 2 * most:
-        axes.set_ylim(0, 1.5 * most)
-        axes.annotate(
-            f"{cells[-1]:,.0f} cells",
-            (edges[-1], 1.4 * most),
-            (-10, 0),
-            ha="right",
-            textcoords="offset points",
-            color=BLUE,
-        )
-    axes.set_xlim(0, edges[-1])
-    axes.set_xlabel("tokens per cell, [CLS] included")
-    axes.set_ylabel(f"cells per {edges[-1] - edges[-2]:,} tokens")
-    stored, cut = source["cells_stored"], source["cells_cut"]
-    axes.set_title(f"{source['name']}: {stored:,} cells, {cut:,} cut to {seq_length:,} tokens")
+def _save(figure: Figure, path: Path) -> None:
+    """Write a figure of one plot, with a grid and a legend."""
+    (axes,) = figure.axes
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -96,8 +67,35 @@ def save_lengths(source: dict[str, Any], seq_length: int, path: Path) -> None:
         raise DataError(f"the plot {path} cannot be written: {error.strerror}.") from None
 
 
+def _points(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [steps] twice; a missing loss is a gap."""
+    return np.array(curve.steps, dtype=np.float64), np.array(curve.losses, dtype=np.float64)
+
+
+def save_lengths(source: dict[str, Any], seq_length: int, path: Path) -> None:
+    """Write a histogram of tokens per stored cell, of one source of a manifest (SourceReport)."""
+    figure = new_figure(7, 3.6)
+    axes = figure.add_subplot()
+    edges, cells = _bars(source["lengths"])
+    axes.stairs(cells, edges, fill=True, color=BLUE, alpha=0.85)
+    median = source["tokens_median"]
+    axes.axvline(median, color=ORANGE, linewidth=1.4, label=f"median {median:,.0f}")
+    # Truncated cells are all in the last bar, which must not flatten the others.
+    most = max(cells[:-1].max(initial=0), 1)
+    if cells[-1] > 2 * most:
+        axes.set_ylim(0, 1.5 * most)
+        place, text = (edges[-1], 1.4 * most), f"{cells[-1]:,.0f} cells"
+        axes.annotate(text, place, (-10, 0), ha="right", textcoords="offset points", color=BLUE)
+    axes.set_xlim(0, edges[-1])
+    axes.set_xlabel("tokens per cell, [CLS] included")
+    axes.set_ylabel(f"cells per {edges[-1] - edges[-2]:,} tokens")
+    stored, cut = source["cells_stored"], source["cells_cut"]
+    axes.set_title(f"{source['name']}: {stored:,} cells, {cut:,} cut to {seq_length:,} tokens")
+    _save(figure, path)
+
+
 def _bars(lengths: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(edges [bars + 1] in tokens, cells [bars]), a few bins to a bar; see SourceReport.lengths."""
+    """(edges [bars + 1] in tokens, cells [bars]) from the bins of SourceReport.lengths."""
     cells = np.array(lengths["cells"])
     bins = max(1, -(-len(cells) // MOST_BARS))
     padded = np.pad(cells, (-len(cells) % bins, 0))
@@ -106,18 +104,11 @@ def _bars(lengths: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(edges, 0), bars
 
 
-_MOST_NUMBERED = 25
-"""Classes up to which every field shows its number: more would not be legible."""
-
-
 def save_confusion(counts_CC: np.ndarray, classes: Sequence[str], label: str, path: Path) -> None:
-    """Writes the plot to `path`. No display is needed or opened. Raises DataError where it cannot.
-
-    counts_CC: cells by true (row) and predicted class (column)
-    """
+    """Write a confusion matrix in shares of each row. counts_CC: cells by true (row) and predicted
+    class (column)."""
     size = max(4.5, 0.42 * len(classes) + 2.5)
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(size + 0.8, size)
     axes = figure.add_subplot()
     of_each = counts_CC.sum(axis=1)
     shares_CC = counts_CC / np.maximum(of_each, 1)[:, None]
@@ -130,18 +121,12 @@ def save_confusion(counts_CC: np.ndarray, classes: Sequence[str], label: str, pa
     axes.set_ylabel("label (test cells)")
     accuracy = counts_CC.trace() / counts_CC.sum()
     axes.set_title(f"{label}: {accuracy:.1%} of {counts_CC.sum():,} test cells", fontsize=11)
-    if len(classes) <= _MOST_NUMBERED:
+    if len(classes) <= MOST_NUMBERED:
+        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
         for true, predicted in zip(*np.nonzero(counts_CC), strict=True):
-            dark = shares_CC[true, predicted] > 0.5
-            axes.text(
-                predicted,
-                true,
-                f"{counts_CC[true, predicted]}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if dark else "black",
-            )
+            colour = "white" if shares_CC[true, predicted] > 0.5 else "black"
+            text = f"{counts_CC[true, predicted]}"
+            axes.text(predicted, true, text, color=colour, **style)
     figure.colorbar(picture, ax=axes, label="share of the row", shrink=0.7)
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=110, format="png")

@@ -1,8 +1,9 @@
-"""What the folder of a finished or stopped run says, as numbers.
+"""Results of a finished or stopped run, from its directory: numbers, table, JSON.
 
-    config.yaml  metrics.jsonl  baselines.json  outcome.json  log.txt  ->  Results
+    config.yaml  metrics.jsonl  baselines.json  outcome.json  log.txt  ->  Results  ->  text | JSON
 
-A run may have been killed at any moment, so half a line or no file at all is no error.
+A run may be killed at any moment, so half a line or a missing file is no error. For the plot of the
+losses see figures.py.
 """
 
 from __future__ import annotations
@@ -28,15 +29,14 @@ RATES = (
     "mfu",
     "data_wait_fraction",
 )
-"""Keys of metrics.jsonl of which the report shows the median over the log steps: one slow moment,
-such as the first step's, does not move it."""
+"""Keys of metrics.jsonl that are reported as medians, which one slow step does not move."""
 BASELINES = ("unigram", "gene_given_rank")
 """Keys of baselines.json, in nats."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses in nats against the step, None where a step predicted nothing."""
+    """Losses in nats by step, None where a step predicted nothing."""
 
     steps: list[int]
     losses: list[float | None]
@@ -49,32 +49,34 @@ class Curve:
 
 @dataclass(frozen=True)
 class Results:
-    """What a run's folder says. Losses in nats per masked gene, times in seconds."""
+    """Content of a run directory. Losses in nats per masked gene, times in seconds.
+
+    config:         sections of config.yaml
+    outcome:        outcome.json, "unknown" without that file
+    val_loss_cell_mean:  mean over validation cells of their mean losses, as in the model card
+    shuffled_loss:  permutation control: validation loss with the genes of each cell in a random
+                    order; None before the last step
+    rates:          medians of RATES
+    baselines:      baselines.json; empty without that file, None if it is damaged
+    train_s:        in training steps, without validation and saving
+    wall_s:         from the first to the last line of log.txt, pauses between starts included
+    """
 
     run_dir: Path
     config: dict[str, Any]
-    """The sections of config.yaml."""
     outcome: dict[str, Any]
-    """outcome.json; where there is none, an outcome that says so."""
     train: Curve
     validation: Curve
     val_loss_cell_mean: float | None
-    """Mean over validation cells of each cell's mean loss, as the model card counts it."""
     shuffled_loss: float | None
-    """Validation loss with the genes of each cell in a random order; None before the last step."""
     rates: dict[str, float | None]
-    """Medians of RATES."""
     baselines: dict[str, Any] | None
-    """baselines.json: BASELINES and what they were counted on; empty if the run made none, None if
-    the file is there and cannot be read."""
     train_s: float
-    """Spent in training steps, without validation and saving."""
     wall_s: float | None
-    """From the first to the last line of log.txt, pauses between starts included."""
 
     @property
     def exit_code(self) -> int:
-        """The run's own, which torchrun does not hand on."""
+        """Exit code of the run itself; torchrun's is another one."""
         return int(self.outcome["exit_code"])
 
     @property
@@ -84,19 +86,19 @@ class Results:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps that were asked for."""
+        """Steps of the settings."""
         return self.config.get("train", {}).get("steps")
 
     @property
     def checkpoint(self) -> Path | None:
-        """The newest checkpoint's folder."""
-        found = sorted((self.run_dir / "checkpoints").glob("step_" + "[0-9]" * 10))
-        return found[-1] if found else None
+        """The folder of the latest checkpoint."""
+        found = (self.run_dir / "checkpoints").glob("step_" + "[0-9]" * 10)
+        return max(found, default=None)
 
 
 def load(run_dir: Path) -> Results:
-    """Reads a run's folder. Raises DataError if there is none, it holds nothing of a run, or what
-    it holds cannot be read."""
+    """Read a run directory. Raises DataError if it is none, or a file is damaged or cannot be
+    read."""
     if not run_dir.is_dir():
         raise DataError(f"{run_dir} is not a folder: give the run.dir of a run.")
     try:
@@ -104,7 +106,7 @@ def load(run_dir: Path) -> Results:
     except OSError as error:
         raise DataError(
             f"{error.filename} cannot be read ({error.strerror}): give the run.dir of a run, or "
-            "mend its permissions."
+            "fix its permissions."
         ) from None
 
 
@@ -116,14 +118,15 @@ def _load(run_dir: Path) -> Results:
     records = _records(run_dir / "metrics.jsonl")
     training = [record for record in records if "loss" in record]
     validations = [record for record in records if "val_loss" in record]
+    last = validations[-1] if validations else {}
     return Results(
         run_dir=run_dir,
         config=_sections(run_dir / "config.yaml"),
         outcome=_outcome(run_dir / "outcome.json"),
         train=_curve(training, "loss"),
         validation=_curve(validations, "val_loss"),
-        val_loss_cell_mean=validations[-1].get("val_loss_cell_mean") if validations else None,
-        shuffled_loss=validations[-1].get("val_loss_shuffled_genes") if validations else None,
+        val_loss_cell_mean=last.get("val_loss_cell_mean"),
+        shuffled_loss=last.get("val_loss_shuffled_genes"),
         rates={name: _median(training, name) for name in RATES},
         baselines=_baselines(run_dir / "baselines.json"),
         train_s=_train_seconds(training),
@@ -141,7 +144,7 @@ def _median(records: list[dict[str, Any]], name: str) -> float | None:
 
 
 def _train_seconds(records: list[dict[str, Any]]) -> float:
-    """Sum over the records of seconds per step x steps since the record before."""
+    """Sum over the records of seconds per step x steps since the previous record."""
     previous, seconds = 0, 0.0
     for record in records:
         seconds += record.get("step_s", 0.0) * (record["step"] - previous)
@@ -160,7 +163,7 @@ def _wall_seconds(path: Path) -> float | None:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; half a line, as a kill leaves it, is left out."""
+    """The lines of metrics.jsonl but half ones, as a kill leaves them."""
     records = []
     for line in _text(path).splitlines():
         try:
@@ -181,7 +184,7 @@ def _outcome(path: Path) -> dict[str, Any]:
 
 
 def _baselines(path: Path) -> dict[str, Any] | None:
-    # Only something to compare with: the run's own numbers are shown without it.
+    # The run's own numbers are shown without them.
     try:
         found = _json(path)
     except (DataError, OSError):
@@ -208,19 +211,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    """The file's text, "" where there is none. A kill may have cut it within a character."""
+    """The file's text, "" where there is none; a kill may have left half a character."""
     return path.read_text(errors="replace") if path.exists() else ""
 
 
-# A finished or stopped run in one short table, or as JSON to keep.
-#
-#     Results (results.py)  ->  text, JSON
-#
-# The plot of the same numbers: loss_plot.py.
-
-
 def text(results: Results, plot: Path | None = None) -> str:
-    """The table that `make demo` ends with."""
+    """The table of launch/report.py."""
     lines = [f"run                    {results.run_dir}", _ending(results)]
     if not results.train.steps:
         return "\n".join(lines)
@@ -234,10 +230,7 @@ def text(results: Results, plot: Path | None = None) -> str:
 
 
 def as_json(results: Results) -> dict[str, Any]:
-    """The same numbers for a file that is kept, with machine, versions and commit as they are now.
-
-    No path but the run folder's own name is in it.
-    """
+    """The same numbers as JSON, with the current machine, versions and commit, without paths."""
     settings = {name: results.config.get(name, {}) for name in ("model", "parallel", "train")}
     return {
         "run": results.run_dir.name,
@@ -284,7 +277,8 @@ def _loss_lines(results: Results) -> list[str]:
             f"  genes shuffled       {_number(results.shuffled_loss)}   control: validation with "
             "each cell's genes in a random order"
         )
-    for name, label in zip(BASELINES, ("unigram", "gene given rank"), strict=True):
+    for name in BASELINES:
+        label = name.replace("_", " ")
         lines.append(f"  {label:<20} {_baseline(results.baselines, name, validation)}")
     return lines
 
@@ -295,7 +289,8 @@ def _baseline(baselines: dict[str, Any] | None, name: str, validation: float | N
     line = f"{_number(baselines.get(name))}   baseline"
     if validation is None or name not in baselines:
         return line
-    return f"{line}; validation is {_difference(validation, baselines[name])}"
+    side = "below" if validation < baselines[name] else "ABOVE"
+    return f"{line}; validation is {abs(validation - baselines[name]):.3f} {side}"
 
 
 def _speed_lines(results: Results) -> list[str]:
@@ -315,7 +310,3 @@ def _speed_lines(results: Results) -> list[str]:
 
 def _number(value: float | None, form: str = ".4f") -> str:
     return "-" if value is None else format(value, form)
-
-
-def _difference(loss: float, baseline: float) -> str:
-    return f"{abs(loss - baseline):.3f} {'below' if loss < baseline else 'ABOVE'}"

@@ -1,4 +1,4 @@
-"""The report of a store as files: what became of each input, and how long its cells are.
+"""Report of a token store: its inputs, skipped cells and cell lengths.
 
 STORE/manifest.json  ->  report.json, report.md, lengths_NAME.png per input
 """
@@ -9,7 +9,6 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from geneformer_mcore.io.files import check_place, whole_file
 from geneformer_mcore.report import figures
@@ -18,19 +17,16 @@ from geneformer_mcore.store.report import markdown_lines, skipped_text, summary
 
 
 def check_folder(folder: str | Path) -> None:
-    """Raises DataError if no report can be written into `folder`."""
+    """Raise DataError if no report can be written into `folder`."""
     check_place(Path(folder) / "report.json")
 
 
 def write_report(store: str | Path, folder: str | Path) -> None:
-    """Writes the report of the store at `store` into `folder`, over one that is there.
-
-    Raises DataError if the store is none, or a file cannot be written.
-    """
+    """Write the report of `store` into `folder`, over an existing one. Raises DataError if the
+    store is none, or a file cannot be written."""
     manifest, folder = Manifest.load(store), Path(folder)
     plots = _plot_names([source["name"] for source in manifest.sources])
-    content = asdict(manifest)
-    content.pop("files")
+    content = {name: value for name, value in asdict(manifest).items() if name != "files"}
     with whole_file(folder / "report.json") as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
     for source, name in zip(manifest.sources, plots, strict=True):
@@ -41,7 +37,7 @@ def write_report(store: str | Path, folder: str | Path) -> None:
 
 
 def _plot_names(names: list[str]) -> list[str]:
-    """One file name per input, even where inputs in different folders have one name."""
+    """A distinct file name per input, as inputs in different folders may share a name."""
     found: list[str] = []
     for number, name in enumerate(names):
         plain = re.sub(r"[^\w.-]+", "_", name.removesuffix(".h5ad")).strip("_")
@@ -60,15 +56,12 @@ def _markdown(manifest: Manifest, plots: list[str]) -> list[str]:
         lines += [""]
     lines += ["## Tokens per cell", ""]
     for source, plot in zip(manifest.sources, plots, strict=True):
-        lines += [f"### {source['name']}", "", *_facts(source), "", f"![{source['name']}]({plot})"]
-        lines += [""]
+        left_out = ", ".join(source["obs_columns_left_out"]) or "none"
+        lines += [
+            *(f"### {source['name']}", ""),
+            f"{source['datasets']:,} data sets; genes: {source['genes_blank']:,} without id, "
+            f"{source['genes_repeated']:,} repeated (summed), {source['symbols_mapped']:,} mapped "
+            f"from symbols; obs columns left out: {left_out}.",
+            *("", f"![{source['name']}]({plot})", ""),
+        ]
     return lines
-
-
-def _facts(source: dict[str, Any]) -> list[str]:
-    left_out = ", ".join(source["obs_columns_left_out"]) or "none"
-    return [
-        f"{source['datasets']:,} data sets; genes: {source['genes_blank']:,} without id, "
-        f"{source['genes_repeated']:,} repeated (summed), {source['symbols_mapped']:,} mapped from "
-        f"symbols; obs columns left out: {left_out}.",
-    ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -18,7 +19,8 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from benchmarks.harness.loader.cells import SEQ_LENGTH, Prepared
+from benchmarks.harness.common import SEQ_LENGTH
+from benchmarks.harness.loader_cells import Prepared
 from geneformer_mcore.data.collate import padded_length
 from geneformer_mcore.types import PAD
 
@@ -64,7 +66,9 @@ class Contestant(ABC):
 
     def sums(self, batch: Any) -> np.ndarray:
         """float64 [B]: of each cell, the sum of its counts, or of its token ids."""
-        return sums_of_padded(batch[1]) if self.table == TOKENS else sums_of_counts(batch[1])
+        if self.table == TOKENS:
+            return sums_of_padded(batch[1])
+        return np.asarray(batch[1].sum(axis=1, dtype=np.float64)).ravel()
 
     def rows(self, cells: np.ndarray) -> np.ndarray:
         """int64: the source rows of the result of `cells`."""
@@ -73,23 +77,8 @@ class Contestant(ABC):
 
 def two_workers(kind: type[Contestant]) -> type[Contestant]:
     """The same contestant with two worker processes."""
-    return type(
-        f"{kind.__name__}TwoWorkers",
-        (kind,),
-        {"label": f"{kind.label}, 2 workers", "num_workers": 2},
-    )
-
-
-class ByKey:
-    """Source rows of cell keys."""
-
-    def __init__(self, data: Prepared) -> None:
-        self._row_of_key = np.argsort(data.truth.keys_N)
-        self._keys = data.truth.keys_N[self._row_of_key]
-
-    def rows(self, keys: np.ndarray) -> np.ndarray:
-        """int64."""
-        return self._row_of_key[np.searchsorted(self._keys, keys)]
+    changes = {"label": f"{kind.label}, 2 workers", "num_workers": 2}
+    return type(f"{kind.__name__}TwoWorkers", (kind,), changes)
 
 
 def shuffled_batches(num_cells: int, epoch: int) -> list[np.ndarray]:
@@ -118,11 +107,6 @@ def sums_of_padded(tokens_BS: torch.Tensor) -> np.ndarray:
     return (tokens_BS * (tokens_BS != PAD)).sum(1).double().numpy()
 
 
-def sums_of_counts(counts: Any) -> np.ndarray:
-    """float64 [B] of a scipy matrix."""
-    return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-
-
 def tokens_h5ad(data: Prepared) -> None:
     """tokens_h5ad."""
     import anndata
@@ -139,6 +123,18 @@ def tokens_h5ad(data: Prepared) -> None:
     genes = pd.Index([f"rank{number:04d}" for number in range(SEQ_LENGTH - 1)])
     cells = anndata.AnnData(ranks, obs=pd.DataFrame(index=names), var=pd.DataFrame(index=genes))
     cells.write_h5ad(data.place("tokens_h5ad"))
+
+
+def experiment(data: Prepared) -> None:
+    """The raw counts as a SOMA experiment, with tiledbsoma's own settings."""
+    soma_of(data.place("experiment"), data.counts_file)
+
+
+def soma_of(target: Path, source: Path) -> None:
+    """A SOMA experiment of an h5ad file."""
+    import tiledbsoma.io
+
+    tiledbsoma.io.from_h5ad(str(target), str(source), measurement_name="RNA")
 
 
 def tokens_arrow(data: Prepared) -> None:

@@ -9,18 +9,16 @@ A batch is complete: padded tokens with masks, places and labels; peers' batches
 
 from __future__ import annotations
 
-import subprocess
-from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
-from benchmarks.harness.common import ROOT, build_store
-from benchmarks.harness.loader.cells import SEQ_LENGTH, Prepared
+from benchmarks.harness.common import SEQ_LENGTH, build_store
+from benchmarks.harness.loader_cells import Prepared
 from benchmarks.harness.peers import contestant
-from benchmarks.harness.peers.soma_ml import experiment
 from geneformer_mcore.config.sections import DataConfig
 from geneformer_mcore.data.counts_source import MIN_SPAN_CELLS, CountsSource
 from geneformer_mcore.data.loader import Feed, Share
@@ -39,8 +37,7 @@ def store_of_tokens(data: Prepared) -> None:
     """The token store, by the project's own command; all cells are training cells."""
     out, cells = data.place("store_of_tokens"), [data.counts_file]
     options = ("--validation-fraction", "0", "--test-fraction", "0")
-    command = build_store(out, cells, data.vocabulary_file, *options)
-    subprocess.run(command, check=True, cwd=ROOT)
+    build_store(out, cells, data.vocabulary_file, *options)
 
 
 def flat_copy(data: Prepared) -> None:
@@ -50,28 +47,29 @@ def flat_copy(data: Prepared) -> None:
 
 
 def _flat(store: TokenStore, data: Prepared) -> local_cache.FlatCopy:
-    manifest = store.manifest
-    return local_cache.ensure(
-        store, manifest.content_hash, manifest.tokens, data.place("flat_copy")
-    )
+    known = store.manifest
+    return local_cache.ensure(store, known.content_hash, known.tokens, data.place("flat_copy"))
 
 
-class _Ours(contestant.Contestant):
+class FromStore(contestant.Contestant):
+    """From the SOMA store."""
+
+    label = "ours, SOMA token store"
     table = contestant.TOKENS
+    formats: ClassVar[contestant.Formats] = (store_of_tokens,)
 
     def __init__(self, data: Prepared) -> None:
-        self._by_key, self._num_cells = contestant.ByKey(data), len(data)
-        self._feed = self.feed(data)
+        self._data, self._feed = data, self.feed(data)
 
-    @abstractmethod
     def feed(self, data: Prepared) -> Feed:
         """The feed that is measured."""
+        store = TokenStore.open(data.place("store_of_tokens"))
+        return make_feed(store, len(store), store.vocabulary)
 
     def epoch(self, number: int) -> Iterator[Any]:
-        start = number * self._num_cells
-        stream = self._feed.steps(start, DEFAULTS.prefetch_steps)
-        with closing(stream) as steps:  # type: ignore[type-var]
-            for _ in range(self._num_cells // contestant.BATCH_SIZE):
+        stream: Any = self._feed.steps(number * len(self._data), DEFAULTS.prefetch_steps)
+        with closing(stream) as steps:
+            for _ in range(len(self._data) // contestant.BATCH_SIZE):
                 (batch,) = next(steps)
                 yield batch
 
@@ -79,7 +77,7 @@ class _Ours(contestant.Contestant):
         return batch.keys_N
 
     def rows(self, cells: np.ndarray) -> np.ndarray:
-        return self._by_key.rows(cells)
+        return self._data.rows_of(cells)
 
     def sums(self, batch: Batch) -> np.ndarray:
         tokens = batch.tokens_BS.clone()
@@ -87,18 +85,7 @@ class _Ours(contestant.Contestant):
         return contestant.sums_of_padded(tokens)
 
 
-class FromStore(_Ours):
-    """From the SOMA store."""
-
-    label = "ours, SOMA token store"
-    formats = (store_of_tokens,)
-
-    def feed(self, data: Prepared) -> Feed:
-        store = TokenStore.open(data.place("store_of_tokens"))
-        return make_feed(store, len(store), store.vocabulary)
-
-
-class FromFlatCopy(_Ours):
+class FromFlatCopy(FromStore):
     """From the flat copy made before, found and verified as a run does."""
 
     label = "ours, flat copy of it"
@@ -109,28 +96,30 @@ class FromFlatCopy(_Ours):
         return make_feed(_flat(store, data), len(store), store.vocabulary)
 
 
-class FromH5ad(_Ours):
-    """On the fly, from the h5ad file of counts."""
+class FromH5ad(FromStore):
+    """On the fly: counts tokenised when they are read from the h5ad file."""
 
     label = "ours on the fly, counts in h5ad"
+    formats: ClassVar[contestant.Formats] = ()
 
     def feed(self, data: Prepared) -> Feed:
-        return self.on_the_fly(data, str(data.counts_file))
-
-    def on_the_fly(self, data: Prepared, name: str) -> Feed:
-        """Counts at `name`, tokenised when they are read."""
-        source = CountsSource([name], data.vocabulary, SEQ_LENGTH, RandomSplit(0.0, 0.0))
+        names = [str(self.counts(data))]
+        source = CountsSource(names, data.vocabulary, SEQ_LENGTH, RandomSplit(0.0, 0.0))
         return make_feed(source, len(source), data.vocabulary, MIN_SPAN_CELLS)
+
+    def counts(self, data: Prepared) -> Path:
+        """The counts that are read."""
+        return data.counts_file
 
 
 class FromExperiment(FromH5ad):
     """On the fly, from the very SOMA experiment of counts that tiledbsoma-ml reads."""
 
     label = "ours on the fly, counts in SOMA"
-    formats = (experiment,)
+    formats = (contestant.experiment,)
 
-    def feed(self, data: Prepared) -> Feed:
-        return self.on_the_fly(data, str(data.place("experiment")))
+    def counts(self, data: Prepared) -> Path:
+        return data.place("experiment")
 
 
 def make_feed(
@@ -140,13 +129,8 @@ def make_feed(
     spans = span_cells or DEFAULTS.span_cells
     window_spans = max(1, DEFAULTS.window_spans * DEFAULTS.span_cells // spans)
     masked, random, kept = DEFAULTS.mask_fractions
-    return Feed(
-        source,
-        Sampler(0, num_cells, spans, window_spans, contestant.SEED),
-        Masking(
-            DEFAULTS.mask_probability, (masked, random, kept), vocabulary.size, contestant.SEED
-        ),
-        Share(contestant.BATCH_SIZE, contestant.BATCH_SIZE, 0, 1),
-        SEQ_LENGTH,
-        contestant.PAD_MULTIPLE,
-    )
+    sampler = Sampler(0, num_cells, spans, window_spans, contestant.SEED)
+    masks = (DEFAULTS.mask_probability, (masked, random, kept))
+    masking = Masking(*masks, vocabulary.size, contestant.SEED)
+    share = Share(contestant.BATCH_SIZE, contestant.BATCH_SIZE, 0, 1)
+    return Feed(source, sampler, masking, share, SEQ_LENGTH, contestant.PAD_MULTIPLE)

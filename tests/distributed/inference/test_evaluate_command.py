@@ -241,7 +241,7 @@ def test_wrong_input_is_answered_in_one_message(
     other = tmp_path / "other"
     build_store([str(model.h5ad)], other, trained.vocabulary_of(600), toy.SEQ_LENGTH)
     cases = {
-        "no gene is hidden": f"--checkpoint {models['hides nothing'].run}",
+        "no gene is masked": f"--checkpoint {models['hides nothing'].run}",
         "no folder": "--checkpoint nowhere",
         "not a finished store": f"--store {tmp_path}",
         "its token ids mean other genes": f"--store {other}",

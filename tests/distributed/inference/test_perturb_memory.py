@@ -14,9 +14,9 @@ import torch.distributed as dist
 from geneformer_mcore.inference.cells import CountedCell
 from geneformer_mcore.io.progress import no_progress
 from geneformer_mcore.model.forward_only import DISPLACEMENT_COLUMNS
-from geneformer_mcore.perturb import displacements, perturb, statistics
-from geneformer_mcore.perturb.question import GeneNames, Sets
-from geneformer_mcore.perturb.statistics import Controls
+from geneformer_mcore.perturbation import displacements, perturb, statistics
+from geneformer_mcore.perturbation.question import GeneNames, Sets
+from geneformer_mcore.perturbation.statistics import Controls
 from geneformer_mcore.types import NUM_SPECIALS
 from tests.distributed.ranks import run_ranks
 from tests.small_cells import vocabulary_of

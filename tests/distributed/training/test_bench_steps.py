@@ -1,43 +1,29 @@
-"""Contestants of benchmarks/train_step.py learn the same from the same cells; the checks of
-benchmarks/gpu_session.py find wrong attention; tflops.py lets go of a measured model."""
+"""Contestants of train_step.py learn the same from the same cells; tflops.py frees its models."""
 
 from __future__ import annotations
 
 import gc
 import math
-import sys
-import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness.peers.steps import HF_DYNAMIC, HF_PADDED, Job, StepContestant, contestants
-from benchmarks.harness.session import numerics
-from benchmarks.harness.tflops import run as tflops_run
-from benchmarks.harness.tflops.settings import Conditions, Setting
-from benchmarks.harness.train_step.cells import StepCells
+from benchmarks.harness import tflops_rows
+from benchmarks.harness.peers.steps import CONTESTANTS, Job, StepContestant
 from geneformer_mcore.backends import is_available
 from geneformer_mcore.config.sections import ParallelConfig
 from geneformer_mcore.distributed import groups
-from geneformer_mcore.model import flops
-from geneformer_mcore.model.attention import backends, blockwise
-from geneformer_mcore.model.flops import ModelShape, Workload, train_flops
 from geneformer_mcore.types import PAD, Batch
 from tests.distributed import toy
 from tests.distributed.ranks import run_ranks
 from tests.step_job import job_in
 
-PADDED_SHAPE = ModelShape(4, 32, 64, 1024)
-"""As multiplied: the vocabulary is rounded up."""
-HF = (HF_DYNAMIC, "hf_grouped", HF_PADDED) if is_available("transformers") else ()
-HERE = ("ours_padded", "megatron", *HF)
-"""Those that run on a CPU."""
-LENGTH = 64
+HERE = ("ours_padded", "megatron")
+HERE += ("hf_dynamic", "hf_padded") if is_available("transformers") else ()
+"""Those that can be measured."""
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -46,7 +32,7 @@ def changed(job: Job, *changes: str) -> Job:
 
 
 def made(job: Job, name: str, micro_batch: int = 4) -> StepContestant:
-    return contestants()[name](job, micro_batch, toy.CPU)
+    return CONTESTANTS[name](job, micro_batch, toy.CPU)
 
 
 class Found(NamedTuple):
@@ -58,8 +44,6 @@ class Found(NamedTuple):
     """With two other micro batches."""
     seen: list[tuple[list[int], list[int]]]
     """(tokens as shown, labels) of every cell of two steps, sorted."""
-    counted: tuple[float, Workload, Workload]
-    """FLOPs of a step as torch counts them, computed work by its own account, needed work."""
 
 
 def losses_of(job: Job, name: str, micro_batch: int = 8, repeats: int = 6) -> list[float]:
@@ -74,27 +58,13 @@ def seen(batches: list[Batch]) -> Iterator[tuple[list[int], list[int]]]:
             yield tokens_S[tokens_S != PAD].tolist(), batch.labels_M[cell_M == row].tolist()
 
 
-def counted(job: Job, name: str) -> tuple[float, Workload, Workload]:
-    one = made(job, name)
-    batches = one.batches(0)
-    cells = StepCells.open(job.cells, one.config, toy.VOCABULARY)
-    needed = cells.needed(0, sum(len(batch.labels_M) for batch in batches))
-    placed = one.placed(batches)
-    with FlopCounterMode(display=False) as counter:
-        one.step(placed)
-    return counter.get_total_flops(), one.computed(batches, needed), needed
-
-
 def all_found(job: Job) -> dict[str, Found]:
     groups.build_groups(job.config().parallel)
-    # torch counts nothing for fused attention on a CPU, and HF takes its plain one with dropout.
-    plain = changed(job, "model.attention=plain", "model.attention_dropout=0.1")
     return {
         name: Found(
             {each: losses_of(changed(job, f"train.precision={each}"), name) for each in PRECISIONS},
             [losses_of(job, name, micro_batch, repeats=1)[0] for micro_batch in (2, 16)],
             sorted(seen([batch for step in (0, 1) for batch in made(job, name).batches(step)])),
-            counted(plain, name),
         )
         for name in HERE
     }
@@ -136,120 +106,27 @@ def test_the_same_model_has_the_same_losses(found: dict[str, Found]) -> None:
     assert losses == pytest.approx(losses[:1] * len(losses), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted({*HERE} - {"hf_grouped"}))
-def test_what_is_computed_is_what_torch_counts(found: dict[str, Found], name: str) -> None:
-    total, computed, needed = found[name].counted
-    assert total == pytest.approx(train_flops(PADDED_SHAPE, computed), rel=0.01)
-    attention = flops.forward_breakdown(PADDED_SHAPE, computed).attention * 3
-    assert attention > 0.05 * total, "attention must weigh enough for the test to see it"
-    assert computed.tokens > needed.tokens
-    predicted = needed.num_predicted if name == "ours_padded" else computed.tokens
-    assert computed.num_predicted == predicted
-
-
-class StandInLayer(torch.nn.Module):
-    """Transformer Engine's layer, as far as a CPU can show."""
-
-    def __init__(self, width: int, ffn: int, heads: int, **known: Any) -> None:
-        super().__init__()
-        assert known["self_attn_mask_type"] == "padding"
-        self.layer = torch.nn.TransformerEncoderLayer(
-            width, heads, ffn, 0.0, known["activation"], batch_first=True, norm_first=True
-        )
-
-    def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.layer(hidden, src_key_padding_mask=attention_mask[:, 0, 0])
-
-
-def te_losses(job: Job) -> list[float]:
-    stand_in: Any = types.ModuleType("transformer_engine.pytorch")
-    stand_in.TransformerLayer = StandInLayer
-    whole: Any = types.ModuleType("transformer_engine")
-    whole.pytorch = stand_in
-    sys.modules |= {whole.__name__: whole, stand_in.__name__: stand_in}
-    return losses_of(job, "te_layers")
-
-
-def test_the_model_around_te_layers_learns(job: Job) -> None:
-    (losses,) = run_ranks(te_losses, 1, job)
-    assert learned(losses), losses
-
-
-# The checks of a GPU session. That right attention passes: test_bench_runs.py.
-
-
-def begin() -> None:
-    groups.build_groups(ParallelConfig())
-    groups.seed_dropout(1, groups.topology())
-
-
-def differences_with_wrong_scores() -> list[bool]:
-    """Whether attention with scores a thousandth off (bf16: a third) is taken for right."""
-    begin()
-    right = backends.SdpaAttention._attend
-    found = []
-    for precision, packed, fault in (("fp32", False, 1e-3), ("bf16", True, 0.3)):
-
-        def wrong(self: Any, query: Any, *others: Any, by: float = 1 + fault) -> Any:
-            return right(self, query * by, *others)
-
-        backends.SdpaAttention._attend = wrong  # type: ignore[method-assign]
-        configs = [numerics.config_of(name, precision, LENGTH) for name in ("plain", "sdpa")]
-        plain, off = (numerics.differences(each, packed, toy.CPU) for each in configs)
-        nan = plain | {"loss": float("nan")}
-        found += [numerics.alike(each, plain) for each in (off, nan)]
-    return found
-
-
-def wrong_dropouts() -> list[bool]:
-    """Whether each is taken for sound: none wrong, half of the share, other values backward than
-    forward, the same in every call."""
-    begin()
-    config = numerics.config_of("blockwise", "fp32", LENGTH, dropout=0.1)
-    stage = numerics.stage_of(config, toy.CPU)
-    drop, back = blockwise.drop, blockwise.softmax_backward
-    faults: list[tuple[str, Callable[..., Any]]] = [
-        ("drop", drop),
-        ("drop", lambda values, key, below: drop(values, key, below // 2)),
-        ("softmax_backward", lambda p, g, sums, key, below: back(p, g, sums, key + 1, below)),
-        ("_key", lambda seed, number: 5),
-    ]
-    found = []
-    for name, fault in faults:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(blockwise, name, fault)
-            statistics = numerics.dropout_of(stage, True, LENGTH, toy.CPU)
-            found.append(numerics.dropout_is_sound(statistics))
-    return found
-
-
-def test_wrong_attention_and_wrong_dropout_are_seen() -> None:
-    assert run_ranks(differences_with_wrong_scores, 1) == [[False] * 4]
-    assert run_ranks(wrong_dropouts, 1) == [[True, False, False, False]]
-
-
 def still_there() -> list[bool]:
     """Whether model and optimizer are, after they were measured and after that failed."""
     groups.build_groups(ParallelConfig())
-    conditions = Conditions(seq_length=16, num_micro_batches=1, steps=1, warmup=0)
-    setting = Setting("10m", "fp32", "padded", 0, "sdpa", 0.0, 1)
-    config, cells = conditions.config(setting), conditions.cells(setting)
+    setting = tflops_rows.Setting("10m", "fp32", "padded", "sdpa", 0.0, 1)
+    config, cells = setting.config(16), setting.cells(16)
     kept: list[weakref.ref] = []
-    make: Callable[..., Any] = tflops_run._trainable
+    wrap: Any = tflops_rows.optim.wrap
 
     def watched(*given: object) -> Any:
-        trainable = make(*given)
+        trainable = wrap(*given)
         kept.extend(weakref.ref(each) for each in (trainable.stages[0], trainable.optimizer))
         return trainable
 
     def failing(*_: object) -> Any:
         raise MemoryError
 
-    tflops_run._trainable = watched
-    tflops_run.measure(config, cells, toy.CPU, 0, 1)
-    tflops_run.train_step = failing
+    tflops_rows.optim.wrap = watched
+    tflops_rows.measure(config, cells, toy.CPU, 0, 1)
+    tflops_rows.train_step = failing
     with pytest.raises(MemoryError):
-        tflops_run.measure(config, cells, toy.CPU, 0, 1)
+        tflops_rows.measure(config, cells, toy.CPU, 0, 1)
     gc.collect()
     return [each() is not None for each in kept]
 

@@ -63,12 +63,6 @@ def test_one_stream_over_ranks_and_prefetching(truth: str, size: int, prefetch: 
     assert stream_hash(CELLS, size, prefetch) == truth
 
 
-def test_without_numba_the_feed_is_the_same(truth: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("batch", "spans"):
-        monkeypatch.setattr(f"geneformer_mcore.feed.{module}.is_available", lambda name: False)
-    assert stream_hash(CELLS, 2, 0) == truth
-
-
 def steps_of(
     source: TokenSource, size: int, budget: Budget | None, maker: Collator = make_batch
 ) -> Iterator[list[tuple[int, bytes]]]:

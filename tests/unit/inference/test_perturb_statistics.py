@@ -10,10 +10,10 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
-from geneformer_mcore.perturb import outputs, statistics
-from geneformer_mcore.perturb.perturbed_cells import Mode
-from geneformer_mcore.perturb.question import GeneNames, Perturbation
-from geneformer_mcore.perturb.statistics import Survey
+from geneformer_mcore.perturbation import outputs, statistics
+from geneformer_mcore.perturbation.perturbed_cells import Mode
+from geneformer_mcore.perturbation.question import GeneNames, Perturbation
+from geneformer_mcore.perturbation.statistics import Survey
 from geneformer_mcore.types import NUM_SPECIALS
 from tests.small_cells import vocabulary_of
 

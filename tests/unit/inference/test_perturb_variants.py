@@ -7,8 +7,8 @@ import pytest
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.inference.cells import CountedCell
-from geneformer_mcore.perturb.perturbed_cells import Editor, Mode
-from geneformer_mcore.perturb.question import GeneNames, Perturbation, Sets, distinct
+from geneformer_mcore.perturbation.perturbed_cells import Editor, Mode
+from geneformer_mcore.perturbation.question import GeneNames, Perturbation, Sets, distinct
 from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
 from geneformer_mcore.types import CLS, NUM_SPECIALS
 from tests.small_cells import gene_id, plain_tokens, vocabulary_of

@@ -12,14 +12,13 @@ import pytest
 import torch
 from scipy import sparse
 
-from benchmarks import cell_types
-from benchmarks.harness.loader.cells import Cells, write
-from benchmarks.harness.loader.turn import quality, two_epochs
+from benchmarks import cell_types, tflops
+from benchmarks.harness.loader_cells import Cells, write
+from benchmarks.harness.loader_turn import shuffle
 from benchmarks.harness.peers.contestant import padded, sums_of_padded, tokens_dense, tokens_h5ad
 from benchmarks.harness.peers.loaders import IGNORED, masked, sums_of_masked
 from benchmarks.harness.peers.tokenisers import BioNeMoTokeniser, HFTokeniser, exact_tokens
-from benchmarks.harness.tflops import settings
-from benchmarks.harness.tflops.run import possible
+from benchmarks.harness.tflops_rows import Setting
 from benchmarks.tokenize import num_different
 from geneformer_mcore.types import CLS, MASK, NUM_SPECIALS, PAD
 from tests.small_cells import gene_id, plain_tokens, random_counts, vocabulary_of
@@ -61,16 +60,13 @@ def test_every_format_holds_the_same_tokens(rng: np.random.Generator, tmp_path: 
     data = write(Cells(counts, gene_ids, sets.astype(np.int16), vocabulary_of(60)), tmp_path)
     tokens_h5ad(data)
     tokens_dense(data)
-    ranks, dense = (
-        anndata.read_h5ad(data.place("tokens_h5ad")).X,
-        np.load(tmp_path / "tokens_dense"),
-    )
-    truth = data.truth
-    assert np.array_equal(truth.count_sums_N, np.asarray(counts.sum(1)).ravel())
-    assert len(np.unique(truth.keys_N)) == len(data) == 70
+    ranks = anndata.read_h5ad(data.place("tokens_h5ad")).X
+    dense = np.load(tmp_path / "tokens_dense")
+    assert np.array_equal(data.count_sums_N, np.asarray(counts.sum(1)).ravel())
+    assert len(np.unique(data.keys_N)) == len(data) == 70
     for row, tokens in enumerate(np.split(data.tokens_T, data.offsets[1:-1])):
         assert tokens[0] == CLS
-        assert (truth.token_sums_N[row], truth.num_tokens_N[row]) == (tokens.sum(), len(tokens))
+        assert (data.token_sums_N[row], data.num_tokens_N[row]) == (tokens.sum(), len(tokens))
         assert np.array_equal(ranks[row].data, tokens[1:])
         assert np.array_equal(ranks[row].indices, np.arange(len(tokens) - 1))
         assert np.array_equal(dense[row, : len(tokens)], tokens)
@@ -104,41 +100,35 @@ def test_peers_pad_and_mask_as_ours() -> None:
 def test_a_uniform_shuffle_measures_one_and_source_order_nothing() -> None:
     size = 64 * 64
     one, other = (np.random.default_rng(seed).permutation(size) for seed in (0, 1))
-    sets = np.repeat(np.arange(4), size // 4)
-    found = quality(one, sets, 64)
-    assert found == {name: pytest.approx(1, abs=0.05) for name in found}
-    found = quality(np.arange(size), sets, 64)
-    assert found["blocks"] == pytest.approx(1 / 40, abs=0.01)  # one block, where 40 are usual
-    assert found["datasets"] == 0
-    assert found["distance"] == pytest.approx(1 / (0.293 * size), rel=0.1)
-    by_chance = pytest.approx(1, abs=0.1)
-    expected = {"each_once": True, "epochs_differ": True, "mates_again": by_chance}
-    assert two_epochs(one, other, size, 64) == expected
-    same = two_epochs(one, one, size, 64)
-    assert (same["epochs_differ"], same["mates_again"]) == (False, pytest.approx((size - 1) / 63))
-    assert not two_epochs(one, np.append(one[:-1], one[0]), size, 64)["each_once"]
+    uniform = pytest.approx(1, abs=0.05)
+    assert shuffle(one, other, size) == {
+        "blocks": uniform,
+        "each_once": True,
+        "epochs_differ": True,
+    }
+    sorted_rows = shuffle(np.arange(size), one, size)
+    assert sorted_rows["blocks"] == pytest.approx(1 / 40, abs=0.01)  # one block, where 40 are usual
+    assert not shuffle(one, one, size)["epochs_differ"]
+    assert not shuffle(one, np.append(one[:-1], one[0]), size)["each_once"]
 
 
 def test_rows_of_tflops() -> None:
     listed = {"model": ["106m", "10m"], "packing": ["padded", "packed"], "compile": ["auto"]}
-    unset = dict.fromkeys(("precision", "lengths", "attention_dropout", "micro_batch", "cells"))
+    unset = dict.fromkeys(("precision", "attention_dropout", "micro_batch"))
     wanted = argparse.Namespace(**listed, **unset, attention=["te", "flash"])
-    rows = settings.grid(wanted, on_gpu=True)
+    rows = tflops.grid(wanted, on_gpu=True)
     assert len(set(rows)) == len(rows) == 8
-    full, mean = settings.FULL, settings.MEAN_TOKENS
-    assert rows[0] == settings.Setting("106m", "bf16", "padded", full, "te", None, 16)
-    assert rows[-1] == settings.Setting("10m", "bf16", "packed", mean, "flash", None, 32)
-    conditions = settings.Conditions(seq_length=2048, num_micro_batches=1, steps=3, warmup=1)
-    padded = settings.Setting("10m", "fp32", "padded", full, "sdpa", 0.0, 2)
-    configs, reasons = possible([padded, rows[-1]], conditions, torch.device("cpu"))
-    assert list(configs) == [padded]
-    wanted.model = None
-    here = settings.grid(wanted, on_gpu=False)
-    assert {(row.model, row.precision, row.dropout) for row in here} == {
-        ("10m", "fp32", dropout) for dropout in (None, 0.0)
-    }
-    assert [row.micro_batch for row in here] == [1] * 4 + [2] * 4
+    assert rows[0] == Setting("106m", "bf16", "padded", "te", None, 16)
+    assert rows[-1] == Setting("10m", "bf16", "packed", "flash", None, 32)
+    padded = Setting("10m", "fp32", "padded", "sdpa", 0.0, 2)
+    reasons = tflops.impossible([padded, rows[-1]], 2048, torch.device("cpu"))
+    assert list(reasons) == [rows[-1]]
     assert "needs an NVIDIA GPU and 16 bits" in reasons[rows[-1]]
+    wanted.model = None
+    here = tflops.grid(wanted, on_gpu=False)
+    found = {(row.model, row.precision, row.attention_dropout) for row in here}
+    assert found == {("10m", "fp32", dropout) for dropout in (None, 0.0)}
+    assert [row.micro_batch for row in here] == [1] * 4 + [2] * 4
 
 
 def test_folders_of_cell_types_change_with_all_that_changes_figures(tmp_path: Path) -> None:

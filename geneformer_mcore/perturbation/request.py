@@ -1,6 +1,7 @@
-"""launch/perturb.py, but for its command line: checks places, asks, and writes what is answered.
+"""Perturbation requests: of launch/perturb.py and of `geneformer_mcore.perturb`.
 
-Request  ->  places of all outputs  ->  Answer on the first rank  ->  files  ->  lines for the user
+Request  ->  paths of all outputs checked  ->  Answer on the first rank  ->  files  ->  lines
+AnnData  ->  Answer  ->  AnnData
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.inference import pretrained
 from geneformer_mcore.inference.embed import Choices, check_target
 from geneformer_mcore.io.memory import require
-from geneformer_mcore.perturb import outputs
-from geneformer_mcore.perturb.perturb import Answer, perturb
-from geneformer_mcore.perturb.question import Question
+from geneformer_mcore.perturbation import outputs
+from geneformer_mcore.perturbation.perturb import Answer, perturb
+from geneformer_mcore.perturbation.question import Question
 from geneformer_mcore.tokenizer.genes import InputOptions
 
 
 @dataclass(frozen=True)
 class PerturbRequest:
-    """What launch/perturb.py was asked for; at least one of the four outputs."""
+    """Arguments of launch/perturb.py; at least one of the four outputs."""
 
     checkpoint: Path
     source: str
@@ -40,10 +41,9 @@ class PerturbRequest:
 
 
 def run(request: PerturbRequest, is_first: bool) -> list[str]:
-    """Perturbs on the ranks that are here, and writes from the first one.
+    """Perturb on all ranks and write from the first one. Returns the lines to print there.
 
-    Returns lines that say what was found and written, on the first rank. Raises a GeneformerError
-    for all that the user can mend, the outputs' places before any work.
+    Raises a GeneformerError for the user's mistakes, those in output paths before any work.
     """
     _check(request)
     model = pretrained.find(request.checkpoint, request.vocabulary, request.layout)
@@ -69,13 +69,13 @@ def run(request: PerturbRequest, is_first: bool) -> list[str]:
 
 def _check(request: PerturbRequest) -> None:
     kinds = [
-        (request.table, outputs.TABLES),
-        (request.output, outputs.ANNDATA),
-        (request.plot, outputs.PICTURES),
-        (request.gene_effects, outputs.TABLES),
+        (request.table, (".csv", ".tsv")),
+        (request.output, (".h5ad",)),
+        (request.plot, (".png",)),
+        (request.gene_effects, (".csv", ".tsv")),
     ]
-    places = [(path, suffixes) for path, suffixes in kinds if path is not None]
-    if not places:
+    targets = [(path, suffixes) for path, suffixes in kinds if path is not None]
+    if not targets:
         raise ConfigError(
             "nothing is to be written: give --table, --output, --plot or --gene-effects."
         )
@@ -84,30 +84,27 @@ def _check(request: PerturbRequest) -> None:
             f"--gene-effects lists the most moved genes, and --most-moved is "
             f"{request.question.moved}. Remedy: --most-moved of at least 1, or no --gene-effects."
         )
-    resolved = [path.resolve() for path, _ in places]
+    resolved = [path.resolve() for path, _ in targets]
     if len({*resolved, Path(request.source).resolve()}) <= len(resolved):
         raise ConfigError(
             "input and outputs must be different files: no output may take another's place, and "
             "the input is never changed."
         )
-    for path, suffixes in places:
+    for path, suffixes in targets:
         check_target(path, suffixes, request.overwrite)
 
 
 def _summary(answer: Answer, seconds: float) -> list[str]:
     rows = answer.table
-    variants = int(rows["n_cells"].sum())
-    found = int((rows["q"] < 0.05).sum())
     lines = [
-        f"{len(answer.obs):,} cells x {len(rows):,} perturbations ({variants:,} variants, and "
-        f"those of {answer.facts['perturb']['num_controls']:,} controls), {seconds:.1f} s; "
-        f"{found:,} with q < 0.05"
+        f"{len(answer.obs):,} cells x {len(rows):,} perturbations ({rows['n_cells'].sum():,} "
+        f"variants, and those of {answer.facts['perturb']['num_controls']:,} controls), "
+        f"{seconds:.1f} s; {(rows['q'] < 0.05).sum():,} with q < 0.05"
     ]
     absent = rows.index[rows["n_cells"] == 0].tolist()
     if absent:
-        lines.append(
-            f"in none of the cells: {', '.join(absent[:10])}" + " ..." * (len(absent) > 10)
-        )
+        more = " ..." if len(absent) > 10 else ""
+        lines.append(f"in none of the cells: {', '.join(absent[:10])}{more}")
     return lines
 
 
@@ -119,7 +116,7 @@ def perturb_adata(
     vocabulary: str | Path | None,
     counts_layer: str | None,
 ) -> Any:
-    """The same for an AnnData in memory, in this process alone; gives an AnnData."""
+    """Perturb an AnnData in memory, in this process alone. Returns an AnnData."""
     require(adata)
     question.check()
     model = pretrained.find(checkpoint, vocabulary)

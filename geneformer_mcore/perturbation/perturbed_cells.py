@@ -1,14 +1,13 @@
-"""Sentences of a cell with genes deleted, or with genes in front of all others.
+"""Perturbed cells: genes deleted, or ranked above all others.
 
-delete             counts   ->  without those of the genes  ->  ranked anew: the next ones move in
-delete, truncated  sentence ->  without the genes           ->  shorter: what was cut off stays away
-overexpress        sentence ->  [CLS], genes, the rest      ->  cut: the last ones fall off
+delete             counts   ->  without those of the genes  ->  ranked again: the next ones move up
+delete, truncated  sentence ->  without the genes           ->  shorter: truncated genes stay out
+overexpress        sentence ->  [CLS], genes, the rest      ->  truncated: the last ones fall off
 
-Deleting ranks the cell anew, by the code that ranks every other, rather than taking the gene out of
-its ranking: the total of the counts becomes smaller, which is a factor common to all genes and
-changes no rank but for rounding, and rounding may swap genes whose values are equal on paper.
-Truncated and overexpress are what Geneformer does: `delete_indices` and `overexpress_tokens` in its
-perturber_utils.py, as they are with a [CLS] token.
+Deleting ranks the counts again, by the code that ranks every cell, instead of removing the gene
+from the ranking: the smaller total is a factor common to all genes and changes no rank but for
+rounding, which may swap genes of equal values. Truncated and overexpress follow Geneformer:
+`delete_indices` and `overexpress_tokens` in its perturber_utils.py, with a [CLS] token.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from geneformer_mcore.types import CLS, RaggedCells
 
 
 class Mode(Enum):
-    """What is done with the genes of a perturbation."""
+    """Kind of perturbation."""
 
     delete = "delete"
     overexpress = "overexpress"
 
 
 class Editor:
-    """Makes the variants of cells of one file."""
+    """Perturbs cells of one file."""
 
     def __init__(
         self, encoder: RankEncoder, token_of_column: np.ndarray, mode: Mode, truncated: bool
@@ -42,25 +41,25 @@ class Editor:
         self.mode, self.truncated = mode, truncated
 
     def variants(self, cell: CountedCell, sets: Sequence[np.ndarray]) -> RaggedCells:
-        """One sentence per set of genes (int32 tokens each), [CLS] first. Deleting all that a cell
-        has leaves its [CLS] alone."""
+        """A perturbed cell per set of genes (int32 tokens each), [CLS] first; [CLS] alone where all
+        genes are deleted."""
         if self.mode is Mode.overexpress:
             return ragged([self._in_front(cell.tokens_T, genes) for genes in sets])
         if self.truncated:
             return ragged([cell.tokens_T[~np.isin(cell.tokens_T, genes)] for genes in sets])
-        return self._ranked_anew(cell, sets)
+        return self._ranked_again(cell, sets)
 
     def _in_front(self, tokens_T: np.ndarray, genes: np.ndarray) -> np.ndarray:
         rest = tokens_T[1:][~np.isin(tokens_T[1:], genes)]
         moved = np.concatenate([[CLS], genes, rest])[: self._encoder.seq_length]
         return moved.astype(np.uint16)
 
-    def _ranked_anew(self, cell: CountedCell, sets: Sequence[np.ndarray]) -> RaggedCells:
+    def _ranked_again(self, cell: CountedCell, sets: Sequence[np.ndarray]) -> RaggedCells:
         tokens_E = self._token_of_column[cell.columns_E]
         kept = [np.flatnonzero(~np.isin(tokens_E, genes)) for genes in sets]
-        indptr = np.concatenate([[0], np.cumsum([len(entries) for entries in kept])])
+        indptr = np.cumsum([0, *map(len, kept)], dtype=np.int64)
         entries = np.concatenate([np.empty(0, np.int64), *kept])
-        block = CountBlock(cell.counts_E[entries], cell.columns_E[entries], indptr.astype(np.int64))
+        block = CountBlock(cell.counts_E[entries], cell.columns_E[entries], indptr)
         ranked = self._encoder.encode(block, self._token_of_column)
         keys = np.arange(len(sets), dtype=np.uint64)
         return RaggedCells(ranked.tokens_T, ranked.offsets, keys)

@@ -1,6 +1,8 @@
-"""What launch/perturb.py is asked: which genes, in which cells, compared with what.
+"""Question of a perturbation: genes, cells and controls.
 
-options  ->  Question, checked  ->  its genes and groups by the names of a file  ->  Perturbations
+options  ->  Question, checked
+ENSG... | symbol, of the file or the vocabulary  ->  token   ->  Perturbation of one gene
+groups: a.json {name: [genes]} | a.gmt           ->  tokens  ->  Perturbation of several at once
 """
 
 from __future__ import annotations
@@ -16,43 +18,101 @@ import numpy as np
 
 from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.inference.cells import CountedCells
-from geneformer_mcore.perturb.perturbed_cells import Mode
+from geneformer_mcore.perturbation.perturbed_cells import Mode
 from geneformer_mcore.tokenizer.gencode import clean_id
 from geneformer_mcore.tokenizer.genes import names_as_symbols
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS
 
-# What is perturbed: genes and groups of genes, by name, as tokens of the model.
-#
-# ENSG... | symbol, of the file or the vocabulary  ->  token  ->  Perturbation
-# groups: a.json {name: [genes]} | a.gmt           ->  tokens ->  Perturbation
-
+ALL_GENES = -1
 MOST_LISTED = 10
 
 
 @dataclass(frozen=True)
-class Perturbation:
-    """Genes that are deleted, or put in front, at once.
+class Question:
+    """Perturbations, cells and controls.
 
-    name:    the gene's symbol where one is known, else its id; or the name of the group
-    tokens:  of its genes, in the order given, each once
+    genes:      ids or symbols, each a perturbation;  groups: a file, or {name: genes}
+    top:        number of genes in most cells, each a perturbation; ALL_GENES: all of them
+    mode:       delete or overexpress;  truncated: delete without ranking the counts again
+    start:      COLUMN=VALUE, the cells to perturb; "": all but those of the goal
+    goal:       COLUMN=VALUE, cells whose mean vector shifts are measured toward; "": none
+    max_cells:  most cells of either, drawn by `seed`; 0: all
+    null:       random controls per perturbation, drawn by `seed`; 0: no p
+    moved:      most moved genes to list per perturbation; 0: none
+    """
+
+    genes: Sequence[str] = ()
+    groups: Path | Mapping[str, Sequence[str]] | None = None
+    top: int | None = None
+    mode: str = Mode.delete.value
+    truncated: bool = False
+    start: str = ""
+    goal: str = ""
+    max_cells: int = 0
+    null: int = 100
+    moved: int = 0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise ConfigError for values out of range, or that exclude each other."""
+        if self.mode not in {mode.value for mode in Mode}:
+            raise ConfigError(f"mode must be delete or overexpress, and is {self.mode}.")
+        if self.truncated and self.mode != Mode.delete.value:
+            raise ConfigError(
+                '`truncated=True` goes with `mode="delete"`: what is put in front of a sentence '
+                "that was cut is the same as of a whole one."
+            )
+        if not self.genes and self.groups is None and self.top is None:
+            raise ConfigError(
+                "nothing is to be perturbed: give `genes=`, `groups=` or `top=N` (`top=-1`: every "
+                "gene)."
+            )
+        for name in ("max_cells", "null", "moved", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"`{name}=` must be at least 0, and is {getattr(self, name)}.")
+        if self.top is not None and self.top != ALL_GENES and self.top < 1:
+            raise ConfigError(f"`top=` must be at least 1, and is {self.top}.")
+
+    def perturbations(self, names: GeneNames) -> tuple[list[Perturbation], list[str]]:
+        """(perturbations of genes and groups, notes on skipped names). DataError for unknown
+        ones."""
+        asked, lines = names.singles(self.genes)
+        if self.groups is None:
+            return asked, lines
+        groups = read_groups(self.groups) if isinstance(self.groups, Path) else self.groups
+        found, more = names.groups(groups)
+        return asked + found, lines + more
+
+    def facts(self) -> dict[str, Any]:
+        """Content of uns: plain text and numbers."""
+        names = ("mode", "truncated", "start", "goal", "max_cells", "null", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Genes that are deleted, or ranked first, at once.
+
+    name:    the gene's symbol if known, else its id; or the name of the group
+    tokens:  of its genes, in the given order, each once
     """
 
     name: str
     tokens: tuple[int, ...]
 
 
-def what_is_done(tokens: tuple[int, ...], mode: Mode) -> tuple[int, ...]:
-    """The same for perturbations that make the same of every cell: in which order genes are deleted
-    does not matter, and that in which they are put in front does."""
+def effect_key(tokens: tuple[int, ...], mode: Mode) -> tuple[int, ...]:
+    """Equal for perturbations with equal effects: the order of genes matters in overexpression
+    only."""
     return tokens if mode is Mode.overexpress else tuple(sorted(tokens))
 
 
 class GeneNames:
-    """Every name under which a gene of the model may be asked for.
+    """Names of the model's genes.
 
-    Ids of the vocabulary come first, then the symbols of the file, of a table, of the vocabulary. A
-    symbol that stands for several genes is none.
+    Ids of the vocabulary come first, then the symbols of the file, of a table, of the vocabulary.
+    A symbol of several genes is ignored.
     """
 
     def __init__(
@@ -70,7 +130,7 @@ class GeneNames:
 
     @classmethod
     def of(cls, cells: CountedCells, vocabulary: Vocabulary, table: Mapping[str, str]) -> GeneNames:
-        """Those for a file; table: {symbol: id}, as the user gave it."""
+        """Names for a file; table: {symbol: id} of the user."""
         found: dict[str, int] = {}
         several = set()
         tokens = cells.genes.token_of_column.tolist()
@@ -80,11 +140,11 @@ class GeneNames:
         return cls(vocabulary, {n: t for n, t in found.items() if n not in several}, table)
 
     def token(self, name: str) -> int:
-        """The token of a gene, 0 if it is not known."""
+        """The token of a gene, 0 if unknown."""
         return self._tokens.get(name) or self._tokens.get(clean_id(name), 0)
 
     def symbol(self, token: int) -> str:
-        """What people call the gene: its symbol, else its id."""
+        """The symbol of the gene, else its id."""
         return self._symbols.get(token, self.id_of(token))
 
     def id_of(self, token: int) -> str:
@@ -96,11 +156,10 @@ class GeneNames:
         return Perturbation(self.symbol(token), (token,))
 
     def singles(self, names: Iterable[str]) -> tuple[list[Perturbation], list[str]]:
-        """One per gene, each once, and a line for each name of a gene that was named before. Raises
-        DataError that lists those that are not known."""
-        asked = list(dict.fromkeys(filter(None, names)))
-        tokens = {name: self.token(name) for name in asked}
-        self._refuse_unknown([name for name, token in tokens.items() if not token], len(asked))
+        """(a perturbation per gene, notes on genes that are named twice). Raises DataError that
+        lists unknown names."""
+        tokens = {name: self.token(name) for name in names if name}
+        self._refuse_unknown([name for name, token in tokens.items() if not token], len(tokens))
         first: dict[int, str] = {}
         lines = [
             f"{name}: the same gene as {first[token]}, perturbed once"
@@ -110,8 +169,8 @@ class GeneNames:
         return [self.single(token) for token in first], lines
 
     def groups(self, named: Mapping[str, Sequence[str]]) -> tuple[list[Perturbation], list[str]]:
-        """One per group, and a line for each that has genes which are not known: they are left
-        out. Raises DataError for a group of which no gene is known."""
+        """(a perturbation per group, notes on groups with unknown genes). Raises DataError for a
+        group without a known gene."""
         found, lines = [], []
         for group, names in named.items():
             tokens = [token for token in map(self.token, names) if token]
@@ -142,23 +201,23 @@ class GeneNames:
 
 
 def distinct(asked: list[Perturbation], mode: Mode) -> tuple[list[Perturbation], list[str]]:
-    """Each set of genes once, each name once: rows and columns are found by their names. And a line
-    for each that is left out for another of another name, which does the same."""
+    """(perturbations with distinct effects and names, notes on those of another name that are
+    skipped)."""
     found: dict[tuple[int, ...], Perturbation] = {}
     taken: set[str] = set()
     lines = []
     for perturbation in asked:
-        done = what_is_done(perturbation.tokens, mode)
-        if done in found:
-            if perturbation.name != found[done].name:
-                lines.append(f"{perturbation.name}: the same genes as {found[done].name}: left out")
+        key = effect_key(perturbation.tokens, mode)
+        if key in found:
+            if perturbation.name != found[key].name:
+                lines.append(f"{perturbation.name}: the same genes as {found[key].name}: left out")
             continue
         name, number = perturbation.name, 1
         while name in taken:
             number += 1
             name = f"{perturbation.name} ({number})"
         taken.add(name)
-        found[done] = replace(perturbation, name=name)
+        found[key] = replace(perturbation, name=name)
     return list(found.values()), lines
 
 
@@ -210,89 +269,20 @@ def _of_gmt(text: str, path: Path) -> dict[str, list[str]]:
 
 
 class Sets:
-    """Perturbations as arrays, to ask of each cell which of them it has.
-
-    tokens: int32 per perturbation, its genes
-    """
+    """Perturbations as arrays. tokens: int32 per perturbation, its genes."""
 
     def __init__(self, perturbations: Sequence[Perturbation], vocabulary_size: int) -> None:
         self.tokens = [np.array(each.tokens, np.int32) for each in perturbations]
-        lengths = [len(genes) for genes in self.tokens]
         self._flat = np.concatenate([np.empty(0, np.int32), *self.tokens])
-        self._starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+        self._starts = np.cumsum([0, *map(len, self.tokens)], dtype=np.int64)[:-1]
         self._is_in = np.zeros(vocabulary_size, bool)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def in_sentence(self, tokens_T: np.ndarray) -> np.ndarray:
-        """bool per perturbation: whether one of its genes, at least, stands in the sentence."""
+        """bool per perturbation: at least one of its genes is among the cell's tokens."""
         self._is_in[tokens_T] = True
         found = np.logical_or.reduceat(self._is_in[self._flat], self._starts)
         self._is_in[tokens_T] = False
         return found
-
-
-ALL_GENES = -1
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is perturbed, in which cells, and what is asked of it.
-
-    genes:      ids or symbols, each a perturbation;  groups: a file, or {name: genes}
-    top:        so many of the genes in most cells, each a perturbation; ALL_GENES: all of them
-    mode:       delete or overexpress;  truncated: delete from the sentence as it was cut
-    start:      COLUMN=VALUE, the cells that are perturbed; "": all, but for those of the goal
-    goal:       COLUMN=VALUE, the cells toward whose mean vector shifts are measured; "": none
-    max_cells:  at most so many of either, drawn by `seed`; 0: all
-    null:       random controls to compare each perturbation with, drawn by `seed`; 0: no p
-    moved:      how many of the most moved genes are kept of each perturbation; 0: none
-    """
-
-    genes: Sequence[str] = ()
-    groups: Path | Mapping[str, Sequence[str]] | None = None
-    top: int | None = None
-    mode: str = Mode.delete.value
-    truncated: bool = False
-    start: str = ""
-    goal: str = ""
-    max_cells: int = 0
-    null: int = 100
-    moved: int = 0
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raises ConfigError for what cannot be asked, or not together."""
-        if self.mode not in {mode.value for mode in Mode}:
-            raise ConfigError(f"mode must be delete or overexpress, and is {self.mode}.")
-        if self.truncated and self.mode != Mode.delete.value:
-            raise ConfigError(
-                '`truncated=True` goes with `mode="delete"`: what is put in front of a sentence '
-                "that was cut is the same as of a whole one."
-            )
-        if not self.genes and self.groups is None and self.top is None:
-            raise ConfigError(
-                "nothing is to be perturbed: give `genes=`, `groups=` or `top=N` (`top=-1`: every "
-                "gene)."
-            )
-        for name in ("max_cells", "null", "moved", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"`{name}=` must be at least 0, and is {getattr(self, name)}.")
-        if self.top is not None and self.top != ALL_GENES and self.top < 1:
-            raise ConfigError(f"`top=` must be at least 1, and is {self.top}.")
-
-    def perturbations(self, names: GeneNames) -> tuple[list[Perturbation], list[str]]:
-        """Its genes and groups, and lines on what was left out. DataError for unknown ones."""
-        asked, twice = names.singles(self.genes)
-        if self.groups is None:
-            return asked, twice
-        groups = self.groups
-        named = read_groups(groups) if isinstance(groups, Path) else groups
-        found, lines = names.groups(named)
-        return asked + found, twice + lines
-
-    def facts(self) -> dict[str, Any]:
-        """What goes into uns: plain text and numbers."""
-        names = ("mode", "truncated", "start", "goal", "max_cells", "null", "seed")
-        return {name: getattr(self, name) for name in names}

@@ -1,7 +1,10 @@
-"""What perturbations do, as a PNG: bars of a few, or of many how unlikely over how far.
+"""Files of a perturbation's Answer.
 
-table  ->  up to 20 perturbations, or no p  ->  shifts with their spread, and their controls'
-       ->  more                             ->  p over the shift beside its controls', some names
+table        ->  .csv | .tsv, smallest p first
+layers       ->  .h5ad of cells x perturbations
+moved genes  ->  .csv | .tsv
+table        ->  .png: bars of shift, spread and controls of up to 20 perturbations, or without p;
+                 of more a volcano plot: p over the shift relative to the controls', with some names
 """
 
 from __future__ import annotations
@@ -12,36 +15,33 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from geneformer_mcore.inference.embed import FACTS
 from geneformer_mcore.io import anndata_out
 from geneformer_mcore.io.files import whole_file
-from geneformer_mcore.perturb.perturb import Answer
+from geneformer_mcore.perturbation.perturb import Answer
+from geneformer_mcore.report.figures import BLUE, ORANGE, new_figure
 
-# What perturbations do, as files: a table, an AnnData of cells x perturbations, moved genes.
-#
-# Answer -> .csv | .tsv, most certain first -> .h5ad, X and layers -> .csv | .tsv of moved genes
-
-TABLES, ANNDATA, PICTURES = (".csv", ".tsv"), (".h5ad",), (".png",)
+GREY = "#999999"
+MOST_BARS, MOST_NAMES = 20, 8
+SIGNIFICANT = 0.05
 
 
 def write_table(path: Path, answer: Answer) -> None:
-    """Writes the rows, those with the smallest p first, of equals those with the larger shift."""
+    """Write the rows, smallest p first, of equals the larger shift."""
     rows = answer.table
     largest_first = rows.sort_values("shift", ascending=False, kind="stable")
     _write(path, largest_first.sort_values("p", kind="stable").reset_index())
 
 
 def write_moved_genes(path: Path, answer: Answer) -> None:
-    """Writes the most moved genes of every perturbation."""
+    """Write the most moved genes of every perturbation."""
     assert answer.moved_genes is not None
     _write(path, answer.moved_genes)
 
 
 def write_cells(path: Path, answer: Answer) -> None:
-    """Writes cells x perturbations."""
+    """Write cells x perturbations."""
     with whole_file(path) as partial:
         as_anndata(answer).write_h5ad(partial)
 
@@ -59,22 +59,13 @@ def _write(path: Path, rows: pd.DataFrame) -> None:
         rows.to_csv(partial, sep="\t" if path.suffix == ".tsv" else ",", index=False)
 
 
-# Okabe and Ito's colours, which most eyes can tell apart.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
-MOST_BARS, MOST_NAMES = 20, 8
-SIGNIFICANT = 0.05
-
-
 def save(path: Path, answer: Answer) -> None:
-    """Writes the plot to `path` (PNG). No display is needed or opened. Raises DataError where it
-    cannot."""
+    """Write the plot to `path`. Raises DataError where it cannot."""
     rows = answer.table[answer.table["n_cells"] > 0]
     has_goal = "goal_shift" in rows
-    as_bars = len(rows) <= MOST_BARS or rows["p"].isna().all()
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4.6)
     axes = figure.add_subplot()
-    if as_bars:
+    if len(rows) <= MOST_BARS or rows["p"].isna().all():
         _bars(axes, rows, "goal_shift" if has_goal else "shift")
     else:
         _volcano(axes, rows, has_goal)
@@ -98,10 +89,9 @@ def _bars(axes: Axes, rows: pd.DataFrame, column: str) -> None:
                   markeredgewidth=2, label="mean of its controls")  # fmt: skip
         axes.legend(frameon=False)
     q = "goal_q" if column == "goal_shift" else "q"
-    marks = [" *" if value < SIGNIFICANT else "" for value in largest[q]]
-    axes.set_yticks(
-        places, [f"{name}{mark}" for name, mark in zip(largest.index, marks, strict=True)]
-    )
+    marks = np.where(largest[q] < SIGNIFICANT, " *", "")
+    names = [f"{name}{mark}" for name, mark in zip(largest.index, marks, strict=True)]
+    axes.set_yticks(places, names)
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.set_xlabel(f"{_words(column)}, mean and standard error over cells (* q < {SIGNIFICANT})")
 
@@ -117,25 +107,19 @@ def _volcano(axes: Axes, rows: pd.DataFrame, has_goal: bool) -> None:
     for chosen, colour, name in (
         (~is_found & ~has_none, GREY, f"q >= {SIGNIFICANT}"),
         (is_found, ORANGE, f"q < {SIGNIFICANT}"),
-        # Without a place, so that no mark is drawn: its controls are in no cell.
+        # NaN, so that no mark is drawn: its controls are in no cell.
         (has_none, "none", "no p, not shown"),
     ):
         if chosen.any():
-            axes.scatter(
-                x[chosen],
-                height[chosen],
-                s=14,
-                color=colour,
-                alpha=0.8,
-                label=f"{name}: {chosen.sum():,}",
-            )
+            label_here = f"{name}: {chosen.sum():,}"
+            axes.scatter(x[chosen], height[chosen], 14, colour, alpha=0.8, label=label_here)
     named = pd.DataFrame({"p": p, "far": -x.abs()}).dropna().sort_values(["p", "far"])
     for name in named.index[:MOST_NAMES]:
         axes.annotate(name, (x[name], height[name]), (3, 3), textcoords="offset points", fontsize=7)
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.set_xlabel(label)
     axes.set_ylabel("-log10 p, against random genes")
-    # Framed: a mark of the legend without one looks like another gene.
+    # Without a frame the legend's marks look like genes.
     axes.legend(framealpha=1, loc="lower right")
 
 

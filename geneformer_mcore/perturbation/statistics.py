@@ -1,6 +1,15 @@
-"""Shifts of many cells as one row per perturbation.
+"""Statistics of perturbations: random controls, p and q.
 
-float32 [cells, perturbations and controls, COLUMNS]  ->  means, spread, p, q of those asked for
+chosen cells, one by one  ->  Survey: per gene, in how many cells it is and how high
+genes of the chosen cells ->  strata: in as many cells (within a factor of two), as high up
+perturbation  ->  strata of its genes  ->  as many genes drawn from the same strata  ->  controls
+float32 [cells, perturbations and controls, COLUMNS]  ->  means  ->  p  ->  Benjamini-Hochberg q
+
+The null hypothesis is about genes, not about cells: that a gene is like any other which is detected
+in about as many cells and ranks about as high. Tests over cells (Wilcoxon's) ask whether a gene
+differs from the average gene, which with enough cells every gene does. p = (1 + controls with at
+least its effect) / (1 + controls), of Phipson and Smyth 2010, doi:10.2202/1544-6115.1585: no p is
+0, and none is below 1 / (1 + controls).
 """
 
 from __future__ import annotations
@@ -17,23 +26,26 @@ from scipy import stats
 
 from geneformer_mcore.inference.cells import ChosenCells
 from geneformer_mcore.model.forward_only import DISPLACEMENT_COLUMNS
-from geneformer_mcore.perturb.perturbed_cells import Mode
-from geneformer_mcore.perturb.question import GeneNames, Perturbation, Sets, what_is_done
+from geneformer_mcore.perturbation.perturbed_cells import Mode
+from geneformer_mcore.perturbation.question import GeneNames, Perturbation, Sets, effect_key
 
-# What the chosen cells hold: of every gene in how many sentences it stands, and how high.
-#
-# chosen cells, one by one  ->  sums per gene of the vocabulary: only these are kept
+RANK_BINS = 4
+"""Most strata by rank of genes in about as many cells."""
+UNSEEN = 0
+"""The stratum of genes in no sentence."""
+COPIED_VALUES = 1 << 22
+"""Numbers that are copied as float64 at once, about."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Of every token of the vocabulary (specials: 0), and of every perturbation asked for.
+    """Genes of the chosen cells, per token of the vocabulary (specials: 0).
 
     num_cells:      chosen cells with a known gene
     detected_V:     int64, cells with a count of it
-    in_sentence_V:  int64, cells in whose sentence it stands, as far as that goes
-    rank_V:         float64, its mean place there as a share of the sentence: 0 first, 1 last; NaN
-                    where it stands in none
+    in_sentence_V:  int64, cells with it among their tokens
+    rank_V:         float64, its mean rank there as a share of the cell: 0 first, 1 last; NaN in
+                    none
     """
 
     num_cells: int
@@ -43,17 +55,17 @@ class Survey:
 
     @property
     def genes(self) -> np.ndarray:
-        """int64, the tokens that stand in some sentence, ascending."""
+        """int64, the tokens of any cell, ascending."""
         return np.flatnonzero(self.in_sentence_V)
 
     def most_common(self, number: int) -> list[int]:
-        """The tokens that stand in most sentences; of equals those with the smaller id."""
+        """The tokens of most cells; of equals those with the smaller id."""
         order = np.argsort(-self.in_sentence_V, kind="stable")
         return order[: min(number, len(self.genes))].tolist()
 
 
 def survey(cells: ChosenCells, vocabulary_size: int) -> Survey:
-    """Looks at every chosen cell once."""
+    """Count the genes of the chosen cells, one cell at a time."""
     token_of_column = cells.cells.genes.token_of_column
     detected_V, in_sentence_V = (np.zeros(vocabulary_size, np.int64) for _ in range(2))
     ranks_V = np.zeros(vocabulary_size)
@@ -71,8 +83,7 @@ def survey(cells: ChosenCells, vocabulary_size: int) -> Survey:
 
 
 def presence(cells: ChosenCells, sets: Sets) -> tuple[np.ndarray, np.ndarray]:
-    """(cells with a count, cells in whose sentence it stands), int64 per perturbation: of one of
-    its genes, at least."""
+    """(cells with a count, cells with a token), int64 per perturbation: of any of its genes."""
     token_of_column = cells.cells.genes.token_of_column
     detected_P, in_sentence_P = (np.zeros(len(sets), np.int64) for _ in range(2))
     for cell in cells.counted(0, len(cells)):
@@ -81,46 +92,29 @@ def presence(cells: ChosenCells, sets: Sets) -> tuple[np.ndarray, np.ndarray]:
     return detected_P, in_sentence_P
 
 
-# Random genes to compare with, and how unlikely a perturbation's effect is among theirs.
-#
-# genes of the chosen cells  ->  strata: in as many cells (within a factor of two), as high up
-# perturbation  ->  strata of its genes  ->  as many genes drawn from the same strata  ->  controls
-# mean effects of perturbation and controls  ->  p  ->  Benjamini-Hochberg q
-#
-# The null hypothesis is about genes, not about cells: that a gene is like any other which is
-# detected in about as many cells and stands about as high. Tests over cells (Wilcoxon's) ask
-# whether a gene differs from the average gene, which with enough cells every gene does. p = (1 +
-# controls with at least its effect) / (1 + controls), of Phipson and Smyth 2010,
-# doi:10.2202/1544-6115.1585: no p is 0, and none is below 1 / (1 + controls).
-
-RANK_BINS = 4
-"""By how many ranges of its place in the sentence a range of detection is split, at most."""
-UNSEEN = 0
-"""The stratum of genes that stand in no sentence."""
-
-
 @dataclass(frozen=True)
 class Controls:
-    """all: the perturbations asked for, then those that are only compared with;  of: for each one
-    asked for the numbers of its controls among them (int64)."""
+    """all: the tested perturbations, then their controls;  of: for each tested one the numbers of
+    its controls in `all` (int64)."""
 
     all: list[Perturbation]
     of: list[np.ndarray]
 
 
 def strata(survey: Survey, least: int) -> np.ndarray:
-    """int64 per token, the stratum of every gene: by the power of two of the cells that it stands
-    in, and within these by its mean place, in up to RANK_BINS ranges of equally many genes, as long
-    as each has `least`. UNSEEN where it stands in none; -1 for the specials."""
+    """int64 per token, the stratum of every gene: by the power of two of its number of cells, then
+    by its mean rank in up to RANK_BINS ranges of equally many genes, at least `least` each; UNSEEN
+    in no cell."""
     genes = survey.genes
     found = np.full(len(survey.in_sentence_V), UNSEEN, np.int64)
     detection = np.log2(survey.in_sentence_V[genes]).astype(np.int64)
     for level in np.unique(detection):
         members = genes[detection == level]
         bins = min(RANK_BINS, max(1, len(members) // max(1, least)))
-        # Ranks of ranks: ranges of equally many genes, whatever the distribution.
-        place = np.argsort(np.argsort(survey.rank_V[members], kind="stable"), kind="stable")
-        found[members] = 1 + level * RANK_BINS + place * bins // len(members)
+        order = np.argsort(survey.rank_V[members], kind="stable")
+        found[members[order]] = (
+            1 + level * RANK_BINS + np.arange(len(members)) * bins // len(members)
+        )
     return found
 
 
@@ -133,20 +127,18 @@ def draw(
     first_gene: int,
     mode: Mode = Mode.overexpress,
 ) -> Controls:
-    """Up to `number` controls for each perturbation; those of the same strata share theirs.
+    """Draw up to `number` controls for each perturbation; those of the same strata share theirs.
 
-    A gene that was asked for and is drawn as a control of another is perturbed once. None is its
-    own control, and no set of genes is a control twice.
+    A control that is also tested is perturbed once. None is its own control, and no set of genes is
+    a control twice.
 
     first_gene:  the smallest token of a gene
-    mode:        with delete, genes that stand in no sentence have no controls; else those of their
-                 kind
+    mode:        deleted genes in no cell have no controls; overexpressed ones have those like them
     """
-    unseen_too = mode is Mode.overexpress
     stratum_V = strata(survey, number + 1)
     stratum_V[:first_gene] = -1
-    place = {
-        what_is_done(each.tokens, mode): where for where, each in reversed([*enumerate(asked)])
+    position = {
+        effect_key(each.tokens, mode): where for where, each in reversed([*enumerate(asked)])
     }
     everything = list(asked)
     shared: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
@@ -154,26 +146,27 @@ def draw(
     for perturbation in asked:
         kinds = tuple(sorted(stratum_V[list(perturbation.tokens)].tolist()))
         if kinds not in shared:
-            has_any = unseen_too or set(kinds) != {UNSEEN}
+            has_any = mode is Mode.overexpress or set(kinds) != {UNSEEN}
             shared[kinds] = _drawn(kinds, stratum_V, number, seed) if has_any else []
-        mine = []
+        own = []
         for tokens in shared[kinds]:
             if set(tokens) == set(perturbation.tokens):
                 continue
-            done = what_is_done(tokens, mode)
-            if done not in place:
-                place[done] = len(everything)
-                everything.append(Perturbation(_name(tokens, names), tokens))
-            mine.append(place[done])
-        of.append(np.array(mine, np.int64))
+            key = effect_key(tokens, mode)
+            if key not in position:
+                position[key] = len(everything)
+                name = " ".join(names.symbol(token) for token in tokens[:3])
+                everything.append(Perturbation(name, tokens))
+            own.append(position[key])
+        of.append(np.array(own, np.int64))
     return Controls(everything, of)
 
 
 def _drawn(
     kinds: tuple[int, ...], stratum_V: np.ndarray, number: int, seed: int
 ) -> list[tuple[int, ...]]:
-    """Different sets with one gene of each of the strata `kinds`, each in one order: the same genes
-    in two orders are no two controls, or p would be too small where strata are."""
+    """Distinct sets with one gene of each of the strata `kinds`, each in one order: two orders of
+    the same genes are one control, or p would be too small in small strata."""
     rng = np.random.default_rng([seed, len(kinds), *kinds])
     if len(kinds) == 1:
         members = np.flatnonzero(stratum_V == kinds[0])
@@ -189,18 +182,13 @@ def _drawn(
     return list(found.values())
 
 
-def _name(tokens: Sequence[int], names: GeneNames) -> str:
-    return " ".join(names.symbol(token) for token in tokens[:3])
-
-
 def p_values(
     effects_P: np.ndarray, controls: Sequence[np.ndarray], two_sided: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(p, q), float64 per perturbation asked for, NaN where it or all of its controls have no
-    effect that is known.
+    """(p, q), float64 per tested perturbation, NaN where its effect or that of all controls is.
 
-    effects_P:  of everything in Controls.all
-    two_sided:  effects may be large or small; else only large ones count
+    effects_P:  of Controls.all
+    two_sided:  large and small effects; else large ones only
     """
     found = np.full(len(controls), np.nan)
     for number, mine in enumerate(controls):
@@ -223,14 +211,10 @@ def q_values(p_P: np.ndarray) -> np.ndarray:
     return found
 
 
-COPIED_VALUES = 1 << 22
-"""Numbers that are copied as float64 at once, about."""
-
-
 @dataclass(frozen=True)
 class Tested:
-    """asked: the perturbations asked for;  detected_P, in_sentence_P: int64, cells that have one of
-    its genes counted, and in their sentence."""
+    """asked: the requested perturbations;  detected_P, in_sentence_P: int64, cells with a count of
+    any of its genes, and with any among their tokens."""
 
     asked: list[Perturbation]
     detected_P: np.ndarray
@@ -240,16 +224,15 @@ class Tested:
 def table(
     tested: Tested, names: GeneNames, controls: Controls, values_NPC: np.ndarray, has_goal: bool
 ) -> pd.DataFrame:
-    """A row per perturbation asked for, in that order, by its name.
+    """A row per tested perturbation, in their order, by name.
 
     feature_ids, n_genes       of its genes
-    n_detected, n_cells        cells with a count of one of them; cells that were perturbed
+    n_detected, n_cells        cells with a count of any of them; perturbed cells
     shift, shift_sd            1 - cosine of the cell's vectors: mean over cells, their spread
-    gene_shift                 the same of the states of the genes that stay, mean over genes
-    control_shift, n_controls  mean of its controls' mean shifts; controls that are in a cell
-    p, q                       of a shift as large as this among the controls', and by
-                               Benjamini-Hochberg
-    goal_shift, goal_shift_sd  cosine with the goal after, less that before: above 0 is toward it
+    gene_shift                 the same of the states of the remaining genes, mean over genes
+    control_shift, n_controls  mean of its controls' mean shifts; controls in any cell
+    p, q                       of a shift as large among the controls', and by Benjamini-Hochberg
+    goal_shift, goal_shift_sd  cosine with the goal after less before: above 0 is toward it
     goal_p, goal_q             the same, two-sided
     """
     shift_NP, genes_NP, goal_NP = (
@@ -284,7 +267,7 @@ def table(
 
 
 def _mean(values_NP: np.ndarray) -> np.ndarray:
-    """float64 [P], over what is not NaN; NaN where all is."""
+    """float64 [P], of the values that are not NaN."""
     return _some_at_once(np.nanmean, values_NP)
 
 
@@ -293,7 +276,7 @@ def _spread(values_NP: np.ndarray) -> np.ndarray:
 
 
 def _some_at_once(of_columns: Callable[..., Any], values_NP: np.ndarray) -> np.ndarray:
-    """Of float64 copies that are small beside the values."""
+    """[P] `of_columns`, computed on float64 copies of some columns at a time."""
     size = max(1, COPIED_VALUES // max(1, len(values_NP)))
     found = []
     with warnings.catch_warnings():
