@@ -79,7 +79,7 @@ def gather(
     memory runs out.
     """
     if not sources:
-        raise DataError("no input file given. Remedy: name one h5ad file or more.")
+        raise DataError("no input given. Remedy: name one h5ad or zarr file or more.")
     limit = most_values(memory_gb)
     units = _inspect(sorted({str(source) for source in sources}), options)
     total, done = sum(unit.stop - unit.start for unit in units), 0
