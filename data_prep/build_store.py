@@ -1,4 +1,4 @@
-"""Builds a store of tokenised cells from h5ad files of counts and SOMA Experiments."""
+"""Builds a store of tokenised cells from counts: h5ad, zarr and SOMA Experiments."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Counts are looked for in layers["counts"], raw.X and X; gene ids in var's featur
 gene_ids and index. Where there are symbols alone, they are mapped by --symbols, else by the
 vocabulary's names and GENCODE's table; the variable GENEFORMER_GENCODE names another, or "off".
 
-An input that cannot be read, or holds what is no count anywhere, is left out altogether: it is
-named at once, the others are stored, the manifest and the last lines on stderr name it again, and
-the command ends with 2. With --strict there is no store then.
+An input that cannot be read, or holds a value that is no count, is left out altogether: it is
+reported at once, the others are stored, the manifest and the last lines on stderr name it again,
+and the command exits with status 2. With --strict there is no store then.
 
-A build that was killed goes on where it was: start the same command again. Finished work stays in
-.STORE.staging beside the store until that is there. On a cluster, let every task of an array do a
-part, and the same command without --part put them together:
+A build that was killed resumes: start the same command again. Finished work stays in
+.STORE.staging next to the store until that is complete. On a cluster, let every task of an array do
+a part, and the same command without --part merge them:
   sbatch --array=0-7 --wrap 'python data_prep/build_store.py ... --part $SLURM_ARRAY_TASK_ID/8'
 
-Ends with 0; 2 if an input or an option is wrong, or a disk is full; 75 if a network failed, 1 if a
-worker was killed or memory ran out (start it again: what is done is kept) or for a defect of ours.
+Exit status: 0; 2 if an input or an option is wrong, or a disk is full; 75 if a network failed, 1 if
+a worker was killed or memory ran out (start it again: what is done is kept), or internal error.
 """
 
 
@@ -44,7 +44,7 @@ def _parse() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="h5ad file, or path or URI of an Experiment")
+    add("inputs", nargs="+", metavar="INPUT", help="h5ad or zarr, or path or URI of an Experiment")
     add("--out", required=True, metavar="STORE", help="the store's folder, which must not exist")
     add(
         "--vocabulary",
@@ -87,7 +87,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Builds the store, or does a part of it, and prints what became of each input."""
+    """Builds the store, or a part of it, and prints a report of each input."""
     arguments = _parse()
     from geneformer_mcore.store.ingest.staging import check_target
 
@@ -153,7 +153,7 @@ def _settings(arguments: argparse.Namespace, progress: ProgressLine) -> dict[str
         "split_rule": split,
         "overwrite": arguments.overwrite,
         "progress": progress.update,
-        "say": progress.say,
+        "log": progress.print_line,
         "workers": workers,
         "strict": arguments.strict,
     }
@@ -178,7 +178,7 @@ def _vocabulary(
     )
     warning = describe_other_ids(vocabulary)
     if warning:
-        progress.say(f"warning: {warning}")
+        progress.print_line(f"warning: {warning}")
     return vocabulary
 
 

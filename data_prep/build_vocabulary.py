@@ -29,7 +29,7 @@ def _parse() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="FILE.h5ad", help="files of counts, or SOMA Experiments")
+    add("inputs", nargs="*", metavar="INPUT", help="h5ad or zarr of counts, or SOMA Experiment")
     out = parser.add_mutually_exclusive_group(required=True)
     out.add_argument("--out", metavar="FILE.json", help="the vocabulary to write, a new file")
     out.add_argument("--partial", metavar="PART.npz", help="write what was counted, to be merged")
@@ -49,7 +49,7 @@ def _parse() -> argparse.Namespace:
     if arguments.merge and (arguments.inputs or any(reading)):
         parser.error("--merge takes partial files alone: no inputs, and no options of reading them")
     if not arguments.merge and not arguments.inputs:
-        parser.error("name one h5ad file or more, or --merge partial files")
+        parser.error("name one h5ad or zarr input or more, or --merge partial files")
     return arguments
 
 
@@ -70,7 +70,7 @@ def _tally(arguments: argparse.Namespace) -> Tally:
 
 
 def main() -> None:
-    """Reads all files, writes the vocabulary or the partial file, says what it holds."""
+    """Reads all files, writes the vocabulary or the partial file, prints a summary."""
     arguments = _parse()
     from geneformer_mcore.io.files import check_output
     from geneformer_mcore.tokenizer.genes import describe_other_ids

@@ -100,7 +100,7 @@ def make_demo(source: Path, symbols: dict[str, str]) -> tuple[anndata.AnnData, f
 
 
 def main() -> None:
-    """Writes the demo's h5ad and says what it holds."""
+    """Writes the demo's h5ad and prints a summary."""
     arguments = _parse()
     from geneformer_mcore.io.files import check_output, whole_file
     from geneformer_mcore.tokenizer.gencode import TABLE, read_gencode

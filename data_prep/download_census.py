@@ -22,8 +22,8 @@ EXAMPLE = """example:
   python data_prep/download_census.py --out census --part 0/32      # of a SLURM array
   python data_prep/download_census.py --out census --check
 
-plan.json in the folder says which cells go into which file: one per data set, several for a large
-one. What is whole is skipped, so the same command goes on after whatever ended it. Ends with 75 if
+plan.json in the folder lists the cells of each file: one file per data set, several for a large
+one. What is whole is skipped, so the same command resumes after any end. Exit status 75 if
 the network failed to the last attempt (start it again), with 2 for wrong input or damaged files.
 A file of 32,768 cells takes about 1 GB of memory while it is fetched.
 """

@@ -41,7 +41,7 @@ def table_of(symbols: dict[str, str]) -> bytes:
 
 
 def main() -> None:
-    """Writes the table and says how many symbols it holds."""
+    """Writes the table, prints its number of symbols."""
     arguments = _parse()
     from geneformer_mcore.io.files import file_digest, whole_file
     from geneformer_mcore.tokenizer.gencode import TABLE, read_gencode

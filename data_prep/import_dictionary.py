@@ -31,7 +31,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Reads the dictionaries, writes the vocabulary, says what it holds."""
+    """Reads the dictionaries, writes the vocabulary, prints a summary."""
     arguments = _parse()
     from geneformer_mcore.io.files import check_output
     from geneformer_mcore.tokenizer.dictionary import import_dictionary

@@ -33,7 +33,7 @@ def _parse() -> argparse.Namespace:
         "sources",
         nargs="+",
         metavar="STORE_OR_TABLE",
-        help="token store, table, folder of download_census.py, h5ad files or SOMA Experiment",
+        help="token store, table, folder of download_census.py, h5ad, zarr or SOMA Experiment",
     )
     add("--out", required=True, metavar="split.json", help="the file to write, a new one")
     add("--policy", default="card", choices=("card", "smallest-first"), help="(default: card)")
@@ -45,7 +45,7 @@ def _parse() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="ID",
-        help="whole data sets for test alone, beside the held-out fraction",
+        help="whole data sets for test alone, besides the held-out fraction",
     )
     add(
         "--unlisted",
@@ -64,7 +64,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Counts the data sets, chooses, writes the file and says what it chose."""
+    """Counts the data sets, chooses, writes the file, prints a summary."""
     arguments = _parse()
     from geneformer_mcore.io.files import check_output
     from geneformer_mcore.store.split.dataset_table import read_dataset_table

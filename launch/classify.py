@@ -98,7 +98,7 @@ def _named(given: list[str]) -> dict[str, Path]:
 def _arguments() -> argparse.Namespace:
     parser = options.parser(__doc__, EXAMPLE)
     add = parser.add_argument
-    add("--input", required=True, metavar="CELLS", help="h5ad file with counts and labels in obs")
+    add("--input", required=True, metavar="CELLS", help="h5ad or zarr with counts, labels in obs")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     add(
         "--checkpoint",

@@ -56,7 +56,7 @@ def _arguments() -> argparse.Namespace:
     parser = options.parser(__doc__, EXAMPLE)
     add = parser.add_argument
     options.add(parser, "--checkpoint")
-    add("--input", metavar="CELLS", help="h5ad file of counts, SOMA Experiment or token store")
+    add("--input", metavar="CELLS", help="h5ad or zarr of counts, SOMA Experiment or token store")
     add("--output", type=Path, metavar="FILE", help="b.h5ad or b.npy")
     add("--gene-embeddings", type=Path, metavar="FILE", help="genes as .csv, .tsv or .npy")
     add(

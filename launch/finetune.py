@@ -160,7 +160,7 @@ def _arguments() -> argparse.Namespace:
 def _add_prediction(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("to predict with a fine-tuned run")
     add = group.add_argument
-    add("--predict", metavar="CELLS", help="h5ad file of counts, SOMA Experiment or token store")
+    add("--predict", metavar="CELLS", help="h5ad or zarr of counts, SOMA Experiment or token store")
     add("--output", type=Path, metavar="FILE", help="h5ad: the cells, with columns in obs")
     names = ("--precision", "--tokens-per-batch", *options.COUNTS, "--overwrite")
     options.add(group, *names)

@@ -70,7 +70,7 @@ def _arguments() -> argparse.Namespace:
     parser = options.parser(__doc__, EXAMPLE)
     add = parser.add_argument
     options.add(parser, "--checkpoint")
-    add("--input", required=True, metavar="CELLS", help="h5ad file of counts, or SOMA Experiment")
+    add("--input", required=True, metavar="CELLS", help="h5ad or zarr of counts, SOMA Experiment")
     _add_question(parser)
     add("--table", type=Path, metavar="FILE", help="a row per gene or group: .csv or .tsv")
     add("--output", type=Path, metavar="FILE", help="cells x genes or groups: .h5ad")

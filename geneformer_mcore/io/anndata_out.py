@@ -1,4 +1,4 @@
-"""AnnData files that are given out: an input's copy, or a new one, with something beside its cells.
+"""AnnData output: a copy of an input or a new file, with annotations of its cells.
 
 a.h5ad, byte for byte  ->  + obsm, obs column, uns  ->  b.h5ad
 obs alone (a store)    ->  + obsm, obs column, uns  ->  b.h5ad
@@ -22,12 +22,12 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.files import whole_file
 
 _TIMES = {"date", "datetime", "datetime64", "time", "timedelta", "timedelta64"}
-"""What pandas calls columns of them."""
+"""pandas' names of their columns."""
 
 
 @dataclass(frozen=True)
 class Beside:
-    """What is put beside cells, under the names AnnData has for it.
+    """Annotations of cells, under AnnData's names for them.
 
     obsm:  name -> [cells, ...]    obs: name -> [cells]    uns: name -> plain values
     """
@@ -37,8 +37,8 @@ class Beside:
     uns: Mapping[str, Any]
 
     def put(self, adata: Any) -> None:
-        """Into an AnnData in memory, over what has these names. A view becomes an AnnData of its
-        own, as with scanpy's functions: what it is a view of stays as it is."""
+        """Adds them to an AnnData in memory, replacing those of these names. A view becomes an
+        AnnData of its own, as with scanpy's functions."""
         if adata.is_view:
             adata._init_as_actual(adata.copy())
         for name, values in self.obs.items():
@@ -54,16 +54,19 @@ def write_copy(source: Path, target: Path, beside: Beside) -> None:
     with whole_file(target) as partial:
         shutil.copyfile(source, partial)
         with h5py.File(partial, "r+") as file:
-            is_current = _is_frame(file.get("obs"))
+            obs = file.get("obs")  # a table before AnnData 0.7
+            is_current = (
+                isinstance(obs, h5py.Group) and obs.attrs.get("encoding-type") == "dataframe"
+            )
             if is_current:
                 _add(file, beside)
         if not is_current:
-            _write_anew(source, partial, beside)
+            _rewrite(source, partial, beside)
 
 
 def read_obsm(path: Path, name: str) -> np.ndarray:
-    """float32 [cells, width], obsm[name] of an h5ad file; NaN may stand in it. Raises DataError if
-    the file is none, or there is no such array of numbers that float32 can hold."""
+    """float32 [cells, width], obsm[name] of an h5ad file, with NaN where it has it. DataError if it
+    is no h5ad file, or has no such array of numbers that float32 can hold."""
     try:
         with h5py.File(path, "r") as file:
             values = _obsm_of(path, file.get("obsm", {}), name)
@@ -118,9 +121,8 @@ def of_matrix(
 
 
 def _writable(obs: pd.DataFrame) -> pd.DataFrame:
-    """The same values, in columns of the kinds that AnnData writes: text as objects where there is
-    some for every cell, else as categories; times as text; numbers that may be missing as floats.
-    Whether they can be written shows only when they are, which is after all work."""
+    """The same values in column types that AnnData writes: text as objects where every cell has
+    some, else as categories; times as text; numbers that may be missing as floats."""
     columns = {name: _writable_column(obs[name]) for name in obs.columns}
     return pd.DataFrame(columns, index=obs.index)
 
@@ -135,11 +137,6 @@ def _writable_column(column: pd.Series) -> pd.Series:
     if pd.api.types.infer_dtype(column, skipna=True) in _TIMES:
         values = values.map(str, na_action="ignore")
     return values.astype("category") if values.isna().any() else values
-
-
-def _is_frame(obs: Any) -> bool:
-    """Whether a group is written as AnnData writes data frames since 0.7."""
-    return isinstance(obs, h5py.Group) and obs.attrs.get("encoding-type") == "dataframe"
 
 
 def _add(file: h5py.File, beside: Beside) -> None:
@@ -159,7 +156,7 @@ def _add(file: h5py.File, beside: Beside) -> None:
     file["obs"].attrs["column-order"] = np.array(columns, dtype=text)
 
 
-def _write_anew(source: Path, target: Path, beside: Beside) -> None:
+def _rewrite(source: Path, target: Path, beside: Beside) -> None:
     import anndata
 
     with warnings.catch_warnings():

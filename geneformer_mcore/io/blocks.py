@@ -1,6 +1,7 @@
-"""What a matrix of counts may not hold: one pass over its entries, before anything uses them.
+"""Blocks of counts as CSR rows, and the check that every one passes before anything uses it.
 
-CSR block  ->  is every column one of the file's, every value a count?  ->  the first that isn't
+CountBlock  ->  check_counts: is every column one of the file's, every value a count?
+            ->  the block | DataError with row, cell, gene, value and remedy
 """
 
 from __future__ import annotations
@@ -9,18 +10,12 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
 from geneformer_mcore.backends import compiled
 from geneformer_mcore.errors import DataError
-
-# Blocks of counts, and their values scaled to a common sum per cell.
-#
-#     CSR row (column, count)  ->  total of the row  ->  count / total * 10,000 of its known genes
-#
-# Duplicate columns of a gene are summed, explicit zeros are no expressed genes.
 
 BLOCK_ENTRIES = 12 << 20
 """Entries of a block at most (144 MiB), unless one row alone has more."""
@@ -33,7 +28,7 @@ class CountBlock:
     data:       float64 [entries], counts
     indices:    int32 [entries], column (gene of the file) of each
     indptr:     int64 [rows + 1], starting at 0
-    start:      the first row's place in the file
+    start:      the first row's number in the file
     """
 
     data: np.ndarray
@@ -58,7 +53,7 @@ READ_FAILURES = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What h5py and zarr raise on a damaged file, by which number or name in it is another one now."""
+"""Exceptions that h5py and zarr raise on a damaged file."""
 
 _NONE = -1
 
@@ -76,22 +71,12 @@ def _first_fault(data: np.ndarray, indices: np.ndarray, num_columns: int, whole:
     return _NONE
 
 
-class Named(Protocol):
-    """What names the place of a fault (see inputs.Counts)."""
-
-    num_columns: int
-
-    def read_cell_ids(self, start: int, stop: int) -> list[str]: ...
-
-    def gene_columns(self) -> dict[str, Sequence[object]]: ...
-
-
 def check_counts(
-    block: CountBlock, counts: Named, name: str, whole_numbers: bool, layers: Sequence[str]
+    block: CountBlock, counts: Any, name: str, whole_numbers: bool, layers: Sequence[str]
 ) -> None:
     """Raises DataError with row, cell, gene, value and remedy at the first entry that is no count.
 
-    name:    what the message calls the matrix
+    counts:  the h5ad.Counts that the block is of;  name: the matrix, in the message
     layers:  those that the remedy offers
     """
     # Compiled loops go by indptr and check no bounds: other memory would be read as counts.
@@ -124,7 +109,7 @@ def _describe(value: float) -> str:
 
 def _remedy(value: float, layers: Sequence[str]) -> str:
     if not np.isfinite(value):
-        return "Remedy: mend the value, or leave the cell out."
+        return "Remedy: correct the value, or leave the cell out."
     named = f" (the file has: {', '.join(layers)})" if layers else ""
     return (
         'Remedy: put the raw counts into layers["counts"] or raw, or name their layer with '
@@ -134,9 +119,7 @@ def _remedy(value: float, layers: Sequence[str]) -> str:
 
 
 def looks_normalised(data: np.ndarray) -> bool:
-    """Whether the values are plainly no counts: most of those above zero are not whole.
-
-    Told apart from a count matrix with a damaged value, which must be refused, not passed over.
-    """
+    """Whether most values above zero are not whole numbers. A count matrix with a damaged value is
+    none of these: it must be refused, not passed over."""
     positive = data[np.isfinite(data) & (data != 0)]
     return len(positive) > 0 and float(np.mean(positive != np.floor(positive))) > 0.5

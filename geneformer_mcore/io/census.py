@@ -1,11 +1,10 @@
-"""The CELLxGENE Census: where a release lies, which of its cells are asked for, a piece of them.
+"""The CELLxGENE Census: releases, the data set of every cell, and cells as AnnData.
 
-    version  ->  release: address of the organism's SOMA Experiment
-    address + filter  ->  what each cell is of: data set, assay, tissue
-    address + filter + data set + joinids a..b  ->  AnnData with raw counts
+    version  ->  find_release: address of the organism's SOMA Experiment
+    address + filter  ->  read_cells: data set, assay and tissue of each cell
+    address + filter + data set + joinids a..b  ->  fetch_cells: AnnData with raw counts
 
-`cellxgene_census` (extra `census`) finds releases; for an Experiment given by its address it is not
-needed.
+`cellxgene_census` (extra `census`) finds releases; an Experiment's address needs no look-up.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 CARD_FILTER = "suspension_type != 'na' and is_primary_data == True and disease == 'normal'"
-"""The model card's cells: of people's cells those that are of a normal tissue, and each once."""
+"""The model card's cells: of normal tissue, each once."""
 
 ORGANISM = "homo_sapiens"
 STABLE = "stable"
-"""The release that the Census itself recommends."""
+"""The release that the Census recommends."""
 
 TABLE_COLUMNS = ("dataset_id", "assay", "tissue_general")
-"""What a split by data set goes by."""
+"""Columns that a split by data set uses."""
 
 OBS_COLUMNS = (
     *TABLE_COLUMNS,
@@ -49,7 +48,7 @@ OBS_COLUMNS = (
     "suspension_type",
     "is_primary_data",
 )
-"""Columns of obs that are kept: the model card's, and what cells are labelled by."""
+"""Columns of obs that are kept: the model card's, and labels of cells."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +110,14 @@ def fetch_cells(
     dataset_id: str,
     first: int,
     last: int,
-    tell: Callable[[int], None],
+    report: Callable[[int], None],
 ) -> AnnData:
-    """The cells of one data set whose joinids lie in first..last: X = raw counts (CSR float32).
+    """The cells of one data set with joinids in first..last: X = raw counts (CSR float32).
 
-    obs: OBS_COLUMNS as far as there are, index: the Census' cell ids; var: feature_id (index) and
-    feature_name. `tell` is called with how many more cells were read.
+    obs: those of OBS_COLUMNS there are, index: the Census' cell ids; var: feature_id (index) and
+    feature_name. `report` is called with the number of cells just read.
     """
-    import anndata  # Takes a second, which only those who fetch must wait.
+    import anndata  # takes a second
 
     own = f"dataset_id == '{dataset_id}'"
     where = f"({value_filter}) and {own}" if value_filter else own
@@ -127,7 +126,7 @@ def fetch_cells(
         blocks = []
         for block in counts.blocks():
             blocks.append((block.data.astype(np.float32), block.indices, np.diff(block.indptr)))
-            tell(len(block))
+            report(len(block))
         data, indices, lengths = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
         indptr = np.concatenate([[0], np.cumsum(lengths)])
         shape = (counts.num_cells, counts.num_columns)
@@ -138,16 +137,8 @@ def fetch_cells(
             {"feature_name": counts.gene_names()}, pd.Index(genes, name="feature_id")
         )
     kept = obs[[name for name in OBS_COLUMNS if name in obs]]
+    # Categories are all labels of the Census, of which these cells have few.
+    labels = kept.select_dtypes("category")
+    used = {name: column.cat.remove_unused_categories() for name, column in labels.items()}
     matrix = sparse.csr_matrix((data, indices, indptr), shape)
-    return anndata.AnnData(matrix, obs=_without_unused_categories(kept), var=var)
-
-
-def _without_unused_categories(obs: pd.DataFrame) -> pd.DataFrame:
-    # A category column names all labels of the Census, and a piece has few of them.
-    return pd.DataFrame(
-        {
-            name: column.cat.remove_unused_categories() if column.dtype == "category" else column
-            for name, column in obs.items()
-        },
-        index=obs.index,
-    )
+    return anndata.AnnData(matrix, obs=kept.assign(**used), var=var)

@@ -1,8 +1,8 @@
 """Counts of a file, a SOMA Experiment or an AnnData in memory, behind one interface.
 
-    path | URI | AnnData  ->  which kind is it?  ->  Counts: names, rows a..b as checked blocks
-
-No file is read as a whole: rows, names and labels come by slices.
+h5ad | zarr folder | .zarr.zip  ->  h5ad.CountsFile         )
+SOMA folder | URI (s3://...)    ->  soma.ExperimentCounts   )  Counts: names, labels, rows a..b
+AnnData in memory               ->  memory.MemoryCounts     )
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.h5ad import Counts, CountsFile
 
 ZARR_FILES = (".zgroup", "zarr.json")
-"""One of them lies in every zarr store, version 2 and 3."""
+"""One of them is in every zarr store, of version 2 and 3."""
 
 
 def open_counts(source: Any, layer: str | None = None, allow_normalised: bool = False) -> Counts:
@@ -26,7 +26,7 @@ def open_counts(source: Any, layer: str | None = None, allow_normalised: bool = 
     Raises DataError if it cannot be used.
     """
     if not isinstance(source, str | Path):
-        # Only now: who has an AnnData has imported what it takes.
+        # Only now: a caller with an AnnData has imported what it takes.
         from geneformer_mcore.io.memory import MemoryCounts
 
         return MemoryCounts(source, layer, allow_normalised)
@@ -50,8 +50,8 @@ def _may_be_soma(path: Path) -> bool:
 
 
 def _mode(path: Path) -> int:
-    """What kind of thing is there; 0 for nothing. Path's own questions answer no to some errors
-    and raise others, to each version of Python its own."""
+    """st_mode; 0 where there is nothing. `Path.is_dir` hides some errors and raises others,
+    differently in each version of Python."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):

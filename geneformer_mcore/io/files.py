@@ -1,11 +1,11 @@
-"""Files: refused early, written whole, sealed by a checksum, locked, and the room that they have.
+"""Files: checked before any work, written atomically, sealed by a checksum, locked; free space.
 
-    path     ->  check_output  ->  (the work)  ->  whole_file: .NAME.partial, filled  ->  NAME
+    path     ->  check_output  ->  (the work)  ->  whole_file: .NAME.partial  ->  renamed to NAME
     content  ->  write_sealed: JSON with its SHA-256  ->  read_sealed: as it was written, or None
-    folder   ->  FolderLock: one process for all of it, or several that each do a part
+    folder   ->  FolderLock: one writer for all of it, or one for each part
 
-A file takes its name by a rename within its folder, so a kill at any instant leaves the old one or
-the new one. Where it must outlive a power cut, it is on the disk before it has its name.
+A kill at any instant leaves the old file or the new one. A durable one is synchronised to the disk
+before it is renamed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class UnwritableError(DataError):
     """There is no room for a file, or no right to write it."""
 
 
-# Refusals before any work
+# Checks before any work
 
 
 def check_output(path: str | Path, overwrite: bool = False) -> None:
@@ -46,10 +46,8 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
 
 
 def check_place(path: str | Path) -> None:
-    """Raises DataError if nothing can be made at `path`, by trying in the nearest folder there is.
-
-    Permissions alone do not decide: root has them all, even where the file system is read-only.
-    """
+    """Raises DataError if nothing can be created at `path`, by trying in the nearest folder there
+    is: root has all permissions, even where the file system is read-only."""
     path = Path(path)
     try:
         path.exists()  # Fails where the name is too long.
@@ -65,10 +63,7 @@ def check_place(path: str | Path) -> None:
 
 @contextmanager
 def whole_file(path: str | Path, durable: bool = False) -> Iterator[Path]:
-    """The same as `replacing`, of a file in folders that are made where they are not there.
-
-    Raises UnwritableError where writing fails.
-    """
+    """`replacing`, with the folders of `path` created. UnwritableError where writing fails."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,11 +77,10 @@ def whole_file(path: str | Path, durable: bool = False) -> Iterator[Path]:
 def replacing(path: Path, durable: bool = False, alone: bool = False) -> Iterator[Path]:
     """Gives a path to write to, which becomes `path` at the end; after an error nothing is left.
 
-    durable:  on the disk before it has its name
-    alone:    no other process writes it: what a kill leaves is overwritten by the next writer
-    Raises OSError as it comes.
+    durable:  synchronised to the disk before it is renamed
+    alone:    no other process writes it: the next writer overwrites what a kill leaves
     """
-    # Several processes may write one file: each has a name of its own for the time being.
+    # Several processes may write one file: each has a temporary name of its own.
     own = "" if alone else f".{os.uname().nodename}.{os.getpid()}"
     partial = path.with_name(f".{path.name}{own}.partial")
     try:
@@ -101,7 +95,7 @@ def replacing(path: Path, durable: bool = False, alone: bool = False) -> Iterato
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Writes results for people and programs. Raises UnwritableError where it cannot."""
+    """Writes indented JSON. Raises UnwritableError where it cannot."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -117,7 +111,7 @@ def _unwritable(path: Path, error: OSError) -> UnwritableError:
 
 
 def check_free(out: Path) -> None:
-    """Raises DataError if there is something at `out` already."""
+    """Raises DataError if `out` exists."""
     if out.exists() or out.is_symlink():
         raise DataError(f"{out}: exists already, and nothing is replaced. Remedy: name another.")
 
@@ -139,7 +133,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Has the disk hold a file's content, or a folder's names, before it returns."""
+    """fsync of a file's content, or of a folder's names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -189,11 +183,11 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 
 
 def lock_file(path: Path, shared: bool = False, wait: bool = False) -> IO[bytes]:
-    """The file, locked until it is closed or this process ends, however it ends (flock).
+    """The file, locked (flock) until it is closed or this process ends, however it ends.
 
-    Raises BlockingIOError if another process holds it, unless this one is to `wait`; OSError.
+    Raises BlockingIOError if another process holds it, unless `wait`; OSError.
     """
-    # To read and to write: NFS asks for the one to share a lock, for the other to have it alone.
+    # Both modes: NFS needs reading for a shared lock and writing for an exclusive one.
     file = path.open("ab+", buffering=0)
     try:
         _flock(file, shared, wait)
@@ -223,7 +217,7 @@ class FolderLock:
         self._held: list[IO[bytes]] = []
 
     def take(self) -> None:
-        """Makes the folder and locks it. DataError if another process is at it; OSError."""
+        """Creates and locks the folder. DataError if another process holds it; OSError."""
         shared = self._part is not None
         while not self._lock("lock", shared, "another process is writing it now"):
             pass
@@ -232,7 +226,7 @@ class FolderLock:
             self._lock(name, False, f"another process is doing part {self._part} of it now")
 
     def _lock(self, name: str, shared: bool, message: str) -> bool:
-        """False if the folder was cleared by its last writer while the lock was taken."""
+        """False if its last writer removed the folder while the lock was taken."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / name
         try:
@@ -253,7 +247,7 @@ class FolderLock:
         return False
 
     def is_alone(self) -> bool:
-        """Whether no other process is at work here; none can come then until the release."""
+        """Whether this process is the only one here; then none can join until the release."""
         if not self._held:
             return False
         try:
@@ -263,17 +257,16 @@ class FolderLock:
         return True
 
     def release(self) -> None:
-        """Gives the folder back."""
+        """Unlocks the folder."""
         while self._held:
             self._held.pop().close()
 
 
-# Room, and files of a run
+# Free space, and files of a run
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that are free on the disk of `path`, or of the nearest folder above it that is there;
-    -1 if that cannot be known."""
+    """Free bytes on the disk of `path`, or of the nearest folder above it; -1 if unknown."""
     for place in (path.absolute(), *path.absolute().parents):
         with suppress(OSError):
             return shutil.disk_usage(place).free
@@ -282,8 +275,7 @@ def free_bytes(path: Path) -> int:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within it the file `path` of a run is written. Raises ConfigError where that fails, whatever
-    the reason: a disk that is full, or read-only now, or over a quota."""
+    """Around writing the file `path` of a run: an OSError becomes a ConfigError."""
     try:
         yield
     except OSError as error:
@@ -295,7 +287,7 @@ def unwritable(path: Path, error: OSError) -> ConfigError:
     why = error.strerror or str(error)
     return ConfigError(
         f"run.dir must be a folder that can be written, and {path} cannot: {why}{_room(path)}. "
-        "Checkpoints stay as they were. Remedy: make room, or mend the folder or its permissions, "
+        "Checkpoints stay as they were. Remedy: make room, or fix the folder or its permissions, "
         "and start the same command again; or choose another run.dir."
     )
 

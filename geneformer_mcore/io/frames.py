@@ -1,10 +1,10 @@
 """A data frame of an AnnData file (its obs or var), read by rows and never as a whole.
 
-    group (HDF5, zarr) | table  ->  which columns, of which kind?  ->  rows a..b of each  ->  pandas
+    group (HDF5, zarr) | table  ->  a reader per column, by its kind  ->  rows a..b as pandas
 
-Kinds: arrays (numbers, truth values, text), categories (codes + categories), nullable arrays
-(values + mask). A column of another kind (lists, records, matrices) is named and not read. All
-forms that AnnData has written are known: tables (before 0.7), `__categories` (0.7), encodings.
+Kinds: arrays (numbers, booleans, text), categories (codes + categories), nullable arrays (values +
+mask). A column of another kind (lists, records, matrices) is listed and not read. All forms that
+AnnData has written are known: tables (before 0.7), `__categories` (0.7), encodings.
 """
 
 from __future__ import annotations
@@ -23,14 +23,8 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.blocks import READ_FAILURES
 from geneformer_mcore.io.retry import raise_if_io_error
 
-# Which gene each column of a file is: ids found, cleaned, mapped from symbols, and counted.
-#
-# var  ->  feature_id | ensembl_id | gene_ids | index  ->  version off, blanks dropped
-#      ->  symbols: a given table | the vocabulary's names | GENCODE, where there are no ids
-#      ->  token id of each column (0: not in the vocabulary)
-
 NAME_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "gene_name")
-"""Where gene names (symbols) are looked for in `var`, in this order; else its row names."""
+"""Columns of `var` with gene names (symbols), in order of preference; else its row names."""
 
 MAX_CATEGORIES = 10_000
 """A column of more categories is read as plain values: its categories are as long as itself."""
@@ -45,8 +39,7 @@ Column = Callable[[int, int], Any]
 class Frame(ABC):
     """obs or var, read by rows.
 
-    columns:   the names of all columns, in order, also of those that cannot be read
-    num_rows:  rows of each
+    columns:  the names of all columns, in order, also of those that cannot be read
     """
 
     columns: list[str]
@@ -68,7 +61,7 @@ class Frame(ABC):
 
 
 class StoredFrame(Frame):
-    """A data frame in an open HDF5 file or zarr store; `name` is what messages call it.
+    """A data frame in an open HDF5 file or zarr store; `name` is used in messages.
 
     Raises DataError where columns differ in length or there are no row names, and KeyError,
     ValueError, TypeError or OSError where the file is no AnnData file.
@@ -76,8 +69,7 @@ class StoredFrame(Frame):
 
     def __init__(self, item: Any, name: str, old_categories: Any = None) -> None:
         """old_categories: the file's `uns`, where AnnData before 0.7 kept `COLUMN_categories`."""
-        self.name = name
-        self._item = item
+        self.name, self._item = name, item
         self._old_categories = {} if old_categories is None else old_categories
         if _is_array(item):
             self._index = _first_of(_INDEX_NAMES, item.dtype.names) or item.dtype.names[0]
@@ -86,53 +78,50 @@ class StoredFrame(Frame):
             return
         self._index = _text(item.attrs.get("_index")) or _first_of(_INDEX_NAMES, item)
         if self._index is None or self._index not in item:
-            raise DataError(f"{name} has no row names. Remedy: write the file anew with anndata.")
+            raise DataError(f"{name} has no row names. Remedy: write the file again with anndata.")
         order = item.attrs.get("column-order")
         names = sorted(item) if order is None else [_text(column) for column in order]
         self.columns = [n for n in names if n not in (self._index, _OLD_CATEGORIES)]
         self.num_rows = _length(item[self._index]) or 0
-        self._check_lengths()
+        for column in self.columns:
+            length = _length(item[column])
+            if length not in (None, self.num_rows):
+                raise DataError(
+                    f"{name}: column {column} holds {length:,} values, and there are "
+                    f"{self.num_rows:,} row names. Remedy: write the file again."
+                )
 
     @cached_property
     def readable(self) -> dict[str, Column]:
-        """Implements Frame."""
         found = {name: self._open(name) for name in self.columns}
         return {name: column for name, column in found.items() if column is not None}
 
     def row_names(self, start: int, stop: int) -> list[str]:
-        """Implements Frame."""
         return [str(name) for name in self._names(start, stop)]
 
     @cached_property
     def _names(self) -> Column:
         column = self._open(self._index)
         if column is None:
-            raise DataError(f"{self.name}: the row names are no text. Remedy: write the file anew.")
+            raise DataError(
+                f"{self.name}: the row names are no text. Remedy: write the file again."
+            )
         return column
 
-    def _check_lengths(self) -> None:
-        for column in self.columns:
-            length = _length(self._item[column])
-            if length not in (None, self.num_rows):
-                raise DataError(
-                    f"{self.name}: column {column} holds {length:,} values, and there are "
-                    f"{self.num_rows:,} row names. Remedy: write the file again."
-                )
-
     def _open(self, name: str) -> Column | None:
-        with self._telling(f"column {name} cannot be read"):
+        with self._naming(f"column {name} cannot be read"):
             column = self._find(name)
         if column is None:
             return None
 
         def read(start: int, stop: int) -> Any:
-            with self._telling(f"column {name}, rows {start} to {stop - 1}, cannot be read"):
+            with self._naming(f"column {name}, rows {start} to {stop - 1}, cannot be read"):
                 return column(start, stop)
 
         return read
 
     @contextmanager
-    def _telling(self, what: str) -> Iterator[None]:
+    def _naming(self, what: str) -> Iterator[None]:
         try:
             yield
         except READ_FAILURES as error:
@@ -148,15 +137,13 @@ class StoredFrame(Frame):
         if _is_array(item):
             if "categories" not in item.attrs:
                 return _array(item)
-            # AnnData 0.7: the codes point at their categories, in zarr by a path.
+            # AnnData 0.7: a reference to the categories, in zarr a path.
             place = item.attrs["categories"]
             categories = self._item[place] if isinstance(place, str) else item.file[place]
             return self._categories(name, item, categories)
         if _holds(item, "codes", "categories"):
             return self._categories(name, item["codes"], item["categories"])
-        if _holds(item, "values", "mask"):
-            return _nullable(item)
-        return None
+        return _nullable(item)
 
     def _open_field(self, name: str) -> Column | None:
         field, kind = self._item.fields(name), self._item.dtype[name]
@@ -168,7 +155,7 @@ class StoredFrame(Frame):
         return None if kind.shape or kind.kind not in "biuf" else _numbers(field)
 
     def _categories(self, name: str, codes: Any, categories: Any) -> Column | None:
-        read = _open_values(categories)
+        read = _array(categories) if _is_array(categories) else _nullable(categories)
         if read is None:
             return None
         values = pd.Index(read(0, _length(categories) or 0))
@@ -187,13 +174,6 @@ class StoredFrame(Frame):
             return lambda start, stop: plain.take(codes_of(start, stop), allow_fill=True)
         dtype = pd.CategoricalDtype(values)
         return lambda start, stop: pd.Categorical.from_codes(codes_of(start, stop), dtype=dtype)
-
-
-def _open_values(item: Any) -> Column | None:
-    """The reader of an array, plain or nullable; None for what is neither."""
-    if _is_array(item):
-        return _array(item)
-    return _nullable(item) if _holds(item, "values", "mask") else None
 
 
 def _array(item: Any) -> Column | None:
@@ -215,9 +195,10 @@ def _numbers(item: Any) -> Column:
 
 
 def _nullable(item: Mapping[str, Any]) -> Column | None:
-    read, mask = _array(item["values"]), item["mask"]
+    read = _array(item["values"]) if _holds(item, "values", "mask") else None
     if read is None:
         return None
+    mask = item["mask"]
 
     def read_masked(start: int, stop: int) -> Any:
         values, is_missing = read(start, stop), np.asarray(mask[start:stop], dtype=bool)

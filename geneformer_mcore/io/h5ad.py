@@ -1,9 +1,10 @@
-"""Counts of an AnnData, as validated CSR blocks: of an h5ad file or zarr store, never loaded whole.
+"""Counts as checked CSR blocks; those of an h5ad file or zarr store, never loaded whole.
 
-    a.h5ad | a.zarr | a.zarr.zip  ->  where are the counts?  ->  rows a..b as CSR  ->  checked
-                                  ->  obs: cell ids, labels  ->  var: gene ids and names
+    a.h5ad | a.zarr | a.zarr.zip  ->  _find_counts: layers/counts | raw.X | X  ->  StoredMatrix
+                                  ->  obs, var  ->  Frame: cell ids, labels, gene ids and names
+    blocks | read_rows(a, b)  ->  StoredMatrix.read_rows  ->  check_counts  ->  CountBlock
 
-A file is opened for reading only and never modified.
+Counts is the base of every kind of input, CountsFile an AnnData in a file. Files are only read.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Counts(AbstractContextManager["Counts"]):
     passed_over:  places before it in the order whose values are plainly no counts
     num_cells, num_columns:  shape of the count matrix
 
-    A subclass sets these, `_matrix`, and `_obs` and `_var`, which have a row per cell and column.
+    A subclass sets these, `_matrix`, `_obs` (a row per cell) and `_var` (a row per column).
     """
 
     name: str
@@ -78,7 +79,7 @@ class Counts(AbstractContextManager["Counts"]):
 
     @property
     def is_sequential(self) -> bool:
-        """Whether one process should read all rows, in order (see matrix.StoredMatrix)."""
+        """Whether one process should read all rows, in order (see StoredMatrix)."""
         return self._matrix.is_sequential
 
     @property
@@ -107,15 +108,12 @@ class Counts(AbstractContextManager["Counts"]):
 
     @cached_property
     def _gene_texts(self) -> dict[str, list[object]]:
-        columns = {name: column(0, self.num_columns) for name, column in self._var.readable.items()}
-        series = {name: pd.Series(values) for name, values in columns.items()}
-        texts = {name: pd.Series(values, dtype=object) for name, values in series.items()}
-        names: list[object] = [*self._var.row_names(0, self.num_columns)]
-        return {
-            name: text.tolist()
-            for name, text in texts.items()
-            if any(isinstance(value, str) for value in text)
-        } | {"index": names}
+        found: dict[str, list[object]] = {}
+        for name, column in self._var.readable.items():
+            values = pd.Series(column(0, self.num_columns)).astype(object).tolist()
+            if any(isinstance(value, str) for value in values):
+                found[name] = values
+        return found | {"index": [*self._var.row_names(0, self.num_columns)]}
 
     def gene_columns(self) -> dict[str, Sequence[object]]:
         """The columns of var that hold text; its row names under "index"."""
@@ -148,7 +146,7 @@ class Counts(AbstractContextManager["Counts"]):
         return block
 
     def close(self) -> None:
-        """Frees what reading took; blocks already read stay good."""
+        """Frees what reading took; blocks already read stay valid."""
         if hasattr(self, "_matrix"):
             self._matrix.close()
 
@@ -215,16 +213,16 @@ class AnnDataCounts(Counts):
         self, layer: str | None, in_memory: bool
     ) -> tuple[str, tuple[str, ...], StoredMatrix]:
         """(location, places passed over, matrix)."""
-        wanted = _PLACES if layer is None else {_layer_name(layer): _layer_name(layer)}
+        path = layer if layer == "X" else f"layers/{layer}"
+        wanted = _PLACES if layer is None else {path: path}
         found = {name: self._get(path) for name, path in wanted.items()}
         places = [name for name, item in found.items() if is_matrix(item)]
         if not places:
             raise self._no_matrix(wanted)
 
-        def open_place(name: str) -> StoredMatrix:
-            return open_matrix(found[name], f"{self.name}: {name}", in_memory)
-
-        return self._first_of_counts(places, open_place)
+        return self._first_of_counts(
+            places, lambda name: open_matrix(found[name], f"{self.name}: {name}", in_memory)
+        )
 
     def _no_matrix(self, wanted: Iterable[str]) -> DataError:
         return DataError(
@@ -235,19 +233,12 @@ class AnnDataCounts(Counts):
 
 
 class CountsFile(AnnDataCounts):
-    """An h5ad file or zarr store of counts, open for reading.
-
-    name:  the file, as given; stem: its name without folder and ending
-    path:  the h5ad file; None for zarr
-    """
+    """An h5ad file or zarr store of counts, open for reading; stem: its name without ending."""
 
     def __init__(
         self, path: str | Path, layer: str | None = None, allow_normalised: bool = False
     ) -> None:
-        """Opens `path` and finds its counts (see AnnDataCounts).
-
-        Raises DataError if the file cannot be read or has no counts where they are looked for.
-        """
+        """Raises DataError if the file cannot be read or has no counts where they are expected."""
         super().__init__(allow_normalised)
         self.source, self.name = Path(path), str(path)
         ending = next((end for end in FILE_ENDINGS if self.source.name.endswith(end)), "")
@@ -280,7 +271,6 @@ class CountsFile(AnnDataCounts):
         }
 
     def close(self) -> None:
-        """Closes the file; blocks already read stay good."""
         super().close()
         file = self._file if isinstance(self._file, h5py.File) else self._file.store
         file.close()
@@ -319,15 +309,16 @@ def _names(group: Any) -> list[str]:
         return list(group)
 
 
-def _layer_name(layer: str) -> str:
-    return layer if layer == "X" else f"layers/{layer}"
-
-
 def _open_file(path: Path, is_zarr: bool) -> Any:
     if not path.exists():
         raise DataError(f"{path}: there is no such file. Remedy: check the path.")
     try:
-        return _open_zarr(path) if is_zarr else h5py.File(path, "r")
+        if not is_zarr:
+            return h5py.File(path, "r")
+        import zarr  # takes half a second
+
+        store: Any = path if path.is_dir() else zarr.storage.ZipStore(path, mode="r")
+        return zarr.open_group(store, mode="r")
     except READ_FAILURES as error:
         raise_if_io_error(str(path), error)
         if is_zarr:
@@ -340,10 +331,3 @@ def _open_file(path: Path, is_zarr: bool) -> Any:
             f"{path}: not a whole HDF5 (h5ad) file ({size:,} bytes): {error}. Remedy: get it "
             "again; other formats are converted with anndata."
         ) from error
-
-
-def _open_zarr(path: Path) -> Any:
-    import zarr  # Takes half a second, which only those who have zarr must wait.
-
-    store: Any = path if path.is_dir() else zarr.storage.ZipStore(path, mode="r")
-    return zarr.open_group(store, mode="r")

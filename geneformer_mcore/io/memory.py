@@ -1,7 +1,6 @@
-"""Counts of an AnnData in memory, read where they are: nothing is written to a disk.
+"""Counts of an AnnData in memory, read in place: nothing is written to a disk.
 
-AnnData: X, raw, layers (arrays, sparse or dask, a view's, a backed file's)  ->  CountBlock
-         obs, var (pandas)                                                   ->  slices
+X, raw, layers (arrays, sparse, dask; of views and backed files)  ->  _stored  ->  StoredMatrix
 """
 
 from __future__ import annotations
@@ -28,11 +27,9 @@ class MemoryFrame(Frame):
 
     @property
     def readable(self) -> dict[str, Column]:
-        """Implements Frame."""
         return {name: partial(self._column, place) for place, name in enumerate(self.columns)}
 
     def row_names(self, start: int, stop: int) -> list[str]:
-        """Implements Frame."""
         return [str(name) for name in self._frame.index[start:stop]]
 
     def _column(self, place: int, start: int, stop: int) -> Any:
@@ -40,14 +37,14 @@ class MemoryFrame(Frame):
 
 
 class MemoryCounts(AnnDataCounts):
-    """The counts of an AnnData; it is only read, and must not change meanwhile."""
+    """The counts of an AnnData, which is only read, and must not change meanwhile."""
 
     name, stem = "the AnnData", "adata"
 
     def __init__(
         self, adata: Any, layer: str | None = None, allow_normalised: bool = False
     ) -> None:
-        """See AnnDataCounts. DataError if it is no AnnData, or holds no counts."""
+        """Raises DataError if it is no AnnData, or holds no counts."""
         require(adata)
         super().__init__(allow_normalised)
         self._adata = adata
@@ -93,7 +90,7 @@ class _Lazy:
 
 def require(adata: Any) -> None:
     """Raises DataError if it is no AnnData."""
-    import anndata  # Takes a second, which only those who have one must wait.
+    import anndata  # takes a second
 
     if not isinstance(adata, anndata.AnnData):
         raise DataError(f"an AnnData is needed, and this is {type(adata).__name__}.")

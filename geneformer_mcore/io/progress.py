@@ -12,11 +12,11 @@ _LOG_INTERVAL_S = 30.0
 _BAR = 24
 
 Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, how many are done, how many there are in all)."""
+"""Called with (name of the work, number done, number in all)."""
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """Says nothing."""
+    """Shows nothing."""
 
 
 class ProgressLine:
@@ -33,12 +33,12 @@ class ProgressLine:
         self._started_s = self._shown_s = time.monotonic()
         self._first = 0
         self.seconds: dict[str, float] = {}
-        """How long each work took, to its last call."""
+        """Duration of each work, up to its last call."""
 
     def update(self, what: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` are done of the work `what`; most calls show nothing.
+        """Shows that `done` of `total` are done of the work `what`, at intervals.
 
-        What is done at the first call for a work counts for neither rate nor time left.
+        Rate and time left are without what was done at the first call for a work.
         """
         now_s = time.monotonic()
         if what != self._what:
@@ -49,7 +49,7 @@ class ProgressLine:
             return
         self._shown_s = now_s
         rate = (done - self._first) / max(1e-9, now_s - self._started_s)
-        self.say(self._line(done, total, rate), keep=not self._on_terminal)
+        self.print_line(self._line(done, total, rate), keep=not self._on_terminal)
 
     def _line(self, done: int, total: int, rate: float) -> str:
         share = done / max(1, total)
@@ -60,7 +60,7 @@ class ProgressLine:
             f"{rate:,.0f}/s, {left}"
         )
 
-    def say(self, line: str, keep: bool = True) -> None:
+    def print_line(self, line: str, keep: bool = True) -> None:
         """Prints a line in place of the bar. keep: it stays, and the bar goes on below."""
         start, end = ("\r\x1b[K", "\n" if keep else "") if self._on_terminal else ("", "\n")
         print(f"{start}{line}", end=end, file=self._stream, flush=True)

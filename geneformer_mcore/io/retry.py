@@ -1,7 +1,12 @@
-"""Doing again what a network spoiled, a few times, and then no more.
+"""Transient I/O errors: distinguished from bad inputs, and retried where they are the network's.
 
-work  ->  fails as networks do?  ->  wait 2, 4, 8, ... s  ->  work again  ->  its result
-                                                          ->  NetworkError, after the last time
+    error while an input is read  ->  a network's?            ->  NetworkError
+                                  ->  out of memory?          ->  MemoryError
+                                  ->  the disk's, a limit's?  ->  ExternalIOError
+                                  ->  none of these: the input is bad, and the caller raises
+    work  ->  NetworkError  ->  wait 2, 4, 8, ... s  ->  work again | NetworkError at the end
+
+Mistaken for a bad input, a transient error would leave it out of a store for good.
 """
 
 from __future__ import annotations
@@ -21,23 +26,13 @@ from typing import Any, TypeVar
 
 from geneformer_mcore.errors import DataError, ExternalIOError, NetworkError
 
-# Faults of what an input is read through, not of the input: a network, a disk, a limit, memory.
-#
-#     error while an input is read  ->  a network's?            ->  NetworkError
-#                                   ->  memory ran out?         ->  MemoryError
-#                                   ->  the disk's, a limit's?  ->  OutsideError
-#                                   ->  none of these: the input is bad, and the caller says so
-#
-# Taken for a bad input, such a fault would have it left out of a store, without need and for good.
-
 _REMOTE = re.compile(
     r"curl|HTTP[^0-9-]*(-1|429|5\d\d)|timed? ?out|connection|network|slow ?down", re.IGNORECASE
 )
-"""TileDB has no error of its own for a network that fails: the message alone tells. A 403 or 404 is
-no fault of the network's."""
+"""TileDB has no error of its own for a network that fails, only a message. A 403 or 404 is none."""
 
 _ADDRESS = re.compile(r"\w+://\S*")
-"""May hold any word."""
+"""Addresses, which may contain any word."""
 
 _OF_NETWORKS = (ConnectionError, TimeoutError, socket.gaierror, urllib.error.URLError)
 
@@ -56,9 +51,9 @@ _TEXTS = tuple(os.strerror(code) for code in _CODES)
 
 
 def raise_if_io_error(name: str, error: BaseException) -> None:
-    """Raises what fits (see above) unless the input `name`, a path or URI, is to blame for `error`.
+    """Raises the transient I/O error that `error` is, if any; name: the input, a path or URI.
 
-    HDF5 calls a lack of memory and a damaged size the same: what it says, the input is blamed for.
+    HDF5 reports a lack of memory and a damaged size alike: both are blamed on the input.
     """
     if is_network_fault(error, by_text="://" in name and not name.startswith("file://")):
         raise NetworkError(
@@ -77,16 +72,15 @@ def raise_if_io_error(name: str, error: BaseException) -> None:
 
 
 def is_network_fault(error: BaseException, by_text: bool = True) -> bool:
-    """Whether an error, or one that it comes of, is such as networks make.
+    """Whether an error, or one of its causes, is a network's.
 
-    by_text: it may also be told by its message, where what was read lies in a network
+    by_text: also by its message, for what is read over a network
     """
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, (*_OF_NETWORKS, NetworkError)):
             return True
-        # A message of ours quotes paths and filters, which may hold any word; an error that has a
-        # number is this machine's own.
+        # Our messages quote paths and filters, which may contain any word; an errno is local.
         is_local = isinstance(found, DataError) or getattr(found, "errno", None) is not None
         if by_text and not is_local and _REMOTE.search(_ADDRESS.sub("", str(found))):
             return True
@@ -100,7 +94,7 @@ def _is_lack_of_memory(error: BaseException) -> bool:
     array: Any = error
     if not hasattr(error, "shape"):
         return True
-    # numpy's: an array beyond all memory there is comes of a damaged size.
+    # numpy's: an array larger than all memory is due to a damaged size.
     wanted = math.prod(array.shape) * array.dtype.itemsize
     return wanted <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -114,7 +108,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Retry:
-    """attempts: how often at most; wait_s: before the second, twice as long before each further."""
+    """attempts: at most; wait_s: before the second, doubled before each further one."""
 
     attempts: int = 6
     wait_s: float = 2.0
@@ -124,9 +118,9 @@ class Retry:
             raise DataError(f"--attempts must be 1 or more, not {self.attempts}.")
 
     def call(self, what: str, work: Callable[[], Result]) -> Result:
-        """What `work` returns; `what` names it in messages, one of which goes to stderr per retry.
+        """The result of `work`; `what` names it in messages, one per retry on stderr.
 
-        Raises NetworkError after the last attempt, and at once whatever is no fault of a network.
+        Raises NetworkError after the last attempt, and any other error at once.
         """
         for attempt in range(1, self.attempts + 1):
             try:
@@ -141,7 +135,7 @@ class Retry:
         raise AssertionError("there is at least one attempt")
 
     def _wait(self, what: str, attempt: int, error: Exception) -> None:
-        # Somewhat at random: tasks of an array that failed together shall not come back together.
+        # Jitter: tasks of an array that failed together must not retry together.
         seconds = self.wait_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
         again = f"Again in {seconds:.0f} s ({attempt} of {self.attempts} attempts made)."
         print(f"warning: {what}: {_reason(error)}. {again}", file=sys.stderr, flush=True)
@@ -149,5 +143,5 @@ class Retry:
 
 
 def _reason(error: Exception) -> str:
-    # Its remedy is for what the user can mend.
+    # Without its remedy, which is for the user.
     return str(error).split("\n")[0].split(" Remedy:")[0].rstrip(".")

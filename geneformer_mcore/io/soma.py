@@ -1,7 +1,11 @@
-"""The one TileDB context of a process, and what is opened with it to be read.
+"""Counts of a SOMA Experiment (also a Census' human one), read by joinids in bounded memory.
 
-address  ->  on this machine | in S3  ->  the process' context: few threads, bounded buffers
-         ->  an Experiment, or the human one of a Census
+    path | s3://...  ->  open_experiment, with the one TileDB context of the process
+    obs (filter | joinids)  ->  JoinIds: the cells, in ascending order, whatever gaps there are
+    rows a..b  ->  SomaMatrix: one query of X  ->  entries by rows  ->  CSR;  CellFrame: one of obs
+
+Not `axis_query(...).X(layer).blockwise(...).scipy()`: that takes half as long again, and leaves
+out entries in columns that var has not, which must be refused.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import tiledbsoma
 from geneformer_mcore.backends import compiled
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.blocks import BLOCK_ENTRIES, CountBlock
-from geneformer_mcore.io.count_matrix import StoredMatrix, count_rows, place_entries
+from geneformer_mcore.io.count_matrix import Entries, StoredMatrix, count_rows, place_entries
 from geneformer_mcore.io.frames import MAX_CATEGORIES, Column, Frame
 from geneformer_mcore.io.h5ad import Counts
 from geneformer_mcore.io.retry import raise_if_io_error
@@ -30,7 +34,7 @@ from geneformer_mcore.io.retry import raise_if_io_error
 _THREADS = 2
 _MIB = 1 << 20
 _SETTINGS = {
-    # TileDB starts one thread per core for each of these unless told otherwise.
+    # TileDB's default for each of these is one thread per core.
     "sm.compute_concurrency_level": str(_THREADS),
     "sm.io_concurrency_level": str(_THREADS),
     "soma.compute_concurrency_level": str(_THREADS),
@@ -43,29 +47,43 @@ _SETTINGS = {
     "sm.query.sparse_global_order.preprocess_tile_merge": "0",
 }
 _PUBLIC_S3 = {
-    # Where the Census lies, open to all.
+    # The Census' bucket, open to all.
     "vfs.s3.region": "us-west-2",
     "vfs.s3.no_sign_request": "true",
-    # Reading from afar waits more than it works.
+    # Remote reads are bound by latency.
     "sm.io_concurrency_level": "16",
 }
 
 HUMAN = "census_data/homo_sapiens"
-"""Where the human Experiment lies in a Census."""
+"""Path of the human Experiment in a Census."""
 
 FAILURES = (tiledbsoma.SOMAError, RuntimeError, KeyError, TypeError, ValueError, OSError)
 """What reading a damaged or missing SOMA object raises."""
+
+JOINID = "soma_joinid"
+LAYERS = ("raw", "counts", "data")
+"""Layers of X that may hold the counts, in this order; else the only one there is."""
+
+CELL_ID_COLUMNS = ("observation_joinid", "obs_id", "cell_id")
+"""Columns of obs with the ids of cells, in this order; where missing, the soma_joinid."""
+
+_SPARSE = ("soma_dim_0", "soma_dim_1", "soma_data")
+_FIRST_ROWS = 512
+_PROBED_PLACES = 16
+_BAND_VALUES = 4 << 20
+"""Of a dense array, so many values are read at once."""
 
 _contexts: dict[bool, tuple[int, tiledbsoma.SOMATileDBContext]] = {}
 
 
 def soma_context(address: str = "") -> tiledbsoma.SOMATileDBContext:
-    """This process' context for what lies at `address` (a path or URI).
+    """This process' context for `address` (a path or URI).
 
     s3:// is read unsigned in the Census' region, unless the environment names a user of AWS: then
     TileDB's own rules hold. DataError in a child forked after TileDB was used: it would hang.
     """
-    is_public = address.startswith("s3://") and not _has_aws_user()
+    has_aws_user = any(name in os.environ for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE"))
+    is_public = address.startswith("s3://") and not has_aws_user
     if is_public not in _contexts:
         settings = _SETTINGS | (_PUBLIC_S3 if is_public else {})
         context = tiledbsoma.SOMATileDBContext(tiledb_config=settings)
@@ -76,10 +94,6 @@ def soma_context(address: str = "") -> tiledbsoma.SOMATileDBContext:
             "would hang. Remedy: start the process with the method `spawn`, or use a thread."
         )
     return _contexts[is_public][1]
-
-
-def _has_aws_user() -> bool:
-    return any(name in os.environ for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE"))
 
 
 def open_experiment(address: str) -> Any:
@@ -106,8 +120,8 @@ def open_experiment(address: str) -> Any:
 
 
 def unreadable(name: str, what: str, error: Exception) -> DataError:
-    """The error for a SOMA object that fails when it is read. Raises another one at once if that is
-    no fault of the object's (see outside)."""
+    """The error for a SOMA object that fails when it is read. Raises a transient I/O error at once
+    (see raise_if_io_error)."""
     raise_if_io_error(name, error)
     reason = str(error).split("\n")[0]
     return DataError(
@@ -117,10 +131,8 @@ def unreadable(name: str, what: str, error: Exception) -> DataError:
 
 
 def last_write_ms(address: str) -> int:
-    """When the array at `address` was last written, in ms since 1970, by its fragments' names.
-
-    0 for one that does not lie on this machine: to list it would cost a request.
-    """
+    """When the array at `address` was last written, in ms since 1970, by its fragments' names;
+    0 for one on another machine: to list it would cost a request."""
     url = urlparse(address)
     if url.scheme not in ("", "file"):
         return 0
@@ -128,16 +140,7 @@ def last_write_ms(address: str) -> int:
     return max((int(name.split("_")[3]) for name in names), default=0)
 
 
-# The data frames of a SOMA Experiment, read by joinids: obs of chosen cells, var of all genes.
-#
-# joinids -> one query -> in order of joinids, none missing? -> Arrow -> pandas, dtypes fixed
-#
-# The joinids of cells are kept as runs: the Census' data sets are few runs of many cells.
-
-JOINID = "soma_joinid"
-
-CELL_ID_COLUMNS = ("observation_joinid", "obs_id", "cell_id")
-"""Where the ids of cells are looked for in obs, in this order; where missing, the soma_joinid."""
+# Data frames: obs of chosen cells, var of all genes
 
 # Where values can be missing, a slice with some must have the dtype of one with none.
 _NULLABLE = {
@@ -154,7 +157,8 @@ _NULLABLE = {
 
 
 class JoinIds:
-    """Ascending ids, by their places 0, 1, ...; 16 bytes for each run of neighbours."""
+    """Ascending ids by their positions 0, 1, ...; 16 bytes for each run of neighbours: the Census'
+    data sets are few runs of many cells."""
 
     def __init__(self, ids: np.ndarray) -> None:
         """ids: int64, strictly ascending (else ValueError)."""
@@ -169,18 +173,18 @@ class JoinIds:
         return self._length
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """int64: the ids of places start..stop-1."""
+        """int64: the ids of positions start..stop-1."""
         places = np.arange(start, stop)
         runs = np.searchsorted(self._places, places, side="right") - 1
         return self._firsts[runs] + places - self._places[runs]
 
     def describe(self) -> bytes:
-        """What is the same for the same ids alone."""
+        """Bytes that are equal for equal ids only."""
         return self._places.tobytes() + self._firsts.tobytes() + str(self._length).encode()
 
 
 class SomaFrame:
-    """An open SOMA DataFrame indexed by soma_joinid; `name` is what messages call it."""
+    """An open SOMA DataFrame indexed by soma_joinid; `name` is used in messages."""
 
     def __init__(self, frame: Any, name: str) -> None:
         """DataError if it is indexed by other columns."""
@@ -188,7 +192,7 @@ class SomaFrame:
         if tuple(frame.index_column_names) != (JOINID,):
             raise DataError(
                 f"{name} is indexed by {', '.join(frame.index_column_names)}, and {JOINID} is "
-                "needed. Remedy: write it anew with tiledbsoma.io."
+                "needed. Remedy: write it again with tiledbsoma.io."
             )
         self.kinds = {field.name: field.type for field in frame.schema if field.name != JOINID}
 
@@ -209,15 +213,14 @@ class SomaFrame:
         found = table[JOINID].to_numpy()
         if len(found) != len(ids) or not np.array_equal(np.sort(found), ids):
             raise DataError(
-                f"{self.name} holds {len(found):,} of the {len(ids):,} rows asked for. Remedy: get "
+                f"{self.name} holds {len(found):,} of the {len(ids):,} rows requested. Remedy: get "
                 "or write it again."
             )
         return table.take(np.argsort(found)).drop_columns(JOINID)
 
     def read_all(self) -> pa.Table:
         """Every row, in order, with its joinid."""
-        table = self._query((), [JOINID, *self.kinds], None)
-        return table.sort_by(JOINID)
+        return self._query((), [JOINID, *self.kinds], None).sort_by(JOINID)
 
     def _query(self, coordinates: tuple[Any, ...], columns: list[str], where: str | None) -> Any:
         if coordinates and isinstance(coordinates[0], np.ndarray) and not len(coordinates[0]):
@@ -231,7 +234,7 @@ class SomaFrame:
 
 
 class CellFrame(Frame):
-    """obs of the cells `ids`, by their places."""
+    """obs of the cells `ids`, by their positions."""
 
     def __init__(self, obs: SomaFrame, ids: JoinIds) -> None:
         self.columns, self.num_rows = list(obs.kinds), len(ids)
@@ -239,7 +242,7 @@ class CellFrame(Frame):
 
     @property
     def readable(self) -> dict[str, Column]:
-        """{column: its reader, as text}"""
+        """{column: its reader, of text}"""
         return {name: partial(self._texts, name) for name in self.columns}
 
     def read(self, start: int, stop: int) -> pd.DataFrame:
@@ -271,15 +274,12 @@ class GeneFrame(Frame):
 
     @property
     def readable(self) -> dict[str, Column]:
-        """Implements Frame."""
         return {name: partial(self._texts, name) for name in self.columns}
 
     def row_names(self, start: int, stop: int) -> list[str]:
         """`var_id`, else `feature_id`, else numbers."""
-        found = (name for name in ("var_id", "feature_id") if name in self.columns)
-        name = next(found, None)
-        numbers = range(start, stop)
-        return list(map(str, numbers)) if name is None else self._texts(name, start, stop)
+        name = next((name for name in ("var_id", "feature_id") if name in self.columns), None)
+        return [*map(str, range(start, stop))] if name is None else self._texts(name, start, stop)
 
     def _texts(self, name: str, start: int, stop: int) -> list[str]:
         table = self._table
@@ -324,36 +324,18 @@ def as_pandas(column: pa.ChunkedArray) -> Any:
 
 
 def as_coordinates(ids: np.ndarray) -> slice | np.ndarray:
-    """What SOMA reads best: a slice where ids are neighbours (its end is part of it), else all."""
+    """The ids as SOMA reads them fastest: a slice, its end included, where they are neighbours."""
     if len(ids) and int(ids[-1]) - int(ids[0]) == len(ids) - 1:
         return slice(int(ids[0]), int(ids[-1]))
     return ids
 
 
-# A layer of X of a SOMA Experiment, read by joinids in bounded memory.
-#
-# joinids  ->  one query, its answer in parts of bounded size  ->  entries by rows  ->  CSR
-#
-# Not `axis_query(...).X(layer).blockwise(...).scipy()`: that takes half as long again, and leaves
-# out entries in columns that var has not, which must be refused.
-
-_SPARSE = ("soma_dim_0", "soma_dim_1", "soma_data")
-
-Part = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Some entries: place of the row among those asked for int32, column int32, value float32 | 64."""
-
-_FIRST_ROWS = 512
-_PROBED_PLACES = 16
-_BAND_VALUES = 4 << 20
-"""Of a dense array, so many values are read at once."""
+# A layer of X
 
 
 class SomaMatrix(StoredMatrix):
-    """The rows of an open SOMA SparseNDArray or DenseNDArray for `ids`.
-
-    name:     of messages
-    columns:  from its shape, which may have room for more than there are genes
-    """
+    """The rows of an open SOMA SparseNDArray or DenseNDArray for `ids`; its shape may have room
+    for more columns than there are genes."""
 
     def __init__(self, array: Any, ids: JoinIds, name: str) -> None:
         self.name, self.address, self._array, self._ids = name, str(array.uri), array, ids
@@ -361,18 +343,17 @@ class SomaMatrix(StoredMatrix):
         self._longest = 0.0  # Entries per row of the longest block read so far.
 
     def fitting(self, start: int, stop: int) -> int:
-        """Rows that have BLOCK_ENTRIES at most if none of them has twice the genes of the longest
-        block before: how long rows are shows only when some were read."""
+        """Rows of BLOCK_ENTRIES at most, if they are as long as those of the longest block so far:
+        the length of rows is known only after reading."""
         fitting = max(1, int(BLOCK_ENTRIES / self._longest)) if self._longest else _FIRST_ROWS
         return min(stop, start + fitting)
 
     def some(self) -> np.ndarray:
-        """The values of rows from all over the matrix."""
         rows = range(0, len(self._ids), max(1, len(self._ids) // _PROBED_PLACES))
         return self._read(np.array([self._ids.read(row, row + 1)[0] for row in rows]), 0).data
 
     def read_rows(self, start: int, stop: int) -> CountBlock:
-        """Rows start..stop-1, values not checked. DataError if they cannot be read."""
+        """Implements StoredMatrix. DataError if they cannot be read."""
         block = self._read(self._ids.read(start, stop), start)
         self._longest = max(self._longest, len(block.data) / max(1, len(block)), 1.0)
         return block
@@ -390,12 +371,12 @@ class SomaMatrix(StoredMatrix):
         indptr = np.cumsum(indptr)
         values, columns = np.empty(int(indptr[-1])), np.empty(int(indptr[-1]), np.int32)
         nexts = indptr[:-1].copy()
-        while parts:  # Each is freed once its entries have their place.
+        while parts:  # Each is freed once its entries are placed.
             place_entries(*parts.pop(0), nexts, columns, values)
         _sort_columns(indptr, columns, values)
         return CountBlock(values, columns, indptr, start)
 
-    def _sparse(self, ids: np.ndarray) -> list[Part]:
+    def _sparse(self, ids: np.ndarray) -> list[Entries]:
         coordinates, parts = as_coordinates(ids), []
         for table in self._array.read((coordinates,)).tables():
             rows, columns, values = (table[name].to_numpy() for name in _SPARSE)
@@ -404,7 +385,7 @@ class SomaMatrix(StoredMatrix):
             parts.append(_part(places, columns, values))
         return parts
 
-    def _dense(self, ids: np.ndarray) -> list[Part]:
+    def _dense(self, ids: np.ndarray) -> list[Entries]:
         parts = []
         most = max(1, _BAND_VALUES // self.shape[1])
         place = 0
@@ -418,7 +399,7 @@ class SomaMatrix(StoredMatrix):
         return parts
 
 
-def _part(places: np.ndarray, columns: np.ndarray, values: np.ndarray) -> Part:
+def _part(places: np.ndarray, columns: np.ndarray, values: np.ndarray) -> Entries:
     # Two kinds of value, so that the compiled loops exist in two variants.
     kind = np.float32 if values.dtype == np.float32 else np.float64
     # What int32 does not hold must not become another column: the highest is none, and refused.
@@ -440,25 +421,8 @@ def _sort_columns(indptr: np.ndarray, columns: np.ndarray, values: np.ndarray) -
             values[start:stop] = values[start:stop][order]
 
 
-# Counts of a SOMA Experiment, the Census' among them, as validated CSR blocks.
-#
-#     path | s3://...  ->  Experiment (of a Census: its human one)  ->  which layer of X?
-#     obs (filter | joinids)  ->  the cells, in ascending order of soma_joinid
-#                             ->  rows a..b: one query of X by joinids  ->  CSR  ->  checked
-#
-# Row i is the i-th of the chosen cells, whatever gaps their joinids have.
-
-LAYERS = ("raw", "counts", "data")
-"""Layers of X that may hold the counts, in this order; else the only one there is."""
-
-
 class ExperimentCounts(Counts):
-    """A SOMA Experiment, open for reading.
-
-    name:         the address, as given; stem: the last part of it
-    location:     "X/LAYER"; passed_over: layers before it whose values are plainly no counts
-    num_columns:  up to the last gene of var; X's shape may be far wider
-    """
+    """A SOMA Experiment, open for reading; num_columns: up to the last gene of var."""
 
     _matrix: SomaMatrix
 
@@ -497,7 +461,7 @@ class ExperimentCounts(Counts):
         self.num_cells, self._obs_address = len(self._ids), obs.address
         if among is not None and where is None and self.num_cells != len(among):
             raise DataError(
-                f"{self.name}: obs holds {self.num_cells:,} of the {len(among):,} cells asked for."
+                f"{self.name}: obs holds {self.num_cells:,} of the {len(among):,} cells requested."
             )
         if not self.num_cells:
             chosen = " for which the filter holds" if where else ""
@@ -515,10 +479,10 @@ class ExperimentCounts(Counts):
         if not names:
             raise self._no_matrix(wanted)
 
-        def open_layer(name: str) -> SomaMatrix:
-            return SomaMatrix(measurement["X"][name], self._ids, f"{self.name}: X/{name}")
-
-        location, passed_over, self._matrix = self._first_of_counts(names, open_layer)
+        location, passed_over, self._matrix = self._first_of_counts(
+            names,
+            lambda name: SomaMatrix(measurement["X"][name], self._ids, f"{self.name}: X/{name}"),
+        )
         self.location = f"X/{location}"
         self.passed_over = tuple(f"X/{place}" for place in passed_over)
         var = SomaFrame(measurement["var"], f"{self.name}: var")
@@ -534,7 +498,7 @@ class ExperimentCounts(Counts):
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """The cells chosen and, where it lies on this machine, the time of the last write in ms.
+        """The cells chosen and, where it is on this machine, the time of the last write in ms.
 
         A Census in S3 is never written again.
         """
@@ -546,7 +510,6 @@ class ExperimentCounts(Counts):
         }
 
     def close(self) -> None:
-        """Closes the Experiment; blocks already read stay good."""
         self._experiment.close()
 
     def _layers(self) -> list[str]:

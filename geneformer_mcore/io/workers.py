@@ -1,10 +1,10 @@
-"""Worker processes that do one job at a time, and whose end is always explained.
+"""Worker processes that do one job at a time; a lost one is reported with its job and reason.
 
     jobs, in order  ->  the next free process  ->  (job, outcome), as they are done
-                                               ->  how far each is, meanwhile
+                                               ->  progress of each, meanwhile
 
 Processes are spawned (a fork after TileDB was used would hang), live from job to job, and end with
-the process that started them, however that ends. One that is killed is reported with its job.
+the process that started them, however that ends.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from geneformer_mcore.errors import AGAIN, DataError, LostWorkerError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Tell = Callable[[int], None]
-"""Called by a work with how many more cells are done."""
+Advance = Callable[[int], None]
+"""Called by a work with the number of cells just done."""
 
 _STOP_S = 5.0
 
 
 class Work(Protocol):
-    """What is done with a job: anything picklable that can be called so."""
+    """The function of a job: any picklable callable."""
 
-    def __call__(self, job: Any, tell: Tell) -> Any:
-        """Does it. A DataError is an outcome of the job; anything else ends all work."""
+    def __call__(self, job: Any, advance: Advance) -> Any:
+        """Does the job. A DataError is its outcome; any other error ends all work."""
         ...
 
 
 class Workers:
-    """Up to `number` processes; a context manager. With one, all is done in this very process."""
+    """Up to `number` processes; a context manager. With one, all is done in this process."""
 
     def __init__(self, number: int, shared: Any = None, again: str = AGAIN) -> None:
         """shared:  a synchronised value of multiprocessing, which becomes the attribute `shared` of
@@ -58,7 +58,7 @@ class Workers:
         self,
         work: Work,
         jobs: Sequence[Job],
-        tell: Callable[[Job, int], None] = lambda job, cells: None,
+        advance: Callable[[Job, int], None] = lambda job, cells: None,
         is_wanted: Callable[[Job], bool] = lambda job: True,
         most: int | None = None,
         chain: Callable[[Job], str | None] = lambda job: None,
@@ -66,13 +66,12 @@ class Workers:
     ) -> Iterator[tuple[Job, Any]]:
         """(job, what `work` returned, or its DataError), as they are done; begun in order.
 
-        tell:       called with a job and how many more of its cells are done
-        is_wanted:  asked before a job is begun; those that are not are left out
+        advance:       called with a job and the number of its cells just done
+        is_wanted:  called before a job is begun; False: it is skipped
         most:       processes that are worth their start here
-        chain:      jobs with a name in common are done by one process, in their order
+        chain:      jobs of one name are done by one process, in their order
         last:       a further job, which every process does after all others
-        Raises LostWorkerError if a process is killed or memory runs out, and whatever else an
-        error in a job was.
+        Raises LostWorkerError if a process is killed or memory runs out, and the errors of jobs.
         """
         number = max(1, min(self.number, len(jobs), self.number if most is None else most))
         queues = [_Queue(jobs, is_wanted, chain)]
@@ -80,7 +79,7 @@ class Workers:
             queues.append(_Queue([last] * number))
         if number == 1:
             for job in (job for queue in queues for job in queue):
-                yield job, _outcome(work, job, partial(tell, job), self._again)
+                yield job, _outcome(work, job, partial(advance, job), self._again)
             return
         while len(self._processes) < number:
             self._processes.append(_Worker(self._shared, self._again))
@@ -88,7 +87,7 @@ class Workers:
         for process in processes:
             process.send(work)
         for queue in queues:
-            yield from _run_apart(processes, queue, tell)
+            yield from _run_apart(processes, queue, advance)
 
     def __enter__(self) -> Workers:
         return self
@@ -122,11 +121,11 @@ class _Queue:
         self._owners: dict[str, _Worker] = {}
 
     def __iter__(self) -> Iterator[Any]:
-        """For this very process."""
+        """The jobs for this process alone."""
         return filter(self._is_wanted, self._waiting)
 
     def next_for(self, process: _Worker) -> Any:
-        """The first job that this process may do, taken off the queue; None if there is none."""
+        """Pops the first job that this process may do; None if there is none."""
         self._waiting = [job for job in self._waiting if self._is_wanted(job)]
         for place, job in enumerate(self._waiting):
             name = self._chain(job)
@@ -136,7 +135,7 @@ class _Queue:
 
 
 def _run_apart(
-    processes: Sequence[_Worker], queue: _Queue, tell: Callable[[Any, int], None]
+    processes: Sequence[_Worker], queue: _Queue, advance: Callable[[Any, int], None]
 ) -> Iterator[tuple[Any, Any]]:
     free = list(processes)
     busy: dict[Any, tuple[_Worker, Any]] = {}
@@ -152,12 +151,16 @@ def _run_apart(
         for connection in wait(list(busy)):
             process, job = busy[connection]
             kind, value = process.answer()
-            if kind == "tell":
-                tell(job, value)
+            if kind == "advance":
+                advance(job, value)
                 continue
             del busy[connection]
             free.append(process)
-            yield job, _checked(kind, value)
+            if kind == "error":
+                raise value
+            if kind == "failed":
+                raise RuntimeError(f"internal error in a worker process:\n{value}")
+            yield job, value
 
 
 class _Worker:
@@ -213,10 +216,9 @@ class _Worker:
 
 @contextmanager
 def _interrupts_kept_back() -> Iterator[None]:
-    """Processes started in here never see an interrupt from the keyboard, not even in the second
-    in which they import what they need: it reaches all processes, and the parent ends the others.
-    """
-    # Started here and now: it would let interrupts through again (Python 3.11).
+    """Blocks SIGINT in processes started in here, also while they import: a keyboard interrupt
+    reaches all processes, and the parent ends the others."""
+    # Started first: it would unblock the signal (Python 3.11).
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -226,7 +228,6 @@ def _interrupts_kept_back() -> Iterator[None]:
 
 
 def _describe_end(code: int | None) -> str:
-    """How a process ended, by its exit code as multiprocessing gives it."""
     if code is None or code >= 0:
         return f"with exit code {code}"
     hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
@@ -234,10 +235,10 @@ def _describe_end(code: int | None) -> str:
 
 
 def _serve(connection: Connection, shared: Any, again: str) -> None:
-    """A worker process: jobs come in until the connection is closed."""
-    # The pipe alone may stay open where the parent is killed: others may have its other end.
+    """Main function of a worker process: jobs come in until the connection is closed."""
+    # The pipe may stay open where the parent is killed: other workers may have its other end.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    import pyarrow  # not needed by the parent, which may have no job for it
+    import pyarrow
 
     pyarrow.set_cpu_count(1)
     work: Any = None
@@ -266,7 +267,7 @@ def _end_with_parent() -> None:
 
 def _answer(connection: Connection, work: Work, job: Any, again: str) -> None:
     try:
-        outcome = _outcome(work, job, lambda cells: connection.send(("tell", cells)), again)
+        outcome = _outcome(work, job, lambda cells: connection.send(("advance", cells)), again)
         answer: tuple[str, Any] = "outcome", outcome
     except OSError as error:
         answer = "error", OSError(error.errno, error.strerror, error.filename)
@@ -280,9 +281,9 @@ def _answer(connection: Connection, work: Work, job: Any, again: str) -> None:
         connection.send(("error", _short_of_memory(error, job, again)))
 
 
-def _outcome(work: Work, job: Any, tell: Tell, again: str) -> Any:
+def _outcome(work: Work, job: Any, advance: Advance, again: str) -> Any:
     try:
-        return work(job, tell)
+        return work(job, advance)
     except DataError as error:
         return error
     except MemoryError as error:
@@ -292,11 +293,3 @@ def _outcome(work: Work, job: Any, tell: Tell, again: str) -> Any:
 def _short_of_memory(error: MemoryError, job: Any, again: str) -> LostWorkerError:
     why = f"there is not enough memory ({str(error) or 'Python has none left'})"
     return LostWorkerError(f"{why}, in the middle of {job}. {again}")
-
-
-def _checked(kind: str, value: Any) -> Any:
-    if kind == "error":
-        raise value
-    if kind == "failed":
-        raise RuntimeError(f"a defect in a worker process:\n{value}")
-    return value

@@ -1,9 +1,12 @@
-"""Fetching the units of a Census: each a file of its own, whole or not there, and provably so.
+"""Download of Census cells as h5ad files: the plan that all downloaders share, then its units.
 
+    release, filter  ->  cells by data set, in order of their joinids  ->  units of bounded size
+                     ->  plan.json  <->  CensusPlan
     unit  ->  done before? (record: bytes, SHA-256)  ->  skipped
           ->  fetched, with retries  ->  .NAME.partial  ->  NAME.h5ad  ->  done/NAME.json
 
-A unit that is missing, cut or changed is fetched again by the next call.
+A unit is the cells of one data set between two joinids that pass the filter. One that is missing,
+truncated or changed is fetched again by the next call.
 """
 
 from __future__ import annotations
@@ -42,13 +45,6 @@ from geneformer_mcore.io.progress import Progress, no_progress
 from geneformer_mcore.io.retry import Retry
 from geneformer_mcore.io.workers import Workers
 
-# What is to be fetched of a Census: which cells, in which pieces; the same for all who fetch.
-#
-#     release, filter  ->  cells by data set, in order of their joinids  ->  pieces of bounded size
-#                      ->  plan.json  <->  CensusPlan
-#
-# A piece is the cells of one data set between two joinids, for which the filter holds.
-
 PLAN_FILE = "plan.json"
 CELLS_PER_UNIT = 32_768
 VERSION = 1
@@ -58,7 +54,7 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Selection:
-    """Which cells of which Census, as it was asked for.
+    """The requested cells of a Census.
 
     source:         a version of the Census, or the address of an Experiment
     value_filter:   SOMA's, over obs; "" for all cells
@@ -144,9 +140,9 @@ class CensusPlan:
         ours = asdict(self.selection)
         different = [name for name in given if given[name] != ours[name]]
         if different:
-            told = "; ".join(f"{name} {ours[name]!r}, not {given[name]!r}" for name in different)
+            what = "; ".join(f"{name} {ours[name]!r}, not {given[name]!r}" for name in different)
             raise DataError(
-                f"{folder / PLAN_FILE} is of another selection: {told}. Remedy: the same options "
+                f"{folder / PLAN_FILE} is of another selection: {what}. Remedy: the same options "
                 "as before (or none, to go on), or another --out."
             )
 
@@ -157,10 +153,10 @@ def prepare_plan(
     find: Callable[[Selection], Release],
     progress: Callable[[int], None] = lambda cells: None,
 ) -> CensusPlan:
-    """The plan that stands in `folder`, or a new one, which is left there.
+    """The plan in `folder`, or a new one, saved there.
 
-    given:  the fields of Selection that were asked for, all others are the plan's or the defaults
-    find:   finds the Census, asked only for a new plan
+    given:  the requested fields of Selection; all others are the plan's or the defaults
+    find:   finds the Census, for a new plan
     DataError if the plan there is of another selection, or none can be made.
     """
     if (folder / PLAN_FILE).is_file():
@@ -177,10 +173,8 @@ def prepare_plan(
 def make_plan(
     selection: Selection, build: str, address: str, progress: Callable[[int], None]
 ) -> CensusPlan:
-    """Reads what each cell is of; 12 bytes of memory per cell. progress: with cells seen so far.
-
-    DataError if nothing is left by the filter, or a data set cannot name a file.
-    """
+    """Reads the data set, assay and tissue of each cell, in 12 bytes per cell; progress: called
+    with the cells so far. DataError if no cell passes, or a data set cannot name a file."""
     seen = _Seen()
     for table in read_cells(address, selection.value_filter or None):
         seen.add(table.to_pandas())
@@ -190,7 +184,7 @@ def make_plan(
     left = seen.cells if selection.limit_cells is None else selection.limit_cells
     for dataset_id in sorted(seen.parts):
         joinids, kinds = seen.of(dataset_id, left)
-        units += _pieces(dataset_id, joinids, selection.cells_per_unit)
+        units += _units_of(dataset_id, joinids, selection.cells_per_unit)
         rows += [(dataset_id, *labels, cells) for labels, cells in seen.count(kinds)]
         left -= len(joinids)
     if not units:
@@ -212,12 +206,10 @@ class _Seen:
     def add(self, rows: pd.DataFrame) -> None:
         self.cells += len(rows)
         joinids = rows["soma_joinid"].to_numpy()
-        for names, places in rows.groupby(
-            [name for name in TABLE_COLUMNS if name in rows], observed=True, dropna=False
-        ).indices.items():
-            named = dict(
-                zip((c for c in TABLE_COLUMNS if c in rows), _as_tuple(names), strict=True)
-            )
+        there = [name for name in TABLE_COLUMNS if name in rows]
+        for names, places in rows.groupby(there, observed=True, dropna=False).indices.items():
+            labels_of = names if isinstance(names, tuple) else (names,)
+            named = dict(zip(there, labels_of, strict=True))
             dataset_id, *labels = (_text(named.get(column)) for column in TABLE_COLUMNS)
             kind = self._kinds.setdefault((labels[0], labels[1]), len(self._kinds))
             kinds = np.full(len(places), kind, np.int32)
@@ -225,9 +217,7 @@ class _Seen:
 
     def of(self, dataset_id: str, most: int) -> tuple[np.ndarray, np.ndarray]:
         """The first `most` cells of a data set: (joinids, ascending; kinds)."""
-        joinids, kinds = (
-            np.concatenate(part) for part in zip(*self.parts[dataset_id], strict=True)
-        )
+        joinids, kinds = map(np.concatenate, zip(*self.parts[dataset_id], strict=True))
         order = np.argsort(joinids)[:most]
         return joinids[order], kinds[order]
 
@@ -239,15 +229,11 @@ class _Seen:
         )
 
 
-def _as_tuple(names: Any) -> tuple[Any, ...]:
-    return names if isinstance(names, tuple) else (names,)
-
-
 def _text(value: Any) -> str:
     return "" if value is None or value != value else str(value)
 
 
-def _pieces(dataset_id: str, joinids: np.ndarray, cells_per_unit: int) -> list[CensusUnit]:
+def _units_of(dataset_id: str, joinids: np.ndarray, cells_per_unit: int) -> list[CensusUnit]:
     if not _SAFE_NAME.fullmatch(dataset_id):
         raise DataError(
             f"the data set {dataset_id!r} cannot name a file (letters, digits, dot, dash and "
@@ -268,12 +254,12 @@ _HDF5_BYTES = 1 << 20
 """What HDF5 takes for itself, generously."""
 
 GIVE_UP_AFTER = 3
-"""So many units in a row that the network spoils, and no more are begun."""
+"""After so many network failures in a row no more units are begun."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the units: how many were there already, fetched, and failed, and why."""
+    """Numbers of units there before, fetched and not begun; messages of those that failed."""
 
     there: int
     fetched: int
@@ -284,7 +270,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Fetching:
-    """The work of fetching one unit of a plan into `folder` (a workers.Work)."""
+    """Fetches one unit of a plan into `folder` (a workers.Work)."""
 
     folder: Path
     plan_head: tuple[str, str]
@@ -295,11 +281,11 @@ class Fetching:
         """For the units of `plan`."""
         return cls(folder, (plan.address, plan.selection.value_filter), retry or Retry())
 
-    def __call__(self, job: CensusUnit, tell: Callable[[int], None]) -> None:
+    def __call__(self, job: CensusUnit, advance: Callable[[int], None]) -> None:
         """Raises NetworkError, or another DataError if the cells are not those of the plan."""
         address, value_filter = self.plan_head
         wanted = (address, value_filter or None, job.dataset_id, job.first, job.last)
-        attempts = _Attempts(tell)
+        attempts = _Attempts(advance)
         cells = self.retry.call(job.name, lambda: fetch_cells(*wanted, attempts.begin()))
         if cells.n_obs != job.cells:
             raise DataError(
@@ -315,7 +301,7 @@ class Fetching:
             try:
                 cells.write_h5ad(partial, compression="lzf")
             except RuntimeError as error:
-                # HDF5's word for a full disk, where it notices as it closes the file.
+                # HDF5's error for a full disk on closing the file.
                 if _WRITE_FAILED not in str(error):
                     raise
                 raise OSError(" ".join(str(error).split())) from error
@@ -324,7 +310,7 @@ class Fetching:
         write_sealed(_record_path(self.folder, unit), record)
 
     def problem(self, unit: CensusUnit) -> str | None:
-        """Why the unit is not there as it should be; None if it is. Reads all of its file."""
+        """What is wrong with the unit's file, which is read; None if nothing is."""
         path = self.folder / unit.file
         record = read_sealed(_record_path(self.folder, unit))
         if record is None or record.get("of") != self._identity(unit) or not path.is_file():
@@ -339,10 +325,10 @@ class Fetching:
 
 
 class _Attempts:
-    """Tells of cells once, however often they are read."""
+    """Reports each cell once, however often it is read."""
 
-    def __init__(self, tell: Callable[[int], None]) -> None:
-        self._tell, self._told, self._read = tell, 0, 0
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance, self._reported, self._read = advance, 0, 0
 
     def begin(self) -> Callable[[int], None]:
         self._read = 0
@@ -350,8 +336,8 @@ class _Attempts:
 
     def _count(self, cells: int) -> None:
         self._read += cells
-        self._tell(max(0, self._read - self._told))
-        self._told = max(self._read, self._told)
+        self._advance(max(0, self._read - self._reported))
+        self._reported = max(self._read, self._reported)
 
 
 def fetch_units(
@@ -361,8 +347,7 @@ def fetch_units(
     part: str | None = None,
     progress: Progress = no_progress,
 ) -> Outcome:
-    """Fetches those of `units` that are not there. A unit's failure does not keep others back,
-    unless its file cannot be written: no more are begun then, to be downloaded in vain.
+    """Fetches the missing `units`; a failure does not stop others, unless a file cannot be written.
 
     part: "I/N", where other processes fetch the other parts; None: no other may be at it.
     """
@@ -386,7 +371,7 @@ def _fetch_missing(
     in_a_row = fetched = 0
     is_writable = True
 
-    def tell(_: CensusUnit, cells: int) -> None:
+    def advance(_: CensusUnit, cells: int) -> None:
         nonlocal done
         done += cells
         progress("fetching", done, total)
@@ -395,7 +380,7 @@ def _fetch_missing(
         return is_writable and in_a_row < GIVE_UP_AFTER
 
     with Workers(workers) as pool:
-        for _, result in pool.run(fetching, missing, tell, is_wanted):
+        for _, result in pool.run(fetching, missing, advance, is_wanted):
             if isinstance(result, NetworkError):
                 network.append(str(result))
                 in_a_row += 1
@@ -411,8 +396,8 @@ def _fetch_missing(
 
 
 def _check_room(path: Path, cells: Any) -> None:
-    """Raises OSError if the disk has no room for `cells`, not compressed. To let HDF5 find out may
-    end the process: after a write that fails, it follows stray pointers (seen in version 2.0)."""
+    """Raises OSError if the disk has no room for `cells`, not compressed: after a failed write HDF5
+    may follow stray pointers and end the process (seen in version 2.0)."""
     matrix = cells.X
     tables = sum(int(table.memory_usage(deep=True).sum()) for table in (cells.obs, cells.var))
     needed = matrix.data.nbytes + matrix.indices.nbytes + matrix.indptr.nbytes + tables
@@ -422,7 +407,7 @@ def _check_room(path: Path, cells: Any) -> None:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            # This file system cannot reserve room, which says nothing of what there is.
+            # This file system cannot reserve room.
 
 
 def find_missing(

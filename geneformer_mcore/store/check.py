@@ -1,4 +1,4 @@
-"""Every row of a store against its manifest: what is wrong with it, if anything.
+"""Full check of a store against its manifest.
 
 all rows, span by span  ->  each cell sound?  ->  obs fits tokens?  ->  totals, content hash
 """
@@ -58,7 +58,11 @@ class _StoreCheck:
                     self._problems.append("... and more; the check ended here.")
                     return self._problems
             progress("checking rows", stop, num_cells)
-        self._report_unsound()
+        self._problems += [
+            f"{self._store.path}: {number:,} cells {name}, the first at row "
+            f"{self._first_row[name]:,}."
+            for name, number in self._unsound.items()
+        ]
         # After an unreadable span, totals would only repeat that rows are missing.
         if not self._problems:
             self._check_totals()
@@ -78,7 +82,7 @@ class _StoreCheck:
                 self._first_row.setdefault(name, start + int(wrong[0]))
 
     def _wrong_tokens(self, cells: RaggedCells) -> dict[str, np.ndarray]:
-        """{what is wrong: bool [N], which cells}."""
+        """{problem: bool [N], the cells that have it}."""
         lengths, starts = cells.lengths, cells.offsets[:-1]
         cell_T = np.repeat(np.arange(len(cells)), lengths)
         is_first_T = np.zeros(len(cells.tokens_T), dtype=bool)
@@ -113,13 +117,6 @@ class _StoreCheck:
             "have another split in obs than their rows": obs["split"].to_numpy() != split_of_row,
             "have a cell_key that is not their names'": cell_keys(datasets, names) != cells.keys_N,
         }
-
-    def _report_unsound(self) -> None:
-        for name, number in self._unsound.items():
-            self._problems.append(
-                f"{self._store.path}: {number:,} cells {name}, the first at row "
-                f"{self._first_row[name]:,}."
-            )
 
     def _check_totals(self) -> None:
         manifest = self._store.manifest

@@ -1,10 +1,9 @@
-"""Numbers that depend on a cell alone: its key, its place in the shuffle, its draw for the split;
-and the hash by which these, and the masks of feed/masks.py, are drawn: SplitMix64 (Steele, Lea and
-Flood, "Fast splittable pseudorandom number generators", 2014).
+"""Numbers that depend on a cell alone, never on files, order, ranks or library versions.
 
-    dataset_id, cell_id  ->  cell_key  ->  order key, split draw
+    dataset_id, cell_id  ->  cell_key  ->  order key (shuffle), split draw
 
-Nothing here depends on files, order, ranks or library versions, so stores can be made again.
+Both, and the masks of data/masking.py, are drawn by SplitMix64 (Steele, Lea and Flood, "Fast
+splittable pseudorandom number generators", 2014).
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ import numpy as np
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX_2 = np.uint64(0x94D049BB133111EB)
-"""SplitMix64's constants. Stores and checkpoints rely on them: they never change, which numba's
-cache of feed/kernels.py on disk would not notice."""
+"""SplitMix64's constants. Stores and checkpoints rely on them: they never change."""
 
 _ORDER_SALT = 0x6F72646572000001
 _SPLIT_SALT = 0x73706C6974000001

@@ -1,14 +1,15 @@
-"""What lies where in a store, and the manifest that says what must be there.
+"""Layout of a store, its manifest, the list of its files and the hash of its content.
 
     STORE/                  a SOMA Collection, opened by plain tiledbsoma
       tokens/               DataFrame: soma_joinid, tokens (large_binary, little-endian uint16)
       obs/                  DataFrame: soma_joinid, cell_id, dataset_id, cell_key, split, n_counts,
                             n_genes, n_tokens, and the inputs' label columns
       vocabulary.json       genes in token order, medians, checksum
-      manifest.json         the dataclass below
+      manifest.json         the dataclass below, with {path: [bytes, SHA-256]} of all other files
 
-Rows are grouped by split and shuffled within each; a row of `tokens` and of `obs` with one
-soma_joinid is one cell.
+Rows are grouped by split and shuffled within each; rows of `tokens` and `obs` with the same
+soma_joinid are one cell. TileDB's own filters check the tiles that are read, not which fragments
+are there, nor their metadata: of files of tiles only the size is kept, so that opening is cheap.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ OBS_COLUMNS: dict[str, pa.DataType] = {
     "n_genes": pa.int32(),
     "n_tokens": pa.int32(),
 }
-"""Columns every store's obs has beside soma_joinid: n_counts = all counts of the cell, n_genes =
+"""Columns of every store's obs, besides soma_joinid: n_counts = all counts of the cell, n_genes =
 its expressed genes (columns of the file), n_tokens = its tokens in the store, [CLS] included."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished store holds. Written last, so that an unfinished store has none.
+    """The content of a finished store. Written last, so that an unfinished store has none.
 
     cells, tokens:     rows, and token ids of all rows together ([CLS] included)
     rows:              {split: [start, stop]}, train, validation, test, one after the other
@@ -58,7 +59,7 @@ class Manifest:
     content_hash:      SHA-256 over every column of every row (see content_hash)
     vocabulary_hash:   checksum of vocabulary.json
     labels:            {label column of obs: its type}
-    split:             how cells were dealt to splits
+    split:             how cells were assigned to splits
     sources:           one report per input file (see ingest.SourceReport)
     skipped:           {reason: cells}, over all sources
     versions:          {package: version} that wrote the store
@@ -98,7 +99,7 @@ class Manifest:
                 f"{path}: store schema {version!r}, this version reads {SCHEMA_VERSION}. Remedy: "
                 "build the store again with data_prep/build_store.py."
             )
-        # What has a default came in later: stores that were there before do without it.
+        # Fields with a default are newer: earlier stores lack them.
         optional = {item.name for item in fields(cls) if item.default_factory is not MISSING}
         wanted = {item.name for item in fields(cls)} - optional
         missing = sorted((wanted | {"checksum"}) - set(content))
@@ -149,13 +150,7 @@ def _problem(manifest: Manifest) -> str | None:
     return None
 
 
-# The files a store consists of, so that none is missed, added, cut or changed.
-#
-# finished store  ->  {path: [bytes, SHA-256]}  ->  manifest  ->  compared whenever it is opened
-#
-# TileDB's own filters check the tiles that are read, not which fragments are there, nor what
-# metadata says of them. Tiles are left to the filters: of their files only the size is kept, which
-# makes opening a store cheap.
+# Files
 
 _FRAGMENTS = "__fragments"
 _FRAGMENT_METADATA = "__fragment_metadata.tdb"
@@ -163,17 +158,14 @@ _FRAGMENT_METADATA = "__fragment_metadata.tdb"
 
 def list_files(folder: Path) -> dict[str, Path]:
     """{path relative to `folder`: file} of all files in it but the manifest, sorted."""
-    found = {}
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent) / name
-            found[path.relative_to(folder).as_posix()] = path
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    found = {path.relative_to(folder).as_posix(): path for path in paths}
     found.pop(MANIFEST_FILE, None)
     return dict(sorted(found.items()))
 
 
 def describe_files(folder: Path) -> dict[str, list[Any]]:
-    """{path: [bytes, SHA-256]}, what the manifest keeps; no SHA-256 (None) for files of tiles."""
+    """{path: [bytes, SHA-256]}, for the manifest; None instead of SHA-256 for files of tiles."""
     return {
         name: [path.stat().st_size, None if _is_tiles(name) else file_digest(path)]
         for name, path in list_files(folder).items()
@@ -181,7 +173,7 @@ def describe_files(folder: Path) -> dict[str, list[Any]]:
 
 
 def find_changes(folder: Path, expected: Mapping[str, list[Any]]) -> list[str]:
-    """What is wrong with the files in `folder`, in a few words each; OSError if unreadable."""
+    """A short description of each difference of the files in `folder`; OSError if unreadable."""
     there = list_files(folder)
     problems = [f"{name} is missing" for name in expected if name not in there]
     for name, path in there.items():
@@ -202,17 +194,13 @@ def _is_tiles(name: str) -> bool:
     return _FRAGMENTS in parts and parts[-1] != _FRAGMENT_METADATA
 
 
-# One hash for all a store holds, whatever the blocks its rows come in.
-#
-#     rows in order  ->  per column: is it there? | its lengths | its bytes  ->  SHA-256 each
-#                    ->  SHA-256 over the columns' names, types and digests
-#
-# A column is hashed as three streams over all rows: validity (one byte per row); for text and
-# tokens the lengths in bytes (int64); the values, little-endian, laid end to end, missing ones as
-# zero.
+# Content hash: independent of the blocks in which rows come
 
 
 class _ColumnHash:
+    """Three streams over all rows: validity (one byte per row); for text and tokens the lengths in
+    bytes (int64); the values end to end, little-endian, missing ones as zero."""
+
     def __init__(self) -> None:
         self._streams = tuple(hashlib.sha256() for _ in range(3))
 
@@ -227,7 +215,8 @@ class _ColumnHash:
             else:
                 filled = pc.fill_null(array, pa.scalar(0).cast(array.type))
                 numbers = filled.to_numpy(zero_copy_only=False)
-                values.update(np.ascontiguousarray(numbers).astype(_little(numbers.dtype)).data)
+                little = numbers.dtype.newbyteorder("<")
+                values.update(np.ascontiguousarray(numbers).astype(little).data)
 
     def hexdigest(self) -> str:
         return hashlib.sha256(b"".join(part.digest() for part in self._streams)).hexdigest()
@@ -244,12 +233,8 @@ def text_buffers(array: pa.LargeBinaryArray | pa.LargeStringArray) -> tuple[np.n
     return offsets - offsets[0], raw[offsets[0] : offsets[-1]]
 
 
-def _little(dtype: np.dtype) -> np.dtype:
-    return dtype.newbyteorder("<")
-
-
 class ContentHash:
-    """Takes in a store's rows in order, as Arrow tables of any size with the same columns."""
+    """The hash of a store's rows in order, as Arrow tables of any size with the same columns."""
 
     def __init__(self) -> None:
         self._columns: dict[str, _ColumnHash] = {}

@@ -1,4 +1,4 @@
-"""A store's tokens as one flat file on a node's own disk: any cell costs a look into memory.
+"""A store's tokens as flat memory-mapped files on a node's own disk, for random access.
 
     store  --ensure, once per node-->  CACHE/CONTENT_HASH/  tokens.bin   uint16, cells end to end
                                                             offsets.bin  int64 [cells + 1]
@@ -7,8 +7,8 @@
                                                             flat.json    written last
     FlatCopy: opened, sizes and indices verified  ->  a cell's block verified when first touched
 
-Rows are the store's. The store stays the truth: a copy may be deleted at any time, and is made
-again by the next run that wants it. Numbers are little-endian. Needs numpy alone.
+Rows are the store's. A copy may be deleted at any time; the next run that needs it makes it again.
+Numbers are little-endian. Needs numpy only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +24,7 @@ import numpy as np
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.files import file_digest, lock_file, read_sealed, sync_tree, write_sealed
+from geneformer_mcore.io.progress import Progress
 from geneformer_mcore.types import CellViews, RaggedCells, TokenSource
 
 FORMAT_VERSION = 1
@@ -35,11 +36,9 @@ _CELLS_PER_READ = 4096
 _MANIFEST = "flat.json"
 _FILES = ("tokens.bin", "offsets.bin", "keys.bin", "sums.bin")
 
-Progress = Callable[[str, int, int], None]
-
 
 class Copyable(TokenSource, Protocol):
-    """What a flat copy can be made of: rows 0..len-1."""
+    """The source of a flat copy: rows 0..len-1."""
 
     def __len__(self) -> int: ...
 
@@ -51,7 +50,7 @@ def ensure(
     cache: str | Path,
     progress: Progress | None = None,
 ) -> FlatCopy:
-    """The flat copy of `source` in the folder `cache`, made now if it is not there or is damaged.
+    """The flat copy of `source` in the folder `cache`, made if it is missing or damaged.
 
     Processes of one node may call this at the same time: one makes the copy, the others wait.
     content_hash: equal for equal cells; names the copy
@@ -79,12 +78,12 @@ def ensure(
 
 
 def num_bytes(num_tokens: int, num_cells: int) -> int:
-    """Bytes that a flat copy takes, but for its sums: 32 per 1024 cells."""
+    """Bytes of a flat copy, without its sums: 32 per 1024 cells."""
     return 2 * num_tokens + 16 * num_cells
 
 
 def is_there(cache: str | Path, content_hash: str) -> bool:
-    """Whether there is a finished copy, by its name and manifest: nothing else of it is read."""
+    """Whether there is a finished copy, by its name and manifest only."""
     content = read_sealed(Path(cache) / content_hash[:16] / _MANIFEST)
     return content is not None and content.get("content_hash") == content_hash
 
@@ -95,7 +94,7 @@ class FlatCopy:
     Raises DataError if it is unsound."""
 
     def __init__(self, folder: str | Path, content_hash: str | None = None) -> None:
-        """content_hash: what it must be a copy of; None: whatever it is one of."""
+        """content_hash: of the store it must be a copy of; None: of any."""
         self.folder = Path(folder)
         content = self._manifest()
         if content_hash not in (None, content["content_hash"]):
@@ -175,7 +174,7 @@ def _make(source: Copyable, content_hash: str, folder: Path, progress: Progress 
         _fill(partial, source, content_hash, progress)
         os.rename(partial, folder)
     except BaseException:
-        # The disk may be full of it, and no run may ever want this copy again.
+        # The disk may be full of it, and no later run may need this copy.
         shutil.rmtree(partial, ignore_errors=True)
         raise
 

@@ -1,7 +1,7 @@
-"""Reading a store: opened once, verified cheaply, then rows by number.
+"""Token store reader: opened once, verified cheaply, then rows by number.
 
-TokenStore.open(path)  ->  manifest, files, row counts, vocabulary agree  ->  read(start, stop)
-                                                                          ->  RaggedCells
+TokenStore.open(path)  ->  manifest, files, row counts, vocabulary agree
+                       ->  read(start, stop)  ->  RaggedCells
 """
 
 from __future__ import annotations
@@ -27,26 +27,17 @@ from geneformer_mcore.types import RaggedCells
 _ROWS_PER_PART = 65_536
 _PART_TYPES = {"cell_key": np.uint64, "n_tokens": np.uint16}
 _ROWS_PER_NAME_READ = 1024
-_MOST_TOLD = 5
+_MOST_LISTED = 5
 
 
 class TokenStore:
-    """A store open for reading (a types.TokenSource); pickled by its path, opened anew there.
-
-    path:        its folder
-    manifest:    what it holds
-    vocabulary:  its genes and medians
-
-    Cells come as they are stored, up to the store's seq_length: cutting them shorter is the feed's.
-    """
+    """A store open for reading (a types.TokenSource); pickled by its path. Cells come as stored, up
+    to the store's seq_length."""
 
     def __init__(self, path: str | Path) -> None:
-        """Opens and verifies what is cheap to verify; DataError, with a remedy, if it fails.
-
-        Verified: manifest and vocabulary are there and sound, no file is missing, added, cut or
-        (but for tiles) changed, and both data frames hold as many rows as the manifest says. Every
-        value is checked against its checksum when it is read.
-        """
+        """Raises DataError unless manifest and vocabulary are sound, no file is missing, added,
+        truncated or (but for tiles) changed, and both data frames have the manifest's rows. Every
+        value is checked against its checksum when it is read."""
         self.path = Path(path)
         self.manifest = Manifest.load(self.path)
         self._check_files()
@@ -60,11 +51,17 @@ class TokenStore:
         self._soma = SomaReader(self.path)
         self._parts: dict[tuple[str, int], np.ndarray] = {}
         for name in (TOKENS, OBS):
-            self._check_count(name)
+            found = self._soma.count(name)
+            if found != self.manifest.cells:
+                raise DataError(
+                    f"{self.path}: {name} holds {found:,} rows, the manifest says "
+                    f"{self.manifest.cells:,}. Remedy: files are missing; copy the store again, or "
+                    "build it again."
+                )
 
     @classmethod
     def open(cls, path: str | Path) -> TokenStore:
-        """The store at `path`, verified as far as is cheap (see __init__)."""
+        """The store at `path`, verified (see __init__)."""
         return cls(path)
 
     def rows(self, split: str) -> tuple[int, int]:
@@ -112,8 +109,9 @@ class TokenStore:
         return self._soma.read(OBS, start, stop, ["dataset_id"])["dataset_id"].to_pylist()
 
     def labels(self, name: str) -> pa.Table:
-        """`cell_key` and a label column of all cells, null where a cell has none; DataError naming
-        the label columns that there are if it is none of them."""
+        """`cell_key` and a label column of all cells, null where a cell has none.
+
+        Raises DataError if there is no such column."""
         labels = self.manifest.labels
         if name not in labels:
             there = ", ".join(sorted(labels)) or "none"
@@ -143,7 +141,7 @@ class TokenStore:
 
     def _part(self, name: str, part: int) -> np.ndarray:
         """A large part of a column of obs, read once and kept, a few bytes per cell of the store: a
-        second query per span would cost as much again as reading its tokens."""
+        query per span would cost as much as reading its tokens."""
         if (name, part) not in self._parts:
             first = part * _ROWS_PER_PART
             last = min(first + _ROWS_PER_PART, len(self))
@@ -175,23 +173,15 @@ class TokenStore:
         except OSError as error:
             changes = [f"{error.filename} cannot be read: {error.strerror}"]
         if changes:
-            more = f", and {len(changes) - _MOST_TOLD:,} more" if len(changes) > _MOST_TOLD else ""
+            rest = len(changes) - _MOST_LISTED
+            more = f", and {rest:,} more" if rest > 0 else ""
             raise DataError(
-                f"{self.path}: {'; '.join(changes[:_MOST_TOLD])}{more}. Remedy: copy the store "
+                f"{self.path}: {'; '.join(changes[:_MOST_LISTED])}{more}. Remedy: copy the store "
                 "again, or build it again; a store is never changed once it is built."
-            )
-
-    def _check_count(self, name: str) -> None:
-        found = self._soma.count(name)
-        if found != self.manifest.cells:
-            raise DataError(
-                f"{self.path}: {name} holds {found:,} rows, the manifest says "
-                f"{self.manifest.cells:,}. Remedy: files are missing; copy the store again, or "
-                "build it again."
             )
 
     def _check_span(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= len(self):
             raise DataError(
-                f"{self.path}: rows {start} to {stop} asked for, there are 0 to {len(self)}."
+                f"{self.path}: rows {start} to {stop} requested, there are 0 to {len(self)}."
             )

@@ -1,6 +1,7 @@
-"""The report of a build as text: one row per input, the sum, and what was left out.
+"""Report of a build: per input, kept in the manifest, and as text.
 
-Manifest  ->  rows of cells (words)  ->  aligned for a console | Markdown
+InputSource, reports of its units  ->  report_source: SourceReport (kept in the manifest)
+Manifest  ->  a row per input  ->  aligned for a console | Markdown
 """
 
 from __future__ import annotations
@@ -16,18 +17,14 @@ from geneformer_mcore.store.ingest.plan import UnitReport
 from geneformer_mcore.store.ingest.sources import InputSource
 from geneformer_mcore.store.layout import Manifest
 
-# What became of each input: cells in, stored, skipped and why; genes and counts the model knows.
-#
-# a source, the reports of its units  ->  SourceReport (kept in the manifest)
-
 _MOST_BINS = 128
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of one input; the manifest keeps it.
+    """Cells, genes and tokens of one input.
 
-    cells_in, cells_stored, skipped:  skipped is {reason: cells}
+    skipped:                          {reason: cells}
     genes_*:                          see genes.GeneMap; genes_known are in the vocabulary
     counts_covered:                   share of all counts that known genes hold
     cells_cut:                        cells with more known genes than seq_length has room for
@@ -99,7 +96,7 @@ def sum_skipped(parts: Iterable[dict[str, int]]) -> dict[str, int]:
 
 
 def _median(cells_of_length: np.ndarray) -> float:
-    """The exact median of whole numbers given by how often each occurs; 0 where there is none."""
+    """The exact median of integers given by how often each occurs; 0 where there is none."""
     reached = np.cumsum(cells_of_length)
     number = int(reached[-1])
     if not number:
@@ -110,7 +107,7 @@ def _median(cells_of_length: np.ndarray) -> float:
 
 
 def _reached(cells_of_length: np.ndarray, share: float) -> float:
-    """The least length that `share` of the cells do not exceed; 0 where there is no cell."""
+    """The least length that `share` of the cells do not exceed; 0 without cells."""
     reached = np.cumsum(cells_of_length)
     return float(np.searchsorted(reached, share * reached[-1])) if reached[-1] else 0.0
 
@@ -189,7 +186,7 @@ def markdown_lines(manifest: Manifest) -> list[str]:
 
 
 def summary(manifest: Manifest) -> str:
-    """The whole store in a line."""
+    """One line about the whole store."""
     rows = ", ".join(f"{split} {stop - start:,}" for split, (start, stop) in manifest.rows.items())
     return (
         f"{manifest.cells:,} cells ({rows}), {manifest.tokens:,} tokens, content "
@@ -198,7 +195,7 @@ def summary(manifest: Manifest) -> str:
 
 
 def refused_lines(refused: Sequence[dict[str, str]], num_inputs: int) -> list[str]:
-    """What to end with where inputs were left out; nothing where none was."""
+    """The last lines of a command: inputs that were left out; [] if none was."""
     if not refused:
         return []
     head = f"error: {len(refused)} of {num_inputs} inputs are not in the store:"

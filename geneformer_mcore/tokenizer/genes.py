@@ -1,8 +1,8 @@
-"""Which gene each column of a file is: ids found, cleaned, mapped from symbols, and counted.
+"""From the var of an input to the token of each of its columns.
 
-var  ->  feature_id | ensembl_id | gene_ids | index  ->  version off, blanks dropped
-     ->  symbols: a given table | the vocabulary's names | GENCODE, where there are no ids
-     ->  token id of each column (0: not in the vocabulary)
+find_genes: feature_id | ensembl_id | gene_ids | index  ->  versions and blanks removed
+            symbols, where there are no ids: a given table | the vocabulary's names | GENCODE
+map_genes:  gene ids, Vocabulary  ->  GeneMap: token of each column (0: unknown gene)
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from geneformer_mcore.tokenizer.gencode import clean_id, default_symbols, is_ens
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 ID_COLUMNS = ("feature_id", "ensembl_id", "gene_ids", "index")
-"""Where gene ids are looked for in `var`, in this order; "index" is its row names."""
+"""Columns of `var` with gene ids, in order of preference; "index" is its row names."""
 
 _ENOUGH = 0.9
-"""Where so much of a column is known by a table, the next one is not asked for."""
+"""Where a table knows so much of a column, the next one is not read."""
 
 MIN_OVERLAP = 0.10
-"""Below this share of a file's genes in the vocabulary, a file is refused unless allowed."""
+"""A file with a smaller share of its genes in the vocabulary is refused unless allowed."""
 
 
 @dataclass(frozen=True)
 class GeneIds:
-    """The cleaned gene id of every column of a file ("" for none), and where they were found.
+    """The cleaned gene id of every column of a file ("" for none), and their location in var.
 
     num_mapped_symbols:  columns whose id is from a table of symbols
-    symbols_from:        which tables: "the given table", "the vocabulary's names", "GENCODE"
+    symbols_from:        the tables: "the given table", "the vocabulary's names", "GENCODE"
     """
 
     ids: tuple[str, ...]
@@ -51,7 +51,7 @@ class GeneIds:
 
 
 Table = Callable[[], Mapping[str, str] | None]
-"""Gives {symbol: id} when it is asked for; None: there is none at hand."""
+"""Reads {symbol: id}; None: there is no table."""
 
 
 def find_gene_ids(
@@ -60,26 +60,26 @@ def find_gene_ids(
     symbols: Mapping[str, str] | None = None,
     tables: Mapping[str, Table] | None = None,
 ) -> GeneIds:
-    """Gene ids from the first of ID_COLUMNS that speaks ids, else by symbols.
+    """Gene ids from the first of ID_COLUMNS that holds ids, else by symbols.
 
-    A column speaks ids if at least half of what it holds is known, or has the form of an Ensembl id
+    A column holds ids if at least half of its values are known, or have the form of an Ensembl id
     while at least one is known. Columns of other names come after ID_COLUMNS. Where none does,
-    `tables` are asked in turn, each for what those before leave open, until nearly all of a column
+    `tables` are read in turn, each for what those before leave open, until nearly all of a column
     is known; then the column with the most known genes is taken, as it is if no table knows more.
 
     columns:  {name: one value per gene} of `var`, "index" always among them
-    known:    the ids of the vocabulary; None: whatever has the form of an Ensembl id is known
-    symbols:  {symbol: id} that the user gave, for values that are not known by themselves
-    tables:   {where from: table} for files that name genes by symbol
+    known:    the ids of the vocabulary; None: all of the form of an Ensembl id
+    symbols:  the user's {symbol: id}, for values that are not known themselves
+    tables:   {origin: table} for files that name genes by symbol
     """
     ordered = [name for name in (*ID_COLUMNS, *NAME_COLUMNS) if name in columns]
     ordered += [name for name in columns if name not in ordered]
     cleaned = {name: [clean_id(gene) for gene in columns[name]] for name in ordered}
     finder = _Finder(cleaned, known)
     plain = finder.candidates(symbols or {}, "the given table")
-    speaking = finder.first_speaking(plain)
-    if speaking:
-        return speaking
+    with_ids = finder.first_with_ids(plain)
+    if with_ids:
+        return with_ids
     found, table, origins = list(plain), dict(symbols or {}), []
     for origin, get in () if finder.some_ensembl() else (tables or {}).items():
         more = get()
@@ -96,7 +96,7 @@ def find_gene_ids(
 
 
 class _Finder:
-    """What find_gene_ids asks of columns, cleaned, in the order in which they are looked at."""
+    """Cleaned columns in order of preference, and which of their genes are known."""
 
     def __init__(self, columns: Mapping[str, list[str]], known: Collection[str] | None) -> None:
         self._columns, self._known = columns, known
@@ -105,7 +105,7 @@ class _Finder:
         """Every column with its unknown values mapped by `symbols`."""
         return [self._map(name, symbols, origin) for name in self._columns]
 
-    def first_speaking(self, candidates: Sequence[GeneIds]) -> GeneIds | None:
+    def first_with_ids(self, candidates: Sequence[GeneIds]) -> GeneIds | None:
         """The first with half its values known; else of Ensembl's form, and one of them known."""
         half = (one for one in candidates if self.share_known(one) >= 0.5)
         ensembl = (one for one in candidates if self._is_ensembl(one.location))
@@ -113,7 +113,7 @@ class _Finder:
         return next(half, None) or next(some, None)
 
     def some_ensembl(self) -> bool:
-        """Whether at least half of some column has the form of Ensembl ids."""
+        """Whether at least half of a column has the form of Ensembl ids."""
         return any(self._is_ensembl(name) for name in self._columns)
 
     def num_known(self, found: GeneIds) -> int:
@@ -121,12 +121,12 @@ class _Finder:
         return sum(self._is_known(gene) for gene in found.ids if gene)
 
     def share_known(self, found: GeneIds) -> float:
-        """Those, of the columns that were not blank in the file."""
+        """Their share of the columns that are not blank in the file."""
         return self.num_known(found) / max(1, sum(map(bool, self._columns[found.location])))
 
     def _map(self, name: str, symbols: Mapping[str, str], origin: str) -> GeneIds:
         def by_symbol(gene: str) -> str:
-            # Without a vocabulary to tell symbols from ids, an unmapped symbol would become a gene.
+            # Without a vocabulary, an unmapped symbol would become a gene.
             return symbols.get(gene, "" if symbols and self._known is None else gene)
 
         genes = self._columns[name]
@@ -143,7 +143,7 @@ class _Finder:
 
 
 def names_as_symbols(vocabulary: Vocabulary) -> dict[str, str]:
-    """{name: id} of the vocabulary's names, where a name is one gene's alone and not its id."""
+    """{name: id} of the vocabulary's names that are of one gene only and not its id."""
     times = Counter(vocabulary.names)
     pairs = zip(vocabulary.names, vocabulary.feature_ids, strict=True)
     return {name: gene for name, gene in pairs if times[name] == 1 and name != gene}
@@ -183,8 +183,8 @@ def map_genes(
 ) -> GeneMap:
     """The tokens of a file's genes. Raises DataError where too few are in the vocabulary.
 
-    allow_low_overlap:  under 10 % may be
-    allow_no_overlap:   none may be; a file whose columns have no ids at all is refused even so
+    allow_low_overlap:  also under 10 %
+    allow_no_overlap:   also none; a file whose columns have no ids at all is always refused
     """
     tokens = vocabulary.token_ids
     token_of_column = np.array([tokens.get(gene, 0) for gene in genes.ids], dtype=np.int32)
@@ -231,10 +231,9 @@ class InputOptions:
 
     layer:              the layer of the counts; None: layers["counts"], raw.X, X, in that order
     symbols:            {symbol: gene id} for files that name genes by symbol
-    default_symbols:    gives such a table where none is given and one is needed, or None
+    default_symbols:    reads such a table where none is given and one is needed
     allow_normalised:   counts need not be whole numbers (they may be scaled per cell)
-    allow_low_overlap:  files with under 10 % of their genes in the vocabulary are taken too
-    allow_no_overlap:   so are files with none of their genes in it
+    allow_low_overlap, allow_no_overlap:  see map_genes
     """
 
     layer: str | None = None
@@ -245,22 +244,19 @@ class InputOptions:
     default_symbols: Table = default_symbols
 
     def open(self, source: Any) -> Counts:
-        """The counts of a file, SOMA Experiment or AnnData, open as these options say."""
+        """The counts of a file, SOMA Experiment or AnnData, with these options."""
         return open_counts(source, self.layer, self.allow_normalised)
 
     def with_own_vocabulary(self) -> InputOptions:
-        """The same for a vocabulary that was made from these very files.
-
-        It holds the genes that their cells express, so how many of a file's genes it holds says
-        nothing of whether the ids of both are of one kind.
-        """
+        """The options for a vocabulary built from the same files: it holds the genes that their
+        cells express, so their overlap does not show whether the ids of both are of one kind."""
         return replace(self, allow_low_overlap=True, allow_no_overlap=True)
 
 
 def find_genes(
     counts: Counts, options: InputOptions, vocabulary: Vocabulary | None = None
 ) -> GeneIds:
-    """The gene id of each column of open counts (see genes.find_gene_ids).
+    """The gene id of each column of open counts (see find_gene_ids).
 
     Symbols are mapped by options.symbols if given; else by the names of the vocabulary; else, for
     human genes, by options.default_symbols.
@@ -268,22 +264,16 @@ def find_genes(
     tables: dict[str, Table] = {}
     if vocabulary is not None and not options.symbols:
         tables["the vocabulary's names"] = lambda: names_as_symbols(vocabulary)
-    if not options.symbols and (vocabulary is None or _is_human(vocabulary)):
+    ids = () if vocabulary is None else vocabulary.feature_ids
+    is_human = sum(gene.startswith("ENSG0") for gene in ids) * 2 >= len(ids)
+    if not options.symbols and is_human:
         tables["GENCODE"] = options.default_symbols
     known = None if vocabulary is None else vocabulary.token_ids
     return find_gene_ids(counts.gene_columns(), known, options.symbols, tables)
 
 
-def _is_human(vocabulary: Vocabulary) -> bool:
-    ids = vocabulary.feature_ids
-    return sum(gene.startswith("ENSG0") for gene in ids) * 2 >= len(ids)
-
-
 def describe_other_ids(vocabulary: Vocabulary) -> str | None:
-    """What to tell of a vocabulary most of whose ids are no Ensembl ids; None if most are.
-
-    They are genes like others, of any species; but symbols make for a vocabulary of its own.
-    """
+    """The warning about a vocabulary most of whose ids are no Ensembl ids; None if most are."""
     ids = vocabulary.feature_ids
     others = [gene for gene in ids if not is_ensembl_id(gene)]
     if len(others) * 2 <= len(ids):

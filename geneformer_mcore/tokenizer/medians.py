@@ -1,10 +1,14 @@
-"""The median of each gene over any number of values, exact while they fit, else from histograms.
+"""The median of each gene over any number of values: exact while they fit, else from histograms.
 
-    (gene, value) from anywhere, in any order  ->  kept as they are  ->  medians, exact
-                                               ->  more than fit: histograms (see sketch)
-                                                                    ->  medians within 0.1 %
+    (gene, value) in any order  ->  kept                            ->  exact medians
+                                ->  more than fit: bin of the value: exponent and upper 9 bits of
+                                    the fraction  ->  count + 1     ->  medians within 0.1 %
 
-Which of the two it is depends on how many values there are in all, and on nothing else.
+Only the number of all values decides which. A bin is at most 2^-9 wide relative to its values, so
+its midpoint, and a median of midpoints, is within 2^-10 (0.1 %) of the true one. Histograms add up
+exactly, independent of the order of the values and of their distribution over processes. The idea
+is that of DDSketch (Masson, Rim, Lee, VLDB 2019), with bins read off a float64 instead of a
+logarithm. Only octaves in use take memory: 2 KB for each octave of each gene.
 """
 
 from __future__ import annotations
@@ -16,18 +20,6 @@ import numpy as np
 
 from geneformer_mcore.backends import compiled
 
-# How often each gene takes values of each size: histograms on a logarithmic scale, and medians.
-#
-#     (gene, value > 0) -> bin: exponent and upper 9 bits of the fraction -> count of the bin + 1
-#     histograms  ->  the bin that holds the middle value  ->  its midpoint
-#
-# A bin is at most 2^-9 wide relative to its values, so a midpoint, and a median of midpoints, is
-# within 2^-10 (0.1 %) of the true one. Histograms are added by adding counts: the result depends
-# neither on the order of the values nor on how they were shared out. The idea is that of DDSketch
-# (Masson, Rim, Lee, VLDB 2019), with bins that are read off a float64 instead of a logarithm.
-#
-# Only the octaves that a gene really uses take memory: 2 KB for each octave of each gene.
-
 _BITS = 9
 _BINS = 1 << _BITS
 """Bins per octave (a factor of two)."""
@@ -38,8 +30,8 @@ RELATIVE_ERROR = 2.0 ** -(_BITS + 1)
 _SHIFT = 52 - _BITS  # float64: 52 bits of fraction below 11 of exponent.
 _OCTAVES = 64
 _LOWEST = -50
-"""Values from 2^-50 to 2^14 are told apart; a share of a cell's 10,000 lies far inside. Smaller
-ones count as 2^-50, larger ones as 2^14: for those alone the bound does not hold."""
+"""Values are resolved from 2^-50 to 2^14; shares of a cell's 10,000 are far inside. Smaller ones
+count as 2^-50, larger ones as 2^14, for which the bound does not hold."""
 
 _FIRST = (1023 + _LOWEST) << _BITS
 _NO_PAGE = -1
@@ -128,7 +120,7 @@ class Histograms:
             self._page_of = np.concatenate([self._page_of, more])
 
     def _make_room_for_pages(self) -> None:
-        # Of fresh zeros the system hands out only what is touched, so doubling costs no memory.
+        # The system allocates fresh zeros when touched, so doubling costs no memory.
         pages = np.zeros((max(1024, 2 * len(self._pages)), _BINS), np.uint32)
         pages[: self._num_pages] = self._pages
         self._pages = pages
@@ -218,7 +210,7 @@ def _middle_bins(page_of: np.ndarray, pages: np.ndarray, middle_keys: np.ndarray
 
 
 BYTES_PER_VALUE = 24
-"""What a kept value takes at the most, while the medians are taken: gene 4 and value 8, twice."""
+"""Memory of a kept value while medians are computed: gene 4 and value 8, twice."""
 
 NO_LIMIT = 1 << 62
 
@@ -261,14 +253,14 @@ class MedianCollector:
         self.num_values += int(bins.counts.sum())
 
     def give_up_values(self) -> None:
-        """From now on there are histograms only."""
+        """Replaces kept values by histograms, for good."""
         if self._histograms is None:
             self._histograms = Histograms()
         while self._parts:
             self._histograms.add_values(*self._parts.pop())
 
     def take(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Gives the values away, as `add` took them; none are left. Only while `is_exact`."""
+        """Removes and yields the values as `add` got them. Only while `is_exact`."""
         assert self._histograms is None
         while self._parts:
             places, values = self._parts.pop()
@@ -290,7 +282,7 @@ class MedianCollector:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         values, next_of_gene = np.empty(self.num_values), offsets[:-1].copy()
         while self._parts:
-            _deal(*self._parts.pop(), next_of_gene, values)
+            _group(*self._parts.pop(), next_of_gene, values)
         self._parts = [(np.repeat(np.arange(num_genes, dtype=np.int32), lengths), values)]
         return offsets, values
 
@@ -307,9 +299,9 @@ class MedianCollector:
 
 
 @compiled
-def _deal(
-    places: np.ndarray, values: np.ndarray, next_of_gene: np.ndarray, dealt: np.ndarray
+def _group(
+    places: np.ndarray, values: np.ndarray, next_of_gene: np.ndarray, grouped: np.ndarray
 ) -> None:
     for i in range(len(places)):
-        dealt[next_of_gene[places[i]]] = values[i]
+        grouped[next_of_gene[places[i]]] = values[i]
         next_of_gene[places[i]] += 1

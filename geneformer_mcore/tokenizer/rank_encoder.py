@@ -1,13 +1,17 @@
-"""Rank-value encoding: a cell's counts become the list of its genes, most telling first.
+"""Rank-value encoding: a cell's counts become its genes in descending order of normalised value.
 
-    count -> / total of the cell -> * 10,000 -> / median of the gene -> sort descending
-          -> [CLS] in front -> cut to seq_length
+    RankEncoder.encode -> encode_rows, per CSR row (column, count):
+        gather_cell: (token, summed count) of the known genes, total of all
+        -> count / total * 10,000 / median of the gene -> sorted -> [CLS] in front, truncated
+    normalised_values -> normalise_rows: count / total * 10,000, for the medians
 
 The order is exactly that of a stable float64 sort, ties by token id: genes are sorted by the upper
-18 bits of their float32 values (two passes of a radix sort), then the short runs that those cannot
-tell apart are put in order by (float64 value descending, token id ascending). The bits of positive
-floats order as the floats do, and neither rounding to float32 nor cutting bits off ever swaps two
-values, so nothing else can be out of order.
+18 bits of their float32 values (two passes of a radix sort), then the short runs of equal bits by
+(float64 value descending, token id ascending). The bits of positive floats order as the floats do,
+and neither rounding to float32 nor dropping bits ever swaps two values.
+
+All compiled loops are in one file because numba's cache on disk looks at the file of the function
+it compiles, not at those of the functions it calls: an edit elsewhere could leave stale code.
 """
 
 from __future__ import annotations
@@ -23,22 +27,13 @@ from geneformer_mcore.io.blocks import CountBlock
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import CLS
 
-# The compiled loops over counts: gathering a cell's genes, normalising, sorting, encoding.
-#
-#     CSR row (column, count)  ->  gather_cell: (token, summed count) of the known genes, total
-#         ->  normalise_rows: count / total * 10,000                                (for medians)
-#         ->  encode_rows: ... / median, sorted, as tokens with [CLS] in front      (for the model)
-#
-# They are in one file because numba's cache on disk looks at the file of the function it compiles,
-# not at those of the functions that it calls: spread over files, an edit could leave stale code.
-
 TARGET_SUM = 10_000.0
 """Counts of a cell are scaled to this sum before the median of the gene divides them."""
 
 _FEW = 64  # Below this many genes clearing the histograms costs more than comparing.
 _DIGIT_BITS = 9
-"""Two digits tell all but some thirty of a cell's 1,500 genes apart. With more bits fewer genes are
-left over, and clearing and adding up the histograms takes longer than that saves."""
+"""Two digits separate all but some thirty of a cell's 1,500 genes. More bits would leave fewer, and
+clearing and adding up the histograms would take longer than that saves."""
 _DIGITS = 1 << _DIGIT_BITS
 
 
@@ -349,13 +344,6 @@ def encode_rows(
         n_genes_out[row], n_known_out[row] = genes, n
 
 
-# Blocks of counts, and their values scaled to a common sum per cell.
-#
-#     CSR row (column, count)  ->  total of the row  ->  count / total * 10,000 of its known genes
-#
-# Duplicate columns of a gene are summed, explicit zeros are no expressed genes.
-
-
 def is_distinct(token_of_column: np.ndarray) -> bool:
     """Whether no two columns (token 0 aside) share a token."""
     known = token_of_column[token_of_column > 0]
@@ -367,7 +355,7 @@ def normalised_values(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Every expressed known gene of every cell: (tokens int32, values float64), in row order.
 
-    A value is count / (all counts of the cell) * 10,000.
+    A value is count / (all counts of the cell) * 10,000; columns of one gene are summed.
     token_of_column: int32 [columns], 0 for a column that is no known gene.
     """
     tokens = np.empty(len(block.data) + 1, np.int32)
@@ -417,7 +405,7 @@ class RankEncoder:
     """Encodes blocks of counts for one vocabulary and sequence length."""
 
     def __init__(self, vocabulary: Vocabulary, seq_length: int) -> None:
-        """seq_length: tokens per cell at most, [CLS] included, 2..65,536 (else DataError)."""
+        """seq_length: maximum tokens per cell, [CLS] included, 2..65,536 (else DataError)."""
         if not MIN_SEQ_LENGTH <= seq_length <= MAX_SEQ_LENGTH:
             raise DataError(
                 f"seq_length must be at least {MIN_SEQ_LENGTH} ([CLS] and one gene) and at most "
@@ -427,11 +415,7 @@ class RankEncoder:
         self.seq_length = seq_length
 
     def encode(self, block: CountBlock, token_of_column: np.ndarray) -> RankedCells:
-        """The ranked tokens of every cell of `block`.
-
-        token_of_column: int32 [columns of the file], the token id of each column's gene, 0 for a
-        column that is not in the vocabulary (see genes.GeneMap).
-        """
+        """The ranked tokens of every cell of `block`; token_of_column: see genes.GeneMap."""
         num_cells = len(block)
         room = np.minimum(np.diff(block.indptr), self.seq_length - 1) + 1
         tokens_T = np.empty(int(room.sum()), np.uint16)

@@ -1,10 +1,11 @@
-"""What was seen of a corpus, or of a part of it: files, genes and their values; parts add up.
+"""Files, genes and values of a corpus or of a part of it; parts add up, also those in files.
 
-    files  ->  Tally: genes, names, values of each      (see gathering)
+    files  ->  Tally: genes, names, values of each (see build.gather)
+    Tally  ->  part.npz: header (JSON with SHA-256), offsets of genes, values | bins and counts
     Tally of one part + Tally of another  ->  Tally of both  ->  Vocabulary with medians
 
-Adding is exact: however a corpus is cut into parts, and in whatever order they come, its
-vocabulary is the same.
+Sums are exact: the vocabulary is independent of how a corpus is partitioned, and of the order of
+parts. In a file genes, and the values of each, are sorted: equal tallies have equal content.
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ class FileRecord:
 
 
 def most_values(memory_gb: float) -> int:
-    """How many values fit into `memory_gb` (10^9 bytes). DataError unless that is above 0."""
+    """Values that fit into `memory_gb` (10^9 bytes). DataError unless that is above 0."""
     if not 0 < memory_gb < math.inf:
         raise DataError(f"--memory-gb must be above 0 and finite, not {memory_gb:g}.")
     return int(memory_gb * 1e9 / BYTES_PER_VALUE)
 
 
 def describe_options(options: InputOptions) -> dict[str, Any]:
-    """Those of the options that decide which values a file gives (plain JSON)."""
+    """The options that the values of a file depend on (plain JSON)."""
     symbols = json.dumps(sorted(options.symbols.items()))
     return {
         "layer": options.layer,
@@ -79,8 +80,7 @@ def describe_options(options: InputOptions) -> dict[str, Any]:
 class Tally:
     """Files, genes and values of a corpus. Genes have places from 1 on; 0 stands for none.
 
-    options:    how the files were read (see describe_options)
-    files:      what was seen of each
+    options:    see describe_options
     names:      {gene id: its name}, the smallest of those that are not the id itself
     collector:  the values, by place
     """
@@ -147,7 +147,7 @@ class Tally:
             self.collector.add_bins(replace(bins, places=here[bins.places]))
 
     def add_rows(self, seen: Sequence[FileRecord]) -> None:
-        """Adds what another worker saw of the same files, or of others."""
+        """Adds another worker's rows of the same files, or of others."""
         number_of = {file.name: number for number, file in enumerate(self.files)}
         for part in seen:
             if part.name in number_of:
@@ -158,7 +158,7 @@ class Tally:
                 self.add_file(part)
 
     def vocabulary(self) -> Vocabulary:
-        """The genes that were expressed, with their medians, and how these came about.
+        """The expressed genes with their medians, and their origin.
 
         Raises DataError if there is none, or if the same counts were given twice.
         """
@@ -217,13 +217,6 @@ def _check_no_file_twice(files: Sequence[FileRecord]) -> None:
         seen[content] = file.name
 
 
-# A tally as a file, so that parts of a corpus can be seen on different machines.
-#
-#     Tally  ->  part.npz: header (JSON with SHA-256), offsets of genes, values | bins and counts
-#     part.npz  ->  whole? of this version?  ->  Tally
-#
-# Genes are sorted in it, and so are the values of each: equal tallies make equal content.
-
 FORMAT = "geneformer_mcore tally"
 VERSION = 1
 """Goes up with any change of the layout, of the bins or of how values are made."""
@@ -232,7 +225,7 @@ _DAMAGE = (
     *(OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile),
     *(ValueError, KeyError, TypeError, AttributeError),
 )
-"""What reading an npz file with wrong bytes in it may raise."""
+"""Exceptions of reading a damaged npz file."""
 
 
 def save_tally(tally: Tally, path: str | Path) -> None:

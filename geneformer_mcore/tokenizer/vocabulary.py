@@ -34,8 +34,8 @@ class Vocabulary:
     feature_ids:  unique gene ids (Ensembl ids for human corpora), sorted
     names:        one name (symbol) per gene, for people; the id itself where none is known
     medians:      one per gene, > 0: the median over a corpus' non-zero count / total * 10,000
-    origin:       how the medians were made, where that is known (plain JSON, see tally.Tally); the
-                  same genes and medians are the same vocabulary, wherever they are from
+    origin:       how the medians were made, where known (plain JSON, see tally.Tally); no part of
+                  equality
 
     Raises DataError where one of these does not hold.
     """
@@ -101,7 +101,7 @@ class Vocabulary:
             partial.write_text(text + "\n")
 
     def is_saved(self, path: str | Path) -> bool:
-        """Whether `path` holds this very vocabulary."""
+        """Whether `path` holds this vocabulary."""
         try:
             return Vocabulary.load(path) == self
         except DataError:
@@ -146,9 +146,8 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def _problem_of_lengths(vocabulary: Vocabulary) -> str | None:
-    numbers = [
-        len(column) for column in (vocabulary.feature_ids, vocabulary.names, vocabulary.medians)
-    ]
+    columns = vocabulary.feature_ids, vocabulary.names, vocabulary.medians
+    numbers = [*map(len, columns)]
     if len(set(numbers)) > 1:
         return "gene ids, names and medians must be as many: {} ids, {} names, {} medians.".format(
             *numbers
@@ -176,10 +175,7 @@ def _problem_of_ids(ids: tuple[str, ...]) -> str | None:
 
 
 def _problem_of_medians(ids: tuple[str, ...], medians: tuple[float, ...]) -> str | None:
-    def is_wrong(median: object) -> bool:
-        return not isinstance(median, float) or not math.isfinite(median) or median <= 0
-
-    wrong = [i for i, median in enumerate(medians) if is_wrong(median)]
+    wrong = [i for i, m in enumerate(medians) if not isinstance(m, float) or not 0 < m < math.inf]
     if not wrong:
         return None
     return (
@@ -220,7 +216,7 @@ def _origin_of(content: dict[str, Any], path: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(origin, dict) or origin.pop("checksum", None) != _checksum(origin):
         raise DataError(
-            f"{path}: what it says of its origin does not fit its checksum: it was changed or "
+            f"{path}: the record of its origin does not fit its checksum: it was changed or "
             "damaged after it was written. Remedy: write it again with build_vocabulary.py."
         )
     return origin

@@ -1,10 +1,10 @@
-"""The out-of-core shuffle: cells are dealt to buckets by their order key, and sorted in these.
+"""Out-of-core shuffle: cells are assigned to buckets by their order key, and sorted in each.
 
-    cells of a unit  ->  split and upper bits of the order key name a bucket  ->  laid by bucket
+    cells of a unit  ->  bucket: split and upper bits of the order key  ->  ordered by bucket
     one bucket of all units  ->  sorted by (order key, dataset_id, cell_id)
 
-Buckets are ranges of the order key, so the order that comes out is that of one sort over all cells:
-it depends on the set of cells alone, not on the buckets' number nor on how the cells came in.
+Buckets are ranges of the order key, so the result is that of one sort over all cells: it depends on
+the set of cells alone, not on the number of buckets nor on the order of inputs.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from geneformer_mcore.store.keys import order_keys
 from geneformer_mcore.store.split.table import SPLITS
 
 CELLS_PER_BUCKET = 32_768
-"""Cells of a bucket at most, as expected: about 110 MB, of which a merge holds a few."""
+"""Expected maximum of cells per bucket: about 110 MB, of which a merge holds a few."""
 
 
 def count_buckets(num_cells: int) -> int:
-    """How many buckets a split of `num_cells` cells is dealt to: a power of two.
-
-    A power of two, so that the units of a build fit the next one when a file comes in or goes out.
-    """
+    """Buckets for a split of `num_cells` cells: a power of two, so that units rarely change when an
+    input is added or removed."""
     return 1 << max(0, -(-num_cells // CELLS_PER_BUCKET) - 1).bit_length()
 
 

@@ -1,10 +1,11 @@
-"""From files of counts to a store, by several processes, through any number of kills.
+"""From inputs of counts to a store, by several processes, resumable after any kill.
 
-    inputs  ->  looked at, refusals named  ->  units of rows  ->  tokenised, each by one process
-            ->  merged, published          (see sources, plan, tokenise, merge, writer)
+    inputs  ->  vocabulary_of_inputs, where none is given: genes and medians of all their cells
+    inputs  ->  inspected, refusals reported  ->  units of rows  ->  tokenised, each by one process
+            ->  merged, published             (see sources, plan, tokenise, merge, staging)
 
-An input that cannot be used, or turns out bad on the way, is left out altogether and told of; the
-others are stored. Work that is done stays until the store is there: the same command goes on.
+An input that cannot be used, or turns out bad on the way, is left out and reported; the others are
+stored. Finished units stay until the store is complete: the same command resumes.
 """
 
 from __future__ import annotations
@@ -44,24 +45,19 @@ from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
-# The vocabulary of the very inputs a store is built from, for those that can be used.
-#
-# inputs  ->  those that open  ->  genes and medians over all their cells
-#         ->  where one turns out bad: all are read to find which, and the rest is gathered anew
-
 DEFAULT_MEMORY_GB = 1.0
 """For values: with the processes around them a build stays under 2 GB."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The work of trying whether an input can be used (a workers.Work)."""
+    """Tries whether an input can be used (a workers.Work)."""
 
     options: InputOptions
     whole: bool
 
-    def __call__(self, job: str, tell: Callable[[int], None]) -> None:
-        """Opens `job`, and reads it if `whole`. Raises DataError if it is of no use."""
+    def __call__(self, job: str, advance: Callable[[int], None]) -> None:
+        """Opens `job`, and reads it if `whole`. Raises DataError if it cannot be used."""
         with self.options.open(job) as counts:
             for _ in counts.blocks() if self.whole else ():
                 pass
@@ -75,12 +71,12 @@ def vocabulary_of_inputs(
     progress: Progress = no_progress,
     memory_gb: float = DEFAULT_MEMORY_GB,
 ) -> Vocabulary:
-    """Genes and medians of all inputs that can be used (see build.build_vocabulary).
+    """Genes and medians of all usable inputs (see tokenizer.build.gather). Where one turns out bad
+    on the way, all are read to find it, and the others counted again.
 
-    strict:     an input that cannot be used is an error
-    memory_gb:  for values (see gathering.gather)
+    strict:  an input that cannot be used is an error
     Raises DataError if none is left, or if inputs name genes by ids of different kinds, and
-    OutsideError or LostWorkerError for what is no fault of an input's.
+    ExternalIOError or LostWorkerError for other failures.
     """
     names = in_order(inputs)
     with Workers(workers) as processes:
@@ -99,26 +95,25 @@ def vocabulary_of_inputs(
 
 
 def _try(processes: Workers, names: Sequence[str], trial: Trial) -> tuple[list[str], list[str]]:
-    """(inputs that passed, what is wrong with the others), both in order. Raises OutsideError."""
+    """(inputs that passed, faults of the others), both in order. Raises ExternalIOError."""
     outcomes: dict[str, DataError | None] = {}
     most = None if trial.whole else len(names) // 32
     for name, outcome in processes.run(trial, names, most=most):
-        if isinstance(outcome, ExternalIOError):
-            raise outcome
+        _raise_external(outcome)
         outcomes[name] = outcome
     good = [name for name in names if outcomes[name] is None]
     return good, [str(outcomes[name]) for name in names if outcomes[name] is not None]
 
 
 _INPUTS_PER_WORKER, _CELLS_PER_WORKER = 32, 8192
-"""To look at so many inputs, or do so many cells, takes as long as to start a process (1-2 s)."""
+"""To inspect so many inputs, or tokenise so many cells, takes as long as to start a process."""
 
-Say = Callable[[str], None]
-"""Called with a line to be told at once."""
+Log = Callable[[str], None]
+"""Called with a line to be shown at once."""
 
 
-def silent(line: str) -> None:
-    """Says nothing."""
+def no_log(line: str) -> None:
+    """Shows nothing."""
 
 
 def build_store(
@@ -130,24 +125,24 @@ def build_store(
     split_rule: SplitRule | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
-    say: Say = silent,
+    log: Log = no_log,
     workers: int = 1,
     strict: bool = False,
 ) -> Manifest:
-    """Builds the store `out` from h5ad files and SOMA Experiments, in whatever order they come.
+    """Builds the store `out` from h5ad, zarr and SOMA inputs, independent of their order.
 
-    seq_length:  tokens per cell at most, [CLS] included
-    workers:     processes at most
-    strict:      an input that cannot be used ends it all, before any work where that can be told
-    Nothing is at `out` unless it returns. The manifest's `refused` names inputs that were left out;
+    seq_length:  maximum tokens per cell, [CLS] included
+    workers:     maximum number of processes
+    strict:      an input that cannot be used is an error, raised before any work where possible
+    Nothing is at `out` unless it returns. The manifest's `refused` lists inputs that were left out;
     DataError if none is left, if two cells of different inputs have one name, or if the disk is
-    full; OutsideError if a network or a disk failed while an input was read; LostWorkerError if a
-    worker is killed or memory runs out. Units that are done stay for the next call.
+    full; ExternalIOError if a network or a disk failed while an input was read; LostWorkerError if
+    a worker is killed or memory runs out. Finished units stay for the next call.
     """
     recipe = _recipe(vocabulary, seq_length, options, split_rule)
-    with _working(Path(out), overwrite, workers, say) as (staged, processes):
+    with _working(Path(out), overwrite, workers, log) as (staged, processes):
         remove_partial(staged.units)
-        build = _Build(recipe, staged, processes, strict, progress, say)
+        build = _Build(recipe, staged, processes, strict, progress, log)
         plan = build.plan(inputs)
         declare(plan, staged.path)
         build.tokenise(plan, plan.units)
@@ -175,19 +170,19 @@ def tokenise_part(
     split_rule: SplitRule | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
-    say: Say = silent,
+    log: Log = no_log,
     workers: int = 1,
     strict: bool = False,
 ) -> list[Refusal]:
-    """Does one part of the units of the store `out`, beside processes that do the others.
+    """Does one part of the units of the store `out`, while other processes do the others; then
+    `build_store` with the same arguments merges them.
 
-    `build_store` with the same arguments takes them from there. Returns the inputs that this part
-    found to be of no use; see build_store for the rest. DataError if another part was asked for
-    with other inputs or options.
+    Returns the inputs that this part found unusable; see build_store for the rest. DataError if
+    another part was started with other inputs or options.
     """
     recipe = _recipe(vocabulary, seq_length, options, split_rule)
-    with _working(Path(out), overwrite, workers, say, part) as (staged, processes):
-        build = _Build(recipe, staged, processes, strict, progress, say)
+    with _working(Path(out), overwrite, workers, log, part) as (staged, processes):
+        build = _Build(recipe, staged, processes, strict, progress, log)
         plan = build.plan(inputs)
         join(plan, staged.path)
         build.tokenise(plan, part.of(plan.units))
@@ -206,9 +201,9 @@ def _recipe(
 
 @contextmanager
 def _working(
-    out: Path, overwrite: bool, workers: int, say: Say, part: Part | None = None
+    out: Path, overwrite: bool, workers: int, log: Log, part: Part | None = None
 ) -> Iterator[tuple[StagedFolder, Workers]]:
-    """The folder and the processes of a build, both given back at the end."""
+    """The folder and the processes of a build, both released at the end."""
     name = None if part is None else str(part)
     with StagedFolder(out, overwrite, name) as staged, Workers(workers) as processes:
         try:
@@ -216,7 +211,7 @@ def _working(
         except BaseException:
             number = len(unit_names(staged.units))
             if number:
-                say(f"{number} finished units of work stay in {staged.path}: start the same again.")
+                log(f"{number} finished units of work stay in {staged.path}: start the same again.")
             raise
         finally:
             close_inputs()
@@ -235,18 +230,18 @@ class _Build:
     workers: Workers
     strict: bool
     progress: Progress
-    say: Say
+    log: Log
     done: dict[str, UnitReport] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
 
     def plan(self, inputs: Sequence[str | Path]) -> Plan:
-        """Looks at all inputs. DataError if none can be used, or one cannot and must."""
+        """Inspects all inputs. DataError if none can be used, or if strict and one cannot."""
         names = in_order(inputs)
         found: dict[str, InputSource | DataError] = {}
         recipe = self.recipe
         look = Inspection(recipe.vocabulary, recipe.options, recipe.split_rule)
         for name, outcome in self.workers.run(look, names, most=len(names) // _INPUTS_PER_WORKER):
-            _check_inside(outcome)
+            _raise_external(outcome)
             found[name] = outcome
             self.progress("looking at inputs", len(found), len(names))
         sources = [source for name in names if isinstance(source := found[name], InputSource)]
@@ -258,11 +253,11 @@ class _Build:
         return make_plan(self.recipe, sources, self.refusals)
 
     def tokenise(self, plan: Plan, units: Sequence[Unit]) -> None:
-        """Does all `units` but those of inputs that turn out bad, and those that are there."""
+        """Does the missing `units`, without those of inputs that turn out bad."""
         there = {unit for unit in units if read_report(self.staged.units, unit.name)}
         if there:
-            self.say(f"continues: {len(there)} of {len(units)} units of work are there")
-        told = _CellsTold(units, there, self.progress)
+            self.log(f"continues: {len(there)} of {len(units)} units of work are there")
+        reported = _CellProgress(units, there, self.progress)
         faults: dict[str, tuple[int, str]] = {}
         work = Tokenising(self.recipe, plan.num_buckets, self.staged.units)
 
@@ -270,11 +265,11 @@ class _Build:
             return unit.source.name not in faults
 
         most = sum(map(len, units)) // _CELLS_PER_WORKER
-        for unit, outcome in self.workers.run(work, units, told.add, is_wanted, most, _chain):
-            _check_inside(outcome)
-            told.finish(unit)
+        for unit, outcome in self.workers.run(work, units, reported.add, is_wanted, most, _chain):
+            _raise_external(outcome)
+            reported.finish(unit)
             if isinstance(outcome, DataError):
-                # Of several faults of an input the first is told, whichever was found first.
+                # Of several faults of an input the first in order is reported.
                 fault = unit.index, str(outcome)
                 faults[unit.source.name] = min(fault, faults.get(unit.source.name, fault))
                 self._check_strict(str(outcome))
@@ -286,14 +281,14 @@ class _Build:
     def _refuse(self, reasons: dict[str, str]) -> None:
         self.refusals += [Refusal(name, reason) for name, reason in reasons.items()]
         for reason in reasons.values():
-            self.say(f"refused: {reason}")
+            self.log(f"refused: {reason}")
 
     def _check_strict(self, *reasons: str) -> None:
         if self.strict and reasons:
             raise DataError("\n".join(reasons))
 
     def _estimate(self, units: Sequence[Unit]) -> None:
-        """How much room all units and their rows will take, judged by those that are done."""
+        """The size of all units and their rows, extrapolated from finished ones."""
         num_bytes = sum(report.num_bytes for report in self.done.values())
         num_cells = sum(report.cells_in for report in self.done.values())
         total = sum(map(len, units))
@@ -308,14 +303,14 @@ class _Build:
         return stored
 
     def report(self, plan: Plan, source: InputSource) -> SourceReport:
-        """What became of one of them."""
+        """The report of one of them."""
         return report_source(
             source, [self.done[unit.name] for unit in plan.units if unit.source is source]
         )
 
 
-def _check_inside(outcome: object) -> None:
-    """Raises an outcome that says nothing of the input: without it, the store would lack cells."""
+def _raise_external(outcome: object) -> None:
+    """Raises a failure that is not the input's: leaving it out, the store would lack cells."""
     if isinstance(outcome, ExternalIOError):
         raise outcome
 
@@ -324,23 +319,23 @@ def _chain(unit: Unit) -> str | None:
     return unit.source.address if unit.source.is_sequential else None
 
 
-class _CellsTold:
-    """How many cells are done, over all units: those that were there from the start."""
+class _CellProgress:
+    """Progress in cells, over all units; there: those finished before."""
 
     def __init__(self, units: Sequence[Unit], there: set[Unit], progress: Progress) -> None:
         self._total = sum(map(len, units))
         self._of_unit = {unit: len(unit) for unit in there}
         self._there, self._progress = there, progress
-        self._tell()
+        self._advance()
 
     def add(self, unit: Unit, cells: int) -> None:
         if unit not in self._there:
             self._of_unit[unit] = self._of_unit.get(unit, 0) + cells
-            self._tell()
+            self._advance()
 
     def finish(self, unit: Unit) -> None:
         self._of_unit[unit] = len(unit)
-        self._tell()
+        self._advance()
 
-    def _tell(self) -> None:
+    def _advance(self) -> None:
         self._progress("tokenising", sum(self._of_unit.values()), self._total)

@@ -1,7 +1,7 @@
-"""The inputs' obs columns as Arrow columns of one type each, the same in every file.
+"""Label columns: the inputs' obs columns as Arrow columns of one type each over all files.
 
-obs of a file  ->  kind of each column: whole number | number | truth | text  ->  columns of a block
-               ->  one kind over all files (text where they disagree)  ->  columns of the store
+obs of a file  ->  type of each column: integer | number | boolean | text  ->  of a block
+               ->  one type over all files (text where they differ)  ->  of the store
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.store.layout import OBS_COLUMNS, TOKENS
 
 _EMPTY = ("", "nan", "NaN", "<NA>", "None")
-"""How a missing value looks once a table of text has been made of it."""
+"""Missing values after conversion to text."""
 
 RESERVED = frozenset({*OBS_COLUMNS, TOKENS, "soma_joinid"})
 """Columns that the store itself fills; an input's column of that name is not kept as a label."""
@@ -35,13 +35,11 @@ def label_kinds(obs: pd.DataFrame) -> dict[str, pa.DataType]:
     """
     kinds = {}
     for name in obs.columns:
-        if not isinstance(name, str) or not name or name in RESERVED:
-            continue
-        if name.startswith(RESERVED_PREFIXES):
-            continue
-        kind = _kind(obs[name])
-        if kind is not None:
-            kinds[name] = kind
+        is_name = isinstance(name, str) and name and name not in RESERVED
+        if is_name and not name.startswith(RESERVED_PREFIXES):
+            kind = _kind(obs[name])
+            if kind is not None:
+                kinds[name] = kind
     return kinds
 
 
@@ -64,7 +62,7 @@ def _kind(column: pd.Series) -> pa.DataType | None:
 
 
 def unify_kinds(kinds_of_files: Iterable[Mapping[str, pa.DataType]]) -> dict[str, pa.DataType]:
-    """{column: type} over all files, by name: whole numbers give way to numbers, all to text."""
+    """{column: type} over all files, sorted: integers and numbers become numbers, others text."""
     unified: dict[str, pa.DataType] = {}
     for kinds in kinds_of_files:
         for name, kind in kinds.items():
@@ -80,7 +78,7 @@ def label_columns(
 ) -> dict[str, pa.Array]:
     """One Arrow array per column of `kinds`, all of which are in `obs`; missing values are null.
 
-    rows: what a message calls them. Raises DataError where values are not of their column's kind.
+    rows: their name in messages. Raises DataError where values are not of their column's type.
     """
     columns = {}
     for name, kind in kinds.items():

@@ -1,10 +1,11 @@
-"""From the files of all units to the rows of a store, bucket after bucket.
+"""From the files of all units to a published store, bucket after bucket.
 
-    one bucket of every unit  ->  label columns made alike  ->  sorted, no cell twice  ->  + split
+    one bucket of every unit  ->  label columns unified  ->  sorted, no cell twice  ->  + split
                               ->  tokens and obs (SOMA), content hash
+    write_store: rows  ->  vocabulary.json, manifest.json  ->  rename
 
-The rows are a pure function of the set of cells: how they were cut into units leaves no trace. A
-thread gathers and sorts a bucket while the one before it is written.
+The rows are a pure function of the set of cells, independent of units. A thread gathers and sorts a
+bucket while the one before it is written.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _FILES_KEPT_OPEN = 256
 
 @dataclass(frozen=True)
 class Merge:
-    """What is merged: finished units in `folder`, and how their cells are laid.
+    """Finished units in `folder`.
 
     units:  {name: report}, of at least one cell together
     kinds:  {label column: its type} of the store
@@ -120,17 +121,12 @@ class Merge:
 
 
 def _one_ahead(tables: Generator[pa.Table, None, None]) -> Iterator[pa.Table]:
-    """The same tables, each made while the one before it is used."""
+    """The same tables, each prepared while the one before it is used."""
     with closing(tables), ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, tables, None)
         while (table := coming.result()) is not None:
             coming = thread.submit(next, tables, None)
             yield table
-
-
-# The last step: from finished units to a published store.
-#
-# units  ->  rows (see merge)  ->  vocabulary.json, manifest.json  ->  rename
 
 
 def write_store(

@@ -1,10 +1,12 @@
-"""What is to be done for a store: its inputs cut into units of work, each with a name of its own.
+"""Units of work of a store: their plan, and the file of a finished one.
 
     inputs, vocabulary, options, split  ->  units of rows  ->  name: a digest of what they depend on
                                         ->  plan.json, for the processes that share the work
+    cells, ordered by bucket  ->  NAME.arrows: an Arrow IPC stream, one record batch per bucket
+                              ->  NAME.json: offset of each batch, SHA-256 of the file, UnitReport
 
-A unit's name holds for any store that wants these rows told in this way, so finished units outlive
-a killed build, and also one to which an input was added.
+By their names finished units outlive a killed build, and are used by any store that needs the same
+rows encoded alike. The JSON is written last: a unit without it, or that does not fit it, is redone.
 """
 
 from __future__ import annotations
@@ -29,21 +31,12 @@ from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.version import __version__
 
-# The file of a finished unit of work: its cells by bucket, and what is told of them.
-#
-#     cells, laid by bucket -> NAME.arrows: one Arrow record batch per bucket -> NAME.json: where
-#     each batch lies, SHA-256 of the file, the unit's share of the report
-#
-# The name is a digest of all that the cells depend on, so a file is good for any build that asks
-# for it. The JSON is written last: a unit without one, or whose file does not fit it, is done
-# again. `.arrows` is a plain Arrow IPC stream, and batches are also read one by one.
-
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 @dataclass(frozen=True)
 class UnitReport:
-    """What is in a unit's file, and what became of its rows.
+    """The content of a unit's file, and numbers of its rows.
 
     offsets:          byte at which each bucket's batch starts, then where the last one ends
     cells_of_split:   cells in the file, by split
@@ -83,7 +76,7 @@ def write_cells(
 ) -> tuple[str, list[int]]:
     """Writes the file of cells; (its SHA-256, its offsets), see UnitReport.
 
-    cells: in one chunk, laid by bucket; starts: int64 [buckets + 1], the first row of each.
+    cells: in one chunk, ordered by bucket; starts: int64 [buckets + 1], the first row of each.
     """
     digest, offsets = hashlib.sha256(), []
     with replacing(folder / f"{name}.arrows") as partial, partial.open("wb") as file:
@@ -105,7 +98,7 @@ def write_cells(
 
 
 def write_report(folder: Path, name: str, report: UnitReport) -> None:
-    """Declares the unit finished. To be called after `write_cells`."""
+    """Declares the unit finished; to be called after `write_cells`."""
     write_sealed(folder / f"{name}.json", asdict(report))
 
 
@@ -123,7 +116,7 @@ def read_report(folder: Path, name: str) -> UnitReport | None:
 
 
 def read_sound_report(folder: Path, name: str) -> UnitReport | None:
-    """The same, of a unit whose cells fit their checksum too: reads all of its file."""
+    """The same, if also the cells fit their checksum: reads all of its file."""
     report = read_report(folder, name)
     if report is None:
         return None
@@ -138,7 +131,7 @@ class UnitReader:
     """Batches of a finished unit's file, by bucket."""
 
     def __init__(self, folder: Path, name: str, report: UnitReport, keep_open: bool) -> None:
-        """keep_open: between reads, which saves time and costs one of the open files allowed."""
+        """keep_open: between reads, at the cost of an open file."""
         self.path = folder / f"{name}.arrows"
         self._offsets = np.array(report.offsets, np.int64)
         self._keep_open = keep_open
@@ -148,8 +141,7 @@ class UnitReader:
     def read(self, bucket: int) -> pa.RecordBatch:
         """The cells of one bucket (split * num_buckets + bucket); ValueError if it is damaged."""
         start, stop = self._offsets[bucket : bucket + 2].tolist()
-        batch = pa.ipc.read_record_batch(pa.py_buffer(self._read(start, stop)), self.schema)
-        return batch
+        return pa.ipc.read_record_batch(pa.py_buffer(self._read(start, stop)), self.schema)
 
     def _read(self, start: int, stop: int) -> bytes:
         if self._descriptor < 0:
@@ -161,7 +153,7 @@ class UnitReader:
                 self.close()
 
     def close(self) -> None:
-        """Closes the file; it is opened again where needed."""
+        """Closes the file; the next read opens it again."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -173,7 +165,7 @@ def unit_names(folder: Path) -> list[str]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what killed writers left."""
+    """Removes files of killed writers."""
     for path in folder.glob(".*.partial"):
         path.unlink(missing_ok=True)
 
@@ -191,16 +183,16 @@ MOST_ROWS_PER_UNIT = 16_384
 
 LEAST_ROWS_PER_UNIT = 4096
 _UNITS_WANTED = 64
-"""So many at least, as long as they do not become too small: none is waited for at the end then."""
+"""At least so many, unless they become too small: for an even load at the end."""
 
 PLAN_FILE = "plan.json"
 _UNIT_FORMAT = 1
-"""To be raised when the same rows come to make another file."""
+"""To be raised when the content of a unit's file changes."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a cell's tokens and split depend on beside its own input."""
+    """All that a cell's tokens and split depend on, besides its input."""
 
     vocabulary: Vocabulary
     seq_length: int
@@ -208,7 +200,7 @@ class Recipe:
     split_rule: SplitRule
 
     def describe(self) -> dict[str, Any]:
-        """The same as plain JSON."""
+        """As plain JSON."""
         return {
             "format": [_UNIT_FORMAT, __version__],
             "vocabulary": self.vocabulary.checksum,
@@ -221,11 +213,7 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Rows start..stop-1 of a source, done by one worker at one go.
-
-    index:  its place among all units
-    name:   digest of all that its cells depend on
-    """
+    """Rows start..stop-1 of a source, the `index`th of all units; name: see the module."""
 
     index: int
     name: str
@@ -242,7 +230,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """The units of a store, and the inputs it has to do without."""
+    """The units of a store, and the inputs that are left out."""
 
     recipe: Recipe
     sources: tuple[InputSource, ...]
@@ -251,7 +239,7 @@ class Plan:
     units: tuple[Unit, ...]
 
     def describe(self) -> dict[str, Any]:
-        """What processes that share the work must agree on, as plain JSON."""
+        """What all processes of a store must agree on, as plain JSON."""
         inputs = {source.address: source.identity for source in self.sources}
         refused = [refusal.name for refusal in self.refusals]
         return self.recipe.describe() | {"inputs": inputs, "refused": refused}
@@ -259,7 +247,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Part:
-    """Every `number`th unit, from `index` on: what one of several commands does."""
+    """Every `number`th unit, from `index` on: the share of one of several commands."""
 
     index: int
     number: int
@@ -293,39 +281,35 @@ def make_plan(
     """The plan for these inputs; sources must be in order of their addresses."""
     num_cells = sum(source.num_cells for source in sources)
     num_buckets = count_buckets(num_cells)
-    told = checksum_of(recipe.describe())
+    recipe_hash = checksum_of(recipe.describe())
     units: list[Unit] = []
     for source in sources:
-        for start, stop in _cut(source.num_cells, _rows_per_unit(num_cells)):
-            name = _unit_name(told, source, start, stop, num_buckets)
+        for start, stop in _spans(source.num_cells, _rows_per_unit(num_cells)):
+            parts = [recipe_hash, source.address, source.identity, start, stop, num_buckets]
+            name = checksum_of(parts)[:32]
             units.append(Unit(len(units), name, source, start, stop))
     return Plan(recipe, tuple(sources), tuple(refusals), num_buckets, tuple(units))
 
 
 def _rows_per_unit(num_cells: int) -> int:
-    # A power of two, so that it rarely changes when an input comes in or goes out.
+    # A power of two, so that it rarely changes when an input is added or removed.
     rows = 1 << max(0, (num_cells // _UNITS_WANTED).bit_length() - 1)
     return min(max(rows, LEAST_ROWS_PER_UNIT), MOST_ROWS_PER_UNIT)
 
 
-def _cut(num_rows: int, most: int) -> list[tuple[int, int]]:
+def _spans(num_rows: int, most: int) -> list[tuple[int, int]]:
     """(start, stop) of spans of nearly equal length, none longer than `most`."""
     number = -(-num_rows // most)
-    edges = [num_rows * place // number for place in range(number + 1)]
-    return list(pairwise(edges))
-
-
-def _unit_name(told: str, source: InputSource, start: int, stop: int, num_buckets: int) -> str:
-    return checksum_of([told, source.address, source.identity, start, stop, num_buckets])[:32]
+    return list(pairwise(num_rows * place // number for place in range(number + 1)))
 
 
 def declare(plan: Plan, folder: Path) -> None:
-    """Leaves the plan in `folder`, for parts to compare theirs with."""
+    """Writes the plan to `folder`, for parts to compare theirs with."""
     write_sealed(folder / PLAN_FILE, plan.describe())
 
 
 def join(plan: Plan, folder: Path) -> None:
-    """Declares the plan, or raises DataError if another one stands in `folder`."""
+    """Declares the plan, or raises DataError if another one is in `folder`."""
     theirs, ours = read_sealed(folder / PLAN_FILE), plan.describe()
     if theirs is None:
         declare(plan, folder)
@@ -333,7 +317,7 @@ def join(plan: Plan, folder: Path) -> None:
     different = sorted(key for key in ours if ours[key] != theirs.get(key))
     if different:
         raise DataError(
-            f"{folder}: the parts done so far were asked for otherwise: {', '.join(different)} "
+            f"{folder}: the parts done so far had other arguments: {', '.join(different)} "
             "differ. All parts must be given the same inputs and options. Remedy: give them, or "
             f"remove {folder} if those parts are of no use any more."
         )

@@ -1,8 +1,6 @@
-"""The inputs of a store, each opened and looked at before any work.
+"""Inputs of a store, each opened and checked before any work, as far as without reading counts.
 
-name  ->  opens?  counts, gene ids, labels found?  names unique?  ->  Source | Refusal
-
-What is wrong with an input is found here as far as it can be without reading its counts.
+name  ->  opens?  counts, gene ids, labels found?  names unique?  ->  InputSource | Refusal
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from geneformer_mcore.tokenizer.genes import GeneMap, InputOptions, find_genes, 
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 MOST_CELLS_NAMED_EARLY = 4 << 20
-"""In an input of more cells, two of one name are found by the merge: here it would take memory."""
+"""In a larger input, two cells of one name are found by the merge: here it would take memory."""
 
 _ROWS = 65_536
 _LABEL_ROWS = 1024
@@ -38,11 +36,8 @@ class InputSource:
     """An input that was found fit to be stored.
 
     name:         as given
-    address:      what names it wherever the command is started
-    stem:         dataset of cells without one
-    fingerprint:  changes with the content (see inputs.Counts)
-    is_sequential:  its units are better done by one process (see inputs.Counts)
-    location, passed_over:  where the counts are, and where they were looked for before
+    address:      independent of the working directory
+    stem, fingerprint, is_sequential, location, passed_over:  see h5ad.Counts
     kinds:        {label column of obs: its type}
     left_out:     columns of obs that are not kept
     """
@@ -61,7 +56,7 @@ class InputSource:
 
     @property
     def short_name(self) -> str:
-        """Without the folder, where it is a file's."""
+        """A file's name without its folder."""
         return short_name(self.name)
 
     @cached_property
@@ -74,13 +69,13 @@ class InputSource:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An input that is left out of the store altogether, and why."""
+    """An input that is left out of the store, and the reason."""
 
     name: str
     reason: str
 
     def describe(self) -> dict[str, str]:
-        """What the manifest keeps of it."""
+        """Its entry in the manifest."""
         return {"name": short_name(self.name), "reason": self.reason}
 
 
@@ -97,7 +92,7 @@ def address_of(name: str) -> str:
 def in_order(names: Sequence[str | Path]) -> list[str]:
     """The inputs' names, sorted by their addresses. DataError if there is none, or one twice."""
     if not names:
-        raise DataError("no input file given. Remedy: name one h5ad file or more.")
+        raise DataError("no input given. Remedy: name one h5ad or zarr file or more.")
     by_address: dict[str, str] = {}
     for name in map(str, names):
         if address_of(name) in by_address:
@@ -108,14 +103,14 @@ def in_order(names: Sequence[str | Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The work of looking at one input (a workers.Work)."""
+    """Opens and checks one input (a workers.Work)."""
 
     vocabulary: Vocabulary
     options: InputOptions
     split_rule: SplitRule
 
-    def __call__(self, job: str, tell: Callable[[int], None]) -> InputSource:
-        """Opens the input `job`. Raises DataError if it cannot be used."""
+    def __call__(self, job: str, advance: Callable[[int], None]) -> InputSource:
+        """Raises DataError if the input `job` cannot be used."""
         with self.options.open(job) as counts:
             genes = find_genes(counts, self.options, self.vocabulary)
             allowed = self.options.allow_low_overlap, self.options.allow_no_overlap
@@ -165,15 +160,10 @@ def _check_names(counts: Counts, keys_N: np.ndarray) -> None:
     order = np.argsort(keys_N, kind="stable")
     equal = np.flatnonzero(np.diff(keys_N[order]) == 0)
     for place in equal.tolist():
-        first, second = (_name_of(counts, int(order[place + i])) for i in (0, 1))
+        first, second = (
+            (*counts.read_dataset_ids(row, row + 1), *counts.read_cell_ids(row, row + 1))
+            for row in order[place : place + 2].tolist()
+        )
         # Two cells may share a key, but not their names.
         if first == second:
             raise DataError(f"{counts.name}: {duplicate_error(*first)}")
-
-
-def _name_of(counts: Counts, row: int) -> tuple[str, str]:
-    dataset_ids, cell_ids = (
-        counts.read_dataset_ids(row, row + 1),
-        counts.read_cell_ids(row, row + 1),
-    )
-    return dataset_ids[0], cell_ids[0]

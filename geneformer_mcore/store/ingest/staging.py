@@ -1,7 +1,7 @@
-"""The folder where a store is made, and how it comes to its name complete, or not at all.
+"""Staging folder of a store, which gets its name complete or not at all.
 
     .NAME.staging/units/   finished units of work, which outlive a kill, an error, a full disk
-                  store/   the store in the making  ->  synced to disk  ->  renamed to NAME
+                  store/   the unfinished store  ->  synchronised to disk  ->  renamed to NAME
 
 To replace a store takes two renames: NAME to .NAME.replaced, .NAME.staging/store to NAME. A kill
 between them leaves no NAME, and the next writer puts the old store back.
@@ -21,31 +21,28 @@ from geneformer_mcore.io.files import FolderLock, check_place, file_digest, sync
 from geneformer_mcore.store.layout import MANIFEST_FILE
 
 _FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-"""What the system says of a full disk, a used up quota, a limit to a file's size. TileDB quotes it
-in errors that are no OSError, so it is looked for in their text."""
+"""The system's texts for a full disk, a used up quota and a limit of file size, which TileDB quotes
+in errors that are no OSError."""
 
 _LEAST_BYTES = 1 << 20
-"""Free space below which no frame of SOMA is begun."""
+"""Free space below which no SOMA frame is created."""
 
 _PUBLISHED = "published"
 
 
 class StagedFolder:
-    """A context manager: folders `units` and `store` beside `target`; `publish` renames `store`.
+    """A context manager: folders `units` and `store` next to `target`; `publish` renames `store`.
 
-    `store` is not there at first. Left without `publish`, `units` stays for the next writer if a
-    unit is in it, and all else goes; a kill leaves all, and the next writer clears it. An error
-    that comes of a full disk leaves as a DataError.
+    Without `publish`, `units` stays for the next writer if it holds a unit, the rest is removed;
+    after a kill the next writer does that. An error due to a full disk becomes a DataError.
 
-    bytes_needed:  to be set: about how much room units and store will take together (0: unknown)
+    bytes_needed:  to be set: the approximate size of units and store together (0: unknown)
     """
 
     def __init__(self, target: Path, overwrite: bool = False, part: str | None = None) -> None:
-        """overwrite: a store at `target` is replaced at the end.
-
-        part: which part of the units is done here, beside processes that do others; None: all.
-        Raises DataError if `target` exists and may not be replaced (see check_target).
-        """
+        """overwrite: a store at `target` is replaced at the end
+        part: of the units, while other processes do others; None: all
+        Raises DataError (see check_target)."""
         self.target = target
         self.path = _staging_of(target)
         self.units = self.path / "units"
@@ -78,7 +75,7 @@ class StagedFolder:
                 raise
 
     def _put_back(self) -> None:
-        """Gives a store its name back that a killed writer had moved aside."""
+        """Renames back a store that a killed writer had moved."""
         if os.path.lexists(self.target) or not (self._replaced / MANIFEST_FILE).exists():
             return
         os.rename(self._replaced, self.target)
@@ -89,18 +86,15 @@ class StagedFolder:
             )
 
     def check_room(self, num_bytes: int = 0) -> None:
-        """Raises OSError if there is no room for `num_bytes` more, or the disk is all but full.
-
-        TileDB would end the process on the spot (tiledbsoma 2.3.0, a segmentation fault where the
-        schema of a new frame finds no room).
-        """
+        """Raises OSError without room for `num_bytes` more: TileDB would end the process (version
+        2.3.0 of tiledbsoma, a segmentation fault where a new frame's schema has no room)."""
         if shutil.disk_usage(self.path).free < num_bytes + _LEAST_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def publish(self) -> None:
-        """Makes the store durable, gives it its final name, and clears the rest.
+        """Synchronises the store to disk, gives it its final name, and clears the rest.
 
-        Raises DataError if something came to be at `target` meanwhile that may not be replaced.
+        Raises DataError if `target` exists meanwhile and may not be replaced.
         """
         sync_tree(self.store)
         check_target(self.target, self._overwrite)
@@ -138,7 +132,7 @@ class StagedFolder:
         if error is None:
             self._lock.release()
             return
-        # One of these is of another folder, and says so.
+        # One of these is about another folder.
         is_other = isinstance(error, ExternalIOError)
         why = next((each for each in _FULL if each in str(error) and not is_other), None)
         used = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
@@ -147,7 +141,7 @@ class StagedFolder:
             raise self._disk_full(why, used) from error
 
     def _clear(self) -> None:
-        """Removes what is of no use for the next writer, and gives the lock back."""
+        """Removes what the next writer cannot use, and unlocks the folder."""
         if self._part is None:
             _discard(self.store)
         if not any(self.units.glob("*.json")) and self._lock.is_alone():
@@ -174,10 +168,8 @@ class StagedFolder:
 
 
 def check_target(target: str | Path, overwrite: bool) -> None:
-    """Raises DataError if no store can be made at `target`, or something is there and must stay.
-
-    Only a store (or an empty folder) is replaced, and that if `overwrite` says so.
-    """
+    """Raises DataError if no store can be made at `target`: only a store or an empty folder is
+    replaced, and only with `overwrite`."""
     check_place(target)
     target = Path(target)
     if not target.exists():
@@ -200,7 +192,7 @@ def _staging_of(target: Path) -> Path:
 
 
 def _clear_published(target: Path) -> None:
-    """Removes what a writer left that was killed after it had published this very store."""
+    """Removes the files of a writer that was killed after it had published this store."""
     staging = _staging_of(target)
     with suppress(OSError):
         staging.rmdir()  # All but gone already, or refused.
@@ -214,8 +206,7 @@ def _clear_published(target: Path) -> None:
 
 
 def _clear(staging: Path) -> None:
-    """Removes the folder of a published store: units, the lock, and at the very end the mark by
-    which the next command knows that all of it may go."""
+    """Removes the staging folder of a published store; last the mark that all of it may go."""
     mark = staging / _PUBLISHED
     shutil.rmtree(staging / "units", ignore_errors=True)
     with suppress(OSError):

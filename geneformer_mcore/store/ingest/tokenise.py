@@ -1,9 +1,9 @@
-"""A unit of work: its rows read, told as rank tokens, and laid by bucket into a file.
+"""Tokenising a unit of work: rows read, rank-encoded, and written by bucket.
 
     counts, block by block  ->  rank tokens  ->  cells with a known gene, their obs  ->  buckets
                             ->  the unit's file, its report
 
-A unit that is there and sound is taken as it is.
+A unit that is there and sound is kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from geneformer_mcore.io.blocks import CountBlock
 from geneformer_mcore.io.h5ad import Counts
-from geneformer_mcore.io.workers import Tell
+from geneformer_mcore.io.workers import Advance
 from geneformer_mcore.store.ingest.buckets import bucket_codes, by_bucket
 from geneformer_mcore.store.ingest.labels import label_columns
 from geneformer_mcore.store.ingest.plan import (
@@ -40,30 +40,26 @@ NO_KNOWN_GENE = "no gene of the vocabulary"
 ROWS_PER_BLOCK = 2048
 
 _open: dict[str, Counts] = {}
-"""The input that this process read last: its next unit is likely of the same one."""
+"""The input that this process read last: its next unit is probably of the same one."""
 
 
 @dataclass(frozen=True)
 class Tokenising:
-    """The work of doing one unit (a workers.Work). Its files go to `folder`."""
+    """Writes one unit to `folder` (a workers.Work)."""
 
     recipe: Recipe
     num_buckets: int
     folder: Path
 
-    def __call__(self, job: Unit, tell: Tell) -> UnitReport:
-        """Does the unit `job`, unless it is there already.
-
-        Raises DataError at values that are no counts or cannot be read; OSError if its file cannot
-        be written.
-        """
+    def __call__(self, job: Unit, advance: Advance) -> UnitReport:
+        """Raises DataError at values that are no counts or unreadable; OSError if writing fails."""
         report = read_sound_report(self.folder, job.name)
         if report is not None:
-            tell(len(job))
+            advance(len(job))
             return report
         counts = _opened(job, self.recipe)
         unit = _UnitCells(job, self.recipe, counts)
-        cells, splits_N = unit.read(tell)
+        cells, splits_N = unit.read(advance)
         codes = bucket_codes(cells["cell_key"].to_numpy(), splits_N, self.num_buckets)
         order, starts = by_bucket(codes, self.num_buckets)
         cells = cells.take(pa.array(order)).combine_chunks()
@@ -82,7 +78,7 @@ def _opened(unit: Unit, recipe: Recipe) -> Counts:
 
 
 def close_inputs() -> None:
-    """Closes what this process has open from its last unit."""
+    """Closes the input of this process' last unit."""
     while _open:
         with suppress(OSError):
             _open.popitem()[1].close()
@@ -99,7 +95,7 @@ class _UnitCells:
     sums: np.ndarray = field(default_factory=lambda: np.zeros(2))
     cells_cut: int = 0
 
-    def read(self, tell: Tell) -> tuple[pa.Table, np.ndarray]:
+    def read(self, advance: Advance) -> tuple[pa.Table, np.ndarray]:
         """(cells to store, in one chunk; int8 code of each one's split)."""
         encoder = RankEncoder(self.recipe.vocabulary, self.recipe.seq_length)
         pieces = []
@@ -108,7 +104,7 @@ class _UnitCells:
             kept_N = self._count(ranked)
             cells = self._table(block, ranked)
             pieces.append(cells if kept_N.all() else cells.filter(pa.array(kept_N)))
-            tell(len(block))
+            advance(len(block))
         cells = pa.concat_tables(pieces).combine_chunks()
         datasets = cells["dataset_id"].to_pylist()
         self.datasets = sorted(set(datasets))

@@ -1,6 +1,6 @@
-"""What a split by data set must know of a corpus: each data set's cells, assays and tissues.
+"""The data sets of a corpus for a split by data set: cells, assays and tissues of each.
 
-token store | CSV or Parquet table | h5ad | SOMA Experiment
+token store | CSV or Parquet table | Census plan | h5ad | zarr | SOMA Experiment
     ->  (dataset_id, assay, tissue_general): cells, by slices  ->  DatasetTable
 """
 
@@ -27,7 +27,7 @@ COVERED = ("assay", "tissue_general")
 """Columns of obs every value of which must occur in the training split."""
 
 CELLS_COLUMN = "n_cells"
-"""Of a table with a row for several cells: how many."""
+"""Column of a table with a row for several cells: their number."""
 
 _ROWS = 262_144
 _NO_LABEL = frozenset({"", "nan", "na", "none", "<na>"})
@@ -45,7 +45,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class DatasetTable:
-    """datasets: sorted by id; missing: covered columns that a source has not, with its name."""
+    """datasets: sorted by id; missing: {covered column: a source that lacks it}."""
 
     datasets: tuple[Dataset, ...]
     missing: dict[str, str] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class DatasetCounter:
                     of_dataset[name].add(label)
 
     def table(self) -> DatasetTable:
-        """What was counted; data sets without cells are none."""
+        """The data sets that have cells."""
         datasets = [
             Dataset(
                 dataset_id,
@@ -127,7 +127,8 @@ def _slices(source: str, options: InputOptions) -> Iterator[pd.DataFrame]:
     if (path / MANIFEST_FILE).is_file():
         return _of_store(path)
     if (path / PLAN_FILE).is_file():
-        return _of_plan(path)
+        plan = CensusPlan.load(path)
+        return iter([pd.DataFrame(plan.table, columns=[*TABLE_COLUMNS, CELLS_COLUMN])])
     if path.suffix in _TEXT_TABLES or path.suffix == ".parquet":
         return _of_table(path)
     return _of_counts(source, options)
@@ -138,10 +139,6 @@ def _of_store(path: Path) -> Iterator[pd.DataFrame]:
         columns = ["dataset_id", *(name for name in COVERED if name in store.manifest.labels)]
         for start in range(0, len(store), _ROWS):
             yield reader.read(OBS, start, min(start + _ROWS, len(store)), columns).to_pandas()
-
-
-def _of_plan(path: Path) -> Iterator[pd.DataFrame]:
-    yield pd.DataFrame(CensusPlan.load(path).table, columns=[*TABLE_COLUMNS, CELLS_COLUMN])
 
 
 def _of_counts(source: str, options: InputOptions) -> Iterator[pd.DataFrame]:
@@ -155,7 +152,7 @@ def _of_counts(source: str, options: InputOptions) -> Iterator[pd.DataFrame]:
 
 def _of_table(path: Path) -> Iterator[pd.DataFrame]:
     try:
-        frame = _read_parquet(path) if path.suffix == ".parquet" else _read_text(path)
+        frame = _read_table(path)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file.") from None
     except (OSError, ValueError, pa.ArrowInvalid) as error:
@@ -163,7 +160,7 @@ def _of_table(path: Path) -> Iterator[pd.DataFrame]:
     if "dataset_id" not in frame:
         raise DataError(
             f"{path}: a table of data sets needs the column dataset_id, and has none. Remedy: one "
-            f"row per cell, or per data set with the column {CELLS_COLUMN}; beside it "
+            f"row per cell, or per data set with the column {CELLS_COLUMN}; also "
             f"{' and '.join(COVERED)}."
         )
     if CELLS_COLUMN in frame:
@@ -180,13 +177,10 @@ def _wanted(name: str) -> bool:
     return name in ("dataset_id", CELLS_COLUMN, *COVERED)
 
 
-def _read_text(path: Path) -> pd.DataFrame:
+def _read_table(path: Path) -> pd.DataFrame:
+    if path.suffix == ".parquet":
+        with pa.parquet.ParquetFile(path) as file:
+            return file.read([*filter(_wanted, file.schema_arrow.names)]).to_pandas()
     separator = _TEXT_TABLES[path.suffix]
     # As text: a dataset_id of digits alone keeps its zeros.
     return pd.read_csv(path, sep=separator, usecols=_wanted, dtype=str, keep_default_na=False)
-
-
-def _read_parquet(path: Path) -> pd.DataFrame:
-    with pa.parquet.ParquetFile(path) as file:
-        columns = [name for name in file.schema_arrow.names if _wanted(name)]
-        return file.read(columns).to_pandas()

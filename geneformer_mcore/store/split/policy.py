@@ -1,15 +1,15 @@
-"""Which data sets are held out of training: whole ones, so that validation is of studies not seen.
+"""Choice of the data sets that are held out of training, for validation on unseen studies.
 
     DatasetTable  ->  in the policy's order: not too large? others have its assays and tissues?
-                  ->  train | held out (its cells dealt to validation and test) | test
+                  ->  train | held out (cells assigned to validation and test) | test
 
 card:            data sets in a random order, by a hash of seed and id; one of those held out is
                  kept whole for test (the model card of Geneformer), unless others are named for it
 smallest-first:  the smallest data sets first (NVIDIA's way)
 
 Both hold out at most the given share of the cells, and never the last data set in training of an
-assay or a tissue. `card` refuses a corpus of which that cannot be told, or that leaves no data set
-for test, unless it shall take it as it is (allow_incomplete).
+assay or a tissue. `card` refuses a corpus that lacks these columns, or leaves no data set for test,
+unless allow_incomplete.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def choose_roles(
     """{dataset_id: role} of every data set of the table; depends on nothing but the arguments.
 
     held_out_fraction:  of the cells of all data sets but `test_datasets`, the most to hold out
-    test_datasets:      whole data sets for test alone, beside that share
+    test_datasets:      whole data sets for test alone, in addition to that share
     allow_incomplete:   of `card`: cells may lack a covered column, and none may be for test alone
     Raises DataError where nothing can be held out, or training would lack an assay or a tissue.
     """
@@ -97,7 +97,7 @@ def _order(dataset: Dataset, policy: str, seed: int) -> tuple[int, str]:
 
 
 class _Coverage:
-    """In how many data sets of training each label occurs."""
+    """The number of training data sets in which each label occurs."""
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self._number = Counter(label for dataset in datasets for label in _labels(dataset))
@@ -159,7 +159,7 @@ def _missing_message(table: DatasetTable) -> str:
 
 def _no_test_message(rest: Sequence[Dataset], only: Dataset, most_cells: int) -> str:
     return (
-        "the policy card keeps one data set of those held out whole for test, beside another for "
+        "the policy card keeps one data set of those held out whole for test and another for "
         f"validation, and of {len(rest):,} data sets only 1 can be held out ({only.dataset_id}, "
         f"{only.cells:,} of {most_cells:,} cells that may be). Remedy: name a --test-dataset, a "
         "larger --held-out-fraction, or --allow-incomplete for a split without a test-only one."

@@ -1,7 +1,8 @@
-"""A split by data set, as a file: split.json says for each data set what its cells are for.
+"""The split of a cell, a pure function of its key: at random, or by the role of its data set.
 
-roles of data sets  ->  SplitTable  ->  split.json (with its checksum)  ->  SplitTable
-cell_key, dataset_id  ->  role  ->  train | test | held out: validation or test, by cell_key
+cell_key  ->  RandomSplit  ->  train | validation | test
+cell_key, dataset_id  ->  SplitTable: role  ->  train | test | held out: validation or test
+roles of data sets  ->  SplitTable  <->  split.json (with its checksum)
 """
 
 from __future__ import annotations
@@ -18,23 +19,19 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.files import checksum_of, read_sealed, whole_file
 from geneformer_mcore.store.keys import split_draws
 
-# Which split a cell belongs to, as a pure function of the cell.
-#
-# cell_key, dataset_id  ->  train | validation | test
-
 SPLITS = ("train", "validation", "test")
-"""In the order in which their rows lie in a store; a split's code is its place here."""
+"""In the order of their rows in a store; a split's code is its index here."""
 
 
 class SplitRule(Protocol):
-    """Anything that deals cells to splits."""
+    """Assigns cells to splits."""
 
     def assign(self, keys_N: np.ndarray, dataset_ids: Sequence[str]) -> np.ndarray:
-        """int8 [N], the code of each cell's split. Must depend on nothing but the arguments."""
+        """int8 [N], the code of each cell's split; a pure function of the arguments."""
         ...
 
     def describe(self) -> dict[str, object]:
-        """What the manifest says of the rule (plain JSON)."""
+        """The rule in the manifest (plain JSON)."""
         ...
 
 
@@ -74,21 +71,20 @@ class RandomSplit:
 
 TRAIN, HELD_OUT, TEST = "train", "held-out", "test"
 ROLES = (TRAIN, HELD_OUT, TEST)
-"""What a data set's cells are for: training; validation and test, dealt at random; test alone."""
+"""Use of a data set's cells: training; validation and test, assigned at random; test alone."""
 
 REFUSE = "refuse"
 UNLISTED = (REFUSE, TRAIN)
-"""What becomes of a data set that the table does not name."""
+"""Treatment of a data set that the table does not list."""
 
 FORMAT = "geneformer_mcore split"
 VERSION = 1
-_CODE = {split: np.int8(code) for code, split in enumerate(SPLITS)}
-_HELD_OUT_CODE = np.int8(-1)
+_CODES = {HELD_OUT: np.int8(-1)} | {split: np.int8(code) for code, split in enumerate(SPLITS)}
 
 
 @dataclass(frozen=True)
 class SplitTable:
-    """Deals cells to splits by their data set (a table.SplitRule).
+    """Assigns cells to splits by their data set (a SplitRule).
 
     policy, seed, held_out_fraction: how the roles were chosen (see policy.choose_roles)
     roles:             {dataset_id: "train", "held-out" or "test"}
@@ -117,15 +113,11 @@ class SplitTable:
         """int8 [N], the code of each cell's split. DataError for a data set without a role."""
         distinct = set(dataset_ids)
         self.check(distinct)
-        code_of = {name: self._code(name) for name in distinct}
+        code_of = {name: _CODES[self.roles.get(name, self.unlisted)] for name in distinct}
         codes_N = np.array([code_of[name] for name in dataset_ids], np.int8)
         in_validation_N = split_draws(keys_N) < self.validation_share
-        dealt_N = np.where(in_validation_N, _CODE["validation"], _CODE["test"])
-        return np.where(codes_N == _HELD_OUT_CODE, dealt_N, codes_N).astype(np.int8)
-
-    def _code(self, dataset_id: str) -> np.int8:
-        role = self.roles.get(dataset_id, self.unlisted)
-        return _HELD_OUT_CODE if role == HELD_OUT else _CODE[role]
+        held_out_N = np.where(in_validation_N, _CODES["validation"], _CODES["test"])
+        return np.where(codes_N == _CODES[HELD_OUT], held_out_N, codes_N).astype(np.int8)
 
     def check(self, dataset_ids: Iterable[str]) -> None:
         """Raises DataError if one of the data sets has no role, and unlisted ones are refused."""

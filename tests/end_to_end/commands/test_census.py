@@ -119,7 +119,7 @@ def test_errors_end_as_they_should(command: Command, address: str, tmp_path: Pat
         (command("make_split", "d", "--out", "s.json", "--test-dataset", "d"), "no other data set"),
         (command("make_split", "nowhere.csv", "--out", "s.json"), "there is no such file"),
         (command("build_vocabulary", "--out", "v.json", "--merge", path), "not a whole partial"),
-        (command("build_vocabulary", "--out", "v.json"), "name one h5ad file or more"),
+        (command("build_vocabulary", "--out", "v.json"), "name one h5ad or zarr input or more"),
         (command("build_vocabulary", "--out", "v.json", path, "--merge", path), "--merge takes"),
     ):
         assert result.returncode == WRONG_INPUT, message

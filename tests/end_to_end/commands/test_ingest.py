@@ -198,7 +198,7 @@ def test_parts_at_once_then_the_whole(
     assert not (tmp_path / "s").exists()
     other = command("--out", "s", "--part", "1/3", "--seq-length", 99, *files)
     assert other.returncode == 2
-    assert "the parts done so far were asked for otherwise: seq_length differ" in other.stderr
+    assert "the parts done so far had other arguments: seq_length differ" in other.stderr
     whole = command("--out", "s", *files[::-1])
     assert whole.returncode == 0
     assert "continues: 12 of 18 units of work are there" in whole.stderr

@@ -205,7 +205,7 @@ REFUSED: dict[str, tuple[Make, list[str]]] = {
     "damaged compression": (edited(squeeze), ["rows 0 to 11 cannot be read", "get it again"]),
     # Values; of other forms of matrix: test_any_value_that_is_no_count_is_named_wherever_it_is
     "negative": (with_value(-2), [*PLACE, "-2: negative", r'layers\["counts"\]']),
-    "NaN": (with_value(np.nan), [*PLACE, "nan: NaN", "mend the value"]),
+    "NaN": (with_value(np.nan), [*PLACE, "nan: NaN", "correct the value"]),
     "infinite": (with_value(np.inf), [*PLACE, "inf: infinite"]),
     "minus infinite": (with_value(-np.inf), [*PLACE, "-inf: infinite"]),
     "fraction": (with_value(1.5), [*PLACE, r"1\.5: not a whole number", "--allow-normalised"]),

@@ -93,15 +93,14 @@ def test_many_categories_are_plain_values(
     assert found["label"].dtype == "category"
 
 
-def test_a_table_of_before_0_7(tmp_path: Path) -> None:
+def test_a_table_of_before_0_7(file: h5py.File) -> None:
     kinds = [("index", "S9"), ("n_counts", "<f4"), ("louvain", "i1"), ("batch", "S2")]
     rows = np.array([(b"AAAC-1", 2.5, 1, b"b0"), (b"AAAG-1", 4.0, 0, b"b1")], dtype=kinds)
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["obs"] = rows
-        file["uns/louvain_categories"] = np.array([b"B cell", b"T cell"])
-        frame = StoredFrame(file["obs"], "obs", file["uns"])
-        assert frame.columns == ["n_counts", "louvain", "batch"]
-        found = frame.read(0, 2)
+    file["obs"] = rows
+    file["uns/louvain_categories"] = np.array([b"B cell", b"T cell"])
+    frame = StoredFrame(file["obs"], "obs", file["uns"])
+    assert frame.columns == ["n_counts", "louvain", "batch"]
+    found = frame.read(0, 2)
     assert found.index.tolist() == ["AAAC-1", "AAAG-1"]
     assert found["louvain"].tolist() == ["T cell", "B cell"]
     assert found["n_counts"].tolist() == [2.5, 4.0]
@@ -109,15 +108,11 @@ def test_a_table_of_before_0_7(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hdf5", "zarr"])
-def test_categories_of_0_7(tmp_path: Path, kind: str) -> None:
+def test_categories_of_0_7(tmp_path: Path, file: h5py.File, kind: str) -> None:
     """A reference in HDF5, a path below obs in zarr."""
     is_zarr = kind == "zarr"
-    file = (
-        zarr.open_group(tmp_path / "a", mode="w", zarr_format=2)
-        if is_zarr
-        else h5py.File(tmp_path / "a", "w")
-    )
-    group = file.create_group("obs")
+    root = zarr.open_group(tmp_path / "a", mode="w", zarr_format=2) if is_zarr else file
+    group = root.create_group("obs")
     group.attrs.update({"_index": "names", "column-order": ["donor"]})
     names = {"names": ["a", "b", "c"], "__categories/donor": ["d0", "d1"]}
     for name, values in ({"donor": np.array([1, -1, 0], np.int8)} | names).items():
@@ -129,8 +124,6 @@ def test_categories_of_0_7(tmp_path: Path, kind: str) -> None:
     donors = frame.read(0, 3)["donor"].astype(object)
     assert donors.where(donors.notna(), "").tolist() == ["d1", "", "d0"]
     assert frame.row_names(0, 3) == ["a", "b", "c"]
-    if not is_zarr:
-        file.close()
 
 
 @pytest.mark.parametrize(
@@ -142,64 +135,42 @@ def test_categories_of_0_7(tmp_path: Path, kind: str) -> None:
         ([0.5, 0.0, 1.5], "float64"),
     ],
 )
-def test_values_with_a_mask(tmp_path: Path, values: object, dtype: str) -> None:
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["obs/_index"] = ["x", "y", "z"]
-        file["obs/some/values"], file["obs/some/mask"] = values, [False, True, False]
-        found = StoredFrame(file["obs"], "obs").read(0, 3)["some"]
+def test_values_with_a_mask(file: h5py.File, values: object, dtype: str) -> None:
+    file["obs/_index"] = ["x", "y", "z"]
+    file["obs/some/values"], file["obs/some/mask"] = values, [False, True, False]
+    found = StoredFrame(file["obs"], "obs").read(0, 3)["some"]
     assert found.dtype == dtype
     assert found.isna().tolist() == [False, True, False]
     assert found.dropna().tolist() == [values[0], values[2]]
 
 
+@pytest.fixture
+def file() -> Iterator[h5py.File]:
+    with h5py.File("a.h5", "w", driver="core", backing_store=False) as opened:
+        yield opened
+
+
 @pytest.mark.parametrize("names", [np.arange(7, 10), np.array([b"7", b"8", b"9"])])
-def test_row_names_of_any_kind_are_text(tmp_path: Path, names: np.ndarray) -> None:
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["obs/_index"] = names
-        assert StoredFrame(file["obs"], "obs").row_names(1, 3) == ["8", "9"]
+def test_row_names_of_any_kind_are_text(file: h5py.File, names: np.ndarray) -> None:
+    file["obs/_index"] = names
+    assert StoredFrame(file["obs"], "obs").row_names(1, 3) == ["8", "9"]
 
 
-def test_columns_of_other_kinds_are_named_and_not_read(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["obs/_index"] = ["a", "b"]
-        file["obs/matrix"] = np.ones((2, 2))
-        file["obs/one"] = 3
-        file["obs/list/offsets"] = [0, 1, 2]
-        file["obs/complex"] = np.ones(2, complex)
-        file["obs/good"] = [1, 2]
-        frame = StoredFrame(file["obs"], "obs")
-        assert frame.columns == ["complex", "good", "list", "matrix", "one"]
-        assert list(frame.read(0, 2)) == ["good"]
+def test_columns_of_other_kinds_are_listed_and_not_read(file: h5py.File) -> None:
+    file["obs/_index"] = ["a", "b"]
+    file["obs/matrix"] = np.ones((2, 2))
+    file["obs/one"] = 3
+    file["obs/list/offsets"] = [0, 1, 2]
+    file["obs/complex"] = np.ones(2, complex)
+    file["obs/good"] = [1, 2]
+    frame = StoredFrame(file["obs"], "obs")
+    assert frame.columns == ["complex", "good", "list", "matrix", "one"]
+    assert list(frame.read(0, 2)) == ["good"]
 
 
-def test_columns_of_different_lengths_are_refused(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["obs/_index"] = ["a", "b"]
-        file["obs/short"] = [1]
-        with pytest.raises(DataError, match=r"obs: column short holds 1 values.*2 row names"):
-            StoredFrame(file["obs"], "obs")
-
-
-def test_codes_without_a_category_are_refused(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["obs/_index"] = ["a", "b"]
-        file["obs/label/codes"] = [0, 5]
-        file["obs/label/categories"] = ["x"]
-        with pytest.raises(DataError, match="column label has code 5 for one of 1 categories"):
-            StoredFrame(file["obs"], "obs").read(0, 2)
-
-
-def test_no_row_names(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["obs/good"] = [1, 2]
-        with pytest.raises(DataError, match="no row names"):
-            StoredFrame(file["obs"], "obs")
-
-
-def test_damaged_values_are_one_message(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["obs/_index"] = ["a", "b"]
-        column = file.create_dataset("obs/n", data=[1, 2], compression="gzip", chunks=(2,))
-        column.id.write_direct_chunk((0,), b"no gzip at all")
-        with pytest.raises(DataError, match=r"obs: column n, rows 0 to 1, cannot be read.*Remedy"):
-            StoredFrame(file["obs"], "obs").read(0, 2)
+def test_damaged_values_are_one_message(file: h5py.File) -> None:
+    file["obs/_index"] = ["a", "b"]
+    column = file.create_dataset("obs/n", data=[1, 2], compression="gzip", chunks=(2,))
+    column.id.write_direct_chunk((0,), b"no gzip at all")
+    with pytest.raises(DataError, match=r"obs: column n, rows 0 to 1, cannot be read.*Remedy"):
+        StoredFrame(file["obs"], "obs").read(0, 2)

@@ -20,7 +20,6 @@ from scipy import sparse
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io import count_matrix
-from geneformer_mcore.io import count_matrix as matrix_module
 from geneformer_mcore.io.count_matrix import StoredMatrix, is_matrix, open_matrix
 from tests.small_cells import random_counts
 
@@ -85,7 +84,7 @@ def rows_of(matrix: StoredMatrix, start: int, stop: int) -> np.ndarray:
 
 def make_small(patch: pytest.MonkeyPatch, form: str = "on disk") -> None:
     """Bands, ranges and batches of a few rows; conversions on disk where the form says so."""
-    patch.setattr(matrix_module, "BAND_BYTES", 300)
+    patch.setattr(count_matrix, "BAND_BYTES", 300)
     patch.setattr(count_matrix, "RANGE_ENTRIES", 40)
     patch.setattr(count_matrix, "BATCH_ENTRIES", 33)
     if "on disk" in form:
@@ -93,29 +92,24 @@ def make_small(patch: pytest.MonkeyPatch, form: str = "on disk") -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["<f4", ">f4", "<f8", "<i4", "<u2", "<i8", "?"])
+@pytest.mark.parametrize(
+    ("storage", "kind"),
+    [("hdf5", kind) for kind in ("<f4", ">f4", "<f8", "<i4", "<u2", "<i8", "?")]
+    + [("zarr2", "<f4"), ("zarr3", "<f4")],
+    indirect=["storage"],
+)
 def test_rows_are_the_matrix(
-    file: h5py.File, counts: np.ndarray, form: str, kind: str, monkeypatch: pytest.MonkeyPatch
+    storage: Any, counts: np.ndarray, form: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_small(monkeypatch, form)
     typed = counts.astype(kind)
-    matrix = open_matrix(store(file, typed, form), "X")
+    matrix = open_matrix(store(storage, typed, form), "X")
     assert matrix.shape == SHAPE
+    assert not (matrix.is_sequential and form in ("csr", "csc", "5x4"))
     for start, stop in SLICES:
         np.testing.assert_array_equal(rows_of(matrix, start, stop), typed[start:stop])
-    matrix.close()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_storage(
-    storage: Any, counts: np.ndarray, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_small(monkeypatch, form)
-    matrix = open_matrix(store(storage, counts, form), "X")
-    for start, stop in SLICES:
-        np.testing.assert_array_equal(rows_of(matrix, start, stop), counts[start:stop])
     some = matrix.some()
-    assert set(some.ravel().tolist()) <= set(counts.ravel().tolist())
+    assert set(some.ravel().tolist()) <= set(typed.ravel().tolist())
     assert some.any()
     matrix.close()
 
@@ -193,16 +187,8 @@ def test_no_room_to_convert(
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
     matrix = open_matrix(store(file, counts, "csc"), "a.h5ad: X")
     why = r"0\.0 GB are free" if when == "before" else "No space left"
-    with pytest.raises(DataError, match=rf"a\.h5ad: X lies by columns.*{why}.*TMPDIR"):
+    with pytest.raises(DataError, match=rf"a\.h5ad: X is stored by columns.*{why}.*TMPDIR"):
         matrix.read_rows(0, 3)
-
-
-def test_what_is_small_or_stored_by_rows_is_not_sequential(
-    file: h5py.File, counts: np.ndarray
-) -> None:
-    for form in ("csr", "csc", "dense", "5x4"):
-        assert not open_matrix(store(file, counts, form), "X").is_sequential
-        del file["X"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -210,8 +196,7 @@ def test_blocks_fit_the_budget(
     file: h5py.File, counts: np.ndarray, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_small(monkeypatch, form)
-    for module in (matrix_module, count_matrix):
-        monkeypatch.setattr(module, "BLOCK_ENTRIES", 60)
+    monkeypatch.setattr(count_matrix, "BLOCK_ENTRIES", 60)
     matrix = open_matrix(store(file, counts, form), "X")
     start, sizes = 0, []
     while start < 41:
@@ -221,17 +206,9 @@ def test_blocks_fit_the_budget(
         start = stop
     assert max(sizes) <= 60
     assert sum(sizes) == np.count_nonzero(counts)
+    monkeypatch.setattr(count_matrix, "BLOCK_ENTRIES", 1)
+    assert matrix.fitting(2, 30) == 3, "a row longer than the budget is a block of its own"
     matrix.close()
-
-
-def test_a_row_longer_than_the_budget_is_a_block_of_its_own(
-    file: h5py.File, counts: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in (matrix_module, count_matrix):
-        monkeypatch.setattr(module, "BLOCK_ENTRIES", 1)
-    for form in ("csr", "csc", "dense"):
-        assert open_matrix(store(file, counts, form), "X").fitting(2, 30) == 3
-        del file["X"]
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.uint64, np.uint32])
@@ -253,18 +230,9 @@ def test_an_index_beyond_int32_does_not_become_another(
             matrix.read_rows(0, 41)
 
 
-@pytest.mark.parametrize("value", ["text", 1j])
-def test_values_that_are_no_numbers_are_refused(file: h5py.File, value: object) -> None:
-    file["X"] = [[value, value]]
-    with pytest.raises(DataError, match=r"X holds values of type .* counts are numbers"):
-        open_matrix(file["X"], "X")
-
-
 def test_encodings(file: h5py.File, counts: np.ndarray) -> None:
     group = store(file, counts, "csr")
     del group.attrs["encoding-type"]
-    with pytest.raises(ValueError, match="unknown"):
-        open_matrix(group, "X")
     group.attrs.update({"h5sparse_format": b"csr", "h5sparse_shape": group.attrs["shape"]})
     del group.attrs["shape"]
     np.testing.assert_array_equal(rows_of(open_matrix(group, "X"), 0, 41), counts)

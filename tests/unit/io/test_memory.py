@@ -94,24 +94,6 @@ def test_the_same_as_of_the_file(
     assert_the_same(adata[3:, ::2] if view else adata, tmp_path / "a.h5ad")
 
 
-@pytest.mark.parametrize("place", ["X", "layers/counts", "raw.X"])
-@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
-def test_the_place_of_the_counts(
-    counts: sparse.csr_matrix, place: str, form: str, tmp_path: Path
-) -> None:
-    adata = adata_of(FORMS[form](counts))
-    logged = adata_of(FORMS[form](counts.log1p()))
-    if place == "raw.X":
-        logged.raw = adata
-        adata = logged
-    if place == "layers/counts":
-        logged.layers["counts"] = adata.X
-        adata = logged
-    assert_the_same(adata[1:], tmp_path / "a.h5ad")
-    with open_counts(adata) as opened:
-        assert opened.location == place
-
-
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("form", ["csr", "csc", "dense"])
 def test_backed(counts: sparse.csr_matrix, form: str, view: bool, tmp_path: Path) -> None:
@@ -150,12 +132,6 @@ def test_what_changes_changes_the_fingerprint(counts: sparse.csr_matrix) -> None
     assert len(set(prints)) == 3
 
 
-def test_datasets_of_cells(counts: sparse.csr_matrix) -> None:
-    with open_counts(adata_of(counts)) as opened:
-        assert opened.read_dataset_ids(0, 4) == ["d1", "adata", "adata", "d2"]
-        assert opened.path is None
-
-
 def test_the_anndata_stays_as_it_is(counts: sparse.csr_matrix) -> None:
     adata = adata_of(counts.tocsc())
     before, obs = adata.X.copy(), adata.obs.copy()
@@ -163,19 +139,6 @@ def test_the_anndata_stays_as_it_is(counts: sparse.csr_matrix) -> None:
     assert (before != adata.X).nnz == 0
     assert adata.X.format == "csc"
     pd.testing.assert_frame_equal(adata.obs, obs)
-
-
-@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
-def test_values_that_are_no_counts(counts: sparse.csr_matrix, form: str) -> None:
-    wrong = counts.toarray()
-    wrong[17, 31] = -2
-    with (
-        open_counts(adata_of(FORMS[form](sparse.csr_matrix(wrong)))) as opened,
-        pytest.raises(DataError) as error,
-    ):
-        list(opened.blocks())
-    for part in ("the AnnData: X must", "row 17", "cell c17", gene_id(31), "-2: negative"):
-        assert part in str(error.value)
 
 
 @pytest.mark.parametrize("form", ["csr", "csc"])
@@ -193,17 +156,9 @@ def test_an_index_that_is_none(counts: sparse.csr_matrix, form: str) -> None:
     [
         (pd.DataFrame(), "an AnnData is needed, and this is DataFrame"),
         (anndata.AnnData(obs=pd.DataFrame(index=["a"])), "no matrix in layers/counts or raw.X or"),
-        (anndata.AnnData(np.ones((0, 3))), "0 cells x 3 genes"),
     ],
-    ids=["DataFrame", "no matrix", "no cells"],
+    ids=["DataFrame", "no matrix"],
 )
 def test_what_has_no_counts_is_refused(source: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_counts(source)
-
-
-def test_a_layer_that_is_missing(counts: sparse.csr_matrix) -> None:
-    adata = adata_of(counts)
-    adata.layers["spliced"] = counts
-    with pytest.raises(DataError, match=r"layers/nascent; layers of the file: spliced"):
-        MemoryCounts(adata, "nascent")

@@ -127,7 +127,7 @@ def test_a_build_ends_with_its_units_kept_and_goes_on(
     assert not (tmp_path / "s").exists()
     assert len(list((tmp_path / ".s.staging/units").glob("*.json"))) == 2
     said: list[str] = []
-    whole = build_store(inputs, tmp_path / "s", vocabulary_of(NUM_GENES), say=said.append)
+    whole = build_store(inputs, tmp_path / "s", vocabulary_of(NUM_GENES), log=said.append)
     assert said == ["continues: 2 of 5 units of work are there"]
     assert whole.refused == []
     assert whole.content_hash == clean.content_hash
@@ -157,7 +157,7 @@ def test_a_full_folder_of_temporary_files_ends_the_build(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", full)
         with pytest.raises(
-            ExternalIOError, match=r"b\.h5ad: X lies by columns.*/scratch and .*TMPDI"
+            ExternalIOError, match=r"b\.h5ad: X is stored by columns.*/scratch and .*TMPDI"
         ):
             build_store(inputs, tmp_path / "s", vocabulary_of(NUM_GENES))
     assert not (tmp_path / "s").exists()

@@ -43,7 +43,7 @@ class Doing:
     shared: Any = None
     done: list[int] = field(default_factory=list)
 
-    def __call__(self, job: int, tell: Callable[[int], None]) -> Any:
+    def __call__(self, job: int, advance: Callable[[int], None]) -> Any:
         fate = self.fates.get(job)
         if fate == "data":
             raise DataError(f"{job} is wrong")
@@ -65,8 +65,8 @@ class Doing:
             with self.shared.get_lock():
                 self.shared.value += job
         self.done.append(job)
-        tell(job)
-        tell(1)
+        advance(job)
+        advance(1)
         return 2 * job, os.getpid()
 
 
@@ -87,14 +87,14 @@ def three(shared: Any) -> Iterator[Workers]:
 def test_every_job_once(three: Workers, shared: Any, most: int | None, expected: int) -> None:
     told: dict[int, int] = {}
 
-    def tell(job: int, cells: int) -> None:
+    def advance(job: int, cells: int) -> None:
         told[job] = told.get(job, 0) + cells
 
     processes_of_runs, before = [], shared.value
     for first in (0, 100):  # Processes live from one work to the next.
         jobs = range(first, first + 20)
         work = Doing({first + 3: "data"})
-        found = list(three.run(work, jobs, tell, most=most, last=-1))
+        found = list(three.run(work, jobs, advance, most=most, last=-1))
         outcomes, handed_over = dict(found[:-expected]), found[-expected:]
         assert sorted(outcomes) == list(jobs)
         assert str(outcomes.pop(first + 3)) == f"{first + 3} is wrong"
@@ -134,7 +134,11 @@ def test_a_chain_is_done_by_one_process_in_order(three: Workers) -> None:
         ("exit", LostWorkerError, r"ended with exit code 7, in the middle of 5\. Again\."),
         ("memory", LostWorkerError, r"not enough memory \(Python.*, in the middle of 5\. Again\."),
         ("large", LostWorkerError, r"not enough memory \(a copy\), in the middle of 5\. Again\."),
-        ("defect", RuntimeError, "(?s)a defect in a worker process.*ZeroDivisionError: a defect"),
+        (
+            "defect",
+            RuntimeError,
+            "(?s)internal error in a worker process.*ZeroDivisionError: a defect",
+        ),
         ("full", OSError, "No space left on device: 'file'"),
     ],
 )

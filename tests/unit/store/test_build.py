@@ -221,7 +221,7 @@ def test_duplicate_cells_are_refused(tmp_path) -> None:
     # The work that is done is of use without one of them.
     assert os.listdir(tmp_path / ".store.staging") != []
     lines: list[str] = []
-    manifest = build_store([within, second], store, VOCABULARY, say=lines.append)
+    manifest = build_store([within, second], store, VOCABULARY, log=lines.append)
     assert (manifest.cells, lines) == (6, ["continues: 2 of 2 units of work are there"])
     shutil.rmtree(store)
     doubled = write_h5ad(tmp_path / "d.h5ad", COUNTS[:3], cell_ids=["x", "y", "x_"])

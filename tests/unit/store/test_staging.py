@@ -215,7 +215,7 @@ def test_no_room_ends_with_two_and_work_is_kept(
     assert sorted(os.listdir(tmp_path)) == sorted([*names, ".store.staging"])
     lines: list[str] = []
     monkeypatch.setattr(plan, "LEAST_ROWS_PER_UNIT", 50)
-    again = build_store([file], target, vocabulary_of(NUM_GENES), overwrite=True, say=lines.append)
+    again = build_store([file], target, vocabulary_of(NUM_GENES), overwrite=True, log=lines.append)
     assert lines == [f"continues: {units} of 4 units of work are there"]
     assert again.content_hash == before.content_hash
     assert sorted(os.listdir(tmp_path)) == names

@@ -263,7 +263,7 @@ def test_parts_of_another_plan_are_refused(tmp_path) -> None:
         (plan_of(source("a", 8)), "inputs"),
         (plan_of(refused=(Refusal("b", "no"),)), "refused"),
     ):
-        with pytest.raises(DataError, match=f"asked for otherwise: {what} differ"):
+        with pytest.raises(DataError, match=f"other arguments: {what} differ"):
             join(other, tmp_path)
     declare(plan_of(seq_length=9), tmp_path)
     with pytest.raises(DataError, match="seq_length differ"):

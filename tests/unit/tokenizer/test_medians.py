@@ -216,7 +216,7 @@ def test_workers_share_the_room_for_values(corpus) -> None:
         ({"memory_gb": 0.0}, "must be above 0"),
         ({"memory_gb": float("nan")}, "must be above 0"),
         ({"workers": 0}, "at least 1 worker, not 0"),
-        ({"sources": []}, "no input file"),
+        ({"sources": []}, "no input given"),
     ],
 )
 def test_wrong_settings(corpus, settings: dict[str, object], message: str) -> None:
