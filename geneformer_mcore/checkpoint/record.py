@@ -110,7 +110,6 @@ class Record:
         return self.identity.content == ""
 
     def save(self, folder: Path) -> None:
-        """Writes the record into a checkpoint folder."""
         (folder / RECORD).write_text(json.dumps(asdict(self), indent=1))
 
     @staticmethod
@@ -200,7 +199,6 @@ def _agree(key: str, was: Any, now: Any) -> bool:
 
 
 def of_the_weights(text: str) -> dict[str, Any]:
-    """Of settings as YAML text: those that say what the weights are."""
     shown = _defaults() | _flat(text)
     return {key: shown[key] for key in sorted(_OF_THE_WEIGHTS)}
 
@@ -212,7 +210,6 @@ def _must_stay(key: str, record: Record) -> bool:
 
 
 def _defaults() -> dict[str, Any]:
-    """Setting -> default, as YAML has it."""
     return {
         f"{section}.{key}": value.value if isinstance(value, Enum) else value
         for section, values in asdict(Config()).items()

@@ -75,7 +75,6 @@ class Snapshot:
         }
 
     def write(self) -> None:
-        """Writes this rank's files. Raises OSError where they cannot be."""
         _write_random_states(self._random_states, self._folder, self._rank)
         if self._request.async_fn is not None:
             results = self._request.async_fn_args[2]

@@ -33,12 +33,7 @@ class Plan:
 
 def plan(config: Config, world_size: int) -> Plan:
     """The plan of `config` on `world_size` ranks. Raises ConfigError listing every problem."""
-    problems = [
-        *_ranges(config),
-        *_model(config),
-        *_layout(config, world_size),
-        *_finetune(config),
-    ]
+    problems = [*_ranges(config), *_model(config), *_layout(config, world_size), *_finetune(config)]
     if problems:
         raise ConfigError("\n".join(problems))
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)

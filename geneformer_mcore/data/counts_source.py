@@ -124,7 +124,6 @@ class CountsSource:
         return [self._inputs[number].counts.name for number in numbers]
 
     def close(self) -> None:
-        """Closes the inputs."""
         for each in self._inputs:
             each.counts.close()
 

@@ -251,7 +251,6 @@ class DaliBatches:
 
 
 def _tokens(cells: CellViews) -> list[np.ndarray]:
-    """uint16 [n] per cell, views: DALI copies them, one behind the other."""
     stops_N = cells.starts_N + cells.lengths_N
     return [cells.tokens_T[start:stop] for start, stop in zip(cells.starts_N, stops_N, strict=True)]
 

@@ -57,7 +57,6 @@ class LabelledRows:
         return views.part(rows - first).ragged()
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
-        """Implements types.KnownLengths."""
         return self.source.lengths(self.rows[rows])
 
 
@@ -66,7 +65,6 @@ class LabelledViews(LabelledRows):
     """The same of a source that gives single cells (a types.RandomAccess)."""
 
     def views(self, rows: np.ndarray) -> CellViews:
-        """Implements types.RandomAccess."""
         assert isinstance(self.source, RandomAccess)
         return self.source.views(self.rows[rows])
 

@@ -57,7 +57,6 @@ class Masking:
 
     @cached_property
     def seed_bits(self) -> np.uint64:
-        """The seed, mixed."""
         return mix_scalar(self.seed)
 
     def bounds(self) -> tuple[np.uint64, np.uint64, np.uint64]:

@@ -41,7 +41,6 @@ class Packing:
     most_tokens: int
 
     def of_rank(self, data_rank: int, data_size: int) -> list[np.ndarray]:
-        """The micro batches of a data-parallel rank."""
         return self.bins[data_rank::data_size]
 
 

@@ -43,7 +43,6 @@ class Places:
         return len(self.rows)
 
     def take(self, which: slice | np.ndarray) -> Places:
-        """Those of `which`."""
         return Places(self.rows[which], self.epochs[which], self.windows[which])
 
 

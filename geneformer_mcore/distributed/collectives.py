@@ -104,5 +104,4 @@ def add_up_on_first_rank(values: np.ndarray, device: torch.device) -> None:
 
 
 def barrier() -> None:
-    """Waits until every rank is here."""
     dist.barrier()

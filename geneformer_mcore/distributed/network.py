@@ -130,7 +130,6 @@ class LoopbackRendezvous(RendezvousHandler):
         self._store: TCPStore | None = None
 
     def get_backend(self) -> str:
-        """The name of this backend."""
         return NAME
 
     @property
@@ -155,18 +154,15 @@ class LoopbackRendezvous(RendezvousHandler):
         return RendezvousInfo(PrefixStore(self._run_id, self._store), 0, 1, where)
 
     def is_closed(self) -> bool:
-        """Never: there is nobody to join later."""
         return False
 
     def set_closed(self) -> None:
-        """Nothing to do."""
+        pass
 
     def num_nodes_waiting(self) -> int:
-        """None ever."""
         return 0
 
     def get_run_id(self) -> str:
-        """torchrun's --rdzv-id."""
         return self._run_id
 
     def shutdown(self) -> bool:

@@ -90,11 +90,9 @@ class HealthCheck:
         self._store.set(f"where/{rank}", json.dumps(where))
 
     def call(self) -> None:
-        """Asks every rank to answer."""
         self._store.set("called", str(self._rank))
 
     def is_called(self) -> bool:
-        """Whether any rank did."""
         return self._store.check(["called"])
 
     def answer(self, answer: Answer) -> None:

@@ -34,11 +34,7 @@ def per_class(counts_CC: np.ndarray, classes: tuple[str, ...]) -> dict[str, dict
 
     true, predicted, weights = _pairs(counts_CC)
     columns = metrics.precision_recall_fscore_support(
-        true,
-        predicted,
-        labels=np.arange(len(classes)),
-        sample_weight=weights,
-        zero_division=0,
+        true, predicted, labels=np.arange(len(classes)), sample_weight=weights, zero_division=0
     )
     return {
         name: {

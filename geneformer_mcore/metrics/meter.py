@@ -149,7 +149,6 @@ class Meter:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where `state_dict` left off."""
         self.cells_seen = state["cells_seen"]
         self.tokens_seen = state["tokens_seen"]
         self._window = Window(

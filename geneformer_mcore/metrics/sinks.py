@@ -60,20 +60,16 @@ class EventFile:
         self.flush()
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """A point of the curve `tag`."""
         self._add(Event(step=step, summary=summary.scalar(tag, value)))
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """A text in Markdown."""
         shown: Summary = summary.text(tag, text)
         self._add(Event(step=step, summary=shown))
 
     def flush(self) -> None:
-        """Hands everything to the system: a killed run loses none of it."""
         self._records.flush()
 
     def close(self) -> None:
-        """Flushes, and closes the file."""
         self._records.close()
 
     def _add(self, event: Event) -> None:
@@ -171,7 +167,6 @@ class Sinks:
         self._to_log(text)
 
     def close(self) -> None:
-        """Ends the progress line and closes the files."""
         if self._progress_shown:
             self._show("\n")
             self._progress_shown = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from geneformer_mcore.config.sections import FinetuneConfig
 from geneformer_mcore.data.collate import cells_of
@@ -31,7 +32,7 @@ class ClassHead(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(num_classes, hidden_size))
         self.bias = torch.nn.Parameter(torch.zeros(num_classes))
 
-    def forward(self, cells_NH: torch.Tensor) -> torch.Tensor:
+    def forward(self, cells_NH: Tensor) -> Tensor:
         """cells_NH: fp32. fp32 [N, C], with the product in the dtype of the weights."""
         kept_NH = F.dropout(cells_NH, self.dropout, self.training)
         return F.linear(kept_NH.to(self.weight.dtype), self.weight, self.bias).float()
@@ -48,23 +49,23 @@ class CellClassifier(Geneformer):
         self.class_head = head.to(device=word.device, dtype=self.config.params_dtype)
         self.pooling = tune.pooling
 
-    def loss(self, hidden_SBH: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, hidden_SBH: Tensor, batch: Batch) -> Tensor:
         """fp32 [M], nats for every cell that is asked for."""
         return F.cross_entropy(
             self.asked_logits(hidden_SBH, batch), batch.labels_M, reduction="none"
         )
 
-    def asked_logits(self, hidden_SBH: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def asked_logits(self, hidden_SBH: Tensor, batch: Batch) -> Tensor:
         """fp32 [M, C] of the cells that are asked for."""
         return self.class_logits(hidden_SBH, batch)[cells_of(batch, batch.selected_M)]
 
-    def class_logits(self, hidden_SBH: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def class_logits(self, hidden_SBH: Tensor, batch: Batch) -> Tensor:
         """fp32 [N, C] of every cell of the batch; each must have a gene."""
         whole_SBH = forward_only.whole(hidden_SBH, self)
         return self.class_head(forward_only.pool(whole_SBH, batch, self.pooling))
 
 
-def probabilities(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Tensor:
+def probabilities(hidden_SBH: Tensor, batch: Batch, stage: Geneformer) -> Tensor:
     """fp32 [N, C] (an forward_only.Finish)."""
     assert isinstance(stage, CellClassifier)
     return stage.class_logits(hidden_SBH, batch).softmax(dim=1)

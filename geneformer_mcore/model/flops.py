@@ -70,7 +70,6 @@ class FlopBreakdown:
 
     @property
     def total(self) -> int:
-        """All of them."""
         return self.linear + self.attention + self.head + self.vocabulary
 
 
@@ -86,7 +85,6 @@ def forward_breakdown(shape: ModelShape, work: Workload) -> FlopBreakdown:
 
 
 def forward_flops(shape: ModelShape, work: Workload) -> int:
-    """FLOPs of one forward pass over `work`."""
     return forward_breakdown(shape, work).total
 
 

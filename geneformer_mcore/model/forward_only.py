@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
 from torch.nn import functional
 
 from geneformer_mcore.config.sections import Pooling
@@ -29,14 +30,12 @@ from geneformer_mcore.types import MASK, Batch
 #
 # stages + batches  ->  residual stream of the last stage  ->  what is made of it, per batch
 
-Finish = Callable[[torch.Tensor, Batch, Geneformer], torch.Tensor]
+Finish = Callable[[Tensor, Batch, Geneformer], Tensor]
 """Called on the last stage with its hidden states [S, B, H] (this rank's share of the positions
 under sequence parallel), the batch they are of, and the stage."""
 
 
-def through(
-    stages: Sequence[Geneformer], batches: list[Batch], finish: Finish
-) -> list[torch.Tensor]:
+def through(stages: Sequence[Geneformer], batches: list[Batch], finish: Finish) -> list[Tensor]:
     """What `finish` makes of each of `batches`, which are all of one shape and on the device; an
     empty list on ranks that do not hold the last stage."""
     (stage,) = stages
@@ -58,14 +57,14 @@ def through(
 def _forward_step(batches: Iterator[Batch], stage: Geneformer, finish: Finish) -> tuple:
     batch = next(batches)
 
-    def finished(hidden_SBH: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+    def finished(hidden_SBH: Tensor, non_loss_data: bool) -> Tensor:
         assert non_loss_data
         return finish(hidden_SBH, batch, stage)
 
     return stage.encode(batch), finished
 
 
-def whole(hidden_SBH: torch.Tensor, stage: Geneformer) -> torch.Tensor:
+def whole(hidden_SBH: Tensor, stage: Geneformer) -> Tensor:
     """All positions, where sequence parallel gives each tensor rank its share."""
     if not stage.config.sequence_parallel:
         return hidden_SBH
@@ -91,17 +90,17 @@ def cut(stages: Sequence[Geneformer], num_layers: int) -> None:
 
 def cell_embeddings(
     stages: Sequence[Geneformer], batches: list[Batch], pooling: Pooling
-) -> list[torch.Tensor]:
+) -> list[Tensor]:
     """fp32 [N, H] for the cells of each of `batches`, which are all of one shape and on the
     device; on ranks that do not hold the last stage nothing. Every cell must have a gene."""
 
-    def pooled(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Tensor:
+    def pooled(hidden_SBH: Tensor, batch: Batch, stage: Geneformer) -> Tensor:
         return pool(whole(hidden_SBH, stage), batch, pooling)
 
     return through(stages, batches, pooled)
 
 
-def pool(hidden_SBH: torch.Tensor, batch: Batch, pooling: Pooling) -> torch.Tensor:
+def pool(hidden_SBH: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
     """fp32 [N, H]: one vector per cell of a padded or packed batch."""
     rows_TH = hidden_SBH.transpose(0, 1).reshape(-1, hidden_SBH.shape[-1])
     inside_BS = positions_in_cells(batch)
@@ -114,7 +113,7 @@ def pool(hidden_SBH: torch.Tensor, batch: Batch, pooling: Pooling) -> torch.Tens
     return torch.segment_reduce(genes_TH, "mean", lengths=batch.lengths_N - 1)
 
 
-def _is_real(batch: Batch) -> torch.Tensor:
+def _is_real(batch: Batch) -> Tensor:
     """bool [B, S] (or [1, S]), False at padding."""
     places_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
     if batch.bounds is None:
@@ -138,12 +137,12 @@ _ROWS_AT_ONCE = 512
 """Logits that are doubled to fp64 at a time: 100 MB at 25,600 genes."""
 
 
-def cell_predictions(stages: Sequence[Geneformer], batches: list[Batch]) -> list[torch.Tensor]:
+def cell_predictions(stages: Sequence[Geneformer], batches: list[Batch]) -> list[Tensor]:
     """fp64 [N, 8], the COLUMNS of the cells of each of `batches`; see inference.through."""
     return through(stages, batches, _sums)
 
 
-def _sums(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Tensor:
+def _sums(hidden_SBH: Tensor, batch: Batch, stage: Geneformer) -> Tensor:
     logits_MV = stage.logits(hidden_SBH, batch.selected_M)
     parts = [
         torch.stack(losses_and_ranks(logits, labels, stage.tp_group), dim=1)
@@ -164,8 +163,8 @@ def _sums(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Te
 
 
 def losses_and_ranks(
-    logits_MV: torch.Tensor, labels_M: torch.Tensor, group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits_MV: Tensor, labels_M: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
     """fp64 [M] twice: nats, and how many genes come before the right one.
 
     logits_MV: this tensor rank's columns. Of equal logits the gene with the smaller id comes first.
@@ -202,17 +201,17 @@ class Originals:
     goal_H:     fp64, the vector of the goal, or None
     """
 
-    cells_NH: torch.Tensor
-    tokens_TH: torch.Tensor
-    goal_H: torch.Tensor | None
+    cells_NH: Tensor
+    tokens_TH: Tensor
+    goal_H: Tensor | None
 
 
 def originals(
-    stages: Sequence[Geneformer], batch: Batch, pooling: Pooling, goal_H: torch.Tensor | None
+    stages: Sequence[Geneformer], batch: Batch, pooling: Pooling, goal_H: Tensor | None
 ) -> Originals | None:
     """Of the cells of one packed batch; None on ranks that do not hold the last stage."""
 
-    def kept(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Tensor:
+    def kept(hidden_SBH: Tensor, batch: Batch, stage: Geneformer) -> Tensor:
         return whole(hidden_SBH, stage)
 
     found = through(stages, [batch], kept)
@@ -233,8 +232,8 @@ class Variants:
     """
 
     batch: Batch
-    cells_N: torch.Tensor
-    places_T: torch.Tensor
+    cells_N: Tensor
+    places_T: Tensor
 
 
 def of_variants(
@@ -242,7 +241,7 @@ def of_variants(
     variants: Sequence[Variants],
     before: Originals | None,
     pooling: Pooling,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+) -> list[tuple[Tensor, Tensor]]:
     """Per batch (fp64 [N, COLUMNS], fp32 [T] of its tokens, NaN where there is nothing to compare);
     nothing on ranks that do not hold the last stage, whose `before` is None.
 
@@ -250,7 +249,7 @@ def of_variants(
     """
     waiting = iter(variants)
 
-    def compared(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> object:
+    def compared(hidden_SBH: Tensor, batch: Batch, stage: Geneformer) -> object:
         these = next(waiting)
         assert before is not None
         assert batch is these.batch
@@ -261,8 +260,8 @@ def of_variants(
 
 
 def _compare(
-    hidden_SBH: torch.Tensor, these: Variants, before: Originals, pooling: Pooling
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden_SBH: Tensor, these: Variants, before: Originals, pooling: Pooling
+) -> tuple[Tensor, Tensor]:
     batch = these.batch
     after_NH = pool(hidden_SBH, batch, pooling).double()
     before_NH = before.cells_NH.double()[these.cells_N]
@@ -280,14 +279,13 @@ def _compare(
     return torch.stack([_apart(after_NH, before_NH), sums_N / counts_N, goal_N], 1), moved_T
 
 
-def _moved_tokens(hidden_SBH: torch.Tensor, these: Variants, before: Originals) -> torch.Tensor:
+def _moved_tokens(hidden_SBH: Tensor, these: Variants, before: Originals) -> Tensor:
     """fp32 [T], NaN where the sentence before has no such gene."""
     after_TH = hidden_SBH[: len(these.places_T), 0].float()
     before_TH = before.tokens_TH[these.places_T.clamp(min=0)].float()
     return torch.where(these.places_T >= 0, _apart(after_TH, before_TH), torch.nan)
 
 
-def _apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """1 - cosine of rows."""
+def _apart(one: Tensor, other: Tensor) -> Tensor:
     difference = functional.normalize(one, dim=1) - functional.normalize(other, dim=1)
     return difference.square().sum(dim=1) / 2

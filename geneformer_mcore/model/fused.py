@@ -18,24 +18,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from geneformer_mcore.backends import is_available
 
 
-def bias_activation(
-    x: torch.Tensor, bias: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def bias_activation(x: Tensor, bias: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """activation(x + bias); x [..., F], bias [F]."""
     return activation(x + bias)
 
 
 def bias_dropout_residual(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor,
-    probability: float,
-    training: bool,
-) -> torch.Tensor:
+    x: Tensor, bias: Tensor | None, residual: Tensor, probability: float, training: bool
+) -> Tensor:
     """residual + dropout(x + bias), in the residual's dtype; all [..., H] but bias [H]."""
     if bias is not None:
         x = x + bias
@@ -44,19 +39,15 @@ def bias_dropout_residual(
 
 
 def layer_norm(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+    hidden: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
     """Normalised in fp32; hidden [..., H] of any dtype, the result in `dtype`, by default that of
     the weight [H]."""
     normed = F.layer_norm(hidden.float(), weight.shape, weight.float(), bias.float(), eps)
     return normed.to(dtype or weight.dtype)
 
 
-def cross_entropy(logits_MV: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:
+def cross_entropy(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
     """fp32 [M], nats, computed in fp32; logits of any dtype, -inf where there is no token."""
     return F.cross_entropy(logits_MV.float(), labels_M, reduction="none")
 

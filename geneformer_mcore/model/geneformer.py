@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import get_linear_layer
+from torch import Tensor
 
 from geneformer_mcore.config.sections import Attention, ModelConfig, Norm
 from geneformer_mcore.data.collate import positions_in_cells
@@ -46,10 +47,7 @@ class PredictionHead(MegatronModule):
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        config: TransformerConfig,
-        activation: Callable[[torch.Tensor], torch.Tensor],
+        self, hidden_size: int, config: TransformerConfig, activation: Callable[[Tensor], Tensor]
     ) -> None:
         super().__init__(config=config)
         self.dense = get_linear_layer(hidden_size, hidden_size, config.init_method)
@@ -59,14 +57,12 @@ class PredictionHead(MegatronModule):
             config, hidden_size, config.layernorm_epsilon, sequence_parallel=False
         )
 
-    def forward(self, rows_MH: torch.Tensor) -> torch.Tensor:
+    def forward(self, rows_MH: Tensor) -> Tensor:
         """rows_MH: [M, H]. Same shape out."""
         return self.layer_norm(self.activation(self.dense(rows_MH)))
 
 
-def selected_rows(
-    hidden_SBH: torch.Tensor, selected_M: torch.Tensor, config: TransformerConfig
-) -> torch.Tensor:
+def selected_rows(hidden_SBH: Tensor, selected_M: Tensor, config: TransformerConfig) -> Tensor:
     """[M, H]: the hidden states at the flat places `b * S + s` of `selected_M` (int64)."""
     if config.sequence_parallel:
         # What follows is computed alike on every tensor rank, so the gradient of a gathered row is
@@ -79,7 +75,7 @@ def selected_rows(
     return hidden_SBH.reshape(-1, width).index_select(0, place)
 
 
-def padding_bias(first_id: int, num_here: int, num_real: int) -> torch.Tensor:
+def padding_bias(first_id: int, num_here: int, num_real: int) -> Tensor:
     """fp32 [num_here]: 0 for real tokens, -inf for the rows that pad the vocabulary.
 
     Added to the output bias, it takes the padding out of every softmax, probability 0 and gradient
@@ -137,7 +133,7 @@ class Geneformer(megatron_bert.BertModel):
         """Leaves the choice among TE's kernels to select.core_attention: Megatron would allow
         the unfused one in the environment, and refuse an environment that forbids it."""
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """On the last stage the cross entropy of every selected gene, fp32 [M], in nats; on the
         others the residual stream [S, B, H] for the next stage."""
         hidden_SBH = self.encode(batch)
@@ -145,7 +141,7 @@ class Geneformer(megatron_bert.BertModel):
             return hidden_SBH
         return self.loss(hidden_SBH, batch)
 
-    def loss(self, hidden_SBH: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, hidden_SBH: Tensor, batch: Batch) -> Tensor:
         """fp32 [M], nats for every selected gene."""
         if self.config.bias_dropout_fusion and self.config.tensor_model_parallel_size == 1:
             logits_MV = self._logits(hidden_SBH, batch.selected_M)
@@ -153,7 +149,7 @@ class Geneformer(megatron_bert.BertModel):
         logits_MV = self.logits(hidden_SBH, batch.selected_M)
         return tensor_parallel.vocab_parallel_cross_entropy(logits_MV, batch.labels_M)
 
-    def encode(self, batch: Batch) -> torch.Tensor:
+    def encode(self, batch: Batch) -> Tensor:
         """Residual stream [S, B, H] after this stage; after the last one normalised, in the
         dtype of the weights. Under sequence parallel S is this rank's share of the positions."""
         cells = select.packed_cells(batch)
@@ -168,12 +164,11 @@ class Geneformer(megatron_bert.BertModel):
             packed_seq_params=cells,
         )
 
-    def logits(self, hidden_SBH: torch.Tensor, selected_M: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden_SBH: Tensor, selected_M: Tensor) -> Tensor:
         """fp32 [M, V]: this tensor rank's columns of the gene logits, padding at -inf."""
         return self._logits(hidden_SBH, selected_M).float()
 
-    def _logits(self, hidden_SBH: torch.Tensor, selected_M: torch.Tensor) -> torch.Tensor:
-        """The same in the dtype of the weights."""
+    def _logits(self, hidden_SBH: Tensor, selected_M: Tensor) -> Tensor:
         rows_MH = self.lm_head(selected_rows(hidden_SBH, selected_M, self.config))
         return tensor_parallel.linear_with_grad_accumulation_and_async_allreduce(
             input=rows_MH,
@@ -187,8 +182,7 @@ class Geneformer(megatron_bert.BertModel):
         )
 
 
-def padding_mask(batch: Batch) -> torch.Tensor:
-    """bool [B, 1, 1, S], True at the padding of a padded batch."""
+def padding_mask(batch: Batch) -> Tensor:
     places_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
     return (places_S >= batch.lengths_N[:, None])[:, None, None, :]
 

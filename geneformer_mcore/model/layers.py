@@ -25,6 +25,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
 from geneformer_mcore.config.sections import Attention, Norm
 from geneformer_mcore.model import fused
@@ -59,16 +60,14 @@ class LayerNorm(torch.nn.Module):
         for parameter in (self.weight, self.bias):
             parameter.sequence_parallel = marked  # type: ignore[attr-defined]
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [..., H]. Same shape out."""
+    def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden, self.weight, self.bias, self.eps)
 
 
 class StreamNorm(LayerNorm):
     """A norm that the residual stream itself passes: what comes in 32 bits leaves in 32 bits."""
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [..., H]. Same shape and dtype out."""
+    def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden, self.weight, self.bias, self.eps, hidden.dtype)
 
 
@@ -79,8 +78,7 @@ class ToWeights(torch.nn.Module):
         super().__init__()
         self.dtype = config.params_dtype
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [..., H]. Same shape out; the very tensor if the dtype is right already."""
+    def forward(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.dtype)
 
 
@@ -93,11 +91,11 @@ class PostNormLayer(TransformerLayer):
         self.post_attention_layernorm = StreamNorm(config, size, eps)
         self.post_mlp_layernorm = StreamNorm(config, size, eps)
 
-    def _forward_attention(self, *arguments: Any, **named: Any) -> tuple[torch.Tensor, Any]:
+    def _forward_attention(self, *arguments: Any, **named: Any) -> tuple[Tensor, Any]:
         hidden_SBH, context = super()._forward_attention(*arguments, **named)
         return self.post_attention_layernorm(hidden_SBH), context
 
-    def _forward_mlp(self, *arguments: Any, **named: Any) -> torch.Tensor:
+    def _forward_mlp(self, *arguments: Any, **named: Any) -> Tensor:
         return self.post_mlp_layernorm(super()._forward_mlp(*arguments, **named))
 
 
@@ -113,8 +111,7 @@ def norm_embedding(embedding: Any, config: TransformerConfig) -> None:
 class FeedForward(MLP):
     """Megatron's block with the bias and the activation between its matrices in one function."""
 
-    def forward(self, hidden: torch.Tensor, **_nothing: Any) -> tuple[torch.Tensor, Any]:
-        """hidden: [S, B, H]. The same shape, and the bias that is yet to be added."""
+    def forward(self, hidden: Tensor, **_nothing: Any) -> tuple[Tensor, Any]:
         config = self.config
         add = fused.chosen(fused.bias_activation, config.bias_dropout_fusion)
         x, bias = self.linear_fc1(hidden)
@@ -127,10 +124,8 @@ def bias_dropout_add(training: bool, is_compiled: bool) -> Callable:
     join = fused.chosen(fused.bias_dropout_residual, is_compiled)
 
     def add(
-        x_with_bias: tuple[torch.Tensor, torch.Tensor | None],
-        residual: torch.Tensor,
-        probability: float,
-    ) -> torch.Tensor:
+        x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, probability: float
+    ) -> Tensor:
         return join(*x_with_bias, residual, probability, training)
 
     return add

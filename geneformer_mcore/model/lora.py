@@ -28,6 +28,7 @@ from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
 )
+from torch import Tensor
 
 from geneformer_mcore.config.sections import FinetuneConfig
 from geneformer_mcore.model.geneformer import Geneformer
@@ -44,7 +45,7 @@ class LowRank(MegatronModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, weight: torch.Tensor, tune: FinetuneConfig, cut_out: bool
+        self, config: TransformerConfig, weight: Tensor, tune: FinetuneConfig, cut_out: bool
     ) -> None:
         """weight: of the layer, this rank's part; cut_out: whether the ranks share its outputs."""
         super().__init__(config=config)
@@ -58,7 +59,7 @@ class LowRank(MegatronModule):
         # The whole one meets this rank's share of the positions only: its gradients are added up.
         whole.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x: what the layer reads, [S, B, in of this rank]."""
         few = x @ self.down.T
         sequence = self.config.sequence_parallel
@@ -79,7 +80,6 @@ class LowRank(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Implements MegatronModule: which part of the whole matrices this rank has."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -103,7 +103,7 @@ def attach(stage: Geneformer, tune: FinetuneConfig) -> None:
             _correct(layer.mlp, "fc2", tune, cut_out=False)
 
 
-def folded(weights: Mapping[str, torch.Tensor], tune: FinetuneConfig) -> dict[str, torch.Tensor]:
+def folded(weights: Mapping[str, Tensor], tune: FinetuneConfig) -> dict[str, Tensor]:
     """{name: whole tensor} of the same model without corrections: added to what they correct."""
     kept = {name: each for name, each in weights.items() if not name.endswith(NAMES)}
     for name in weights:
@@ -126,6 +126,6 @@ def _correct(block: Any, name: str, tune: FinetuneConfig, cut_out: bool) -> None
 
 def _corrected(
     correction: LowRank, _linear: Any, inputs: tuple, output: tuple
-) -> tuple[torch.Tensor, Any]:
+) -> tuple[Tensor, Any]:
     found, bias = output
     return found + correction(inputs[0]), bias

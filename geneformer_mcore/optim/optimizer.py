@@ -69,7 +69,6 @@ class Trainable:
 
     @property
     def stages(self) -> list[Geneformer]:
-        """The stages inside the wrappers."""
         return [chunk.module for chunk in self.chunks]
 
     def complete_weights(self) -> None:
@@ -216,7 +215,6 @@ def load_states(optimizer: MegatronOptimizer, state: dict) -> None:
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
-    """The learning rate of the next update."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 

@@ -1,4 +1,4 @@
-"""Judgements of the nodes' reports: one finding per check. Pure functions, run on rank 0."""
+"""Findings from the nodes' reports, one per check. Pure functions, run on rank 0."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from geneformer_mcore.config import Config
 from geneformer_mcore.preflight.node import Member, Node
 
 MAX_OFFSET_S = 1.0
-"""Clocks further apart spoil what is compared by time: files' ages, logs of several nodes."""
+"""Beyond it, files' ages and logs of several nodes cannot be compared."""
 SEE_S = 10.0
-"""How long another node's file may take to appear: longer than the few seconds for which network
-file systems trust what they knew of a folder."""
+"""Time for another node's file to appear; network file systems cache folders for a few seconds."""
 _MOST_NAMED, _MOST_RANKS = 6, 8
 
 
@@ -30,7 +29,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One check. text: what was found; if it fails: the rule, the numbers and the remedy."""
+    """One check. text: the result; on failure the rule, the numbers and the remedy."""
 
     check: str
     text: str
@@ -47,8 +46,7 @@ skipped = partial(Finding, state=State.skipped)
 
 @dataclass(frozen=True)
 class Reduced:
-    """The all-reduces of a rank in one of its groups. seconds: of one, median; 0 for a group of
-    one rank, in which nothing is sent."""
+    """A rank's all-reduces in one group. seconds: median; 0 in a group of one rank."""
 
     group: str
     ranks: list[int]
@@ -58,15 +56,14 @@ class Reduced:
 
     @property
     def bus_bytes_per_s(self) -> float:
-        """Bus bandwidth, 2 (n - 1) / n x bytes / seconds for n ranks, as nccl-tests define it in
-        their doc/PERFORMANCE.md: the rate of each link, comparable with the hardware's for any n.
-        0 for a group of one."""
+        """Bus bandwidth of nccl-tests (doc/PERFORMANCE.md): 2 (n - 1) / n x bytes / seconds for n
+        ranks, comparable with a link's rate. 0 for one rank."""
         n = len(self.ranks)
         return 2 * (n - 1) / n * self.num_bytes / self.seconds if self.seconds else 0.0
 
 
 def judge(config: Config, members: Sequence[Member], bytes_there: int) -> list[Finding]:
-    """All findings but those of the all-reduce. bytes_there: of checkpoints in the run folder."""
+    """All findings but the all-reduce's. bytes_there: of checkpoints in the run directory."""
     cached = [judge_cache(members, config.data.cache_dir)] if config.data.cache_dir else []
     return [
         judge_cells(members, config.data.store),
@@ -81,7 +78,6 @@ def judge(config: Config, members: Sequence[Member], bytes_there: int) -> list[F
 
 
 def judge_cells(members: Sequence[Member], where: str) -> Finding:
-    """Every node sees the cells, and the same ones."""
     blind = [f"{each}: {each.seen.problem}" for each in members if each.seen.problem]
     if blind:
         return fails(
@@ -101,7 +97,6 @@ def judge_cells(members: Sequence[Member], where: str) -> Finding:
 
 
 def judge_cache(members: Sequence[Member], cache_dir: str) -> Finding:
-    """Every node has the flat copy, or room for it."""
     bad = [f"{each}: {each.seen.cache_problem}" for each in members if each.seen.cache_problem]
     if bad:
         return fails(
@@ -117,7 +112,6 @@ def judge_cache(members: Sequence[Member], cache_dir: str) -> Finding:
 
 
 def judge_folder(members: Sequence[Member], folder: Path) -> list[Finding]:
-    """The run folder is one, writable everywhere; and no other start is using it."""
     bad = [problem for problem in map(_folder_problem, members) if problem]
     users = [str(each) for each in members if each.run_folder and each.run_folder.locked]
     shared = ok("run folder", f"{len(members)} node(s) write it and see each other's files")
@@ -151,7 +145,7 @@ def _folder_problem(member: Member) -> str:
 
 
 def judge_room(config: Config, members: Sequence[Member], there: int) -> Finding:
-    """The checkpoints that will be kept fit. there: bytes of those that are there already."""
+    """there: bytes of checkpoints in the run directory."""
     vocabulary = next((each.seen.vocabulary_size for each in members if each.seen.hash), 0)
     view = next(each.run_folder for each in members if 0 in each.ranks)
     if not vocabulary or view is None or view.problem or view.free < 0:
@@ -174,7 +168,6 @@ def judge_room(config: Config, members: Sequence[Member], there: int) -> Finding
 
 
 def judge_clocks(members: Sequence[Member]) -> Finding:
-    """No clock is far from rank 0's."""
     off = [f"{each} {each.offset}" for each in members if abs(each.offset.seconds) > MAX_OFFSET_S]
     if off:
         return fails(
@@ -188,7 +181,6 @@ def judge_clocks(members: Sequence[Member]) -> Finding:
 
 
 def judge_versions(members: Sequence[Member]) -> Finding:
-    """The same software and the same settings everywhere."""
     names = sorted({name for each in members for name in each.node.versions})
     differing = []
     for name in names:
@@ -207,7 +199,6 @@ def judge_versions(members: Sequence[Member]) -> Finding:
 
 
 def judge_gpus(members: Sequence[Member]) -> Finding:
-    """The same GPUs everywhere, and one for each rank."""
     groups = _sides((_gpus(each.node), each) for each in members)
     if len(groups) > 1:
         return fails(
@@ -236,7 +227,6 @@ def _gpus(node: Node) -> str:
 
 
 def judge_network(members: Sequence[Member]) -> Finding:
-    """Nodes on different machines do not talk over an interface that leads nowhere."""
     machines = {each.node.machine for each in members}
     interfaces = sorted({each.node.interface or "?" for each in members})
     if len(machines) == 1:
@@ -261,13 +251,13 @@ def judge_network(members: Sequence[Member]) -> Finding:
 
 
 def _is_trapped(node: Node) -> bool:
-    """Whether gloo would give the others an address that they cannot reach."""
+    """Whether gloo would announce an address that other machines cannot reach."""
     is_loopback = node.own_address.startswith("127.") or node.own_address == "::1"
     return node.chosen == "lo" or (not node.chosen and is_loopback)
 
 
 def judge_sums(results: Sequence[Sequence[Reduced]]) -> list[Finding]:
-    """results: of every rank, one per kind of group."""
+    """results: per rank, one per kind of group."""
     return [_judge_sum(of_kind) for of_kind in zip(*results, strict=True)]
 
 
@@ -294,20 +284,20 @@ def _judge_sum(of_kind: Sequence[Reduced]) -> Finding:
 
 
 def named(ranks: Sequence[int]) -> str:
-    """ "rank 3", "ranks 0, 2, 4"; many are not all listed."""
+    """ "rank 3", "ranks 0, 2, 4 ... 127"."""
     more = f" ... {ranks[-1]}" if len(ranks) > _MOST_RANKS else ""
     word = "ranks" if len(ranks) > 1 else "rank"
     return f"{word} {', '.join(map(str, ranks[:_MOST_RANKS]))}{more}"
 
 
 def listed(parts: Sequence[str], separator: str = "; ") -> str:
-    """The first few of `parts`, and how many more there are."""
+    """The first few of `parts` and the number of the rest."""
     more = f"{separator}and {len(parts) - _MOST_NAMED} more" if len(parts) > _MOST_NAMED else ""
     return separator.join(parts[:_MOST_NAMED]) + more
 
 
 def _sides(values: Iterable[tuple[str, Member]]) -> list[tuple[str, list[str]]]:
-    """The nodes by what they have, most nodes first. More than one entry: they differ."""
+    """Nodes grouped by value, largest group first."""
     found: dict[str, list[str]] = {}
     for value, member in values:
         found.setdefault(value, []).append(str(member))
@@ -315,5 +305,4 @@ def _sides(values: Iterable[tuple[str, Member]]) -> list[tuple[str, list[str]]]:
 
 
 def _sides_text(groups: Sequence[tuple[str, list[str]]]) -> str:
-    """ "A on node 0 (a), node 1 (b); B on node 2 (c)"."""
     return "; ".join(f"{value} on {listed(nodes, ', ')}" for value, nodes in groups)

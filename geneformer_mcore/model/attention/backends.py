@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from torch import Tensor
 
 from geneformer_mcore.model.attention.base import CoreAttention, PackedCells, cell_by_cell
 
@@ -20,34 +21,21 @@ class FlashAttention(CoreAttention):
     """Bounds for both shapes: padded, what follows a cell in its row is a piece of its own."""
 
     def padded(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        padding_B11S: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """See CoreAttention."""
+        self, query: Tensor, key: Tensor, value: Tensor, padding_B11S: Tensor | None
+    ) -> Tensor:
         num_positions, num_cells = query.shape[:2]
         bounds = bounds_of(padding_B11S, num_positions, num_cells, query.device)
         query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
         context = self._attend(query, key, value, bounds, num_positions)
         return context.view(num_cells, num_positions, -1).transpose(0, 1)
 
-    def packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: PackedCells
-    ) -> torch.Tensor:
-        """See CoreAttention."""
+    def packed(self, query: Tensor, key: Tensor, value: Tensor, cells: PackedCells) -> Tensor:
         bounds, longest = cells.cu_seqlens_q, cells.max_seqlen_q
         return self._attend(query, key, value, bounds, longest).flatten(1)
 
     def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bounds: torch.Tensor,
-        longest: int,
-    ) -> torch.Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int
+    ) -> Tensor:
         """query, key, value and result [positions, heads, width]."""
         context, *_ = torch.ops.aten._flash_attention_forward(
             query,
@@ -66,8 +54,8 @@ class FlashAttention(CoreAttention):
 
 
 def bounds_of(
-    padding_B11S: torch.Tensor | None, num_positions: int, num_cells: int, device: torch.device
-) -> torch.Tensor:
+    padding_B11S: Tensor | None, num_positions: int, num_cells: int, device: torch.device
+) -> Tensor:
     """int32 [2 B + 1]: in B rows of S positions laid end to end, where each cell begins, and where
     its padding begins."""
     firsts = torch.arange(num_cells, device=device) * num_positions
@@ -86,17 +74,16 @@ class PlainAttention(DotProductAttention):
 
     def forward(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
         attn_mask_type: Any = None,
-        attention_bias: torch.Tensor | None = None,
+        attention_bias: Tensor | None = None,
         packed_seq_params: PackedCells | None = None,
-    ) -> torch.Tensor:
-        """See base.CoreAttention.forward."""
+    ) -> Tensor:
 
-        def one_cell(*cell: torch.Tensor) -> torch.Tensor:
+        def one_cell(*cell: Tensor) -> Tensor:
             query, key, value = (tensor[:, None] for tensor in cell)
             context = theirs(query, key, value, None, attn_mask_type, attention_bias)
             return context.view_as(cell[0])
@@ -111,36 +98,22 @@ class SdpaAttention(CoreAttention):
     """Padded cells with a mask, packed ones one by one: torch's kernels know no bounds."""
 
     def padded(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        padding_B11S: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """See CoreAttention."""
+        self, query: Tensor, key: Tensor, value: Tensor, padding_B11S: Tensor | None
+    ) -> Tensor:
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         context = self._attend(query, key, value, padding_B11S)
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: PackedCells
-    ) -> torch.Tensor:
-        """See CoreAttention."""
+    def packed(self, query: Tensor, key: Tensor, value: Tensor, cells: PackedCells) -> Tensor:
         return cell_by_cell(query, key, value, cells, self._one_cell)
 
-    def _one_cell(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def _one_cell(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
         return self._attend(query, key, value, None)[0].transpose(0, 1)
 
     def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        padding_B11S: torch.Tensor | None,
-    ) -> torch.Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, padding_B11S: Tensor | None
+    ) -> Tensor:
         """All [B, heads, S, width]."""
         return F.scaled_dot_product_attention(
             query,

@@ -18,10 +18,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 PackedCells: TypeAlias = PackedSeqParams
 """Where the cells of a packed row begin and end."""
-OneCell = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+OneCell = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class CoreAttention(MegatronModule):
@@ -44,14 +45,14 @@ class CoreAttention(MegatronModule):
 
     def forward(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
         attn_mask_type: Any = None,
-        attention_bias: torch.Tensor | None = None,
+        attention_bias: Tensor | None = None,
         packed_seq_params: PackedCells | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """attention_mask: bool [B, 1, 1, S], True = not attended to; None if packed."""
         assert attention_bias is None
         with self._split_dropout():
@@ -60,24 +61,17 @@ class CoreAttention(MegatronModule):
             return self.padded(query, key, value, attention_mask)
 
     def padded(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        padding_B11S: torch.Tensor | None,
-    ) -> torch.Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, padding_B11S: Tensor | None
+    ) -> Tensor:
         """[S, B, heads * width]; what stands at padding is finite and of no account."""
         raise NotImplementedError
 
-    def packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: PackedCells
-    ) -> torch.Tensor:
+    def packed(self, query: Tensor, key: Tensor, value: Tensor, cells: PackedCells) -> Tensor:
         """[S, heads * width]."""
         raise NotImplementedError
 
     @property
     def probability(self) -> float:
-        """Of an attention probability being dropped, now."""
         return self.dropout if self.training else 0.0
 
     def _split_dropout(self) -> contextlib.AbstractContextManager:
@@ -89,12 +83,8 @@ class CoreAttention(MegatronModule):
 
 
 def cell_by_cell(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cells: PackedCells,
-    attend: OneCell,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, cells: PackedCells, attend: OneCell
+) -> Tensor:
     """`attend` for every cell of a packed row: its query, key and value [n, heads, width] give
     [n, heads, width]. Waits for the device, which has to say where cells end."""
     sizes = cells.cu_seqlens_q.diff().tolist()

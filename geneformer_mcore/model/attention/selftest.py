@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from geneformer_mcore.data.collate import pieces
 from geneformer_mcore.errors import ConfigError
@@ -64,7 +65,7 @@ def _first_line(error: RuntimeError) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _padded(layer: Any, inputs: list[torch.Tensor], real_BS: torch.Tensor) -> torch.Tensor:
+def _padded(layer: Any, inputs: list[Tensor], real_BS: Tensor) -> Tensor:
     """What the core attention makes of [B, S, heads, width] each: [B, S, heads * width]."""
     rows = [tensor.transpose(0, 1).contiguous() for tensor in inputs]  # as Megatron lays them
     mask_B11S = ~real_BS[:, None, None, :]
@@ -72,7 +73,7 @@ def _padded(layer: Any, inputs: list[torch.Tensor], real_BS: torch.Tensor) -> to
     return context_SBD.transpose(0, 1)
 
 
-def _packed(layer: Any, inputs: list[torch.Tensor], real_BS: torch.Tensor) -> torch.Tensor:
+def _packed(layer: Any, inputs: list[Tensor], real_BS: Tensor) -> Tensor:
     """The same with the cells end to end, and padding behind the last one."""
     bounds, longest = pieces(np.array(_LENGTHS), sum(_LENGTHS) + _PADDING)
     rows = [
@@ -88,12 +89,7 @@ def _packed(layer: Any, inputs: list[torch.Tensor], real_BS: torch.Tensor) -> to
     return context_BSD.masked_scatter(real_BS[..., None], context_SD[: sum(_LENGTHS)])
 
 
-def _compared(
-    context_BSD: torch.Tensor,
-    inputs: list[torch.Tensor],
-    weight: torch.Tensor,
-    real_BS: torch.Tensor,
-) -> float:
+def _compared(context_BSD: Tensor, inputs: list[Tensor], weight: Tensor, real_BS: Tensor) -> float:
     plain_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
     # What comes out at padding is never looked at.
     found = [context_BSD.double() * real_BS[..., None]]
@@ -115,7 +111,7 @@ def _compared(
     return worst
 
 
-def _plain(inputs: list[torch.Tensor], real_BS: torch.Tensor) -> torch.Tensor:
+def _plain(inputs: list[Tensor], real_BS: Tensor) -> Tensor:
     """[B, S, heads * width] of query, key and value, each [B, S, heads, width]."""
     query, key, value = (tensor.transpose(1, 2) for tensor in inputs)
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
