@@ -1,13 +1,10 @@
-"""The device a rank computes on, and what lets Megatron-Core compute on a CPU.
-
-Megatron-Core 0.16 asks for CUDA by name: `torch.cuda.current_device()`, `device="cuda"`, `.cuda()`,
-`param.type() == "torch.cuda.FloatTensor"`, the CUDA random state. Everything else in it runs on a
-CPU with gloo, so one layer answers those questions for the CPU:
+"""The device of a rank, and the adapter that lets Megatron-Core compute on a CPU.
 
     Megatron-Core  --device="cuda"-->  CudaMeansCpu  --device="cpu"-->  torch
 
-It is entered once per process by `start`, and only where there is no GPU. A TorchFunctionMode holds
-for the thread that entered it; on a CPU the backward pass runs in the thread that asked for it.
+Megatron-Core 0.16 names CUDA (`torch.cuda.current_device()`, `device="cuda"`, `.cuda()`, tensor
+types, random states); all else runs on a CPU with gloo. Without a GPU `start` enters the mode once
+per process, for its thread; on a CPU the backward pass runs in the calling thread.
 """
 
 from __future__ import annotations
@@ -26,22 +23,23 @@ _CPU = torch.device("cpu")
 def start(threads: int = 0) -> torch.device:
     """This rank's device, ready for Megatron-Core: `cuda:LOCAL_RANK`, or the CPU without a GPU.
 
-    threads: CPU threads of this rank; 0 shares the cores among the ranks of the machine.
+    threads: of this rank on a CPU; 0 shares the cores among the ranks of the machine
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
-    # Before the first matrix product: MKL may otherwise take fewer threads than it is told, add up
-    # in another order, and a resumed run would not be bitwise (Intel's conditions for that).
+    # Before the first matrix product: MKL may otherwise take fewer threads, add up in another
+    # order, and a resumed run would not be bitwise (Intel's conditions for that).
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
-    torch.set_num_threads(threads or _fair_threads())
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // ranks_here))
     _answer_for_cuda()
     return _CPU
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Rewrites what names CUDA in a torch call to the CPU."""
+    """Replaces CUDA devices in torch calls by the CPU."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -64,11 +62,6 @@ def _on_cpu(device: Any) -> Any:
     if isinstance(device, torch.device) and device.type == "cuda":
         return _CPU
     return device
-
-
-def _fair_threads() -> int:
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
 _entered: list[CudaMeansCpu] = []
@@ -100,7 +93,7 @@ def _answer_for_cuda() -> None:
         setattr(torch.cuda, name, stand_in)
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
-    # It warns when the CPU's random state moves inside its "GPU" context: here they are the same.
+    # It warns when the CPU's random state moves inside its "GPU" context.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     mode = CudaMeansCpu()
     mode.__enter__()

@@ -1,7 +1,4 @@
-"""How well classes were told, by scikit-learn, from a table of counts.
-
-counts [true, predicted] of all cells, whatever ranks they were on -> accuracy, macro F1, per class
-"""
+"""Accuracy and F1 by scikit-learn from a table of counts [true, predicted] of all ranks' cells."""
 
 from __future__ import annotations
 
@@ -48,14 +45,13 @@ def per_class(counts_CC: np.ndarray, classes: tuple[str, ...]) -> dict[str, dict
 
 
 def majority(counts_CC: np.ndarray) -> dict[str, float]:
-    """`scores` of telling always the class that most of these very cells have: what any model must
-    beat."""
+    """`scores` of always predicting the commonest class of these cells: the baseline."""
     always = np.zeros_like(counts_CC)
     always[:, counts_CC.sum(axis=1).argmax()] = counts_CC.sum(axis=1)
     return scores(always)
 
 
 def _pairs(counts_CC: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each pair of classes that occurs, once, with its cells as weight."""
+    """Each pair of classes that occurs, with its cells as weight."""
     true, predicted = np.nonzero(counts_CC)
     return true, predicted, counts_CC[true, predicted]

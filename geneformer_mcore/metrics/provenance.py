@@ -1,4 +1,4 @@
-"""Where a number was measured: machine, versions, commit. Beside every result that is kept."""
+"""Machine, versions and commit of a measurement, stored with every result."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ GIB = 2**30
 
 
 def provenance() -> dict[str, Any]:
-    """{"machine": text, "versions": {package: version}, "commit": hash or "unknown"}.
-
-    The commit ends in "+changes" where the work tree differs from it: such a number cannot be had
-    again from the repository alone. No path and no host name is in it.
-    """
+    """{"machine": text, "versions": {package: version}, "commit": hash or "unknown"}, without paths
+    and host names. The commit ends in "+changes" where the work tree differs from it."""
     versions = {"python": platform.python_version()} | backends.describe()
     return {"machine": machine(), "versions": versions, "commit": commit()}
 
@@ -43,7 +40,7 @@ def commit() -> str:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of the project; empty if there is no git, or no repository."""
+    """Output of git; "" without git or a repository."""
     try:
         answer = subprocess.run(
             ["git", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=20, check=True

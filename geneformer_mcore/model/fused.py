@@ -1,11 +1,11 @@
-"""The elementwise parts of the model: each of them one pass over memory, if they are compiled.
+"""Elementwise parts of the model, each one pass over memory if compiled.
 
     bias + activation              between the two matrices of a feed-forward block
     bias + dropout + residual      where a block joins the residual stream, which stays in fp32
     layer norm                     fp32 in, the parameters' type out
-    cross entropy                  of logits as the matrix product leaves them, in fp32
+    cross entropy                  of logits of any type, in fp32
 
-Megatron's own fused kernels know no relu, and cast the residual stream to bf16.
+Megatron's own fused kernels have no relu, and cast the residual stream to bf16.
 """
 
 from __future__ import annotations
@@ -34,15 +34,14 @@ def bias_dropout_residual(
     """residual + dropout(x + bias), in the residual's dtype; all [..., H] but bias [H]."""
     if bias is not None:
         x = x + bias
-    # fp32 + bf16 is fp32 in torch: this line is what keeps the stream in 32 bits.
+    # fp32 + bf16 is fp32 in torch, which keeps the stream in 32 bits.
     return residual + F.dropout(x, p=probability, training=training)
 
 
 def layer_norm(
     hidden: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Normalised in fp32; hidden [..., H] of any dtype, the result in `dtype`, by default that of
-    the weight [H]."""
+    """Computed in fp32; hidden [..., H] of any dtype, the result in `dtype` or the weight's."""
     normed = F.layer_norm(hidden.float(), weight.shape, weight.float(), bias.float(), eps)
     return normed.to(dtype or weight.dtype)
 
@@ -53,7 +52,7 @@ def cross_entropy(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
 
 
 def is_compiled(asked: bool | None, device: torch.device) -> bool:
-    """What `model.compile` means on this device."""
+    """The meaning of `model.compile` on this device."""
     if asked is not None:
         return asked
     compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
@@ -62,7 +61,7 @@ def is_compiled(asked: bool | None, device: torch.device) -> bool:
 
 
 def chosen(function: Callable[..., Any], is_compiled: bool) -> Callable[..., Any]:
-    """One of the functions above, or what torch.compile makes of it."""
+    """One of the functions above, compiled if `is_compiled`."""
     return _compiled(function) if is_compiled else function
 
 

@@ -1,6 +1,12 @@
 """Geneformer: Megatron-Core's BertModel with our layers, head and masked-only loss.
 
 Batch -> embedding -> encoder layers of this stage -> [next stage ...] -> head -> loss per gene
+
+head: hidden [S, B, H] -> rows of the selected positions [M, H] -> dense -> activation -> norm
+      -> product with the word embedding + bias -> logits [M, V of this rank]
+
+Six positions in seven are never predicted: skipping them saves 12 % (106M) to 35 % (10M) of a
+step's arithmetic and nearly all of its memory for logits.
 """
 
 from __future__ import annotations
@@ -30,20 +36,12 @@ from geneformer_mcore.model.attention import select
 from geneformer_mcore.model.layers import LayerNorm, final_norm, layer_spec, norm_embedding
 from geneformer_mcore.types import Batch, padded_vocabulary_size
 
-# From hidden states to gene logits, at the selected positions only.
-#
-#     hidden [S, B, H] -> rows of the selected positions [M, H] -> dense -> activation -> norm
-#                      -> product with the word embedding + bias -> logits [M, V of this rank]
-#
-# Six positions in seven are never predicted: leaving them out saves 12 % (106M) to 35 % (10M) of a
-# step's arithmetic and nearly all of its memory for logits.
-
 
 class PredictionHead(MegatronModule):
     """dense(H, H) -> activation -> LayerNorm, the same on every tensor rank.
 
-    It sees rows gathered from all positions, so its parameters get their whole gradient on every
-    rank and carry no `sequence_parallel` mark: with the mark they would be TP times too large.
+    It sees gathered rows, so its gradients are whole on every rank, and its parameters have no
+    `sequence_parallel` mark, which would make them TP times too large.
     """
 
     def __init__(
@@ -63,10 +61,10 @@ class PredictionHead(MegatronModule):
 
 
 def selected_rows(hidden_SBH: Tensor, selected_M: Tensor, config: TransformerConfig) -> Tensor:
-    """[M, H]: the hidden states at the flat places `b * S + s` of `selected_M` (int64)."""
+    """[M, H]: the hidden states at the flat positions `b * S + s` of `selected_M` (int64)."""
     if config.sequence_parallel:
-        # What follows is computed alike on every tensor rank, so the gradient of a gathered row is
-        # already whole: split it in the backward pass, do not add it up.
+        # What follows is equal on every tensor rank, so the gradient of a gathered row is whole:
+        # it is split in the backward pass, not added up.
         hidden_SBH = gather_from_sequence_parallel_region(
             hidden_SBH, tensor_parallel_output_grad=False
         )
@@ -76,11 +74,8 @@ def selected_rows(hidden_SBH: Tensor, selected_M: Tensor, config: TransformerCon
 
 
 def padding_bias(first_id: int, num_here: int, num_real: int) -> Tensor:
-    """fp32 [num_here]: 0 for real tokens, -inf for the rows that pad the vocabulary.
-
-    Added to the output bias, it takes the padding out of every softmax, probability 0 and gradient
-    0, at no cost. It is no parameter: a parameter of -inf would not be finite.
-    """
+    """fp32 [num_here]: 0 for real tokens, -inf for the rows that pad the vocabulary. Added to the
+    output bias (it is no parameter, as that must be finite), it gives padding probability 0."""
     ids = torch.arange(first_id, first_id + num_here)
     return torch.where(ids < num_real, 0.0, float("-inf"))
 
@@ -130,12 +125,11 @@ class Geneformer(megatron_bert.BertModel):
         return "b11s"
 
     def _set_attention_backend(self) -> None:
-        """Leaves the choice among TE's kernels to select.core_attention: Megatron would allow
-        the unfused one in the environment, and refuse an environment that forbids it."""
+        """Leave the choice of TE's kernels to select.core_attention: Megatron would allow the
+        unfused one, and refuse an environment that forbids it."""
 
     def forward(self, batch: Batch) -> Tensor:
-        """On the last stage the cross entropy of every selected gene, fp32 [M], in nats; on the
-        others the residual stream [S, B, H] for the next stage."""
+        """fp32 [M], loss in nats, on the last stage; on others the residual stream [S, B, H]."""
         hidden_SBH = self.encode(batch)
         if not self.post_process:
             return hidden_SBH
@@ -150,8 +144,8 @@ class Geneformer(megatron_bert.BertModel):
         return tensor_parallel.vocab_parallel_cross_entropy(logits_MV, batch.labels_M)
 
     def encode(self, batch: Batch) -> Tensor:
-        """Residual stream [S, B, H] after this stage; after the last one normalised, in the
-        dtype of the weights. Under sequence parallel S is this rank's share of the positions."""
+        """Residual stream [S, B, H] after this stage; after the last one normalised, in the dtype
+        of the weights. Under sequence parallel S is this rank's share."""
         cells = select.packed_cells(batch)
         embedded = None
         if self.pre_process:
@@ -199,9 +193,8 @@ def build(
 ) -> list[Geneformer]:
     """This rank's part of the model, one entry per model chunk, on `device`.
 
-    padded_size: rows of the embedding, default `contracts.padded_vocabulary_size`.
-    packed: cells will be given end to end, and attention is chosen for that.
-    kind: of the stages, where it is another than Geneformer.
+    padded_size: rows of the embedding, default `types.padded_vocabulary_size`
+    packed: attention is chosen for packed cells;  kind: class of the stages
     """
     core = select.choose(model, device, megatron_config.precision_of(config), packed)
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()

@@ -5,8 +5,8 @@
     post-LN  x (fp32) -> attention (bf16) -> dropout + x -> norm (fp32) -> MLP (bf16)
                       -> dropout + x -> norm (fp32)           and a norm after the embedding
 
-Megatron's own norm and bias-dropout-add would cast the stream to bf16 after every block, whatever
-`fp32_residual_connection` says; its norm also refuses sequence parallelism without apex.
+Megatron's own norm and bias-dropout-add cast the stream to bf16 after every block, in spite of
+`fp32_residual_connection`; its norm also refuses sequence parallelism without apex.
 """
 
 from __future__ import annotations
@@ -31,16 +31,14 @@ from geneformer_mcore.config.sections import Attention, Norm
 from geneformer_mcore.model import fused
 from geneformer_mcore.model.attention.select import core_attention
 
-# It remarks on every feed-forward block that is not its own.
+# It warns of every feed-forward block that is not its own.
 logging.getLogger(transformer_layer.__name__).setLevel(logging.ERROR)
 
 
 class LayerNorm(torch.nn.Module):
-    """Layer normalisation with 32-bit arithmetic: fp32 or bf16 in, the parameters' dtype out.
-
-    Under sequence parallel a rank normalises its share of the positions only, and its parameters
-    are marked so that Megatron adds up their gradients over the tensor group.
-    """
+    """Layer normalisation with 32-bit arithmetic: fp32 or bf16 [..., H] in, the parameters' dtype
+    out. Under sequence parallel a rank normalises its share of the positions, and its parameters
+    are marked, so that Megatron adds up their gradients over the tensor group."""
 
     def __init__(
         self,
@@ -65,14 +63,14 @@ class LayerNorm(torch.nn.Module):
 
 
 class StreamNorm(LayerNorm):
-    """A norm that the residual stream itself passes: what comes in 32 bits leaves in 32 bits."""
+    """A norm in the residual stream, whose dtype it keeps."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden, self.weight, self.bias, self.eps, hidden.dtype)
 
 
 class ToWeights(torch.nn.Module):
-    """Stands where pre-LN has a norm: the residual stream in the dtype of the weights."""
+    """In place of pre-LN's norm: the residual stream in the dtype of the weights."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -83,7 +81,7 @@ class ToWeights(torch.nn.Module):
 
 
 class PostNormLayer(TransformerLayer):
-    """Megatron's layer with a norm behind each of its two sums."""
+    """Megatron's layer with a norm after each of its two sums."""
 
     def __init__(self, config: TransformerConfig, *arguments: Any, **named: Any) -> None:
         super().__init__(config, *arguments, **named)
@@ -100,8 +98,7 @@ class PostNormLayer(TransformerLayer):
 
 
 def norm_embedding(embedding: Any, config: TransformerConfig) -> None:
-    """Gives Megatron's embedding a norm before its dropout, as BERT has. Under sequence parallel
-    each rank has its share of the positions there already."""
+    """Give Megatron's embedding a norm before its dropout, as in BERT."""
     embedding.layer_norm = StreamNorm(config, config.hidden_size, config.layernorm_epsilon)
     embedding.embedding_dropout.register_forward_pre_hook(
         lambda _dropout, inputs: embedding.layer_norm(*inputs)
@@ -109,7 +106,7 @@ def norm_embedding(embedding: Any, config: TransformerConfig) -> None:
 
 
 class FeedForward(MLP):
-    """Megatron's block with the bias and the activation between its matrices in one function."""
+    """Megatron's block with bias and activation in one function."""
 
     def forward(self, hidden: Tensor, **_nothing: Any) -> tuple[Tensor, Any]:
         config = self.config
@@ -119,8 +116,7 @@ class FeedForward(MLP):
 
 
 def bias_dropout_add(training: bool, is_compiled: bool) -> Callable:
-    """Megatron's factory interface: returns f((x, bias), residual, probability) -> the new
-    residual, in the residual's dtype."""
+    """Megatron's factory of f((x, bias), residual, probability) -> the new residual."""
     join = fused.chosen(fused.bias_dropout_residual, is_compiled)
 
     def add(
@@ -132,13 +128,13 @@ def bias_dropout_add(training: bool, is_compiled: bool) -> Callable:
 
 
 def final_norm(norm: Norm) -> type[torch.nn.Module]:
-    """What the residual stream passes after the last layer."""
+    """Module after the last layer."""
     return LayerNorm if norm is Norm.pre else ToWeights
 
 
 def layer_spec(attention: Attention, norm: Norm) -> ModuleSpec:
     """One transformer layer: Transformer Engine's linears and attention for `te`, else
-    Megatron-Core's. Both have the same parameters under the same names."""
+    Megatron-Core's, with the same parameter names."""
     column, row = _linears(attention)
     is_pre = norm is Norm.pre
     before_block = LayerNorm if is_pre else ToWeights
