@@ -38,8 +38,8 @@ class ClassHead(torch.nn.Module):
 
 
 class CellClassifier(Geneformer):
-    """The one stage of a classifier of cells, after `add_head`. The head for genes stays, but is not
-    trained."""
+    """The one stage of a classifier of cells, after `add_head`. The head for genes is kept,
+    untrained."""
 
     def add_head(self, num_classes: int, tune: FinetuneConfig) -> None:
         """Call after pretrained weights are loaded, or before those of a fine-tuned model."""
