@@ -150,9 +150,7 @@ class CheckpointManager:
         checkpoints.commit(staging, root, self._step)
         best = None
         if self._keep_best:
-            best = best_step(
-                checkpoints.steps(root), lambda step: checkpoints.step_folder(root, step)
-            )
+            best = best_step(checkpoints.steps(root), partial(checkpoints.step_folder, root))
         checkpoints.retain(root, self._keep_last, self._keep_every, best)
 
     @contextlib.contextmanager

@@ -22,41 +22,22 @@ ORIGIN = "origin.json"
 """In a run directory: the foreign model that its weights were converted from."""
 
 _MAY_DIFFER = frozenset(
-    {
-        "finetune.checkpoint",
-        "train.micro_batch_size",
-        "data.tokens_per_micro_batch",
-        "train.steps",
-        "train.max_minutes",
-        "train.validate_every_steps",
-        "train.validate_batches",
-        # A run that these ended must be able to change them.
-        "train.non_finite",
-        "train.max_skips",
-        "train.spike_sigma",
-        "train.spike_window",
-        "train.profile_steps",
-        "data.store",
-        "data.vocabulary",
-        "data.split",
-        "data.cache_dir",
-        "data.loader",
-        "data.prefetch_steps",
+    (
+        *("finetune.checkpoint", "train.micro_batch_size", "data.tokens_per_micro_batch"),
+        *("train.steps", "train.max_minutes", "train.validate_every_steps"),
+        *("train.validate_batches", "train.profile_steps", "data.store", "data.vocabulary"),
+        *("data.split", "data.cache_dir", "data.loader", "data.prefetch_steps"),
         "data.pad_multiple",
-    }
+        # A run that these ended must be able to change them.
+        *("train.non_finite", "train.max_skips", "train.spike_sigma", "train.spike_window"),
+    )
 )
 _SECTIONS_MAY_DIFFER = frozenset({"run", "parallel", "metrics", "checkpoint"})
 _OF_THE_WEIGHTS = frozenset(
-    {
-        "data.seq_length",
-        "model.num_layers",
-        "model.hidden_size",
-        "model.ffn_hidden_size",
-        "model.num_attention_heads",
-        "model.activation",
-        "model.head_activation",
-        "model.norm",
-    }
+    (
+        *("data.seq_length", "model.num_layers", "model.hidden_size", "model.ffn_hidden_size"),
+        *("model.num_attention_heads", "model.activation", "model.head_activation", "model.norm"),
+    )
 )
 """Fixed by converted weights."""
 

@@ -32,8 +32,7 @@ def start(threads: int = 0) -> torch.device:
     # Before the first matrix product: MKL may otherwise take fewer threads, add up in another
     # order, and a resumed run would not be bitwise (Intel's conditions for that).
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    torch.set_num_threads(threads or _fair_threads())
     _answer_for_cuda()
     return _CPU
 
@@ -64,6 +63,11 @@ def _on_cpu(device: Any) -> Any:
     return device
 
 
+def _fair_threads() -> int:
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+
+
 _entered: list[CudaMeansCpu] = []
 
 
@@ -71,9 +75,6 @@ def _answer_for_cuda() -> None:
     if _entered:
         return
     import megatron.core.tensor_parallel.random as megatron_random
-
-    def nothing(*_args: Any, **_kwargs: Any) -> None:
-        return None
 
     def get_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:
         return torch.get_rng_state()
@@ -83,8 +84,8 @@ def _answer_for_cuda() -> None:
 
     stand_ins = {
         "current_device": lambda: _CPU,
-        "synchronize": nothing,
-        "empty_cache": nothing,
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
         "manual_seed": torch.manual_seed,
         "get_rng_state": get_state,
         "set_rng_state": set_state,

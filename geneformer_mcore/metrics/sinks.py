@@ -71,20 +71,14 @@ class EventFile:
 
 
 TENSORBOARD_TAGS = {
-    "loss": "train/loss",
-    "grad_norm": "train/grad_norm",
-    "lr": "train/lr",
-    "val_loss": "val/loss",
-    "val_loss_cell_mean": "val/loss_cell_mean",
-    "val_accuracy": "val/accuracy",
-    "val_macro_f1": "val/macro_f1",
-    "cells_per_s": "perf/cells_per_s",
-    "tokens_per_s": "perf/tokens_per_s",
-    "tflops_padded_equivalent": "perf/tflops_padded_equivalent",
-    "tflops_executed": "perf/tflops_executed",
-    "mfu": "perf/mfu",
-    "data_wait_fraction": "perf/data_wait_fraction",
-    "step_s": "perf/step_s",
+    key: f"{group}/{key.removeprefix('val_')}"
+    for group, keys in (
+        ("train", ("loss", "grad_norm", "lr")),
+        ("val", ("val_loss", "val_loss_cell_mean", "val_accuracy", "val_macro_f1")),
+        ("perf", ("cells_per_s", "tokens_per_s", "tflops_padded_equivalent", "tflops_executed")),
+        ("perf", ("mfu", "data_wait_fraction", "step_s")),
+    )
+    for key in keys
 }
 """Key of a record -> name of the curve."""
 

@@ -1,4 +1,10 @@
-"""torch's scaled_dot_product_attention: fused on GPUs, and on CPUs without dropout."""
+"""Core attention of torch and Megatron-Core.
+
+FlashAttention  torch's FlashAttention-2: packed cells, dropout, 16 bits, NVIDIA GPUs since Ampere.
+                Its operator is called, as varlen_attn has no dropout and SDPA no bounds
+PlainAttention  Megatron-Core's own, with every score in memory: the reference
+SdpaAttention   torch's scaled_dot_product_attention: fused on GPUs, and on CPUs without dropout
+"""
 
 from __future__ import annotations
 
@@ -11,14 +17,9 @@ from torch import Tensor
 
 from geneformer_mcore.model.attention.base import CoreAttention, PackedCells, cell_by_cell
 
-# FlashAttention-2 as torch ships it: packed cells, dropout, 16 bits, NVIDIA GPUs since Ampere.
-#
-# torch's public functions reach it either without dropout (varlen_attn) or without bounds (SDPA);
-# the operator beneath them takes both and has a gradient.
-
 
 class FlashAttention(CoreAttention):
-    """Bounds for both shapes: padded, what follows a cell in its row is a piece of its own."""
+    """With bounds for both shapes: in padded rows the padding is a piece of its own."""
 
     def padded(
         self, query: Tensor, key: Tensor, value: Tensor, padding_B11S: Tensor | None
@@ -56,8 +57,7 @@ class FlashAttention(CoreAttention):
 def bounds_of(
     padding_B11S: Tensor | None, num_positions: int, num_cells: int, device: torch.device
 ) -> Tensor:
-    """int32 [2 B + 1]: in B rows of S positions laid end to end, where each cell begins, and where
-    its padding begins."""
+    """int32 [2 B + 1]: in B rows of S positions end to end, the starts of each cell and padding."""
     firsts = torch.arange(num_cells, device=device) * num_positions
     lengths = torch.full_like(firsts, num_positions)
     if padding_B11S is not None:
@@ -66,11 +66,8 @@ def bounds_of(
     return torch.cat([bounds.new_zeros(1), bounds]).int()
 
 
-# Megatron-Core's own attention: every score is a number in memory. The yardstick of the others.
-
-
 class PlainAttention(DotProductAttention):
-    """Megatron's refuses packed cells: it gets them one by one."""
+    """Packed cells one by one, as Megatron's refuses them."""
 
     def forward(
         self,
@@ -95,7 +92,7 @@ class PlainAttention(DotProductAttention):
 
 
 class SdpaAttention(CoreAttention):
-    """Padded cells with a mask, packed ones one by one: torch's kernels know no bounds."""
+    """Padded cells with a mask, packed ones one by one, as torch's kernels take no bounds."""
 
     def padded(
         self, query: Tensor, key: Tensor, value: Tensor, padding_B11S: Tensor | None

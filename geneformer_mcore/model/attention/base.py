@@ -1,9 +1,7 @@
-"""What our core-attention modules have in common: Megatron's interface, and the two shapes.
+"""Base class of core attention: Megatron's interface, and two shapes, both bidirectional.
 
-    padded  query, key, value [S, B, heads, width] + mask of padding    -> [S, B, heads * width]
-    packed  query, key, value [S, heads, width] + bounds between cells  -> [S, heads * width]
-
-A module says how it computes each; both are bidirectional.
+padded  query, key, value [S, B, heads, width] + mask of padding    -> [S, B, heads * width]
+packed  query, key, value [S, heads, width] + bounds between cells  -> [S, heads * width]
 """
 
 from __future__ import annotations
@@ -21,12 +19,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 PackedCells: TypeAlias = PackedSeqParams
-"""Where the cells of a packed row begin and end."""
+"""Bounds of the cells of a packed row."""
 OneCell = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class CoreAttention(MegatronModule):
-    """Megatron's SelfAttention calls one of these with query, key and value."""
+    """Called by Megatron's SelfAttention with query, key and value."""
 
     def __init__(
         self,
@@ -75,8 +73,8 @@ class CoreAttention(MegatronModule):
         return self.dropout if self.training else 0.0
 
     def _split_dropout(self) -> contextlib.AbstractContextManager:
-        # Each tensor rank has other heads and must drop other probabilities. Under sequence
-        # parallel the whole block already runs in that random state.
+        # Tensor ranks have other heads and must drop other probabilities. Under sequence parallel
+        # the whole block already runs in that random state.
         if self.config.sequence_parallel or self.probability == 0:
             return contextlib.nullcontext()
         return get_cuda_rng_tracker().fork()
@@ -85,10 +83,10 @@ class CoreAttention(MegatronModule):
 def cell_by_cell(
     query: Tensor, key: Tensor, value: Tensor, cells: PackedCells, attend: OneCell
 ) -> Tensor:
-    """`attend` for every cell of a packed row: its query, key and value [n, heads, width] give
-    [n, heads, width]. Waits for the device, which has to say where cells end."""
+    """`attend`, of query, key and value [n, heads, width], for every cell of a packed row. Waits
+    for the device, which has the bounds."""
     sizes = cells.cu_seqlens_q.diff().tolist()
-    # One split and one concatenation: a slice per cell would each have a gradient of full size.
+    # One split: slices would each have a gradient of full size.
     parts = (tensor.split(sizes) for tensor in (query, key, value))
     contexts = [attend(*one) for one in zip(*parts, strict=True)]
     return torch.cat(contexts).flatten(1)

@@ -2,10 +2,11 @@
 
     a block of queries -> scores -> softmax -> some dropped -> weighted sum of values
     backward: the same block again, from query and key, then its gradients
+    dropped: hash(position in the block, key of the block) < bound
 
-torch's fused CPU attention knows no dropout; what it falls back to writes every score to memory
-several times and draws its random numbers one by one. Here only outputs are kept, and which
-probabilities are dropped is a hash of their place (kernels.py).
+torch's fused CPU attention has no dropout, and its fallback is slow. Here only outputs are kept; a
+counter-based hash gives the same dropout in the backward pass, faster than torch's generator: the
+32-bit mixer "lowbias32" with the best constants of Chris Wellons' hash prospector (2023).
 """
 
 from __future__ import annotations
@@ -21,14 +22,6 @@ from torch import Tensor
 from geneformer_mcore.backends import compiled
 from geneformer_mcore.model.attention.backends import SdpaAttention
 from geneformer_mcore.model.attention.base import PackedCells, cell_by_cell
-
-# The compiled loops of attention with dropout on a CPU.
-#
-#     which probability is dropped = hash(its place in the block, key of the block) < bound
-#
-# A counter-based hash gives the same answer in the backward pass, so no mask is kept; torch's own
-# generator takes longer to draw a number than the matrix products take to use it. The hash is the
-# 32-bit mixer "lowbias32" with the constants that Chris Wellons' hash prospector found best (2023).
 
 _MUL_1 = np.uint32(0x21F0AAAD)
 _MUL_2 = np.uint32(0xD35A2D97)
@@ -85,7 +78,7 @@ _SCORES_PER_BLOCK = 520_000
 
 
 class BlockwiseAttention(SdpaAttention):
-    """torch's attention where nothing is dropped, for there it is fused."""
+    """torch's fused attention if nothing is dropped."""
 
     def padded(
         self, query: Tensor, key: Tensor, value: Tensor, padding_B11S: Tensor | None
@@ -200,14 +193,13 @@ class _Blocks:
 
 
 def _key(seed: int, number: int) -> int:
-    """The number that the block `number` of a cell counts from: a hash of both. Blocks whose counts
-    overlap use some draws twice, at other positions; that is seldom, and harmless."""
+    """The start of block `number`'s counter, a hash of both. Blocks that overlap use some draws
+    twice, at other positions, which is rare and harmless."""
     return int(block_key(np.uint32(seed), np.uint32(number)))
 
 
 def drop(probabilities: Tensor, key: int, below: int) -> None:
-    """Zeroes values of a contiguous fp32 tensor in place, each with probability below / 2^32, by
-    the hash of its place and `key`."""
+    """Zero values of a contiguous fp32 tensor in place, each with probability below / 2^32."""
     _drop_block(probabilities.view(-1).numpy(), np.uint32(key), np.uint32(below))
 
 
