@@ -244,8 +244,7 @@ def bytes_of_one(config: Config, vocabulary_size: int, world_size: int) -> int:
 
 
 def most_at_once(config: Config) -> int:
-    """Most checkpoints at one time, with the one being written. An upper bound: one that is kept
-    for two reasons counts twice."""
+    """Upper bound of checkpoints at one time, with the one being written."""
     settings, steps = config.checkpoint, config.train.steps
     every = 0
     if settings.keep_every:

@@ -29,8 +29,7 @@ _EXACT = "optimizer.state.param."
 
 
 def step_of(path: Path) -> Path:
-    """The step folder `path`, or the newest one of the run `path`. Raises CheckpointError if there
-    is none, or it is damaged."""
+    """The step folder `path`, or the newest one of the run `path`. CheckpointError if damaged."""
     folder = path
     if not (path / RECORD).is_file():
         root = path / "checkpoints"
@@ -46,8 +45,7 @@ def step_of(path: Path) -> Path:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """{our name: whole tensor, fp32} of a step folder, on the CPU. Raises CheckpointError if it
-    holds anything but tensors."""
+    """{our name: whole tensor, fp32} on the CPU. CheckpointError for anything but tensors."""
     return _whole(folder, [name for name in _names(folder) if not name.startswith(_OPTIMIZER)])
 
 

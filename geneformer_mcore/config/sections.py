@@ -107,8 +107,7 @@ class DataConfig:
     cells, written by the first run that names it: reading is several times faster. Copying must
     take less than `parallel.timeout_s` seconds. Empty: none."""
     loader: Loader = Loader.thread
-    """thread: batches by the prefetch thread. dali: NVIDIA DALI pads and masks them, on the GPU if
-    there is one; on a CPU it is slow."""
+    """thread: batches by the prefetch thread. dali: by NVIDIA DALI, on the GPU; slow on a CPU."""
     seq_length: int = 2048
     """Tokens per cell at most, [CLS] included. Below the store's length cells are truncated."""
     mask_probability: float = 0.15
@@ -190,8 +189,7 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks during the backward pass, in four parts."""
     overlap_param_gather: bool = False
-    """Gather updated weights from data-parallel ranks during the next forward pass, in parts.
-    Needs overlap_grad_reduce."""
+    """Gather updated weights during the next forward pass, in parts. Needs overlap_grad_reduce."""
     timeout_s: int = 600
     """Seconds in which every rank must make progress (a step, a batch of validation, the next
     cells), else the job ends with exit code 1, naming the rank that hangs. Saving has a limit
@@ -303,8 +301,7 @@ class FinetuneConfig:
     dropout: float = 0.1
     """Dropout on the input of the classifier."""
     frozen_layers: int = 0
-    """Freeze the embedding and this many layers after it. All: only the classifier is trained. 0
-    trains everything."""
+    """Freeze the embedding and so many layers; all: train the classifier only; 0: everything."""
     lora_rank: int = 0
     """Instead of the encoder's own weights, train a correction of this rank to each matrix of its
     attention (LoRA), with a few percent of the moments' memory. 0 is none."""

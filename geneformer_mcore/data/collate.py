@@ -29,8 +29,7 @@ from geneformer_mcore.types import (
 
 
 def positions_in_cells(batch: Batch) -> torch.Tensor:
-    """int64 [B, S], the position of every token within its cell, 0 for [CLS]; of padding any that
-    the model has."""
+    """int64 [B, S], the position of every token within its cell, 0 for [CLS]; of padding any."""
     num_positions = batch.tokens_BS.shape[1]
     places_S = torch.arange(num_positions, device=batch.tokens_BS.device)
     if batch.bounds is None:
@@ -171,8 +170,7 @@ def fill_batch(
 
 
 _REST_PIECE = 2048
-"""Positions of the pieces of a packed batch's unused rest, so that an almost empty batch costs no
-more than a full one."""
+"""Positions per piece of a packed batch's rest: an almost empty batch costs no more than a full."""
 
 
 class Collator(Protocol):

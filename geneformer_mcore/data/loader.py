@@ -40,8 +40,7 @@ from geneformer_mcore.types import (
 
 
 def prefetched(steps: Iterator[list[Batch]], depth: int) -> Iterator[list[Batch]]:
-    """Prepare up to `depth` steps in a thread, which ends when the iterator is closed; its errors
-    are raised here."""
+    """Prepare up to `depth` steps in a thread, which ends with the iterator; raises its errors."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()
 
@@ -86,8 +85,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Budget:
-    """Most tokens of a packed micro batch; micro batches per step and rank are multiples of
-    `multiple`."""
+    """Most tokens of a packed micro batch; multiple: of micro batches per step and rank."""
 
     tokens: int
     multiple: int = 1
@@ -138,8 +136,7 @@ class Feed:
         return self._padded(places, places.epochs, np.zeros(len(places), dtype=bool))
 
     def validation_step(self, position: int) -> list[Batch]:
-        """The same for validation: masks of VALIDATION_EPOCH; beyond the last cell a padded batch
-        is filled up with idle cells."""
+        """The same for validation, by VALIDATION_EPOCH; idle cells fill up the last batch."""
         size = self.share.global_batch_size
         places = self.order.places(position, min(position + size, self.order.num_cells))
         if self.budget is not None:
@@ -210,8 +207,7 @@ class _Direct:
         self._seq_length = seq_length
 
     def lengths(self, places: Places) -> np.ndarray:
-        """int64, tokens of the cells at `places`, without reading other ranks' cells if the source
-        knows their lengths."""
+        """int64, tokens of the cells at `places`; cells are read if the source does not know."""
         if isinstance(self._source, KnownLengths):
             return np.minimum(self._source.lengths(places.rows), self._seq_length)
         return self.take(places).lengths_N

@@ -49,8 +49,7 @@ class Masking:
         return seen_T, selected_T
 
     def streams(self, keys_N: np.ndarray, epochs_N: np.ndarray) -> np.ndarray:
-        """uint64 [N], the random stream of each cell: the bits of its position i are
-        `mix(stream + i * GOLDEN)`."""
+        """uint64 [N], each cell's stream; bits of its position i: `mix(stream + i * GOLDEN)`."""
         return mix(mix(keys_N ^ self.seed_bits) + epochs_N.astype(np.uint64))
 
     @cached_property

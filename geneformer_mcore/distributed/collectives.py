@@ -91,8 +91,7 @@ def rows_on_first_rank(
 
 
 def add_up_on_first_rank(values: np.ndarray, device: torch.device) -> None:
-    """Add up every rank's `values` (contiguous floats of one shape), on rank 0 in place; those of
-    other ranks are undefined afterwards."""
+    """Add up `values` (contiguous floats) in place on rank 0; elsewhere they become undefined."""
     flat = values.reshape(-1)
     for start in range(0, len(flat), _VALUES_AT_ONCE):
         part = torch.from_numpy(flat[start : start + _VALUES_AT_ONCE]).to(device)

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from geneformer_mcore.distributed.watchdog import Watchdog
 
 BACKSTOP_S = 3600.0
-"""Time limit of a collective: a backstop behind the watchdog, which ends a job earlier and names
-the reason."""
+"""Time limit of a collective: a backstop behind the watchdog, which names the reason."""
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,7 @@ _ANY_PORT = 9  # nothing is sent there
 
 @dataclass(frozen=True)
 class Route:
-    """Route to the master: its address here, this machine's own address on the way, and the
-    interface that holds that, or ""."""
+    """The master's address, this machine's own on the way there, and its interface or ""."""
 
     master: str
     address: str

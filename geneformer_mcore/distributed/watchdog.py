@@ -111,8 +111,7 @@ class HealthCheck:
         return self._rank == min(answers, default=self._rank)
 
     def kill_lost_neighbours(self, answers: Mapping[int, Answer]) -> None:
-        """Kill the ranks of this machine that gave no answer: stopped or stuck in the kernel, they
-        would ignore torchrun's TERM."""
+        """Kill this machine's ranks without an answer, which would ignore torchrun's TERM."""
         for rank in set(range(self._world_size)) - answers.keys():
             with contextlib.suppress(ValueError, psutil.Error, dist.DistError):
                 if not self._store.check([f"where/{rank}"]):
@@ -311,8 +310,7 @@ class Watchdog:
 
 
 def _is_loss_of_contact(error: BaseException) -> bool:
-    """Whether an error only means that another rank cannot be reached; those of gloo and NCCL have
-    no type of their own."""
+    """Whether an error only means a loss of contact; those of gloo and NCCL have no own type."""
     marks = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)

@@ -73,8 +73,7 @@ def gene_given_rank(
     positions_M: np.ndarray,
     alpha: float = 1.0,
 ) -> GeneGivenRank:
-    """The table whose bins and shrinkage do best on labels (token ids) and positions (1 for the
-    first gene)."""
+    """The table that does best on labels (token ids) and positions (1 for the first gene)."""
     finest = _finest(train, vocabulary_size, alpha)
     candidates = [
         replace(table, shrinkage=shrinkage)

@@ -24,14 +24,12 @@ def provenance() -> dict[str, Any]:
 
 
 def machine() -> str:
-    """Processor, cores usable by this process, memory, GPUs."""
     cores = len(os.sched_getaffinity(0))
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     return f"{_processor()}, {cores} cores, {memory_gib:.0f} GiB, {_accelerators()}"
 
 
 def commit() -> str:
-    """Hash of the project's commit, 12 digits."""
     known = _git("rev-parse", "--short=12", "HEAD")
     if not known:
         return "unknown"

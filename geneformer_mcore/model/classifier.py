@@ -22,8 +22,7 @@ _HEAD = "class_head."
 
 
 class ClassHead(torch.nn.Module):
-    """dropout -> linear(H, C), equal on all tensor ranks, which see all positions: its gradients
-    are whole on each, and not added up."""
+    """dropout -> linear(H, C), equal on all tensor ranks, with whole gradients on each."""
 
     def __init__(self, hidden_size: int, num_classes: int, dropout: float) -> None:
         super().__init__()
@@ -38,8 +37,7 @@ class ClassHead(torch.nn.Module):
 
 
 class CellClassifier(Geneformer):
-    """The one stage of a classifier of cells, after `add_head`. The head for genes is kept,
-    untrained."""
+    """The stage of a classifier of cells, after `add_head`; the head for genes stays untrained."""
 
     def add_head(self, num_classes: int, tune: FinetuneConfig) -> None:
         """Call after pretrained weights are loaded, or before those of a fine-tuned model."""

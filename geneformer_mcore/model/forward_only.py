@@ -29,13 +29,11 @@ from geneformer_mcore.model.geneformer import Geneformer
 from geneformer_mcore.types import MASK, Batch
 
 Finish = Callable[[Tensor, Batch, Geneformer], Tensor]
-"""Of the last stage's hidden states [S, B, H] (this rank's share of the positions under sequence
-parallel), their batch, and the stage."""
+"""Of the last stage's hidden states [S, B, H] (this rank's share), their batch, and the stage."""
 
 
 def through(stages: Sequence[Geneformer], batches: list[Batch], finish: Finish) -> list[Tensor]:
-    """Results of `finish` for `batches`, all of one shape and on the device; an empty list on ranks
-    without the last stage."""
+    """Results of `finish` for batches of one shape, on the device; [] without the last stage."""
     (stage,) = stages
     stage.train(mode=False)
     num_rows, num_positions = batches[0].tokens_BS.shape

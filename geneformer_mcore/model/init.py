@@ -28,8 +28,7 @@ def fill(stage: MegatronModule, seed: int, only: Callable[[str], bool] | None = 
 
 
 def sharded_parameters(stage: MegatronModule) -> list[ShardedTensor]:
-    """The parameters of a stage, with name, shape and offset in the whole model; `data` is their
-    own memory."""
+    """The parameters of a stage (`data`), with name, shape and offset in the whole model."""
     metadata = {"non_homogeneous_layers": True}  # the layer's number is part of the name
     entries = stage.sharded_state_dict(metadata=metadata).values()
     parameters = {parameter.data_ptr() for parameter in stage.parameters()}

@@ -166,8 +166,7 @@ def _optimizer_config(optim: OptimConfig, dtype: torch.dtype) -> OptimizerConfig
 
 
 def give_states(optimizer: MegatronOptimizer) -> None:
-    """Create every parameter's moments and step before the first update, so that a checkpoint can
-    be written or read at any time."""
+    """Create moments and steps before the first update, so that they can be saved or loaded."""
     for adam in _torch_adams(optimizer):
         for parameter in _parameters(adam):
             if not adam.state[parameter]:

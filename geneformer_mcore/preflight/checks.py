@@ -29,7 +29,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One check. text: the result; on failure the rule, the numbers and the remedy."""
+    """text: the result; on failure the rule, the numbers and the remedy."""
 
     check: str
     text: str
@@ -42,6 +42,10 @@ class Finding:
 ok = partial(Finding, state=State.ok)
 fails = partial(Finding, state=State.fails)
 skipped = partial(Finding, state=State.skipped)
+
+
+def _either(check: str, is_bad: object, problem: str, good: str) -> Finding:
+    return fails(check, problem) if is_bad else ok(check, good)
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,13 @@ def judge_cells(members: Sequence[Member], where: str) -> Finding:
             "nodes see it, or copy it whole to each.",
         )
     groups = _sides((each.seen.hash[:12], each) for each in members)
-    if len(groups) > 1:
-        return fails(
-            "cells",
-            f"all nodes must see the same cells, and data.store={where} is {len(groups)} different "
-            f"ones: {_sides_text(groups)}. Remedy: copy one of them to the others.",
-        )
-    return ok("cells", f"{len(members)} node(s) see the same, {groups[0][0]}")
+    return _either(
+        "cells",
+        len(groups) > 1,
+        f"all nodes must see the same cells, and data.store={where} is {len(groups)} different "
+        f"ones: {_sides_text(groups)}. Remedy: copy one of them to the others.",
+        f"{len(members)} node(s) see the same, {groups[0][0]}",
+    )
 
 
 def judge_cache(members: Sequence[Member], cache_dir: str) -> Finding:
@@ -114,22 +118,22 @@ def judge_cache(members: Sequence[Member], cache_dir: str) -> Finding:
 def judge_folder(members: Sequence[Member], folder: Path) -> list[Finding]:
     bad = [problem for problem in map(_folder_problem, members) if problem]
     users = [str(each) for each in members if each.run_folder and each.run_folder.locked]
-    shared = ok("run folder", f"{len(members)} node(s) write it and see each other's files")
-    if bad:
-        shared = fails(
-            "run folder",
-            f"run.dir={folder} must be one folder that every node can write and all see, and "
-            f"{len(bad)} of {len(members)} node(s) fail: {listed(bad)}. Remedy: mend its "
-            "permissions, or name a folder on a file system that all nodes share.",
-        )
-    free = ok("run lock", "no other start of this run is seen")
-    if users:
-        free = fails(
-            "run lock",
-            f"one start at a time may use a run folder, and another start of the run in {folder} "
-            f"is still going, as {listed(users, ', ')} can see. Remedy: wait for it, stop it, or "
-            "choose another run.dir.",
-        )
+    shared = _either(
+        "run folder",
+        bad,
+        f"run.dir={folder} must be one folder that every node can write and all see, and "
+        f"{len(bad)} of {len(members)} node(s) fail: {listed(bad)}. Remedy: fix its permissions, "
+        "or name a folder on a file system that all nodes share.",
+        f"{len(members)} node(s) write it and see each other's files",
+    )
+    free = _either(
+        "run lock",
+        users,
+        f"one start at a time may use a run folder, and another start of the run in {folder} is "
+        f"still going, as {listed(users, ', ')} can see. Remedy: wait for it, stop it, or choose "
+        "another run.dir.",
+        "no other start of this run is seen",
+    )
     return [shared, free]
 
 
@@ -159,25 +163,25 @@ def judge_room(config: Config, members: Sequence[Member], there: int) -> Finding
         f"more, and {view.free:,} are free"
     )
     if view.free < needed:
-        return fails(
-            "room",
+        text = (
             f"run.dir must have room for {text}, {needed - view.free:,} missing. Remedy: make "
-            "room, keep fewer checkpoints, or choose another run.dir.",
+            "room, keep fewer checkpoints, or choose another run.dir."
         )
+        return fails("room", text)
     return ok("room", text)
 
 
 def judge_clocks(members: Sequence[Member]) -> Finding:
     off = [f"{each} {each.offset}" for each in members if abs(each.offset.seconds) > MAX_OFFSET_S]
-    if off:
-        return fails(
-            "clocks",
-            f"the clocks of all nodes must be within {MAX_OFFSET_S:g} s of rank 0's, and "
-            f"{len(off)} of {len(members)} are not: {listed(off)}. Remedy: run a time service "
-            "(chrony, ntpd) on every node.",
-        )
     worst = max((each.offset for each in members), key=lambda offset: abs(offset.seconds))
-    return ok("clocks", f"the furthest from rank 0's is {worst}")
+    return _either(
+        "clocks",
+        off,
+        f"the clocks of all nodes must be within {MAX_OFFSET_S:g} s of rank 0's, and {len(off)} of "
+        f"{len(members)} are not: {listed(off)}. Remedy: run a time service (chrony, ntpd) on "
+        "every node.",
+        f"the furthest from rank 0's is {worst}",
+    )
 
 
 def judge_versions(members: Sequence[Member]) -> Finding:
@@ -188,14 +192,14 @@ def judge_versions(members: Sequence[Member]) -> Finding:
         groups = _sides((each.node.versions[name], each) for each in having)
         if len(groups) > 1:
             differing.append(f"{name} {_sides_text(groups)}")
-    if differing:
-        return fails(
-            "versions",
-            f"all nodes must have the same software and settings, and {len(differing)} of "
-            f"{len(names)} differ: {listed(differing, ' | ')}. Remedy: install the same "
-            "everywhere, or start all nodes from one shared environment.",
-        )
-    return ok("versions", f"{len(names)} are the same on all nodes")
+    return _either(
+        "versions",
+        differing,
+        f"all nodes must have the same software and settings, and {len(differing)} of "
+        f"{len(names)} differ: {listed(differing, ' | ')}. Remedy: install the same everywhere, or "
+        "start all nodes from one shared environment.",
+        f"{len(names)} are the same on all nodes",
+    )
 
 
 def judge_gpus(members: Sequence[Member]) -> Finding:
@@ -204,7 +208,7 @@ def judge_gpus(members: Sequence[Member]) -> Finding:
         return fails(
             "GPUs",
             f"all nodes must have the same GPUs, driver and CUDA, and they differ: "
-            f"{_sides_text(groups)}. Remedy: take nodes of one kind, or mend those on which GPUs "
+            f"{_sides_text(groups)}. Remedy: take nodes of one kind, or fix those on which GPUs "
             "are missing.",
         )
     short = [
@@ -212,13 +216,13 @@ def judge_gpus(members: Sequence[Member]) -> Finding:
         for each in members
         if 0 < len(each.node.gpus) < len(each.ranks)
     ]
-    if short:
-        return fails(
-            "GPUs",
-            f"every rank needs a GPU of its own: {listed(short)}. Remedy: start as many ranks per "
-            "node as it has GPUs (torchrun --nproc_per_node).",
-        )
-    return ok("GPUs", f"{groups[0][0]} on every node")
+    return _either(
+        "GPUs",
+        short,
+        f"every rank needs a GPU of its own: {listed(short)}. Remedy: start as many ranks per node "
+        "as it has GPUs (torchrun --nproc_per_node).",
+        f"{groups[0][0]} on every node",
+    )
 
 
 def _gpus(node: Node) -> str:
@@ -257,7 +261,6 @@ def _is_trapped(node: Node) -> bool:
 
 
 def judge_sums(results: Sequence[Sequence[Reduced]]) -> list[Finding]:
-    """results: per rank, one per kind of group."""
     return [_judge_sum(of_kind) for of_kind in zip(*results, strict=True)]
 
 

@@ -289,8 +289,7 @@ def is_locked(path: Path) -> bool:
 
 
 def _has_open(process: str, path: Path) -> bool:
-    """Whether the process has this file open, not one of that inode on another disk; if unknown,
-    yes."""
+    """Whether the process has this very file open, not its inode on another disk, or may have."""
     try:
         return any(file.samefile(path) for file in Path("/proc", process, "fd").iterdir())
     except OSError:
@@ -319,8 +318,8 @@ def reduce_in(
     for name, group in found.items():
         ranks = dist.get_process_group_ranks(group)
         doing(f"the all-reduce of the {name} group ({checks.named(ranks)})")
-        is_right, seconds = _sum(group, ranks, device) if len(ranks) > 1 else (True, 0.0)
-        results.append(Reduced(name, ranks, is_right, seconds, _BYTES[device.type]))
+        found_sum = _sum(group, ranks, device) if len(ranks) > 1 else (True, 0.0)
+        results.append(Reduced(name, ranks, *found_sum, _BYTES[device.type]))
     return results
 
 

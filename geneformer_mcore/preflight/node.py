@@ -97,7 +97,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Offset:
-    """Seconds that a node's clock is ahead of rank 0's, and the uncertainty of that."""
+    """Seconds that a node's clock is ahead of rank 0's."""
 
     seconds: float = 0.0
     uncertainty_s: float = 0.0
@@ -198,7 +198,7 @@ def _store(config: Config) -> Seen:
     data = config.data
     with TokenStore.open(data.store) as store:
         manifest, size = store.manifest, store.vocabulary.size
-    problem = cache_problem = cache = ""
+    problem, cache, content = "", ("", ""), manifest.content_hash
     if data.seq_length > manifest.seq_length:
         problem = (
             f"data.seq_length ({data.seq_length}) exceeds the {manifest.seq_length} tokens to "
@@ -206,10 +206,8 @@ def _store(config: Config) -> Seen:
         )
     if data.cache_dir:
         needed = local_cache.num_bytes(manifest.tokens, manifest.cells)
-        cache_problem, cache = look_at_cache(Path(data.cache_dir), manifest.content_hash, needed)
-    return Seen(
-        problem, manifest.content_hash, manifest.cells, manifest.tokens, size, cache_problem, cache
-    )
+        cache = look_at_cache(Path(data.cache_dir), content, needed)
+    return Seen(problem, content, manifest.cells, manifest.tokens, size, *cache)
 
 
 def look_at_cache(cache: Path, content_hash: str, needed: int) -> tuple[str, str]:

@@ -57,8 +57,7 @@ class RunCells:
 
 
 def open_cells(config: Config) -> RunCells:
-    """The cells of a run, and their flat copy if requested. Raises DataError if they do not suit
-    the settings."""
+    """The cells of a run. Writes the flat copy; DataError if they do not suit the settings."""
     cells = _counts(config) if config.data.source is Source.counts else _store(config)
     check_splits(config, cells)
     return cells

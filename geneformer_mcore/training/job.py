@@ -41,8 +41,7 @@ def ended(
     interruption: Interruption,
     work: Callable[[RunFolder, Watchdog], tuple[int, str]],
 ) -> int:
-    """Do `work`, which returns exit code and reason; rank 0 writes both into outcome.json,
-    whatever happens."""
+    """Do `work`; rank 0 always writes its exit code and reason into outcome.json."""
     # Imported late, so that a wrong setting is reported at once.
     from geneformer_mcore.distributed.watchdog import LostRankError, Watchdog
 

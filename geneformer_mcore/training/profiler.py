@@ -23,8 +23,7 @@ _END_BYTES = 64
 
 
 class Profile:
-    """The recorded window of steps; a context manager around the loop. Its errors are logged: a
-    profile must not end a run."""
+    """The recorded steps; a context manager around the loop. Its errors are logged only."""
 
     def __init__(
         self,

@@ -71,8 +71,7 @@ class SpikeGuard:
             self._recent["gradient norm"].append(grad_norm)
 
     def left_out(self, what: str, loss: float, grad_norm: float) -> None:
-        """Count a skipped update, described by `what`. Raises TooManySkippedUpdatesError if it is
-        one too many."""
+        """Count a skipped update, `what`. Raises TooManySkippedUpdatesError if one too many."""
         # An infinite gradient of a scaled loss only lowers the scale.
         is_finite = math.isfinite(loss) and (math.isfinite(grad_norm) or self._is_scaled)
         self.skipped += 1

@@ -58,6 +58,5 @@ class Task(Protocol):
         ...
 
     def describe(self, folder: RunFolder, feed: Feed, held_out: HeldOut | None) -> list[str]:
-        """Write baselines or labels, on rank 0; returns lines to log. Raises DataError where
-        validation would be meaningless."""
+        """Write baselines or labels, on rank 0; returns lines to log. May raise DataError."""
         ...

@@ -83,8 +83,7 @@ class CoreAttention(MegatronModule):
 def cell_by_cell(
     query: Tensor, key: Tensor, value: Tensor, cells: PackedCells, attend: OneCell
 ) -> Tensor:
-    """`attend`, of query, key and value [n, heads, width], for every cell of a packed row. Waits
-    for the device, which has the bounds."""
+    """`attend`, of query, key and value [n, heads, width], for every cell; waits for the device."""
     sizes = cells.cu_seqlens_q.diff().tolist()
     # One split: slices would each have a gradient of full size.
     parts = (tensor.split(sizes) for tensor in (query, key, value))
