@@ -34,9 +34,7 @@ class Masking:
 
     def apply(self, cells: RaggedCells, epochs_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint16 [T] tokens with masks, and bool [T], True at the selected positions.
-
-        epochs_N: int64 [N], the epoch of each cell
-        """
+        epochs_N: int64 [N], the epoch of each cell"""
         lengths = cells.lengths
         first_T = np.repeat(cells.offsets[:-1], lengths)
         place_T = (np.arange(len(cells.tokens_T)) - first_T).astype(np.uint64)

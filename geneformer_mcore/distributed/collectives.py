@@ -17,9 +17,7 @@ _VALUES_AT_ONCE = 1 << 24
 
 def sum_of_losses(values: torch.Tensor, topology: Topology) -> torch.Tensor:
     """Sum of `values` (fp64, any shape) over the data-parallel ranks, on every rank.
-
-    Only the last stage has losses, equal on the ranks of a tensor group: each is counted once.
-    """
+    Only the last stage has losses, equal on the ranks of a tensor group: each is counted once."""
     counts = topology.is_last_stage and topology.tensor_rank == 0
     total = values.clone() if counts else torch.zeros_like(values)
     dist.all_reduce(total)

@@ -22,9 +22,7 @@ _CPU = torch.device("cpu")
 
 def start(threads: int = 0) -> torch.device:
     """This rank's device, ready for Megatron-Core: `cuda:LOCAL_RANK`, or the CPU without a GPU.
-
-    threads: of this rank on a CPU; 0 shares the cores among the ranks of the machine
-    """
+    threads: of this rank on a CPU; 0 shares the cores among the ranks of the machine"""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)

@@ -9,9 +9,7 @@ import numpy as np
 
 def scores(counts_CC: np.ndarray) -> dict[str, float]:
     """accuracy: share of cells; macro_f1: mean over classes that occur, true or predicted.
-
-    counts_CC: whole numbers, cells by true (row) and predicted class, one at least
-    """
+    counts_CC: whole numbers, cells by true (row) and predicted class, one at least"""
     from sklearn import metrics
 
     true, predicted, weights = _pairs(counts_CC)

@@ -31,9 +31,7 @@ def learning_rate(
     step: int, steps: int, warmup_steps: int, hold_steps: int, optim: OptimConfig
 ) -> float:
     """Learning rate of update number `step` (0 is the first) of `steps`.
-
-    Linear from lr / warmup_steps to lr, then a cosine to min_lr, then min_lr for `hold_steps`.
-    """
+    Linear from lr / warmup_steps to lr, then a cosine to min_lr, then min_lr for `hold_steps`."""
     if step < warmup_steps:
         return optim.lr * (step + 1) / warmup_steps
     decay_steps = steps - warmup_steps - hold_steps

@@ -105,9 +105,7 @@ def check(
     config: Config, text: str, watch: Watchdog, traces: Traces, log: Callable[[str], None]
 ) -> tuple[int, dict[str, Any]]:
     """The exit code, equal on all ranks, and on rank 0 the whole result, fit for JSON.
-
-    text: the settings as written;  log: prints, on rank 0
-    """
+    text: the settings as written;  log: prints, on rank 0"""
     began = time.monotonic()
     watch.doing("meeting the other ranks", limit_s=_MEET_S)
     meeting = groups.meet(config.parallel, watch)
@@ -182,9 +180,7 @@ def members_of(
 
 def compare_clocks(exchange: Exchange, leaders: Sequence[int]) -> dict[int, Offset]:
     """Offsets of `leaders`, the first ranks of the nodes, on rank 0; all ranks call it together.
-
-    One round trip each, by the store (Cristian 1989, "Probabilistic clock synchronization").
-    """
+    One round trip each, by the store (Cristian 1989, "Probabilistic clock synchronization")."""
     found = {}
     if exchange.is_first:
         for rank in leaders[1:]:
@@ -273,8 +269,7 @@ def _wait_for(folder: Path, nonce: str, ranks: set[int]) -> set[int]:
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock of `path`, as far as this machine can know, without taking
     it: Linux lists this machine's locks by inode, and on a network file system another machine's
-    is a byte-range lock, which can be queried.
-    """
+    is a byte-range lock, which can be queried."""
     query = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
     try:
         with path.open() as file:

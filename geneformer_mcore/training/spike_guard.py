@@ -26,9 +26,7 @@ def _sigmas_above(values: deque[float], value: float) -> float:
 
 class SpikeGuard:
     """Decides on updates; its state is part of a checkpoint.
-
-    skipped:  updates skipped since step 0;  in_a_row: since the last one that was made
-    """
+    skipped:  updates skipped since step 0;  in_a_row: since the last one that was made"""
 
     def __init__(self, settings: TrainConfig) -> None:
         self.skipped = 0
@@ -42,9 +40,7 @@ class SpikeGuard:
 
     def reason(self, loss: float, grad_norm: float) -> str:
         """Why the update must be skipped, or "".
-
-        loss, grad_norm: nats per predicted gene (0 if there is none), before clipping
-        """
+        loss, grad_norm: nats per predicted gene (0 if there is none), before clipping"""
         found = {"loss": loss, "gradient norm": grad_norm}
         for name, value in found.items():
             if not math.isfinite(value):

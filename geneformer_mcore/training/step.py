@@ -82,9 +82,7 @@ def train_step(
     reason_to_skip: Callable[[float, float], str] = only_finite,
 ) -> StepResult:
     """Forward, backward and update over all micro batches of this rank.
-
-    reason_to_skip: of loss and gradient norm, the same on every rank; "" to update the weights
-    """
+    reason_to_skip: of loss and gradient norm, the same on every rank; "" to update the weights"""
     for chunk in trainable.chunks:
         chunk.train()
         chunk.zero_grad_buffer()

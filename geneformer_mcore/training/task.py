@@ -26,9 +26,7 @@ class HeldOut(Protocol):
         self, trainable: Trainable, is_last: bool, begun: Callable[[], None]
     ) -> dict[str, Any]:
         """The record for metrics.jsonl, with `val_loss`; the same on every rank.
-
-        is_last: after the last step of the run;  begun: called before every batch
-        """
+        is_last: after the last step of the run;  begun: called before every batch"""
         ...
 
 

@@ -97,9 +97,7 @@ def _unless_interrupted(
 
 def train_loop(run: Run, interruption: Interruption) -> tuple[int, str]:
     """Run to the last step, or until asked to stop. Returns the exit code and the reason.
-
-    Raises TooManySkippedUpdatesError, SaveDeadlineError or CheckpointError if it can do neither.
-    """
+    Raises TooManySkippedUpdatesError, SaveDeadlineError or CheckpointError if it can do neither."""
     config, steps = run.config, run.config.train.steps
     if run.step >= steps:
         reason = f"the run is finished: it has made {run.step} of {steps} steps"
