@@ -58,14 +58,14 @@ class CheckpointManager:
         settings: CheckpointConfig,
         rank: int,
         device: torch.device,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
-        """root: the folder of checkpoints;  say: logs a line"""
+        """root: the folder of checkpoints;  log: logs a line"""
         self._root = root
         self._asynchronous, self._deadline_s = settings.asynchronous, settings.deadline_s
         self._keep_last, self._keep_every = settings.keep_last, settings.keep_every
         self._keep_best = settings.keep_best
-        self._rank, self._device, self._say = rank, device, say
+        self._rank, self._device, self._log = rank, device, log
         self._step = 0
         self._began = 0.0
         self._snapshot: Snapshot | None = None
@@ -124,7 +124,7 @@ class CheckpointManager:
             self._thread = _Caught(commit if self._rank == 0 else lambda: None)
         else:
             self._thread = None
-            self._say(f"saved {checkpoints.step_folder(self._root, self._step)}")
+            self._log(f"saved {checkpoints.step_folder(self._root, self._step)}")
 
     def finish(self) -> None:
         """Wait until the checkpoint is committed."""
@@ -156,7 +156,7 @@ class CheckpointManager:
     @contextlib.contextmanager
     def _as_users_error(self) -> Iterator[None]:
         """Rank 0 writes small files of its own within calls that all ranks make together: if it
-        cannot, the others are told by the watch, and get its exit code."""
+        cannot, the watchdog informs the others."""
         try:
             yield
         except OSError as error:
@@ -196,7 +196,7 @@ class CheckpointManager:
             kept = f"the newest checkpoint, step {steps[-1]}, stays as it was"
         return (
             f"the checkpoint of step {self._step} cannot be written into {self._root}: {why}; "
-            f"{kept}. Remedy: make room or mend the folder, and start the same command again."
+            f"{kept}. Remedy: make room or fix the folder, and start the same command again."
         )
 
 

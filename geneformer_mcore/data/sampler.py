@@ -87,10 +87,10 @@ def _window_rows(order: Sampler, epoch: int, window: int) -> np.ndarray:
     here = spans[window * order.window_spans : (window + 1) * order.window_spans]
     cells = [_span_places(order, epoch, int(span)) for span in here]
     # Column = span; a short span leaves holes at its end.
-    dealt = np.full((max(map(len, cells)), len(cells)), -1)
-    for column, places in enumerate(cells):
-        dealt[: len(places), column] = places
-    flat = dealt.ravel()
+    columns = np.full((max(map(len, cells)), len(cells)), -1)
+    for number, places in enumerate(cells):
+        columns[: len(places), number] = places
+    flat = columns.ravel()
     return order.first_row + flat[flat >= 0]
 
 

@@ -107,7 +107,7 @@ _TIMEOUT = timedelta(minutes=10)
 
 
 class LoopbackRendezvous(RendezvousHandler):
-    """One torchrun on one machine, as torch's elastic agent asks for it."""
+    """One torchrun on one machine, for torch's elastic agent."""
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id

@@ -192,7 +192,7 @@ class Watchdog:
         self._on_loss = on_loss
         self._now = ("starting", time.monotonic(), limit_s)
         self._step = 0
-        self._roll: HealthCheck | None = None
+        self._health: HealthCheck | None = None
         self._rank, self._world_size = 0, 1
         self._cut_off = False
         self._failure: Answer | None = None
@@ -204,7 +204,7 @@ class Watchdog:
     def join(self, store: Store, rank: int, world_size: int) -> None:
         """From now on ranks watch each other, by their rendezvous store."""
         self._rank, self._world_size = rank, world_size
-        self._roll = HealthCheck(store, rank, world_size)
+        self._health = HealthCheck(store, rank, world_size)
 
     def doing(self, what: str, step: int | None = None, limit_s: float | None = None) -> None:
         """Called by the main thread when it begins something; limit_s: another than the usual."""
@@ -225,7 +225,7 @@ class Watchdog:
         trace: TracebackType | None,
     ) -> None:
         loss = None
-        if error is not None and self._roll is not None:
+        if error is not None and self._health is not None:
             loss = self._explain(error)
         self._ended.set()
         self._wake.set()
@@ -270,18 +270,18 @@ class Watchdog:
                 self._cut_off = True
 
     def _is_called(self) -> bool:
-        return self._roll is not None and not self._cut_off and self._roll.is_called()
+        return self._health is not None and not self._cut_off and self._health.is_called()
 
     def _settle(self) -> None:
-        roll = self._roll
-        if roll is None or self._cut_off:
+        health = self._health
+        if health is None or self._cut_off:
             self._finish(self._judge_alone(), tell=True)
             return
-        roll.answer(self._failure or self._answer())
-        roll.call()
-        answers = roll.collect()
-        roll.kill_lost_neighbours(answers)
-        self._finish(judge(answers, self._world_size, self._now[2]), roll.speaks(answers))
+        health.answer(self._failure or self._answer())
+        health.call()
+        answers = health.collect()
+        health.kill_lost_neighbours(answers)
+        self._finish(judge(answers, self._world_size, self._now[2]), health.speaks(answers))
 
     def _keep_time(self) -> None:
         """The second thread, for when the first waits for a store that does not answer. If packets
@@ -293,7 +293,7 @@ class Watchdog:
 
     def _judge_alone(self) -> Verdict:
         answer = self._failure or self._answer()
-        if self._roll is None:  # one rank, or before the rendezvous
+        if self._health is None:  # one rank, or before the rendezvous
             return judge({self._rank: answer}, self._world_size, self._now[2])
         return judge_alone(self._rank, answer, self._world_size)
 

@@ -181,7 +181,7 @@ class Sinks:
             # So that the text is not written again, when the process ends either.
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
-            self._to_log(f"the console cannot be written ({error.strerror}); it is left out")
+            self._to_log(f"the console cannot be written ({error.strerror}); it is skipped")
 
     def _progress(self, line: str) -> None:
         self._show(CLEAR_LINE + line if self._tty else f"{line}\n")

@@ -110,7 +110,7 @@ def judge_cache(members: Sequence[Member], cache_dir: str) -> Finding:
             "room, name another folder, or leave it empty.",
         )
     if any(each.seen.problem for each in members):
-        return skipped("cache", "how large the copy is, the cells must tell first")
+        return skipped("cache", "the size of the copy is unknown without the cells")
     there = sum(each.seen.cache == "there" for each in members)
     return ok("cache", f"the copy is there on {there} node(s), room for it on the others")
 

@@ -120,8 +120,8 @@ def _counted_names(text_N: np.ndarray) -> dict[str, int]:
 def _check_classes(classes: np.ndarray, num_cells: int, cells: RunCells, name: str) -> None:
     if len(classes) < 2:
         raise DataError(
-            f"{cells.name}: training cells must have two values of {name!r} at least, to be told "
-            f"apart, and have {len(classes)}"
+            f"{cells.name}: training cells must have two values of {name!r} at least, to be "
+            f"distinguished, and have {len(classes)}"
             + (f" ({classes[0]})" if len(classes) else "")
             + ". Remedy: another --label, or a store of more cells."
         )

@@ -31,11 +31,11 @@ class Profile:
         num_steps: int,
         rank: int,
         device: torch.device,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         """folder: to write into; num_steps: 0 records nothing"""
         self._folder, self._num_steps = folder, num_steps
-        self._records, self._on_gpu, self._say = rank == 0, device.type == "cuda", say
+        self._records, self._on_gpu, self._log = rank == 0, device.type == "cuda", log
         self._begun = 0
         self._profiler: profile | None = None
 
@@ -63,9 +63,9 @@ class Profile:
             name = f"step_{last_step - self._num_steps + 1:010d}_to_{last_step:010d}"
             try:
                 recorder.stop()
-                self._say(f"profile of {self._num_steps} step(s): {self._written(recorder, name)}")
+                self._log(f"profile of {self._num_steps} step(s): {self._written(recorder, name)}")
             except (OSError, RuntimeError) as error:  # a full disk, in torch's words
-                self._say(f"the profile cannot be written into {self._folder}: {error}")
+                self._log(f"the profile cannot be written into {self._folder}: {error}")
             self._forget_memory()
         collectives.barrier()
 

@@ -66,7 +66,7 @@ class Run:
     def is_first_rank(self) -> bool:
         return self.topology.rank == 0
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """Log a line on the console and in log.txt, on rank 0."""
         if self.sinks is not None:
             self.sinks.message(message)
@@ -124,7 +124,7 @@ def prepare(
         meter=Meter(task.shape, config.data.seq_length, topology.world_size, peak),
         guard=SpikeGuard(config.train),
         saver=CheckpointManager(
-            folder.checkpoints, config.checkpoint, topology.rank, device, lambda line: run.say(line)
+            folder.checkpoints, config.checkpoint, topology.rank, device, lambda line: run.log(line)
         ),
         watch=watch,
     )
@@ -176,7 +176,7 @@ def _restore(run: Run) -> None:
     run.guard.load_state_dict(record.guard)
     run.messages.append(
         f"continues from {source} (step {record.step}, {record.cells_seen} cells seen)"
-        + ("" if same_layout else f"; its layout was {record.layout}: dropout is seeded anew")
+        + ("" if same_layout else f"; its layout was {record.layout}: dropout is seeded again")
     )
 
 
@@ -191,7 +191,7 @@ def _newest_checkpoint(run: Run) -> Path | None:
             found = (None, [], str(error))
         except OSError as error:
             why = f"the checkpoints in {run.folder.checkpoints} cannot be looked at: {error}"
-            found = (None, [], f"{why}. Mend that, and start the same command again.")
+            found = (None, [], f"{why}. Fix that, and start the same command again.")
     name, damaged, problem = collectives.from_first_rank(found)
     run.messages += damaged
     if problem:
@@ -208,17 +208,17 @@ def _announce(run: Run) -> None:
         micro = f"cells packed into micro batches of at most {plan.tokens_per_micro_batch} tokens"
     layout = ", ".join(f"{kind} {size}" for kind, size in run.layout().items())
     is_compiled = fused.is_compiled(config.model.compile, run.device)
-    run.say(
+    run.log(
         f"{cells.name}: {cells.count('train')} training cells, "
         f"{cells.count('validation')} validation cells, {cells.vocabulary.size} tokens "
         f"(embedding {padded_vocabulary_size(cells.vocabulary.size)} rows)"
     )
-    run.say(
+    run.log(
         f"{run.topology.world_size} rank(s) on {run.device.type} ({layout}), "
         f"{micro}, precision {config.train.precision.value}, attention {_chosen_attention(run)}, "
         f"elementwise parts {'compiled' if is_compiled else 'not compiled'}, "
         f"{torch.get_num_threads()} CPU thread(s) per rank"
     )
-    run.say(", ".join(f"{name} {version}" for name, version in backends.describe().items()))
+    run.log(", ".join(f"{name} {version}" for name, version in backends.describe().items()))
     for message in run.messages:
-        run.say(message)
+        run.log(message)

@@ -101,12 +101,12 @@ def train_loop(run: Run, interruption: Interruption) -> tuple[int, str]:
     config, steps = run.config, run.config.train.steps
     if run.step >= steps:
         reason = f"the run is finished: it has made {run.step} of {steps} steps"
-        run.say(reason)
+        run.log(reason)
         return FINISHED, reason
     prefetch = config.data.prefetch_steps
     feed = steps_on_device(run.feed, run.cells_seen, prefetch, run.device)
     traces, num_steps = run.folder.path / "profile", config.train.profile_steps
-    profile = Profile(traces, num_steps, run.topology.rank, run.device, run.say)
+    profile = Profile(traces, num_steps, run.topology.rank, run.device, run.log)
     saved_at = run.step
     with closing(feed), profile:  # type: ignore[type-var]
         while run.step < steps:
@@ -148,7 +148,7 @@ def _interrupted(run: Run, interruption: Interruption) -> str:
     if run.step == 0:
         where = "no step was made, so there is nothing to save"
     reason = f"{asked}; {where}"
-    run.say(f"interrupted by {reason}; the same command continues")
+    run.log(f"interrupted by {reason}; the same command continues")
     return reason
 
 
@@ -220,7 +220,7 @@ def _leave_out(run: Run, result: StepResult) -> None:
     # If this ends the run, no rank ends before it is reported.
     collectives.barrier()
     run.guard.left_out(what, result.totals.loss, result.grad_norm)
-    run.say(f"left out {what}")
+    run.log(f"left out {what}")
 
 
 def _log(run: Run, result: StepResult) -> None:
