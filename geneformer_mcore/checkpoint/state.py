@@ -112,12 +112,17 @@ def load(trainable: optim.Trainable, folder: Path, rank: int | None) -> None:
     with safe_metadata.read_by_torch():
         state = dist_checkpointing.load(_description(trainable, is_loading=True), str(folder))
     for number, stage in enumerate(trainable.stages):
-        missing, unexpected = stage.load_state_dict(state[f"model{number}"], strict=False)
-        assert not unexpected
-        assert all(name.endswith(_EXTRA_STATE) for name in missing), missing
+        fill(stage, state[f"model{number}"])
     optim.load_states(trainable.optimizer, state["optimizer"])
     if rank is not None:
         _load_random_states(folder, rank)
+
+
+def fill(stage: Any, tensors: dict[str, Any]) -> None:
+    """Load all weights of a stage."""
+    missing, unexpected = stage.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert all(name.endswith(_EXTRA_STATE) for name in missing), missing
 
 
 def description_of(stage: Any) -> dict[str, Any]:

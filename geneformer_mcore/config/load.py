@@ -83,9 +83,8 @@ def _text_values(text: str, origin: str, problems: list[str]) -> list[tuple[str,
         problems.append(f"{origin} is not plain YAML: {' '.join(str(error).split())}.")
         return []
     if not isinstance(values, dict):
-        problems.append(
-            f"{origin}: a config file is a mapping of sections, as in configs/demo.yaml."
-        )
+        text = f"{origin}: a config file is a mapping of sections, as in configs/demo.yaml."
+        problems.append(text)
         return []
     return [(origin, {key: value}) for key, value in _leaves(values)]
 

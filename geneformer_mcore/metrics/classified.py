@@ -13,14 +13,11 @@ def scores(counts_CC: np.ndarray) -> dict[str, float]:
     from sklearn import metrics
 
     true, predicted, weights = _pairs(counts_CC)
-    return {
-        "accuracy": float(metrics.accuracy_score(true, predicted, sample_weight=weights)),
-        "macro_f1": float(
-            metrics.f1_score(
-                true, predicted, sample_weight=weights, average="macro", zero_division=0
-            )
-        ),
-    }
+    accuracy = metrics.accuracy_score(true, predicted, sample_weight=weights)
+    macro_f1 = metrics.f1_score(
+        true, predicted, sample_weight=weights, average="macro", zero_division=0
+    )
+    return {"accuracy": float(accuracy), "macro_f1": float(macro_f1)}
 
 
 def per_class(counts_CC: np.ndarray, classes: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -28,17 +25,14 @@ def per_class(counts_CC: np.ndarray, classes: tuple[str, ...]) -> dict[str, dict
     from sklearn import metrics
 
     true, predicted, weights = _pairs(counts_CC)
-    columns = metrics.precision_recall_fscore_support(
-        true, predicted, labels=np.arange(len(classes)), sample_weight=weights, zero_division=0
+    labels = np.arange(len(classes))
+    *rates, cells = metrics.precision_recall_fscore_support(
+        true, predicted, labels=labels, sample_weight=weights, zero_division=0
     )
+    names = ("precision", "recall", "f1")
     return {
-        name: {
-            "precision": float(precision),
-            "recall": float(recall),
-            "f1": float(f1),
-            "cells": round(cells),
-        }
-        for name, precision, recall, f1, cells in zip(classes, *columns, strict=True)
+        name: dict(zip(names, map(float, of_class), strict=True)) | {"cells": round(number)}
+        for name, number, *of_class in zip(classes, cells, *rates, strict=True)
     }
 
 

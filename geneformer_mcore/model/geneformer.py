@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import get_linear_layer
 from torch import Tensor
 
-from geneformer_mcore.config.sections import Attention, ModelConfig, Norm
+from geneformer_mcore.config.sections import Attention, Config, ModelConfig, Norm
 from geneformer_mcore.data.collate import positions_in_cells
 from geneformer_mcore.model import fused, megatron_config
 from geneformer_mcore.model.attention import select
@@ -216,6 +216,17 @@ def build(
         # Megatron builds positions and the dense layer of the head in torch's default dtype.
         stages.append(stage.to(device=device, dtype=config.params_dtype))
     return stages
+
+
+def build_for(
+    config: Config, device: torch.device, vocabulary_size: int, kind: type[Geneformer] | None = None
+) -> list[Geneformer]:
+    """This rank's part of the model of a run."""
+    data, precision = config.data, config.train.precision
+    core = megatron_config.transformer_config(config.model, config.parallel, precision, device)
+    return build(
+        config.model, core, device, vocabulary_size, data.seq_length, None, data.packing, kind
+    )
 
 
 def _block(

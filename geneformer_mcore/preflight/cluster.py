@@ -227,10 +227,6 @@ def _share(exchange: Exchange, folder: Path, looks: bool, traces: Traces) -> dic
     return {rank: replace(each, seen=rank in seen) for rank, each in views.items()}
 
 
-def _name(nonce: str, rank: int) -> str:
-    return f".preflight_{nonce}_{rank}"
-
-
 def _write(folder: Path, nonce: str, rank: int, traces: Traces) -> str:
     """Why this rank's file cannot be written, or "". Rank 0 creates the folder."""
     try:
@@ -238,7 +234,7 @@ def _write(folder: Path, nonce: str, rank: int, traces: Traces) -> str:
             # Noted first, as only some of them may be created.
             traces.folders += [each for each in (folder, *folder.parents) if not each.exists()]
             folder.mkdir(parents=True, exist_ok=True)
-        path = folder / _name(nonce, rank)
+        path = folder / f".preflight_{nonce}_{rank}"
         traces.files.append(path)
         with path.open("w") as file:
             file.write(nonce)
@@ -259,7 +255,7 @@ def _wait_for(folder: Path, nonce: str, ranks: set[int]) -> set[int]:
             list(folder.iterdir())
         for rank in ranks - seen:
             with contextlib.suppress(OSError):
-                if (folder / _name(nonce, rank)).read_text() == nonce:
+                if (folder / f".preflight_{nonce}_{rank}").read_text() == nonce:
                     seen.add(rank)
         if seen == ranks or time.monotonic() > deadline:
             return seen

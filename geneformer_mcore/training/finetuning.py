@@ -27,7 +27,7 @@ from geneformer_mcore.distributed.collectives import sum_of_losses
 from geneformer_mcore.distributed.groups import Topology
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.metrics import classified
-from geneformer_mcore.model import classifier, forward_only, geneformer, init, lora, megatron_config
+from geneformer_mcore.model import classifier, forward_only, geneformer, init, lora
 from geneformer_mcore.model.classifier import CellClassifier
 from geneformer_mcore.model.geneformer import Geneformer
 from geneformer_mcore.optim.optimizer import Trainable
@@ -236,14 +236,8 @@ class FineTuning:
 
     def stages(self, device: torch.device) -> list[Geneformer]:
         config, tune = self.config, self.config.finetune
-        core = megatron_config.transformer_config(
-            config.model, config.parallel, config.train.precision, device
-        )
-        size, length = self.cells.vocabulary.size, config.data.seq_length
-        packed = config.data.packing
-        stages = geneformer.build(
-            config.model, core, device, size, length, packed=packed, kind=CellClassifier
-        )
+        size = self.cells.vocabulary.size
+        stages = geneformer.build_for(config, device, size, kind=CellClassifier)
         weights_reader.load(stages, self._origin.folder)
         for stage in stages:
             assert isinstance(stage, CellClassifier)

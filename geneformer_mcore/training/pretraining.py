@@ -21,7 +21,7 @@ from geneformer_mcore.data.loader import Feed
 from geneformer_mcore.distributed.groups import Topology
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.metrics import baselines
-from geneformer_mcore.model import geneformer, init, megatron_config
+from geneformer_mcore.model import geneformer, init
 from geneformer_mcore.model.flops import ModelShape
 from geneformer_mcore.model.geneformer import Geneformer
 from geneformer_mcore.optim.optimizer import Trainable
@@ -81,16 +81,9 @@ class Pretraining:
 
     def stages(self, device: torch.device) -> list[Geneformer]:
         """Initial weights, all trained."""
-        config = self.config
-        core = megatron_config.transformer_config(
-            config.model, config.parallel, config.train.precision, device
-        )
-        size, length = self.cells.vocabulary.size, config.data.seq_length
-        stages = geneformer.build(
-            config.model, core, device, size, length, packed=config.data.packing
-        )
+        stages = geneformer.build_for(self.config, device, self.cells.vocabulary.size)
         for stage in stages:
-            init.fill(stage, config.train.seed)
+            init.fill(stage, self.config.train.seed)
         return stages
 
     def feed(self, topology: Topology, device: torch.device) -> Feed:
