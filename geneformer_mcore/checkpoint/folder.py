@@ -115,8 +115,7 @@ def verify(folder: Path) -> None:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, size and hash) of every file, by the manifest. Raises CheckpointError for one that is
-    damaged, of another step, or names files elsewhere."""
+    """(name, size and hash) of every file. CheckpointError for a wrong or damaged manifest."""
     path = folder / MANIFEST
     if path.exists():
         path.read_bytes()  # read_sealed would take an OSError for damage
@@ -134,8 +133,7 @@ def _files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
     """The latest valid checkpoint, or None if there never was one, and a line for each damaged one,
-    which is renamed. Raises CheckpointError if there are only damaged ones, which may be repaired.
-    """
+    which is renamed. Raises CheckpointError if there are only damaged ones."""
     messages = []
     _put_back(root)
     for step in reversed(steps(root)):

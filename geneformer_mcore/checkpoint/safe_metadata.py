@@ -64,8 +64,7 @@ def _enum_member(kind: Any, name: Any) -> Enum:
 
 
 def load(folder: Path) -> descriptions.Metadata:
-    """The description of the checkpoint in `folder`. Raises CheckpointError for anything but a
-    plain description of tensors in files of that folder."""
+    """The description of `folder`. CheckpointError if not of tensors in files of that folder."""
     path = folder / METADATA
     try:
         with path.open("rb") as file:

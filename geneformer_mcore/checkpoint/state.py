@@ -106,9 +106,8 @@ def save(trainable: optim.Trainable, folder: Path, rank: int) -> None:
 
 
 def load(trainable: optim.Trainable, folder: Path, rank: int | None) -> None:
-    """Fill weights, moments and steps from `folder`, of any layout; with `rank`, this rank's random
-    states too (of the same layout). Raises CheckpointError if `folder` holds anything but tensors.
-    """
+    """Fill weights, moments and steps from `folder`, of any layout; with `rank`, random states too,
+    of the same layout. Raises CheckpointError if `folder` holds anything but tensors."""
     with safe_metadata.read_by_torch():
         state = dist_checkpointing.load(_description(trainable, is_loading=True), str(folder))
     for number, stage in enumerate(trainable.stages):

@@ -37,8 +37,7 @@ def load(
 
 
 def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Config:
-    """The settings that `dump` wrote as `text`, with `overrides`. Raises ConfigError as `load`
-    does; origin: of the text, for the message."""
+    """The settings in `text` of `dump`, with `overrides`. ConfigError as `load`, of `origin`."""
     merged = OmegaConf.structured(Config)
     problems: list[str] = []
     values = _text_values(text, origin, problems)

@@ -246,8 +246,7 @@ class TrainConfig:
     deterministic: bool = False
     """Allow deterministic kernels only. On a GPU that costs speed; a CPU is bitwise anyway."""
     non_finite: NonFinite = NonFinite.stop
-    """stop: end the run with exit code 1 before the weights change. skip: skip that update, and
-    write the step and its cells into skipped.jsonl."""
+    """stop: end the run with exit code 1. skip: skip the update, and log it in skipped.jsonl."""
     spike_sigma: float = 0.0
     """Skip an update whose loss or gradient norm is more than so many standard deviations above
     the mean of the last `spike_window` updates. 0 skips none."""
@@ -281,8 +280,7 @@ class CheckpointConfig:
     keep_best: bool = True
     """Also keep the one with the lowest validation loss, among steps that validated."""
     asynchronous: bool = False
-    """Continue training while a copy of weights and moments is written. The copy takes 12 to 18
-    bytes of host memory per parameter, shared among the ranks."""
+    """Continue training while a copy, 12 to 18 bytes per parameter over all ranks, is written."""
     deadline_s: int = 600
     """Seconds in which a checkpoint must be written, else the run ends with exit code 1. Give
     torchrun as much as --shutdown-timeout."""

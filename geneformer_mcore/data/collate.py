@@ -211,8 +211,7 @@ def padded_length(longest: int, multiple: int, most: int) -> int:
 
 
 def rows_of(lengths_N: np.ndarray, num_positions: int, packed: bool) -> np.ndarray:
-    """int64 [N + 1]: where the row of each cell begins in the flattened batch, and the end of the
-    last one. After the last token of a cell its row is padding."""
+    """int64 [N + 1]: start of each cell's row in the flattened batch, and the end of the last."""
     if not packed:
         return np.arange(len(lengths_N) + 1) * num_positions
     starts_N = np.cumsum(lengths_N) - lengths_N

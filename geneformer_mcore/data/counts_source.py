@@ -31,8 +31,7 @@ from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import RaggedCells
 
 MIN_SPAN_CELLS = 4096
-"""Least neighbouring cells per read: a query of a SOMA matrix, or a chunk of a compressed file,
-costs the same for one cell as for thousands."""
+"""Least neighbouring cells per read: a SOMA query or a compressed chunk costs the same for one."""
 
 _ROWS_PER_READ = 4096
 _NAMES_PER_READ = 65_536

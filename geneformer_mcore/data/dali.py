@@ -164,8 +164,7 @@ _CELLS_MULTIPLE = 16
 
 
 class DaliBatches:
-    """A thread-safe Collator whose batches are complete on `device` when it returns. Raises
-    MissingBackendError if DALI is not installed."""
+    """A thread-safe Collator with batches on `device`. Raises MissingBackendError without DALI."""
 
     def __init__(self, device: torch.device) -> None:
         require("nvidia.dali")

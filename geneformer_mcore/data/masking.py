@@ -65,8 +65,7 @@ class Masking:
         return selected_below, masked_below, random_below
 
     def validation_positions(self, cells: RaggedCells) -> tuple[np.ndarray, np.ndarray]:
-        """Targets of validation: int64 [M] true token ids, and int64 [M] their positions within
-        their cells, 1 for the highest-ranked gene."""
+        """int64 [M] twice: true token ids to predict, and their positions, 1 for the first gene."""
         labels_M, places_M, _ = self.validation_genes(cells)
         return labels_M, places_M
 

@@ -17,8 +17,7 @@ _ABSENT = -1
 
 
 class ShuffleBuffer:
-    """The spans of the current window that this rank needs. Slots have room for the longest cells;
-    memory is taken only where tokens are written."""
+    """This rank's spans of the current window, in slots with room for the longest cells."""
 
     def __init__(self, source: TokenSource, order: Sampler, seq_length: int) -> None:
         self.source = source

@@ -103,8 +103,7 @@ def join(
 
 
 def _choose_interface(world_size: int) -> None:
-    """The network interface of gloo and NCCL, unless set: on one machine loopback, which nobody
-    else can reach; on several the one that leads to the master."""
+    """Set gloo's and NCCL's interface: loopback on one machine, else the one to the master."""
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) != world_size:
         # Imported here, as a benchmark on a bare machine has no psutil.
         from geneformer_mcore.distributed import network

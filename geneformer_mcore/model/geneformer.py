@@ -125,8 +125,7 @@ class Geneformer(megatron_bert.BertModel):
         return "b11s"
 
     def _set_attention_backend(self) -> None:
-        """Leave the choice of TE's kernels to select.core_attention: Megatron would allow the
-        unfused one, and refuse an environment that forbids it."""
+        """Leave TE's kernels to select.core_attention: Megatron would allow the unfused one."""
 
     def forward(self, batch: Batch) -> Tensor:
         """fp32 [M], loss in nats, on the last stage; on others the residual stream [S, B, H]."""

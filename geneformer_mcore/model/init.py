@@ -17,8 +17,7 @@ _WRITES_TO_RESIDUAL = (".linear_proj.weight", ".linear_fc2.weight")
 
 
 def fill(stage: MegatronModule, seed: int, only: Callable[[str], bool] | None = None) -> None:
-    """Overwrite the parameters of a stage in place, before the optimizer copies them: all, or those
-    whose name in the whole model satisfies `only`."""
+    """Overwrite the parameters, or `only` some by name in the whole model, before `optim.wrap`."""
     num_layers = stage.config.num_layers
     with torch.no_grad():
         for entry in sharded_parameters(stage):

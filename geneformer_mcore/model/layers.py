@@ -133,8 +133,7 @@ def final_norm(norm: Norm) -> type[torch.nn.Module]:
 
 
 def layer_spec(attention: Attention, norm: Norm) -> ModuleSpec:
-    """One transformer layer: Transformer Engine's linears and attention for `te`, else
-    Megatron-Core's, with the same parameter names."""
+    """One layer, by Transformer Engine for `te`, else Megatron-Core, with the same parameters."""
     column, row = _linears(attention)
     is_pre = norm is Norm.pre
     before_block = LayerNorm if is_pre else ToWeights

@@ -62,8 +62,7 @@ class Trainable:
         return [chunk.module for chunk in self.chunks]
 
     def complete_weights(self) -> None:
-        """Gather updated weights from other data-parallel ranks; all ranks call it together, before
-        anything but a forward pass reads weights."""
+        """Gather updated weights; all ranks together, before other reads than a forward pass."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)

@@ -60,8 +60,7 @@ class Reduced:
 
     @property
     def bus_bytes_per_s(self) -> float:
-        """Bus bandwidth of nccl-tests (doc/PERFORMANCE.md): 2 (n - 1) / n x bytes / seconds for n
-        ranks, comparable with a link's rate. 0 for one rank."""
+        """nccl-tests' bus bandwidth, 2 (n - 1) / n x bytes / seconds; 0 for one rank."""
         n = len(self.ranks)
         return 2 * (n - 1) / n * self.num_bytes / self.seconds if self.seconds else 0.0
 

@@ -50,8 +50,7 @@ now = time.time
 
 class Exchange:
     """JSON messages by the rendezvous store, without a process group. All ranks make the same
-    calls in the same order; one that is missing raises DistStoreError, after the watchdog's limit.
-    """
+    calls in the same order."""
 
     def __init__(self, meeting: groups.Rendezvous) -> None:
         self.rank, self.world_size = meeting.rank, meeting.world_size
@@ -263,9 +262,8 @@ def _wait_for(folder: Path, nonce: str, ranks: set[int]) -> set[int]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of `path`, as far as this machine can know, without taking
-    it: Linux lists this machine's locks by inode, and on a network file system another machine's
-    is a byte-range lock, which can be queried."""
+    """Whether a process holds the lock of `path`, without taking it: Linux lists this machine's
+    locks by inode; on a network file system another machine's is a byte-range lock."""
     query = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
     try:
         with path.open() as file:

@@ -1,7 +1,4 @@
-"""Reports of one rank: the machine and software it runs on, and the cells it sees.
-
-environment, /proc, torch -> Node     data.store, data.cache_dir -> Seen     rank 0: -> Member
-"""
+"""Reports of one rank: its machine and software (Node), and the cells it sees (Seen)."""
 
 from __future__ import annotations
 
@@ -111,8 +108,7 @@ class View:
     """The run directory as a node sees it.
 
     problem: why the node cannot write;  sees: rank 0's file;  seen: its file, by rank 0;
-    free: bytes, -1 if unknown;  locked: by another start of the run
-    """
+    free: bytes, -1 if unknown;  locked: by another start of the run"""
 
     problem: str
     sees: bool

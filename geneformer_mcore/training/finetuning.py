@@ -210,8 +210,7 @@ class FineTuning:
 
     @classmethod
     def opened(cls, config: Config, origin: Origin) -> FineTuning:
-        """Open the cells. Raises DataError if they have no such label or another vocabulary;
-        MissingBackendError without scikit-learn."""
+        """Open the cells. Raises DataError for a wrong label or vocabulary; MissingBackendError."""
         require("sklearn")  # used at the first validation
         everything = datasets.open_cells(config)
         checksum = everything.vocabulary.checksum

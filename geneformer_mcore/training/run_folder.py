@@ -81,8 +81,7 @@ class RunFolder:
             raise unwritable(path, error) from None
 
     def close(self, exit_code: int, reason: str) -> None:
-        """Write how this start ended, atomically; nothing on ranks that did not open it. Raises
-        ConfigError if that fails: the file keeps what `open` wrote."""
+        """Write the outcome, atomically, on the rank that opened it. Raises ConfigError."""
         if self._lock is None:
             return
         name, line = _NAMES[exit_code], " ".join(reason.split())[:1000]

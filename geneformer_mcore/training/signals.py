@@ -48,8 +48,7 @@ class Interruption:
         self._raises = False
 
     def over(self) -> None:
-        """Ignore signals: the outcome is written, and the interpreter, which restores the system's
-        handlers of all others, takes a second to end with torch."""
+        """Ignore signals while the interpreter ends: the outcome is written."""
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 

@@ -193,8 +193,7 @@ class _Blocks:
 
 
 def _key(seed: int, number: int) -> int:
-    """The start of block `number`'s counter, a hash of both. Blocks that overlap use some draws
-    twice, at other positions, which is rare and harmless."""
+    """The start of a block's counter. Blocks rarely overlap, which is harmless."""
     return int(block_key(np.uint32(seed), np.uint32(number)))
 
 
