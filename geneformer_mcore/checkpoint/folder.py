@@ -1,14 +1,13 @@
-"""Step folders: written aside, verified by hash, renamed when whole.
+"""Step folders: staged, verified by hash, renamed when complete and on the disk.
 
     checkpoints/.staging_step_0000000100/   being written
     checkpoints/step_0000000100/            complete: manifest.json names every file's size and hash
     checkpoints/.replaced_step_0000000100/  an earlier one of that step, until the new one is there
     checkpoints/.removed_step_0000000100/   being removed
-    checkpoints/damaged_step_0000000100/    failed verification, set aside, never read again
-    checkpoints/latest                      the newest one's name, for people: nothing relies on it
+    checkpoints/damaged_step_0000000100/    failed verification, never read again
+    checkpoints/latest                      the newest one's name, for people
 
-A folder has its final name only once everything in it is on the disk, so a kill at any instant
-leaves the earlier checkpoints as they were.
+So a kill at any instant leaves the earlier checkpoints as they were.
 """
 
 from __future__ import annotations
@@ -37,12 +36,11 @@ _STEP = re.compile(r"step_(\d{10})")
 
 
 def step_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is, or will be."""
     return root / f"step_{step:010d}"
 
 
 def make_staging(root: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of `step` into. Leftovers of kills are removed."""
+    """An empty folder for the checkpoint of `step`. Leftovers of kills are removed."""
     root.mkdir(parents=True, exist_ok=True)
     clear(root)
     staging = root / f".staging_step_{step:010d}"
@@ -51,14 +49,14 @@ def make_staging(root: Path, step: int) -> Path:
 
 
 def clear(root: Path) -> None:
-    """Removes what is no checkpoint: leftovers of a kill, a save that failed."""
+    """Remove leftovers of a kill or a failed save."""
     _put_back(root)
     for leftover in root.glob(".*_step_*"):
         shutil.rmtree(leftover)
 
 
 def commit(staging: Path, root: Path, step: int) -> Path:
-    """Makes the staging folder the checkpoint of `step`, on the disk before it has the name."""
+    """Make the staging folder the checkpoint of `step`, on the disk before it has the name."""
     files = {
         path.relative_to(staging).as_posix(): {
             "bytes": path.stat().st_size,
@@ -81,14 +79,13 @@ def commit(staging: Path, root: Path, step: int) -> Path:
 
 
 def _point(root: Path, name: str) -> None:
-    # The checkpoint is there, whatever becomes of its pointer: a full disk is told of by the next
-    # write that matters.
+    # The pointer is optional: the next write that matters reports a full disk.
     with contextlib.suppress(OSError), replacing(root / LATEST, alone=True) as pointer:
         pointer.write_text(name + "\n")
 
 
 def _put_back(root: Path) -> None:
-    """Gives a checkpoint its name back that a killed save had moved aside for a newer one."""
+    """Restore the name of a checkpoint that a killed save had moved aside for a newer one."""
     for replaced in root.glob(".replaced_step_*"):
         final = root / replaced.name.removeprefix(".replaced_")
         if not final.exists():
@@ -96,15 +93,15 @@ def _put_back(root: Path) -> None:
 
 
 def steps(root: Path) -> list[int]:
-    """Steps that have a checkpoint folder, ascending. They are not verified."""
+    """Steps that have a checkpoint folder, ascending, not verified."""
     if not root.is_dir():
         return []
     return sorted(int(m[1]) for m in (_STEP.fullmatch(path.name) for path in root.iterdir()) if m)
 
 
 def verify(folder: Path) -> None:
-    """Raises CheckpointError naming the first file that is missing, cannot be read off the disk, or
-    is not as it was written; OSError if that cannot be told (no permission, a network)."""
+    """Raise CheckpointError for the first file that is missing, unreadable on its disk, or changed;
+    OSError if that is unknown (no permission, a network)."""
     for name, expected in _files(folder):
         path = folder / name
         if not path.is_file() or path.is_symlink():
@@ -118,14 +115,10 @@ def verify(folder: Path) -> None:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, size and hash) of every file of a checkpoint, as its manifest says.
-
-    Raises CheckpointError if the manifest is not as it was written, is of another step, or names
-    files elsewhere.
-    """
+    """(name, size and hash) of every file. CheckpointError for a wrong or damaged manifest."""
     path = folder / MANIFEST
     if path.exists():
-        path.read_bytes()  # An error of reading is not for read_sealed, which takes it for damage.
+        path.read_bytes()  # read_sealed would take an OSError for damage
     manifest = read_sealed(path)
     if manifest is None:
         raise CheckpointError(f"{path} is missing or damaged.")
@@ -139,12 +132,8 @@ def _files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, or None if there never was one, and a line for each
-    damaged one, which is set aside under another name.
-
-    Raises CheckpointError if there are checkpoints and none of them verifies: to begin again at
-    step 0 would throw away what may yet be mended.
-    """
+    """The latest valid checkpoint, or None if there never was one, and a line for each damaged one,
+    which is renamed. Raises CheckpointError if there are only damaged ones."""
     messages = []
     _put_back(root)
     for step in reversed(steps(root)):
@@ -169,15 +158,14 @@ def newest_good(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def retain(root: Path, keep_last: int, keep_every: int, best: int | None = None) -> None:
-    """Removes all but the newest `keep_last`, the multiples of `keep_every` (0: none), and the one
-    of step `best`."""
+    """Remove all but the newest `keep_last`, multiples of `keep_every` (0: none), and `best`."""
     for step in steps(root)[:-keep_last]:
         if step != best and not (keep_every and step % keep_every == 0):
             remove(step_folder(root, step))
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint; its name goes first, so a kill half-way leaves no half checkpoint."""
+    """Remove a checkpoint; its name goes first, so that a kill leaves no half checkpoint."""
     gone = folder.with_name(f".removed_{folder.name}")
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)

@@ -1,7 +1,12 @@
-"""How much room a run's checkpoints take, known before there is one.
+"""Checkpoints of a run: saved one at a time, and the room they take.
 
-a checkpoint = parameters x (weights + fp32 master + two moments) + a little per rank
-a run        = checkpoints that are kept + the one that is being written
+    begin      staging folder -> plan -> is there room? -> a copy of the state
+    writing    every rank its files, in a thread
+    proceed    once all have: the description of the whole
+    committing rank 0, in a thread: manifest, fsync, rename, old ones removed
+
+With `checkpoint.asynchronous` training goes on in between, and all ranks proceed together when all
+are ready; without it begin is followed by finish. Only a complete checkpoint gets its name.
 """
 
 from __future__ import annotations
@@ -29,22 +34,15 @@ from geneformer_mcore.model.flops import ModelShape, num_parameters
 from geneformer_mcore.optim.optimizer import Trainable
 from geneformer_mcore.types import padded_vocabulary_size
 
-# One checkpoint at a time, from the state of a moment to its committed folder.
-#
-#     begin      staging folder -> plan -> is there room? -> a copy of the state
-#     writing    every rank its files, in a thread
-#     proceed    once all have: the description of the whole
-#     committing rank 0, in a thread: manifest, fsync, rename, old ones removed
-#
-# Without `checkpoint.asynchronous` begin is followed by finish, and training waits; with it
-# training goes on in between, and all ranks take the steps together when all are ready for them.
-# Either way nothing but a finished checkpoint gets a checkpoint's name.
-
 _LOOK_S = 0.005
 SPARE_BYTES = 1 << 20
-"""For what is no tensor: random states, descriptions, the manifest."""
+"""For random states, descriptions, the manifest."""
 _TORCHS_WORDS = ("StreamWriter", "iostream")
-"""By which torch.save says that it cannot write a file, in a RuntimeError without a number."""
+"""In the RuntimeError of torch.save for a file that cannot be written."""
+OPTIMIZER_BYTES = 12
+"""Per parameter: fp32 master weight and two fp32 moments."""
+_RANDOM_BYTES = 32_768
+"""A rank's file of random states, at most."""
 
 
 class SaveDeadlineError(RuntimeError):
@@ -52,7 +50,7 @@ class SaveDeadlineError(RuntimeError):
 
 
 class CheckpointManager:
-    """Saves checkpoints of one run; all ranks make the same calls in the same order."""
+    """Saves checkpoints; all ranks make the same calls in the same order."""
 
     def __init__(
         self,
@@ -60,14 +58,14 @@ class CheckpointManager:
         settings: CheckpointConfig,
         rank: int,
         device: torch.device,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
-        """root: the folder of checkpoints; say: called with a line to be told."""
+        """root: the folder of checkpoints;  log: logs a line"""
         self._root = root
         self._asynchronous, self._deadline_s = settings.asynchronous, settings.deadline_s
         self._keep_last, self._keep_every = settings.keep_last, settings.keep_every
         self._keep_best = settings.keep_best
-        self._rank, self._device, self._say = rank, device, say
+        self._rank, self._device, self._log = rank, device, log
         self._step = 0
         self._began = 0.0
         self._snapshot: Snapshot | None = None
@@ -75,13 +73,12 @@ class CheckpointManager:
 
     @property
     def is_going_on(self) -> bool:
-        """Whether a checkpoint was begun and is not committed; the same on every rank."""
+        """Whether a checkpoint was begun and is not committed, on every rank."""
         return self._thread is not None
 
     @property
     def is_busy(self) -> bool:
-        """Whether this rank has still something to write. Raises SaveDeadlineError if it has for
-        too long."""
+        """Whether this rank is still writing. Raises SaveDeadlineError after the deadline."""
         if self._thread is None or not self._thread.is_alive():
             return False
         limit = self._deadline_s
@@ -94,13 +91,12 @@ class CheckpointManager:
         return True
 
     def begin(self, trainable: Trainable, record: Record) -> None:
-        """Takes the state of this moment. Raises CheckpointError on every rank if there is no
-        place or no room for it."""
+        """Copy the state. Raises CheckpointError on every rank if there is no room for it."""
         self.finish()
         self._step, self._began = record.step, time.monotonic()
         staging = self._root / f".staging_step_{record.step:010d}"
         self._by_first_rank(lambda: checkpoints.make_staging(self._root, record.step))
-        # Megatron writes a small file at once, before it is known how much all is.
+        # Megatron writes a small file before the size is known.
         self._by_first_rank(lambda: self._check_room(SPARE_BYTES, "more than"))
         with self._as_users_error():
             self._snapshot = Snapshot(trainable, staging, self._rank, self._asynchronous)
@@ -112,7 +108,7 @@ class CheckpointManager:
             self.finish()
 
     def proceed(self) -> None:
-        """Takes the next step; to be called once no rank is busy any more."""
+        """Take the next step, once no rank is busy."""
         assert self._thread is not None
         failures = [each for each in collectives.from_all_ranks(self._thread.failure) if each]
         if failures:
@@ -125,13 +121,13 @@ class CheckpointManager:
                 self._snapshot.describe()
             self._snapshot = None
             commit = partial(self._commit, written)
-            self._thread = _Caught(commit if self._rank == 0 else _nothing)
+            self._thread = _Caught(commit if self._rank == 0 else lambda: None)
         else:
             self._thread = None
-            self._say(f"saved {checkpoints.step_folder(self._root, self._step)}")
+            self._log(f"saved {checkpoints.step_folder(self._root, self._step)}")
 
     def finish(self) -> None:
-        """Waits until what was begun is committed."""
+        """Wait until the checkpoint is committed."""
         while self.is_going_on:
             if collectives.any_rank(self.is_busy, self._device):
                 time.sleep(_LOOK_S)
@@ -139,7 +135,7 @@ class CheckpointManager:
                 self.proceed()
 
     def _commit(self, written: list[dict[str, int]]) -> None:
-        """written: what each rank has written, by name and size."""
+        """written: {name: bytes} of each rank's files"""
         root = self._root
         staging = root / f".staging_step_{self._step:010d}"
         for rank, files in enumerate(written):
@@ -154,15 +150,13 @@ class CheckpointManager:
         checkpoints.commit(staging, root, self._step)
         best = None
         if self._keep_best:
-            best = best_step(
-                checkpoints.steps(root), lambda step: checkpoints.step_folder(root, step)
-            )
+            best = best_step(checkpoints.steps(root), partial(checkpoints.step_folder, root))
         checkpoints.retain(root, self._keep_last, self._keep_every, best)
 
     @contextlib.contextmanager
     def _as_users_error(self) -> Iterator[None]:
         """Rank 0 writes small files of its own within calls that all ranks make together: if it
-        cannot, the others are told by the watch, and get its exit code."""
+        cannot, the watchdog informs the others."""
         try:
             yield
         except OSError as error:
@@ -181,7 +175,7 @@ class CheckpointManager:
             raise OSError(errno.ENOSPC, missing)
 
     def _by_first_rank(self, do: Callable[[], object]) -> None:
-        """Rank 0 does it; all ranks get its error."""
+        """Call `do` on rank 0; all ranks get its error."""
         problem = ""
         if self._rank == 0:
             try:
@@ -202,12 +196,12 @@ class CheckpointManager:
             kept = f"the newest checkpoint, step {steps[-1]}, stays as it was"
         return (
             f"the checkpoint of step {self._step} cannot be written into {self._root}: {why}; "
-            f"{kept}. Remedy: make room or mend the folder, and start the same command again."
+            f"{kept}. Remedy: make room or fix the folder, and start the same command again."
         )
 
 
 class _Caught(threading.Thread):
-    """A thread that is running, and what went wrong in it."""
+    """A running thread and its error."""
 
     def __init__(self, do: Callable[[], object]) -> None:
         # A daemon: a disk that does not answer must not keep the process from ending.
@@ -225,24 +219,14 @@ class _Caught(threading.Thread):
             self.failure = f"{type(error).__name__}: {error}"
 
 
-def _nothing() -> None:
-    return None
-
-
 def _reason(error: OSError) -> str:
     usual = os.strerror(error.errno) if error.errno else "error"
     more = error.strerror if error.strerror not in (None, usual) else error.filename
     return f"{usual} ({more})" if more else usual
 
 
-OPTIMIZER_BYTES = 12
-"""Per parameter: fp32 master weight and two fp32 moments."""
-_RANDOM_BYTES = 32_768
-"""A rank's file of random states, at most."""
-
-
 def bytes_of_tensors(config: Config, vocabulary_size: int) -> int:
-    """Bytes of all tensors of one checkpoint; the layout of ranks does not matter."""
+    """Bytes of all tensors of one checkpoint, in any layout."""
     model = config.model
     shape = ModelShape(
         model.num_layers,
@@ -260,8 +244,7 @@ def bytes_of_one(config: Config, vocabulary_size: int, world_size: int) -> int:
 
 
 def most_at_once(config: Config) -> int:
-    """Checkpoints that a run may have at one time, the one being written included. An upper bound:
-    one that is kept for two reasons counts twice."""
+    """Upper bound of checkpoints at one time, with the one being written."""
     settings, steps = config.checkpoint, config.train.steps
     every = 0
     if settings.keep_every:
@@ -271,7 +254,7 @@ def most_at_once(config: Config) -> int:
 
 
 def bytes_there(root: Path) -> int:
-    """Bytes of the checkpoints that are in the folder `root` already."""
+    """Bytes of the existing checkpoints."""
     folders = [checkpoints.step_folder(root, step) for step in checkpoints.steps(root)]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return sum(path.stat().st_size for path in files)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and whether a run may continue from it."""
+"""The record of a checkpoint, and whether a run may continue from it."""
 
 from __future__ import annotations
 
@@ -19,58 +19,38 @@ from geneformer_mcore.errors import CheckpointError
 FORMAT_VERSION = 3
 RECORD = "record.json"
 ORIGIN = "origin.json"
-"""Of a run directory: the model of others that its weights were converted from."""
+"""In a run directory: the foreign model that its weights were converted from."""
 
 _MAY_DIFFER = frozenset(
-    {
-        "finetune.checkpoint",
-        "train.micro_batch_size",
-        "data.tokens_per_micro_batch",
-        "train.steps",
-        "train.max_minutes",
-        "train.validate_every_steps",
-        "train.validate_batches",
-        # What ends a run at a bad step is what its next start must be able to change.
-        "train.non_finite",
-        "train.max_skips",
-        "train.spike_sigma",
-        "train.spike_window",
-        "train.profile_steps",
-        "data.store",
-        "data.vocabulary",
-        "data.split",
-        "data.cache_dir",
-        "data.loader",
-        "data.prefetch_steps",
+    (
+        *("finetune.checkpoint", "train.micro_batch_size", "data.tokens_per_micro_batch"),
+        *("train.steps", "train.max_minutes", "train.validate_every_steps"),
+        *("train.validate_batches", "train.profile_steps", "data.store", "data.vocabulary"),
+        *("data.split", "data.cache_dir", "data.loader", "data.prefetch_steps"),
         "data.pad_multiple",
-    }
+        # A run that these ended must be able to change them.
+        *("train.non_finite", "train.max_skips", "train.spike_sigma", "train.spike_window"),
+    )
 )
 _SECTIONS_MAY_DIFFER = frozenset({"run", "parallel", "metrics", "checkpoint"})
 _OF_THE_WEIGHTS = frozenset(
-    {
-        "data.seq_length",
-        "model.num_layers",
-        "model.hidden_size",
-        "model.ffn_hidden_size",
-        "model.num_attention_heads",
-        "model.activation",
-        "model.head_activation",
-        "model.norm",
-    }
+    (
+        *("data.seq_length", "model.num_layers", "model.hidden_size", "model.ffn_hidden_size"),
+        *("model.num_attention_heads", "model.activation", "model.head_activation", "model.norm"),
+    )
 )
-"""All that converted weights bind a run to."""
+"""Fixed by converted weights."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes two starts the same run.
+    """Equal for two starts of the same run.
 
-    config:        all settings, YAML text, interpolations as written
-    hidden:        setting -> digest of its value, where config shows an interpolation instead
+    config:        all settings, YAML text, interpolations unresolved
+    hidden:        setting -> digest of its value, where config has an interpolation
     vocabulary:    checksum of the vocabulary
-    content:       content hash of the token store; "" if the weights were converted from elsewhere
-                   and no step was made with them
-    task:          what is learned, beside what settings and cells say; empty for pretraining
+    content:       content hash of the token store; "" for converted weights without a step
+    task:          Task.facts; empty for pretraining
     """
 
     config: str
@@ -82,16 +62,15 @@ class Identity:
 
 @dataclass(frozen=True)
 class Record:
-    """The part of a checkpoint that is no tensor.
+    """The part of a checkpoint besides tensors.
 
     step:          updates made
-    cells_seen:    position in the stream of training cells; the whole state of the data
-    meters:        running sums of what is logged, as plain numbers
-    identity:      of the run that wrote it
-    layout:        ranks per kind of parallelism; random states can be restored into the same one
+    cells_seen:    position in the stream of training cells, the whole state of the data
+    meters:        the Meter's state
+    layout:        ranks per kind of parallelism; random states fit the same one only
     versions:      of the packages that wrote it
-    guard:         updates left out, and the recent values by which spikes are judged
-    val_loss:      nats per predicted gene, if this very step validated
+    guard:         the SpikeGuard's state
+    val_loss:      nats per predicted gene, if this step validated
     """
 
     step: int
@@ -106,16 +85,15 @@ class Record:
 
     @property
     def is_converted(self) -> bool:
-        """Whether this is where converted weights lie: moments are 0, and no cell was seen."""
+        """Whether these are converted weights: moments are 0, and no cell was seen."""
         return self.identity.content == ""
 
     def save(self, folder: Path) -> None:
-        """Writes the record into a checkpoint folder."""
         (folder / RECORD).write_text(json.dumps(asdict(self), indent=1))
 
     @staticmethod
     def load(folder: Path) -> Record:
-        """Reads it back. Raises CheckpointError for a format this version does not know."""
+        """Raises CheckpointError for an unknown format."""
         fields = _read(folder)
         version = fields.get("format_version")
         if version != FORMAT_VERSION:
@@ -127,13 +105,13 @@ class Record:
 
 
 def best_step(steps: Iterable[int], folder_of: Callable[[int], Path]) -> int | None:
-    """The step whose checkpoint has the lowest validation loss; None if none has one."""
+    """The step with the lowest validation loss, or None."""
     losses = {}
     for step in steps:
         try:
             loss = _read(folder_of(step))["val_loss"]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged: its turn comes when it is verified
+            continue  # damaged: reported when it is verified
         if loss is not None:
             losses[step] = loss
     return min(losses, key=lambda step: losses[step], default=None)
@@ -144,8 +122,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def interpolated_values(config: Config, text: str) -> dict[str, str]:
-    """Digests of the values behind interpolations such as ${oc.env:SEED}: enough to see that one
-    has changed, without writing it down."""
+    """Digests of the values behind interpolations such as ${oc.env:SEED}, to see changes."""
     written = _flat(text)
     values = {
         f"{section.name}.{key}": value
@@ -160,12 +137,8 @@ def interpolated_values(config: Config, text: str) -> dict[str, str]:
 
 
 def check_continues(record: Record, now: Identity) -> None:
-    """Raises CheckpointError that shows both values of everything that must not have changed.
-
-    May differ: the layout (parallel.*), micro batch, steps, time limit, padding, prefetch, what is
-    logged, profiled, validated and kept and how often, the loader, and where the same cells lie.
-    What begins with converted weights may have any cells and recipe: all but what the weights are.
-    """
+    """Raise CheckpointError with both values of everything that must not change: all but
+    _MAY_DIFFER; for converted weights only _OF_THE_WEIGHTS."""
     before = record.identity
     problems = []
     if before.vocabulary != now.vocabulary:
@@ -176,7 +149,7 @@ def check_continues(record: Record, now: Identity) -> None:
         was_fact, is_fact = before.task.get(fact), now.task.get(fact)
         if was_fact != is_fact:
             problems.append(f"{fact}: {was_fact} -> {is_fact}")
-    # What an older version did not know it did as the defaults do.
+    # Settings that an older version did not know had the defaults' meaning.
     was, shown = _defaults() | _flat(before.config), _defaults() | _flat(now.config)
     for key in sorted(was.keys() | shown.keys()):
         if not _must_stay(key, record):
@@ -195,12 +168,11 @@ def check_continues(record: Record, now: Identity) -> None:
 
 
 def _agree(key: str, was: Any, now: Any) -> bool:
-    # Null leaves it to the machine, and a version before that knew only false.
+    # null: the machine decides; an earlier version knew only false.
     return was == now or (key == "model.compile" and None in (was, now))
 
 
 def of_the_weights(text: str) -> dict[str, Any]:
-    """Of settings as YAML text: those that say what the weights are."""
     shown = _defaults() | _flat(text)
     return {key: shown[key] for key in sorted(_OF_THE_WEIGHTS)}
 
@@ -212,7 +184,6 @@ def _must_stay(key: str, record: Record) -> bool:
 
 
 def _defaults() -> dict[str, Any]:
-    """Setting -> default, as YAML has it."""
     return {
         f"{section}.{key}": value.value if isinstance(value, Enum) else value
         for section, values in asdict(Config()).items()

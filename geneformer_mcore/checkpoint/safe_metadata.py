@@ -1,11 +1,9 @@
-"""Reading torch's description of a checkpoint without running what may be hidden in it.
+"""Safe reading of torch's description of a checkpoint, a pickle, which could run code.
 
     .metadata (a pickle)  ->  an unpickler that builds descriptions of tensors only
-                          ->  names of files that lie in the checkpoint  ->  torch's reader
+                          ->  names of files within the checkpoint  ->  torch's reader
 
-torch.distributed.checkpoint keeps in a pickle which part of which tensor lies in which file, and
-reads it with Python's own loader, which runs what a pickle asks for. Objects other than tensors it
-would read so too: ours have none, and a checkpoint that has some is refused.
+A checkpoint with objects other than tensors, which torch would unpickle, too, is refused.
 """
 
 from __future__ import annotations
@@ -59,15 +57,14 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _enum_member(kind: Any, name: Any) -> Enum:
-    """What `getattr` is asked for by the pickle of an enum's member in Python before 3.11.4."""
+    """`getattr` as in the pickle of an enum's member by Python before 3.11.4."""
     if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
         return kind[name]
     raise pickle.UnpicklingError(f"it asks for the attribute {name!r} of {kind!r}")
 
 
 def load(folder: Path) -> descriptions.Metadata:
-    """The description of the checkpoint in `folder`. Raises CheckpointError for one that is no
-    plain description of tensors in files of that very folder."""
+    """The description of `folder`. CheckpointError if not of tensors in files of that folder."""
     path = folder / METADATA
     try:
         with path.open("rb") as file:
@@ -101,7 +98,7 @@ def _refusal(path: Path, why: str) -> str:
 
 @contextlib.contextmanager
 def read_by_torch() -> Iterator[None]:
-    """In here torch's readers load descriptions by `load`."""
+    """Within it torch's readers load descriptions by `load`."""
     theirs = FileSystemReader.read_metadata
 
     def read_metadata(reader: FileSystemReader, *_args: Any, **_kwargs: Any) -> Any:

@@ -29,11 +29,11 @@ _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
 }
 _EXTRA_STATE = "_extra_state"
-"""What Megatron's linears keep for fp8: nothing here, and in files it would be a pickle."""
+"""Megatron's linears keep it for fp8; empty here, and in files it would be a pickle."""
 
 
 class Snapshot:
-    """The state of this moment on this rank, on its way into `folder`.
+    """A copy of this rank's state, to be written into `folder`.
 
     Snapshot(...)   all ranks together: who writes what  ->  num_bytes
     write()         each by itself, in any thread        ->  files, on the disk
@@ -43,14 +43,14 @@ class Snapshot:
     def __init__(
         self, trainable: optim.Trainable, folder: Path, rank: int, training_goes_on: bool
     ) -> None:
-        """training_goes_on: while `write` runs, so that what is on the CPU must be copied."""
+        """training_goes_on: while `write` runs, so that tensors on the CPU must be copied."""
         self._folder, self._rank = folder, rank
         trainable.complete_weights()
         with _written_by_this_process():
             self._request = dist_checkpointing.save(
                 _description(trainable, is_loading=False), str(folder), async_sharded_save=True
             )
-        # From a GPU this copies to the machine's memory; on a CPU it gives the tensors themselves.
+        # From a GPU this copies; on a CPU it returns the tensors themselves.
         buckets = self._request.preload_fn() if self._request.preload_fn else []
         if training_goes_on and not torch.cuda.is_available():
             buckets = [_copied(bucket) for bucket in buckets]
@@ -75,20 +75,19 @@ class Snapshot:
         }
 
     def write(self) -> None:
-        """Writes this rank's files. Raises OSError where they cannot be."""
         _write_random_states(self._random_states, self._folder, self._rank)
         if self._request.async_fn is not None:
             results = self._request.async_fn_args[2]
             self._request.async_fn(self._rank, self._buckets, results)
             self._buckets = []
-            # Megatron's writer hands errors on: look at them here, where the caller can tell.
+            # Megatron's writer returns errors: raise them here.
             outcome = results.get_nowait()
             if isinstance(outcome, Exception):
                 raise outcome
             results.put(outcome)
 
     def describe(self) -> None:
-        """Writes which part of which tensor lies in which file."""
+        """Write torch's description: which part of which tensor is in which file."""
         for finish in self._request.finalize_fns:
             finish()
 
@@ -99,7 +98,7 @@ def _copied(bucket: tuple) -> tuple:
 
 
 def save(trainable: optim.Trainable, folder: Path, rank: int) -> None:
-    """Writes this rank's part into `folder` now; all ranks call it together."""
+    """Write this rank's part into `folder` now; all ranks call it together."""
     snapshot = Snapshot(trainable, folder, rank, training_goes_on=False)
     snapshot.write()
     torch.distributed.barrier()
@@ -107,20 +106,22 @@ def save(trainable: optim.Trainable, folder: Path, rank: int) -> None:
 
 
 def load(trainable: optim.Trainable, folder: Path, rank: int | None) -> None:
-    """Fills weights, moments and steps from `folder`, whatever layout wrote it; with `rank`, this
-    rank's random states too (the layout must be the one that wrote them).
-
-    Raises CheckpointError if `folder` holds anything that is no tensor (see plain_metadata).
-    """
+    """Fill weights, moments and steps from `folder`, of any layout; with `rank`, random states too,
+    of the same layout. Raises CheckpointError if `folder` holds anything but tensors."""
     with safe_metadata.read_by_torch():
         state = dist_checkpointing.load(_description(trainable, is_loading=True), str(folder))
     for number, stage in enumerate(trainable.stages):
-        missing, unexpected = stage.load_state_dict(state[f"model{number}"], strict=False)
-        assert not unexpected
-        assert all(name.endswith(_EXTRA_STATE) for name in missing), missing
+        fill(stage, state[f"model{number}"])
     optim.load_states(trainable.optimizer, state["optimizer"])
     if rank is not None:
         _load_random_states(folder, rank)
+
+
+def fill(stage: Any, tensors: dict[str, Any]) -> None:
+    """Load all weights of a stage."""
+    missing, unexpected = stage.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert all(name.endswith(_EXTRA_STATE) for name in missing), missing
 
 
 def description_of(stage: Any) -> dict[str, Any]:
@@ -178,9 +179,8 @@ def _random_file(folder: Path, rank: int) -> Path:
 
 @contextlib.contextmanager
 def _written_by_this_process() -> Iterator[None]:
-    """Megatron hands every file to a forked process and waits for it without a limit, through a
-    queue that another, spawned process manages: a killed writer hangs the run, and a fork is unsafe
-    once TileDB has threads. Here the same function writes the same files in line."""
+    """Within it Megatron's function writes the same files in line. Its forked process and the queue
+    of a spawned one would hang the run if killed, and a fork is unsafe with TileDB's threads."""
     writer = filesystem_async.FileSystemWriterAsync
     theirs, their_queue = writer.write_preloaded_data_multiproc, filesystem_async._results_queue
     writer.write_preloaded_data_multiproc = staticmethod(_write_in_line)

@@ -1,13 +1,13 @@
-"""Weights alone, for what comes after training: no optimizer, any layout, any precision.
+"""Weights alone, without optimizer, from any layout and precision.
 
 step folder -> the optimizer's fp32 weights (else the model's own) -> stages of this layout
-                                                                   -> or one tensor, whole
+                                                                   -> or whole tensors, by name
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,18 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.checkpoint import safe_metadata
 from geneformer_mcore.checkpoint.record import RECORD
-from geneformer_mcore.checkpoint.state import description_of
+from geneformer_mcore.checkpoint.state import description_of, fill
 from geneformer_mcore.errors import CheckpointError
 from geneformer_mcore.model.geneformer import Geneformer
 
-# A checkpoint's weights as whole tensors: no ranks, no model, whatever layout wrote it.
-#
-# step folder -> which tensors it holds -> fp32 weights where it has them -> {name: tensor}
-
+WORD_EMBEDDING = "embedding.word_embeddings.weight"
 _OPTIMIZER = "optimizer."
+_EXACT = "optimizer.state.param."
+"""fp32 weights, of which the model's 16-bit weights are roundings."""
 
 
 def step_of(path: Path) -> Path:
-    """The step folder that `path` is, or the newest one of the run that it is.
-
-    Raises CheckpointError if there is none, or it is not as it was written.
-    """
+    """The step folder `path`, or the newest one of the run `path`. CheckpointError if damaged."""
     folder = path
     if not (path / RECORD).is_file():
         root = path / "checkpoints"
@@ -49,38 +45,34 @@ def step_of(path: Path) -> Path:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """{our name: whole tensor, fp32} of a step folder, on the CPU.
+    """{our name: whole tensor, fp32} on the CPU. CheckpointError for anything but tensors."""
+    return _whole(folder, [name for name in _names(folder) if not name.startswith(_OPTIMIZER)])
 
-    Raises CheckpointError if it holds anything that is no tensor (see plain_metadata).
-    """
+
+def read_tensor(folder: Path, name: str) -> torch.Tensor:
+    """One tensor of a checkpoint, whole, in fp32; in one process, without any group."""
+    return _whole(folder, [name])[name]
+
+
+def _whole(folder: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
     with safe_metadata.read_by_torch(), warnings.catch_warnings():
-        # It remarks on what it is told: that no other rank reads along.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         reader = safe_metadata.FileSystemReader(folder)
-        described = reader.read_metadata().state_dict_metadata
-        names = [key for key in described if not key.startswith(_OPTIMIZER)]
-        keys = {name: _EXACT + name if _EXACT + name in described else name for name in names}
-        whole = {key: _empty(described[key]) for key in keys.values()}
+        described: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        keys = {name: _most_exact(name, described) for name in names}
+        whole = {
+            key: torch.empty(described[key].size, dtype=described[key].properties.dtype)
+            for key in keys.values()
+        }
         load_tensors(whole, storage_reader=reader, no_dist=True)
     return {name: whole[key].float() for name, key in keys.items()}
 
 
-def _empty(described: Any) -> torch.Tensor:
-    # plain_metadata has seen to it that it is a tensor's description.
-    return torch.empty(described.size, dtype=described.properties.dtype)
-
-
-WORD_EMBEDDING = "embedding.word_embeddings.weight"
-_EXACT = "optimizer.state.param."
-"""Under 16 bits the model's weights are roundings of these."""
-
-
 def load(stages: Sequence[Geneformer], folder: Path) -> None:
-    """Fills the stages of this rank from `folder`, whatever layout wrote it; all ranks together.
+    """Fill the stages of this rank from `folder`, of any layout; all ranks together.
 
-    Weights are those the optimizer works on, in fp32, rounded to the stages' dtype. What the stages
-    do not have is left where it is. Raises CheckpointError if `folder` holds anything that is no
-    tensor.
+    Weights are the optimizer's fp32 ones, rounded to the stages' dtype; others are not read. Raises
+    CheckpointError if `folder` holds anything but tensors.
     """
     there = _names(folder)
     wanted = {str(number): description_of(stage) for number, stage in enumerate(stages)}
@@ -90,27 +82,12 @@ def load(stages: Sequence[Geneformer], folder: Path) -> None:
     with safe_metadata.read_by_torch():
         found = dist_checkpointing.load(wanted, str(folder))
     for number, stage in enumerate(stages):
-        missing, unexpected = stage.load_state_dict(found[str(number)], strict=False)
-        assert not unexpected
-        assert all(name.endswith("_extra_state") for name in missing), missing
-
-
-def read_tensor(folder: Path, name: str) -> torch.Tensor:
-    """One tensor of a checkpoint, whole, in fp32; in one process, without any group."""
-    key = _most_exact(name, _names(folder))
-    with safe_metadata.read_by_torch(), warnings.catch_warnings():
-        # It remarks on what it is told: that no other rank reads along.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        reader = safe_metadata.FileSystemReader(folder)
-        described: Any = reader.read_metadata().state_dict_metadata[key]
-        whole = {key: torch.empty(described.size, dtype=torch.float32)}
-        load_tensors(whole, storage_reader=reader, no_dist=True)
-    return whole[key]
+        fill(stage, found[str(number)])
 
 
 def newest_sound(root: Path) -> tuple[Path, list[str]]:
-    """The newest checkpoint of a run that verifies, and a line for each newer one that does not.
-    Nothing is renamed: the run may be another's. Raises CheckpointError if there is none."""
+    """The latest valid checkpoint of a run, and a line for each newer damaged one. Nothing is
+    renamed: the run may be another's. Raises CheckpointError if there is none."""
     damaged = []
     for step in reversed(checkpoints.steps(root)):
         found = checkpoints.step_folder(root, step)
@@ -127,11 +104,11 @@ def newest_sound(root: Path) -> tuple[Path, list[str]]:
     )
 
 
-def _names(folder: Path) -> set[str]:
+def _names(folder: Path) -> list[str]:
     with safe_metadata.read_by_torch():
-        return set(safe_metadata.FileSystemReader(folder).read_metadata().state_dict_metadata)
+        return list(safe_metadata.FileSystemReader(folder).read_metadata().state_dict_metadata)
 
 
-def _most_exact(name: str, there: set[str]) -> str:
-    """The optimizer has no weights of what was frozen in training."""
+def _most_exact(name: str, there: Container[str]) -> str:
+    """The optimizer's fp32 weights, which frozen parameters do not have."""
     return f"{_EXACT}{name}" if f"{_EXACT}{name}" in there else name

@@ -1,8 +1,5 @@
-"""What follows from a Config on a given number of ranks, and every reason why it cannot run.
-
-`plan` is a pure function, called before any process group exists: an impossible layout costs a
-message, not a hang.
-"""
+"""The plan of a Config on a number of ranks, or every reason why it cannot run; a pure function,
+called before there is a process group, so that an impossible layout does not hang."""
 
 from __future__ import annotations
 
@@ -15,30 +12,24 @@ from geneformer_mcore.errors import ConfigError
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbers that follow from the settings and the world size."""
+    """Numbers from settings and world size, which is tensor x pipeline x data_parallel.
+
+    micro_batches:           per step and data-parallel rank; 0 if packed
+    tokens_per_micro_batch:  most tokens of a packed micro batch; 0 if padded
+    hold_steps:              at min_lr at the end
+    """
 
     world_size: int
-    """Ranks: tensor x pipeline x data_parallel."""
     data_parallel: int
-    """Ranks, or groups of ranks, that work on different cells."""
     micro_batches: int
-    """Micro batches per step and data-parallel rank; 0 if packed: as many as the cells fill."""
     tokens_per_micro_batch: int
-    """Most tokens of a packed micro batch; 0 if cells are padded."""
     warmup_steps: int
-    """Steps of linear warm-up."""
     hold_steps: int
-    """Steps at min_lr at the end."""
 
 
 def plan(config: Config, world_size: int) -> Plan:
     """The plan of `config` on `world_size` ranks. Raises ConfigError listing every problem."""
-    problems = [
-        *_ranges(config),
-        *_model(config),
-        *_layout(config, world_size),
-        *_finetune(config),
-    ]
+    problems = [*_ranges(config), *_model(config), *_layout(config, world_size), *_finetune(config)]
     if problems:
         raise ConfigError("\n".join(problems))
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
@@ -65,14 +56,12 @@ def _ranges(config: Config) -> Iterator[str]:
     for name, low, high in _RANGES:
         section, key = name.split(".")
         value = getattr(getattr(config, section), key)
-        # Written so that NaN fails too.
-        if not low <= value <= high:
+        if not low <= value <= high:  # or NaN
             bound = f"at least {low}" if high == _MANY else f"within {low}..{high}"
             yield f"{name} must be {bound}, and is {value}."
     fractions = config.data.mask_fractions
-    # Written so that NaN fails too.
     shares = len(fractions) == 3 and all(0 <= share <= 1 for share in fractions)
-    if not shares or not abs(sum(fractions) - 1) <= 1e-9:
+    if not shares or not abs(sum(fractions) - 1) <= 1e-9:  # or NaN
         yield (
             "data.mask_fractions are three shares that sum to 1 ([MASK], random gene, unchanged), "
             f"and are {list(fractions)}."
@@ -198,7 +187,7 @@ def _packing(config: Config) -> Iterator[str]:
 
 
 def _fp8(config: Config) -> Iterator[str]:
-    """Transformer Engine multiplies in 8 bits only what comes in multiples of 16."""
+    """Transformer Engine's 8-bit products need multiples of 16."""
     if config.train.precision is not Precision.fp8:
         return
     data, model, tensor = config.data, config.model, config.parallel.tensor

@@ -1,7 +1,6 @@
-"""YAML file + `section.key=value` arguments -> Config, with all mistakes named at once.
+"""YAML file + `section.key=value` arguments -> Config; all errors are reported at once.
 
 defaults (sections.py)  <-  [another run's]  <-  one YAML file  <-  command line
-                                                      =  merged, interpolations unresolved
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from geneformer_mcore.errors import ConfigError
 def load(
     file: str | Path | None = None, overrides: Sequence[str] = (), beneath: Sequence[str] = ()
 ) -> tuple[Config, str]:
-    """The settings of a run, and the same as YAML text with interpolations left as written.
+    """The settings of a run, and the same as YAML text with interpolations unresolved.
 
-    beneath: section.key=value that count where neither the file nor `overrides` say otherwise.
+    beneath: section.key=value that the file and `overrides` override.
     Raises ConfigError that lists every unknown key (with the nearest known one), every value of a
     wrong type and every malformed argument.
     """
@@ -33,34 +32,27 @@ def load(
     problems: list[str] = []
     below = _argument_values(beneath, problems)
     above = _argument_values(overrides, problems)
-    for origin, values in [*below, *_file_values(file, problems), *above]:
-        _merge(merged, origin, values, problems)
-    if problems:
-        raise ConfigError("\n".join(problems))
+    _merge(merged, [*below, *_file_values(file, problems), *above], problems)
     return _resolved(merged), dump(merged)
 
 
 def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Config:
-    """The settings that `dump` wrote as `text`, with `overrides` on top. Raises ConfigError as
-    `load` does; `origin` says in it where the text is from."""
+    """The settings in `text` of `dump`, with `overrides`. ConfigError as `load`, of `origin`."""
     merged = OmegaConf.structured(Config)
     problems: list[str] = []
     values = _text_values(text, origin, problems)
-    for where, found in [*values, *_argument_values(overrides, problems)]:
-        _merge(merged, where, found, problems)
-    if problems:
-        raise ConfigError("\n".join(problems))
+    _merge(merged, [*values, *_argument_values(overrides, problems)], problems)
     return _resolved(merged)
 
 
 def dump(config: Config | DictConfig) -> str:
-    """YAML text of all settings; interpolations such as ${oc.env:HOME} stay as they are."""
+    """YAML text of all settings, interpolations such as ${oc.env:HOME} unresolved."""
     node = config if isinstance(config, DictConfig) else OmegaConf.structured(config)
     return OmegaConf.to_yaml(node, resolve=False)
 
 
 def run_dir(file: str | Path | None, overrides: Sequence[str]) -> str:
-    """run.dir as far as it can be told, even of settings that `load` refuses."""
+    """run.dir as far as known, even of settings that `load` refuses."""
     found = [
         values["run.dir"]
         for _, values in [*_file_values(file, []), *_argument_values(overrides, [])]
@@ -90,9 +82,8 @@ def _text_values(text: str, origin: str, problems: list[str]) -> list[tuple[str,
         problems.append(f"{origin} is not plain YAML: {' '.join(str(error).split())}.")
         return []
     if not isinstance(values, dict):
-        problems.append(
-            f"{origin}: a config file is a mapping of sections, as in configs/demo.yaml."
-        )
+        text = f"{origin}: a config file is a mapping of sections, as in configs/demo.yaml."
+        problems.append(text)
         return []
     return [(origin, {key: value}) for key, value in _leaves(values)]
 
@@ -116,7 +107,7 @@ def _leaves(values: dict[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value:
             leaves += _leaves(value, f"{name}.")
-        elif value or name not in _sections():  # an empty section says nothing
+        elif value or name not in _sections():  # an empty section sets nothing
             leaves.append((name, value))
     return leaves
 
@@ -131,16 +122,20 @@ def _argument_values(
             problems.append(f"`{argument}`: settings are written section.key=value.")
             continue
         try:
-            # Nothing after the sign is the empty text, not YAML's null.
+            # Nothing after the sign is "", not YAML's null.
             found.append((f"`{argument}`", {key: yaml.safe_load(text) if text else ""}))
         except yaml.YAMLError:
             problems.append(f"`{argument}`: the value is not valid YAML.")
     return found
 
 
-def _merge(merged: DictConfig, origin: str, values: dict[str, Any], problems: list[str]) -> None:
-    for key, value in values.items():
-        known = _known_keys()
+def _merge(
+    merged: DictConfig, given: Sequence[tuple[str, dict[str, Any]]], problems: list[str]
+) -> None:
+    known = [f"{name}.{key}" for name in _sections() for key in vars(getattr(Config(), name))]
+    for origin, key, value in (
+        (where, *item) for where, values in given for item in values.items()
+    ):
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
@@ -150,10 +145,12 @@ def _merge(merged: DictConfig, origin: str, values: dict[str, Any], problems: li
             OmegaConf.update(merged, key, _number(merged, key, value))
         except OmegaConfBaseException:
             problems.append(f"{origin}: {key} takes {_wanted(key)}, and got {value!r}.")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _number(merged: DictConfig, key: str, value: Any) -> Any:
-    # YAML 1.1 reads 1e-3 (no dot) as a string: people write learning rates and steps that way.
+    # YAML 1.1 reads 1e-3 (no dot) as a string.
     default = OmegaConf.select(merged, key)
     if not isinstance(default, int | float) or isinstance(default, bool):
         return value
@@ -166,7 +163,7 @@ def _number(merged: DictConfig, key: str, value: Any) -> Any:
 
 
 def _wanted(key: str) -> str:
-    """What kind of value a setting takes, in words."""
+    """The kind of value that a setting takes, in words."""
     section, name = key.split(".")
     default = getattr(getattr(Config(), section), name)
     if isinstance(default, Enum) or default is None:
@@ -178,12 +175,6 @@ def _wanted(key: str) -> str:
 
 def _sections() -> list[str]:
     return list(vars(Config()))
-
-
-def _known_keys() -> list[str]:
-    return [
-        f"{section}.{key}" for section in _sections() for key in vars(getattr(Config(), section))
-    ]
 
 
 def _resolved(merged: DictConfig) -> Config:

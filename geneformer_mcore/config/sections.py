@@ -1,8 +1,5 @@
-"""Every setting of a run, with its meaning, unit and consequence under it.
-
-The defaults are the card's recipe for the 10M model where the card gives one. Plain dataclasses and
-enums, because OmegaConf 2.3 knows neither `Literal` nor frozen dataclasses.
-"""
+"""Every setting of a run. Defaults are the model card's recipe for the 10M model where it has one.
+OmegaConf 2.3 takes neither `Literal` nor frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -20,28 +17,28 @@ class Activation(Enum):
 
 
 class Norm(Enum):
-    """Where a layer normalises."""
+    """Position of a layer's norms."""
 
     pre = "pre"
     post = "post"
 
 
 class Source(Enum):
-    """What `data.store` holds: tokenised cells, or counts that are tokenised as they are read."""
+    """Content of `data.store`: tokenised cells, or counts, tokenised as they are read."""
 
     tokens = "tokens"
     counts = "counts"
 
 
 class Loader(Enum):
-    """What makes batches of cells; both make the same ones."""
+    """Producer of batches; both produce the same."""
 
     thread = "thread"
     dali = "dali"
 
 
 class Attention(Enum):
-    """Which code computes softmax(QK)V."""
+    """Implementation of softmax(QK)V."""
 
     auto = "auto"
     te = "te"
@@ -61,7 +58,7 @@ class Precision(Enum):
 
 
 class Recompute(Enum):
-    """Which activations are computed a second time in the backward pass to save memory."""
+    """Activations that are recomputed in the backward pass to save memory."""
 
     none = "none"
     selective = "selective"
@@ -69,14 +66,14 @@ class Recompute(Enum):
 
 
 class Pooling(Enum):
-    """How a cell's tokens become one vector."""
+    """From a cell's tokens to one vector."""
 
     mean = "mean"
     cls = "cls"
 
 
 class NonFinite(Enum):
-    """What happens when a loss or a gradient is NaN or infinite."""
+    """Action when a loss or a gradient is NaN or infinite."""
 
     stop = "stop"
     skip = "skip"
@@ -84,7 +81,7 @@ class NonFinite(Enum):
 
 @dataclass
 class RunConfig:
-    """Where a run lives."""
+    """The run directory."""
 
     dir: str = "runs/pretrain"
     """Folder of checkpoints, metrics and logs. If it holds a checkpoint, the run continues."""
@@ -92,31 +89,29 @@ class RunConfig:
 
 @dataclass
 class DataConfig:
-    """Which cells are seen, and in which form."""
+    """Cells and their form."""
 
     store: str = "build/demo/store"
-    """Token store made by data_prep/build_store.py. With source=counts: an h5ad file, a SOMA
-    Experiment (folder or URI), a folder of h5ad files, or several of these with commas between."""
+    """Token store of data_prep/build_store.py. With source=counts: an h5ad file, a SOMA Experiment
+    (folder or URI), a folder of h5ad files, or several of these with commas between."""
     source: Source = Source.tokens
-    """tokens: a token store, the fast way. counts: raw counts, tokenised while training; needs
-    `vocabulary`. Cells and masks are the same, their order is another (see feed/counts_source.py);
-    spans are then at least 4096 cells."""
+    """tokens: a token store, faster. counts: raw counts, tokenised while training; needs
+    `vocabulary`. Cells and masks are the same in another order, in spans of at least 4096 cells."""
     vocabulary: str = ""
     """Vocabulary file for source=counts; a token store brings its own."""
     split: str = ""
     """split.json (data_prep/make_split.py) for source=counts; empty: 5 % validation and 5 % test
-    at random, as build_store.py does. A token store is split already."""
+    at random, as build_store.py does."""
     cache_dir: str = ""
     """Folder on the node's own disk for a flat copy of the token store, about 3 GB per million
-    cells, made by the first run that names it: reading is several times faster. Nodes wait for
-    each other `parallel.timeout_s` seconds at most, so copying must take less. Empty: none."""
+    cells, written by the first run that names it: reading is several times faster. Copying must
+    take less than `parallel.timeout_s` seconds. Empty: none."""
     loader: Loader = Loader.thread
-    """thread: batches are made by the prefetch thread. dali: NVIDIA DALI pads and masks them, on
-    the GPU where there is one; on a CPU it is slow."""
+    """thread: batches by the prefetch thread. dali: by NVIDIA DALI, on the GPU; slow on a CPU."""
     seq_length: int = 2048
     """Tokens per cell at most, [CLS] included. Below the store's length cells are truncated."""
     mask_probability: float = 0.15
-    """Probability that a gene of a cell is selected for prediction, independently per gene."""
+    """Probability of a gene being selected for prediction, independently per gene."""
     mask_fractions: list[float] = field(default_factory=lambda: [0.80, 0.02, 0.18])
     """Of the selected: shares shown as [MASK], as a random gene, unchanged. Sum 1. The card's
     mixture; BERT's is 0.8, 0.1, 0.1."""
@@ -124,22 +119,20 @@ class DataConfig:
     """Neighbouring cells of the store that are read together. Part of the order of cells."""
     window_spans: int = 32
     """Spans shuffled into each other. Memory per rank: about twice this many spans of 2 bytes x
-    seq_length x span_cells, more if a global batch needs more windows than two; data-parallel
-    ranks share a window's spans among them, unless cells are packed."""
+    seq_length x span_cells, more if a global batch spans more windows than two; data-parallel
+    ranks share a window's spans, unless cells are packed."""
     prefetch_steps: int = 4
-    """Global batches prepared ahead by the one prefetch thread; 0 prepares them in line."""
+    """Global batches prepared ahead by the prefetch thread; 0 prepares them in line."""
     packing: bool = False
-    """Lay cells end to end instead of padding each to the longest: no work on padding, the same
-    losses. Cells attend to themselves only, and every rank gets as much work. Ranks then read the
-    cells of a step from anywhere: with many of them name a `cache_dir`. With source=counts every
-    rank tokenises all cells of a step to know their lengths."""
+    """Lay cells end to end instead of padding each to the longest: the same losses without work on
+    padding, balanced over ranks. Ranks then read the cells of a step from anywhere: with many of
+    them set `cache_dir`. With source=counts every rank tokenises all cells of a step."""
     tokens_per_micro_batch: int = 0
-    """Tokens of a packed micro batch at most; 0 takes train.micro_batch_size x seq_length, which
-    needs as much memory as a padded one."""
+    """Most tokens of a packed micro batch; 0 takes train.micro_batch_size x seq_length, the memory
+    of a padded one."""
     pad_multiple: int = 64
-    """The micro batches of a step are padded to the longest cell in them, packed ones to the
-    fullest, rounded up to this many tokens. 0 pads to seq_length always, packed ones to
-    tokens_per_micro_batch: shapes then never change."""
+    """Micro batches of a step are padded to the longest cell, packed ones to the fullest, rounded
+    up to this many tokens. 0 pads always to seq_length, packed ones to tokens_per_micro_batch."""
 
 
 @dataclass
@@ -163,29 +156,25 @@ class ModelConfig:
     head_activation: Optional[Activation] = None
     """Nonlinearity of the prediction head; null takes `activation`."""
     norm: Norm = Norm.pre
-    """pre: each block normalises what it reads, and the last layer's output is normalised: the
-    card's. post: the sum after each block and the embeddings are normalised, as in BERT and in
-    Hugging Face's Geneformer. Both have the same number of parameters."""
+    """pre: norms of each block's input and of the last layer's output, as in the card. post: norms
+    of the sum after each block and of the embeddings, as in BERT and Hugging Face's Geneformer."""
     fp32_residual: bool = True
     """Keep the residual stream in 32 bits under bf16, as the card does."""
     attention: Attention = Attention.auto
     """te: Transformer Engine. flash: the FlashAttention-2 inside torch, for GPUs and 16 bits.
     sdpa: torch's scaled dot product attention. blockwise: ours, for CPUs, with a fast dropout.
-    plain: Megatron's, every score in memory. auto: on a GPU te, or flash without it, or sdpa in
-    fp32; with train.deterministic flash in place of te; on a CPU sdpa, or blockwise with attention
-    dropout, for which torch has no fused kernel there."""
+    plain: Megatron's, every score in memory. auto: on a GPU te, or flash without it or with
+    train.deterministic, or sdpa in fp32; on a CPU sdpa, or blockwise with attention dropout."""
 
     compile: Optional[bool] = None
-    """Compile the elementwise parts of a layer and the loss with torch.compile: bias and
-    activation, dropout and residual, norms. Takes up to a minute at the start, and draws other
-    dropout. null: on a GPU where Triton and a C compiler are found; on a CPU, where it gains
-    nothing and needs a C++ compiler, it must be asked for. A run that must go on bit for bit on
-    machines of several kinds says true or false."""
+    """Compile the elementwise parts of a layer and the loss with torch.compile. Takes up to a
+    minute at the start, and draws other dropout. null: on a GPU with Triton and a C compiler; on a
+    CPU it gains nothing. Set it for runs that must be bitwise the same on several machines."""
 
 
 @dataclass
 class ParallelConfig:
-    """How the model and the work are laid over ranks. No value changes what is computed."""
+    """Layout of model and work over ranks. No value changes what is computed."""
 
     tensor: int = 1
     """Ranks that share every matrix."""
@@ -194,19 +183,17 @@ class ParallelConfig:
     virtual_pipeline: int = 1
     """Model chunks per pipeline rank (interleaved schedule); 1 is the plain 1F1B schedule."""
     sequence: bool = False
-    """Split what lies between the shared matrices along the sequence; needs tensor > 1."""
+    """Split activations between the shared matrices along the sequence; needs tensor > 1."""
     recompute: Recompute = Recompute.none
     """selective: attention; full: whole layers."""
     overlap_grad_reduce: bool = False
-    """Add up gradients over data-parallel ranks while the backward pass goes on, in four parts,
-    instead of at its end. Meant for GPUs with several data-parallel ranks."""
+    """Reduce gradients over data-parallel ranks during the backward pass, in four parts."""
     overlap_param_gather: bool = False
-    """Collect updated weights from data-parallel ranks during the next forward pass, part by part,
-    instead of right after the update. Needs overlap_grad_reduce."""
+    """Gather updated weights during the next forward pass, in parts. Needs overlap_grad_reduce."""
     timeout_s: int = 600
-    """Seconds in which every rank must get on with something (a step, a batch of validation, the
-    next cells) before the job is ended with exit code 1, naming the rank that stands still. Saving
-    has a limit of its own, checkpoint.deadline_s."""
+    """Seconds in which every rank must make progress (a step, a batch of validation, the next
+    cells), else the job ends with exit code 1, naming the rank that hangs. Saving has a limit
+    of its own, checkpoint.deadline_s."""
 
 
 @dataclass
@@ -220,7 +207,7 @@ class OptimConfig:
     warmup_fraction: float = 0.01
     """Share of the steps in which the learning rate rises linearly from 0 to lr."""
     hold_fraction: float = 0.05
-    """Share of the steps, at the end, that run at min_lr."""
+    """Share of the steps, at the end, with min_lr."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices; biases and norms have none."""
     beta1: float = 0.9
@@ -235,13 +222,12 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    """How long, how much at a time, from which seed."""
+    """Length, batch sizes, seed."""
 
     steps: int = 115430
     """Optimizer steps of the whole run, restarts included."""
     micro_batch_size: int = 32
-    """Cells per forward pass and rank. With data.packing only the measure of how many tokens a
-    forward pass may hold."""
+    """Cells per forward pass and rank. With data.packing only a measure of its tokens."""
     global_batch_size: int = 2048
     """Cells per optimizer step, over all ranks; without data.packing a multiple of
     micro_batch_size x data parallel."""
@@ -249,36 +235,33 @@ class TrainConfig:
     """Fixes weights, order of cells, masks and dropout."""
     precision: Precision = Precision.bf16
     """bf16: for GPUs since Ampere, and CPUs that have it. fp32: for the others. fp16: for Volta and
-    Turing; the loss is scaled so that gradients stay in range, and updates whose gradients did not
-    are left out. fp8: bf16 whose matrix products Transformer Engine makes in 8 bits, since Hopper.
-    """
+    Turing, with a loss scale; updates whose gradients overflow are skipped. fp8: bf16 with matrix
+    products of Transformer Engine in 8 bits, since Hopper."""
     max_minutes: float = 0.0
-    """Minutes of training after which this start saves and ends with exit code 75. 0 is none."""
+    """Minutes of training after which this start saves and exits with status 75. 0 is none."""
     validate_every_steps: int = 1000
     """Steps between validations; the last step always validates. 0 never validates."""
     validate_batches: int = 20
-    """Global batches of validation cells per validation, the same ones each time."""
+    """Global batches per validation, the same ones each time."""
     deterministic: bool = False
     """Allow deterministic kernels only. On a GPU that costs speed; a CPU is bitwise anyway."""
     non_finite: NonFinite = NonFinite.stop
-    """stop: end the run with exit code 1 before the weights change. skip: leave out that update,
-    and write the step and its cells into skipped.jsonl."""
+    """stop: end the run with exit code 1. skip: skip the update, and log it in skipped.jsonl."""
     spike_sigma: float = 0.0
-    """Leave out an update whose loss or gradient norm lies more than so many standard deviations
-    above the mean of the last `spike_window` updates. 0 leaves out none."""
+    """Skip an update whose loss or gradient norm is more than so many standard deviations above
+    the mean of the last `spike_window` updates. 0 skips none."""
     spike_window: int = 128
-    """Updates by which a spike is judged; none is called one before so many were made."""
+    """Updates that define a spike; there is none before so many were made."""
     max_skips: int = 10
-    """Updates that may be left out in a row, for whatever reason; one more ends the run with exit
-    code 1."""
+    """Updates that may be skipped in a row; one more ends the run with exit code 1."""
     profile_steps: int = 0
     """Steps of each start, after its first three, of which rank 0 writes a trace into profile/ of
-    the run folder. They, and the writing, are slow. 0 writes none."""
+    the run directory. They are slow. 0 writes none."""
 
 
 @dataclass
 class MetricsConfig:
-    """What is reported, and how often."""
+    """Reports."""
 
     log_every_steps: int = 10
     """Steps between lines in metrics.jsonl, TensorBoard and on the console."""
@@ -286,7 +269,7 @@ class MetricsConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When to save, and what to keep."""
+    """Frequency and retention of checkpoints."""
 
     save_every_steps: int = 1000
     """Steps between checkpoints; 0 saves only at the last step and when interrupted."""
@@ -295,37 +278,31 @@ class CheckpointConfig:
     keep_every: int = 0
     """Also keep every checkpoint whose step is a multiple of this. 0 keeps none of them."""
     keep_best: bool = True
-    """Also keep the one with the lowest validation loss, among those of steps that validated."""
+    """Also keep the one with the lowest validation loss, among steps that validated."""
     asynchronous: bool = False
-    """Go on training while a copy of weights and moments is written. Takes their size once more in
-    the memory of the machine (12 to 18 bytes per parameter, shared among the ranks)."""
+    """Continue training while a copy, 12 to 18 bytes per parameter over all ranks, is written."""
     deadline_s: int = 600
-    """Seconds in which a checkpoint must be written, else the run ends with exit code 1: a disk
-    that answers no more must not hang it. Give torchrun as much as --shutdown-timeout."""
+    """Seconds in which a checkpoint must be written, else the run ends with exit code 1. Give
+    torchrun as much as --shutdown-timeout."""
 
 
 @dataclass
 class FinetuneConfig:
-    """What launch/finetune.py adds to a pretrained model, and how much of it is trained. Nothing of
-    this is for pretraining."""
+    """Fine-tuning by launch/finetune.py."""
 
     checkpoint: str = ""
-    """Folder of the pretraining run, or one of its step folders. The run keeps what it began with:
-    another model is refused when it goes on."""
+    """Folder of the pretraining run, or one of its step folders; a resumed run refuses another."""
     label: str = ""
-    """Column of the token store's obs that holds the classes. Cells without a value are left
-    out."""
+    """Column of the token store's obs with the classes. Cells without a value are skipped."""
     pooling: Pooling = Pooling.mean
-    """What the classifier reads: the mean over the genes of a cell, or its [CLS]."""
+    """Input of the classifier: the mean over the genes of a cell, or its [CLS]."""
     dropout: float = 0.1
-    """Dropout on what the classifier reads."""
+    """Dropout on the input of the classifier."""
     frozen_layers: int = 0
-    """This many layers, counted from the embedding, and the embedding itself stay as they were
-    pretrained. All of them: only the classifier is trained. 0 trains everything."""
+    """Freeze the embedding and so many layers; all: train the classifier only; 0: everything."""
     lora_rank: int = 0
     """Instead of the encoder's own weights, train a correction of this rank to each matrix of its
-    attention (LoRA): a few percent of the moments' memory, and the encoder stays as it was. 0 is
-    none."""
+    attention (LoRA), with a few percent of the moments' memory. 0 is none."""
     lora_alpha: float = 16.0
     """The correction is multiplied by lora_alpha / lora_rank."""
     lora_feed_forward: bool = False
@@ -334,7 +311,7 @@ class FinetuneConfig:
 
 @dataclass
 class Config:
-    """All sections. What YAML files and `section.key=value` arguments may set."""
+    """All sections, for YAML files and `section.key=value` arguments."""
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,7 +1,10 @@
-"""A control for what a model has learned: the same cells with their genes in a random order.
+"""Cells to micro batches: masked, and padded or packed.
 
-A model that reads expression ranks must do worse on them; one that has only learned which genes
-occur together must not.
+    CellViews, at most seq_length long --fill_batch--> tokens with masks, selected positions, labels
+        padded: a row per cell       packed: one row of cells end to end       -> Batch
+
+What the compiled loops compute is defined by `Masking.apply`, with which they are compared bit by
+bit in tests. numba's disk cache looks at one file: what is compiled together is in one file.
 """
 
 from __future__ import annotations
@@ -24,12 +27,9 @@ from geneformer_mcore.types import (
     TokenSource,
 )
 
-# Where the tokens of a batch stand in their cells, and whose they are; on the batch's device.
-
 
 def positions_in_cells(batch: Batch) -> torch.Tensor:
-    """int64 [B, S], the place of every token within its cell, 0 for [CLS]; of padding any that
-    the model has."""
+    """int64 [B, S], the position of every token within its cell, 0 for [CLS]; of padding any."""
     num_positions = batch.tokens_BS.shape[1]
     places_S = torch.arange(num_positions, device=batch.tokens_BS.device)
     if batch.bounds is None:
@@ -41,7 +41,7 @@ def positions_in_cells(batch: Batch) -> torch.Tensor:
 
 
 def cells_of(batch: Batch, places_M: torch.Tensor) -> torch.Tensor:
-    """int64 [M], the cell (its number within the batch) that flat places belong to."""
+    """int64 [M], the cells (numbers within the batch) that flat positions belong to."""
     if batch.bounds is None:
         return places_M // batch.tokens_BS.shape[1]
     return _pieces_of(batch.bounds, places_M)
@@ -50,14 +50,6 @@ def cells_of(batch: Batch, places_M: torch.Tensor) -> torch.Tensor:
 def _pieces_of(bounds: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(bounds, places, right=True) - 1
 
-
-# The compiled loops of the feed: cells masked, padded and put into a batch in one go.
-#
-#     cells wherever they lie --fill_batch--> padded tokens with masks, selected places, labels
-#
-# What they compute is defined by `masks.Masking.apply`, the same in numpy, against which they are
-# tested bit by bit (tests/unit/data/plain_batch.py). numba's cache on disk looks at one file, so
-# what is compiled together is in one file.
 
 _UNIT = 2.0**-53
 _mix = compiled(mix)
@@ -132,12 +124,12 @@ def fill_batch(
     selected_M: np.ndarray,
     labels_M: np.ndarray,
 ) -> int:
-    """Fills a micro batch; returns M, the number of selected places.
+    """Fill a micro batch; returns M, the number of selected positions.
 
     tokens_T, starts_N, lengths_N:  the cells (see types.CellViews)
-    keys_N, epochs_N, seed_bits:    what the cells' random streams are of (masking.Masking.streams)
+    keys_N, epochs_N, seed_bits:    of the cells' random streams (Masking.streams)
     *_below:    bounds on 53 random bits: a probability p is ceil(p * 2^53)
-    rows:       int64 [N + 1], where the row of each cell lies in `tokens` (see collate.rows_of)
+    rows:       int64 [N + 1], where the row of each cell begins in `tokens` (see rows_of)
     tokens:     int32, the flattened batch to fill
     selected_M, labels_M: int64, room for every token
     """
@@ -177,18 +169,12 @@ def fill_batch(
     return m
 
 
-# Tokenised cells -> padded or packed micro batches with masks.
-#
-# CellViews, at most seq_length long -> masked -> a row per cell, padded to one length per step
-#                                              -> or one row of cells end to end, packed -> Batch
-
 _REST_PIECE = 2048
-"""Positions of the pieces into which the unused rest of a packed batch is cut: as long as long
-cells, so that a batch that is nearly empty costs no more than a full one."""
+"""Positions per piece of a packed batch's rest: an almost empty batch costs no more than a full."""
 
 
 class Collator(Protocol):
-    """Whatever makes a micro batch of cells: the loops of this host, or DALI on a GPU."""
+    """Function from cells to a micro batch: make_batch, or DALI on a GPU."""
 
     def __call__(
         self,
@@ -199,17 +185,16 @@ class Collator(Protocol):
         num_positions: int,
         packed: bool = False,
     ) -> Batch:
-        """One micro batch of `num_positions` positions; no cell may be longer, and packed, all
-        cells together may not be.
+        """One micro batch of `num_positions` positions per row, into which every cell, or if
+        packed all cells together, must fit.
 
-        epochs_N: int64 [N], the epoch each cell is seen in
-        idle_N: bool [N], cells that only fill the shape: nothing is predicted in them.
+        epochs_N: int64 [N], the epoch of each cell;  idle_N: bool [N], nothing is predicted
         """
         ...
 
 
 def truncate(cells: RaggedCells, seq_length: int) -> RaggedCells:
-    """The same cells with at most `seq_length` tokens each: the highest-ranked genes stay."""
+    """Keep the first `seq_length` tokens of each cell, the highest-ranked genes."""
     lengths = cells.lengths
     if lengths.max(initial=0) <= seq_length:
         return cells
@@ -219,16 +204,14 @@ def truncate(cells: RaggedCells, seq_length: int) -> RaggedCells:
 
 
 def padded_length(longest: int, multiple: int, most: int) -> int:
-    """Positions of a row: `longest` rounded up to `multiple` (0: always `most`), and never more
-    than `most`, for which there is room."""
+    """Positions of a row: `longest` rounded up to `multiple`, at most `most`; 0: always `most`."""
     if multiple == 0:
         return most
     return min(-(-longest // multiple) * multiple, most)
 
 
 def rows_of(lengths_N: np.ndarray, num_positions: int, packed: bool) -> np.ndarray:
-    """int64 [N + 1]: where the row of each cell begins in the flattened batch, and where the last
-    one ends. Between the last token of a cell and the end of its row lies padding."""
+    """int64 [N + 1]: start of each cell's row in the flattened batch, and the end of the last."""
     if not packed:
         return np.arange(len(lengths_N) + 1) * num_positions
     starts_N = np.cumsum(lengths_N) - lengths_N
@@ -252,7 +235,7 @@ def assembled(
     num_positions: int,
     packed: bool,
 ) -> Batch:
-    """The batch of `cells` whose flattened tokens and masks are given, on their device."""
+    """The batch of `cells` with flattened `tokens`, on the device of the tensors."""
     bounds, longest = pieces(cells.lengths_N, num_positions) if packed else (None, 0)
     return Batch(
         tokens_BS=tokens.view(-1, num_positions),
@@ -273,7 +256,7 @@ def make_batch(
     num_positions: int,
     packed: bool = False,
 ) -> Batch:
-    """A BatchMaker: by compiled loops."""
+    """The Collator of compiled loops."""
     needed = cells.lengths_N.sum() if packed else cells.lengths_N.max(initial=0)
     assert needed <= num_positions
     rows = rows_of(cells.lengths_N, num_positions, packed)
@@ -307,17 +290,16 @@ def make_batch(
 
 
 class PermutedGenes:
-    """A source whose cells hold the genes of `source`'s, [CLS] first, the others shuffled by
-    (seed, cell_key). Implements types.TokenSource."""
+    """Permutation control (a types.TokenSource): the cells of `source`, genes permuted by (seed,
+    cell_key). A model that reads ranks must do worse; one of co-occurrences only must not."""
 
     def __init__(self, source: TokenSource, seed: int, seq_length: int) -> None:
-        """seq_length: to which cells are cut first, so that only genes a model sees take part."""
+        """seq_length: cells are truncated first, so that only genes a model sees are permuted."""
         self.source = source
         self.seed = seed
         self.seq_length = seq_length
 
     def read(self, start: int, stop: int) -> RaggedCells:
-        """Rows start..stop-1, shuffled within each cell."""
         cells = truncate(self.source.read(start, stop), self.seq_length)
         cell_T = np.repeat(np.arange(len(cells)), cells.lengths)
         stream_N = mix(cells.keys_N ^ mix_scalar(self.seed))

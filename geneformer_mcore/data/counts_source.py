@@ -1,15 +1,11 @@
-"""Cells straight from raw counts, tokenised when they are read: no token store at all.
+"""Cells straight from raw counts, tokenised as they are read, without a token store.
 
     files, Experiments  ->  names of all cells -> keys, splits       (when opened)
     rows of a split     ->  counts -> rank tokens -> RaggedCells     (when read)
 
-A cell has the tokens, the key and so the masks that it has in a store of the same vocabulary. The
-order of cells is another one than the store's, since the store was shuffled when it was written:
-rows are the cells of a split as they lie in the sources, sources sorted by name. What mixes them is
-the order of long spans, and windows of these (see `MIN_SPAN_CELLS`).
-
-A cell of which the vocabulary knows no gene is left out of a store. Here it is known only once it
-is read, so it keeps its place: it comes as [CLS] alone, and nothing can be selected in it.
+Tokens, keys and masks of a cell are those in a store of the same vocabulary. The order is another:
+rows are the cells of a split as stored in the inputs, inputs sorted by name; long spans and their
+windows mix them. A cell without known genes, which a store leaves out, comes as [CLS] alone.
 """
 
 from __future__ import annotations
@@ -35,8 +31,7 @@ from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import RaggedCells
 
 MIN_SPAN_CELLS = 4096
-"""Neighbouring cells read together from counts, at least. A query of a SOMA matrix, or a chunk of a
-compressed file, costs the same for one cell as for thousands."""
+"""Least neighbouring cells per read: a SOMA query or a compressed chunk costs the same for one."""
 
 _ROWS_PER_READ = 4096
 _NAMES_PER_READ = 65_536
@@ -49,10 +44,7 @@ _REMEDY = (
 
 
 class CountsSource:
-    """Cells of several inputs as one numbered sequence, tokenised on the fly (a TokenSource).
-
-    name, vocabulary, seq_length, content_hash: as of a TokenStore
-    """
+    """Cells of several inputs as one numbered sequence, tokenised on the fly (a TokenSource)."""
 
     def __init__(
         self,
@@ -62,20 +54,18 @@ class CountsSource:
         split_rule: SplitRule,
         options: InputOptions | None = None,
     ) -> None:
-        """Opens all inputs and reads the names of their cells.
-
-        Raises DataError if one cannot be used, or two cells have one name.
-        """
+        """Open all inputs and read the names of their cells. Raises DataError if one cannot be
+        used, or two cells have one name."""
         options = options or InputOptions()
         self.name = ", ".join(inputs)
         self.vocabulary = vocabulary
         self.seq_length = seq_length
         self._encoder = RankEncoder(vocabulary, seq_length)
-        # Reading may come from the prefetch thread and from validation at the same time.
+        # The prefetch thread and validation may read at the same time.
         self._lock = threading.Lock()
         with _naming_the_command():
             opened = [_Input(name, vocabulary, options) for name in inputs]
-        self._inputs = sorted(opened, key=_order)
+        self._inputs = sorted(opened, key=lambda each: (each.counts.stem, each.counts.name))
         self._first_cell = np.cumsum([0, *(each.counts.num_cells for each in self._inputs)])
         keys = np.concatenate([each.keys_N for each in self._inputs])
         _check_distinct(keys, self.name)
@@ -86,7 +76,6 @@ class CountsSource:
         self.content_hash = self._hash(codes)
 
     def rows(self, split: str) -> tuple[int, int]:
-        """(start, stop) of the rows of "train", "validation" or "test"."""
         code = SPLITS.index(split)
         start = self._stops[code - 1] if code else 0
         return int(start), int(self._stops[code])
@@ -95,8 +84,7 @@ class CountsSource:
         return len(self._cells)
 
     def read(self, start: int, stop: int) -> RaggedCells:
-        """Rows start..stop-1, tokenised now."""
-        # Within a split cells ascend as they lie in the inputs.
+        # Within a split cells ascend.
         borders = [start, *(int(s) for s in self._stops if start < s < stop), stop]
         parts = [self._cells[a:b] for a, b in pairwise(borders)]
         with self._lock, _naming_the_command():
@@ -109,7 +97,7 @@ class CountsSource:
         return RaggedCells(tokens_T, np.concatenate([[0], np.cumsum(lengths)]), keys_N)
 
     def cell_ids(self, rows: np.ndarray) -> list[str]:
-        """The names of the cells of `rows` (int64 [N], any order), one read each: for messages."""
+        """Names of the cells of `rows` (int64 [N], any order), one read each: for messages."""
         names = []
         for cell in self._cells[rows].tolist():
             number = int(np.searchsorted(self._first_cell, cell, side="right")) - 1
@@ -119,24 +107,23 @@ class CountsSource:
         return names
 
     def datasets(self, start: int, stop: int) -> list[str]:
-        """The input of each cell of rows start..stop-1: all cells of one have the same genes."""
+        """The input of each cell of rows start..stop-1."""
         numbers = np.searchsorted(self._first_cell, self._cells[start:stop], side="right") - 1
         return [self._inputs[number].counts.name for number in numbers]
 
     def close(self) -> None:
-        """Closes the inputs."""
         for each in self._inputs:
             each.counts.close()
 
     def _blocks(self, cells: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(tokens, lengths) of `cells`, which ascend, block by block."""
+        """(tokens, lengths) of `cells`, ascending, block by block."""
         bounds = np.searchsorted(cells, self._first_cell)
         for number, each in enumerate(self._inputs):
             wanted = cells[bounds[number] : bounds[number + 1]] - self._first_cell[number]
             yield from each.tokens(wanted, self._encoder)
 
     def _hash(self, codes: np.ndarray) -> str:
-        """Which cells, in which splits, from inputs of which form: not where they lie."""
+        """Of the cells, their splits and the form of the inputs, not of their paths."""
         digest = hashlib.sha256(self._keys.astype("<u8").tobytes() + codes.tobytes())
         with _naming_the_command():
             forms = [each.form() for each in self._inputs]
@@ -167,9 +154,8 @@ class _Input:
         return codes
 
     def form(self) -> list[object]:
-        """What tells this input from another of the same cells, wherever it lies: the genes of its
-        columns, and the counts of some rows. Counts changed in other rows only are not noticed: to
-        read all of them would take as long as an epoch."""
+        """Identity of the input besides its cells: genes of columns, and counts of some rows.
+        Changes in other rows are not noticed: reading all takes as long as an epoch."""
         digest = hashlib.sha256(self._token_of_column.astype("<i4").tobytes())
         num_cells = self.counts.num_cells
         for place in range(_PROBES):
@@ -197,8 +183,7 @@ class _Input:
 
 @contextmanager
 def _naming_the_command() -> Iterator[None]:
-    """Errors about counts may name a parameter that no setting of a run is for: they leave with the
-    command that has an option for it."""
+    """Add to errors that name a parameter without a setting the command that has the option."""
     try:
         yield
     except DataError as error:
@@ -217,10 +202,6 @@ def _take_rows(block: CountBlock, rows: np.ndarray) -> CountBlock:
     return CountBlock(block.data[entries], block.indices[entries], indptr, block.start)
 
 
-def _order(each: _Input) -> tuple[str, str]:
-    return each.counts.stem, each.counts.name
-
-
 def _check_distinct(keys_N: np.ndarray, name: str) -> None:
     repeated = len(keys_N) - len(np.unique(keys_N))
     if repeated:
@@ -232,13 +213,13 @@ def _check_distinct(keys_N: np.ndarray, name: str) -> None:
 
 
 def find_inputs(store: str) -> list[str]:
-    """What `data.store` names when `data.source` is counts: a file, an Experiment (folder or URI),
+    """Inputs that `data.store` names for data.source=counts: a file, an Experiment (folder or URI),
     a folder of h5ad or zarr files, or several of these with commas between. DataError if none."""
     found: list[str] = []
     for name in filter(None, (part.strip() for part in store.split(","))):
         files: list[str] = []
         if "://" not in name:
-            with suppress(OSError):  # What opens it says what is wrong with it.
+            with suppress(OSError):  # reported when it is opened
                 there = sorted(map(str, Path(name).glob("*")))
                 files = [path for path in there if path.endswith(FILE_ENDINGS)]
         found += files or [name]

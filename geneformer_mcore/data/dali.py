@@ -1,10 +1,11 @@
-"""Micro batches made by NVIDIA DALI, on the GPU that trains where there is one.
+"""Micro batches by NVIDIA DALI, on the GPU where there is one; equal to `make_batch` bit for bit.
 
-    CellViews -> tokens as they are --copy--> DALI: masked, padded -> selected places -> Batch
-                 (half the bytes of a padded batch, or less)
+    tokens, cell after cell (uint16) ------------------------+-> shown tokens -> pad -> seen
+    one random stream per cell -> hash of every position ----+-> true tokens  -> pad -> labels
+    idle cells ----------------------------------------------+
 
-The batches are those of `batch.make_batch`, bit for bit. With a GPU the work leaves the host; on a
-CPU, DALI takes many times as long as our compiled loops, and is there for tests.
+With a GPU the left column is copied there; on a CPU the same graph is slow, and there for tests.
+DALI cannot index positions, so it hashes three times for every position, not for selected ones.
 """
 
 from __future__ import annotations
@@ -24,35 +25,23 @@ from geneformer_mcore.data.masking import Masking
 from geneformer_mcore.store.keys import GOLDEN, MIX_1, MIX_2
 from geneformer_mcore.types import MASK, NUM_SPECIALS, PAD, Batch, CellViews
 
-# The DALI pipeline that masks and pads cells: what masks.py defines, in DALI's operators.
-#
-#     tokens, cell after cell (uint16) ----------------------+-> what is shown -> pad -> seen
-#     one stream of random bits per cell -> hash of places --+-> true tokens   -> pad -> labels
-#     idle cells --------------------------------------------+
-#
-# With a GPU the left column is copied there and the rest happens there; without one, the same graph
-# runs on the CPU. DALI cannot pick places out of a cell, so unlike the compiled loops it hashes
-# three times for every place, not only for the selected ones.
-
 _NO_LABEL = -1
 
 
 class MaskingPipeline:
-    """A DALI pipeline that makes one batch of the cells given to each run."""
+    """A DALI pipeline that masks and pads one batch per run."""
 
     def __init__(
         self, num_cells: int, room: int, masking: Masking, device_id: int | None, num_threads: int
     ) -> None:
-        """num_cells:  cells of each batch
-        room:       the most positions a batch can have
-        device_id:  the GPU to run on; None: the CPU, with `num_threads` threads
-        """
+        """num_cells: of each batch;  room: most positions of a batch;  device_id: None for the CPU,
+        with `num_threads` threads"""
         self._num_cells = num_cells
         self._pipeline = Pipeline(
             batch_size=num_cells,
             num_threads=num_threads,
             device_id=device_id,
-            # A run starts with its inputs and ends with its outputs: nothing is made ahead.
+            # A run starts with its inputs and ends with its outputs.
             prefetch_queue_depth=1,
         )
         with self._pipeline as pipeline:
@@ -66,20 +55,19 @@ class MaskingPipeline:
         num_positions: int,
         stream: torch.cuda.Stream | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the model sees, [PAD] after the last token; and the true tokens at the selected
-        places, -1 elsewhere.
+        """Tokens with masks and padding, and the true tokens at selected positions, else -1: two
+        int32 [N, num_positions] in DALI's memory, where the pipeline runs.
 
-        tokens:     uint16 [n] of each cell; DALI copies them, one behind the other
-        streams_N:  uint64, where the random bits of each cell come from (Masking.streams)
-        idle_N:     bool, whether nothing is to be predicted in the cell
-        stream:     on which the results are to be used; None on a CPU
-        Returns two int32 [N, num_positions] in DALI's memory, where the pipeline runs.
+        tokens:     uint16 [n] of each cell
+        streams_N:  uint64, see Masking.streams
+        idle_N:     bool, nothing is predicted in the cell
+        stream:     on which the results are used; None on a CPU
         """
         outputs = self._pipeline.run(
             stream,
             tokens=tokens,
             streams=streams_N,
-            # The flags of one of n ranks are every n-th of the global batch; DALI takes no strides.
+            # A rank's flags are every n-th of the global batch; DALI takes no strides.
             idle=np.ascontiguousarray(idle_N),
             num_positions=np.full((self._num_cells, 1), num_positions, dtype=np.int32),
         )
@@ -120,7 +108,7 @@ class _Hash:
         )
 
     def mix(self, x: DataNode) -> DataNode:
-        """`keys.mix`: uint64 in and out."""
+        """store.keys.mix: uint64 in and out."""
         x = x + self.golden
         x = (x ^ (x >> _small(30))) * self.mix_1
         x = (x ^ (x >> _small(27))) * self.mix_2
@@ -128,7 +116,7 @@ class _Hash:
 
 
 def _shown(true: DataNode, bits: DataNode, hashed: _Hash, masking: Masking) -> DataNode:
-    """What is shown at each place if it is selected: [MASK], a random gene or its own token."""
+    """The token shown at each position if selected: [MASK], a random gene or its own."""
     _, masked_below, random_below = masking.bounds()
     action = hashed.mix(bits ^ hashed.mix_1)
     masked = _below(action, masked_below)
@@ -141,8 +129,8 @@ def _shown(true: DataNode, bits: DataNode, hashed: _Hash, masking: Masking) -> D
 def _random_gene(bits: DataNode, num_genes: int) -> DataNode:
     """int32: `floor(x * 2^-53 * num_genes)` of the upper 53 bits x, plus the special tokens.
 
-    In float64, as masks.py has it, and exact: x fits, and a factor 2^-53 changes no digit, so
-    it does not matter when it is multiplied by. DALI takes constants as float32: this one fits.
+    In float64 as in masking.py, and exact: a factor 2^-53 changes no digit. DALI takes constants
+    as float32: this one fits.
     """
     x = fn.cast(bits >> _small(11), dtype=types.FLOAT64)
     share = x * types.Constant(num_genes * 2.0**-53, types.FLOAT64)
@@ -176,16 +164,12 @@ _CELLS_MULTIPLE = 16
 
 
 class DaliBatches:
-    """A BatchMaker whose batches lie on `device`, complete, when it returns.
-
-    It may be called from several threads: one batch is made at a time. Raises MissingBackendError
-    if DALI is not installed.
-    """
+    """A thread-safe Collator with batches on `device`. Raises MissingBackendError without DALI."""
 
     def __init__(self, device: torch.device) -> None:
         require("nvidia.dali")
         self._device = device
-        # Its own, so that batches are made while the training step computes.
+        # Its own, so that it runs next to the training step.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pipelines: dict[tuple[int, int, Masking], MaskingPipeline] = {}
         self._lock = threading.Lock()
@@ -199,19 +183,22 @@ class DaliBatches:
         num_positions: int,
         packed: bool = False,
     ) -> Batch:
-        """See collate.Collator. DALI pads; cells to be packed are taken out of its rows."""
+        """See Collator. DALI pads; packed cells are taken out of its rows."""
         longest = int(cells.lengths_N.max(initial=0))
         assert (cells.lengths_N.sum() if packed else longest) <= num_positions
         if len(cells) == 0:
             empty = make_batch(cells, epochs_N, idle_N, masking, num_positions, packed)
             return empty.to(self._device)
         padded_to = longest if packed else num_positions
-        # A pipeline is built for a number of cells, and packed batches have any: a few numbers do.
+        # A pipeline is built for a number of cells, which is rounded up for packed batches.
         asked = np.arange(
             -(-len(cells) // _CELLS_MULTIPLE) * _CELLS_MULTIPLE if packed else len(cells)
         )
         asked[len(cells) :] = 0
-        with self._lock, self._beside():
+        side: AbstractContextManager[object] = nullcontext()
+        if self._stream is not None:
+            side = torch.cuda.stream(self._stream)
+        with self._lock, side:
             pipeline = self._pipeline(len(asked), padded_to, masking)
             tokens_BS, labels_BS = pipeline.run(
                 _tokens(cells.part(asked)),
@@ -220,21 +207,21 @@ class DaliBatches:
                 padded_to,
                 self._stream,
             )
-            # Copied, into memory that torch's allocator knows: DALI's is out of its sight.
+            # Copied into memory of torch's allocator.
             tokens, labels = tokens_BS.flatten().clone(), labels_BS.flatten().clone()
             if packed:
                 tokens = _packed(tokens, cells.lengths_N, num_positions, PAD)
                 labels = _packed(labels, cells.lengths_N, num_positions, -1)
-            batch = _batch(cells, tokens, labels, num_positions, packed)
+            # Token ids are not negative, other labels are.
+            selected_M = torch.nonzero(labels >= 0).flatten()
+            labels_M = labels[selected_M].long()
+            batch = assembled(cells, tokens, selected_M, labels_M, num_positions, packed)
             if self._stream is not None:
                 self._stream.synchronize()
         if self._stream is not None:
-            # The allocator must not give this memory to the next batch while the caller computes.
+            # The allocator must not reuse this memory while the caller computes.
             batch.record_stream(torch.cuda.current_stream(self._device))
         return batch
-
-    def _beside(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _pipeline(self, num_cells: int, num_positions: int, masking: Masking) -> MaskingPipeline:
         room = _ROOM
@@ -251,7 +238,6 @@ class DaliBatches:
 
 
 def _tokens(cells: CellViews) -> list[np.ndarray]:
-    """uint16 [n] per cell, views: DALI copies them, one behind the other."""
     stops_N = cells.starts_N + cells.lengths_N
     return [cells.tokens_T[start:stop] for start, stop in zip(cells.starts_N, stops_N, strict=True)]
 
@@ -266,11 +252,3 @@ def _packed(
     packed = rows.new_full((num_positions,), filler)
     packed[: len(where)] = rows[torch.from_numpy(where).to(rows.device)]
     return packed
-
-
-def _batch(
-    cells: CellViews, tokens: torch.Tensor, labels: torch.Tensor, num_positions: int, packed: bool
-) -> Batch:
-    # Token ids are not negative, and what stands elsewhere is.
-    selected_M = torch.nonzero(labels >= 0).flatten()
-    return assembled(cells, tokens, selected_M, labels[selected_M].long(), num_positions, packed)

@@ -1,7 +1,7 @@
-"""Cells with a label, and batches that ask for it instead of hidden genes.
+"""Cells with a label, and batches that predict it instead of masked genes.
 
-source of all cells + rows that have a label -> LabelledRows: the same cells, numbered anew
-BatchMaker + class of each cell -> LabelledBatches: [CLS] of every cell selected, labelled with that
+source of all cells + labelled rows -> LabelledRows: these cells, renumbered
+Collator + class of each cell -> LabelledBatches: [CLS] of every cell selected, its class the label
 """
 
 from __future__ import annotations
@@ -23,21 +23,17 @@ from geneformer_mcore.types import (
 )
 
 _FAR = 512
-"""Rows between two cells that are worth a query of its own, rather than reading all in between."""
+"""Distance in rows from which two cells are read by separate queries."""
 
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Some rows of a source as a source (a types.KnownLengths): row i is rows[i] there.
-
-    rows: int64, ascending
-    """
+    """Some rows (int64, ascending) of a source as a source (a types.KnownLengths)."""
 
     source: KnownLengths
     rows: np.ndarray
 
     def read(self, start: int, stop: int) -> RaggedCells:
-        """Implements types.TokenSource."""
         rows = self.rows[start:stop]
         cuts = np.flatnonzero(np.diff(rows) > _FAR) + 1
         parts = [self._read(part) for part in np.split(rows, cuts) if len(part)]
@@ -57,16 +53,14 @@ class LabelledRows:
         return views.part(rows - first).ragged()
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
-        """Implements types.KnownLengths."""
         return self.source.lengths(self.rows[rows])
 
 
 @dataclass(frozen=True)
 class LabelledViews(LabelledRows):
-    """The same of a source that gives single cells (a types.RandomAccess)."""
+    """The same of a types.RandomAccess."""
 
     def views(self, rows: np.ndarray) -> CellViews:
-        """Implements types.RandomAccess."""
         assert isinstance(self.source, RandomAccess)
         return self.source.views(self.rows[rows])
 
@@ -78,14 +72,10 @@ def labelled_source(source: TokenSource, rows: np.ndarray) -> LabelledRows:
 
 
 class LabelledBatches:
-    """A BatchMaker whose batches show every gene and ask for the classes of cells.
-
-    Classes are found by `cell_key`, so that all that lies between a store and a batch need not know
-    of them.
-    """
+    """A Collator of unmasked cells whose labels are their classes, found by `cell_key`."""
 
     def __init__(self, maker: Collator, keys_N: np.ndarray, classes_N: np.ndarray) -> None:
-        """keys_N: uint64, of all cells that will come; classes_N: int64, of the same cells."""
+        """keys_N: uint64, of all cells; classes_N: int64, of the same cells."""
         order = np.argsort(keys_N)
         self._maker = maker
         self._keys_N, self._classes_N = keys_N[order], classes_N[order]
@@ -99,9 +89,8 @@ class LabelledBatches:
         num_positions: int,
         packed: bool = False,
     ) -> Batch:
-        """Implements BatchMaker. Idle cells are not asked for."""
-        nothing_hidden = np.ones(len(cells), bool)
-        batch = self._maker(cells, epochs_N, nothing_hidden, masking, num_positions, packed)
+        unmasked = np.ones(len(cells), bool)
+        batch = self._maker(cells, epochs_N, unmasked, masking, num_positions, packed)
         asked = np.flatnonzero(~idle_N)
         starts_M = rows_of(cells.lengths_N, num_positions, packed)[asked]
         device = batch.tokens_BS.device

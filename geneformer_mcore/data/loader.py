@@ -1,16 +1,18 @@
-"""The stream of global batches, dealt to data-parallel ranks, prepared one step ahead or more.
+"""The stream of global batches of a data-parallel rank, prepared ahead by one thread.
 
-    position -> Order -> rows -> this rank's cells -> spans read once -> micro batches
-                                                      (one prefetch thread)
+    position -> Sampler -> rows -> this rank's cells -> ShuffleBuffer -> Collator -> micro batches
 
-    padded: a rank's cells are every d-th, its micro batches the next few of them
-    packed: packing.py deals the whole global batch, by the lengths of its cells
+    padded: rank r of d takes cells r, r + d, ... in groups of micro_batch_size
+    packed: packing.py assigns the whole global batch, by the lengths of its cells
 
-The state is one integer, the position: cells seen since the start of the run.
+The state is one integer, the position: cells seen since the start of the run. One prefetch thread
+suffices: what takes time releases the interpreter's lock. To a GPU batches are copied from pinned
+memory on a side stream, one step ahead.
 """
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -36,17 +38,9 @@ from geneformer_mcore.types import (
     TokenSource,
 )
 
-# Steps prepared ahead by one thread.
-#
-#     steps in line  ->  thread: next(steps) into a queue of a few  ->  the training loop takes them
-#
-# One thread is enough, and better than processes: what takes time releases the interpreter's lock,
-# and nothing is copied between processes.
-
 
 def prefetched(steps: Iterator[list[Batch]], depth: int) -> Iterator[list[Batch]]:
-    """The same steps, up to `depth` of them ready. The thread ends when the iterator is closed;
-    an error in it is raised here."""
+    """Prepare up to `depth` steps in a thread, which ends with the iterator; raises its errors."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()
 
@@ -63,7 +57,7 @@ def prefetched(steps: Iterator[list[Batch]], depth: int) -> Iterator[list[Batch]
                 put(step)
                 if closed.is_set():
                     return
-        except BaseException as error:  # handed to the consumer, who raises it
+        except BaseException as error:  # raised by the consumer
             put(error)
 
     thread = threading.Thread(target=fill, name="prefetch", daemon=True)
@@ -81,11 +75,7 @@ def prefetched(steps: Iterator[list[Batch]], depth: int) -> Iterator[list[Batch]
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every global batch a rank works on.
-
-    Padded, cell i of a global batch goes to data-parallel rank i % data_size. A global batch holds
-    the same cells whatever the layout.
-    """
+    """A rank's part of every global batch, which holds the same cells in every layout."""
 
     global_batch_size: int
     micro_batch_size: int
@@ -95,22 +85,18 @@ class Share:
 
 @dataclass(frozen=True)
 class Budget:
-    """That cells are packed, and how many fit.
-
-    tokens:    of a micro batch, at most
-    multiple:  micro batches per step and rank come in multiples of this
-    """
+    """Most tokens of a packed micro batch; multiple: of micro batches per step and rank."""
 
     tokens: int
     multiple: int = 1
 
 
 def budget(config: Config) -> Budget | None:
-    """How cells are packed; None if they are padded."""
+    """The budget of packed cells; None if they are padded."""
     if not config.data.packing:
         return None
     parallel = config.parallel
-    # The interleaved schedule runs micro batches in groups of as many as there are stages.
+    # The interleaved schedule runs micro batches in groups of the number of stages.
     return Budget(token_budget(config), parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
 
 
@@ -128,8 +114,7 @@ class Feed:
         maker: Collator = make_batch,
         budget: Budget | None = None,
     ) -> None:
-        """maker: what makes micro batches of cells; all makers make the same ones.
-        budget: packs cells; without one they are padded."""
+        """budget: packs cells; without one they are padded."""
         self.order = order
         self.masking = masking
         self.share = share
@@ -151,8 +136,7 @@ class Feed:
         return self._padded(places, places.epochs, np.zeros(len(places), dtype=bool))
 
     def validation_step(self, position: int) -> list[Batch]:
-        """The same for validation: masks are those of VALIDATION_EPOCH, and beyond the last cell
-        a padded batch is filled up with cells in which nothing is predicted."""
+        """The same for validation, by VALIDATION_EPOCH; idle cells fill up the last batch."""
         size = self.share.global_batch_size
         places = self.order.places(position, min(position + size, self.order.num_cells))
         if self.budget is not None:
@@ -204,44 +188,35 @@ class Feed:
         ]
 
     def steps(self, position: int, prefetch: int, pinned: bool = False) -> Iterator[list[Batch]]:
-        """Global batches from `position` on, without end. With `prefetch` > 0 a thread keeps that
-        many ready; it ends when the iterator is closed. pinned: in page-locked memory."""
-        in_line = self._in_line(position, pinned)
-        return prefetched(in_line, prefetch) if prefetch else in_line
+        """Global batches from `position` on, without end, `prefetch` of them (0: none) prepared
+        by a thread that ends when the iterator is closed. pinned: in page-locked memory."""
 
-    def _in_line(self, position: int, pinned: bool) -> Iterator[list[Batch]]:
-        while True:
-            batches = self.step(position)
-            yield [batch.pinned() for batch in batches] if pinned else batches
-            position += self.share.global_batch_size
+        def in_line() -> Iterator[list[Batch]]:
+            for start in itertools.count(position, self.share.global_batch_size):
+                batches = self.step(start)
+                yield [batch.pinned() for batch in batches] if pinned else batches
+
+        return prefetched(in_line(), prefetch) if prefetch else in_line()
 
 
 class _Direct:
-    """Cells from a source that gives single ones."""
+    """Cells of a source with random access."""
 
     def __init__(self, source: RandomAccess, seq_length: int) -> None:
         self._source = source
         self._seq_length = seq_length
 
     def lengths(self, places: Places) -> np.ndarray:
-        """int64, tokens of each of the cells at `places`: by a source that knows them, so that no
-        rank touches, and verifies, the tokens of other ranks' cells."""
+        """int64, tokens of the cells at `places`; cells are read if the source does not know."""
         if isinstance(self._source, KnownLengths):
             return np.minimum(self._source.lengths(places.rows), self._seq_length)
         return self.take(places).lengths_N
 
     def take(self, places: Places) -> CellViews:
-        """The cells at `places`, in that order, at most seq_length tokens of each."""
+        """The cells at `places`, truncated."""
         cells = self._source.views(places.rows)
         lengths_N = np.minimum(cells.lengths_N, self._seq_length)
         return CellViews(cells.tokens_T, cells.starts_N, lengths_N, cells.keys_N)
-
-
-# Batches on their way to a GPU: copied beside the computation, one step ahead.
-#
-# prefetch thread: batch -> pinned memory  |  side stream: copy of step n + 1 while step n computes
-#
-# On a CPU there is nothing to copy, and batches pass through.
 
 
 def steps_on_device(
@@ -255,7 +230,7 @@ def steps_on_device(
 
 def _ahead(feed: Feed, position: int, prefetch: int, device: torch.device) -> Iterator[list[Batch]]:
     side = torch.cuda.Stream(device)
-    # Pinned by the prefetch thread: page-locking takes time, and copies from pageable memory wait.
+    # Pinned by the prefetch thread, as page-locking takes time.
     with closing(feed.steps(position, prefetch, pinned=True)) as steps:  # type: ignore[type-var]
         coming = _copied(next(steps), device, side)
         while True:
@@ -264,7 +239,7 @@ def _ahead(feed: Feed, position: int, prefetch: int, device: torch.device) -> It
             here = torch.cuda.current_stream(device)
             here.wait_event(done)
             for batch in batches:
-                # The allocator must not give this memory away before `here` has used it.
+                # The allocator must not reuse this memory before `here` has read it.
                 batch.record_stream(here)
             yield batches
 

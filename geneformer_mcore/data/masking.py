@@ -1,8 +1,7 @@
 """Masking of a cell's genes: a pure function of (seed, epoch, cell_key, position in the cell).
 
-Row numbers, ranks, threads and batch shapes play no part, so a cell is masked alike in every
-layout and after every restart. A counter-based hash (SplitMix64, see store/keys.py) gives each
-position its own random bits, for a whole block of cells in a dozen numpy calls.
+So a cell is masked alike in every layout and after every restart. A counter-based hash (SplitMix64,
+see store/keys.py) gives each position its own random bits.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ VALIDATION_EPOCH = 2**62
 
 @dataclass(frozen=True)
 class Masking:
-    """How genes are selected and what is shown in their place.
+    """Selection of genes and their replacement.
 
     probability:  of a gene being selected, independent per gene; [CLS] never is
     fractions:    of the selected: shown as [MASK], as a random gene, unchanged
@@ -34,11 +33,8 @@ class Masking:
     seed: int
 
     def apply(self, cells: RaggedCells, epochs_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the model sees and where it must predict.
-
-        epochs_N: int64 [N], the epoch each cell is seen in.
-        Returns uint16 [T] tokens with masks, and bool [T], True at the selected places.
-        """
+        """uint16 [T] tokens with masks, and bool [T], True at the selected positions.
+        epochs_N: int64 [N], the epoch of each cell"""
         lengths = cells.lengths
         first_T = np.repeat(cells.offsets[:-1], lengths)
         place_T = (np.arange(len(cells.tokens_T)) - first_T).astype(np.uint64)
@@ -51,18 +47,15 @@ class Masking:
         return seen_T, selected_T
 
     def streams(self, keys_N: np.ndarray, epochs_N: np.ndarray) -> np.ndarray:
-        """uint64 [N], where the random bits of each cell come from: bits of its place i are
-        `mix(stream + i * 0x9E3779B97F4A7C15)`."""
+        """uint64 [N], each cell's stream; bits of its position i: `mix(stream + i * GOLDEN)`."""
         return mix(mix(keys_N ^ self.seed_bits) + epochs_N.astype(np.uint64))
 
     @cached_property
     def seed_bits(self) -> np.uint64:
-        """The seed, mixed."""
         return mix_scalar(self.seed)
 
     def bounds(self) -> tuple[np.uint64, np.uint64, np.uint64]:
-        """What 53 random bits must stay below: to be selected; then, to be shown as [MASK]; else,
-        to be shown as a random gene."""
+        """Bounds on 53 random bits: selected; then shown as [MASK]; else as a random gene."""
         masked, random, _unchanged = self.fractions
         shares = (self.probability, masked, masked + random)
         # x * 2^-53 < p exactly where the whole number x < ceil(p * 2^53).
@@ -72,15 +65,13 @@ class Masking:
         return selected_below, masked_below, random_below
 
     def validation_positions(self, cells: RaggedCells) -> tuple[np.ndarray, np.ndarray]:
-        """What validation asks for in `cells`: int64 [M] true token ids and int64 [M] their places
-        within their cells, 1 for the highest-ranked gene."""
+        """int64 [M] twice: true token ids to predict, and their positions, 1 for the first gene."""
         labels_M, places_M, _ = self.validation_genes(cells)
         return labels_M, places_M
 
     def validation_genes(self, cells: RaggedCells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same, and int64 [M] the number of the cell that each is of."""
-        epochs_N = np.full(len(cells), VALIDATION_EPOCH)
-        _, selected_T = self.apply(cells, epochs_N)
+        """The same, and int64 [M] the number of each one's cell."""
+        _, selected_T = self.apply(cells, np.full(len(cells), VALIDATION_EPOCH))
         here = np.flatnonzero(selected_T)
         cell_M = np.searchsorted(cells.offsets, here, side="right") - 1
         return cells.tokens_T[here].astype(np.int64), here - cells.offsets[cell_M], cell_M

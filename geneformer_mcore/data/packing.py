@@ -3,11 +3,9 @@
     lengths of all cells of a global batch
       -> as few micro batches as the token budget allows, the same number on every rank
       -> longest cells first, each to the micro batch with the least work so far that has room
-      -> a micro batch number per cell
 
-A pure function of the lengths: every rank computes the whole of it, and a global batch holds the
-same cells whatever the layout. A rank is done when its longest micro batches are, and attention
-grows with the square of a cell's length, so both tokens and squares are made alike.
+A pure function of the lengths, which every rank computes. Attention grows with the square of a
+cell's length, so both tokens and squares are balanced.
 """
 
 from __future__ import annotations
@@ -23,17 +21,16 @@ from geneformer_mcore.backends import compiled
 from geneformer_mcore.errors import DataError
 
 SQUARES_LIKE_TOKENS = 2048.0
-"""Length at which the square term of a cell's cost equals its linear term. By the FLOPs of
-model/flops.py it is 1,345 for the 10M model and 4,770 for the 106M one (head included); one value
-for all, so that a change of the model does not change how cells are packed."""
+"""Length at which the square term of a cell's cost equals its linear term: by model/flops.py 1,345
+for the 10M model and 4,770 for the 106M one. One value, so packing does not depend on the model."""
 
 
 @dataclass(frozen=True)
 class Packing:
     """Micro batches of one global batch.
 
-    bins:         for each micro batch of each rank the cells in it, int64, ascending: numbers
-                  within the global batch. Rank r of d works on bins[r], bins[r + d], ...
+    bins:         int64, ascending, the cells (within the global batch) of each micro batch; rank r
+                  of d works on bins[r], bins[r + d], ...
     most_tokens:  tokens of the fullest one
     """
 
@@ -41,18 +38,12 @@ class Packing:
     most_tokens: int
 
     def of_rank(self, data_rank: int, data_size: int) -> list[np.ndarray]:
-        """The micro batches of a data-parallel rank."""
         return self.bins[data_rank::data_size]
 
 
 def pack(lengths_N: np.ndarray, budget: int, data_size: int, multiple: int = 1) -> Packing:
-    """Deals cells of `lengths_N` tokens (int64 [N]) to micro batches of at most `budget` tokens.
-
-    data_size:  data-parallel ranks
-    multiple:   every rank gets a multiple of so many micro batches (of the interleaved pipeline)
-
-    Raises DataError if a cell is longer than the budget.
-    """
+    """Assign cells of `lengths_N` tokens (int64 [N]) to micro batches of at most `budget` tokens,
+    a multiple of `multiple` per rank. Raises DataError if a cell is longer than the budget."""
     longest = int(lengths_N.max(initial=0))
     if longest > budget:
         raise DataError(
@@ -63,7 +54,7 @@ def pack(lengths_N: np.ndarray, budget: int, data_size: int, multiple: int = 1) 
     rounds = max(1, -(-int(lengths_N.sum()) // (budget * per_round)))
     while (bin_N := _deal(lengths_N, budget, rounds * per_round)) is None:
         rounds += 1
-    # Stable: cells of one micro batch ascend. np.split would take longer than all of the rest.
+    # Stable: cells of one micro batch ascend. np.split would be slow.
     cells = np.argsort(bin_N, kind="stable")
     stops = np.cumsum(np.bincount(bin_N, minlength=rounds * per_round)).tolist()
     bins = [cells[start:stop] for start, stop in pairwise([0, *stops])]
@@ -90,10 +81,10 @@ def _fill(
     num_bins: int,
     bin_N: np.ndarray,
 ) -> bool:
-    """Fills `bin_N` (int64 [N]) with the bin of each cell; False if they do not fit.
+    """Fill `bin_N` (int64 [N]) with the bin of each cell; False if they do not fit.
 
-    Each cell, in the order of `order_N` (int64, longest first), goes to the bin with the least cost
-    so far (of equals, the first) that has room. lengths_N: int64; costs_N: float64.
+    Each cell, in the order of `order_N` (longest first), goes to the first bin with the least cost
+    so far that has room.
     """
     room = np.full(num_bins, budget)
     heap = [(0.0, number) for number in range(num_bins)]
@@ -116,6 +107,6 @@ def _fill(
 
 
 def imbalance(loads: Sequence[float] | np.ndarray) -> float:
-    """The largest load over the mean load: by how much longer all wait for the slowest."""
+    """The largest load over the mean load."""
     values = np.asarray(loads, np.float64)
     return float(values.max() / values.mean())

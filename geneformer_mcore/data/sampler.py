@@ -4,16 +4,11 @@
       -> epoch = position // n,  place = position % n
       -> spans of neighbouring rows, permuted by (seed, epoch)
       -> windows of `window_spans` spans, each span shuffled inside by (seed, epoch, span)
-      -> dealt like cards: place p of a window is the next cell of its span p % window_spans
-      -> row
+      -> place p of a window is the next cell of its span p % window_spans  -> row
 
-The store is shuffled when it is written, so reading whole spans mixes well; a window mixes as many
-spans as it holds. Whoever knows the position knows everything: there is no other state.
-
-Dealing makes reading cheap for many ranks. Data-parallel rank r of d takes every d-th position, so
-of a window it meets window_spans / gcd(window_spans, d) spans only: 8 of 64 for 8 ranks, and no
-cell is read by two of them. (In the last window of an epoch, which holds fewer spans, ranks may
-read the same ones.)
+The position is the only state. Data-parallel rank r of d takes every d-th position, so of a window
+it reads window_spans / gcd(window_spans, d) spans only, 8 of 64 for 8 ranks, and no other rank
+reads those (but in the last window of an epoch, which may hold fewer).
 """
 
 from __future__ import annotations
@@ -23,17 +18,12 @@ from functools import lru_cache
 
 import numpy as np
 
-_SPANS, _CELLS = 1, 2  # what a random stream is for
+_SPANS, _CELLS = 1, 2  # purposes of random streams
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where some positions of the stream lie; arrays of one length.
-
-    rows:     int64, row numbers of the source
-    epochs:   int64, the epoch each is seen in
-    windows:  int64, the window each belongs to, counted on over all epochs
-    """
+    """Rows of the source, epochs and windows (counted over all epochs) of positions; int64 [N]."""
 
     rows: np.ndarray
     epochs: np.ndarray
@@ -43,7 +33,6 @@ class Places:
         return len(self.rows)
 
     def take(self, which: slice | np.ndarray) -> Places:
-        """Those of `which`."""
         return Places(self.rows[which], self.epochs[which], self.windows[which])
 
 
@@ -58,12 +47,12 @@ class Sampler:
     seed: int
 
     def places(self, start: int, stop: int) -> Places:
-        """Where the positions start..stop-1 lie."""
+        """The places of the positions start..stop-1."""
         assert 0 <= start <= stop
         rows, epochs, windows = [], [], []
         while start < stop:
             epoch, place = divmod(start, self.num_cells)
-            starts = _windows(self, epoch).starts
+            _, starts = _windows(self, epoch)
             window = int(np.searchsorted(starts, place, side="right")) - 1
             begin = place - int(starts[window])
             taken = _window_rows(self, epoch, window)[begin : begin + stop - start]
@@ -81,34 +70,27 @@ class Sampler:
         return places.rows, places.epochs
 
 
-@dataclass(frozen=True)
-class _Windows:
-    """The windows of one epoch. spans: the permuted span numbers; starts: first place of each."""
-
-    spans: np.ndarray
-    starts: np.ndarray
-
-
 @lru_cache(maxsize=8)
-def _windows(order: Sampler, epoch: int) -> _Windows:
+def _windows(order: Sampler, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The permuted spans of an epoch, and the first place of each window."""
     num_spans = -(-order.num_cells // order.span_cells)
     spans = permutation(num_spans, order.seed, _SPANS, epoch, 0)
     lengths = np.full(num_spans, order.span_cells)
     lengths[spans == num_spans - 1] = order.num_cells - (num_spans - 1) * order.span_cells
     first_places = np.cumsum(lengths) - lengths
-    return _Windows(spans, first_places[:: order.window_spans])
+    return spans, first_places[:: order.window_spans]
 
 
 @lru_cache(maxsize=8)
 def _window_rows(order: Sampler, epoch: int, window: int) -> np.ndarray:
-    spans = _windows(order, epoch).spans
+    spans, _ = _windows(order, epoch)
     here = spans[window * order.window_spans : (window + 1) * order.window_spans]
     cells = [_span_places(order, epoch, int(span)) for span in here]
-    # Column = span. A span that is short leaves holes at the end of its column.
-    dealt = np.full((max(map(len, cells)), len(cells)), -1)
-    for column, places in enumerate(cells):
-        dealt[: len(places), column] = places
-    flat = dealt.ravel()
+    # Column = span; a short span leaves holes at its end.
+    columns = np.full((max(map(len, cells)), len(cells)), -1)
+    for number, places in enumerate(cells):
+        columns[: len(places), number] = places
+    flat = columns.ravel()
     return order.first_row + flat[flat >= 0]
 
 
@@ -119,11 +101,8 @@ def _span_places(order: Sampler, epoch: int, span: int) -> np.ndarray:
 
 
 def permutation(size: int, seed: int, purpose: int, epoch: int, index: int) -> np.ndarray:
-    """int64 [size], a permutation of 0..size-1 that depends on the arguments and nothing else.
-
-    Sorts the raw output of Philox, a counter-based generator, because numpy promises the raw
-    stream of a bit generator for ever, but not what `Generator.permutation` makes of it.
-    """
+    """int64 [size], a permutation of 0..size-1 by the arguments alone: the raw output of Philox,
+    sorted, as numpy guarantees that stream for ever, but not `Generator.permutation`."""
     keys = np.random.Philox(
         key=np.array([seed, purpose], dtype=np.uint64),
         counter=np.array([0, 0, index, epoch], dtype=np.uint64),

@@ -1,8 +1,8 @@
-"""Cells by row number, out of whole spans that are read once per window.
+"""Cells by row number, from whole spans that are read once per window.
 
-places  ->  spans that are not here: read, each into a slot of the pool
-        ->  views of the cells in the pool, cut to length
-        ->  slots of past windows are free again
+places  ->  missing spans: read, each into a slot of the pool
+        ->  views of the cells in the pool, truncated
+        ->  slots of past windows are freed
 """
 
 from __future__ import annotations
@@ -11,20 +11,15 @@ import numpy as np
 
 from geneformer_mcore.data.collate import copy_cut
 from geneformer_mcore.data.sampler import Places, Sampler
-from geneformer_mcore.types import CellViews, KnownLengths, RaggedCells, TokenSource
+from geneformer_mcore.types import CellViews, KnownLengths, TokenSource
 
 _ABSENT = -1
 
 
 class ShuffleBuffer:
-    """The spans of the window that is being dealt, for one rank: only those it meets.
-
-    Slots are as large as the longest cells could make a span; memory is taken only where tokens
-    were written.
-    """
+    """This rank's spans of the current window, in slots with room for the longest cells."""
 
     def __init__(self, source: TokenSource, order: Sampler, seq_length: int) -> None:
-        """seq_length: tokens of a cell at most; longer ones are cut."""
         self.source = source
         self.order = order
         self.seq_length = seq_length
@@ -41,8 +36,7 @@ class ShuffleBuffer:
         self._add_slots(min(num_spans, 2 * order.window_spans))
 
     def lengths(self, places: Places) -> np.ndarray:
-        """int64, tokens of each of the cells at `places`: by a source that knows them, or by
-        reading all of these cells, those of other ranks too."""
+        """int64, tokens of the cells at `places`; reads all of them if the source does not know."""
         if isinstance(self.source, KnownLengths):
             return np.minimum(self.source.lengths(places.rows), self.seq_length)
         return self.take(places).lengths_N
@@ -54,7 +48,7 @@ class ShuffleBuffer:
         self._window_of_span[spans] = places.windows
         slots = self._slot_of_span[spans]
         if slots.min(initial=0) == _ABSENT:
-            # Not those of the first place: packed cells come in the order of their micro batches.
+            # Not the first place's: packed cells come in the order of their micro batches.
             self._drop_before(int(places.windows.min()))
             for span in np.unique(spans[slots == _ABSENT]):
                 self._read(int(span))
@@ -76,7 +70,10 @@ class ShuffleBuffer:
         self._lengths[slot, :number] = lengths
         self._starts[slot, :number] = slot * self._slot_tokens + np.cumsum(lengths) - lengths
         self._keys[slot, :number] = block.keys_N
-        _copy_cut(block, self.seq_length, room)
+        if block.lengths.max(initial=0) <= self.seq_length:
+            room[: len(block.tokens_T)] = block.tokens_T
+        else:
+            copy_cut(block.tokens_T, block.offsets, self.seq_length, room)
         self._slot_of_span[span] = slot
 
     def _drop_before(self, window: int) -> None:
@@ -104,11 +101,3 @@ def _longer(array: np.ndarray, length: int) -> np.ndarray:
     longer = np.empty((length, *array.shape[1:]), array.dtype)
     longer[: len(array)] = array
     return longer
-
-
-def _copy_cut(block: RaggedCells, seq_length: int, room_T: np.ndarray) -> None:
-    """Lays the cells of `block` end to end into the beginning of `room_T`."""
-    if block.lengths.max(initial=0) <= seq_length:
-        room_T[: len(block.tokens_T)] = block.tokens_T
-    else:
-        copy_cut(block.tokens_T, block.offsets, seq_length, room_T)

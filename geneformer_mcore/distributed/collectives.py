@@ -1,4 +1,4 @@
-"""The few things ranks tell each other outside Megatron's schedules."""
+"""Collectives besides those of Megatron's schedules."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ _VALUES_AT_ONCE = 1 << 24
 
 
 def sum_of_losses(values: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """Adds up `values` (fp64, any shape) over the data-parallel ranks, for every rank to know.
-
-    Only the last stage has losses, and the ranks of a tensor group all have the same ones: each
-    value is counted once.
-    """
+    """Sum of `values` (fp64, any shape) over the data-parallel ranks, on every rank.
+    Only the last stage has losses, equal on the ranks of a tensor group: each is counted once."""
     counts = topology.is_last_stage and topology.tensor_rank == 0
     total = values.clone() if counts else torch.zeros_like(values)
     dist.all_reduce(total)
@@ -28,12 +25,12 @@ def sum_of_losses(values: torch.Tensor, topology: Topology) -> torch.Tensor:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether any rank says yes; every rank gets the same answer."""
+    """Whether the flag is set on any rank, on every rank."""
     return any_rank_each([flag], device)[0]
 
 
 def any_rank_each(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """`any_rank` of several questions, for the price of one."""
+    """`any_rank` of several flags, in one collective."""
     answers = torch.tensor([int(flag) for flag in flags], device=device)
     dist.all_reduce(answers, op=dist.ReduceOp.MAX)
     return [bool(answer) for answer in answers.tolist()]
@@ -61,7 +58,7 @@ def from_first_rank(value: Any) -> Any:
 
 
 def first_problem(problem: str) -> str:
-    """The first rank's text that is not empty, on every rank; "" if none has one."""
+    """The first rank's text that is not empty, on every rank, or ""."""
     return next(filter(None, from_all_ranks(problem)), "")
 
 
@@ -70,16 +67,14 @@ def rows_on_first_rank(
 ) -> np.ndarray | None:
     """On rank 0 [num_rows, H] with every rank's `values_NH` (floats) at its `rows_N` (int64,
     ascending), and NaN at rows that no rank has; None on the others. No row may be of two ranks.
-
-    Some thousand rows at a time, so that no rank but the first needs room for all.
-    """
+    In parts, so that no other rank needs room for all."""
     width = values_NH.shape[1]
     is_first = dist.get_rank() == 0
     gathered = np.full((num_rows, width), np.nan, values_NH.dtype) if is_first else None
     for start in range(0, num_rows, _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, num_rows)
         here = slice(*np.searchsorted(rows_N, (start, stop)))
-        # A column more says whose rows these are: what nobody has is no zero.
+        # One more column marks the rows that a rank has.
         part = torch.from_numpy(np.zeros((stop - start, width + 1), values_NH.dtype))
         places = torch.from_numpy(rows_N[here] - start)
         part[places, :width] = torch.from_numpy(values_NH[here])
@@ -94,8 +89,7 @@ def rows_on_first_rank(
 
 
 def add_up_on_first_rank(values: np.ndarray, device: torch.device) -> None:
-    """Adds every rank's `values` (floats of one shape, in memory without gaps) up, on rank 0 in
-    place; what the others have afterwards is nothing to rely on."""
+    """Add up `values` (contiguous floats) in place on rank 0; elsewhere they become undefined."""
     flat = values.reshape(-1)
     for start in range(0, len(flat), _VALUES_AT_ONCE):
         part = torch.from_numpy(flat[start : start + _VALUES_AT_ONCE]).to(device)
@@ -104,5 +98,4 @@ def add_up_on_first_rank(values: np.ndarray, device: torch.device) -> None:
 
 
 def barrier() -> None:
-    """Waits until every rank is here."""
     dist.barrier()

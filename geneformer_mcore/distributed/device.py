@@ -1,13 +1,10 @@
-"""The device a rank computes on, and what lets Megatron-Core compute on a CPU.
-
-Megatron-Core 0.16 asks for CUDA by name: `torch.cuda.current_device()`, `device="cuda"`, `.cuda()`,
-`param.type() == "torch.cuda.FloatTensor"`, the CUDA random state. Everything else in it runs on a
-CPU with gloo, so one layer answers those questions for the CPU:
+"""The device of a rank, and the adapter that lets Megatron-Core compute on a CPU.
 
     Megatron-Core  --device="cuda"-->  CudaMeansCpu  --device="cpu"-->  torch
 
-It is entered once per process by `start`, and only where there is no GPU. A TorchFunctionMode holds
-for the thread that entered it; on a CPU the backward pass runs in the thread that asked for it.
+Megatron-Core 0.16 names CUDA (`torch.cuda.current_device()`, `device="cuda"`, `.cuda()`, tensor
+types, random states); all else runs on a CPU with gloo. Without a GPU `start` enters the mode once
+per process, for its thread; on a CPU the backward pass runs in the calling thread.
 """
 
 from __future__ import annotations
@@ -25,15 +22,13 @@ _CPU = torch.device("cpu")
 
 def start(threads: int = 0) -> torch.device:
     """This rank's device, ready for Megatron-Core: `cuda:LOCAL_RANK`, or the CPU without a GPU.
-
-    threads: CPU threads of this rank; 0 shares the cores among the ranks of the machine.
-    """
+    threads: of this rank on a CPU; 0 shares the cores among the ranks of the machine"""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
-    # Before the first matrix product: MKL may otherwise take fewer threads than it is told, add up
-    # in another order, and a resumed run would not be bitwise (Intel's conditions for that).
+    # Before the first matrix product: MKL may otherwise take fewer threads, add up in another
+    # order, and a resumed run would not be bitwise (Intel's conditions for that).
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
     torch.set_num_threads(threads or _fair_threads())
     _answer_for_cuda()
@@ -41,7 +36,7 @@ def start(threads: int = 0) -> torch.device:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Rewrites what names CUDA in a torch call to the CPU."""
+    """Replaces CUDA devices in torch calls by the CPU."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -79,9 +74,6 @@ def _answer_for_cuda() -> None:
         return
     import megatron.core.tensor_parallel.random as megatron_random
 
-    def nothing(*_args: Any, **_kwargs: Any) -> None:
-        return None
-
     def get_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:
         return torch.get_rng_state()
 
@@ -90,8 +82,8 @@ def _answer_for_cuda() -> None:
 
     stand_ins = {
         "current_device": lambda: _CPU,
-        "synchronize": nothing,
-        "empty_cache": nothing,
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
         "manual_seed": torch.manual_seed,
         "get_rng_state": get_state,
         "set_rng_state": set_state,
@@ -100,7 +92,7 @@ def _answer_for_cuda() -> None:
         setattr(torch.cuda, name, stand_in)
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
-    # It warns when the CPU's random state moves inside its "GPU" context: here they are the same.
+    # It warns when the CPU's random state moves inside its "GPU" context.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     mode = CudaMeansCpu()
     mode.__enter__()

@@ -24,13 +24,12 @@ if TYPE_CHECKING:
     from geneformer_mcore.distributed.watchdog import Watchdog
 
 BACKSTOP_S = 3600.0
-"""After which a collective gives up by itself. It is the watch that ends a job in time, with limits
-that depend on what is being done, and says why: a collective only says that it waited."""
+"""Time limit of a collective: a backstop behind the watchdog, which names the reason."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this rank stands."""
+    """This rank's coordinates."""
 
     rank: int
     world_size: int
@@ -42,13 +41,13 @@ class Topology:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the prediction head, and so knows losses."""
+        """Whether this rank has the prediction head, and so losses."""
         return self.pipeline_rank == self.pipeline_size - 1
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """The key-value store in which the ranks meet, before any process group is there."""
+    """The key-value store of the ranks, before there is a process group."""
 
     store: Store
     rank: int
@@ -61,22 +60,22 @@ def start(
     watch: Watchdog | None = None,
     backstop_s: float = BACKSTOP_S,
 ) -> Topology:
-    """Joins the other ranks and builds all groups. Call once, after `config.plan` agreed.
+    """Join the other ranks and build all groups, once, after `config.plan`.
 
-    watch: looks out from here on; whoever does not come within `parallel.timeout_s` seconds is
-    named then, and the job ends. On one machine nothing of this listens to other machines.
+    watch: ends the job if a rank does not come within `parallel.timeout_s` seconds, naming it. On
+    one machine nothing listens to other machines.
     """
     return join(meet(parallel, watch), device, parallel, backstop_s)
 
 
 def meet(parallel: ParallelConfig, watch: Watchdog | None = None) -> Rendezvous:
-    """The first half of `start`: ranks can tell each other things, slowly, and are watched."""
+    """The first half of `start`: the store, and the watchdog's connection to it."""
     if "RANK" not in os.environ:  # one process, without torchrun: nothing to meet
         meeting = Rendezvous(HashStore(), 0, 1)
     else:
         limit = timedelta(seconds=parallel.timeout_s)
         store, rank, world_size = next(rendezvous("env://", timeout=limit))
-        # Where torchrun restarts ranks, its store may be that of the attempt before.
+        # A restart by torchrun may keep the store of the attempt before.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if watch is not None and world_size > 1:
             apart = store.clone()
@@ -104,10 +103,9 @@ def join(
 
 
 def _choose_interface(world_size: int) -> None:
-    """By which network gloo and NCCL talk, unless told otherwise: on one machine the loopback
-    interface, which nobody else can reach; on several the one that leads to the master."""
+    """Set gloo's and NCCL's interface: loopback on one machine, else the one to the master."""
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) != world_size:
-        # Only here: it needs psutil, which a benchmark on a bare machine need not have.
+        # Imported here, as a benchmark on a bare machine has no psutil.
         from geneformer_mcore.distributed import network
 
         network.choose()
@@ -130,7 +128,7 @@ def build_groups(parallel: ParallelConfig, backstop_s: float = BACKSTOP_S) -> To
 
 
 def topology() -> Topology:
-    """Where this rank stands, once the groups are built."""
+    """This rank's topology, once the groups are built."""
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -143,7 +141,7 @@ def topology() -> Topology:
 
 
 def named_groups() -> dict[str, dist.ProcessGroup]:
-    """The groups that training talks in, this rank's ones, in the same order on every rank."""
+    """This rank's groups of training, in the same order on every rank."""
     return {
         "world": dist.group.WORLD,
         "tensor parallel": parallel_state.get_tensor_model_parallel_group(),
@@ -153,11 +151,8 @@ def named_groups() -> dict[str, dist.ProcessGroup]:
 
 
 def seed_dropout(seed: int, topology: Topology) -> None:
-    """Seeds dropout. Ranks of one tensor group agree on what they share and differ on what they
-    split; data-parallel ranks and pipeline stages all differ.
-
-    Only dropout depends on this state: weights and masks have generators of their own.
-    """
+    """Seed dropout, the only user of this state. Ranks of one tensor group agree on what they share
+    and differ on what they split; data-parallel ranks and pipeline stages all differ."""
     place = topology.pipeline_rank * topology.data_size + topology.data_rank
     # Megatron adds 2718 + tensor rank for the split parts: steps of 2**16 keep the seeds apart.
     tensor_parallel.model_parallel_cuda_manual_seed(
@@ -166,7 +161,7 @@ def seed_dropout(seed: int, topology: Topology) -> None:
 
 
 def stop(stay: bool = False) -> None:
-    """Leaves all groups; with `stay` only those for parts of a model, not the other ranks."""
+    """Leave all groups; with `stay` only the model-parallel ones."""
     parallel_state.destroy_model_parallel()
     if not stay and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,9 +1,11 @@
-"""How the ranks of one machine meet without opening a port to others.
+"""The network interface between machines, and a rendezvous that stays within one machine.
 
+    MASTER_ADDR -> address -> a UDP socket "connected" to it -> our address -> its interface
     torchrun --rdzv-backend=loopback  ->  a store that listens on 127.0.0.1  ->  its ranks
 
-torchrun's own backends let their store listen on every interface of the machine, and nothing that
-connects to it has to say who it is. This one is found by torchrun as a plug-in of this package
+Connecting a UDP socket sends nothing: the kernel looks up the route. By default gloo takes the
+interface of the host's own name, and NCCL the first one, which other nodes may not reach.
+torchrun's own backends listen on every interface without authentication. This one is a plug-in
 (entry point `torchrun.handlers`); `export PET_RDZV_BACKEND=loopback` makes it the default.
 """
 
@@ -25,26 +27,12 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
-# The network interface by which this rank reaches the others, where they are on several machines.
-#
-#     MASTER_ADDR -> address -> a UDP socket "connected" to it -> our address -> its interface
-#
-# Connecting a UDP socket sends nothing: the kernel only looks up the route. Left to themselves gloo
-# takes the interface of whatever the host's own name resolves to, and NCCL the first one it finds:
-# on a node with several that may be one that the other nodes cannot reach.
-
-_ANY_PORT = 9
-"""Nothing is sent there."""
+_ANY_PORT = 9  # nothing is sent there
 
 
 @dataclass(frozen=True)
 class Route:
-    """How this rank reaches the master.
-
-    master:     the address that the master's name has here
-    address:    this machine's own address on the way there
-    interface:  the one that holds `address`; "" if none is found
-    """
+    """The master's address, this machine's own on the way there, and its interface or ""."""
 
     master: str
     address: str
@@ -52,14 +40,13 @@ class Route:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether it does not leave this machine: of use only if all ranks are on it."""
+        """Whether it stays on this machine."""
         addresses = (self.master, self.address)
         return any(ipaddress.ip_address(each).is_loopback for each in addresses)
 
 
 def route_to(host: str) -> Route | None:
-    """The route to `host`, a name or an address; None if its name is unknown or no route leads
-    there."""
+    """The route to `host`, a name or an address; None if there is none."""
     try:
         found = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)
     except OSError:
@@ -69,15 +56,14 @@ def route_to(host: str) -> Route | None:
             with socket.socket(family, kind, protocol) as probe:
                 probe.connect(target)
                 address = _plain(probe.getsockname()[0])
-        except OSError:  # say, an IPv6 address on a machine without IPv6
+        except OSError:  # e.g. an IPv6 address on a machine without IPv6
             continue
         return Route(_plain(str(target[0])), address, interface_of(address))
     return None
 
 
 def interface_of(address: str) -> str:
-    """The interface that holds `address`; "" if none does. One that has another address of the
-    loopback network (127.0.1.1) is the loopback interface."""
+    """The interface that holds `address`, or ""; of any loopback address the loopback one."""
     is_loopback = ipaddress.ip_address(address).is_loopback
     for name, entries in psutil.net_if_addrs().items():
         for entry in entries:
@@ -97,18 +83,16 @@ def address_on(interface: str) -> str:
 
 
 def choose() -> None:
-    """Lets gloo and NCCL talk over the interface that leads to MASTER_ADDR. What the environment
-    says already stays.
+    """Set the interface of gloo and NCCL to the one that leads to MASTER_ADDR, unless set.
 
-    Nothing is chosen if that is the loopback interface: then either all "nodes" are on one machine,
-    where any interface will do, or the master's name is 127.0.1.1 on the master (as Debian's
-    installer writes it), where this rank cannot know which one the others see: preflight says so.
+    Nothing is set for loopback: either all "nodes" are on one machine, or the master's name is
+    127.0.1.1 on the master (as by Debian's installer), which preflight reports.
     """
     route = route_to(os.environ.get("MASTER_ADDR", ""))
     if route is None or route.is_loopback or not route.interface:
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", route.interface)
-    # NCCL takes a bare name as the beginning of names: eth1 would be eth10, too.
+    # NCCL takes a bare name as a prefix: eth1 would match eth10.
     os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={route.interface}")
 
 
@@ -123,24 +107,22 @@ _TIMEOUT = timedelta(minutes=10)
 
 
 class LoopbackRendezvous(RendezvousHandler):
-    """One torchrun on one machine, as torch's elastic agent asks for it."""
+    """One torchrun on one machine, for torch's elastic agent."""
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
         self._store: TCPStore | None = None
 
     def get_backend(self) -> str:
-        """The name of this backend."""
         return NAME
 
     @property
     def use_agent_store(self) -> bool:
-        """Ranks use this very store, too, and start none."""
+        """Ranks use this store and start none."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """A store for this attempt; rank 0 of 1 agent. A restart gets a new one: in the old one lie
-        addresses of ranks that are gone."""
+        """A new store per attempt (the old one has addresses of dead ranks); rank 0 of 1 agent."""
         listener = socket.create_server((_HOST, 0))
         port = listener.getsockname()[1]
         self._store = TCPStore(
@@ -155,27 +137,23 @@ class LoopbackRendezvous(RendezvousHandler):
         return RendezvousInfo(PrefixStore(self._run_id, self._store), 0, 1, where)
 
     def is_closed(self) -> bool:
-        """Never: there is nobody to join later."""
         return False
 
     def set_closed(self) -> None:
-        """Nothing to do."""
+        pass
 
     def num_nodes_waiting(self) -> int:
-        """None ever."""
         return 0
 
     def get_run_id(self) -> str:
-        """torchrun's --rdzv-id."""
         return self._run_id
 
     def shutdown(self) -> bool:
-        """Nothing to do: the store goes with the process."""
         return True
 
 
 def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
-    """What torchrun calls to get at the maker of this backend."""
+    """Entry point: the factory of this backend."""
     return _make
 
 

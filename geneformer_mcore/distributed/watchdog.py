@@ -1,10 +1,11 @@
-"""A lookout on every rank: a job that cannot get on ends in time, and says by which rank.
+"""The watchdog of every rank: a job that hangs or lost a rank ends in time and names it.
 
     main thread: doing("reading cells") -> doing("the update of a step") -> ...
-    lookout:     too long at one thing? another rank calls? -> roll call -> verdict -> the end
+    watchdog:    overdue, failed, or another rank calls? -> health check -> verdict -> the end
 
-Collectives wait for a lost rank without a word, each for as long as its process group allows. The
-lookout is a thread beside them; the limits of the process groups are but a backstop behind it.
+In a health check every rank answers what it is doing, by the rendezvous store, which lives as long
+as the first node's torchrun; the verdict is the same on every rank. Collectives wait silently for a
+lost rank: the limits of their process groups are a backstop behind this.
 """
 
 from __future__ import annotations
@@ -26,32 +27,28 @@ from torch.distributed import PrefixStore, Store
 from geneformer_mcore.errors import GeneformerError
 from geneformer_mcore.exit_codes import DEFECT, exit_code_of
 
-# Which rank a job was lost by: every rank says what it does, and the silent ones are named.
-#
-#     a rank that stands still, or failed  ->  calls the roll  ->  every rank answers (or does not)
-#                                                              ->  one verdict, the same everywhere
-#
-# What ranks tell each other lies in the key-value store in which they met. It lives as long as the
-# first node's torchrun, whatever becomes of a rank.
-
 ANSWER_S = 4.0
-"""Every rank looks for a call each second: one that has not answered by then is lost."""
+"""A rank that has not answered by then is lost; every rank polls twice a second."""
 _POLL_ANSWERS_S = 0.1
+_LOOK_S = 0.5
+_SHOW_S = 2.0
+"""Seconds that a rank waits for the one that reports before it ends itself."""
+_JUDGED_S = ANSWER_S + 5.0
+_STORE_S = ANSWER_S + 2.0
+"""After which the store is known not to answer."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-"""Tells machines of one name apart."""
-_MOST_TOLD = 8
+"""Distinguishes machines of one name."""
+_MOST_LISTED = 8
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rank says of itself.
+    """A rank's state.
 
-    doing:    what its main thread is at
-    for_s:    seconds since it began that
+    doing, for_s: what its main thread does, and for how many seconds
     step:     updates made
-    failed:   the error that ended its main thread; "" if it still runs
-    code:     the exit code of that error
-    at_fault: whether the error is its own, not one of losing touch with others
+    failed:   the error that ended its main thread, or "";  code: its exit code
+    at_fault: whether the error is its own, not a loss of contact
     """
 
     doing: str
@@ -69,36 +66,32 @@ class Answer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a job ends: an exit code of commands.py, and a message."""
+    """Why a job ends."""
 
     code: int
     message: str
 
 
 class HealthCheck:
-    """The store's part that ranks use to find out whom they lost."""
+    """The exchange of answers by the store."""
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
-        """store: a connection of its own, as another thread uses it."""
+        """store: a connection of its own, for use in another thread."""
         self._store = PrefixStore("roll_call", store)
         self._rank, self._world_size = rank, world_size
-        self._machine = (
-            f"{socket.gethostname()} {_BOOT_ID.read_text() if _BOOT_ID.exists() else ''}"
-        )
+        boot_id = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
+        self._machine = f"{socket.gethostname()} {boot_id}"
         process = psutil.Process()
         where = [self._machine, process.pid, process.create_time()]
         self._store.set(f"where/{rank}", json.dumps(where))
 
     def call(self) -> None:
-        """Asks every rank to answer."""
         self._store.set("called", str(self._rank))
 
     def is_called(self) -> bool:
-        """Whether any rank did."""
         return self._store.check(["called"])
 
     def answer(self, answer: Answer) -> None:
-        """Tells the others; the last answer counts."""
         self._store.set(f"answer/{self._rank}", json.dumps(asdict(answer)))
 
     def collect(self) -> dict[int, Answer]:
@@ -114,39 +107,35 @@ class HealthCheck:
         return answers
 
     def speaks(self, answers: Mapping[int, Answer]) -> bool:
-        """Whether this rank tells the verdict: the first of those that are left."""
+        """Whether this rank, the first that is left, reports the verdict."""
         return self._rank == min(answers, default=self._rank)
 
     def kill_lost_neighbours(self, answers: Mapping[int, Answer]) -> None:
-        """Ends the ranks of this machine that gave no answer: one that is stopped, or stuck in the
-        kernel, would not heed torchrun's TERM, and keep the job from ending."""
+        """Kill this machine's ranks without an answer, which would ignore torchrun's TERM."""
         for rank in set(range(self._world_size)) - answers.keys():
             with contextlib.suppress(ValueError, psutil.Error, dist.DistError):
                 if not self._store.check([f"where/{rank}"]):
                     continue
                 machine, number, began = json.loads(self._store.get(f"where/{rank}"))
                 process = psutil.Process(number) if machine == self._machine else None
-                # Its number may be another process' by now.
+                # The process id may have been reused.
                 if process is not None and process.create_time() == began:
                     process.kill()
 
 
 def judge(answers: Mapping[int, Answer], world_size: int, limit_s: float) -> Verdict:
-    """Who is to blame, by the answers of a roll call.
-
-    A rank whose own error it was comes first; then those that are silent; then those that stand
-    still while the others wait for them.
-    """
+    """The verdict: ranks that failed by their own error, else silent ones, else a hang."""
     at_fault = {rank: each for rank, each in answers.items() if each.at_fault}
     if at_fault:
-        # A mistake of the user's is told as one, also by the ranks that did not meet it.
+        # A user's error is reported as one.
         first = min(at_fault.items())[1]
         if {each.code for each in at_fault.values()} == {first.code} != {DEFECT}:
             return Verdict(first.code, first.failed)
         return Verdict(DEFECT, _listed("the job failed", at_fault))
     lost = sorted(set(range(world_size)) - answers.keys())
     if lost:
-        names = ", ".join(map(str, lost[:_MOST_TOLD])) + (" ..." if len(lost) > _MOST_TOLD else "")
+        more = " ..." if len(lost) > _MOST_LISTED else ""
+        names = ", ".join(map(str, lost[:_MOST_LISTED])) + more
         others = _listed("the others", answers)
         return Verdict(
             DEFECT,
@@ -160,10 +149,7 @@ def judge(answers: Mapping[int, Answer], world_size: int, limit_s: float) -> Ver
 
 
 def judge_alone(rank: int, answer: Answer, world_size: int) -> Verdict:
-    """What a rank can say to which the store itself gives no answer.
-
-    It lies on the node of rank 0: whoever is lost there, this rank hears of none.
-    """
+    """The verdict of a rank to which the store, on the node of rank 0, gives no answer."""
     return Verdict(
         DEFECT,
         f"rank {rank} of {world_size} is cut off from rank 0: the store on that node, where ranks "
@@ -173,28 +159,18 @@ def judge_alone(rank: int, answer: Answer, world_size: int) -> Verdict:
 
 
 def _listed(head: str, answers: Mapping[int, Answer]) -> str:
-    told: dict[str, list[int]] = {}
+    ranks_of: dict[str, list[int]] = {}
     for rank, answer in sorted(answers.items()):
-        told.setdefault(str(answer), []).append(rank)
-    lines = [f"rank {', '.join(map(str, ranks))} {what}" for what, ranks in told.items()]
-    more = f"; and {len(lines) - _MOST_TOLD} more" if len(lines) > _MOST_TOLD else ""
-    return f"{head}: {'; '.join(lines[:_MOST_TOLD])}{more}"
-
-
-_LOOK_S = 0.5
-_SHOW_S = 2.0
-"""How long a rank whose neighbours are to speak waits before it ends itself."""
-_JUDGED_S = ANSWER_S + 5.0
-_STORE_S = ANSWER_S + 2.0
-"""After which a roll call is known to have got no answer from the store itself."""
+        ranks_of.setdefault(str(answer), []).append(rank)
+    lines = [f"rank {', '.join(map(str, ranks))} {what}" for what, ranks in ranks_of.items()]
+    more = f"; and {len(lines) - _MOST_LISTED} more" if len(lines) > _MOST_LISTED else ""
+    return f"{head}: {'; '.join(lines[:_MOST_LISTED])}{more}"
 
 
 class LostRankError(RuntimeError):
-    """The job lost a rank; the message says which, at which step, and what it was doing.
+    """The job lost a rank; the message names it, its step, and what it was doing.
 
-    code:  the exit code that the job ends with
-    tell:  whether this rank is the one to tell of it: the first that is left
-    step:  updates made here
+    code:  the exit code of the job;  tell: whether this rank reports it;  step: updates made here
     """
 
     def __init__(self, verdict: Verdict, tell: bool, step: int) -> None:
@@ -203,42 +179,38 @@ class LostRankError(RuntimeError):
 
 
 class Watchdog:
-    """What this rank is doing, and since when; a context manager, within which the lookout runs.
+    """What this rank is doing, and since when; a context manager, within which its threads run.
 
-    An error that leaves the context is told to the other ranks. If it only says that contact with
-    them was lost, it leaves as a LostRankError that says to whom, and why.
+    An error that leaves the context is reported to the other ranks; a loss of contact leaves as a
+    LostRankError that names the lost rank.
     """
 
     def __init__(self, limit_s: float, on_loss: Callable[[LostRankError], None]) -> None:
-        """limit_s: seconds that one thing may take.
-
-        on_loss: called by the lookout when the job is lost while the main thread is stuck; must end
-        the process.
-        """
+        """limit_s: seconds that one thing may take.  on_loss: called from a thread when the job is
+        lost while the main thread is stuck; must end the process."""
         self._limit_s = limit_s
         self._on_loss = on_loss
         self._now = ("starting", time.monotonic(), limit_s)
         self._step = 0
-        self._roll: HealthCheck | None = None
+        self._health: HealthCheck | None = None
         self._rank, self._world_size = 0, 1
         self._cut_off = False
         self._failure: Answer | None = None
         self._loss: LostRankError | None = None
         self._wake, self._ended, self._judged = (threading.Event() for _ in range(3))
-        self._thread = threading.Thread(target=self._look_out, name="lookout", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._clock = threading.Thread(target=self._keep_time, name="clock", daemon=True)
 
     def join(self, store: Store, rank: int, world_size: int) -> None:
-        """From now on ranks look out for each other, by a store in which they all meet."""
+        """From now on ranks watch each other, by their rendezvous store."""
         self._rank, self._world_size = rank, world_size
-        self._roll = HealthCheck(store, rank, world_size)
+        self._health = HealthCheck(store, rank, world_size)
 
     def doing(self, what: str, step: int | None = None, limit_s: float | None = None) -> None:
-        """Said by the main thread when it begins something; `limit_s` if it may take other than
-        the usual."""
+        """Called by the main thread when it begins something; limit_s: another than the usual."""
         if step is not None:
             self._step = step
-        # One assignment, as the lookout may read at any instant.
+        # One assignment, as the threads may read at any instant.
         self._now = (what, time.monotonic(), limit_s or self._limit_s)
 
     def __enter__(self) -> Watchdog:
@@ -253,7 +225,7 @@ class Watchdog:
         trace: TracebackType | None,
     ) -> None:
         loss = None
-        if error is not None and self._roll is not None:
+        if error is not None and self._health is not None:
             loss = self._explain(error)
         self._ended.set()
         self._wake.set()
@@ -262,7 +234,7 @@ class Watchdog:
             raise loss from error
 
     def _explain(self, error: BaseException) -> LostRankError | None:
-        """Tells the others of `error`; what it comes of, if not of this rank."""
+        """Report `error` to the others; the LostRankError behind a loss of contact."""
         at_fault = not _is_loss_of_contact(error)
         text, code = f"{type(error).__name__}: {error}", DEFECT
         if isinstance(error, GeneformerError):
@@ -272,7 +244,7 @@ class Watchdog:
         self._judged.wait(_JUDGED_S)
         if at_fault:
             return None
-        # The lookout may hang, too: in a question to a store that answers no more.
+        # The thread may hang, too, in a request to the store.
         return self._loss or LostRankError(self._judge_alone(), True, self._step)
 
     def _answer(self, failed: str = "", code: int = DEFECT, at_fault: bool = False) -> Answer:
@@ -281,11 +253,10 @@ class Watchdog:
         return Answer(what, for_s, self._step, failed, code, at_fault)
 
     def _overdue_s(self) -> float:
-        """By how many seconds the main thread is late; negative if it is not."""
         _, since, allowed_s = self._now
         return time.monotonic() - since - allowed_s
 
-    def _look_out(self) -> None:
+    def _watch(self) -> None:
         while not self._ended.is_set():
             self._wake.wait(_LOOK_S)
             if self._ended.is_set():
@@ -295,27 +266,26 @@ class Watchdog:
                     self._settle()
                     return
             except (dist.DistError, RuntimeError):
-                # The store is gone, and with it the first node's torchrun.
+                # The store is gone, with the first node's torchrun.
                 self._cut_off = True
 
     def _is_called(self) -> bool:
-        return self._roll is not None and not self._cut_off and self._roll.is_called()
+        return self._health is not None and not self._cut_off and self._health.is_called()
 
     def _settle(self) -> None:
-        roll = self._roll
-        if roll is None or self._cut_off:
+        health = self._health
+        if health is None or self._cut_off:
             self._finish(self._judge_alone(), tell=True)
             return
-        roll.answer(self._failure or self._answer())
-        roll.call()
-        answers = roll.collect()
-        roll.kill_lost_neighbours(answers)
-        self._finish(judge(answers, self._world_size, self._now[2]), roll.speaks(answers))
+        health.answer(self._failure or self._answer())
+        health.call()
+        answers = health.collect()
+        health.kill_lost_neighbours(answers)
+        self._finish(judge(answers, self._world_size, self._now[2]), health.speaks(answers))
 
     def _keep_time(self) -> None:
-        """Beside the lookout, which may wait for a store that answers no more: the first node is
-        gone or out of reach, or its torchrun stopped. Where packets are lost without a word, a
-        connection is not known to be broken for a quarter of an hour."""
+        """The second thread, for when the first waits for a store that does not answer. If packets
+        are lost, a connection breaks only after a quarter of an hour."""
         while not self._ended.wait(_LOOK_S):
             if self._overdue_s() > _STORE_S and not self._judged.is_set():
                 self._finish(self._judge_alone(), tell=True)
@@ -323,7 +293,7 @@ class Watchdog:
 
     def _judge_alone(self) -> Verdict:
         answer = self._failure or self._answer()
-        if self._roll is None:  # alone from the beginning, or not with the others yet
+        if self._health is None:  # one rank, or before the rendezvous
             return judge({self._rank: answer}, self._world_size, self._now[2])
         return judge_alone(self._rank, answer, self._world_size)
 
@@ -331,17 +301,16 @@ class Watchdog:
         self._loss = LostRankError(verdict, tell, self._step)
         self._judged.set()
         if self._failure:
-            return  # the main thread ends by itself, and tells
+            return  # the main thread ends by itself, and reports
         if not tell:
-            # Its error may be about to come: when a rank dies, collectives fail at about that time.
+            # Its own error may be about to come, as collectives fail when a rank dies.
             time.sleep(_SHOW_S)
         if not self._failure and not self._ended.is_set():
             self._on_loss(self._loss)
 
 
 def _is_loss_of_contact(error: BaseException) -> bool:
-    """Whether an error says no more than that another rank cannot be reached, as gloo and NCCL put
-    it: their errors have no type of their own."""
+    """Whether an error only means a loss of contact; those of gloo and NCCL have no own type."""
     marks = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)

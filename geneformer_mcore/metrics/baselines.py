@@ -1,17 +1,15 @@
-"""How well one can guess a masked gene without looking at the cell: the bar for the model.
+"""Baselines: a masked gene predicted without the cell.
 
-    unigram          p(gene)                 how often it is expressed at all
-    gene given rank  p(gene | its rank)      how often it stands at about that place of the list
+    unigram          p(gene)                 how often it is expressed
+    gene given rank  p(gene | its rank)      how often at about that rank
 
-A model that does not beat the second one has learned where genes stand, and nothing about cells.
-
-Both are given every advantage: their smoothing and the width of the rank bins are chosen on the
-very validation positions they are then scored on, which no model may do. Only numpy.
+A model that does not beat the second one has learned nothing about cells. Both have an advantage:
+smoothing and rank bins are chosen on the validation positions that they are scored on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,15 +17,14 @@ import numpy as np
 from geneformer_mcore.types import NUM_SPECIALS, RaggedCells
 
 ALPHAS = (0.01, 0.1, 1.0, 10.0)
-"""Pseudo-counts per gene that the unigram is tried with."""
+"""Pseudo-counts per gene of the unigram."""
 BIN_GROWTH = 1.03
-"""Finest bins: each is at least one rank and about 3 % of its own rank wide."""
+"""Finest bins are at least one rank and about 3 % of their rank wide."""
 MERGES = (1, 2, 4, 8, 16, 32)
-"""How many neighbouring finest bins are joined."""
+"""Numbers of neighbouring finest bins to join."""
 SHRINKAGES = (10.0, 30.0, 100.0, 300.0, 1_000.0, 3_000.0, 10_000.0, 30_000.0, 100_000.0)
 """Weights of the unigram in a bin, in tokens."""
 COUNTED_AT_ONCE = 4096
-"""Cells whose positions are held in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class GeneGivenRank:
         """The same with `every` neighbouring bins joined."""
         starts = np.arange(0, len(self.edges_K), every)
         counts = np.add.reduceat(self.counts_KV, starts, axis=0)
-        return GeneGivenRank(self.edges_K[starts], counts, self.unigram_V, self.shrinkage)
+        return replace(self, edges_K=self.edges_K[starts], counts_KV=counts)
 
 
 def unigram(train: RaggedCells, vocabulary_size: int, alpha: float = 1.0) -> np.ndarray:
@@ -76,14 +73,10 @@ def gene_given_rank(
     positions_M: np.ndarray,
     alpha: float = 1.0,
 ) -> GeneGivenRank:
-    """The table whose bins and shrinkage do best on (labels, positions).
-
-    labels_M      token ids of the genes to guess
-    positions_M   their places in their cells, 1 for the first gene
-    """
+    """The table that does best on labels (token ids) and positions (1 for the first gene)."""
     finest = _finest(train, vocabulary_size, alpha)
     candidates = [
-        GeneGivenRank(table.edges_K, table.counts_KV, table.unigram_V, shrinkage)
+        replace(table, shrinkage=shrinkage)
         for table in (finest.merged(every) for every in MERGES)
         for shrinkage in SHRINKAGES
     ]
@@ -93,7 +86,7 @@ def gene_given_rank(
 
 
 def cross_entropy(log_probabilities_M: np.ndarray) -> float:
-    """Nats per guess, given the log probability of what was right each time."""
+    """Nats per label, given their log probabilities."""
     return -float(np.mean(log_probabilities_M))
 
 
@@ -104,10 +97,10 @@ def score(
     positions_M: np.ndarray,
     max_cells: int = 50_000,
 ) -> dict[str, Any]:
-    """What goes into baselines.json: both cross entropies on the given positions, in nats.
+    """The content of baselines.json: both cross entropies on the given positions, in nats.
 
-    Of `train` the first `max_cells` are counted (rows of a store are shuffled, so they are a fair
-    sample): 50,000 cells fix 25,000 genes well, and take seconds and a few hundred MB.
+    The first `max_cells` of `train`, whose rows are shuffled, are counted: 50,000 cells suffice for
+    25,000 genes, and take seconds and a few hundred MB.
     """
     sample = train.first(max_cells)
     alpha, table = fit(sample, vocabulary_size, labels_M, positions_M)
@@ -125,8 +118,7 @@ def score(
 def fit(
     train: RaggedCells, vocabulary_size: int, labels_M: np.ndarray, positions_M: np.ndarray
 ) -> tuple[float, GeneGivenRank]:
-    """The smoothing that makes the unigram do best on (labels, positions), and the best table with
-    that unigram in it."""
+    """The best smoothing of the unigram on (labels, positions), and the best table with it."""
     by_alpha = {
         alpha: cross_entropy(unigram(train, vocabulary_size, alpha)[labels_M]) for alpha in ALPHAS
     }
@@ -135,7 +127,7 @@ def fit(
 
 
 def _finest(train: RaggedCells, vocabulary_size: int, alpha: float) -> GeneGivenRank:
-    """The table of the finest bins; its shrinkage is still to be chosen."""
+    """The table of the finest bins, with any shrinkage."""
     edges_K = _bin_edges(int(train.lengths.max(initial=2)) - 1)
     counts = np.zeros(len(edges_K) * vocabulary_size, dtype=np.int64)
     for start in range(0, len(train), COUNTED_AT_ONCE):
@@ -155,7 +147,7 @@ def _finest(train: RaggedCells, vocabulary_size: int, alpha: float) -> GeneGiven
 
 
 def _bin_edges(last_position: int) -> np.ndarray:
-    """int64: 1, 2, 3, ... and then ever wider steps, none beyond `last_position`."""
+    """int64: 1, 2, 3, ..., then ever wider steps, up to `last_position`."""
     edges = [1]
     while (following := max(edges[-1] + 1, int(edges[-1] * BIN_GROWTH))) <= last_position:
         edges.append(following)

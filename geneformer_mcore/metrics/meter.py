@@ -3,8 +3,8 @@
     add(step) add(step) ... add(step) -> record() -> add(step) ...
     `------------- window ---------'  loss, rates   new window; cells and tokens seen go on
 
-All sums are over the whole global batch, that is, over all data-parallel ranks. Rates in cells and
-tokens are the whole job's; TFLOPS and MFU are per rank (per GPU), divided by the world size.
+Sums are over all data-parallel ranks. Rates in cells and tokens are the job's; TFLOPS and MFU are
+per rank (per GPU).
 """
 
 from __future__ import annotations
@@ -40,12 +40,11 @@ class Window:
 
 
 class Meter:
-    """Accumulates steps and turns them into one record per log step.
+    """Accumulates steps into one record per log step.
 
-    shape, seq_length    size of the model and of a full cell, for the FLOP counts; without a shape
-                         nothing is said of FLOPs
-    world_size           ranks of the job, by which TFLOPS are divided
-    peak_flops_per_s     of one rank's device, for MFU; None where it is not known
+    shape, seq_length    of the model and a full cell, for FLOPs; without a shape there are none
+    world_size           by which TFLOPS are divided
+    peak_flops_per_s     of one rank's device, for MFU; None if unknown
     """
 
     def __init__(
@@ -75,21 +74,20 @@ class Meter:
         step_s: float,
         steps: int = 1,
     ) -> None:
-        """Adds one step, or the sums of `steps` steps.
+        """Add one step, or the sums of `steps` steps.
 
-        loss_sum             nats, summed over the predicted positions; a 0-d tensor is added where
-                             it lives and read only by `record` and `state_dict`
-        num_predicted        predicted positions, a number or a 0-d tensor as above
+        loss_sum             nats over the predicted positions; a 0-d tensor is added on its device
+                             and read only by `record` and `state_dict`
+        num_predicted        predicted positions, a number or a 0-d tensor
         cells, tokens        [CLS] counted, padding not
         sum_squared_lengths  sum over cells of (tokens of the cell)^2
-        data_wait_s          seconds of step_s in which the step waited for its batch
-        step_s               seconds of the step: the wait for its batch, forward, backward and
-                             update; what comes between steps (logging, validation, saving) is not
-                             in it, nor in the rates
+        data_wait_s          part of step_s spent waiting for the batch
+        step_s               seconds of wait, forward, backward and update; logging, validation and
+                             saving are not in it, nor in the rates
         """
         window = self._window
         window.steps += steps
-        # Not `+=`: on a tensor that would change the caller's.
+        # Not `+=`, which would change the caller's tensor.
         window.loss_sum = window.loss_sum + loss_sum  # type: ignore[assignment]
         window.num_predicted = window.num_predicted + num_predicted  # type: ignore[assignment]
         window.cells += cells
@@ -101,18 +99,15 @@ class Meter:
         self.tokens_seen += tokens
 
     def record(self, *, step: int, grad_norm: float, lr: float) -> dict[str, Any]:
-        """The line of metrics.jsonl for the steps since the last one; starts a new window.
+        """The line of metrics.jsonl for the window; starts a new one.
 
-        loss         nats per predicted position: sum / count over the window; None if the window
-                     predicted nothing
+        loss         nats per predicted position, or None
         grad_norm    of the last step, before clipping
-        cells_seen, tokens_seen                 since step 0, restarts included
-        cells_per_s, tokens_per_s               of the whole job
-        tflops_padded_equivalent, tflops_executed    10^12 FLOP/s per rank (see model/flops.py);
-                     None without a shape
-        mfu          tflops_executed / the device's peak, as a fraction; None if that is not known
-        data_wait_fraction      share of the time spent waiting for a batch
-        step_s       mean seconds per step
+        cells_seen, tokens_seen    since step 0, restarts included
+        cells_per_s, tokens_per_s  of the whole job
+        tflops_padded_equivalent, tflops_executed    10^12 FLOP/s per rank, or None (model/flops.py)
+        mfu          tflops_executed / the device's peak, as a fraction, or None
+        data_wait_fraction, step_s    share of the time waiting for a batch; mean seconds per step
         """
         window = self._read()
         assert window.steps > 0, "a record needs a step"
@@ -137,10 +132,7 @@ class Meter:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Totals and the open window as plain JSON numbers, for a checkpoint.
-
-        A run that continues from it logs the losses and totals of one that was never stopped.
-        """
+        """Totals and the open window as plain JSON, for a checkpoint."""
         self._window = self._read()
         return {
             "cells_seen": self.cells_seen,
@@ -149,7 +141,6 @@ class Meter:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where `state_dict` left off."""
         self.cells_seen = state["cells_seen"]
         self.tokens_seen = state["tokens_seen"]
         self._window = Window(
@@ -157,7 +148,7 @@ class Meter:
         )
 
     def _read(self) -> Window:
-        """The window in plain numbers: the one place where a device is waited for."""
+        """The window in plain numbers; waits for the device."""
         window = self._window
         window.loss_sum = float(window.loss_sum)
         window.num_predicted = int(window.num_predicted)

@@ -1,8 +1,5 @@
-"""What this device can do at best: the fastest matrix product it is seen to make.
-
-The denominator of MFU. Measured, not taken from a data sheet: it holds for any CPU or GPU, and for
-the clock and the number of threads that the run has now.
-"""
+"""Peak FLOP/s of this device, the denominator of MFU: measured by matrix products, so it holds for
+any CPU or GPU, and for the run's clock and threads."""
 
 from __future__ import annotations
 
@@ -15,11 +12,10 @@ SIZES = (256, 512, 1024, 2048, 4096, 8192)
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, budget_s: float = 0.8) -> float:
-    """FLOP/s of the best of a few square matrix products, in about `budget_s` seconds at most.
+    """FLOP/s of the fastest of some square matrix products, in about `budget_s` seconds.
 
-    Sizes grow as long as the next one, eight times the work, is expected to fit into what is left
-    of the budget; so a fast GPU is measured at 8192 and a slow CPU at 512. Every rank of a machine
-    should call it at the same time: then they share its cores as they do in training.
+    Sizes grow while the next one, eight times the work, is expected to fit into the budget. All
+    ranks of a machine should call it at the same time, to share its cores as in training.
     """
     deadline = time.perf_counter() + budget_s
     best, expected_s = 0.0, 0.0
@@ -49,9 +45,8 @@ def _fastest_product_s(
 
 
 def _matrix(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    # Random numbers, since a chip multiplies constants with less power and so at a higher clock; a
-    # repeated tile, since drawing them all takes longer than the product; a generator of its own,
-    # since this must not change what the run draws.
+    # Random, as constants take less power; a repeated tile, as drawing takes longer than the
+    # product; a generator of its own, as the run's must not change.
     tile = torch.randn(SIZES[0], SIZES[0], generator=torch.Generator().manual_seed(0))
     repeats = size // SIZES[0]
     return tile.to(device, dtype).repeat(repeats, repeats)

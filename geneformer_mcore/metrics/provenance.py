@@ -1,4 +1,4 @@
-"""Where a number was measured: machine, versions, commit. Beside every result that is kept."""
+"""Machine, versions and commit of a measurement, stored with every result."""
 
 from __future__ import annotations
 
@@ -17,24 +17,19 @@ GIB = 2**30
 
 
 def provenance() -> dict[str, Any]:
-    """{"machine": text, "versions": {package: version}, "commit": hash or "unknown"}.
-
-    The commit ends in "+changes" where the work tree differs from it: such a number cannot be had
-    again from the repository alone. No path and no host name is in it.
-    """
+    """{"machine": text, "versions": {package: version}, "commit": hash or "unknown"}, without paths
+    and host names. The commit ends in "+changes" where the work tree differs from it."""
     versions = {"python": platform.python_version()} | backends.describe()
     return {"machine": machine(), "versions": versions, "commit": commit()}
 
 
 def machine() -> str:
-    """Processor, cores usable by this process, memory, GPUs."""
     cores = len(os.sched_getaffinity(0))
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     return f"{_processor()}, {cores} cores, {memory_gib:.0f} GiB, {_accelerators()}"
 
 
 def commit() -> str:
-    """Hash of the project's commit, 12 digits."""
     known = _git("rev-parse", "--short=12", "HEAD")
     if not known:
         return "unknown"
@@ -43,7 +38,7 @@ def commit() -> str:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of the project; empty if there is no git, or no repository."""
+    """Output of git; "" without git or a repository."""
     try:
         answer = subprocess.run(
             ["git", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=20, check=True

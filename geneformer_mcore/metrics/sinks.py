@@ -1,12 +1,11 @@
-"""Where the numbers go: console, log.txt, metrics.jsonl, TensorBoard. Rank 0 only.
+"""Sinks of records and messages: console, log.txt, metrics.jsonl, TensorBoard. Rank 0 only.
 
                   .-> metrics.jsonl   one JSON object per line, flushed
     record ------ +-> tensorboard/    train/*, val/*, perf/*
                   '-> progress line --> console (rewritten in place on a terminal)
     message ------------------------'-> log.txt (every printed line, with the time)
 
-After a restart from step k, what an earlier start wrote about later steps is removed from
-metrics.jsonl and hidden in TensorBoard: those steps are done again.
+After a restart from step k, later steps are removed from metrics.jsonl and hidden in TensorBoard.
 """
 
 from __future__ import annotations
@@ -32,23 +31,17 @@ from torch.utils.tensorboard import summary
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.io.files import replacing, writing
 
-# One file of curves for TensorBoard, written as it is told and not by a thread.
-#
-#     scalar(tag, value, step) ... flush() -> tensorboard/events.out.tfevents.TIME.HOST.PID.NUMBER
-#
-# torch's SummaryWriter writes the same records by a thread of its own. If a disk is full, that
-# thread prints a traceback, and the run hears of it one record later, or never.
-
 _numbers = itertools.count()
 _VERSION = "brain.Event:2"
-"""What TensorBoard expects the first record of a file to say."""
+"""Of the first record of a file."""
 
 
 class EventFile:
-    """A new file in `folder`. Raises OSError where it cannot be written, at once."""
+    """A new event file in `folder`, written at once and not by a thread, as torch's SummaryWriter,
+    whose thread would hide a full disk from the run. Raises OSError."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """first_step: what earlier files of the folder hold from there on is hidden."""
+        """first_step: steps of earlier files from there on are hidden."""
         folder.mkdir(parents=True, exist_ok=True)
         unique = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
         self.path = folder / f"events.out.tfevents.{unique}"
@@ -60,20 +53,16 @@ class EventFile:
         self.flush()
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """A point of the curve `tag`."""
         self._add(Event(step=step, summary=summary.scalar(tag, value)))
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """A text in Markdown."""
         shown: Summary = summary.text(tag, text)
         self._add(Event(step=step, summary=shown))
 
     def flush(self) -> None:
-        """Hands everything to the system: a killed run loses none of it."""
         self._records.flush()
 
     def close(self) -> None:
-        """Flushes, and closes the file."""
         self._records.close()
 
     def _add(self, event: Event) -> None:
@@ -82,20 +71,14 @@ class EventFile:
 
 
 TENSORBOARD_TAGS = {
-    "loss": "train/loss",
-    "grad_norm": "train/grad_norm",
-    "lr": "train/lr",
-    "val_loss": "val/loss",
-    "val_loss_cell_mean": "val/loss_cell_mean",
-    "val_accuracy": "val/accuracy",
-    "val_macro_f1": "val/macro_f1",
-    "cells_per_s": "perf/cells_per_s",
-    "tokens_per_s": "perf/tokens_per_s",
-    "tflops_padded_equivalent": "perf/tflops_padded_equivalent",
-    "tflops_executed": "perf/tflops_executed",
-    "mfu": "perf/mfu",
-    "data_wait_fraction": "perf/data_wait_fraction",
-    "step_s": "perf/step_s",
+    key: f"{group}/{key.removeprefix('val_')}"
+    for group, keys in (
+        ("train", ("loss", "grad_norm", "lr")),
+        ("val", ("val_loss", "val_loss_cell_mean", "val_accuracy", "val_macro_f1")),
+        ("perf", ("cells_per_s", "tokens_per_s", "tflops_padded_equivalent", "tflops_executed")),
+        ("perf", ("mfu", "data_wait_fraction", "step_s")),
+    )
+    for key in keys
 }
 """Key of a record -> name of the curve."""
 
@@ -103,15 +86,12 @@ CLEAR_LINE = "\r\x1b[K"
 
 
 class Sinks:
-    """Writes every record and message to all places. Raises ConfigError where it cannot, from the
-    first time on: a run that nobody can follow is none. A console that is gone is left out.
+    """Writes every record and message to all sinks. Raises ConfigError where a file cannot be
+    written; a console that is gone is skipped.
 
-    run_dir       folder of the run, made if it is not there
-    total_steps   where the run ends, for the progress line
-    resume_step   the step it goes on from; 0 for a new run
-    config_text   the run's config.yaml, shown in TensorBoard
+    total_steps, resume_step   for the progress line
+    config_text   config.yaml, shown in TensorBoard
     tty           whether the console rewrites lines; None asks it
-    stream        the console
     clock         seconds, for the ETA
     """
 
@@ -171,7 +151,6 @@ class Sinks:
         self._to_log(text)
 
     def close(self) -> None:
-        """Ends the progress line and closes the files."""
         if self._progress_shown:
             self._show("\n")
             self._progress_shown = False
@@ -180,13 +159,13 @@ class Sinks:
             ("log.txt", self._log),
             ("tensorboard", self._tensorboard),
         ):
-            # What could not be written cannot be flushed either, and was told when it happened.
+            # A file that failed cannot be flushed either, and was reported.
             with contextlib.suppress(OSError) if self._failed else self._writing(name):
                 file.close()
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
-        """The path of a file of the run, which is written within."""
+        """The path of a file of the run, for writing."""
         try:
             with writing(self._paths[name]):
                 yield self._paths[name]
@@ -199,10 +178,10 @@ class Sinks:
             self._stream.write(text)
             self._stream.flush()
         except OSError as error:  # a terminal that was closed, `| head`, a full disk
-            # Not the text again and again, nor once more when the process ends.
+            # So that the text is not written again, when the process ends either.
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
-            self._to_log(f"the console cannot be written ({error.strerror}); it is left out")
+            self._to_log(f"the console cannot be written ({error.strerror}); it is skipped")
 
     def _progress(self, line: str) -> None:
         self._show(CLEAR_LINE + line if self._tty else f"{line}\n")
@@ -235,7 +214,7 @@ class Sinks:
         return f"step {record['step']:{len(str(self.total_steps))}}/{self.total_steps}"
 
     def _eta(self, step: int) -> str:
-        """Time left if the rest goes as this start has gone so far, validation and saving too."""
+        """Time left at the mean speed of this start, validation and saving included."""
         done = step - self._start_step
         if done <= 0:
             return "-"
@@ -253,10 +232,7 @@ def duration(seconds: float) -> str:
 
 
 def drop_later_steps(path: Path, step: int) -> None:
-    """Removes from a metrics.jsonl the lines after `step`, and one that a kill cut short.
-
-    The file is replaced in one move: a kill in between leaves the old or the new one.
-    """
+    """Remove from a metrics.jsonl, atomically, lines after `step` and one truncated by a kill."""
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines() if _step_in(line) <= step]
@@ -265,7 +241,7 @@ def drop_later_steps(path: Path, step: int) -> None:
 
 
 def _step_in(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for half a line."""
+    """The step of a line of metrics.jsonl; infinity for a truncated line."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -273,7 +249,7 @@ def _step_in(line: str) -> float:
 
 
 def _finite_or_none(value: Any) -> Any:
-    # JSON has no NaN and no infinity; Python would write them all the same.
+    # JSON has no NaN and no infinity.
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -1,16 +1,16 @@
-"""Geneformer with a classifier of cells on top, and what of it is trained.
+"""Geneformer with a classifier of cells on top.
 
     hidden [S, B, H] -> mean over the genes of each cell, or its [CLS] [N, H] -> dropout -> linear
-                     -> logits [N, C] -> cross entropy of the cells that are asked for [M]
+                     -> logits [N, C] -> cross entropy of the selected cells [M]
 
-A batch for it selects the [CLS] of every cell asked for, and labels it with the number of the
-cell's class: what counts genes then counts cells.
+Its batches select the [CLS] of every target cell, with the cell's class as label.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from geneformer_mcore.config.sections import FinetuneConfig
 from geneformer_mcore.data.collate import cells_of
@@ -22,8 +22,7 @@ _HEAD = "class_head."
 
 
 class ClassHead(torch.nn.Module):
-    """dropout -> linear(H, C), the same on every tensor rank, which all see all positions: so its
-    gradients are whole on each, and are not added up."""
+    """dropout -> linear(H, C), equal on all tensor ranks, with whole gradients on each."""
 
     def __init__(self, hidden_size: int, num_classes: int, dropout: float) -> None:
         super().__init__()
@@ -31,52 +30,51 @@ class ClassHead(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(num_classes, hidden_size))
         self.bias = torch.nn.Parameter(torch.zeros(num_classes))
 
-    def forward(self, cells_NH: torch.Tensor) -> torch.Tensor:
+    def forward(self, cells_NH: Tensor) -> Tensor:
         """cells_NH: fp32. fp32 [N, C], with the product in the dtype of the weights."""
         kept_NH = F.dropout(cells_NH, self.dropout, self.training)
         return F.linear(kept_NH.to(self.weight.dtype), self.weight, self.bias).float()
 
 
 class CellClassifier(Geneformer):
-    """The one stage of a model that tells classes of cells; `add_head` makes it whole. The head
-    for genes stays where it was, for what is pretrained further, and is not trained."""
+    """The stage of a classifier of cells, after `add_head`; the head for genes stays untrained."""
 
     def add_head(self, num_classes: int, tune: FinetuneConfig) -> None:
-        """Call once the pretrained weights are loaded, or before those of a fine-tuned model."""
+        """Call after pretrained weights are loaded, or before those of a fine-tuned model."""
         head = ClassHead(self.config.hidden_size, num_classes, tune.dropout)
         word = self.embedding.word_embeddings.weight
         self.class_head = head.to(device=word.device, dtype=self.config.params_dtype)
         self.pooling = tune.pooling
 
-    def loss(self, hidden_SBH: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """fp32 [M], nats for every cell that is asked for."""
+    def loss(self, hidden_SBH: Tensor, batch: Batch) -> Tensor:
+        """fp32 [M], nats for every selected cell."""
         return F.cross_entropy(
             self.asked_logits(hidden_SBH, batch), batch.labels_M, reduction="none"
         )
 
-    def asked_logits(self, hidden_SBH: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """fp32 [M, C] of the cells that are asked for."""
+    def asked_logits(self, hidden_SBH: Tensor, batch: Batch) -> Tensor:
+        """fp32 [M, C] of the selected cells."""
         return self.class_logits(hidden_SBH, batch)[cells_of(batch, batch.selected_M)]
 
-    def class_logits(self, hidden_SBH: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def class_logits(self, hidden_SBH: Tensor, batch: Batch) -> Tensor:
         """fp32 [N, C] of every cell of the batch; each must have a gene."""
         whole_SBH = forward_only.whole(hidden_SBH, self)
         return self.class_head(forward_only.pool(whole_SBH, batch, self.pooling))
 
 
-def probabilities(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Tensor:
+def probabilities(hidden_SBH: Tensor, batch: Batch, stage: Geneformer) -> Tensor:
     """fp32 [N, C] (an forward_only.Finish)."""
     assert isinstance(stage, CellClassifier)
     return stage.class_logits(hidden_SBH, batch).softmax(dim=1)
 
 
 def is_new(name: str) -> bool:
-    """Whether a parameter, by its name in the whole model, is none of the pretrained ones."""
+    """Whether a parameter, by its name in the whole model, is not a pretrained one."""
     return name.startswith(_HEAD) or name.endswith(lora.NAMES)
 
 
 def freeze(stage: Geneformer, tune: FinetuneConfig) -> None:
-    """Leaves out of training what settings say, and the head for genes always."""
+    """Freeze parameters by the settings, and the head for genes always."""
     layers, count = list(stage.encoder.layers), tune.frozen_layers
     frozen: list[torch.nn.Module] = [stage.lm_head, stage.output_layer]
     if count:

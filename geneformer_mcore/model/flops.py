@@ -1,24 +1,20 @@
-"""How much arithmetic the model is, and how many parameters it has: closed formulas.
+"""FLOPs and parameters of the model: closed formulas.
 
     per cell of n tokens, m of them predicted, vocabulary V, 2 FLOPs per multiply-add:
 
     linear      L (8 n h^2 + 4 n h f)     query, key, value, projection; both feed-forward matrices
-    attention   4 L h n^2                 QK^T and the weighted sum of values; bidirectional, so the
-                                          whole square counts, not half of it
+    attention   4 L h n^2                 QK^T and the weighted sum of values, bidirectional
     head        2 m h^2                   the dense layer before the vocabulary
     vocabulary  2 m h V                   the tied output projection
 
     training = 3 x forward (the backward pass multiplies twice per forward multiplication)
 
-Two numbers come of it, and every report names which one it shows:
-
-- padded-equivalent: what the cells would cost if each had seq_length tokens, all predicted. A unit
-  of throughput, comparable with published figures of Geneformer; it may pass the chip's peak.
+- padded-equivalent: as if each cell had seq_length tokens, all predicted. A unit of throughput,
+  comparable with published figures of Geneformer; it may exceed the chip's peak.
 - executed: real tokens, real lengths in the square, predicted positions only. The one for MFU.
 
-Not counted, as is customary: softmax, norms, activations, dropout, the embedding, the optimizer,
-recomputation. V is the real vocabulary: the rows that pad it to a round number do no useful work.
-Pure Python on ints, so exact.
+Not counted: softmax, norms, activations, dropout, embedding, optimizer, recomputation. V is the
+vocabulary without padding rows. Python ints, so exact.
 """
 
 from __future__ import annotations
@@ -30,28 +26,21 @@ TRAIN_OVER_FORWARD = 3
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers that fix the model's size: L, h, f, V of the formulas."""
+    """L, h, f, V of the formulas; V with special tokens."""
 
     num_layers: int
-    """L, transformer layers."""
     hidden_size: int
-    """h, width of the residual stream."""
     ffn_hidden_size: int
-    """f, width inside the feed-forward blocks."""
     vocabulary_size: int
-    """V, tokens, specials included."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a number of cells consist of, as far as arithmetic is concerned."""
+    """Sums of n ([CLS] included), n^2 and m over some cells."""
 
     tokens: int
-    """Sum of n over the cells, [CLS] included."""
     sum_squared_lengths: int
-    """Sum of n^2 over the cells: attention stays within a cell, also when cells are packed."""
     num_predicted: int
-    """Sum of m over the cells: positions whose gene is predicted."""
 
 
 def padded_workload(seq_length: int, cells: int = 1) -> Workload:
@@ -70,7 +59,6 @@ class FlopBreakdown:
 
     @property
     def total(self) -> int:
-        """All of them."""
         return self.linear + self.attention + self.head + self.vocabulary
 
 
@@ -86,7 +74,6 @@ def forward_breakdown(shape: ModelShape, work: Workload) -> FlopBreakdown:
 
 
 def forward_flops(shape: ModelShape, work: Workload) -> int:
-    """FLOPs of one forward pass over `work`."""
     return forward_breakdown(shape, work).total
 
 
@@ -96,21 +83,18 @@ def train_flops(shape: ModelShape, work: Workload) -> int:
 
 
 def padded_equivalent_flops(shape: ModelShape, seq_length: int, cells: int = 1) -> int:
-    """Training FLOPs of `cells` cells, counted as if each were full and predicted everywhere."""
+    """Training FLOPs of `cells` cells, as if each were full and all predicted."""
     return train_flops(shape, padded_workload(seq_length, cells))
 
 
 def executed_flops(shape: ModelShape, work: Workload) -> int:
-    """Training FLOPs that `work` truly needs. The numerator of MFU."""
+    """Training FLOPs of `work`, the numerator of MFU."""
     return train_flops(shape, work)
 
 
 def num_parameters(shape: ModelShape, seq_length: int) -> int:
-    """Trainable parameters of the whole model with learned positions up to `seq_length`.
-
-    The output projection is the word embedding's matrix and counts once; there are no token types,
-    no pooler. The one norm outside the layers follows the last of them, or the embedding (post-LN).
-    """
+    """Parameters of the whole model with learned positions up to `seq_length`. The tied output
+    projection counts once; the norm outside the layers follows the last one or the embedding."""
     hidden, vocabulary = shape.hidden_size, shape.vocabulary_size
     norm = 2 * hidden
     embedding = (vocabulary + seq_length) * hidden

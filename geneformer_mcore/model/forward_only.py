@@ -1,11 +1,13 @@
-"""How far states move when a cell's sentence is changed.
+"""A trained model at work: Megatron's schedule, forward only, and what is computed of its states.
 
-originals -> states of every token, kept          [T, H]
-variants  -> states -> beside the originals'      -> per variant: cell, genes, toward a goal
-                                                  -> per token: its gene
+    stages + micro batches -> states [S, B, H] of the last stage
+        -> cell_embeddings:   mean over the genes of each cell, or its [CLS], fp32 [N, H]
+        -> cell_predictions:  loss and rank of each masked gene, summed per cell, fp64 [N, 8]
+        -> of_variants:       displacement of perturbed cells, compared with the originals' states
 
-A shift is 1 - cosine, computed as half the squared distance of the two unit vectors: the difference
-of two numbers close to 1 would lose what is asked for.
+A mean takes neither [CLS] nor padding, and is added up in fp32. Sums of predictions are per cell in
+fp64, so that totals do not depend on batches. A displacement is 1 - cosine, computed as half the
+squared distance of the unit vectors, as the difference of two numbers close to 1 is inexact.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
 from torch.nn import functional
 
 from geneformer_mcore.config.sections import Pooling
@@ -25,20 +28,12 @@ from geneformer_mcore.data.collate import cells_of, positions_in_cells
 from geneformer_mcore.model.geneformer import Geneformer
 from geneformer_mcore.types import MASK, Batch
 
-# Micro batches through a model that is not being trained: Megatron's schedule, forward only.
-#
-# stages + batches  ->  residual stream of the last stage  ->  what is made of it, per batch
-
-Finish = Callable[[torch.Tensor, Batch, Geneformer], torch.Tensor]
-"""Called on the last stage with its hidden states [S, B, H] (this rank's share of the positions
-under sequence parallel), the batch they are of, and the stage."""
+Finish = Callable[[Tensor, Batch, Geneformer], Tensor]
+"""Of the last stage's hidden states [S, B, H] (this rank's share), their batch, and the stage."""
 
 
-def through(
-    stages: Sequence[Geneformer], batches: list[Batch], finish: Finish
-) -> list[torch.Tensor]:
-    """What `finish` makes of each of `batches`, which are all of one shape and on the device; an
-    empty list on ranks that do not hold the last stage."""
+def through(stages: Sequence[Geneformer], batches: list[Batch], finish: Finish) -> list[Tensor]:
+    """Results of `finish` for batches of one shape, on the device; [] without the last stage."""
     (stage,) = stages
     stage.train(mode=False)
     num_rows, num_positions = batches[0].tokens_BS.shape
@@ -58,31 +53,23 @@ def through(
 def _forward_step(batches: Iterator[Batch], stage: Geneformer, finish: Finish) -> tuple:
     batch = next(batches)
 
-    def finished(hidden_SBH: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+    def finished(hidden_SBH: Tensor, non_loss_data: bool) -> Tensor:
         assert non_loss_data
         return finish(hidden_SBH, batch, stage)
 
     return stage.encode(batch), finished
 
 
-def whole(hidden_SBH: torch.Tensor, stage: Geneformer) -> torch.Tensor:
-    """All positions, where sequence parallel gives each tensor rank its share."""
+def whole(hidden_SBH: Tensor, stage: Geneformer) -> Tensor:
+    """All positions, gathered under sequence parallel."""
     if not stage.config.sequence_parallel:
         return hidden_SBH
     return gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
 
 
-# States of one layer as one vector per cell: what an encoder is used for once it is trained.
-#
-#     stages -> cut after a layer -> micro batches through Megatron's schedule -> states [S, B, H]
-#            -> mean over the genes of each cell, or its [CLS]                 -> fp32 [N, H]
-#
-# A mean takes every gene, the last one too, and neither [CLS] nor padding; it is added up in fp32.
-
-
 def cut(stages: Sequence[Geneformer], num_layers: int) -> None:
-    """Leaves the first `num_layers` layers: what the stages then give is the residual stream behind
-    them, as it is, without the final norm. 0 leaves the embedding of genes and ranks."""
+    """Keep the first `num_layers` layers: the output is the residual stream after them, without the
+    final norm. 0 keeps the embedding of genes and ranks."""
     for stage in stages:
         kept = [layer for layer in stage.encoder.layers if layer.layer_number <= num_layers]
         stage.encoder.layers = torch.nn.ModuleList(kept)
@@ -91,17 +78,16 @@ def cut(stages: Sequence[Geneformer], num_layers: int) -> None:
 
 def cell_embeddings(
     stages: Sequence[Geneformer], batches: list[Batch], pooling: Pooling
-) -> list[torch.Tensor]:
-    """fp32 [N, H] for the cells of each of `batches`, which are all of one shape and on the
-    device; on ranks that do not hold the last stage nothing. Every cell must have a gene."""
+) -> list[Tensor]:
+    """fp32 [N, H] for the cells of each batch, see `through`. Every cell must have a gene."""
 
-    def pooled(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Tensor:
+    def pooled(hidden_SBH: Tensor, batch: Batch, stage: Geneformer) -> Tensor:
         return pool(whole(hidden_SBH, stage), batch, pooling)
 
     return through(stages, batches, pooled)
 
 
-def pool(hidden_SBH: torch.Tensor, batch: Batch, pooling: Pooling) -> torch.Tensor:
+def pool(hidden_SBH: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
     """fp32 [N, H]: one vector per cell of a padded or packed batch."""
     rows_TH = hidden_SBH.transpose(0, 1).reshape(-1, hidden_SBH.shape[-1])
     inside_BS = positions_in_cells(batch)
@@ -114,7 +100,7 @@ def pool(hidden_SBH: torch.Tensor, batch: Batch, pooling: Pooling) -> torch.Tens
     return torch.segment_reduce(genes_TH, "mean", lengths=batch.lengths_N - 1)
 
 
-def _is_real(batch: Batch) -> torch.Tensor:
+def _is_real(batch: Batch) -> Tensor:
     """bool [B, S] (or [1, S]), False at padding."""
     places_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
     if batch.bounds is None:
@@ -122,28 +108,20 @@ def _is_real(batch: Batch) -> torch.Tensor:
     return (places_S < batch.bounds[len(batch.lengths_N)])[None]
 
 
-# How well each hidden gene is predicted: its loss, and its place among all genes.
-#
-#     logits [M, V of this rank]  ->  cross entropy in fp64, over the tensor ranks
-#                                 ->  genes that the model holds for likelier, over the tensor ranks
-#                                 ->  sums per cell, fp64 [N, 8]
-#
-# Sums are per cell and in fp64, so that a total does not depend on which cells went together.
-
 OF_ALL = ("loss_sum", "num_predicted", "num_top1", "num_top5")
 OF_MASKED = ("masked_loss_sum", "num_masked", "masked_num_top1", "masked_num_top5")
-"""Of the genes that are shown as [MASK]: a gene that is shown unchanged can be copied."""
+"""Of genes shown as [MASK]: one shown unchanged can be copied."""
 PREDICTION_COLUMNS = OF_ALL + OF_MASKED
 _ROWS_AT_ONCE = 512
-"""Logits that are doubled to fp64 at a time: 100 MB at 25,600 genes."""
+"""Rows of logits in fp64 at a time: 100 MB at 25,600 genes."""
 
 
-def cell_predictions(stages: Sequence[Geneformer], batches: list[Batch]) -> list[torch.Tensor]:
-    """fp64 [N, 8], the COLUMNS of the cells of each of `batches`; see inference.through."""
+def cell_predictions(stages: Sequence[Geneformer], batches: list[Batch]) -> list[Tensor]:
+    """fp64 [N, 8], the PREDICTION_COLUMNS of the cells of each batch; see `through`."""
     return through(stages, batches, _sums)
 
 
-def _sums(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Tensor:
+def _sums(hidden_SBH: Tensor, batch: Batch, stage: Geneformer) -> Tensor:
     logits_MV = stage.logits(hidden_SBH, batch.selected_M)
     parts = [
         torch.stack(losses_and_ranks(logits, labels, stage.tp_group), dim=1)
@@ -164,12 +142,10 @@ def _sums(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Te
 
 
 def losses_and_ranks(
-    logits_MV: torch.Tensor, labels_M: torch.Tensor, group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp64 [M] twice: nats, and how many genes come before the right one.
-
-    logits_MV: this tensor rank's columns. Of equal logits the gene with the smaller id comes first.
-    """
+    logits_MV: Tensor, labels_M: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """fp64 [M] twice: nats, and the number of genes ranked before the right one, of equal logits
+    those with smaller ids. logits_MV: this tensor rank's columns."""
     logits_MV, num_here = logits_MV.double(), logits_MV.shape[1]
     first_id = dist.get_rank(group) * num_here
     here_M = labels_M - first_id
@@ -189,33 +165,28 @@ def losses_and_ranks(
 
 
 DISPLACEMENT_COLUMNS = ("shift", "gene_shift", "goal_shift")
-"""What there is per variant: 1 - cosine of the cell's vectors before and after; the mean of the
-same over genes that both sentences have; cosine with the goal after, less that before (NaN without
-a goal)."""
+"""1 - cosine of the cell's vectors before and after; its mean over genes of both sentences; cosine
+with the goal after, minus that before (NaN without a goal)."""
 
 
 @dataclass(frozen=True)
 class Originals:
-    """What variants are compared with, on the device.
+    """Unperturbed cells, on the device.
 
-    cells_NH:   fp32, the cells' vectors;  tokens_TH: the states of all their tokens, end to end
+    cells_NH:   fp32, their vectors;  tokens_TH: states of all their tokens, end to end
     goal_H:     fp64, the vector of the goal, or None
     """
 
-    cells_NH: torch.Tensor
-    tokens_TH: torch.Tensor
-    goal_H: torch.Tensor | None
+    cells_NH: Tensor
+    tokens_TH: Tensor
+    goal_H: Tensor | None
 
 
 def originals(
-    stages: Sequence[Geneformer], batch: Batch, pooling: Pooling, goal_H: torch.Tensor | None
+    stages: Sequence[Geneformer], batch: Batch, pooling: Pooling, goal_H: Tensor | None
 ) -> Originals | None:
-    """Of the cells of one packed batch; None on ranks that do not hold the last stage."""
-
-    def kept(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Tensor:
-        return whole(hidden_SBH, stage)
-
-    found = through(stages, [batch], kept)
+    """Of the cells of one packed batch; None on ranks without the last stage."""
+    found = through(stages, [batch], lambda hidden_SBH, _, stage: whole(hidden_SBH, stage))
     if not found:
         return None
     (hidden_SBH,) = found
@@ -225,16 +196,15 @@ def originals(
 
 @dataclass(frozen=True)
 class Variants:
-    """A packed batch of variants, and what each of its tokens was before.
+    """A packed batch of perturbed cells.
 
-    cells_N:   int64, the number of each variant's cell among the originals
-    places_T:  int64, the place of the same gene among Originals.tokens_TH, -1 where there is none
-               and for [CLS]
+    cells_N:   int64, the number of each one's original
+    places_T:  int64, the row of the same gene in Originals.tokens_TH, -1 for none and [CLS]
     """
 
     batch: Batch
-    cells_N: torch.Tensor
-    places_T: torch.Tensor
+    cells_N: Tensor
+    places_T: Tensor
 
 
 def of_variants(
@@ -242,15 +212,12 @@ def of_variants(
     variants: Sequence[Variants],
     before: Originals | None,
     pooling: Pooling,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per batch (fp64 [N, COLUMNS], fp32 [T] of its tokens, NaN where there is nothing to compare);
-    nothing on ranks that do not hold the last stage, whose `before` is None.
-
-    All batches must be of one shape.
-    """
+) -> list[tuple[Tensor, Tensor]]:
+    """Per batch fp64 [N, DISPLACEMENT_COLUMNS], and fp32 [T] of its tokens, NaN without original;
+    nothing on ranks without the last stage. All batches are of one shape."""
     waiting = iter(variants)
 
-    def compared(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> object:
+    def compared(hidden_SBH: Tensor, batch: Batch, stage: Geneformer) -> object:
         these = next(waiting)
         assert before is not None
         assert batch is these.batch
@@ -261,8 +228,8 @@ def of_variants(
 
 
 def _compare(
-    hidden_SBH: torch.Tensor, these: Variants, before: Originals, pooling: Pooling
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden_SBH: Tensor, these: Variants, before: Originals, pooling: Pooling
+) -> tuple[Tensor, Tensor]:
     batch = these.batch
     after_NH = pool(hidden_SBH, batch, pooling).double()
     before_NH = before.cells_NH.double()[these.cells_N]
@@ -274,20 +241,19 @@ def _compare(
     )
     goal_N = torch.full_like(sums_N, torch.nan)
     if before.goal_H is not None:
-        # cos a - cos b, from unit vectors: their difference first, for it is small.
+        # cos a - cos b from unit vectors: their difference first, as it is small.
         after_NH, before_NH = (functional.normalize(each, dim=1) for each in (after_NH, before_NH))
         goal_N = (after_NH - before_NH) @ functional.normalize(before.goal_H, dim=0)
     return torch.stack([_apart(after_NH, before_NH), sums_N / counts_N, goal_N], 1), moved_T
 
 
-def _moved_tokens(hidden_SBH: torch.Tensor, these: Variants, before: Originals) -> torch.Tensor:
-    """fp32 [T], NaN where the sentence before has no such gene."""
+def _moved_tokens(hidden_SBH: Tensor, these: Variants, before: Originals) -> Tensor:
+    """fp32 [T], NaN where the original has no such gene."""
     after_TH = hidden_SBH[: len(these.places_T), 0].float()
     before_TH = before.tokens_TH[these.places_T.clamp(min=0)].float()
     return torch.where(these.places_T >= 0, _apart(after_TH, before_TH), torch.nan)
 
 
-def _apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """1 - cosine of rows."""
+def _apart(one: Tensor, other: Tensor) -> Tensor:
     difference = functional.normalize(one, dim=1) - functional.normalize(other, dim=1)
     return difference.square().sum(dim=1) / 2

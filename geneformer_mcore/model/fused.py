@@ -1,11 +1,11 @@
-"""The elementwise parts of the model: each of them one pass over memory, if they are compiled.
+"""Elementwise parts of the model, each one pass over memory if compiled.
 
     bias + activation              between the two matrices of a feed-forward block
     bias + dropout + residual      where a block joins the residual stream, which stays in fp32
     layer norm                     fp32 in, the parameters' type out
-    cross entropy                  of logits as the matrix product leaves them, in fp32
+    cross entropy                  of logits of any type, in fp32
 
-Megatron's own fused kernels know no relu, and cast the residual stream to bf16.
+Megatron's own fused kernels have no relu, and cast the residual stream to bf16.
 """
 
 from __future__ import annotations
@@ -18,51 +18,41 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from geneformer_mcore.backends import is_available
 
 
-def bias_activation(
-    x: torch.Tensor, bias: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def bias_activation(x: Tensor, bias: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """activation(x + bias); x [..., F], bias [F]."""
     return activation(x + bias)
 
 
 def bias_dropout_residual(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor,
-    probability: float,
-    training: bool,
-) -> torch.Tensor:
+    x: Tensor, bias: Tensor | None, residual: Tensor, probability: float, training: bool
+) -> Tensor:
     """residual + dropout(x + bias), in the residual's dtype; all [..., H] but bias [H]."""
     if bias is not None:
         x = x + bias
-    # fp32 + bf16 is fp32 in torch: this line is what keeps the stream in 32 bits.
+    # fp32 + bf16 is fp32 in torch, which keeps the stream in 32 bits.
     return residual + F.dropout(x, p=probability, training=training)
 
 
 def layer_norm(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Normalised in fp32; hidden [..., H] of any dtype, the result in `dtype`, by default that of
-    the weight [H]."""
+    hidden: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Computed in fp32; hidden [..., H] of any dtype, the result in `dtype` or the weight's."""
     normed = F.layer_norm(hidden.float(), weight.shape, weight.float(), bias.float(), eps)
     return normed.to(dtype or weight.dtype)
 
 
-def cross_entropy(logits_MV: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:
+def cross_entropy(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
     """fp32 [M], nats, computed in fp32; logits of any dtype, -inf where there is no token."""
     return F.cross_entropy(logits_MV.float(), labels_M, reduction="none")
 
 
 def is_compiled(asked: bool | None, device: torch.device) -> bool:
-    """What `model.compile` means on this device."""
+    """The meaning of `model.compile` on this device."""
     if asked is not None:
         return asked
     compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
@@ -71,7 +61,7 @@ def is_compiled(asked: bool | None, device: torch.device) -> bool:
 
 
 def chosen(function: Callable[..., Any], is_compiled: bool) -> Callable[..., Any]:
-    """One of the functions above, or what torch.compile makes of it."""
+    """One of the functions above, compiled if `is_compiled`."""
     return _compiled(function) if is_compiled else function
 
 

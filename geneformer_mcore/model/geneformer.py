@@ -1,6 +1,12 @@
 """Geneformer: Megatron-Core's BertModel with our layers, head and masked-only loss.
 
 Batch -> embedding -> encoder layers of this stage -> [next stage ...] -> head -> loss per gene
+
+head: hidden [S, B, H] -> rows of the selected positions [M, H] -> dense -> activation -> norm
+      -> product with the word embedding + bias -> logits [M, V of this rank]
+
+Six positions in seven are never predicted: skipping them saves 12 % (106M) to 35 % (10M) of a
+step's arithmetic and nearly all of its memory for logits.
 """
 
 from __future__ import annotations
@@ -21,35 +27,25 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import get_linear_layer
+from torch import Tensor
 
-from geneformer_mcore.config.sections import Attention, ModelConfig, Norm
+from geneformer_mcore.config.sections import Attention, Config, ModelConfig, Norm
 from geneformer_mcore.data.collate import positions_in_cells
 from geneformer_mcore.model import fused, megatron_config
 from geneformer_mcore.model.attention import select
 from geneformer_mcore.model.layers import LayerNorm, final_norm, layer_spec, norm_embedding
 from geneformer_mcore.types import Batch, padded_vocabulary_size
 
-# From hidden states to gene logits, at the selected positions only.
-#
-#     hidden [S, B, H] -> rows of the selected positions [M, H] -> dense -> activation -> norm
-#                      -> product with the word embedding + bias -> logits [M, V of this rank]
-#
-# Six positions in seven are never predicted: leaving them out saves 12 % (106M) to 35 % (10M) of a
-# step's arithmetic and nearly all of its memory for logits.
-
 
 class PredictionHead(MegatronModule):
     """dense(H, H) -> activation -> LayerNorm, the same on every tensor rank.
 
-    It sees rows gathered from all positions, so its parameters get their whole gradient on every
-    rank and carry no `sequence_parallel` mark: with the mark they would be TP times too large.
+    It sees gathered rows, so its gradients are whole on every rank, and its parameters have no
+    `sequence_parallel` mark, which would make them TP times too large.
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        config: TransformerConfig,
-        activation: Callable[[torch.Tensor], torch.Tensor],
+        self, hidden_size: int, config: TransformerConfig, activation: Callable[[Tensor], Tensor]
     ) -> None:
         super().__init__(config=config)
         self.dense = get_linear_layer(hidden_size, hidden_size, config.init_method)
@@ -59,18 +55,16 @@ class PredictionHead(MegatronModule):
             config, hidden_size, config.layernorm_epsilon, sequence_parallel=False
         )
 
-    def forward(self, rows_MH: torch.Tensor) -> torch.Tensor:
+    def forward(self, rows_MH: Tensor) -> Tensor:
         """rows_MH: [M, H]. Same shape out."""
         return self.layer_norm(self.activation(self.dense(rows_MH)))
 
 
-def selected_rows(
-    hidden_SBH: torch.Tensor, selected_M: torch.Tensor, config: TransformerConfig
-) -> torch.Tensor:
-    """[M, H]: the hidden states at the flat places `b * S + s` of `selected_M` (int64)."""
+def selected_rows(hidden_SBH: Tensor, selected_M: Tensor, config: TransformerConfig) -> Tensor:
+    """[M, H]: the hidden states at the flat positions `b * S + s` of `selected_M` (int64)."""
     if config.sequence_parallel:
-        # What follows is computed alike on every tensor rank, so the gradient of a gathered row is
-        # already whole: split it in the backward pass, do not add it up.
+        # What follows is equal on every tensor rank, so the gradient of a gathered row is whole:
+        # it is split in the backward pass, not added up.
         hidden_SBH = gather_from_sequence_parallel_region(
             hidden_SBH, tensor_parallel_output_grad=False
         )
@@ -79,12 +73,9 @@ def selected_rows(
     return hidden_SBH.reshape(-1, width).index_select(0, place)
 
 
-def padding_bias(first_id: int, num_here: int, num_real: int) -> torch.Tensor:
-    """fp32 [num_here]: 0 for real tokens, -inf for the rows that pad the vocabulary.
-
-    Added to the output bias, it takes the padding out of every softmax, probability 0 and gradient
-    0, at no cost. It is no parameter: a parameter of -inf would not be finite.
-    """
+def padding_bias(first_id: int, num_here: int, num_real: int) -> Tensor:
+    """fp32 [num_here]: 0 for real tokens, -inf for the rows that pad the vocabulary. Added to the
+    output bias (it is no parameter, as that must be finite), it gives padding probability 0."""
     ids = torch.arange(first_id, first_id + num_here)
     return torch.where(ids < num_real, 0.0, float("-inf"))
 
@@ -134,18 +125,16 @@ class Geneformer(megatron_bert.BertModel):
         return "b11s"
 
     def _set_attention_backend(self) -> None:
-        """Leaves the choice among TE's kernels to select.core_attention: Megatron would allow
-        the unfused one in the environment, and refuse an environment that forbids it."""
+        """Leave TE's kernels to select.core_attention: Megatron would allow the unfused one."""
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """On the last stage the cross entropy of every selected gene, fp32 [M], in nats; on the
-        others the residual stream [S, B, H] for the next stage."""
+    def forward(self, batch: Batch) -> Tensor:
+        """fp32 [M], loss in nats, on the last stage; on others the residual stream [S, B, H]."""
         hidden_SBH = self.encode(batch)
         if not self.post_process:
             return hidden_SBH
         return self.loss(hidden_SBH, batch)
 
-    def loss(self, hidden_SBH: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, hidden_SBH: Tensor, batch: Batch) -> Tensor:
         """fp32 [M], nats for every selected gene."""
         if self.config.bias_dropout_fusion and self.config.tensor_model_parallel_size == 1:
             logits_MV = self._logits(hidden_SBH, batch.selected_M)
@@ -153,9 +142,9 @@ class Geneformer(megatron_bert.BertModel):
         logits_MV = self.logits(hidden_SBH, batch.selected_M)
         return tensor_parallel.vocab_parallel_cross_entropy(logits_MV, batch.labels_M)
 
-    def encode(self, batch: Batch) -> torch.Tensor:
-        """Residual stream [S, B, H] after this stage; after the last one normalised, in the
-        dtype of the weights. Under sequence parallel S is this rank's share of the positions."""
+    def encode(self, batch: Batch) -> Tensor:
+        """Residual stream [S, B, H] after this stage; after the last one normalised, in the dtype
+        of the weights. Under sequence parallel S is this rank's share."""
         cells = select.packed_cells(batch)
         embedded = None
         if self.pre_process:
@@ -168,12 +157,11 @@ class Geneformer(megatron_bert.BertModel):
             packed_seq_params=cells,
         )
 
-    def logits(self, hidden_SBH: torch.Tensor, selected_M: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden_SBH: Tensor, selected_M: Tensor) -> Tensor:
         """fp32 [M, V]: this tensor rank's columns of the gene logits, padding at -inf."""
         return self._logits(hidden_SBH, selected_M).float()
 
-    def _logits(self, hidden_SBH: torch.Tensor, selected_M: torch.Tensor) -> torch.Tensor:
-        """The same in the dtype of the weights."""
+    def _logits(self, hidden_SBH: Tensor, selected_M: Tensor) -> Tensor:
         rows_MH = self.lm_head(selected_rows(hidden_SBH, selected_M, self.config))
         return tensor_parallel.linear_with_grad_accumulation_and_async_allreduce(
             input=rows_MH,
@@ -187,8 +175,7 @@ class Geneformer(megatron_bert.BertModel):
         )
 
 
-def padding_mask(batch: Batch) -> torch.Tensor:
-    """bool [B, 1, 1, S], True at the padding of a padded batch."""
+def padding_mask(batch: Batch) -> Tensor:
     places_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
     return (places_S >= batch.lengths_N[:, None])[:, None, None, :]
 
@@ -205,9 +192,8 @@ def build(
 ) -> list[Geneformer]:
     """This rank's part of the model, one entry per model chunk, on `device`.
 
-    padded_size: rows of the embedding, default `contracts.padded_vocabulary_size`.
-    packed: cells will be given end to end, and attention is chosen for that.
-    kind: of the stages, where it is another than Geneformer.
+    padded_size: rows of the embedding, default `types.padded_vocabulary_size`
+    packed: attention is chosen for packed cells;  kind: class of the stages
     """
     core = select.choose(model, device, megatron_config.precision_of(config), packed)
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
@@ -229,6 +215,17 @@ def build(
         # Megatron builds positions and the dense layer of the head in torch's default dtype.
         stages.append(stage.to(device=device, dtype=config.params_dtype))
     return stages
+
+
+def build_for(
+    config: Config, device: torch.device, vocabulary_size: int, kind: type[Geneformer] | None = None
+) -> list[Geneformer]:
+    """This rank's part of the model of a run."""
+    data, precision = config.data, config.train.precision
+    core = megatron_config.transformer_config(config.model, config.parallel, precision, device)
+    return build(
+        config.model, core, device, vocabulary_size, data.seq_length, None, data.packing, kind
+    )
 
 
 def _block(

@@ -1,9 +1,5 @@
-"""Initial weights that do not depend on the layout.
-
-Every parameter is drawn whole, from a generator of its own that is seeded by (seed, name in the
-whole model), and each rank keeps its slice: the same seed gives the same model whatever the
-tensor, pipeline or virtual pipeline sizes are.
-"""
+"""Initial weights, the same in every layout: each parameter is drawn whole from a generator seeded
+by (seed, name in the whole model), and each rank keeps its slice."""
 
 from __future__ import annotations
 
@@ -21,8 +17,7 @@ _WRITES_TO_RESIDUAL = (".linear_proj.weight", ".linear_fc2.weight")
 
 
 def fill(stage: MegatronModule, seed: int, only: Callable[[str], bool] | None = None) -> None:
-    """Overwrites the parameters of a stage in place: all, or those whose name in the whole model
-    `only` says yes to. Call before the optimizer copies them."""
+    """Overwrite the parameters, or `only` some by name in the whole model, before `optim.wrap`."""
     num_layers = stage.config.num_layers
     with torch.no_grad():
         for entry in sharded_parameters(stage):
@@ -32,8 +27,7 @@ def fill(stage: MegatronModule, seed: int, only: Callable[[str], bool] | None = 
 
 
 def sharded_parameters(stage: MegatronModule) -> list[ShardedTensor]:
-    """The parameters of a stage, each with its name, shape and offset in the whole model. `data` is
-    the parameter's own memory."""
+    """The parameters of a stage (`data`), with name, shape and offset in the whole model."""
     metadata = {"non_homogeneous_layers": True}  # the layer's number is part of the name
     entries = stage.sharded_state_dict(metadata=metadata).values()
     parameters = {parameter.data_ptr() for parameter in stage.parameters()}
@@ -43,8 +37,7 @@ def sharded_parameters(stage: MegatronModule) -> list[ShardedTensor]:
 
 
 def _draw(entry: ShardedTensor, seed: int, num_layers: int) -> torch.Tensor:
-    """The whole parameter, fp32 on the CPU. Biases 0, norms 1, matrices normal; a correction of
-    low rank is 0 together: its `down` is normal, its `up` 0."""
+    """The whole parameter, fp32 on the CPU. Biases and LoRA's `up` 0, norms 1, others normal."""
     shape = entry.global_shape
     if entry.key.endswith(("bias", ".up")):
         return torch.zeros(shape)
@@ -61,7 +54,7 @@ def _draw(entry: ShardedTensor, seed: int, num_layers: int) -> torch.Tensor:
 
 
 def slice_of(entry: ShardedTensor, whole: torch.Tensor) -> torch.Tensor:
-    """The part of the whole parameter that `entry` holds: a view of entry.local_shape."""
+    """The view of the whole parameter that `entry` holds."""
     assert entry.prepend_axis_num == 0
     for axis, (start, length) in enumerate(
         zip(entry.global_offset, entry.local_shape, strict=True)

@@ -5,8 +5,8 @@
     post-LN  x (fp32) -> attention (bf16) -> dropout + x -> norm (fp32) -> MLP (bf16)
                       -> dropout + x -> norm (fp32)           and a norm after the embedding
 
-Megatron's own norm and bias-dropout-add would cast the stream to bf16 after every block, whatever
-`fp32_residual_connection` says; its norm also refuses sequence parallelism without apex.
+Megatron's own norm and bias-dropout-add cast the stream to bf16 after every block, in spite of
+`fp32_residual_connection`; its norm also refuses sequence parallelism without apex.
 """
 
 from __future__ import annotations
@@ -25,21 +25,20 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
 from geneformer_mcore.config.sections import Attention, Norm
 from geneformer_mcore.model import fused
 from geneformer_mcore.model.attention.select import core_attention
 
-# It remarks on every feed-forward block that is not its own.
+# It warns of every feed-forward block that is not its own.
 logging.getLogger(transformer_layer.__name__).setLevel(logging.ERROR)
 
 
 class LayerNorm(torch.nn.Module):
-    """Layer normalisation with 32-bit arithmetic: fp32 or bf16 in, the parameters' dtype out.
-
-    Under sequence parallel a rank normalises its share of the positions only, and its parameters
-    are marked so that Megatron adds up their gradients over the tensor group.
-    """
+    """Layer normalisation with 32-bit arithmetic: fp32 or bf16 [..., H] in, the parameters' dtype
+    out. Under sequence parallel a rank normalises its share of the positions, and its parameters
+    are marked, so that Megatron adds up their gradients over the tensor group."""
 
     def __init__(
         self,
@@ -59,33 +58,30 @@ class LayerNorm(torch.nn.Module):
         for parameter in (self.weight, self.bias):
             parameter.sequence_parallel = marked  # type: ignore[attr-defined]
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [..., H]. Same shape out."""
+    def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden, self.weight, self.bias, self.eps)
 
 
 class StreamNorm(LayerNorm):
-    """A norm that the residual stream itself passes: what comes in 32 bits leaves in 32 bits."""
+    """A norm in the residual stream, whose dtype it keeps."""
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [..., H]. Same shape and dtype out."""
+    def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden, self.weight, self.bias, self.eps, hidden.dtype)
 
 
 class ToWeights(torch.nn.Module):
-    """Stands where pre-LN has a norm: the residual stream in the dtype of the weights."""
+    """In place of pre-LN's norm: the residual stream in the dtype of the weights."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.dtype = config.params_dtype
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [..., H]. Same shape out; the very tensor if the dtype is right already."""
+    def forward(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.dtype)
 
 
 class PostNormLayer(TransformerLayer):
-    """Megatron's layer with a norm behind each of its two sums."""
+    """Megatron's layer with a norm after each of its two sums."""
 
     def __init__(self, config: TransformerConfig, *arguments: Any, **named: Any) -> None:
         super().__init__(config, *arguments, **named)
@@ -93,17 +89,16 @@ class PostNormLayer(TransformerLayer):
         self.post_attention_layernorm = StreamNorm(config, size, eps)
         self.post_mlp_layernorm = StreamNorm(config, size, eps)
 
-    def _forward_attention(self, *arguments: Any, **named: Any) -> tuple[torch.Tensor, Any]:
+    def _forward_attention(self, *arguments: Any, **named: Any) -> tuple[Tensor, Any]:
         hidden_SBH, context = super()._forward_attention(*arguments, **named)
         return self.post_attention_layernorm(hidden_SBH), context
 
-    def _forward_mlp(self, *arguments: Any, **named: Any) -> torch.Tensor:
+    def _forward_mlp(self, *arguments: Any, **named: Any) -> Tensor:
         return self.post_mlp_layernorm(super()._forward_mlp(*arguments, **named))
 
 
 def norm_embedding(embedding: Any, config: TransformerConfig) -> None:
-    """Gives Megatron's embedding a norm before its dropout, as BERT has. Under sequence parallel
-    each rank has its share of the positions there already."""
+    """Give Megatron's embedding a norm before its dropout, as in BERT."""
     embedding.layer_norm = StreamNorm(config, config.hidden_size, config.layernorm_epsilon)
     embedding.embedding_dropout.register_forward_pre_hook(
         lambda _dropout, inputs: embedding.layer_norm(*inputs)
@@ -111,10 +106,9 @@ def norm_embedding(embedding: Any, config: TransformerConfig) -> None:
 
 
 class FeedForward(MLP):
-    """Megatron's block with the bias and the activation between its matrices in one function."""
+    """Megatron's block with bias and activation in one function."""
 
-    def forward(self, hidden: torch.Tensor, **_nothing: Any) -> tuple[torch.Tensor, Any]:
-        """hidden: [S, B, H]. The same shape, and the bias that is yet to be added."""
+    def forward(self, hidden: Tensor, **_nothing: Any) -> tuple[Tensor, Any]:
         config = self.config
         add = fused.chosen(fused.bias_activation, config.bias_dropout_fusion)
         x, bias = self.linear_fc1(hidden)
@@ -122,28 +116,24 @@ class FeedForward(MLP):
 
 
 def bias_dropout_add(training: bool, is_compiled: bool) -> Callable:
-    """Megatron's factory interface: returns f((x, bias), residual, probability) -> the new
-    residual, in the residual's dtype."""
+    """Megatron's factory of f((x, bias), residual, probability) -> the new residual."""
     join = fused.chosen(fused.bias_dropout_residual, is_compiled)
 
     def add(
-        x_with_bias: tuple[torch.Tensor, torch.Tensor | None],
-        residual: torch.Tensor,
-        probability: float,
-    ) -> torch.Tensor:
+        x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, probability: float
+    ) -> Tensor:
         return join(*x_with_bias, residual, probability, training)
 
     return add
 
 
 def final_norm(norm: Norm) -> type[torch.nn.Module]:
-    """What the residual stream passes after the last layer."""
+    """Module after the last layer."""
     return LayerNorm if norm is Norm.pre else ToWeights
 
 
 def layer_spec(attention: Attention, norm: Norm) -> ModuleSpec:
-    """One transformer layer: Transformer Engine's linears and attention for `te`, else
-    Megatron-Core's. Both have the same parameters under the same names."""
+    """One layer, by Transformer Engine for `te`, else Megatron-Core, with the same parameters."""
     column, row = _linears(attention)
     is_pre = norm is Norm.pre
     before_block = LayerNorm if is_pre else ToWeights

@@ -1,10 +1,10 @@
-"""Corrections of low rank beside matrices that stay as they are (LoRA, Hu et al. 2021).
+"""Low-rank corrections of frozen matrices (LoRA, Hu et al. 2021).
 
     x [.., in] --> W, frozen -------------------------> + --> [.., out]
               `--> down [rank, in] --> up [out, rank] --^    times alpha / rank
 
-`up` begins at 0, so the model begins as it was. Under tensor parallel each matrix is cut as the one
-it corrects, and only the `rank` numbers between the two travel.
+`up` begins at 0, so the model begins unchanged. Under tensor parallel each matrix is split as the
+one it corrects, and only the `rank` numbers between the two are sent.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
 )
+from torch import Tensor
 
 from geneformer_mcore.config.sections import FinetuneConfig
 from geneformer_mcore.model.geneformer import Geneformer
 
 NAMES = (".down", ".up")
-"""By which the two matrices of a correction end."""
 
 
 class LowRank(MegatronModule):
-    """What is added to the output of one linear layer, [.., out of this tensor rank].
+    """Added to the output of one linear layer, [.., out of this tensor rank].
 
-    down: [rank, in], cut along `in` where the layer is (a row-parallel one)
-    up:   [out, rank], cut along `out` where the layer is (a column-parallel one)
+    down: [rank, in], split along `in` in a row-parallel layer
+    up:   [out, rank], split along `out` in a column-parallel layer
     """
 
     def __init__(
-        self, config: TransformerConfig, weight: torch.Tensor, tune: FinetuneConfig, cut_out: bool
+        self, config: TransformerConfig, weight: Tensor, tune: FinetuneConfig, cut_out: bool
     ) -> None:
         """weight: of the layer, this rank's part; cut_out: whether the ranks share its outputs."""
         super().__init__(config=config)
@@ -55,31 +55,27 @@ class LowRank(MegatronModule):
         self.up = torch.nn.Parameter(weight.new_zeros(weight.shape[0], rank))
         shared, whole = (self.up, self.down) if cut_out else (self.down, self.up)
         set_tensor_model_parallel_attributes(shared, True, 0 if cut_out else 1, 1)
-        # The whole one meets this rank's share of the positions only: its gradients are added up.
+        # The whole one sees this rank's share of the positions only: its gradients are added up.
         whole.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x: what the layer reads, [S, B, in of this rank]."""
-        few = x @ self.down.T
-        sequence = self.config.sequence_parallel
-        if self.cut_out:
-            few = (
-                gather_from_sequence_parallel_region(few)
-                if sequence
-                else copy_to_tensor_model_parallel_region(few)
+        if self.config.sequence_parallel:
+            gather, reduce = (
+                gather_from_sequence_parallel_region,
+                reduce_scatter_to_sequence_parallel_region,
             )
         else:
-            few = (
-                reduce_scatter_to_sequence_parallel_region(few)
-                if sequence
-                else reduce_from_tensor_model_parallel_region(few)
+            gather, reduce = (
+                copy_to_tensor_model_parallel_region,
+                reduce_from_tensor_model_parallel_region,
             )
-        return (few @ self.up.T) * self.scale
+        few = x @ self.down.T
+        return ((gather if self.cut_out else reduce)(few) @ self.up.T) * self.scale
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Implements MegatronModule: which part of the whole matrices this rank has."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -91,8 +87,7 @@ class LowRank(MegatronModule):
 
 
 def attach(stage: Geneformer, tune: FinetuneConfig) -> None:
-    """Adds corrections, if settings ask for any, to every layer of `stage`. They are all 0, and so
-    without effect; call before the stage is wrapped for training."""
+    """Add corrections, of 0, to every layer, if set. Call before the stage is wrapped."""
     if not tune.lora_rank:
         return
     for layer in stage.encoder.layers:
@@ -103,8 +98,8 @@ def attach(stage: Geneformer, tune: FinetuneConfig) -> None:
             _correct(layer.mlp, "fc2", tune, cut_out=False)
 
 
-def folded(weights: Mapping[str, torch.Tensor], tune: FinetuneConfig) -> dict[str, torch.Tensor]:
-    """{name: whole tensor} of the same model without corrections: added to what they correct."""
+def folded(weights: Mapping[str, Tensor], tune: FinetuneConfig) -> dict[str, Tensor]:
+    """{name: whole tensor} with the corrections added to what they correct."""
     kept = {name: each for name, each in weights.items() if not name.endswith(NAMES)}
     for name in weights:
         if not name.endswith(".up"):
@@ -119,13 +114,13 @@ def folded(weights: Mapping[str, torch.Tensor], tune: FinetuneConfig) -> dict[st
 def _correct(block: Any, name: str, tune: FinetuneConfig, cut_out: bool) -> None:
     linear = getattr(block, f"linear_{name}")
     correction = LowRank(block.config, linear.weight, tune, cut_out)
-    # Beside the layer, not in it: the layer says itself which of its parameters are cut how.
+    # Next to the layer, which describes the split of its own parameters.
     setattr(block, f"lora_{name}", correction)
     linear.register_forward_hook(partial(_corrected, correction))
 
 
 def _corrected(
     correction: LowRank, _linear: Any, inputs: tuple, output: tuple
-) -> tuple[torch.Tensor, Any]:
+) -> tuple[Tensor, Any]:
     found, bias = output
     return found + correction(inputs[0]), bias

@@ -1,4 +1,4 @@
-"""Our settings -> Megatron-Core's TransformerConfig: the one place that speaks both languages."""
+"""From settings to Megatron-Core's TransformerConfig."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DTYPES = {
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, precision: Precision, device: torch.device
 ) -> TransformerConfig:
-    """What Megatron-Core must know of this model on this layout."""
+    """Megatron-Core's settings of this model in this layout."""
     dtype = DTYPES[precision]
     return TransformerConfig(
         **_shape(model),
@@ -53,15 +53,13 @@ def transformer_config(
         # E4M3 forward, E5M2 for gradients, which need the range.
         fp8="hybrid" if precision is Precision.fp8 else None,
         fp32_residual_connection=model.fp32_residual and dtype != torch.float32,
-        # The residual stream travels between stages as it is: bf16 buffers for a fp32 stream would
-        # end gloo in C++.
+        # The dtype of the residual stream between stages; a wrong one would end gloo in C++.
         pipeline_dtype=torch.float32 if model.fp32_residual else dtype,
         attention_softmax_in_fp32=True,
-        # Loss and gradients are sums, divided once by the number of predicted tokens of the whole
-        # global batch: exact with uneven counts per rank.
+        # Sums, divided once by the number of predicted tokens of the global batch.
         calculate_per_token_loss=True,
         use_cpu_initialization=device.type == "cpu",
-        # Not Megatron's kernel: the word by which our layers are told (see fused.py).
+        # Not Megatron's kernel: read by our layers (see fused.py).
         bias_dropout_fusion=fused.is_compiled(model.compile, device),
         # Fusions written for causal GPT layers, or that need apex.
         masked_softmax_fusion=False,
@@ -98,8 +96,8 @@ def _layout(parallel: ParallelConfig) -> dict:
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
         "sequence_parallel": parallel.sequence,
-        # With two interleaved stages the previous and the next rank are the same one: batched,
-        # gloo pairs an activation with a gradient, and nothing complains.
+        # With two interleaved stages the previous and the next rank are the same: batched, gloo
+        # would pair an activation with a gradient.
         "batch_p2p_comm": not interleaved,
         "overlap_p2p_comm": False,
     }
@@ -110,8 +108,5 @@ def _recompute(recompute: Recompute) -> dict:
         return {}
     if recompute is Recompute.selective:
         return {"recompute_granularity": "selective"}
-    return {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    }
+    full = {"recompute_granularity": "full", "recompute_method": "uniform"}
+    return full | {"recompute_num_layers": 1}

@@ -1,6 +1,7 @@
 """Megatron's data-parallel wrapper and distributed AdamW around the stages of a rank.
 
     stages -> DistributedDataParallel (gradient buffers) -> DistributedOptimizer (sharded AdamW)
+    learning rate: linear warm-up -> cosine -> min_lr
 
 The distributed optimizer is used on one rank too: one code path, one checkpoint format.
 """
@@ -25,22 +26,12 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from geneformer_mcore.config.sections import OptimConfig, ParallelConfig
 from geneformer_mcore.model.geneformer import Geneformer
 
-# The learning rate as a pure function of the step.
-#
-# lr |    /""-._
-#    |   /       `-._
-#    |  /            `-.________ min_lr
-#    +--------------------------- step
-#     warm-up    cosine     hold
-
 
 def learning_rate(
     step: int, steps: int, warmup_steps: int, hold_steps: int, optim: OptimConfig
 ) -> float:
     """Learning rate of update number `step` (0 is the first) of `steps`.
-
-    Linear from lr / warmup_steps to lr, then a cosine to min_lr, then min_lr for `hold_steps`.
-    """
+    Linear from lr / warmup_steps to lr, then a cosine to min_lr, then min_lr for `hold_steps`."""
     if step < warmup_steps:
         return optim.lr * (step + 1) / warmup_steps
     decay_steps = steps - warmup_steps - hold_steps
@@ -51,13 +42,12 @@ def learning_rate(
 
 
 _OVERLAPPED_BUCKETS = 4
-"""Parts of a stage whose gradients travel one by one while the backward pass goes on. Megatron's
-own measure, 40 million weights a bucket, would leave a model of 10 million with a single one, sent
-when the backward pass is over."""
+"""Buckets of a stage's gradients, sent during the backward pass. By Megatron's default, 40 million
+weights, a model of 10 million would have a single one, sent at the end."""
 
 _FIRST_LOSS_SCALE = 2.0**10
-"""By which fp16 losses are multiplied at first; halved when gradients overflow, doubled after 1,000
-updates without. The losses are sums, so their gradients are as large as those of single genes."""
+"""Of fp16 losses at first; halved when gradients overflow, doubled after 1,000 updates without.
+Losses are sums, so their gradients are as large as those of single genes."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +59,10 @@ class Trainable:
 
     @property
     def stages(self) -> list[Geneformer]:
-        """The stages inside the wrappers."""
         return [chunk.module for chunk in self.chunks]
 
     def complete_weights(self) -> None:
-        """Collects updated weights that are still with other data-parallel ranks; all ranks call
-        it together, before weights are read by anything but a forward pass."""
+        """Gather updated weights; all ranks together, before other reads than a forward pass."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
@@ -83,12 +71,13 @@ class Trainable:
 def wrap(stages: list[Geneformer], optim: OptimConfig, parallel: ParallelConfig) -> Trainable:
     """Call after the initial weights are in place: the optimizer copies them to fp32."""
     config = stages[0].config
+    num_weights = sum(weights.numel() for stage in stages for weights in stage.parameters())
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
-        bucket_size=-(-_num_weights(stages) // _OVERLAPPED_BUCKETS),  # without overlap one bucket
+        bucket_size=-(-num_weights // _OVERLAPPED_BUCKETS),  # without overlap one bucket
     )
     chunks = [
         DistributedDataParallel(config, ddp, stage, disable_bucketing=number > 0)
@@ -104,7 +93,7 @@ def wrap(stages: list[Geneformer], optim: OptimConfig, parallel: ParallelConfig)
         use_gloo_process_groups=False,
     )
     for group in optimizer.param_groups:
-        # Megatron only notes here which parameters decay; its own scheduler would act on it.
+        # Megatron's own scheduler would apply this.
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
@@ -112,15 +101,8 @@ def wrap(stages: list[Geneformer], optim: OptimConfig, parallel: ParallelConfig)
     return Trainable(chunks, optimizer)
 
 
-def _num_weights(stages: list[Geneformer]) -> int:
-    return sum(weights.numel() for stage in stages for weights in stage.parameters())
-
-
 def _overlap(chunks: list[DistributedDataParallel], parallel: ParallelConfig) -> None:
-    """Tells Megatron's schedules when gradients may travel, and the head to wait for its weights.
-
-    A schedule takes one function where there is one chunk, and a list where there are several.
-    """
+    """Configure Megatron's schedules to send gradients, and the head to wait for its weights."""
     config = chunks[0].config
     if parallel.overlap_grad_reduce:
         # Only the last micro batch of a step may start the sum over data-parallel ranks.
@@ -134,13 +116,13 @@ def _overlap(chunks: list[DistributedDataParallel], parallel: ParallelConfig) ->
 
 
 def _per_chunk(functions: list[Callable]) -> Callable | list[Callable]:
+    # As a schedule takes them.
     return functions[0] if len(functions) == 1 else functions
 
 
 def _output_weights_ready(chunk: DistributedDataParallel) -> Callable[..., None]:
     """Megatron waits for a module's weights when the module is called. The output layer never is:
-    `Geneformer.logits` multiplies by its weights itself, and on the last of several stages would
-    silently use those of the step before."""
+    `Geneformer.logits` uses its weights, which on the last stage would be the last step's."""
 
     def hook(*_arguments: object) -> None:
         for weights in chunk.module.output_layer.parameters():
@@ -150,11 +132,11 @@ def _output_weights_ready(chunk: DistributedDataParallel) -> Callable[..., None]
 
 
 def _count_padding(chunks: list[DistributedDataParallel]) -> None:
-    """Makes the buckets of the gradient buffers count their padding as their own.
+    """Make the buckets of the gradient buffers count their padding as their own.
 
-    Megatron-Core 0.16.1 gathers the optimizer's state without the padding between buckets, and then
-    cuts it at offsets with that padding: with two buckets, as the tied embedding's under pipeline
-    parallelism, a checkpoint would silently hold moments and fp32 weights from the wrong places.
+    Megatron-Core 0.16.1 gathers the optimizer's state without the padding between buckets and cuts
+    it at offsets with it: with two buckets, as the tied embedding's under pipeline parallelism, a
+    checkpoint would hold moments and fp32 weights from wrong positions.
     """
     for chunk in chunks:
         for buffer in chunk.buffers:
@@ -181,8 +163,7 @@ def _optimizer_config(optim: OptimConfig, dtype: torch.dtype) -> OptimizerConfig
 
 
 def give_states(optimizer: MegatronOptimizer) -> None:
-    """Gives every parameter its moments and a step of its own before the first update, so that a
-    checkpoint can be written or read at any time. torch's AdamW would make them on first use."""
+    """Create moments and steps before the first update, so that they can be saved or loaded."""
     for adam in _torch_adams(optimizer):
         for parameter in _parameters(adam):
             if not adam.state[parameter]:
@@ -194,12 +175,11 @@ def give_states(optimizer: MegatronOptimizer) -> None:
 
 
 def load_states(optimizer: MegatronOptimizer, state: dict) -> None:
-    """Loads what `optimizer.sharded_state_dict(...)` described and dist_checkpointing filled.
+    """Load what `optimizer.sharded_state_dict(...)` described and dist_checkpointing filled.
 
-    Megatron-Core 0.16.1 with torch's AdamW gives every parameter the same `step` tensor, which
-    then counts once per parameter, and stumbles over `step` when it copies the moments. So the
-    common part is loaded first, `step` is taken out while the moments are copied, and each
-    parameter gets a step tensor of its own.
+    Megatron-Core 0.16.1 with torch's AdamW gives all parameters the same `step` tensor, which then
+    counts once per parameter, and fails over it when it copies the moments: so `step` is taken out
+    while the moments are copied, and each parameter gets one of its own.
     """
     moments = state.pop("param_state")
     assert state.pop("param_state_sharding_type") == "fully_reshardable"
@@ -216,19 +196,18 @@ def load_states(optimizer: MegatronOptimizer, state: dict) -> None:
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
-    """The learning rate of the next update."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Global norm of the gradients, the same on every rank. Call once, before `update`."""
+    """Global norm of the gradients, on every rank. Call once, before `update`."""
     overflow = optimizer.prepare_grads()
     return math.inf if overflow else float(optimizer.get_grad_norm())
 
 
 def update(trainable: Trainable, norm: float) -> None:
-    """Clips by the global norm and takes one AdamW step on every rank."""
+    """Clip by the global norm and take one AdamW step on every rank."""
     optimizer = trainable.optimizer
     (inner,) = optimizer.chained_optimizers
     if inner.config.clip_grad > 0:
@@ -237,7 +216,7 @@ def update(trainable: Trainable, norm: float) -> None:
 
 
 def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
-    # Transformer Engine's and apex's Adam keep their step per group and need none of this.
+    # Transformer Engine's and apex's Adam keep their step per group.
     inner = [chained.optimizer for chained in optimizer.chained_optimizers]
     return [adam for adam in inner if isinstance(adam, torch.optim.AdamW)]
 

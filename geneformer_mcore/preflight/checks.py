@@ -1,4 +1,4 @@
-"""Judgements of the nodes' reports: one finding per check. Pure functions, run on rank 0."""
+"""Findings from the nodes' reports, one per check. Pure functions, run on rank 0."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from geneformer_mcore.config import Config
 from geneformer_mcore.preflight.node import Member, Node
 
 MAX_OFFSET_S = 1.0
-"""Clocks further apart spoil what is compared by time: files' ages, logs of several nodes."""
+"""Beyond it, files' ages and logs of several nodes cannot be compared."""
 SEE_S = 10.0
-"""How long another node's file may take to appear: longer than the few seconds for which network
-file systems trust what they knew of a folder."""
+"""Time for another node's file to appear; network file systems cache folders for a few seconds."""
 _MOST_NAMED, _MOST_RANKS = 6, 8
 
 
@@ -30,7 +29,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One check. text: what was found; if it fails: the rule, the numbers and the remedy."""
+    """text: the result; on failure the rule, the numbers and the remedy."""
 
     check: str
     text: str
@@ -45,10 +44,13 @@ fails = partial(Finding, state=State.fails)
 skipped = partial(Finding, state=State.skipped)
 
 
+def _either(check: str, is_bad: object, problem: str, good: str) -> Finding:
+    return fails(check, problem) if is_bad else ok(check, good)
+
+
 @dataclass(frozen=True)
 class Reduced:
-    """The all-reduces of a rank in one of its groups. seconds: of one, median; 0 for a group of
-    one rank, in which nothing is sent."""
+    """A rank's all-reduces in one group. seconds: median; 0 in a group of one rank."""
 
     group: str
     ranks: list[int]
@@ -58,15 +60,13 @@ class Reduced:
 
     @property
     def bus_bytes_per_s(self) -> float:
-        """Bus bandwidth, 2 (n - 1) / n x bytes / seconds for n ranks, as nccl-tests define it in
-        their doc/PERFORMANCE.md: the rate of each link, comparable with the hardware's for any n.
-        0 for a group of one."""
+        """nccl-tests' bus bandwidth, 2 (n - 1) / n x bytes / seconds; 0 for one rank."""
         n = len(self.ranks)
         return 2 * (n - 1) / n * self.num_bytes / self.seconds if self.seconds else 0.0
 
 
 def judge(config: Config, members: Sequence[Member], bytes_there: int) -> list[Finding]:
-    """All findings but those of the all-reduce. bytes_there: of checkpoints in the run folder."""
+    """All findings but the all-reduce's. bytes_there: of checkpoints in the run directory."""
     cached = [judge_cache(members, config.data.cache_dir)] if config.data.cache_dir else []
     return [
         judge_cells(members, config.data.store),
@@ -81,7 +81,6 @@ def judge(config: Config, members: Sequence[Member], bytes_there: int) -> list[F
 
 
 def judge_cells(members: Sequence[Member], where: str) -> Finding:
-    """Every node sees the cells, and the same ones."""
     blind = [f"{each}: {each.seen.problem}" for each in members if each.seen.problem]
     if blind:
         return fails(
@@ -91,17 +90,16 @@ def judge_cells(members: Sequence[Member], where: str) -> Finding:
             "nodes see it, or copy it whole to each.",
         )
     groups = _sides((each.seen.hash[:12], each) for each in members)
-    if len(groups) > 1:
-        return fails(
-            "cells",
-            f"all nodes must see the same cells, and data.store={where} is {len(groups)} different "
-            f"ones: {_sides_text(groups)}. Remedy: copy one of them to the others.",
-        )
-    return ok("cells", f"{len(members)} node(s) see the same, {groups[0][0]}")
+    return _either(
+        "cells",
+        len(groups) > 1,
+        f"all nodes must see the same cells, and data.store={where} is {len(groups)} different "
+        f"ones: {_sides_text(groups)}. Remedy: copy one of them to the others.",
+        f"{len(members)} node(s) see the same, {groups[0][0]}",
+    )
 
 
 def judge_cache(members: Sequence[Member], cache_dir: str) -> Finding:
-    """Every node has the flat copy, or room for it."""
     bad = [f"{each}: {each.seen.cache_problem}" for each in members if each.seen.cache_problem]
     if bad:
         return fails(
@@ -111,31 +109,30 @@ def judge_cache(members: Sequence[Member], cache_dir: str) -> Finding:
             "room, name another folder, or leave it empty.",
         )
     if any(each.seen.problem for each in members):
-        return skipped("cache", "how large the copy is, the cells must tell first")
+        return skipped("cache", "the size of the copy is unknown without the cells")
     there = sum(each.seen.cache == "there" for each in members)
     return ok("cache", f"the copy is there on {there} node(s), room for it on the others")
 
 
 def judge_folder(members: Sequence[Member], folder: Path) -> list[Finding]:
-    """The run folder is one, writable everywhere; and no other start is using it."""
     bad = [problem for problem in map(_folder_problem, members) if problem]
     users = [str(each) for each in members if each.run_folder and each.run_folder.locked]
-    shared = ok("run folder", f"{len(members)} node(s) write it and see each other's files")
-    if bad:
-        shared = fails(
-            "run folder",
-            f"run.dir={folder} must be one folder that every node can write and all see, and "
-            f"{len(bad)} of {len(members)} node(s) fail: {listed(bad)}. Remedy: mend its "
-            "permissions, or name a folder on a file system that all nodes share.",
-        )
-    free = ok("run lock", "no other start of this run is seen")
-    if users:
-        free = fails(
-            "run lock",
-            f"one start at a time may use a run folder, and another start of the run in {folder} "
-            f"is still going, as {listed(users, ', ')} can see. Remedy: wait for it, stop it, or "
-            "choose another run.dir.",
-        )
+    shared = _either(
+        "run folder",
+        bad,
+        f"run.dir={folder} must be one folder that every node can write and all see, and "
+        f"{len(bad)} of {len(members)} node(s) fail: {listed(bad)}. Remedy: fix its permissions, "
+        "or name a folder on a file system that all nodes share.",
+        f"{len(members)} node(s) write it and see each other's files",
+    )
+    free = _either(
+        "run lock",
+        users,
+        f"one start at a time may use a run folder, and another start of the run in {folder} is "
+        f"still going, as {listed(users, ', ')} can see. Remedy: wait for it, stop it, or choose "
+        "another run.dir.",
+        "no other start of this run is seen",
+    )
     return [shared, free]
 
 
@@ -151,7 +148,7 @@ def _folder_problem(member: Member) -> str:
 
 
 def judge_room(config: Config, members: Sequence[Member], there: int) -> Finding:
-    """The checkpoints that will be kept fit. there: bytes of those that are there already."""
+    """there: bytes of checkpoints in the run directory."""
     vocabulary = next((each.seen.vocabulary_size for each in members if each.seen.hash), 0)
     view = next(each.run_folder for each in members if 0 in each.ranks)
     if not vocabulary or view is None or view.problem or view.free < 0:
@@ -165,30 +162,28 @@ def judge_room(config: Config, members: Sequence[Member], there: int) -> Finding
         f"more, and {view.free:,} are free"
     )
     if view.free < needed:
-        return fails(
-            "room",
+        text = (
             f"run.dir must have room for {text}, {needed - view.free:,} missing. Remedy: make "
-            "room, keep fewer checkpoints, or choose another run.dir.",
+            "room, keep fewer checkpoints, or choose another run.dir."
         )
+        return fails("room", text)
     return ok("room", text)
 
 
 def judge_clocks(members: Sequence[Member]) -> Finding:
-    """No clock is far from rank 0's."""
     off = [f"{each} {each.offset}" for each in members if abs(each.offset.seconds) > MAX_OFFSET_S]
-    if off:
-        return fails(
-            "clocks",
-            f"the clocks of all nodes must be within {MAX_OFFSET_S:g} s of rank 0's, and "
-            f"{len(off)} of {len(members)} are not: {listed(off)}. Remedy: run a time service "
-            "(chrony, ntpd) on every node.",
-        )
     worst = max((each.offset for each in members), key=lambda offset: abs(offset.seconds))
-    return ok("clocks", f"the furthest from rank 0's is {worst}")
+    return _either(
+        "clocks",
+        off,
+        f"the clocks of all nodes must be within {MAX_OFFSET_S:g} s of rank 0's, and {len(off)} of "
+        f"{len(members)} are not: {listed(off)}. Remedy: run a time service (chrony, ntpd) on "
+        "every node.",
+        f"the furthest from rank 0's is {worst}",
+    )
 
 
 def judge_versions(members: Sequence[Member]) -> Finding:
-    """The same software and the same settings everywhere."""
     names = sorted({name for each in members for name in each.node.versions})
     differing = []
     for name in names:
@@ -196,24 +191,23 @@ def judge_versions(members: Sequence[Member]) -> Finding:
         groups = _sides((each.node.versions[name], each) for each in having)
         if len(groups) > 1:
             differing.append(f"{name} {_sides_text(groups)}")
-    if differing:
-        return fails(
-            "versions",
-            f"all nodes must have the same software and settings, and {len(differing)} of "
-            f"{len(names)} differ: {listed(differing, ' | ')}. Remedy: install the same "
-            "everywhere, or start all nodes from one shared environment.",
-        )
-    return ok("versions", f"{len(names)} are the same on all nodes")
+    return _either(
+        "versions",
+        differing,
+        f"all nodes must have the same software and settings, and {len(differing)} of "
+        f"{len(names)} differ: {listed(differing, ' | ')}. Remedy: install the same everywhere, or "
+        "start all nodes from one shared environment.",
+        f"{len(names)} are the same on all nodes",
+    )
 
 
 def judge_gpus(members: Sequence[Member]) -> Finding:
-    """The same GPUs everywhere, and one for each rank."""
     groups = _sides((_gpus(each.node), each) for each in members)
     if len(groups) > 1:
         return fails(
             "GPUs",
             f"all nodes must have the same GPUs, driver and CUDA, and they differ: "
-            f"{_sides_text(groups)}. Remedy: take nodes of one kind, or mend those on which GPUs "
+            f"{_sides_text(groups)}. Remedy: take nodes of one kind, or fix those on which GPUs "
             "are missing.",
         )
     short = [
@@ -221,13 +215,13 @@ def judge_gpus(members: Sequence[Member]) -> Finding:
         for each in members
         if 0 < len(each.node.gpus) < len(each.ranks)
     ]
-    if short:
-        return fails(
-            "GPUs",
-            f"every rank needs a GPU of its own: {listed(short)}. Remedy: start as many ranks per "
-            "node as it has GPUs (torchrun --nproc_per_node).",
-        )
-    return ok("GPUs", f"{groups[0][0]} on every node")
+    return _either(
+        "GPUs",
+        short,
+        f"every rank needs a GPU of its own: {listed(short)}. Remedy: start as many ranks per node "
+        "as it has GPUs (torchrun --nproc_per_node).",
+        f"{groups[0][0]} on every node",
+    )
 
 
 def _gpus(node: Node) -> str:
@@ -236,7 +230,6 @@ def _gpus(node: Node) -> str:
 
 
 def judge_network(members: Sequence[Member]) -> Finding:
-    """Nodes on different machines do not talk over an interface that leads nowhere."""
     machines = {each.node.machine for each in members}
     interfaces = sorted({each.node.interface or "?" for each in members})
     if len(machines) == 1:
@@ -261,13 +254,12 @@ def judge_network(members: Sequence[Member]) -> Finding:
 
 
 def _is_trapped(node: Node) -> bool:
-    """Whether gloo would give the others an address that they cannot reach."""
+    """Whether gloo would announce an address that other machines cannot reach."""
     is_loopback = node.own_address.startswith("127.") or node.own_address == "::1"
     return node.chosen == "lo" or (not node.chosen and is_loopback)
 
 
 def judge_sums(results: Sequence[Sequence[Reduced]]) -> list[Finding]:
-    """results: of every rank, one per kind of group."""
     return [_judge_sum(of_kind) for of_kind in zip(*results, strict=True)]
 
 
@@ -294,20 +286,20 @@ def _judge_sum(of_kind: Sequence[Reduced]) -> Finding:
 
 
 def named(ranks: Sequence[int]) -> str:
-    """ "rank 3", "ranks 0, 2, 4"; many are not all listed."""
+    """ "rank 3", "ranks 0, 2, 4 ... 127"."""
     more = f" ... {ranks[-1]}" if len(ranks) > _MOST_RANKS else ""
     word = "ranks" if len(ranks) > 1 else "rank"
     return f"{word} {', '.join(map(str, ranks[:_MOST_RANKS]))}{more}"
 
 
 def listed(parts: Sequence[str], separator: str = "; ") -> str:
-    """The first few of `parts`, and how many more there are."""
+    """The first few of `parts` and the number of the rest."""
     more = f"{separator}and {len(parts) - _MOST_NAMED} more" if len(parts) > _MOST_NAMED else ""
     return separator.join(parts[:_MOST_NAMED]) + more
 
 
 def _sides(values: Iterable[tuple[str, Member]]) -> list[tuple[str, list[str]]]:
-    """The nodes by what they have, most nodes first. More than one entry: they differ."""
+    """Nodes grouped by value, largest group first."""
     found: dict[str, list[str]] = {}
     for value, member in values:
         found.setdefault(value, []).append(str(member))
@@ -315,5 +307,4 @@ def _sides(values: Iterable[tuple[str, Member]]) -> list[tuple[str, list[str]]]:
 
 
 def _sides_text(groups: Sequence[tuple[str, list[str]]]) -> str:
-    """ "A on node 0 (a), node 1 (b); B on node 2 (c)"."""
     return "; ".join(f"{value} on {listed(nodes, ', ')}" for value, nodes in groups)

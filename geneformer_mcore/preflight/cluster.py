@@ -1,9 +1,7 @@
-"""All checks in their order, on all ranks.
+"""All checks in order, on all ranks; those without a process group first, as that may hang.
 
-    meet -> nodes, cells, clocks, run folder -> rank 0: table, findings
-         -> process groups, all-reduce       -> rank 0: the rest      -> exit code of every rank
-
-All that can be found without a process group is found before there is one: it may make one hang.
+rendezvous -> nodes, cells, clocks, run directory -> rank 0: table, findings
+           -> process groups, all-reduce          -> rank 0: the rest  -> exit code of all ranks
 """
 
 from __future__ import annotations
@@ -37,27 +35,22 @@ from geneformer_mcore.preflight.checks import Finding, Reduced, State
 from geneformer_mcore.preflight.node import Member, Node, Offset, Seen, View
 
 LIMIT_S = 30
-"""Seconds in which every rank must finish a check, at most; parallel.timeout_s if less."""
+"""Seconds for one check, at most; parallel.timeout_s if less."""
 _MEET_S = 240
-"""For ranks to start: on a cold network disk imports alone take half of that."""
+"""For ranks to start: imports from a cold network disk take half of it."""
 _HINDER = ("network", "GPUs")
-"""Checks without which process groups would hang, or fail without a reason."""
+"""Checks without which process groups would hang."""
 _BYTES = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
 _TIMES = 5
 _LOOK_S = 0.2
 _FLOCK = "hhqqi4x"
 """struct flock of 64-bit Linux: type, whence, start, length, pid."""
 now = time.time
-"""This node's clock, seconds."""
 
 
 class Exchange:
-    """Messages between ranks before there is a process group: JSON, by the store in which they met.
-    It works where gloo and NCCL do not. All ranks make the same calls in the same order.
-
-    Raises torch's DistStoreError where a rank does not come within the store's time limit; the
-    watch of a job ends it before.
-    """
+    """JSON messages by the rendezvous store, without a process group. All ranks make the same
+    calls in the same order."""
 
     def __init__(self, meeting: groups.Rendezvous) -> None:
         self.rank, self.world_size = meeting.rank, meeting.world_size
@@ -80,11 +73,9 @@ class Exchange:
         return self.take(key)
 
     def put(self, key: str, value: Any) -> None:
-        """Stores `value`; a dataclass becomes a dict."""
         self._store.set(key, json.dumps(value, default=asdict))
 
     def take(self, key: str) -> Any:
-        """The value of the key; waits until there is one."""
         return json.loads(self._store.get(key))
 
     def _next_key(self) -> str:
@@ -94,14 +85,13 @@ class Exchange:
 
 @dataclass
 class Traces:
-    """Files that preflight has put on a disk; `clear` removes them, at any time, from any thread.
-    folders: innermost first; one in which somebody else has put something stays."""
+    """Files and folders (innermost first) that preflight created; foreign files stay."""
 
     files: list[Path] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
 
     def clear(self) -> None:
-        """Never raises."""
+        """Remove them, at any time, from any thread. Never raises."""
         for path in self.files:
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -114,9 +104,7 @@ def check(
     config: Config, text: str, watch: Watchdog, traces: Traces, log: Callable[[str], None]
 ) -> tuple[int, dict[str, Any]]:
     """The exit code, equal on all ranks, and on rank 0 the whole result, fit for JSON.
-
-    text: the settings as written. log: called on rank 0 with what is to be printed.
-    """
+    text: the settings as written;  log: prints, on rank 0"""
     began = time.monotonic()
     watch.doing("meeting the other ranks", limit_s=_MEET_S)
     meeting = groups.meet(config.parallel, watch)
@@ -128,7 +116,7 @@ def check(
         findings = checks.judge(config, members, there)
         log(report.table(members) + "\n")
         log("\n".join(map(str, findings)))
-    watch.doing("waiting for what rank 0 makes of the nodes")
+    watch.doing("waiting for rank 0's findings")
     failing = [each.check for each in findings if each.state is State.fails]
     hindered = exchange.broadcast([check for check in failing if check in _HINDER])
     if hindered:
@@ -140,7 +128,7 @@ def check(
         failing = [each.check for each in findings if each.state is State.fails]
         log("\n".join(map(str, sums)))
         log(f"\n{len(failing)} of {len(findings)} checks fail, {time.monotonic() - began:.1f} s")
-    watch.doing("telling each other how it ended")
+    watch.doing("exchanging the exit code")
     code = exchange.broadcast(WRONG_INPUT if failing else FINISHED)
     exchange.gather()  # rank 0 may hold the store: it leaves last
     result = report.as_json(members, findings) if exchange.is_first else {}
@@ -175,7 +163,7 @@ def members_of(
     offsets: dict[int, Offset],
     views: dict[int, View],
 ) -> list[Member]:
-    """Ranks by node: of equal number, on one machine. Only first ranks have looked at the cells."""
+    """Ranks grouped by node. Only first ranks have looked at the cells."""
     ranks: dict[tuple, list[int]] = {}
     for rank, each in enumerate(nodes):
         ranks.setdefault((each.number, *each.machine, each.host), []).append(rank)
@@ -191,13 +179,7 @@ def members_of(
 
 def compare_clocks(exchange: Exchange, leaders: Sequence[int]) -> dict[int, Offset]:
     """Offsets of `leaders`, the first ranks of the nodes, on rank 0; all ranks call it together.
-
-        rank 0    sent --ping-->                back     offset = its time - (sent + back) / 2
-        leader                   --its time-->           known to +- (back - sent) / 2
-
-    A round trip for each, by the store: NCCL has no message that is cheap between two ranks that
-    never talked. (Cristian 1989, "Probabilistic clock synchronization")
-    """
+    One round trip each, by the store (Cristian 1989, "Probabilistic clock synchronization")."""
     found = {}
     if exchange.is_first:
         for rank in leaders[1:]:
@@ -211,18 +193,17 @@ def compare_clocks(exchange: Exchange, leaders: Sequence[int]) -> dict[int, Offs
 
 
 def offset_of(sent: float, there: float, back: float) -> Offset:
-    """The offset by one round trip."""
+    """Offset from one round trip, known to half its duration."""
     return Offset(there - (sent + back) / 2, (back - sent) / 2)
 
 
 def _share(exchange: Exchange, folder: Path, looks: bool, traces: Traces) -> dict[int, View]:
-    """Views of the run folder by rank, on rank 0; no file of a run is touched.
+    """Views of the run directory by rank, on rank 0; no file of a run is touched.
 
         rank 0 writes a file  ->  ranks that `looks` read it, and write one  ->  rank 0 reads those
-        all of it is removed again, and the folder if it was made for this
 
-    Nobody looks at the folder before rank 0 has written: a network file system remembers for up to
-    a minute that something was not there.
+    No rank looks before rank 0 has written: network file systems cache for up to a minute that a
+    file was missing.
     """
     nonce, problem = secrets.token_hex(16), ""
     if exchange.is_first:
@@ -245,22 +226,18 @@ def _share(exchange: Exchange, folder: Path, looks: bool, traces: Traces) -> dic
     return {rank: replace(each, seen=rank in seen) for rank, each in views.items()}
 
 
-def _name(nonce: str, rank: int) -> str:
-    return f".preflight_{nonce}_{rank}"
-
-
 def _write(folder: Path, nonce: str, rank: int, traces: Traces) -> str:
-    """The reason why this rank's file cannot be written; "" if it is. Rank 0 makes the folder."""
+    """Why this rank's file cannot be written, or "". Rank 0 creates the folder."""
     try:
         if rank == 0:
-            # Noted first: it may be that only some of them can be made.
+            # Noted first, as only some of them may be created.
             traces.folders += [each for each in (folder, *folder.parents) if not each.exists()]
             folder.mkdir(parents=True, exist_ok=True)
-        path = folder / _name(nonce, rank)
+        path = folder / f".preflight_{nonce}_{rank}"
         traces.files.append(path)
         with path.open("w") as file:
             file.write(nonce)
-            # As a run does with its own: some network file systems are mounted without it.
+            # As a run does: some network file systems are mounted without locks.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.strerror or str(error)
@@ -268,16 +245,16 @@ def _write(folder: Path, nonce: str, rank: int, traces: Traces) -> str:
 
 
 def _wait_for(folder: Path, nonce: str, ranks: set[int]) -> set[int]:
-    """The ranks whose files appear with their content within SEE_S seconds."""
+    """Ranks whose files appear with their content within SEE_S seconds."""
     deadline = time.monotonic() + checks.SEE_S
     seen: set[int] = set()
     while True:
         with contextlib.suppress(OSError):
-            # To list a folder makes a network file system ask what is new in it.
+            # Listing a folder makes a network file system refresh it.
             list(folder.iterdir())
         for rank in ranks - seen:
             with contextlib.suppress(OSError):
-                if (folder / _name(nonce, rank)).read_text() == nonce:
+                if (folder / f".preflight_{nonce}_{rank}").read_text() == nonce:
                     seen.add(rank)
         if seen == ranks or time.monotonic() > deadline:
             return seen
@@ -285,12 +262,8 @@ def _wait_for(folder: Path, nonce: str, ranks: set[int]) -> set[int]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of the file `path`, as far as this machine can know. The
-    lock is not taken for an instant: a start in that instant would be refused.
-
-    Linux lists the locks of this machine's processes by inode. One held on another machine of a
-    network file system is a byte-range lock there, which can be queried.
-    """
+    """Whether a process holds the lock of `path`, without taking it: Linux lists this machine's
+    locks by inode; on a network file system another machine's is a byte-range lock."""
     query = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
     try:
         with path.open() as file:
@@ -305,8 +278,7 @@ def is_locked(path: Path) -> bool:
 
 
 def _has_open(process: str, path: Path) -> bool:
-    """Whether the process has the file open, and not one of that inode on another disk; yes where
-    it cannot be asked."""
+    """Whether the process has this very file open, not its inode on another disk, or may have."""
     try:
         return any(file.samefile(path) for file in Path("/proc", process, "fd").iterdir())
     except OSError:
@@ -330,23 +302,20 @@ def _reduce(
 def reduce_in(
     found: dict[str, dist.ProcessGroup], device: torch.device, doing: Callable[[str], None]
 ) -> list[Reduced]:
-    """All-reduces in this rank's groups, one after the other; all ranks call it together.
-
-    doing: called before each, for the watch: by it a rank that does not come is found.
-    """
+    """All-reduces in this rank's groups; all ranks call it together. doing: the watchdog's."""
     results = []
     for name, group in found.items():
         ranks = dist.get_process_group_ranks(group)
         doing(f"the all-reduce of the {name} group ({checks.named(ranks)})")
-        is_right, seconds = _sum(group, ranks, device) if len(ranks) > 1 else (True, 0.0)
-        results.append(Reduced(name, ranks, is_right, seconds, _BYTES[device.type]))
+        found_sum = _sum(group, ranks, device) if len(ranks) > 1 else (True, 0.0)
+        results.append(Reduced(name, ranks, *found_sum, _BYTES[device.type]))
     return results
 
 
 def _sum(group: dist.ProcessGroup, ranks: list[int], device: torch.device) -> tuple[bool, float]:
     """Whether all sums are right, and the median seconds of one."""
     values = torch.empty(_BYTES[device.type] // 4, dtype=torch.float32, device=device)
-    # Small whole numbers: their sum is exact in 32 bits, in whatever order it is made.
+    # Small whole numbers, whose sum is exact in any order.
     number, expected = ranks.index(dist.get_rank()) + 1, len(ranks) * (len(ranks) + 1) / 2
     is_right, seconds = True, []
     for _ in range(1 + _TIMES):

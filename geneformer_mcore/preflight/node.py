@@ -1,7 +1,4 @@
-"""Reports of one rank: the machine and software it runs on, and the cells it sees.
-
-environment, /proc, torch -> Node     data.store, data.cache_dir -> Seen     rank 0: -> Member
-"""
+"""Reports of one rank: its machine and software (Node), and the cells it sees (Seen)."""
 
 from __future__ import annotations
 
@@ -37,14 +34,13 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 class Node:
     """A rank's machine; of several ranks of one node the first one's is shown.
 
-    number:      of the node in the job, as torchrun or Slurm counts
-    boot_id, namespace:  of the kernel, and of the network this process sees: two nodes in which
-                 both are equal are one machine
+    number:      of the node in the job, by torchrun or Slurm
+    boot_id, namespace:  of kernel and network: equal on one machine
     gpus:        names of those that this rank sees; driver, cuda: "" without one
-    master:      MASTER_ADDR;  master_address: the address of that name here, "" if none
-    own_address: this machine's, on the way to the master
+    master:      MASTER_ADDR;  master_address: its address here, "" if unknown
+    own_address: this machine's, on the route to the master
     chosen:      GLOO_SOCKET_IFNAME
-    interface:   the one that gloo uses as far as it is known, and interface_address its address
+    interface:   gloo's as far as known, and interface_address its address
     versions:    of everything that must be the same on all nodes
     """
 
@@ -68,7 +64,6 @@ class Node:
 
     @property
     def machine(self) -> tuple[str, str]:
-        """Equal on one machine."""
         return self.boot_id, self.namespace
 
     @property
@@ -82,12 +77,10 @@ class Node:
 class Seen:
     """The cells of a run as a node sees them, without reading any.
 
-    problem:       why it cannot be used here; "" if it can
-    hash:          equal on nodes that see the same: the store's content hash, or one of the names
-                   and sizes of the files of counts and the vocabulary
+    problem:       why the cells cannot be used here, or ""
+    hash:          the store's content hash, or one of vocabulary and of counts files' names, sizes
     cells, tokens: 0 where only training counts them
-    cache_problem: why the flat copy cannot be had here
-    cache:         "", "there", or "room" for one
+    cache_problem: why the flat copy cannot be made here;  cache: "", "there", or "room" for one
     """
 
     problem: str = ""
@@ -101,7 +94,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Offset:
-    """A node's clock: seconds ahead of rank 0's, and by how much that may be wrong."""
+    """Seconds that a node's clock is ahead of rank 0's."""
 
     seconds: float = 0.0
     uncertainty_s: float = 0.0
@@ -112,11 +105,10 @@ class Offset:
 
 @dataclass(frozen=True)
 class View:
-    """The run folder as a node sees it.
+    """The run directory as a node sees it.
 
-    problem: why the node cannot write there;  sees: rank 0's file;  seen: its own, by rank 0;
-    free: bytes, -1 if unknown;  locked: whether another start of the run holds its lock
-    """
+    problem: why the node cannot write;  sees: rank 0's file;  seen: its file, by rank 0;
+    free: bytes, -1 if unknown;  locked: by another start of the run"""
 
     problem: str
     sees: bool
@@ -127,7 +119,7 @@ class View:
 
 @dataclass(frozen=True)
 class Member:
-    """A node of the job. ranks: of it, the one that reports for it first."""
+    """A node of the job. ranks: the one that reports for it first."""
 
     node: Node
     ranks: list[int]
@@ -140,7 +132,7 @@ class Member:
 
 
 def look(settings_text: str) -> Node:
-    """This rank's node. settings_text: the settings as written, to be the same everywhere."""
+    """This rank's node. settings_text: the settings as written."""
     master = os.environ.get("MASTER_ADDR", "")
     route = network.route_to(master) if master else None
     chosen = os.environ.get("GLOO_SOCKET_IFNAME", "")
@@ -174,17 +166,15 @@ def _versions(settings_text: str) -> dict[str, str]:
         "project": geneformer_mcore.__version__,
         "settings": hashlib.sha256(settings_text.encode()).hexdigest()[:12],
     }
-    # From one rank per node, as git reads the whole work tree. No commit is no difference.
+    # On one rank per node, as git reads the whole work tree. No commit is no difference.
     known = commit() if _environment("LOCAL_RANK", 0) == 0 else "unknown"
     return found if known == "unknown" else found | {"commit": known}
 
 
 def _driver() -> str:
     """Of the kernel's module; "?" where a container does not show it."""
-    try:
-        found = re.search(r"\d+\.\d+(\.\d+)?", _DRIVER.read_text().partition("Module")[2])
-    except OSError:
-        found = None
+    text = _DRIVER.read_text() if _DRIVER.exists() else ""
+    found = re.search(r"\d+\.\d+(\.\d+)?", text.partition("Module")[2])
     return found[0] if found else "?"
 
 
@@ -204,7 +194,7 @@ def _store(config: Config) -> Seen:
     data = config.data
     with TokenStore.open(data.store) as store:
         manifest, size = store.manifest, store.vocabulary.size
-    problem = cache_problem = cache = ""
+    problem, cache, content = "", ("", ""), manifest.content_hash
     if data.seq_length > manifest.seq_length:
         problem = (
             f"data.seq_length ({data.seq_length}) exceeds the {manifest.seq_length} tokens to "
@@ -212,19 +202,17 @@ def _store(config: Config) -> Seen:
         )
     if data.cache_dir:
         needed = local_cache.num_bytes(manifest.tokens, manifest.cells)
-        cache_problem, cache = look_at_cache(Path(data.cache_dir), manifest.content_hash, needed)
-    return Seen(
-        problem, manifest.content_hash, manifest.cells, manifest.tokens, size, cache_problem, cache
-    )
+        cache = look_at_cache(Path(data.cache_dir), content, needed)
+    return Seen(problem, content, manifest.cells, manifest.tokens, size, *cache)
 
 
 def look_at_cache(cache: Path, content_hash: str, needed: int) -> tuple[str, str]:
-    """(problem, state) of the folder for the flat copy; nothing is left in it."""
+    """(problem, state) of the folder for the flat copy."""
     if local_cache.is_there(cache, content_hash):
         return "", "there"
     place = next(each for each in [cache.absolute(), *cache.absolute().parents] if each.exists())
     try:
-        # Permissions would not do: root has them all, on a read-only disk too.
+        # Not by permissions: root has them all, on a read-only disk too.
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
@@ -236,7 +224,7 @@ def look_at_cache(cache: Path, content_hash: str, needed: int) -> tuple[str, str
 
 
 def _counts(config: Config) -> Seen:
-    """The files and their sizes. Training counts their cells: that may take minutes."""
+    """By files and sizes: counting the cells may take minutes."""
     from geneformer_mcore.data.counts_source import find_inputs
 
     vocabulary = Vocabulary.load(config.data.vocabulary)

@@ -23,12 +23,11 @@ def as_json(members: Sequence[Member], findings: Sequence[Finding]) -> dict[str,
 
 
 def table(members: Sequence[Member]) -> str:
-    """One row per node."""
     return aligned([_HEADS, *map(_row, members)])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of one length, each column as wide as its widest entry, two blanks between."""
+    """Columns as wide as their widest entries, two blanks between."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = [[e.ljust(width) for e, width in zip(row, widths, strict=True)] for row in rows]
     return "\n".join("  ".join(row).rstrip() for row in padded)

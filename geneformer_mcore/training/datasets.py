@@ -1,4 +1,4 @@
-"""From settings to cells: what is read, where from, in which order.
+"""From settings to cells and feeds.
 
 data.source=tokens: token store  [-> flat copy in data.cache_dir]  ->  Cells  ->  feeds
 data.source=counts: h5ad files, SOMA Experiments + data.vocabulary ->  Cells  ->  feeds
@@ -24,7 +24,7 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.progress import ProgressLine
 from geneformer_mcore.store import local_cache
 from geneformer_mcore.store.reader import TokenStore
-from geneformer_mcore.store.split.table import RandomSplit, SplitRule
+from geneformer_mcore.store.split.table import SPLITS, RandomSplit, SplitRule, SplitTable
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import TokenSource
 
@@ -34,10 +34,10 @@ class RunCells:
     """All cells of a run, numbered, and the source to read them from.
 
     rows:        {split: (start, stop)}
-    seq_length:  tokens to which the source has cut its cells
-    span_cells, window_spans:  how far neighbouring cells are shuffled (see feed.order)
-    names:       the cell ids of any rows (int64 [N])
-    labels:      `cell_key` and the label column of a name, of all cells; None where they have none
+    seq_length:  tokens to which the source truncates cells
+    span_cells, window_spans:  of the Sampler
+    names:       the cell ids of rows (int64 [N])
+    labels:      `cell_key` and a label column of all cells, by name; None if there are none
     """
 
     name: str
@@ -52,23 +52,19 @@ class RunCells:
     labels: Callable[[str], pa.Table] | None = None
 
     def count(self, split: str) -> int:
-        """Cells of a split."""
         start, stop = self.rows[split]
         return stop - start
 
 
 def open_cells(config: Config) -> RunCells:
-    """The cells of a run; the flat copy is made here if one is asked for and not there.
-
-    Raises DataError if they do not suit the settings.
-    """
+    """The cells of a run. Writes the flat copy; DataError if they do not suit the settings."""
     cells = _counts(config) if config.data.source is Source.counts else _store(config)
     check_splits(config, cells)
     return cells
 
 
 def check_splits(config: Config, cells: RunCells) -> None:
-    """Raises DataError if there is nothing to train on, or to validate on where that is asked."""
+    """Raise DataError if there is nothing to train on, or to validate on where that is set."""
     if cells.count("train") == 0:
         raise DataError(f"{cells.name} has no training cells, so there is nothing to train on.")
     if config.train.validate_every_steps and cells.count("validation") == 0:
@@ -110,13 +106,12 @@ def _store(config: Config) -> RunCells:
 
 
 def _counts(config: Config) -> RunCells:
-    # Only here: who reads tokens needs none of what reads counts.
     from geneformer_mcore.data.counts_source import MIN_SPAN_CELLS, CountsSource, find_inputs
-    from geneformer_mcore.store.split.table import SPLITS
 
     data = config.data
     vocabulary = Vocabulary.load(data.vocabulary)
-    source = CountsSource(find_inputs(data.store), vocabulary, data.seq_length, _split(config))
+    rule: SplitRule = SplitTable.load(data.split) if data.split else RandomSplit()
+    source = CountsSource(find_inputs(data.store), vocabulary, data.seq_length, rule)
     span_cells = max(data.span_cells, MIN_SPAN_CELLS)
     return RunCells(
         name=source.name,
@@ -126,29 +121,20 @@ def _counts(config: Config) -> RunCells:
         seq_length=data.seq_length,
         source=source,
         span_cells=span_cells,
-        # As many cells as with shorter spans: memory stays what it was.
+        # As many cells as with shorter spans, so memory is the same.
         window_spans=max(1, data.window_spans * data.span_cells // span_cells),
         names=source.cell_ids,
     )
 
 
-def _split(config: Config) -> SplitRule:
-    if not config.data.split:
-        return RandomSplit()
-    from geneformer_mcore.store.split.table import SplitTable
-
-    return SplitTable.load(config.data.split)
-
-
 def feed(config: Config, cells: RunCells, topology: Topology, device: torch.device) -> Feed:
-    """This rank's training cells."""
     return split_feed(config, cells, "train", cells.source, topology, maker(config, device))
 
 
 def validation_feeds(
     config: Config, cells: RunCells, topology: Topology, device: torch.device
 ) -> tuple[Feed, Feed]:
-    """This rank's held-out cells, and the same with their genes shuffled, as a control."""
+    """This rank's held-out cells, and the same with permuted genes, as a control."""
     shuffled = PermutedGenes(cells.source, config.train.seed, config.data.seq_length)
     make = maker(config, device)
     return (
@@ -168,7 +154,7 @@ def split_feed(
     """This rank's cells of a split, read from `source`."""
     data, train = config.data, config.train
     start, stop = cells.rows[split]
-    # Validation reads few cells, again and again: span by span, not a window of many at once.
+    # Validation reads few cells repeatedly: span by span, not a window of many.
     window_spans = cells.window_spans if split == "train" else 1
     masked, random, kept = data.mask_fractions
     return Feed(
@@ -176,13 +162,10 @@ def split_feed(
         Sampler(start, stop - start, cells.span_cells, window_spans, train.seed),
         Masking(data.mask_probability, (masked, random, kept), cells.vocabulary.size, train.seed),
         Share(
-            train.global_batch_size,
-            train.micro_batch_size,
-            topology.data_rank,
-            topology.data_size,
+            train.global_batch_size, train.micro_batch_size, topology.data_rank, topology.data_size
         ),
         data.seq_length,
-        # Under sequence parallel every tensor rank takes an equal share of the positions.
+        # Under sequence parallel, tensor ranks share the positions equally.
         int(np.lcm(data.pad_multiple, config.parallel.tensor)),
         maker,
         budget(config),
@@ -190,7 +173,7 @@ def split_feed(
 
 
 def maker(config: Config, device: torch.device) -> Collator:
-    """What makes batches, as settings have it."""
+    """The collator of data.loader."""
     if config.data.loader is Loader.thread:
         return make_batch
     from geneformer_mcore.data.dali import DaliBatches

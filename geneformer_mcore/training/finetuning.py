@@ -1,14 +1,15 @@
-"""The task of fine-tuning: cells are told apart by a label, on top of a pretrained encoder.
+"""The task of fine-tuning: cells are classified by a label, on top of a pretrained encoder.
 
-labelled cells, nothing hidden -> encoder -> classifier -> loss per cell -> training
-pretrained weights + new ones  -> what is frozen, what is corrected      -> stages
-held-out cells                 -> loss, accuracy, macro F1
+obs column of all cells -> empty: left out           -> labelled cells, renumbered
+                        -> classes of training cells -> a held-out class without one: left out
+labelled cells, unmasked      -> encoder -> classifier -> loss per cell  -> training
+pretrained weights + new ones -> frozen layers, LoRA                     -> stages
+held-out cells                -> loss, accuracy, macro F1
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from geneformer_mcore.distributed.collectives import sum_of_losses
 from geneformer_mcore.distributed.groups import Topology
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.metrics import classified
-from geneformer_mcore.model import classifier, forward_only, geneformer, init, lora, megatron_config
+from geneformer_mcore.model import classifier, forward_only, geneformer, init, lora
 from geneformer_mcore.model.classifier import CellClassifier
 from geneformer_mcore.model.geneformer import Geneformer
 from geneformer_mcore.optim.optimizer import Trainable
@@ -38,26 +39,20 @@ from geneformer_mcore.training.step import validation_steps
 from geneformer_mcore.training.task import HeldOut
 from geneformer_mcore.types import Batch
 
-# Which cells have a label, and what the classes are.
-#
-# obs column of all cells -> empty: left out, counted       -> the labelled cells, numbered anew
-#                         -> classes: those of training cells, sorted
-#                         -> of held-out cells, a class without a training cell: left out, counted
-
 _FEW_CELLS = 2
-"""So many training cells per class, in the mean, are the least: else the column names cells."""
+"""Least training cells per class, on average: with fewer the column names cells."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes of the cells that have one.
+    """The classes of the labelled cells.
 
     name:        the column of obs
-    classes:     their names, sorted; a class is its place in here
+    classes:     sorted names; a class is its index
     keys_N, classes_N:  uint64, int64: `cell_key` and class of every labelled cell
     counts:      {split: {class: cells}}
-    unlabelled:  {split: cells without a value}, which are left out
-    unseen:      {class: held-out cells}, left out because no training cell has that class
+    unlabelled:  {split: cells without a value}, left out
+    unseen:      {class: held-out cells} without a training cell, left out
     """
 
     name: str
@@ -69,7 +64,7 @@ class Labels:
     unseen: dict[str, int]
 
     def described(self) -> dict[str, Any]:
-        """Plain JSON, for people."""
+        """The content of labels.json."""
         names = ("counts", "unlabelled", "unseen")
         parts = {name: getattr(self, name) for name in names}
         return {"label": self.name, "classes": list(self.classes)} | parts
@@ -94,10 +89,7 @@ class Labels:
 
 
 def labelled(cells: RunCells, name: str) -> tuple[RunCells, Labels]:
-    """The cells that have a label, as cells of their own, and their classes.
-
-    Raises DataError if there is no such column, or it holds no classes.
-    """
+    """The labelled cells and their classes. Raises DataError for a column without classes."""
     if cells.labels is None:
         raise DataError(f"{cells.name} has no labels. Remedy: name a token store.")
     table = cells.labels(name)
@@ -113,19 +105,23 @@ def labelled(cells: RunCells, name: str) -> tuple[RunCells, Labels]:
         tuple(str(each) for each in classes),
         table["cell_key"].to_numpy()[rows].astype(np.uint64),
         places_N[rows].astype(np.int64),
-        {split: dict(sorted(Counter(text_N[slice(*span)][is_known_N[slice(*span)]].tolist())
-                            .items())) for split, span in cells.rows.items()},
+        {s: _counted_names(text_N[a:b][is_known_N[a:b]]) for s, (a, b) in cells.rows.items()},
         {split: int((text_N[slice(*span)] == "").sum()) for split, span in cells.rows.items()},
-        dict(sorted(Counter(text_N[~is_known_N & (text_N != "")].tolist()).items())),
-    )  # fmt: skip
-    return _numbered_anew(cells, rows), found
+        _counted_names(text_N[~is_known_N & (text_N != "")]),
+    )
+    return _renumbered(cells, rows), found
+
+
+def _counted_names(text_N: np.ndarray) -> dict[str, int]:
+    names, counts = np.unique(text_N, return_counts=True)
+    return dict(zip(names.tolist(), counts.tolist(), strict=True))
 
 
 def _check_classes(classes: np.ndarray, num_cells: int, cells: RunCells, name: str) -> None:
     if len(classes) < 2:
         raise DataError(
-            f"{cells.name}: training cells must have two values of {name!r} at least, to be told "
-            f"apart, and have {len(classes)}"
+            f"{cells.name}: training cells must have two values of {name!r} at least, to be "
+            f"distinguished, and have {len(classes)}"
             + (f" ({classes[0]})" if len(classes) else "")
             + ". Remedy: another --label, or a store of more cells."
         )
@@ -136,10 +132,9 @@ def _check_classes(classes: np.ndarray, num_cells: int, cells: RunCells, name: s
         )
 
 
-def _numbered_anew(cells: RunCells, rows: np.ndarray) -> RunCells:
+def _renumbered(cells: RunCells, rows: np.ndarray) -> RunCells:
     ends = {
-        split: (int(np.searchsorted(rows, start)), int(np.searchsorted(rows, stop)))
-        for split, (start, stop) in cells.rows.items()
+        split: tuple(np.searchsorted(rows, span).tolist()) for split, span in cells.rows.items()
     }
     return replace(
         cells,
@@ -151,7 +146,7 @@ def _numbered_anew(cells: RunCells, rows: np.ndarray) -> RunCells:
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint that fine-tuning begins with. name: as people call it, with its hash."""
+    """The checkpoint that fine-tuning begins with. name: with its hash."""
 
     folder: Path
     name: str
@@ -174,7 +169,7 @@ class LabelledCells:
         """Implements HeldOut. val_loss: nats per cell."""
         trainable.complete_weights()
         size = self.num_classes
-        # One more number than the table of counts: the loss.
+        # The table of counts, and the loss.
         sums = torch.zeros(size * size + 1, dtype=torch.float64, device=self.device)
         for number in range(validation_steps(self.feed, self.limit)):
             begun()
@@ -195,8 +190,7 @@ class LabelledCells:
 
 
 def _counted(hidden_SBH: torch.Tensor, batch: Batch, stage: Geneformer) -> torch.Tensor:
-    """fp64 [C * C + 1]: cells by true and predicted class, and the sum of losses (an
-    forward_only.Finish)."""
+    """fp64 [C * C + 1]: cells by true and predicted class, and the sum of losses."""
     assert isinstance(stage, CellClassifier)
     logits_MC = stage.asked_logits(hidden_SBH, batch)
     loss = torch.nn.functional.cross_entropy(logits_MC, batch.labels_M, reduction="sum")
@@ -216,10 +210,8 @@ class FineTuning:
 
     @classmethod
     def opened(cls, config: Config, origin: Origin) -> FineTuning:
-        """Opens the cells. Raises DataError if they have no such label, or are not of the
-        vocabulary that the model knows; MissingBackendError without scikit-learn."""
-        # Found missing at the first validation, it would cost what came before.
-        require("sklearn")
+        """Open the cells. Raises DataError for a wrong label or vocabulary; MissingBackendError."""
+        require("sklearn")  # used at the first validation
         everything = datasets.open_cells(config)
         checksum = everything.vocabulary.checksum
         if checksum != origin.vocabulary:
@@ -234,26 +226,17 @@ class FineTuning:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Implements Task."""
         return {"pretrained": self._origin.name, "classes": list(self._labels.classes)}
 
     @property
     def shape(self) -> None:
-        """Implements Task: how much of a step is left out depends on what is frozen, and no formula
-        of ours says it."""
+        """None: the FLOPs depend on what is frozen."""
         return None
 
     def stages(self, device: torch.device) -> list[Geneformer]:
-        """Implements Task: pretrained weights, and new ones that are drawn by the seed."""
         config, tune = self.config, self.config.finetune
-        core = megatron_config.transformer_config(
-            config.model, config.parallel, config.train.precision, device
-        )
-        size, length = self.cells.vocabulary.size, config.data.seq_length
-        packed = config.data.packing
-        stages = geneformer.build(
-            config.model, core, device, size, length, packed=packed, kind=CellClassifier
-        )
+        size = self.cells.vocabulary.size
+        stages = geneformer.build_for(config, device, size, kind=CellClassifier)
         weights_reader.load(stages, self._origin.folder)
         for stage in stages:
             assert isinstance(stage, CellClassifier)
@@ -264,11 +247,9 @@ class FineTuning:
         return stages
 
     def feed(self, topology: Topology, device: torch.device) -> Feed:
-        """Implements Task."""
         return self._feed("train", topology, device)
 
     def held_out(self, topology: Topology, device: torch.device) -> LabelledCells | None:
-        """Implements Task."""
         train = self.config.train
         if train.validate_every_steps == 0:
             return None
@@ -285,6 +266,6 @@ class FineTuning:
         )
 
     def describe(self, folder: RunFolder, feed: Feed, held_out: HeldOut | None) -> list[str]:
-        """Implements Task: which number means which class, and how many cells have it."""
+        """Write labels.json."""
         folder.write_labels(json.dumps(self._labels.described(), indent=1) + "\n")
         return self._labels.told()

@@ -2,7 +2,7 @@
 
     settings  ->  ended: run directory, watchdog  ->  trainer.train  ->  exit code, outcome.json
 
-Light to import: what takes seconds comes in once the settings are known to be right.
+Light to import: heavy packages are imported once the settings are valid.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def environment(name: str, default: int) -> int:
-    """What torchrun says; the default for a plain `python`."""
+    """A number set by torchrun, or the default."""
     return int(os.environ.get(name, default))
 
 
@@ -41,9 +41,8 @@ def ended(
     interruption: Interruption,
     work: Callable[[RunFolder, Watchdog], tuple[int, str]],
 ) -> int:
-    """Does `work` in the run's folder, which gives exit code and reason; rank 0 writes both into
-    outcome.json, whatever happens."""
-    # Only now what takes a second to import: a wrong setting is answered at once.
+    """Do `work`; rank 0 always writes its exit code and reason into outcome.json."""
+    # Imported late, so that a wrong setting is reported at once.
     from geneformer_mcore.distributed.watchdog import LostRankError, Watchdog
 
     folder = RunFolder(config.run.dir)
@@ -70,8 +69,7 @@ def ended(
 
 
 def refuse_settings(error: GeneformerError, run_dir: str) -> int:
-    """Tells what is wrong. A run that is there already must not keep the outcome of its last
-    start."""
+    """Report the error, in outcome.json, too, if the run directory exists."""
     report_error(error)
     if environment("RANK", 0) == 0 and Path(run_dir).is_dir():
         try:
@@ -79,15 +77,15 @@ def refuse_settings(error: GeneformerError, run_dir: str) -> int:
             folder.open()
             folder.close(WRONG_INPUT, str(error))
         except GeneformerError:
-            pass  # in use, or not to be written: the first message is the one that matters
+            pass  # in use or not writable: the first message matters
     return WRONG_INPUT
 
 
 def show(text: str, plan: Plan, run_dir: str) -> int:
-    """--dry-run: the settings and what follows from them."""
+    """--dry-run: print the settings and what follows from them."""
     if environment("RANK", 0) == 0:
         print(text, end="")
-        # Interpolations in the text above are as they were written; a launcher needs the folder.
+        # Interpolations in the text are unresolved; a launcher needs the folder.
         print(f"# run folder: {Path(run_dir).absolute()}")
         for name, value in vars(plan).items():
             print(f"# {name}: {value}")

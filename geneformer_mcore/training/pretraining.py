@@ -1,8 +1,8 @@
-"""The task of pretraining: hidden genes are restored, and held-out cells say how well.
+"""The task of pretraining: masked genes are predicted.
 
-cells -> masked -> loss per hidden gene         -> training
-held-out cells -> the same masks each time      -> validation loss, beside baselines
-               -> their genes in a random order -> control, after the last step
+cells -> masked -> loss per masked gene         -> training
+held-out cells -> the same masks each time      -> validation loss, and baselines
+               -> their genes in a random order -> permutation control, after the last step
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from geneformer_mcore.data.loader import Feed
 from geneformer_mcore.distributed.groups import Topology
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.metrics import baselines
-from geneformer_mcore.model import geneformer, init, megatron_config
+from geneformer_mcore.model import geneformer, init
 from geneformer_mcore.model.flops import ModelShape
 from geneformer_mcore.model.geneformer import Geneformer
 from geneformer_mcore.optim.optimizer import Trainable
@@ -37,7 +37,7 @@ BASELINE_CELLS = 20_000
 
 @dataclass(frozen=True)
 class MaskedGenes:
-    """Held-out cells with hidden genes (a HeldOut). control: the same, their genes shuffled."""
+    """Held-out cells with masked genes (a HeldOut). control: the same, genes permuted."""
 
     validation: Feed
     control: Feed
@@ -48,7 +48,7 @@ class MaskedGenes:
     def evaluate(
         self, trainable: Trainable, is_last: bool, begun: Callable[[], None]
     ) -> dict[str, Any]:
-        """Implements HeldOut. val_loss: nats per hidden gene."""
+        """Implements HeldOut. val_loss: nats per masked gene."""
         rest = (self.limit, self.topology, self.device, begun)
         totals = evaluate(trainable, self.validation, *rest)
         assert not math.isnan(totals.loss), "validation predicted nothing"
@@ -72,40 +72,24 @@ class Pretraining:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Implements Task: settings and cells say all."""
         return {}
 
     @property
     def shape(self) -> ModelShape:
-        """Implements Task."""
-        model = self.config.model
-        return ModelShape(
-            model.num_layers,
-            model.hidden_size,
-            model.ffn_hidden_size,
-            self.cells.vocabulary.size,
-        )
+        model, size = self.config.model, self.cells.vocabulary.size
+        return ModelShape(model.num_layers, model.hidden_size, model.ffn_hidden_size, size)
 
     def stages(self, device: torch.device) -> list[Geneformer]:
-        """Implements Task: initial weights, all of them trained."""
-        config = self.config
-        core = megatron_config.transformer_config(
-            config.model, config.parallel, config.train.precision, device
-        )
-        size, length = self.cells.vocabulary.size, config.data.seq_length
-        stages = geneformer.build(
-            config.model, core, device, size, length, packed=config.data.packing
-        )
+        """Initial weights, all trained."""
+        stages = geneformer.build_for(self.config, device, self.cells.vocabulary.size)
         for stage in stages:
-            init.fill(stage, config.train.seed)
+            init.fill(stage, self.config.train.seed)
         return stages
 
     def feed(self, topology: Topology, device: torch.device) -> Feed:
-        """Implements Task."""
         return datasets.feed(self.config, self.cells, topology, device)
 
     def held_out(self, topology: Topology, device: torch.device) -> MaskedGenes | None:
-        """Implements Task."""
         train = self.config.train
         if train.validate_every_steps == 0:
             return None
@@ -113,7 +97,7 @@ class Pretraining:
         return MaskedGenes(*feeds, train.validate_batches, topology, device)
 
     def describe(self, folder: RunFolder, feed: Feed, held_out: HeldOut | None) -> list[str]:
-        """Implements Task: scores the baselines on the very positions that validation asks for."""
+        """Score the baselines on the very positions that validation predicts."""
         if held_out is None:
             return []
         assert isinstance(held_out, MaskedGenes)

@@ -1,9 +1,6 @@
-"""Where the time of a step goes: a trace of the operators of a few steps, written by rank 0.
+"""A trace of the operators of a few steps, written by rank 0 while the others wait.
 
-    step 1 2 3 (warm-up of this start)  ->  profile_steps steps, recorded  ->  RUN/profile/
-                                            cut short: nothing is written
-
-The other ranks wait while rank 0 writes, so that no rank is taken for one that stands still.
+step 1 2 3 (warm-up of this start)  ->  profile_steps steps, recorded  ->  RUN/profile/
 """
 
 from __future__ import annotations
@@ -20,17 +17,13 @@ from geneformer_mcore.distributed import collectives
 from geneformer_mcore.io.files import replacing
 
 WARM_UP_STEPS = 3
-"""Steps of a start that are not recorded: in them kernels are compiled and memory is taken."""
+"""Steps that are not recorded: they compile kernels and allocate memory."""
 _MEMORY_EVENTS = 100_000
 _END_BYTES = 64
 
 
 class Profile:
-    """The window of steps of this start that is recorded; a context manager around the loop.
-
-    Outside the window it costs nothing. What goes wrong with it is told and left out: a profile
-    must not end a run.
-    """
+    """The recorded steps; a context manager around the loop. Its errors are logged only."""
 
     def __init__(
         self,
@@ -38,16 +31,15 @@ class Profile:
         num_steps: int,
         rank: int,
         device: torch.device,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
-        """folder: to write into, made if it is needed; num_steps: 0 records nothing"""
+        """folder: to write into; num_steps: 0 records nothing"""
         self._folder, self._num_steps = folder, num_steps
-        self._records, self._on_gpu, self._say = rank == 0, device.type == "cuda", say
+        self._records, self._on_gpu, self._log = rank == 0, device.type == "cuda", log
         self._begun = 0
         self._profiler: profile | None = None
 
     def before_step(self) -> None:
-        """A step begins."""
         self._begun += 1
         if not self._records or not self._num_steps or self._begun != WARM_UP_STEPS + 1:
             return
@@ -61,19 +53,19 @@ class Profile:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the step that has just ended was the last one to record; on every rank alike."""
+        """Whether the last step to record has ended; the same on every rank."""
         return self._num_steps > 0 and self._begun == WARM_UP_STEPS + self._num_steps
 
     def write(self, last_step: int) -> None:
-        """Writes what was recorded, up to the step `last_step` of the run. All ranks call it."""
+        """Write the trace of the steps up to `last_step`. All ranks call it."""
         recorder, self._profiler = self._profiler, None
         if recorder is not None:
             name = f"step_{last_step - self._num_steps + 1:010d}_to_{last_step:010d}"
             try:
                 recorder.stop()
-                self._say(f"profile of {self._num_steps} step(s): {self._written(recorder, name)}")
+                self._log(f"profile of {self._num_steps} step(s): {self._written(recorder, name)}")
             except (OSError, RuntimeError) as error:  # a full disk, in torch's words
-                self._say(f"the profile cannot be written into {self._folder}: {error}")
+                self._log(f"the profile cannot be written into {self._folder}: {error}")
             self._forget_memory()
         collectives.barrier()
 
@@ -101,15 +93,13 @@ class Profile:
         trace: TracebackType | None,
     ) -> None:
         if self._profiler is not None:
-            # The run is ending, well or not: nothing about a profile may change how.
             with contextlib.suppress(RuntimeError):
                 self._profiler.stop()
                 self._forget_memory()
 
 
 def _check_whole(partial: Path) -> None:
-    """Raises OSError for a trace without an end: on a full disk torch writes less, and says so to
-    nobody."""
+    """Raise OSError for a truncated trace: torch ignores a full disk."""
     with partial.open("rb") as file:
         file.seek(max(0, partial.stat().st_size - _END_BYTES))
         whole = file.read().rstrip().endswith(b"}")

@@ -1,4 +1,4 @@
-"""The folder of a run: where everything lies, and how the last start of it ended.
+"""The run directory: its files, and the outcome of its last start.
 
 config.yaml  metrics.jsonl  tensorboard/  checkpoints/  log.txt  outcome.json  baselines.json
 skipped.jsonl (updates that were left out, if any)  profile/ (if train.profile_steps)
@@ -23,7 +23,7 @@ from geneformer_mcore.store.layout import VOCABULARY_FILE
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 _TAKE_OVER_S = 2.0
-"""How long a killed process may take to give its lock back."""
+"""Time for a killed process' lock to be released."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 _RUNNING = "running"
@@ -37,7 +37,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a start of the run ended. restart: starts of this run folder before this one."""
+    """How a start of the run ended. restart: number of earlier starts."""
 
     outcome: str
     exit_code: int
@@ -58,18 +58,16 @@ class RunFolder:
         self._lock: IO[bytes] | None = None
 
     def open(self) -> None:
-        """Makes the folder, takes its lock and clears the outcome: until `close`, that says that
-        this start was killed, which is what is true if `close` is never reached.
-
-        Raises ConfigError if the folder cannot be used, or another start is using it.
-        """
+        """Create the folder, take its lock, and write an outcome that holds if `close` is never
+        reached: this start was killed. Raises ConfigError if the folder cannot be used, or another
+        start is using it."""
         path = self.path
         try:
             for path in (self.path, self.checkpoints, self.path / "tensorboard"):
                 path.mkdir(parents=True, exist_ok=True)
             path = self.path / ".lock"
             self._lock = lock_file(path)
-            # What a start left behind that ended within a save may be what fills the disk.
+            # An unfinished save may be what fills the disk.
             checkpoints.clear(self.checkpoints)
             path = self._outcome
             self._restart = self._previous().get("restart", -1) + 1
@@ -83,10 +81,7 @@ class RunFolder:
             raise unwritable(path, error) from None
 
     def close(self, exit_code: int, reason: str) -> None:
-        """Writes how this start ended, atomically. Does nothing on ranks that did not open it.
-
-        Raises ConfigError where it cannot: the file says then what `open` wrote.
-        """
+        """Write the outcome, atomically, on the rank that opened it. Raises ConfigError."""
         if self._lock is None:
             return
         name, line = _NAMES[exit_code], " ".join(reason.split())[:1000]
@@ -98,13 +93,16 @@ class RunFolder:
             except OSError as error:
                 if error.errno not in _NO_ROOM or not self._outcome.exists():
                     raise
-                # How a run ended must be told on a full disk, too. The file there has a block.
-                _overwrite(self._outcome, _text_of(outcome))
+                # On a full disk: the existing file has a block.
+                with self._outcome.open("r+") as file:
+                    file.write(_text_of(outcome))
+                    file.flush()
+                    file.truncate()
+                    os.fsync(file.fileno())
 
     def take_over(self, exit_code: int, reason: str, step: int) -> None:
-        """Writes how this start ended in place of rank 0, which is lost: for the first rank that is
-        left. Does nothing while rank 0 still holds the folder, or if it has told its end: it knew
-        more than a rank that was cut off from it."""
+        """Write the outcome in place of rank 0, which is lost, on the first rank that is left;
+        nothing while rank 0 still holds the folder, or after it wrote the outcome itself."""
         deadline = time.monotonic() + _TAKE_OVER_S
         while self._lock is None and time.monotonic() < deadline:
             try:
@@ -122,13 +120,11 @@ class RunFolder:
         self.close(exit_code, reason)
 
     def write_config(self, text: str) -> None:
-        """Keeps the merged settings beside the results. Raises ConfigError where it cannot, as the
-        following do."""
-        with writing(self.path / "config.yaml"):
-            _replace(self.path / "config.yaml", text)
+        """Keep the merged settings. Raises ConfigError where it cannot, as the following do."""
+        self._keep("config.yaml", text)
 
     def write_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Keeps which gene each token is, so that the folder can be used without its store."""
+        """Keep the vocabulary, so that the folder can be used without its store."""
         path = self.path / VOCABULARY_FILE
         if vocabulary.is_saved(path):  # by an earlier start, which this one continues
             return
@@ -138,17 +134,16 @@ class RunFolder:
             raise ConfigError(f"{error} Then start the same command again.") from error
 
     def write_baselines(self, text: str) -> None:
-        """Keeps what the loss is to be compared with."""
-        with writing(self.path / "baselines.json"):
-            _replace(self.path / "baselines.json", text)
+        self._keep("baselines.json", text)
 
     def write_labels(self, text: str) -> None:
-        """Keeps which classes a model was fine-tuned to tell."""
-        with writing(self.path / "labels.json"):
-            _replace(self.path / "labels.json", text)
+        self._keep("labels.json", text)
+
+    def _keep(self, name: str, text: str) -> None:
+        with writing(self.path / name):
+            _replace(self.path / name, text)
 
     def write_skipped(self, record: dict[str, Any]) -> None:
-        """Adds a line on an update that was left out."""
         path = self.path / "skipped.jsonl"
         with writing(path), path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -169,14 +164,6 @@ def _text_of(outcome: Outcome) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    # Alone, by the lock: a start that is killed in here leaves nothing to the next one.
+    # Alone, by the lock: a killed start leaves nothing to the next one.
     with replacing(path, durable=True, alone=True) as partial:
         partial.write_text(text)
-
-
-def _overwrite(path: Path, text: str) -> None:
-    with path.open("r+") as file:
-        file.write(text)
-        file.flush()
-        file.truncate()
-        os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""From settings to everything the loop needs: the one place that sees all parts.
+"""Set-up of a run: from settings to everything the loop needs.
 
 task -> cells -> feeds        task -> stages -> optimizer        checkpoint -> state
 """
@@ -41,7 +41,7 @@ from geneformer_mcore.types import padded_vocabulary_size
 
 @dataclass
 class Run:
-    """A run, ready to go on. step and cells_seen say where it stands."""
+    """A run and its state."""
 
     config: Config
     config_text: str
@@ -64,16 +64,15 @@ class Run:
 
     @property
     def is_first_rank(self) -> bool:
-        """Whether this rank writes what the run writes once."""
         return self.topology.rank == 0
 
-    def say(self, message: str) -> None:
-        """A line on the console and in log.txt, from rank 0."""
+    def log(self, message: str) -> None:
+        """Log a line on the console and in log.txt, on rank 0."""
         if self.sinks is not None:
             self.sinks.message(message)
 
     def identity(self) -> Identity:
-        """What a start must have in common with the checkpoint it continues."""
+        """Settings and cells that must equal those of the checkpoint it continues."""
         return Identity(
             config=self.config_text,
             hidden=interpolated_values(self.config, self.config_text),
@@ -83,7 +82,7 @@ class Run:
         )
 
     def layout(self) -> dict[str, int]:
-        """What random states depend on."""
+        """Ranks per kind of parallelism, which random states depend on."""
         parallel = self.config.parallel
         return {
             "tensor": parallel.tensor,
@@ -103,13 +102,14 @@ def prepare(
     topology: Topology,
     watch: Watchdog,
 ) -> Run:
-    """Builds the model, restores the newest checkpoint if there is one, opens the logs."""
+    """Build the model, restore the latest valid checkpoint if there is one, open the logs."""
     watch.doing("building the model")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     groups.seed_dropout(config.train.seed, topology)
     stages = task.stages(device)
+    peak = measured_peak(device, megatron_config.DTYPES[config.train.precision])
     run = Run(
         config=config,
         config_text=config_text,
@@ -121,10 +121,10 @@ def prepare(
         trainable=optim.wrap(stages, config.optim, config.parallel),
         feed=task.feed(topology, device),
         held_out=task.held_out(topology, device),
-        meter=_meter(config, task, device, topology),
+        meter=Meter(task.shape, config.data.seq_length, topology.world_size, peak),
         guard=SpikeGuard(config.train),
         saver=CheckpointManager(
-            folder.checkpoints, config.checkpoint, topology.rank, device, lambda line: run.say(line)
+            folder.checkpoints, config.checkpoint, topology.rank, device, lambda line: run.log(line)
         ),
         watch=watch,
     )
@@ -133,7 +133,7 @@ def prepare(
     _restore(run)
     watch.doing("opening the logs")
     if run.is_first_rank:
-        _describe(run)
+        run.messages += task.describe(folder, run.feed, run.held_out)
         folder.write_config(config_text)
         folder.write_vocabulary(task.cells.vocabulary)
         run.sinks = Sinks(folder.path, config.train.steps, run.step, config_text)
@@ -158,13 +158,8 @@ def _chosen_attention(run: Run) -> str:
     return select.choose(config.model, run.device, precision, packed).value
 
 
-def _meter(config: Config, task: Task, device: torch.device, topology: Topology) -> Meter:
-    peak = measured_peak(device, megatron_config.DTYPES[config.train.precision])
-    return Meter(task.shape, config.data.seq_length, topology.world_size, peak)
-
-
 def _restore(run: Run) -> None:
-    """Continues from the newest checkpoint that verifies, if there is one."""
+    """Continue from the latest valid checkpoint, if there is one."""
     source = _newest_checkpoint(run)
     if source is None:
         return
@@ -181,12 +176,12 @@ def _restore(run: Run) -> None:
     run.guard.load_state_dict(record.guard)
     run.messages.append(
         f"continues from {source} (step {record.step}, {record.cells_seen} cells seen)"
-        + ("" if same_layout else f"; its layout was {record.layout}: dropout is seeded anew")
+        + ("" if same_layout else f"; its layout was {record.layout}: dropout is seeded again")
     )
 
 
 def _newest_checkpoint(run: Run) -> Path | None:
-    """The checkpoint to continue from. Rank 0 looks; all ranks get its answer, or its error."""
+    """The checkpoint to continue from, found by rank 0; all ranks get it, or its error."""
     found: tuple[str | None, list[str], str] = (None, [], "")
     if run.is_first_rank:
         try:
@@ -196,7 +191,7 @@ def _newest_checkpoint(run: Run) -> Path | None:
             found = (None, [], str(error))
         except OSError as error:
             why = f"the checkpoints in {run.folder.checkpoints} cannot be looked at: {error}"
-            found = (None, [], f"{why}. Mend that, and start the same command again.")
+            found = (None, [], f"{why}. Fix that, and start the same command again.")
     name, damaged, problem = collectives.from_first_rank(found)
     run.messages += damaged
     if problem:
@@ -204,39 +199,26 @@ def _newest_checkpoint(run: Run) -> Path | None:
     return run.folder.checkpoints / name if name else None
 
 
-def _describe(run: Run) -> None:
-    run.messages += run.task.describe(run.folder, run.feed, run.held_out)
-
-
-def _micro_batches(run: Run) -> str:
-    if run.plan.tokens_per_micro_batch:
-        return (
-            f"cells packed into micro batches of at most {run.plan.tokens_per_micro_batch} tokens"
-        )
-    return (
-        f"{run.plan.micro_batches} micro batch(es) of {run.config.train.micro_batch_size} cells "
-        "per step"
-    )
-
-
 def _announce(run: Run) -> None:
-    """Says what runs, on what, with which kernels."""
-    config, cells = run.config, run.task.cells
+    """Log cells, layout, kernels and versions."""
+    config, cells, plan = run.config, run.task.cells, run.plan
+    size = config.train.micro_batch_size
+    micro = f"{plan.micro_batches} micro batch(es) of {size} cells per step"
+    if plan.tokens_per_micro_batch:
+        micro = f"cells packed into micro batches of at most {plan.tokens_per_micro_batch} tokens"
     layout = ", ".join(f"{kind} {size}" for kind, size in run.layout().items())
     is_compiled = fused.is_compiled(config.model.compile, run.device)
-    run.say(
+    run.log(
         f"{cells.name}: {cells.count('train')} training cells, "
         f"{cells.count('validation')} validation cells, {cells.vocabulary.size} tokens "
         f"(embedding {padded_vocabulary_size(cells.vocabulary.size)} rows)"
     )
-    run.say(
+    run.log(
         f"{run.topology.world_size} rank(s) on {run.device.type} ({layout}), "
-        f"{_micro_batches(run)}, "
-        f"precision {config.train.precision.value}, "
-        f"attention {_chosen_attention(run)}, "
+        f"{micro}, precision {config.train.precision.value}, attention {_chosen_attention(run)}, "
         f"elementwise parts {'compiled' if is_compiled else 'not compiled'}, "
         f"{torch.get_num_threads()} CPU thread(s) per rank"
     )
-    run.say(", ".join(f"{name} {version}" for name, version in backends.describe().items()))
+    run.log(", ".join(f"{name} {version}" for name, version in backends.describe().items()))
     for message in run.messages:
-        run.say(message)
+        run.log(message)

@@ -1,4 +1,4 @@
-"""Being asked to stop: signals and the wall-clock limit."""
+"""Requests to stop: signals and the wall-clock limit."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ class Interrupted(Exception):  # noqa: N818  it is no error
 
 
 class Interruption:
-    """Notes signals without acting on them: a step, a save, a validation is finished first.
-
-    Made at the very start of a command, so that a signal is not lost while the model is built; the
-    loop asks `reason` between steps, and all ranks agree on it there.
-    """
+    """Notes signals from the start of a command on; the loop reads `reason` between steps, and all
+    ranks agree on it there, so a step, a save or a validation is finished first."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -29,7 +26,7 @@ class Interruption:
             signal.signal(number, self._note)
 
     def limit(self, max_minutes: float) -> None:
-        """Sets the wall-clock limit, in minutes since this object was made; 0 is none."""
+        """Set the wall-clock limit, in minutes since construction; 0 is none."""
         self._deadline = self._started + 60 * max_minutes if max_minutes else None
 
     @property
@@ -42,20 +39,16 @@ class Interruption:
         return None
 
     def raise_from_now(self) -> None:
-        """What follows is done again by the next start: a signal ends it where it is, by raising
-        Interrupted; at once if there was a signal already, or the time is up."""
+        """From now on a signal raises Interrupted; at once if `reason` is set already."""
         self._raises = True
         if self.reason:
             raise Interrupted(self.reason)
 
     def note_only(self) -> None:
-        """Signals are noted again, and no more."""
         self._raises = False
 
     def over(self) -> None:
-        """The run has ended and its outcome is written: a further signal must not change the exit
-        code. The interpreter gives signals back to the system before it takes modules apart, which
-        lasts a second with torch; those that are ignored it leaves alone."""
+        """Ignore signals while the interpreter ends: the outcome is written."""
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 

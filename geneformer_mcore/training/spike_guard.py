@@ -1,49 +1,32 @@
-"""Which updates are made: those whose loss and gradient are finite and no spike.
+"""Spike guard: an update is skipped if its loss or gradient is not finite or a spike.
 
-    (loss, gradient norm) of a step, the same on every rank  ->  reason to leave it out, or none
-                                                             ->  counted; too many in a row: the end
-
-Every rank judges by the same numbers, so all leave out the same steps.
+(loss, gradient norm) of a step, the same on every rank  ->  reason to skip it, or none
+                                                         ->  counted; too many in a row: the end
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 from geneformer_mcore.config.sections import NonFinite, Precision, TrainConfig
 
 
 class TooManySkippedUpdatesError(RuntimeError):
-    """The settings allow no further update to be left out. No weight was changed by this one."""
+    """The settings allow no further update to be skipped. No weight was changed by this one."""
 
 
-@dataclass
-class _Recent:
-    """The last `size` values of one kind, for their mean and standard deviation."""
-
-    values: deque[float]
-
-    @property
-    def is_full(self) -> bool:
-        return len(self.values) == self.values.maxlen
-
-    def sigmas_above(self, value: float) -> float:
-        """How many standard deviations `value` lies above the mean."""
-        count = len(self.values)
-        mean = math.fsum(self.values) / count
-        variance = math.fsum((each - mean) ** 2 for each in self.values) / count
-        return (value - mean) / max(math.sqrt(variance), 1e-12 * max(1.0, abs(mean)))
+def _sigmas_above(values: deque[float], value: float) -> float:
+    """Standard deviations that `value` lies above the mean of `values`."""
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((each - mean) ** 2 for each in values) / len(values)
+    return (value - mean) / max(math.sqrt(variance), 1e-12 * max(1.0, abs(mean)))
 
 
 class SpikeGuard:
-    """Judges steps; a state of a few numbers, which a checkpoint holds.
-
-    skipped:  updates left out since step 0
-    in_a_row: of these, how many since the last one that was made
-    """
+    """Decides on updates; its state is part of a checkpoint.
+    skipped:  updates skipped since step 0;  in_a_row: since the last one that was made"""
 
     def __init__(self, settings: TrainConfig) -> None:
         self.skipped = 0
@@ -53,13 +36,11 @@ class SpikeGuard:
         self._is_scaled = settings.precision is Precision.fp16
         self._max_skips = settings.max_skips
         window = settings.spike_window
-        self._recent = {name: _Recent(deque(maxlen=window)) for name in ("loss", "gradient norm")}
+        self._recent = {name: deque[float](maxlen=window) for name in ("loss", "gradient norm")}
 
     def reason(self, loss: float, grad_norm: float) -> str:
-        """Why the update of a step with these numbers must not be made; "" if it may.
-
-        loss, grad_norm: nats per predicted gene (0 if there is none), before clipping
-        """
+        """Why the update must be skipped, or "".
+        loss, grad_norm: nats per predicted gene (0 if there is none), before clipping"""
         found = {"loss": loss, "gradient norm": grad_norm}
         for name, value in found.items():
             if not math.isfinite(value):
@@ -69,27 +50,25 @@ class SpikeGuard:
     def _spike(self, found: dict[str, float]) -> str:
         for name, value in found.items():
             recent = self._recent[name]
-            if not recent.is_full:
+            if len(recent) < (recent.maxlen or 0):
                 continue
-            sigmas = recent.sigmas_above(value)
+            sigmas = _sigmas_above(recent, value)
             if sigmas > self._spike_sigma:
                 return (
                     f"the {name} is a spike, {sigmas:.1f} standard deviations above the mean of "
-                    f"the last {len(recent.values)} updates"
+                    f"the last {len(recent)} updates"
                 )
         return ""
 
     def made(self, loss: float, grad_norm: float) -> None:
-        """An update was made."""
         self.in_a_row = 0
         if math.isfinite(loss):
-            self._recent["loss"].values.append(loss)
-            self._recent["gradient norm"].values.append(grad_norm)
+            self._recent["loss"].append(loss)
+            self._recent["gradient norm"].append(grad_norm)
 
     def left_out(self, what: str, loss: float, grad_norm: float) -> None:
-        """An update was left out, `what` being told of it. Raises SkippedTooOftenError if the
-        settings want the run to end at this one."""
-        # An infinite gradient of a scaled loss is how the scale learns that it is too large.
+        """Count a skipped update, `what`. Raises TooManySkippedUpdatesError if one too many."""
+        # An infinite gradient of a scaled loss only lowers the scale.
         is_finite = math.isfinite(loss) and (math.isfinite(grad_norm) or self._is_scaled)
         self.skipped += 1
         self.in_a_row += 1
@@ -104,12 +83,10 @@ class SpikeGuard:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        recent = {name: list(each.values) for name, each in self._recent.items()}
+        recent = {name: list(each) for name, each in self._recent.items()}
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "recent": recent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where `state_dict` left off; a shorter window keeps the newest values."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         for name, values in state["recent"].items():
-            self._recent[name].values.extend(values)
+            self._recent[name].extend(values)

@@ -26,13 +26,12 @@ from geneformer_mcore.types import Batch
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over the cells of a global batch (or several), known on every rank.
+    """Sums over the cells of one or more global batches, the same on every rank.
 
     loss_sum:            nats, over all predicted genes
-    num_predicted:       genes predicted
     cell_mean_sum:       nats, sum over cells of the mean loss within the cell
-    num_cells:           cells with at least one predicted gene
-    num_tokens:          real tokens, [CLS] included and padding not
+    num_cells:           cells with a predicted gene
+    num_tokens:          [CLS] included, padding not
     sum_squared_lengths: sum over cells of (tokens of the cell)^2
     """
 
@@ -45,12 +44,12 @@ class Totals:
 
     @property
     def loss(self) -> float:
-        """Nats per predicted gene; NaN if none was."""
+        """Nats per predicted gene, or NaN."""
         return self.loss_sum / self.num_predicted if self.num_predicted else math.nan
 
     @property
     def cell_mean(self) -> float:
-        """Mean over cells of the mean loss within a cell: what the model card reports."""
+        """Mean over cells of the mean loss within a cell, as in the model card."""
         return self.cell_mean_sum / self.num_cells if self.num_cells else math.nan
 
     def __add__(self, other: Totals) -> Totals:
@@ -60,7 +59,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. left_out: why no weight was changed, or "" if the update was made."""
+    """One step. left_out: why no weight was changed, or ""."""
 
     totals: Totals
     grad_norm: float
@@ -68,12 +67,10 @@ class StepResult:
 
     @property
     def updated(self) -> bool:
-        """Whether the weights were changed."""
         return not self.left_out
 
 
 def only_finite(loss: float, grad_norm: float) -> str:
-    """The least that an update asks for: a reason to leave it out, or ""."""
     return "" if math.isfinite(grad_norm) and math.isfinite(loss) else "not finite"
 
 
@@ -84,21 +81,18 @@ def train_step(
     topology: Topology,
     reason_to_skip: Callable[[float, float], str] = only_finite,
 ) -> StepResult:
-    """Forward, backward and update over all micro batches of this rank, in step with the others.
-
-    reason_to_skip: called with loss and gradient norm, which are the same on every rank; with any
-    answer but "" no weight changes.
-    """
+    """Forward, backward and update over all micro batches of this rank.
+    reason_to_skip: of loss and gradient norm, the same on every rank; "" to update the weights"""
     for chunk in trainable.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     trainable.optimizer.zero_grad()
-    # The names by which a profile shows the parts of a step; outside of one they cost nothing.
+    # Names for the profiler.
     with record_function("forward and backward"):
         totals = run_schedule(trainable.chunks, batches, topology, forward_only=False)
     with record_function("gradient norm"):
         grad_norm = optim.gradient_norm(trainable.optimizer)
-    # Where nothing is predicted there is no mean, and the sum is 0.
+    # If nothing is predicted there is no mean, and the sum is 0.
     loss = totals.loss if totals.num_predicted else totals.loss_sum
     left_out = reason_to_skip(loss, grad_norm)
     if not left_out:
@@ -139,7 +133,7 @@ def _forward_step(
 
     def loss_and_count(loss_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         count = torch.tensor(loss_M.numel(), dtype=torch.int, device=loss_M.device)
-        # Megatron scales the first of these in place: what is reported must be a copy.
+        # Megatron scales the first of these in place: the last must be a copy.
         return loss_M.sum(), count, _sums(loss_M.detach(), batch)
 
     return chunk(batch), loss_and_count
@@ -165,9 +159,6 @@ def _sums(loss_M: torch.Tensor, batch: Batch) -> torch.Tensor:
     return torch.stack([value.double() for value in sums])
 
 
-# Loss on held-out cells: the same cells and masks each time, whatever the layout.
-
-
 def validation_steps(feed: Feed, limit: int) -> int:
     """Global batches that cover the cells of `feed`, at most `limit`."""
     return min(limit, -(-feed.order.num_cells // feed.share.global_batch_size))
@@ -181,8 +172,8 @@ def evaluate(
     device: torch.device,
     begun: Callable[[], None] = lambda: None,
 ) -> Totals:
-    """Sums of losses over the first `limit` global batches of `feed`, each cell once. Leaves
-    weights, random states and the position in the training data alone.
+    """Sums over the first `limit` global batches of held-out cells, each cell once. Weights,
+    random states and the position in the training data are left alone.
 
     begun: called before every batch
     """

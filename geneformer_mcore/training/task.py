@@ -1,8 +1,6 @@
-"""What a run learns: all that pretraining and fine-tuning do not have in common.
+"""The protocol of a task: all that pretraining and fine-tuning do not have in common.
 
-Task -> the cells and how they are shown (feed)  -> the trainer: one loop, one optimizer,
-     -> the stages and what of them is trained   ->              one kind of checkpoint
-     -> what held-out cells tell (HeldOut)
+Task -> cells, feed -> stages -> the trainer's loop, optimizer, checkpoints -> HeldOut: validation
 """
 
 from __future__ import annotations
@@ -27,42 +25,36 @@ class HeldOut(Protocol):
     def evaluate(
         self, trainable: Trainable, is_last: bool, begun: Callable[[], None]
     ) -> dict[str, Any]:
-        """What is written to metrics.jsonl, `val_loss` among it; the same on every rank.
-
-        is_last: after the last step of the run;  begun: called before every batch
-        """
+        """The record for metrics.jsonl, with `val_loss`; the same on every rank.
+        is_last: after the last step of the run;  begun: called before every batch"""
         ...
 
 
 class Task(Protocol):
-    """What is learned of which cells."""
+    """A learning task on some cells."""
 
     cells: RunCells
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What two starts must have in common beside settings and cells, as plain JSON."""
+        """Plain JSON that must equal that of the checkpoint, besides settings and cells."""
         ...
 
     @property
     def shape(self) -> ModelShape | None:
-        """By which the arithmetic of a step is counted; None if it is not."""
+        """For the FLOPs of a step; None if they are not counted."""
         ...
 
     def stages(self, device: torch.device) -> list[Geneformer]:
-        """This rank's part of the model with the weights that a new run begins with; what is not
-        to be trained requires no gradient."""
+        """This rank's part of the model with initial weights; frozen ones require no gradient."""
         ...
 
-    def feed(self, topology: Topology, device: torch.device) -> Feed:
-        """This rank's training cells."""
-        ...
+    def feed(self, topology: Topology, device: torch.device) -> Feed: ...
 
     def held_out(self, topology: Topology, device: torch.device) -> HeldOut | None:
         """None if the run does not validate."""
         ...
 
     def describe(self, folder: RunFolder, feed: Feed, held_out: HeldOut | None) -> list[str]:
-        """Writes what the run's figures are to be read with, on rank 0; lines to be told. Raises
-        DataError where the figures would say nothing."""
+        """Write baselines or labels, on rank 0; returns lines to log. May raise DataError."""
         ...

@@ -53,16 +53,16 @@ def train(
 ) -> tuple[int, str]:
     """Train to the end, or until asked to stop: exit code and reason.
 
-    open_task: opens the cells, and gives the task to learn on them, before the ranks meet
-    after: called on all ranks once a run is finished; the ranks are together, and the model that
-        was trained takes no memory any more. A signal ends it, and the next start does it again
+    open_task: opens the cells and returns the task, before the rendezvous
+    after: called on all ranks once a run is finished and its model freed. A signal ends it, and
+        the next start does it again
     """
     interruption.limit(config.train.max_minutes)
-    # Making a flat copy takes as long as it takes; no other rank waits for this one yet.
+    # A flat copy may take long; no other rank waits for this one yet.
     watch.doing("opening the cells", limit_s=math.inf)
     task = open_task()
     here = device.start()
-    watch.doing("meeting the other ranks")
+    watch.doing("waiting for the other ranks")
     backstop_s = 60 + config.parallel.timeout_s + config.checkpoint.deadline_s
     topology = groups.start(here, config.parallel, watch, backstop_s)
     run = setup.prepare(config, text, plan, folder, task, here, topology, watch)
@@ -76,7 +76,7 @@ def train(
         groups.stop(stay=True)
         watch.doing("using the finished model", limit_s=math.inf)
         del run, task
-        gc.collect()  # hooks and the saver hold on to them in circles
+        gc.collect()  # hooks and the saver hold them in cycles
         code, reason = _unless_interrupted(interruption, after, reason)
     groups.stop()
     return code, reason
@@ -97,18 +97,18 @@ def _unless_interrupted(
 
 def train_loop(run: Run, interruption: Interruption) -> tuple[int, str]:
     """Run to the last step, or until asked to stop. Returns the exit code and the reason.
-
-    Raises TooManySkippedUpdatesError, SaveDeadlineError or CheckpointError if it can do neither.
-    """
+    Raises TooManySkippedUpdatesError, SaveDeadlineError or CheckpointError if it can do neither."""
     config, steps = run.config, run.config.train.steps
     if run.step >= steps:
         reason = f"the run is finished: it has made {run.step} of {steps} steps"
-        run.say(reason)
+        run.log(reason)
         return FINISHED, reason
     prefetch = config.data.prefetch_steps
     feed = steps_on_device(run.feed, run.cells_seen, prefetch, run.device)
+    traces, num_steps = run.folder.path / "profile", config.train.profile_steps
+    profile = Profile(traces, num_steps, run.topology.rank, run.device, run.log)
     saved_at = run.step
-    with closing(feed), _profile(run) as profile:  # type: ignore[type-var]
+    with closing(feed), profile:  # type: ignore[type-var]
         while run.step < steps:
             if _agreed_to_stop(run, interruption):
                 if run.step > saved_at:
@@ -132,13 +132,8 @@ def train_loop(run: Run, interruption: Interruption) -> tuple[int, str]:
     return FINISHED, f"all {steps} steps done"
 
 
-def _profile(run: Run) -> Profile:
-    folder, num_steps = run.folder.path / "profile", run.config.train.profile_steps
-    return Profile(folder, num_steps, run.topology.rank, run.device, run.say)
-
-
 def _agreed_to_stop(run: Run, interruption: Interruption) -> bool:
-    """Whether any rank was asked to stop; takes a checkpoint that is being written a step on."""
+    """Whether any rank was asked to stop; a checkpoint in progress proceeds, too."""
     run.watch.doing("agreeing whether to go on", run.step)
     asked = interruption.reason is not None
     stop, busy = collectives.any_rank_each([asked, run.saver.is_busy], run.device)
@@ -153,7 +148,7 @@ def _interrupted(run: Run, interruption: Interruption) -> str:
     if run.step == 0:
         where = "no step was made, so there is nothing to save"
     reason = f"{asked}; {where}"
-    run.say(f"interrupted by {reason}; the same command continues")
+    run.log(f"interrupted by {reason}; the same command continues")
     return reason
 
 
@@ -200,8 +195,8 @@ def _learning_rate(run: Run, step: int | None = None) -> float:
 
 
 def _leave_out(run: Run, result: StepResult) -> None:
-    """Report an update that was not made; TooManySkippedUpdatesError if that was one too many."""
-    run.watch.doing("telling of an update that was left out", run.step)
+    """Report a skipped update. Raises TooManySkippedUpdatesError if that was one too many."""
+    run.watch.doing("reporting a skipped update", run.step)
     first, size = run.cells_seen, run.config.train.global_batch_size
     what = (
         f"step {run.step + 1}: {result.left_out}; loss {result.totals.loss}, gradient norm "
@@ -222,10 +217,10 @@ def _leave_out(run: Run, result: StepResult) -> None:
             }
         )
         what += f", named in {run.folder.path / 'skipped.jsonl'}"
-    # If this ends the run, no rank ends before it is told.
+    # If this ends the run, no rank ends before it is reported.
     collectives.barrier()
     run.guard.left_out(what, result.totals.loss, result.grad_norm)
-    run.say(f"left out {what}")
+    run.log(f"left out {what}")
 
 
 def _log(run: Run, result: StepResult) -> None:
@@ -248,24 +243,9 @@ def _validate(run: Run) -> float | None:
 
 
 def _save(run: Run, val_loss: float | None = None) -> None:
-    """Begins a checkpoint of this moment, and writes it unless that is done asynchronously."""
+    """Begin a checkpoint, and write it unless that is done asynchronously."""
     _watch_saving(run)
-    run.saver.begin(run.trainable, _record(run, val_loss))
-
-
-def _finish_saving(run: Run) -> None:
-    _watch_saving(run)
-    run.saver.finish()
-
-
-def _watch_saving(run: Run) -> None:
-    # The saver keeps to the limit by itself, and says so; the watch is for a rank that cannot.
-    limit_s = run.config.checkpoint.deadline_s + _WATCH_LATER_S
-    run.watch.doing("saving a checkpoint", run.step, limit_s)
-
-
-def _record(run: Run, val_loss: float | None) -> Record:
-    return Record(
+    record = Record(
         step=run.step,
         cells_seen=run.cells_seen,
         meters=run.meter.state_dict(),
@@ -275,3 +255,15 @@ def _record(run: Run, val_loss: float | None) -> Record:
         guard=run.guard.state_dict(),
         val_loss=val_loss,
     )
+    run.saver.begin(run.trainable, record)
+
+
+def _finish_saving(run: Run) -> None:
+    _watch_saving(run)
+    run.saver.finish()
+
+
+def _watch_saving(run: Run) -> None:
+    # The saver enforces the limit itself; the watchdog is for a rank that cannot.
+    limit_s = run.config.checkpoint.deadline_s + _WATCH_LATER_S
+    run.watch.doing("saving a checkpoint", run.step, limit_s)

@@ -834,8 +834,8 @@ PREFLIGHT = (
         "preflight",
         "the check of versions always passes",
         "checks.py",
-        '    if differing:\n        return fails(\n            "versions",',
-        '    if differing and not names:\n        return fails(\n            "versions",',
+        '        "versions",\n        differing,\n',
+        '        "versions",\n        not names,\n',
         "tests/unit/top/test_preflight.py",
     ),
     _fault(
@@ -901,8 +901,8 @@ CONFIG = (
         "config",
         "the file overrides the command line",
         "load.py",
-        "in [*below, *_file_values(file, problems), *above]:",
-        "in [*below, *above, *_file_values(file, problems)]:",
+        "[*below, *_file_values(file, problems), *above]",
+        "[*below, *above, *_file_values(file, problems)]",
         "tests/unit/top/test_config.py",
     ),
     _fault(

@@ -1,4 +1,10 @@
-"""torch's scaled_dot_product_attention: fused on GPUs, and on CPUs without dropout."""
+"""Core attention of torch and Megatron-Core.
+
+FlashAttention  torch's FlashAttention-2: packed cells, dropout, 16 bits, NVIDIA GPUs since Ampere.
+                Its operator is called, as varlen_attn has no dropout and SDPA no bounds
+PlainAttention  Megatron-Core's own, with every score in memory: the reference
+SdpaAttention   torch's scaled_dot_product_attention: fused on GPUs, and on CPUs without dropout
+"""
 
 from __future__ import annotations
 
@@ -7,47 +13,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from torch import Tensor
 
 from geneformer_mcore.model.attention.base import CoreAttention, PackedCells, cell_by_cell
 
-# FlashAttention-2 as torch ships it: packed cells, dropout, 16 bits, NVIDIA GPUs since Ampere.
-#
-# torch's public functions reach it either without dropout (varlen_attn) or without bounds (SDPA);
-# the operator beneath them takes both and has a gradient.
-
 
 class FlashAttention(CoreAttention):
-    """Bounds for both shapes: padded, what follows a cell in its row is a piece of its own."""
+    """With bounds for both shapes: in padded rows the padding is a piece of its own."""
 
     def padded(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        padding_B11S: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """See CoreAttention."""
+        self, query: Tensor, key: Tensor, value: Tensor, padding_B11S: Tensor | None
+    ) -> Tensor:
         num_positions, num_cells = query.shape[:2]
         bounds = bounds_of(padding_B11S, num_positions, num_cells, query.device)
         query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
         context = self._attend(query, key, value, bounds, num_positions)
         return context.view(num_cells, num_positions, -1).transpose(0, 1)
 
-    def packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: PackedCells
-    ) -> torch.Tensor:
-        """See CoreAttention."""
+    def packed(self, query: Tensor, key: Tensor, value: Tensor, cells: PackedCells) -> Tensor:
         bounds, longest = cells.cu_seqlens_q, cells.max_seqlen_q
         return self._attend(query, key, value, bounds, longest).flatten(1)
 
     def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bounds: torch.Tensor,
-        longest: int,
-    ) -> torch.Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int
+    ) -> Tensor:
         """query, key, value and result [positions, heads, width]."""
         context, *_ = torch.ops.aten._flash_attention_forward(
             query,
@@ -66,10 +55,9 @@ class FlashAttention(CoreAttention):
 
 
 def bounds_of(
-    padding_B11S: torch.Tensor | None, num_positions: int, num_cells: int, device: torch.device
-) -> torch.Tensor:
-    """int32 [2 B + 1]: in B rows of S positions laid end to end, where each cell begins, and where
-    its padding begins."""
+    padding_B11S: Tensor | None, num_positions: int, num_cells: int, device: torch.device
+) -> Tensor:
+    """int32 [2 B + 1]: in B rows of S positions end to end, the starts of each cell and padding."""
     firsts = torch.arange(num_cells, device=device) * num_positions
     lengths = torch.full_like(firsts, num_positions)
     if padding_B11S is not None:
@@ -78,25 +66,21 @@ def bounds_of(
     return torch.cat([bounds.new_zeros(1), bounds]).int()
 
 
-# Megatron-Core's own attention: every score is a number in memory. The yardstick of the others.
-
-
 class PlainAttention(DotProductAttention):
-    """Megatron's refuses packed cells: it gets them one by one."""
+    """Packed cells one by one, as Megatron's refuses them."""
 
     def forward(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
         attn_mask_type: Any = None,
-        attention_bias: torch.Tensor | None = None,
+        attention_bias: Tensor | None = None,
         packed_seq_params: PackedCells | None = None,
-    ) -> torch.Tensor:
-        """See base.CoreAttention.forward."""
+    ) -> Tensor:
 
-        def one_cell(*cell: torch.Tensor) -> torch.Tensor:
+        def one_cell(*cell: Tensor) -> Tensor:
             query, key, value = (tensor[:, None] for tensor in cell)
             context = theirs(query, key, value, None, attn_mask_type, attention_bias)
             return context.view_as(cell[0])
@@ -108,39 +92,25 @@ class PlainAttention(DotProductAttention):
 
 
 class SdpaAttention(CoreAttention):
-    """Padded cells with a mask, packed ones one by one: torch's kernels know no bounds."""
+    """Padded cells with a mask, packed ones one by one, as torch's kernels take no bounds."""
 
     def padded(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        padding_B11S: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """See CoreAttention."""
+        self, query: Tensor, key: Tensor, value: Tensor, padding_B11S: Tensor | None
+    ) -> Tensor:
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         context = self._attend(query, key, value, padding_B11S)
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: PackedCells
-    ) -> torch.Tensor:
-        """See CoreAttention."""
+    def packed(self, query: Tensor, key: Tensor, value: Tensor, cells: PackedCells) -> Tensor:
         return cell_by_cell(query, key, value, cells, self._one_cell)
 
-    def _one_cell(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def _one_cell(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
         return self._attend(query, key, value, None)[0].transpose(0, 1)
 
     def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        padding_B11S: torch.Tensor | None,
-    ) -> torch.Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, padding_B11S: Tensor | None
+    ) -> Tensor:
         """All [B, heads, S, width]."""
         return F.scaled_dot_product_attention(
             query,

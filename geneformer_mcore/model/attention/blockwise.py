@@ -2,10 +2,11 @@
 
     a block of queries -> scores -> softmax -> some dropped -> weighted sum of values
     backward: the same block again, from query and key, then its gradients
+    dropped: hash(position in the block, key of the block) < bound
 
-torch's fused CPU attention knows no dropout; what it falls back to writes every score to memory
-several times and draws its random numbers one by one. Here only outputs are kept, and which
-probabilities are dropped is a hash of their place (kernels.py).
+torch's fused CPU attention has no dropout, and its fallback is slow. Here only outputs are kept; a
+counter-based hash gives the same dropout in the backward pass, faster than torch's generator: the
+32-bit mixer "lowbias32" with the best constants of Chris Wellons' hash prospector (2023).
 """
 
 from __future__ import annotations
@@ -16,18 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from geneformer_mcore.backends import compiled
 from geneformer_mcore.model.attention.backends import SdpaAttention
 from geneformer_mcore.model.attention.base import PackedCells, cell_by_cell
-
-# The compiled loops of attention with dropout on a CPU.
-#
-#     which probability is dropped = hash(its place in the block, key of the block) < bound
-#
-# A counter-based hash gives the same answer in the backward pass, so no mask is kept; torch's own
-# generator takes longer to draw a number than the matrix products take to use it. The hash is the
-# 32-bit mixer "lowbias32" with the constants that Chris Wellons' hash prospector found best (2023).
 
 _MUL_1 = np.uint32(0x21F0AAAD)
 _MUL_2 = np.uint32(0xD35A2D97)
@@ -84,16 +78,11 @@ _SCORES_PER_BLOCK = 520_000
 
 
 class BlockwiseAttention(SdpaAttention):
-    """torch's attention where nothing is dropped, for there it is fused."""
+    """torch's fused attention if nothing is dropped."""
 
     def padded(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        padding_B11S: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """See CoreAttention."""
+        self, query: Tensor, key: Tensor, value: Tensor, padding_B11S: Tensor | None
+    ) -> Tensor:
         if self.probability == 0:
             return super().padded(query, key, value, padding_B11S)
         num_positions, num_cells = query.shape[:2]
@@ -108,15 +97,12 @@ class BlockwiseAttention(SdpaAttention):
             )
         return torch.stack(contexts, dim=1)
 
-    def packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: PackedCells
-    ) -> torch.Tensor:
-        """See CoreAttention."""
+    def packed(self, query: Tensor, key: Tensor, value: Tensor, cells: PackedCells) -> Tensor:
         if self.probability == 0:
             return super().packed(query, key, value, cells)
         return cell_by_cell(query, key, value, cells, self._dropped)
 
-    def _dropped(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _dropped(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """All [n, heads, width]."""
         # From torch's generator, whose state is in the checkpoint.
         seed = int(torch.randint(2**32, (), dtype=torch.int64))
@@ -128,13 +114,13 @@ class _DroppedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         probability: float,
         seed: int,
         scale: float,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         blocks = _Blocks(_by_head(query), _by_head(key), _by_head(value), probability, seed, scale)
         context = blocks.forward()
         ctx.save_for_backward(query, key, value, context)
@@ -142,7 +128,7 @@ class _DroppedAttention(torch.autograd.Function):
         return context.transpose(0, 1).to(query.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
         query, key, value, context = ctx.saved_tensors
         blocks = _Blocks(_by_head(query), _by_head(key), _by_head(value), *ctx.constants)
         gradients = blocks.backward(context, _by_head(gradient))
@@ -150,7 +136,7 @@ class _DroppedAttention(torch.autograd.Function):
         return (*back, None, None, None)
 
 
-def _by_head(tensor: torch.Tensor) -> torch.Tensor:
+def _by_head(tensor: Tensor) -> Tensor:
     """[n, heads, width] -> fp32 [heads, n, width]."""
     return tensor.transpose(0, 1).float().contiguous()
 
@@ -159,13 +145,7 @@ class _Blocks:
     """One cell's attention. query, key, value: fp32 [heads, n, width]."""
 
     def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        probability: float,
-        seed: int,
-        scale: float,
+        self, query: Tensor, key: Tensor, value: Tensor, probability: float, seed: int, scale: float
     ) -> None:
         self.query, self.key, self.value = query * scale, key, value
         self.scale = scale
@@ -174,7 +154,7 @@ class _Blocks:
         self.enlarged = 2**32 / (2**32 - self.below)
         self.seed = seed
 
-    def forward(self) -> torch.Tensor:
+    def forward(self) -> Tensor:
         """fp32 [heads, n, width]."""
         context = torch.empty_like(self.query)
         for rows, seed in self._rows():
@@ -183,7 +163,7 @@ class _Blocks:
             context[:, rows] = torch.bmm(probabilities, self.value)
         return context.mul_(self.enlarged)
 
-    def backward(self, context: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
+    def backward(self, context: Tensor, gradient: Tensor) -> list[Tensor]:
         """Gradients of query, key and value, of those of the context. All fp32 [heads, n, width]"""
         sums = (gradient * context).sum(-1)
         gradient = gradient * self.enlarged
@@ -206,26 +186,24 @@ class _Blocks:
         for number, start in enumerate(range(0, n, step)):
             yield slice(start, min(start + step, n)), _key(self.seed, number)
 
-    def _probabilities(self, rows: slice) -> torch.Tensor:
+    def _probabilities(self, rows: slice) -> Tensor:
         """fp32 [heads, rows, n]."""
         scores = torch.bmm(self.query[:, rows], self.key.transpose(1, 2))
         return torch.softmax(scores, dim=-1)
 
 
 def _key(seed: int, number: int) -> int:
-    """The number that the block `number` of a cell counts from: a hash of both. Blocks whose counts
-    overlap use some draws twice, at other positions; that is seldom, and harmless."""
+    """The start of a block's counter. Blocks rarely overlap, which is harmless."""
     return int(block_key(np.uint32(seed), np.uint32(number)))
 
 
-def drop(probabilities: torch.Tensor, key: int, below: int) -> None:
-    """Zeroes values of a contiguous fp32 tensor in place, each with probability below / 2^32, by
-    the hash of its place and `key`."""
+def drop(probabilities: Tensor, key: int, below: int) -> None:
+    """Zero values of a contiguous fp32 tensor in place, each with probability below / 2^32."""
     _drop_block(probabilities.view(-1).numpy(), np.uint32(key), np.uint32(below))
 
 
 def softmax_backward(
-    probabilities: torch.Tensor, gradients: torch.Tensor, sums: torch.Tensor, key: int, below: int
+    probabilities: Tensor, gradients: Tensor, sums: Tensor, key: int, below: int
 ) -> None:
     """In place: gradients of the dropped probabilities become those of the scores, probabilities
     are dropped. Both fp32 [heads, rows, n], contiguous; sums [heads, rows]."""

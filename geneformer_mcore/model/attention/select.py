@@ -1,10 +1,10 @@
-"""Which code computes softmax(QK)V, and how cells are described to it.
+"""Selection of the implementation of softmax(QK)V.
 
 te         Transformer Engine's fused kernels (NVIDIA GPUs)
 flash      the FlashAttention-2 inside torch (NVIDIA GPUs, 16 bits)
 sdpa       torch's scaled_dot_product_attention
 blockwise  ours for CPUs: a block of scores at a time, with a fast dropout
-plain      Megatron-Core's own: every score is a number in memory
+plain      Megatron-Core's own, every score in memory
 """
 
 from __future__ import annotations
@@ -40,12 +40,9 @@ _WIDEST_FLASH_HEAD = 256
 def choose(
     model: ModelConfig, device: torch.device, precision: Precision, packed: bool = False
 ) -> Attention:
-    """What `model.attention` means on this machine: never `auto`.
-
-    packed: whether cells will be given end to end.
-    Raises MissingBackendError if Transformer Engine is asked for and is not installed, ConfigError
-    for a kernel that this device or precision does not have.
-    """
+    """The meaning of `model.attention` on this machine, never `auto`. Raises MissingBackendError if
+    Transformer Engine is required and not installed, ConfigError for a kernel that this device or
+    precision does not have."""
     asked = model.attention
     if precision is Precision.fp8 and (device.type != "cuda" or asked not in _WITH_FP8):
         raise ConfigError(
@@ -89,7 +86,6 @@ def _on_gpu(
     capability = _capability(device)
     if precision is Precision.fp8:
         return Attention.te
-    # The fused kernels are for 16 bits, and for GPUs since Ampere.
     if precision is Precision.fp32 or capability < _AMPERE:
         return Attention.sdpa
     takes_cells = not packed or capability[0] in _WITH_PACKED_TE
@@ -114,16 +110,13 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _on_cpu(model: ModelConfig) -> Attention:
-    # With dropout torch's CPU attention leaves its fused kernel and is slower than the plain code.
+    # With dropout torch's CPU attention is slower than the plain one.
     return Attention.blockwise if model.attention_dropout > 0 else Attention.sdpa
 
 
 def core_attention(attention: Attention) -> type[torch.nn.Module]:
-    """The module class that Megatron's SelfAttention calls with query, key and value.
-
-    Transformer Engine is told not to fall back to its unfused attention, which it would do without
-    a word: it raises instead. NVTE_UNFUSED_ATTN=1 in the environment lets it.
-    """
+    """The core-attention class. Transformer Engine raises instead of silently falling back to its
+    unfused attention, unless NVTE_UNFUSED_ATTN=1 is in the environment."""
     if attention is Attention.te:
         os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -133,12 +126,12 @@ def core_attention(attention: Attention) -> type[torch.nn.Module]:
 
 
 def packed_cells(batch: Batch) -> PackedCells | None:
-    """Where cells begin and end, in Megatron's words; None if they are padded."""
+    """Bounds of cells as Megatron's parameters; None if padded."""
     return None if batch.bounds is None else packed_pieces(batch.bounds, batch.longest)
 
 
 def packed_pieces(bounds: torch.Tensor, longest: int) -> PackedCells:
-    """The same of int32 bounds and the length of the longest piece between two of them."""
+    """The same from int32 bounds and the longest distance between two of them."""
     return PackedCells(
         qkv_format="thd",
         cu_seqlens_q=bounds,

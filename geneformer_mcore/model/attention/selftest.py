@@ -1,10 +1,9 @@
-"""The attention that was chosen, compared with the formula before a step is made with it.
+"""The chosen attention, compared with the formula before the first step.
 
     a few random cells  ->  this stage's own core attention  --.
                         ->  softmax(Q K^T / sqrt(d)) V, fp64 --+--> largest differences, or an error
 
-A kernel that does not fit the machine, the driver or the mask need not fail: it can return numbers,
-and a gradient norm that explodes after days is how one learns of it.
+A kernel that does not fit the machine, the driver or the mask may return wrong numbers silently.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from geneformer_mcore.data.collate import pieces
 from geneformer_mcore.errors import ConfigError
@@ -22,17 +22,14 @@ from geneformer_mcore.model.geneformer import Geneformer
 
 _POSITIONS, _LENGTHS, _PADDING = 64, (64, 37, 1), 10
 _TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Of values that are about 1: some roundings of the number format."""
+"""For values of about 1: some roundings of the number format."""
 _REMEDY = "Remedy: another one: model.attention=flash, sdpa or plain."
 
 
 def check(stage: Geneformer, device: torch.device, packed: bool) -> float:
     """The largest absolute difference, over outputs and gradients, to the plain formula in fp64.
-
-    packed: cells are given end to end, else padded.
-    Draws no random number from the generators of training, and leaves all as it was. Raises
-    ConfigError if the difference is more than the number format explains.
-    """
+    Leaves training's generators alone. Raises ConfigError if it exceeds the number format's
+    tolerance."""
     layer = stage.encoder.layers[0].self_attention
     config = stage.config
     heads = config.num_attention_heads // config.tensor_model_parallel_size
@@ -64,16 +61,16 @@ def _first_line(error: RuntimeError) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _padded(layer: Any, inputs: list[torch.Tensor], real_BS: torch.Tensor) -> torch.Tensor:
-    """What the core attention makes of [B, S, heads, width] each: [B, S, heads * width]."""
-    rows = [tensor.transpose(0, 1).contiguous() for tensor in inputs]  # as Megatron lays them
+def _padded(layer: Any, inputs: list[Tensor], real_BS: Tensor) -> Tensor:
+    """Core attention of [B, S, heads, width] each: [B, S, heads * width]."""
+    rows = [tensor.transpose(0, 1).contiguous() for tensor in inputs]  # Megatron's layout
     mask_B11S = ~real_BS[:, None, None, :]
     context_SBD = layer.core_attention(*rows, mask_B11S, attn_mask_type=layer.attn_mask_type)
     return context_SBD.transpose(0, 1)
 
 
-def _packed(layer: Any, inputs: list[torch.Tensor], real_BS: torch.Tensor) -> torch.Tensor:
-    """The same with the cells end to end, and padding behind the last one."""
+def _packed(layer: Any, inputs: list[Tensor], real_BS: Tensor) -> Tensor:
+    """The same with cells end to end, and padding after the last one."""
     bounds, longest = pieces(np.array(_LENGTHS), sum(_LENGTHS) + _PADDING)
     rows = [
         torch.nn.functional.pad(tensor[real_BS], (0, 0, 0, 0, 0, _PADDING)) for tensor in inputs
@@ -88,14 +85,8 @@ def _packed(layer: Any, inputs: list[torch.Tensor], real_BS: torch.Tensor) -> to
     return context_BSD.masked_scatter(real_BS[..., None], context_SD[: sum(_LENGTHS)])
 
 
-def _compared(
-    context_BSD: torch.Tensor,
-    inputs: list[torch.Tensor],
-    weight: torch.Tensor,
-    real_BS: torch.Tensor,
-) -> float:
+def _compared(context_BSD: Tensor, inputs: list[Tensor], weight: Tensor, real_BS: Tensor) -> float:
     plain_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    # What comes out at padding is never looked at.
     found = [context_BSD.double() * real_BS[..., None]]
     expected = [_plain(plain_inputs, real_BS) * real_BS[..., None]]
     weight_BSD = weight.flatten(2).double()
@@ -106,8 +97,7 @@ def _compared(
         for mine, theirs in zip(found, expected, strict=True)
     )
     tolerance = _TOLERANCES[inputs[0].dtype]
-    # Written so that NaN fails too.
-    if not worst <= tolerance:
+    if not worst <= tolerance:  # or NaN
         raise ConfigError(
             f"the attention that was chosen differs from the plain computation by {worst:.2g} on a "
             f"few random cells, and {tolerance:g} is what {inputs[0].dtype} explains. {_REMEDY}"
@@ -115,7 +105,7 @@ def _compared(
     return worst
 
 
-def _plain(inputs: list[torch.Tensor], real_BS: torch.Tensor) -> torch.Tensor:
+def _plain(inputs: list[Tensor], real_BS: Tensor) -> Tensor:
     """[B, S, heads * width] of query, key and value, each [B, S, heads, width]."""
     query, key, value = (tensor.transpose(1, 2) for tensor in inputs)
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
