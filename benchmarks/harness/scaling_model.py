@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from geneformer_mcore.data.packing import pack
+from geneformer_mcore.data.collate import pack
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.model.flops import ModelShape, num_parameters, padded_equivalent_flops
 from geneformer_mcore.types import padded_vocabulary_size

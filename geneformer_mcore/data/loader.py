@@ -24,9 +24,8 @@ import torch
 
 from geneformer_mcore.config import Config
 from geneformer_mcore.config.derive import token_budget
-from geneformer_mcore.data.collate import Collator, make_batch, padded_length
+from geneformer_mcore.data.collate import Collator, make_batch, pack, padded_length
 from geneformer_mcore.data.masking import VALIDATION_EPOCH, Masking
-from geneformer_mcore.data.packing import pack
 from geneformer_mcore.data.sampler import Places, Sampler
 from geneformer_mcore.data.shuffle_buffer import ShuffleBuffer
 from geneformer_mcore.types import (

@@ -18,9 +18,8 @@ import torch
 from geneformer_mcore.checkpoint import weights_reader
 from geneformer_mcore.config import plan
 from geneformer_mcore.config.sections import Pooling, Precision
-from geneformer_mcore.data.collate import make_batch, padded_length
+from geneformer_mcore.data.collate import make_batch, pack, padded_length
 from geneformer_mcore.data.masking import VALIDATION_EPOCH, Masking
-from geneformer_mcore.data.packing import pack
 from geneformer_mcore.distributed import collectives, device, groups
 from geneformer_mcore.distributed.groups import Topology
 from geneformer_mcore.errors import ConfigError, DataError, GeneformerError

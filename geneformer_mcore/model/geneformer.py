@@ -2,82 +2,38 @@
 
 Batch -> embedding -> encoder layers of this stage -> [next stage ...] -> head -> loss per gene
 
-head: hidden [S, B, H] -> rows of the selected positions [M, H] -> dense -> activation -> norm
-      -> product with the word embedding + bias -> logits [M, V of this rank]
-
-Six positions in seven are never predicted: skipping them saves 12 % (106M) to 35 % (10M) of a
-step's arithmetic and nearly all of its memory for logits.
+Head and loss: masked_gene_loss.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import megatron.core.models.bert.bert_model as megatron_bert
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import get_linear_layer
 from torch import Tensor
 
 from geneformer_mcore.config.sections import Attention, Config, ModelConfig, Norm
 from geneformer_mcore.data.collate import positions_in_cells
-from geneformer_mcore.model import fused, megatron_config
+from geneformer_mcore.model import megatron_config
 from geneformer_mcore.model.attention import select
-from geneformer_mcore.model.layers import LayerNorm, final_norm, layer_spec, norm_embedding
+from geneformer_mcore.model.layers import final_norm, layer_spec, norm_embedding
+from geneformer_mcore.model.masked_gene_loss import (
+    PredictionHead,
+    masked_gene_loss,
+    padding_bias,
+    selected_rows,
+)
 from geneformer_mcore.types import Batch, padded_vocabulary_size
-
-
-class PredictionHead(MegatronModule):
-    """dense(H, H) -> activation -> LayerNorm, the same on every tensor rank.
-
-    It sees gathered rows, so its gradients are whole on every rank, and its parameters have no
-    `sequence_parallel` mark, which would make them TP times too large.
-    """
-
-    def __init__(
-        self, hidden_size: int, config: TransformerConfig, activation: Callable[[Tensor], Tensor]
-    ) -> None:
-        super().__init__(config=config)
-        self.dense = get_linear_layer(hidden_size, hidden_size, config.init_method)
-        self.dense.to(config.params_dtype)
-        self.activation = activation
-        self.layer_norm = LayerNorm(
-            config, hidden_size, config.layernorm_epsilon, sequence_parallel=False
-        )
-
-    def forward(self, rows_MH: Tensor) -> Tensor:
-        """rows_MH: [M, H]. Same shape out."""
-        return self.layer_norm(self.activation(self.dense(rows_MH)))
-
-
-def selected_rows(hidden_SBH: Tensor, selected_M: Tensor, config: TransformerConfig) -> Tensor:
-    """[M, H]: the hidden states at the flat positions `b * S + s` of `selected_M` (int64)."""
-    if config.sequence_parallel:
-        # What follows is equal on every tensor rank, so the gradient of a gathered row is whole:
-        # it is split in the backward pass, not added up.
-        hidden_SBH = gather_from_sequence_parallel_region(
-            hidden_SBH, tensor_parallel_output_grad=False
-        )
-    num_positions, num_cells, width = hidden_SBH.shape
-    place = (selected_M % num_positions) * num_cells + selected_M // num_positions
-    return hidden_SBH.reshape(-1, width).index_select(0, place)
-
-
-def padding_bias(first_id: int, num_here: int, num_real: int) -> Tensor:
-    """fp32 [num_here]: 0 for real tokens, -inf for the rows that pad the vocabulary. Added to the
-    output bias (it is no parameter, as that must be finite), it gives padding probability 0."""
-    ids = torch.arange(first_id, first_id + num_here)
-    return torch.where(ids < num_real, 0.0, float("-inf"))
 
 
 class Geneformer(megatron_bert.BertModel):
@@ -136,11 +92,8 @@ class Geneformer(megatron_bert.BertModel):
 
     def loss(self, hidden_SBH: Tensor, batch: Batch) -> Tensor:
         """fp32 [M], nats for every selected gene."""
-        if self.config.bias_dropout_fusion and self.config.tensor_model_parallel_size == 1:
-            logits_MV = self._logits(hidden_SBH, batch.selected_M)
-            return fused.chosen(fused.cross_entropy, True)(logits_MV, batch.labels_M)
-        logits_MV = self.logits(hidden_SBH, batch.selected_M)
-        return tensor_parallel.vocab_parallel_cross_entropy(logits_MV, batch.labels_M)
+        logits_MV = self._logits(hidden_SBH, batch.selected_M)
+        return masked_gene_loss(logits_MV, batch.labels_M, self.config)
 
     def encode(self, batch: Batch) -> Tensor:
         """Residual stream [S, B, H] after this stage; after the last one normalised, in the dtype

@@ -446,7 +446,7 @@ MODEL = (
     _fault(
         "model",
         "one row of the padding of the vocabulary can be predicted",
-        "geneformer.py",
+        "masked_gene_loss.py",
         "torch.where(ids < num_real, 0.0",
         "torch.where(ids <= num_real, 0.0",
         "tests/distributed/training/test_model.py",

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geneformer_mcore.data import packing
+from geneformer_mcore.data import collate
+from geneformer_mcore.data.collate import Packing, imbalance, pack
 from geneformer_mcore.data.loader import Budget, Feed, Share
-from geneformer_mcore.data.packing import Packing, imbalance, pack
 from geneformer_mcore.data.sampler import Sampler
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.types import CellViews, RaggedCells
@@ -57,7 +57,7 @@ def dealt_plainly(lengths_N: np.ndarray, budget: int, num_bins: int) -> list[int
         if not open_bins:
             return None
         number = min(open_bins, key=lambda each: works[each])
-        works[number] += length * (1 + length / packing.SQUARES_LIKE_TOKENS)
+        works[number] += length * (1 + length / collate.SQUARES_LIKE_TOKENS)
         room[number] -= length
         bins[cell] = number
     return bins
