@@ -29,6 +29,7 @@ from geneformer_mcore.model.attention import select
 from geneformer_mcore.model.layers import final_norm, layer_spec, norm_embedding
 from geneformer_mcore.model.masked_gene_loss import (
     PredictionHead,
+    is_fused,
     masked_gene_loss,
     padding_bias,
     selected_rows,
@@ -92,8 +93,9 @@ class Geneformer(megatron_bert.BertModel):
 
     def loss(self, hidden_SBH: Tensor, batch: Batch) -> Tensor:
         """fp32 [M], nats for every selected gene."""
-        logits_MV = self._logits(hidden_SBH, batch.selected_M)
-        return masked_gene_loss(logits_MV, batch.labels_M, self.config)
+        # The fused loss takes logits of any dtype; Megatron's wants fp32.
+        logits = self._logits if is_fused(self.config) else self.logits
+        return masked_gene_loss(logits(hidden_SBH, batch.selected_M), batch.labels_M, self.config)
 
     def encode(self, batch: Batch) -> Tensor:
         """Residual stream [S, B, H] after this stage; after the last one normalised, in the dtype

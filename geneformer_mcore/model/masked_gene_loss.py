@@ -69,6 +69,11 @@ def padding_bias(first_id: int, num_here: int, num_real: int) -> Tensor:
 
 def masked_gene_loss(logits_MV: Tensor, labels_M: Tensor, config: TransformerConfig) -> Tensor:
     """fp32 [M], nats for every selected gene; logits_MV: this tensor rank's columns."""
-    if config.bias_dropout_fusion and config.tensor_model_parallel_size == 1:
+    if is_fused(config):
         return fused.chosen(fused.cross_entropy, True)(logits_MV, labels_M)
-    return tensor_parallel.vocab_parallel_cross_entropy(logits_MV.float(), labels_M)
+    return tensor_parallel.vocab_parallel_cross_entropy(logits_MV, labels_M)
+
+
+def is_fused(config: TransformerConfig) -> bool:
+    """Whether the cross entropy is compiled: with `model.compile`, without tensor parallelism."""
+    return config.bias_dropout_fusion and config.tensor_model_parallel_size == 1
