@@ -1,7 +1,7 @@
 """What a user can do wrong, as exceptions of ours (floor 0).
 
 Every message states the rule, the numbers that broke it, and the remedy. Commands print it without
-a traceback and end with exit code 2 (see commands.run); `assert` is kept for our own invariants.
+a traceback and end with exit code 2 (see exit_codes.run); `assert` is kept for our own invariants.
 
 A message names a parameter as who calls the library from Python writes it, in backticks:
 `counts_layer=`, `dtype="float32"`, `allow_normalised=True`. A command shows the same message with
@@ -21,8 +21,9 @@ _options: dict[str, str] | None = None
 
 @contextmanager
 def naming_options(**options: str) -> Iterator[None]:
-    """Inside, errors read as those of a command. options: {parameter: option} where the option is
-    not called as its parameter is. For the whole process: prefetching threads raise errors too."""
+    """Inside, errors read as those of a command. options: {parameter: option}, or
+    {"parameter=value": option}, where the option is not called as its parameter is. For the whole
+    process: prefetching threads raise errors too."""
     global _options
     before, _options = _options, options
     try:
@@ -46,7 +47,10 @@ class GeneformerError(Exception):
 
 def _as_option(parameter: re.Match[str]) -> str:
     name, value = parameter.groups()
-    option = (_options or {}).get(name, f"--{name.replace('_', '-')}")
+    options = _options or {}
+    if f"{name}={value}" in options:
+        return options[f"{name}={value}"]
+    option = options.get(name, f"--{name.replace('_', '-')}")
     return option if value in ("", "True") else option + " " + value.strip('"')
 
 

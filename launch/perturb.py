@@ -116,4 +116,4 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    run(main, moved="--most-moved")
+    run(main, **{"moved": "--most-moved", "top=-1": "--all-genes"})

@@ -1,7 +1,7 @@
 """The two ways of benchmarks/perturb.py: packed as launch/perturb.py does, and padded one by one.
 
 cells, vocabulary, settings  ->  model of random weights, twice: for packed and for padded cells
-packed       the job of one cell and some genes through perturb/displacements.py
+packed       the job of one cell and some genes through perturbation/displacements.py
 one by one   each variant: padded to seq_length -> forward -> mean over genes -> 1 - cosine
 """
 

@@ -19,7 +19,6 @@ from nvidia.dali import Pipeline, fn, math, types
 from nvidia.dali.data_node import DataNode
 from torch.utils.dlpack import from_dlpack
 
-from geneformer_mcore.backends import require
 from geneformer_mcore.data.collate import assembled, make_batch
 from geneformer_mcore.data.masking import Masking
 from geneformer_mcore.store.keys import GOLDEN, MIX_1, MIX_2
@@ -167,7 +166,6 @@ class DaliBatches:
     """A thread-safe Collator with batches on `device`. Raises MissingBackendError without DALI."""
 
     def __init__(self, device: torch.device) -> None:
-        require("nvidia.dali")
         self._device = device
         # Its own, so that it runs next to the training step.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None

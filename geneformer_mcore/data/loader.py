@@ -3,7 +3,7 @@
     position -> Sampler -> rows -> this rank's cells -> ShuffleBuffer -> Collator -> micro batches
 
     padded: rank r of d takes cells r, r + d, ... in groups of micro_batch_size
-    packed: packing.py assigns the whole global batch, by the lengths of its cells
+    packed: collate.pack assigns the whole global batch, by the lengths of its cells
 
 The state is one integer, the position: cells seen since the start of the run. One prefetch thread
 suffices: what takes time releases the interpreter's lock. To a GPU batches are copied from pinned

@@ -83,6 +83,7 @@ class StoredFrame(Frame):
         names = sorted(item) if order is None else [_text(column) for column in order]
         self.columns = [n for n in names if n not in (self._index, _OLD_CATEGORIES)]
         self.num_rows = _length(item[self._index]) or 0
+        self.check_chunks(self._index)
         for column in self.columns:
             length = _length(item[column])
             if length not in (None, self.num_rows):
@@ -145,6 +146,17 @@ class StoredFrame(Frame):
             return self._categories(name, item["codes"], item["categories"])
         return _nullable(item)
 
+    def check_chunks(self, column: str) -> None:
+        """Raise DataError if zarr chunks of a text column are missing, as in a copy in part: they
+        would be read as empty texts."""
+        array = self._item[column]
+        there, number = getattr(array, "nchunks_initialized", 0), getattr(array, "nchunks", 0)
+        if _is_array(array) and array.dtype.kind in "OSTU" and there < number:
+            raise DataError(
+                f"{self.name}: {number - there:,} of the {number:,} chunks of column {column} are "
+                "missing. Remedy: get or write the file again."
+            )
+
     def _open_field(self, name: str) -> Column | None:
         field, kind = self._item.fields(name), self._item.dtype[name]
         categories = self._old_categories.get(f"{name}_categories")
@@ -181,7 +193,7 @@ def _array(item: Any) -> Column | None:
         return None
     if isinstance(item, h5py.Dataset) and h5py.check_string_dtype(item.dtype):
         return lambda start, stop: item.asstr()[start:stop].astype(object)
-    if item.dtype.kind in "OSTU":  # Text of zarr.
+    if not isinstance(item, h5py.Dataset) and item.dtype.kind in "OSTU":  # Text of zarr.
         return lambda start, stop: _decoded(item[start:stop])
     return _numbers(item) if item.dtype.kind in "biuf" else None
 

@@ -289,7 +289,12 @@ class CountsFile(AnnDataCounts):
             raise DataError(
                 f"{self.name}: has no `{path}`. Remedy: check that anndata.read_h5ad opens it."
             )
-        return StoredFrame(item, f"{self.name}: {path}", self._file.get("uns"))
+        frame = StoredFrame(item, f"{self.name}: {path}", self._file.get("uns"))
+        if path != "obs" and not isinstance(item, h5py.Dataset):
+            # Which gene a column is must not be lost; obs may have columns of empty texts.
+            for column in frame.columns:
+                frame.check_chunks(column)
+        return frame
 
     def _no_matrix(self, wanted: Iterable[str]) -> DataError:
         there = _names(self._file)

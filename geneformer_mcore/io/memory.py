@@ -14,8 +14,10 @@ import pandas as pd
 from scipy import sparse
 
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.blocks import READ_FAILURES
 from geneformer_mcore.io.frames import Column, Frame
 from geneformer_mcore.io.h5ad import AnnDataCounts
+from geneformer_mcore.io.retry import raise_if_io_error
 
 
 class MemoryFrame(Frame):
@@ -50,7 +52,11 @@ class MemoryCounts(AnnDataCounts):
         self._adata = adata
         try:
             self._open(layer, in_memory=True)
-        except ValueError as error:
+        except DataError:
+            raise
+        except READ_FAILURES as error:
+            # Of the file of a backed one, too.
+            raise_if_io_error(self.name, error)
             raise DataError(f"{self.name} cannot be read: {error}.") from error
 
     @cached_property

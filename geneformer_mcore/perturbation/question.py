@@ -65,8 +65,8 @@ class Question:
             )
         if not self.genes and self.groups is None and self.top is None:
             raise ConfigError(
-                "nothing is to be perturbed: give `genes=`, `groups=` or `top=N` (`top=-1`: every "
-                "gene)."
+                "nothing is to be perturbed: give `genes=`, `groups=`, `top=N` or, for every gene, "
+                "`top=-1`."
             )
         for name in ("max_cells", "null", "moved", "seed"):
             if getattr(self, name) < 0:

@@ -16,6 +16,7 @@ import statistics
 import struct
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ _HINDER = ("network", "GPUs")
 _BYTES = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
 _TIMES = 5
 _LOOK_S = 0.2
+_TRIPS = 8
 _FLOCK = "hhqqi4x"
 """struct flock of 64-bit Linux: type, whence, start, length, pid."""
 now = time.time
@@ -179,17 +181,24 @@ def members_of(
 
 def compare_clocks(exchange: Exchange, leaders: Sequence[int]) -> dict[int, Offset]:
     """Offsets of `leaders`, the first ranks of the nodes, on rank 0; all ranks call it together.
-    One round trip each, by the store (Cristian 1989, "Probabilistic clock synchronization")."""
+    By the store, the shortest of some round trips (Cristian 1989, "Probabilistic clock
+    synchronization"): a busy node must not pass for one whose clock is off."""
     found = {}
     if exchange.is_first:
         for rank in leaders[1:]:
-            sent = now()
-            exchange.put(f"ping/{rank}", None)
-            found[rank] = offset_of(sent, exchange.take(f"pong/{rank}"), now())
+            trips = [_trip(exchange, f"{rank}/{number}") for number in range(_TRIPS)]
+            found[rank] = min(trips, key=lambda offset: offset.uncertainty_s)
     elif exchange.rank in leaders:
-        exchange.take(f"ping/{exchange.rank}")
-        exchange.put(f"pong/{exchange.rank}", now())
+        for number in range(_TRIPS):
+            exchange.take(f"ping/{exchange.rank}/{number}")
+            exchange.put(f"pong/{exchange.rank}/{number}", now())
     return found
+
+
+def _trip(exchange: Exchange, name: str) -> Offset:
+    sent = now()
+    exchange.put(f"ping/{name}", None)
+    return offset_of(sent, exchange.take(f"pong/{name}"), now())
 
 
 def offset_of(sent: float, there: float, back: float) -> Offset:
@@ -269,9 +278,11 @@ def is_locked(path: Path) -> bool:
         with path.open() as file:
             answer = fcntl.fcntl(file, fcntl.F_GETLK, query)
             inode = os.fstat(file.fileno()).st_ino
-        locks = Path("/proc/locks").read_text()
     except OSError:
         return False
+    locks = ""
+    with suppress(OSError):
+        locks = Path("/proc/locks").read_text()
     holders = re.findall(rf"FLOCK .* (-?\d+) \S+:{inode} ", locks)
     held_elsewhere = struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK
     return held_elsewhere or any(_has_open(holder, path) for holder in holders)
@@ -280,9 +291,14 @@ def is_locked(path: Path) -> bool:
 def _has_open(process: str, path: Path) -> bool:
     """Whether the process has this very file open, not its inode on another disk, or may have."""
     try:
-        return any(file.samefile(path) for file in Path("/proc", process, "fd").iterdir())
+        files = list(Path("/proc", process, "fd").iterdir())
     except OSError:
         return True
+    for file in files:
+        with suppress(OSError):  # It may be closed by now.
+            if file.samefile(path):
+                return True
+    return False
 
 
 def _reduce(

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from geneformer_mcore.backends import require
 from geneformer_mcore.config import Config
 from geneformer_mcore.config.sections import Loader, Source
 from geneformer_mcore.data.collate import Collator, PermutedGenes, make_batch
@@ -176,6 +177,7 @@ def maker(config: Config, device: torch.device) -> Collator:
     """The collator of data.loader."""
     if config.data.loader is Loader.thread:
         return make_batch
+    require("nvidia.dali")
     from geneformer_mcore.data.dali import DaliBatches
 
     return DaliBatches(device)

@@ -67,7 +67,7 @@ class ToyCells:
         return np.linspace(3, 0, VOCABULARY - NUM_SPECIALS)
 
     def read(self, start: int, stop: int) -> RaggedCells:
-        """Implements contracts.TokenSource."""
+        """Implements types.TokenSource."""
         first, last = self.offsets[start], self.offsets[stop]
         return RaggedCells(
             self.tokens[first:last], self.offsets[start : stop + 1] - first, self.keys[start:stop]

@@ -19,7 +19,7 @@ MASKING = Masking(0.15, (0.8, 0.02, 0.18), VOCABULARY, seed=1)
 class Cells:
     """Cells of keys 0, 1, ...: key k has k % 50 + 2 tokens, the first gene k % 295 + 5, and so on.
 
-    A contracts.TokenSource that remembers what was read.
+    A types.TokenSource that remembers what was read.
     """
 
     def __init__(self, num_cells: int) -> None:

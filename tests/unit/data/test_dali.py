@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 from nvidia.dali import Pipeline
 
 from geneformer_mcore import backends, exit_codes
+from geneformer_mcore.config import load
 from geneformer_mcore.data import collate as batch_module
 from geneformer_mcore.data.collate import Collator, make_batch
 from geneformer_mcore.data.dali import DaliBatches, MaskingPipeline
 from geneformer_mcore.data.loader import Feed
 from geneformer_mcore.data.masking import VALIDATION_EPOCH, Masking
 from geneformer_mcore.errors import MissingBackendError
+from geneformer_mcore.training import datasets
 from geneformer_mcore.types import CLS, NUM_SPECIALS, Batch, CellViews
 from tests.unit.data.identified_cells import MASKING, Cells, feed
 from tests.unit.data.plain_batch import make_batch_plainly
@@ -242,9 +245,12 @@ def test_a_missing_dali_is_an_error_of_the_settings(
     monkeypatch.setattr(
         backends, "find_spec", lambda name: None if name == "nvidia.dali" else find_spec(name)
     )
+    # As where it is missing: its module could not be imported either.
+    monkeypatch.setitem(sys.modules, "geneformer_mcore.data.dali", None)
+    config, _ = load(None, ["data.loader=dali"])
     with pytest.raises(MissingBackendError, match="pip install nvidia-dali-cuda130"):
-        DaliBatches(CPU)
+        datasets.maker(config, CPU)
     with pytest.raises(SystemExit) as ended:
-        exit_codes.run(lambda: DaliBatches(CPU) and 0)
+        exit_codes.run(lambda: datasets.maker(config, CPU) and 0)
     assert ended.value.code == exit_codes.WRONG_INPUT == 2
     assert "data.loader=thread" in capsys.readouterr().err

@@ -287,3 +287,15 @@ def test_damaged_index_in_zarr(
     array[:] = values
     with pytest.raises(DataError, match=message), open_counts(path) as file:
         list(file.blocks())
+
+
+@pytest.mark.parametrize(("storage", "chunk"), [("zarr2", "0"), ("zarr3", "c/0")])
+@pytest.mark.parametrize("frame", ["obs", "var"])
+def test_a_copy_in_part_of_the_names_of_zarr(
+    tmp_path: Path, counts: sparse.csr_matrix, storage: str, chunk: str, frame: str
+) -> None:
+    """Missing chunks would be read as blank names, and genes of these be lost."""
+    path = stored(write_h5ad(tmp_path / "a.h5ad", counts), storage)
+    (path / frame / "_index" / chunk).unlink()
+    with pytest.raises(DataError, match="1 of the 1 chunks of column _index are missing"):
+        open_counts(path)

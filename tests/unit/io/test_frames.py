@@ -163,8 +163,9 @@ def test_columns_of_other_kinds_are_listed_and_not_read(file: h5py.File) -> None
     file["obs/list/offsets"] = [0, 1, 2]
     file["obs/complex"] = np.ones(2, complex)
     file["obs/good"] = [1, 2]
+    file["obs"].create_dataset("varying", (2,), h5py.vlen_dtype(np.int32))
     frame = StoredFrame(file["obs"], "obs")
-    assert frame.columns == ["complex", "good", "list", "matrix", "one"]
+    assert frame.columns == ["complex", "good", "list", "matrix", "one", "varying"]
     assert list(frame.read(0, 2)) == ["good"]
 
 

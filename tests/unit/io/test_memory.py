@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -162,3 +163,14 @@ def test_an_index_that_is_none(counts: sparse.csr_matrix, form: str) -> None:
 def test_what_has_no_counts_is_refused(source: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_counts(source)
+
+
+def test_a_backed_file_that_is_damaged(counts: sparse.csr_matrix, tmp_path: Path) -> None:
+    path = tmp_path / "a.h5ad"
+    adata_of(counts).write_h5ad(path, compression="gzip")
+    with h5py.File(path, "r+") as file:
+        file["X/indptr"].id.write_direct_chunk((0,), b"no gzip at all")
+    backed = anndata.read_h5ad(path, backed="r")
+    with pytest.raises(DataError, match="the AnnData cannot be read"):
+        open_counts(backed)
+    backed.file.close()

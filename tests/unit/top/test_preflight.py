@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import HashStore
@@ -87,6 +89,35 @@ def test_clocks_by_a_store() -> None:
     assert found[0].keys() == {1}
     assert abs(found[0][1].seconds) <= found[0][1].uncertainty_s < 1
     assert found[0][1] != Offset()
+
+
+def test_a_busy_node_is_not_one_whose_clock_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the round trips takes three seconds."""
+    times = iter([0.0, 3.0, *(10.0 + number / 1000 for number in range(2 * cluster._TRIPS))])
+    monkeypatch.setattr(cluster, "now", lambda: next(times))
+    theirs = iter([0.0, *[10.0] * cluster._TRIPS])
+    exchange = SimpleNamespace(
+        is_first=True, put=lambda name, value: None, take=lambda name: next(theirs)
+    )
+    found = cluster.compare_clocks(exchange, [0, 1])
+    assert abs(found[1].seconds) < 0.1
+
+
+def test_a_lock_of_another_machine_is_seen_without_a_list_of_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lock").touch()
+    read = Path.read_text
+    answer = struct.pack(cluster._FLOCK, fcntl.F_WRLCK, 0, 0, 0, 0)
+    monkeypatch.setattr(cluster.fcntl, "fcntl", lambda *_arguments: answer)
+
+    def refuse(path: Path, *rest: object) -> str:
+        if path == Path("/proc/locks"):
+            raise PermissionError
+        return read(path, *rest)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert cluster.is_locked(tmp_path / "lock")
 
 
 @pytest.mark.parametrize(
