@@ -27,7 +27,7 @@ def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str]
     if op != "==" or {type(left).__name__, type(right).__name__} != {"FinalState"}:
         return None
     # Only now: it imports torch, which most tests do not need.
-    from tests.final_state import FinalState, explain
+    from tests.support.final_state import FinalState, explain
 
     assert isinstance(left, FinalState)
     assert isinstance(right, FinalState)

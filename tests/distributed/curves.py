@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tests.distributed import toy
 from tests.distributed.parity import LAYOUTS
 from tests.distributed.ranks import run_ranks
-from tests.reference import Reference
+from tests.support.reference import Reference
 
 STEPS, SAVED_AT = 100, 50
 SAVERS = ("tp2 pp2 dp1", "tp1 pp1 dp2")

@@ -3,7 +3,7 @@
     one rank -> weights -> Reference (fp64) -> logits, gradients of the global batch = the truth
     each rank -> same weights, Megatron's schedule -> its slices, as training has them -> errors
 
-Nothing here trusts another run of our own: what is compared with is tests/reference.py.
+Nothing here trusts another run of our own: what is compared with is tests/support/reference.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from geneformer_mcore.training.step import Totals, run_schedule
 from geneformer_mcore.types import PAD, Batch
 from tests.distributed import toy
 from tests.distributed.ranks import in_turn, run_ranks
-from tests.reference import Reference
+from tests.support.reference import Reference
 
 SPREAD = 8.0
 """Initial weights are so small that most mistakes would hide below 1e-5: make them larger."""

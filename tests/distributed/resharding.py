@@ -21,7 +21,7 @@ from geneformer_mcore.checkpoint import state
 from tests.distributed import toy
 from tests.distributed.parity import INTERLEAVED, OVERLAP, PACKED, PP2, SEQUENCE, TP2
 from tests.distributed.ranks import run_ranks
-from tests.final_state import read_whole
+from tests.support.final_state import read_whole
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp1 pp1 dp1": (1, ()),

@@ -19,7 +19,7 @@ from geneformer_mcore.distributed import groups
 from geneformer_mcore.types import PAD, Batch
 from tests.distributed import toy
 from tests.distributed.ranks import run_ranks
-from tests.step_job import job_in
+from tests.support.step_job import job_in
 
 HERE = ("ours_padded", "megatron")
 HERE += ("hf_dynamic", "hf_padded") if is_available("transformers") else ()

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import scipy.sparse
 
-from tests import commands
 from tests.end_to_end import forked
-from tests.final_state import FinalState, final_state
+from tests.support import commands
+from tests.support.final_state import FinalState, final_state
 
 NUM_CELLS, NUM_GENES = 240, 300
 

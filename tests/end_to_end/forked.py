@@ -28,7 +28,7 @@ import torch.distributed as dist
 from geneformer_mcore.checkpoint import folder as checkpoints
 from tests.distributed.ranks import context
 from tests.end_to_end.instants import before as before
-from tests.two_hosts import ADDRESSES, PORT, TwoHosts, enter
+from tests.support.two_hosts import ADDRESSES, PORT, TwoHosts, enter
 
 SETTINGS = (
     "model.num_layers=2",

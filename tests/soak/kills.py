@@ -24,8 +24,8 @@ from pathlib import Path
 
 from geneformer_mcore.checkpoint import folder as checkpoints
 from tests.end_to_end import forked
-from tests.final_state import explain, final_state
-from tests.small_store import write_small_store
+from tests.support.final_state import explain, final_state
+from tests.support.small_store import write_small_store
 
 SETTINGS = (
     "train.validate_every_steps=0",

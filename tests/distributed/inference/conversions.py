@@ -23,7 +23,7 @@ from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS, PAD, Batch
 from tests.distributed import toy
 from tests.distributed.inference import trained
-from tests.small_cells import vocabulary_of
+from tests.support.small_cells import vocabulary_of
 
 V1_SPECIALS = ("<pad>", "<mask>")
 V2_SPECIALS = ("<pad>", "<mask>", "<cls>", "<eos>")

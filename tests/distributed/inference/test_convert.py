@@ -1,6 +1,6 @@
 """Models from Hugging Face and back: the same logits, the same bits, and mistakes that are told.
 
-What Hugging Face's classes compute is tests/plain_bert.py's word, and transformers' own where it
+`tests/support/plain_bert.py` computes what Hugging Face's classes compute; transformers does, too, where it
 is installed.
 """
 
@@ -25,13 +25,13 @@ from geneformer_mcore.checkpoint import weights_reader
 from geneformer_mcore.convert import convert, converted_run, hf_keys
 from geneformer_mcore.errors import GeneformerError
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
-from tests import plain_bert
 from tests.distributed import toy
 from tests.distributed.inference import conversions
 from tests.distributed.inference.conversions import V1_SPECIALS, V2_SPECIALS
 from tests.distributed.parity import PP2, SEQUENCE
 from tests.distributed.ranks import in_turn, run_ranks
-from tests.small_cells import plain_tokens, vocabulary_of
+from tests.support import plain_bert
+from tests.support.small_cells import plain_tokens, vocabulary_of
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 needs_transformers = pytest.mark.skipif(

@@ -34,8 +34,8 @@ from tests.distributed.inference.trained import (
 )
 from tests.distributed.parity import PP2, SEQUENCE, TP2
 from tests.distributed.ranks import run_ranks
-from tests.small_cells import gene_id, vocabulary_of
-from tests.small_experiment import write_experiment
+from tests.support.small_cells import gene_id, vocabulary_of
+from tests.support.small_experiment import write_experiment
 
 MISSING = [UNKNOWN, EMPTY]
 FEW = f"--tokens-per-batch {toy.SEQ_LENGTH}"

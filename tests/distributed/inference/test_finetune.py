@@ -22,7 +22,7 @@ from tests.distributed.inference import tuned
 from tests.distributed.inference.tuned import LORA
 from tests.distributed.parity import OVERLAP, PACKED, SEQUENCE, TP2, in_rows
 from tests.distributed.ranks import in_turn, run_ranks
-from tests.reference import Reference
+from tests.support.reference import Reference
 
 UNEVEN = (PACKED, "train.global_batch_size=5", "data.tokens_per_micro_batch=192")
 FROZEN, PROBE = ("finetune.frozen_layers=2",), ("finetune.frozen_layers=4",)

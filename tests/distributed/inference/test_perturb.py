@@ -22,7 +22,7 @@ from tests.distributed.commands import assert_refused, commands, succeed
 from tests.distributed.inference.trained import EMPTY, LONG, NUM_CELLS, ONE_GENE, UNKNOWN, Trained
 from tests.distributed.parity import PP2, TP2
 from tests.distributed.ranks import run_ranks
-from tests.small_cells import gene_id, write_h5ad
+from tests.support.small_cells import gene_id, write_h5ad
 
 OTHER = 8
 """An ordinary cell, shorter than seq_length."""

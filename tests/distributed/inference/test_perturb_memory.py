@@ -19,7 +19,7 @@ from geneformer_mcore.perturbation.question import GeneNames, Sets
 from geneformer_mcore.perturbation.statistics import Controls
 from geneformer_mcore.types import NUM_SPECIALS
 from tests.distributed.ranks import run_ranks
-from tests.small_cells import vocabulary_of
+from tests.support.small_cells import vocabulary_of
 
 NUM_CELLS, NUM_GENES = 1000, 500
 WHOLE = NUM_CELLS * NUM_GENES * len(DISPLACEMENT_COLUMNS) * 4

@@ -22,8 +22,8 @@ from geneformer_mcore.types import NUM_SPECIALS
 from tests.distributed import toy
 from tests.distributed.parity import enlarge
 from tests.distributed.ranks import run_ranks
-from tests.reference import Reference
-from tests.small_cells import gene_id, plain_tokens, random_counts, vocabulary_of
+from tests.support.reference import Reference
+from tests.support.small_cells import gene_id, plain_tokens, random_counts, vocabulary_of
 
 NUM_GENES, NUM_UNKNOWN, NUM_CELLS = toy.VOCABULARY - NUM_SPECIALS, 30, 41
 ONE_GENE, UNKNOWN, EMPTY, LONG = 3, 5, 11, 17

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.resharding import BF16, GENTLE, TWO_LAYERS, Checkpoints
-from tests.final_state import read_whole
+from tests.support.final_state import read_whole
 
 PAIRS = [
     ("tp2 pp1 dp1", "tp1 pp1 dp1"),

@@ -19,10 +19,10 @@ from geneformer_mcore.checkpoint.record import Identity, Record
 from geneformer_mcore.checkpoint.safe_metadata import METADATA
 from geneformer_mcore.config.sections import CheckpointConfig
 from geneformer_mcore.errors import CheckpointError
-from tests import small_disk
 from tests.distributed import toy
 from tests.distributed.parity import PP2, TP2
 from tests.distributed.ranks import in_turn, run_ranks
+from tests.support import small_disk
 
 SMALL = "model.num_layers=2"
 

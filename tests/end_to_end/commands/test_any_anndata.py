@@ -27,8 +27,8 @@ from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.tokenizer.genes import InputOptions, find_genes, map_genes
 from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
-from tests.small_cells import gene_id, plain_tokens, random_counts
-from tests.small_experiment import write_experiment
+from tests.support.small_cells import gene_id, plain_tokens, random_counts
+from tests.support.small_experiment import write_experiment
 
 NUM_CELLS, NUM_GENES = 17, 31
 NAMES = [f"SYM{number}" for number in range(NUM_GENES)]

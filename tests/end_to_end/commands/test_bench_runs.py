@@ -24,8 +24,8 @@ from benchmarks.harness.common import version_of
 from geneformer_mcore.errors import DataError, GeneformerError
 from tests.distributed import toy
 from tests.end_to_end.commands.benchmark_processes import ROOT, forked
-from tests.small_cells import gene_id, random_counts, write_h5ad
-from tests.step_job import job_in
+from tests.support.small_cells import gene_id, random_counts, write_h5ad
+from tests.support.step_job import job_in
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 SIZES = """\

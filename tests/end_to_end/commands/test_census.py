@@ -17,9 +17,9 @@ from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.soma_io import SomaReader
 from geneformer_mcore.store.split.table import SplitTable
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
-from tests import commands
-from tests.small_cells import gene_id, random_counts
-from tests.small_experiment import write_experiment
+from tests.support import commands
+from tests.support.small_cells import gene_id, random_counts
+from tests.support.small_experiment import write_experiment
 
 SIZES = {"a": 300, "b": 40, "c": 40, "d": 20, "whole": 30}
 # In place of Amazon's servers, a port of this machine on which nothing listens.

@@ -11,10 +11,10 @@ import pytest
 
 from benchmarks import cell_types
 from geneformer_mcore.errors import DataError
-from tests import commands
 from tests.distributed.inference.test_classify import classified
 from tests.distributed.ranks import run_ranks
 from tests.end_to_end import forked
+from tests.support import commands
 
 TINY = (
     *("model.num_layers=1", "model.hidden_size=16", "model.ffn_hidden_size=16"),

@@ -11,10 +11,10 @@ import pytest
 
 from geneformer_mcore.checkpoint import weights_reader
 from geneformer_mcore.convert.hf_keys import WORDS
-from tests import commands, plain_bert
 from tests.distributed.inference import conversions
 from tests.end_to_end import forked
 from tests.end_to_end.conftest import NUM_GENES
+from tests.support import commands, plain_bert
 
 SHAPE = {"layers": 2, "hidden": 32, "ffn": 64, "positions": 100}
 LIKE_IT = ("model.norm=post", "train.validate_every_steps=0", "train.steps=4", "optim.lr=1e-3")

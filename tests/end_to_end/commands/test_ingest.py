@@ -22,8 +22,8 @@ import pytest
 from geneformer_mcore.store.check import check_store
 from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.store.split.table import SplitTable
-from tests import commands
-from tests.small_cells import random_counts, vocabulary_of, write_h5ad
+from tests.support import commands
+from tests.support.small_cells import random_counts, vocabulary_of, write_h5ad
 
 NUM_GENES, CELLS_A, CELLS_B = 400, 400, 500
 

@@ -6,7 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from tests import commands
+from tests.support import commands
 
 start = partial(commands.run, "launch/cache_store.py")
 

@@ -16,8 +16,8 @@ import anndata
 import numpy as np
 import pytest
 
-from tests import commands
 from tests.earlier.make import FIRST, LAST, SETTINGS, processor
+from tests.support import commands
 
 ARCHIVES = sorted((Path(__file__).parents[2] / "earlier").glob("*.tar.xz"))
 MEASURED = {"loss", "grad_norm", "lr", "cells_seen", "tokens_seen", "val_loss"}

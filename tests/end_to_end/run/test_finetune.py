@@ -15,13 +15,13 @@ import pandas as pd
 import pytest
 
 from geneformer_mcore.checkpoint import weights_reader
-from tests import commands as built
 from tests.distributed.commands import commands
 from tests.distributed.ranks import run_ranks
 from tests.end_to_end import forked
 from tests.end_to_end.conftest import NUM_CELLS
 from tests.end_to_end.forked import outcome, records
 from tests.end_to_end.run.test_pretrain import signalled
+from tests.support import commands as built
 
 LEARN = ("train.steps=40", "optim.lr=3e-3", "train.validate_every_steps=20")
 LORA = ("parallel.tensor=2", "finetune.lora_rank=2")

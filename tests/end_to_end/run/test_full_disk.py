@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests import small_disk
 from tests.end_to_end import forked
 from tests.end_to_end.forked import newest, outcome, records
-from tests.final_state import FinalState, final_state
-from tests.marks import soak
+from tests.support import small_disk
+from tests.support.final_state import FinalState, final_state
+from tests.support.marks import soak
 
 STEPS = 12
 STEP = "geneformer_mcore.training.trainer:train_step"

@@ -17,8 +17,8 @@ import pytest
 from geneformer_mcore.checkpoint import folder as checkpoints
 from tests.distributed.ranks import context
 from tests.end_to_end import forked
-from tests.final_state import FinalState, final_state
 from tests.soak import kill_points
+from tests.support.final_state import FinalState, final_state
 
 MORE = (
     "train.steps=8",

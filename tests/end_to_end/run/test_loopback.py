@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests import commands
+from tests.support import commands
 
 LOOK = """
 import json, os, psutil, sys

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from geneformer_mcore.errors import DataError
-from tests import commands
 from tests.end_to_end import forked
 from tests.end_to_end.forked import outcome, records
 from tests.end_to_end.run.test_pretrain import MORE
-from tests.marks import soak
+from tests.support import commands
+from tests.support.marks import soak
 
 TIMEOUT_S = 8
 TROUBLE_AT = 5

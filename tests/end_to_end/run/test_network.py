@@ -1,7 +1,7 @@
 """Training on two hosts, and how it ends when the network between them fails.
 
-The hosts are network namespaces (tests/two_hosts.py). Ranks are forked onto them; in the soak each
-host runs torchrun, as a user starts it.
+The hosts are network namespaces (tests/support/two_hosts.py). Ranks are forked onto them; in the
+soak each host runs torchrun, as a user starts it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import pytest
 from tests.end_to_end import forked
 from tests.end_to_end.forked import outcome
 from tests.end_to_end.run.test_pretrain import settings as settings_of
-from tests.final_state import FinalState, final_state
-from tests.two_hosts import ADDRESSES, LINK, PORT, Command, TwoHosts, two_hosts, wait_for
+from tests.support.final_state import FinalState, final_state
+from tests.support.two_hosts import ADDRESSES, LINK, PORT, Command, TwoHosts, two_hosts, wait_for
 
 TIMEOUT_S = 8
 TROUBLE_AT = 5

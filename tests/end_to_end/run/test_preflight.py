@@ -20,8 +20,8 @@ import pytest
 
 from geneformer_mcore.distributed.network import interface_of
 from geneformer_mcore.store.layout import Manifest
-from tests import commands
 from tests.end_to_end import forked
+from tests.support import commands
 
 LIMIT = "parallel.timeout_s=20"
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import commands
 from tests.end_to_end import forked
 from tests.end_to_end.forked import outcome, records
+from tests.support import commands
 
 STEPS = 14
 MORE = (

@@ -13,8 +13,8 @@ import pytest
 
 from geneformer_mcore.training.profiler import WARM_UP_STEPS
 from tests.end_to_end import forked
-from tests.final_state import FinalState, final_state
-from tests.marks import soak
+from tests.support.final_state import FinalState, final_state
+from tests.support.marks import soak
 
 STEPS = 8
 MORE = (

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end import forked
-from tests.final_state import final_state
 from tests.soak.slurm import cluster as slurm
 from tests.soak.slurm.cluster import Cluster
 from tests.soak.slurm.jobs import CONFIGURATION, ROOT, TOY, submit
+from tests.support.final_state import final_state
 
 STEPS = "train.steps=12"
 # What Python runs first in every process of the job: in the ranks of its first start step 6 waits

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.end_to_end.forked import SETTINGS
-from tests.final_state import FinalState, final_state
 from tests.soak.slurm.cluster import Cluster
+from tests.support.final_state import FinalState, final_state
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = "slurm/pretrain_106m.sh"

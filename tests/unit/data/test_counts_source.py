@@ -21,7 +21,7 @@ from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.split.table import SPLITS, RandomSplit
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import CLS
-from tests.small_cells import write_h5ad
+from tests.support.small_cells import write_h5ad
 from tests.unit.data.identified_cells import sights
 
 GENES = [f"ENSG{number:011d}" for number in range(60)]

@@ -22,7 +22,7 @@ from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.types import NUM_SPECIALS, KnownLengths, RaggedCells, TokenSource
 from tests.distributed.ranks import run_ranks
-from tests.small_store import write_small_store
+from tests.support.small_store import write_small_store
 from tests.unit.data.identified_cells import VOCABULARY, Cells, cell, feed, ragged, sights, views
 
 BATCH = 24

@@ -26,8 +26,8 @@ from geneformer_mcore.tokenizer.dictionary import import_dictionary
 from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS, RaggedCells
-from tests.small_cells import gene_ids, random_counts, vocabulary_of, write_h5ad
-from tests.small_store import write_small_store
+from tests.support.small_cells import gene_ids, random_counts, vocabulary_of, write_h5ad
+from tests.support.small_store import write_small_store
 
 NUM_CELLS, NUM_GENES, SEQ_LENGTH = 60, 900, 200
 VOCABULARY = vocabulary_of(NUM_GENES)

@@ -12,7 +12,7 @@ import pytest
 from geneformer_mcore.celltypes import labelled
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.tokenizer.genes import InputOptions
-from tests.small_cells import random_counts, write_h5ad
+from tests.support.small_cells import random_counts, write_h5ad
 
 OBS = {
     "Cell.Type": pd.Categorical(["T", "B", None, " T"] * 3),

@@ -15,7 +15,7 @@ from geneformer_mcore.perturbation.perturbed_cells import Mode
 from geneformer_mcore.perturbation.question import GeneNames, Perturbation
 from geneformer_mcore.perturbation.statistics import Survey
 from geneformer_mcore.types import NUM_SPECIALS
-from tests.small_cells import vocabulary_of
+from tests.support.small_cells import vocabulary_of
 
 NUM_GENES = 2000
 VOCABULARY = vocabulary_of(NUM_GENES)

@@ -11,7 +11,7 @@ from geneformer_mcore.perturbation.perturbed_cells import Editor, Mode
 from geneformer_mcore.perturbation.question import GeneNames, Perturbation, Sets, distinct
 from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
 from geneformer_mcore.types import CLS, NUM_SPECIALS
-from tests.small_cells import gene_id, plain_tokens, vocabulary_of
+from tests.support.small_cells import gene_id, plain_tokens, vocabulary_of
 
 NUM_GENES, SEQ_LENGTH = 300, 40
 VOCABULARY = vocabulary_of(NUM_GENES)

@@ -9,7 +9,7 @@ import pytest
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.report import figures, results
-from tests import commands
+from tests.support import commands
 
 CONFIG = """
 data: {seq_length: 256}

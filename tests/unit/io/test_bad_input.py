@@ -30,8 +30,15 @@ from geneformer_mcore.exit_codes import run
 from geneformer_mcore.io.counts import open_counts
 from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.tokenizer import gencode
-from tests.small_cells import adata_of, gene_id, gene_ids, random_counts, vocabulary_of, write_h5ad
-from tests.small_experiment import ORGANISM, write_experiment
+from tests.support.small_cells import (
+    adata_of,
+    gene_id,
+    gene_ids,
+    random_counts,
+    vocabulary_of,
+    write_h5ad,
+)
+from tests.support.small_experiment import ORGANISM, write_experiment
 
 NUM_CELLS, NUM_GENES = 12, 20
 COUNTS = random_counts(np.random.default_rng(4), NUM_CELLS, NUM_GENES, density=0.4)

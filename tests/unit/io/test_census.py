@@ -30,8 +30,8 @@ from geneformer_mcore.store.census_download import (
     prepare_plan,
 )
 from geneformer_mcore.store.split.dataset_table import read_dataset_table
-from tests.small_cells import adata_of, flip_bit, gene_id, random_counts
-from tests.small_experiment import write_experiment
+from tests.support.small_cells import adata_of, flip_bit, gene_id, random_counts
+from tests.support.small_experiment import write_experiment
 
 NUM_GENES = 20
 SYMBOLS = [f"S{place}" for place in range(NUM_GENES)]

@@ -18,7 +18,7 @@ from scipy import sparse
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.counts import open_counts
 from geneformer_mcore.io.h5ad import CountsFile
-from tests.small_cells import gene_id, random_counts, write_h5ad
+from tests.support.small_cells import gene_id, random_counts, write_h5ad
 
 
 @pytest.fixture

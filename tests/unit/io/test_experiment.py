@@ -20,8 +20,8 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.io import soma
 from geneformer_mcore.io.counts import open_counts
 from geneformer_mcore.io.soma import ExperimentCounts, JoinIds, soma_context
-from tests.small_cells import gene_id, random_counts
-from tests.small_experiment import ORGANISM, write_experiment
+from tests.support.small_cells import gene_id, random_counts
+from tests.support.small_experiment import ORGANISM, write_experiment
 
 GENES = [gene_id(number) for number in range(30)]
 

@@ -21,7 +21,7 @@ from scipy import sparse
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io import count_matrix
 from geneformer_mcore.io.count_matrix import StoredMatrix, is_matrix, open_matrix
-from tests.small_cells import random_counts
+from tests.support.small_cells import random_counts
 
 SHAPE = (41, 23)
 SLICES = ((0, 41), (5, 9), (7, 8), (40, 41), (3, 3), (0, 20))

@@ -18,7 +18,7 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.io import count_matrix
 from geneformer_mcore.io.counts import open_counts
 from geneformer_mcore.io.memory import MemoryCounts
-from tests.small_cells import gene_id, random_counts
+from tests.support.small_cells import gene_id, random_counts
 
 NUM_CELLS, NUM_GENES = 23, 40
 FORMS: dict[str, Callable[[Any], Any]] = {

@@ -22,8 +22,8 @@ from geneformer_mcore.io.soma import unreadable
 from geneformer_mcore.store.ingest import plan
 from geneformer_mcore.store.ingest.build import build_store, vocabulary_of_inputs
 from geneformer_mcore.tokenizer.genes import InputOptions
-from tests import commands
-from tests.small_cells import random_counts, vocabulary_of, write_h5ad
+from tests.support import commands
+from tests.support.small_cells import random_counts, vocabulary_of, write_h5ad
 
 NUM_GENES, NUM_CELLS = 40, 90
 CURL = "S3: Error while listing: curlCode: 28, Timeout was reached"

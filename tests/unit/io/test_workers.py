@@ -25,7 +25,7 @@ from geneformer_mcore.errors import DataError, LostWorkerError
 from geneformer_mcore.io.workers import Workers
 from geneformer_mcore.tokenizer import build
 from geneformer_mcore.tokenizer.genes import InputOptions
-from tests.small_cells import random_counts, write_h5ad
+from tests.support.small_cells import random_counts, write_h5ad
 
 
 class TooLarge:

@@ -22,7 +22,13 @@ from geneformer_mcore.store.ingest.staging import StagedFolder
 from geneformer_mcore.store.keys import cell_keys, order_keys
 from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.store.split.table import SPLITS, RandomSplit
-from tests.small_cells import gene_ids, plain_tokens, random_counts, vocabulary_of, write_h5ad
+from tests.support.small_cells import (
+    gene_ids,
+    plain_tokens,
+    random_counts,
+    vocabulary_of,
+    write_h5ad,
+)
 
 NUM_GENES = 60
 SPLIT = RandomSplit(0.2, 0.1)

@@ -20,8 +20,15 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.exit_codes import run
 from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
-from tests import commands
-from tests.small_cells import flip_bit, gene_id, gene_ids, random_counts, vocabulary_of, write_h5ad
+from tests.support import commands
+from tests.support.small_cells import (
+    flip_bit,
+    gene_id,
+    gene_ids,
+    random_counts,
+    vocabulary_of,
+    write_h5ad,
+)
 
 NEEDS_SCANPY = pytest.mark.skipif(
     find_spec("scanpy") is None, reason="the demo's cells are in scanpy, which is not installed"

@@ -21,8 +21,8 @@ from geneformer_mcore.store.check import check_store
 from geneformer_mcore.store.layout import Manifest, list_files
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
-from tests.small_cells import flip_bit, vocabulary_of
-from tests.small_store import write_small_store
+from tests.support.small_cells import flip_bit, vocabulary_of
+from tests.support.small_store import write_small_store
 
 NUM_CELLS, NUM_GENES, SEQ_LENGTH = 1500, 400, 48
 KINDS = """

@@ -13,7 +13,7 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.store import local_cache
 from geneformer_mcore.types import RaggedCells
 from tests.distributed.ranks import context
-from tests.small_cells import flip_bit
+from tests.support.small_cells import flip_bit
 from tests.unit.data.identified_cells import Cells, cell
 
 HASH = "ab" * 32

@@ -14,7 +14,7 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.store import reader, soma_io
 from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.reader import TokenStore
-from tests.small_store import write_small_store
+from tests.support.small_store import write_small_store
 
 NUM_CELLS, NUM_GENES, SEQ_LENGTH = 3000, 500, 64
 

@@ -27,8 +27,8 @@ from geneformer_mcore.store.split.dataset_table import (
 from geneformer_mcore.store.split.policy import POLICIES, choose_roles, make_split
 from geneformer_mcore.store.split.table import SplitTable
 from geneformer_mcore.tokenizer.genes import InputOptions
-from tests.small_cells import adata_of, random_counts, vocabulary_of, write_h5ad
-from tests.small_experiment import write_experiment
+from tests.support.small_cells import adata_of, random_counts, vocabulary_of, write_h5ad
+from tests.support.small_experiment import write_experiment
 
 
 def dataset(

@@ -19,8 +19,8 @@ from geneformer_mcore.store.ingest import plan, staging
 from geneformer_mcore.store.ingest.build import build_store
 from geneformer_mcore.store.ingest.staging import StagedFolder, check_target
 from geneformer_mcore.store.layout import MANIFEST_FILE, Manifest
-from tests import commands
-from tests.small_cells import random_counts, vocabulary_of, write_h5ad
+from tests.support import commands
+from tests.support.small_cells import random_counts, vocabulary_of, write_h5ad
 
 NUM_GENES = 30
 

@@ -43,8 +43,8 @@ from geneformer_mcore.store.keys import order_keys
 from geneformer_mcore.store.report import _binned, _median, _reached, sum_skipped
 from geneformer_mcore.store.split.table import RandomSplit
 from geneformer_mcore.tokenizer.genes import GeneMap, InputOptions
-from tests.small_cells import flip_bit, vocabulary_of
-from tests.small_store import cells_table, write_unit
+from tests.support.small_cells import flip_bit, vocabulary_of
+from tests.support.small_store import cells_table, write_unit
 
 # Buckets
 

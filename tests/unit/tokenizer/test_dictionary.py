@@ -13,7 +13,7 @@ import pytest
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.tokenizer.dictionary import import_dictionary, read_dictionary
-from tests.small_cells import gene_id
+from tests.support.small_cells import gene_id
 
 MEDIANS = {gene_id(1): 2.5, gene_id(3): 0.5, gene_id(2): 1.0}
 TOKENS = {"<pad>": 0, "<mask>": 1, **{gene_id(i): i + 1 for i in (1, 2, 3)}}

@@ -18,7 +18,7 @@ from geneformer_mcore.tokenizer import gencode
 from geneformer_mcore.tokenizer.build import build_vocabulary
 from geneformer_mcore.tokenizer.genes import InputOptions, find_genes
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
-from tests.small_cells import gene_id, vocabulary_of, write_h5ad
+from tests.support.small_cells import gene_id, vocabulary_of, write_h5ad
 
 LINES = (
     f"{gene_id(1)},TP53,2,1396,x\n{gene_id(2)},MYC,6,632,x\n{gene_id(3)},MYC,1,9,x\n"

@@ -11,7 +11,7 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.tokenizer.gencode import clean_id, load_symbols
 from geneformer_mcore.tokenizer.genes import GeneIds, find_gene_ids, map_genes, names_as_symbols
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
-from tests.small_cells import gene_id, gene_ids, vocabulary_of
+from tests.support.small_cells import gene_id, gene_ids, vocabulary_of
 
 THREE, FOUR = vocabulary_of(3), vocabulary_of(4)
 TABLE = {"TP53": gene_id(1), "MYC": gene_id(2)}

@@ -22,7 +22,14 @@ from geneformer_mcore.tokenizer.genes import InputOptions, describe_other_ids
 from geneformer_mcore.tokenizer.medians import RELATIVE_ERROR, Histograms, MedianCollector
 from geneformer_mcore.tokenizer.tally import FileRecord, Tally, load_tally, save_tally
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
-from tests.small_cells import block_of, flip_bit, gene_id, gene_ids, random_counts, write_h5ad
+from tests.support.small_cells import (
+    block_of,
+    flip_bit,
+    gene_id,
+    gene_ids,
+    random_counts,
+    write_h5ad,
+)
 
 NEVER_GB = 1e-7
 """Room for four values: histograms."""

@@ -21,7 +21,7 @@ from geneformer_mcore.tokenizer.genes import find_gene_ids, map_genes
 from geneformer_mcore.tokenizer.rank_encoder import RankedCells, RankEncoder
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import CLS, NUM_SPECIALS
-from tests.small_cells import block_of, plain_tokens, random_counts, vocabulary_of
+from tests.support.small_cells import block_of, plain_tokens, random_counts, vocabulary_of
 
 
 def encode(

@@ -9,7 +9,7 @@ import pytest
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.tokenizer.vocabulary import MAX_TOKENS, Vocabulary
-from tests.small_cells import vocabulary_of
+from tests.support.small_cells import vocabulary_of
 
 PLAIN = Vocabulary(("a", "b"), ("A", "B"), (1.5, 2.5))
 

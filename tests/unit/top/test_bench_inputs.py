@@ -21,7 +21,7 @@ from benchmarks.harness.peers.tokenisers import BioNeMoTokeniser, HFTokeniser, e
 from benchmarks.harness.tflops_rows import Setting
 from benchmarks.tokenize import num_different
 from geneformer_mcore.types import CLS, MASK, NUM_SPECIALS, PAD
-from tests.small_cells import gene_id, plain_tokens, random_counts, vocabulary_of
+from tests.support.small_cells import gene_id, plain_tokens, random_counts, vocabulary_of
 
 GENES = 400
 

@@ -29,7 +29,7 @@ from geneformer_mcore.model.flops import (
     padded_equivalent_flops,
 )
 from geneformer_mcore.training.step import Totals
-from tests.small_cells import vocabulary_of
+from tests.support.small_cells import vocabulary_of
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import final_state
-from tests.final_state import FinalState, explain
+from tests.support import final_state
+from tests.support.final_state import FinalState, explain
 
 
 def run_of(folder: Path, losses: list[float]) -> Path:

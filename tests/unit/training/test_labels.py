@@ -16,7 +16,7 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.training.datasets import RunCells
 from geneformer_mcore.training.finetuning import labelled
 from geneformer_mcore.types import CellViews, KnownLengths, RaggedCells, RandomAccess
-from tests.small_cells import vocabulary_of
+from tests.support.small_cells import vocabulary_of
 from tests.unit.data.identified_cells import views
 
 NUM_CELLS = 20

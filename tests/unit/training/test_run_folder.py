@@ -12,7 +12,7 @@ from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.exit_codes import DEFECT, FINISHED, INTERRUPTED, WRONG_INPUT
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.training.run_folder import RunFolder
-from tests.small_cells import vocabulary_of
+from tests.support.small_cells import vocabulary_of
 
 
 def outcome(path: Path) -> dict:

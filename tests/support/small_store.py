@@ -15,7 +15,7 @@ from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.store.split.table import SPLITS, RandomSplit
 from geneformer_mcore.tokenizer.genes import InputOptions
-from tests.small_cells import vocabulary_of
+from tests.support.small_cells import vocabulary_of
 
 
 def cells_table(cells: list[list[int]]) -> pa.Table:

@@ -24,7 +24,7 @@ from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.io import progress
 from tests.distributed.ranks import context
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(
