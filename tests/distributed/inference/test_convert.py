@@ -1,7 +1,7 @@
 """Models from Hugging Face and back: the same logits, the same bits, and mistakes that are told.
 
-`tests/support/plain_bert.py` computes what Hugging Face's classes compute; transformers does, too, where it
-is installed.
+`tests/support/plain_bert.py` computes what Hugging Face's classes compute, and transformers
+itself does where it is installed.
 """
 
 from __future__ import annotations
