@@ -43,7 +43,6 @@ SAME_TOKENS = (
     "tokens_scdataset_our_store",
 )
 """The same tokens in tiledbsoma-ml's or scDataset's way of reading."""
-_RESULT = "turn.json"
 
 
 def main() -> int:
@@ -62,8 +61,8 @@ def main() -> int:
     failures = _prepare(arguments.work, chosen)
 
     def turn(name: str, number: int) -> tuple[dict[str, Any], str]:
-        why = _call(arguments.work, "--turn", name, *(["--check"] if number == 0 else []))
-        return ({}, why) if why else (json.loads((arguments.work / _RESULT).read_text()), "")
+        words = ["--turn", name, *(["--check"] if number == 0 else [])]
+        return common.child(__file__, arguments.work, TIMEOUT_S, *words)
 
     labels = {name: kind.label for name, kind in chosen.items()}
     turns = common.in_rounds(
@@ -115,20 +114,13 @@ def _make_cells(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _prepare(work: Path, chosen: dict[str, type[Contestant]]) -> dict[str, str]:
     """Make the formats that are not there; {contestant: why it cannot be measured}."""
-    failures: dict[str, str] = {}
+    failures = common.not_installed(chosen)
     for name, kind in chosen.items():
-        if kind.package and common.version_of(kind.package) == common.NOT_INSTALLED:
-            failures[name] = f"{kind.package} is {common.NOT_INSTALLED}"
-        elif not all((work / "all" / f"{make.__name__}.made").exists() for make in kind.formats):
+        marks = [work / "all" / f"{make.__name__}.made" for make in kind.formats]
+        if name not in failures and not all(mark.exists() for mark in marks):
             print(f"{kind.label}: making its files", flush=True)
-            failures[name] = _call(work, "--prepare", name)
+            _, failures[name] = common.child(__file__, work, TIMEOUT_S, "--prepare", name)
     return {name: why for name, why in failures.items() if why}
-
-
-def _call(work: Path, *words: str) -> str:
-    """Run this script with `words`; why it failed, or nothing."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--work", str(work), *words]
-    return common.why_failed(command, TIMEOUT_S).replace(str(work), "DIR")
 
 
 def _child(arguments: argparse.Namespace) -> int:
@@ -138,7 +130,7 @@ def _child(arguments: argparse.Namespace) -> int:
     few, data = (Prepared(arguments.work / name) for name in ("few", "all"))
     if arguments.turn:
         found = take_turn(CONTESTANTS[arguments.turn], data, few, with_check=arguments.check)
-        (arguments.work / _RESULT).write_text(json.dumps(found))
+        (arguments.work / common.TURN).write_text(json.dumps(found))
         return 0
     for make in CONTESTANTS[arguments.prepare].formats:
         for each in (few, data):
@@ -204,16 +196,12 @@ def goals_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def save_bars(path: Path, rows: Sequence[dict[str, Any]], about: str) -> None:
     """Draw cells/s as horizontal bars on a log scale, a panel per table."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     from geneformer_mcore.metrics.provenance import machine
+    from geneformer_mcore.report.figures import new_figure
 
     kept = [each for each in rows if not each["not_measured"]]
-    size = (9, 0.32 * (len(kept) + 5))
-    figure, panels = pyplot.subplots(len(TITLES), figsize=size, layout="constrained")
+    figure = new_figure(9, 0.32 * (len(kept) + 5))
+    panels = figure.subplots(len(TITLES))
     for axes, (kind, title) in zip(panels, TITLES.items(), strict=True):
         bars = [each for each in kept if each["table"] == kind]
         bars.sort(key=lambda each: each["cells_per_s"])
@@ -229,7 +217,6 @@ def save_bars(path: Path, rows: Sequence[dict[str, Any]], about: str) -> None:
     figure.supxlabel(f"{machine()}; {about}", x=0.01, ha="left", fontsize=7, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def _arguments() -> argparse.Namespace:

@@ -39,7 +39,6 @@ DEMO_STORE = ROOT / "build" / "demo" / "store"
 
 
 def main() -> int:
-    """Simulate, project, print the table."""
     arguments = _arguments()
     steps = arguments.steps
     problems = [f"--steps must be above 0, and is {steps}."] if steps <= 0 else []

@@ -53,7 +53,6 @@ FAILED = "failed: "
 
 
 def main() -> int:
-    """Measure every requested setting and print the table."""
     arguments = _arguments()
     ranges = [("--steps", arguments.steps, 1), ("--warmup", arguments.warmup, 0)]
     ranges += [("--micro-batch", size, 1) for size in arguments.micro_batch or ()]

@@ -129,7 +129,6 @@ def _as_list(tokens: Tokens) -> list[np.ndarray]:
 
 
 def num_different(found: list[np.ndarray], exact: list[np.ndarray]) -> int:
-    """Cells whose lists are not equal."""
     return sum(not np.array_equal(*pair) for pair in zip(found, exact, strict=True))
 
 

@@ -27,7 +27,6 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from benchmarks.harness import common
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from benchmarks.harness.peers.steps import Job
 
 TIMEOUT_S = 3600
-_JOB, _RESULT = "job.json", "turn.json"
+_JOB = "job.json"
 ON_CPU: dict[str, Any] = {
     "precision": "fp32",
     "attention_dropout": 0.0,  # torch has no fused attention with dropout on a CPU
@@ -132,12 +131,12 @@ def _measure(arguments: argparse.Namespace, job: Job) -> None:
     chosen = arguments.only or NAMES
     kinds = {name: kind for name, kind in CONTESTANTS.items() if name in chosen}
     labels = {name: kind.label for name, kind in kinds.items()}
-    failures = {
-        name: f"{kind.package} is {common.NOT_INSTALLED}"
-        for name, kind in kinds.items()
-        if kind.package and common.version_of(kind.package) == common.NOT_INSTALLED
-    }
-    sizes, turn = arguments.micro_batches, partial(_turn, arguments.work)
+    failures, sizes = common.not_installed(kinds), arguments.micro_batches
+
+    def turn(name: str, micro: int) -> tuple[dict[str, Any], str]:
+        words = ("--cells", str(arguments.work), "--turn", f"{name}:{micro}")
+        return common.child(__file__, arguments.work, TIMEOUT_S, *words)
+
     tuning = tune(turn, labels, sizes, failures)
     micro = {name: fastest(tried, sizes) for name, tried in tuning.items()}
     turns = common.in_rounds(
@@ -184,7 +183,6 @@ def fastest(tried: Tried, sizes: Sequence[int]) -> int:
 
 
 def rate(turn: dict[str, Any]) -> float:
-    """Cells per second of a turn."""
     return turn["cells"] / sum(turn["seconds"])
 
 
@@ -225,22 +223,13 @@ def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
             found[key] = known or None
 
 
-def _turn(work: Path, name: str, micro: int) -> tuple[dict[str, Any], str]:
-    """(the measurements of a turn in a process of its own, why it failed)."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--work", str(work)]
-    command += ["--cells", str(work), "--turn", f"{name}:{micro}"]
-    why = common.why_failed(command, TIMEOUT_S)
-    found = {} if why else json.loads((work / _RESULT).read_text())
-    return found, why
-
-
 def _child(arguments: argparse.Namespace) -> int:
     from benchmarks.harness.peers.steps import CONTESTANTS, Job, take_turn
 
     name, _, micro = arguments.turn.partition(":")
     task = json.loads((arguments.work / _JOB).read_text())
     job = Job(**(task | {"changes": tuple(task["changes"])}))
-    write_json(arguments.work / _RESULT, take_turn(CONTESTANTS[name], job, int(micro)))
+    write_json(arguments.work / common.TURN, take_turn(CONTESTANTS[name], job, int(micro)))
     return 0
 
 

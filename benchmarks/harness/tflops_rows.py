@@ -146,7 +146,6 @@ def measure(
 def _timed(
     trainable: optim.Trainable, feed: Feed, config: Config, here: torch.device, number: int
 ) -> list[Step]:
-    """The first `number` steps."""
     stream: Any = steps_on_device(feed, 0, config.data.prefetch_steps, here)
     timed = []
     with closing(stream):

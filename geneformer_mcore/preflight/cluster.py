@@ -6,7 +6,6 @@ rendezvous -> nodes, cells, clocks, run directory -> rank 0: table, findings
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -31,7 +30,7 @@ from geneformer_mcore.distributed import device, groups
 from geneformer_mcore.distributed.watchdog import Watchdog
 from geneformer_mcore.exit_codes import FINISHED, WRONG_INPUT
 from geneformer_mcore.io.files import free_bytes
-from geneformer_mcore.preflight import checks, node, report
+from geneformer_mcore.preflight import checks, node
 from geneformer_mcore.preflight.checks import Finding, Reduced, State
 from geneformer_mcore.preflight.node import Member, Node, Offset, Seen, View
 
@@ -62,27 +61,23 @@ class Exchange:
 
     def gather(self, value: Any = None) -> list[Any]:
         """Every rank's `value`, in order of rank, on rank 0; an empty list elsewhere."""
-        key = self._next_key()
-        self.put(f"{key}/{self.rank}", value)
+        self._calls += 1
+        self._put(f"{self._calls}/{self.rank}", value)
         ranks = range(self.world_size) if self.is_first else []
-        return [self.take(f"{key}/{rank}") for rank in ranks]
+        return [self._take(f"{self._calls}/{rank}") for rank in ranks]
 
     def broadcast(self, value: Any = None) -> Any:
         """Rank 0's `value` on every rank."""
-        key = self._next_key()
+        self._calls += 1
         if self.is_first:
-            self.put(key, value)
-        return self.take(key)
+            self._put(f"{self._calls}", value)
+        return self._take(f"{self._calls}")
 
-    def put(self, key: str, value: Any) -> None:
+    def _put(self, key: str, value: Any) -> None:
         self._store.set(key, json.dumps(value, default=asdict))
 
-    def take(self, key: str) -> Any:
+    def _take(self, key: str) -> Any:
         return json.loads(self._store.get(key))
-
-    def _next_key(self) -> str:
-        self._calls += 1
-        return str(self._calls)
 
 
 @dataclass
@@ -95,10 +90,10 @@ class Traces:
     def clear(self) -> None:
         """Remove them, at any time, from any thread. Never raises."""
         for path in self.files:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 path.unlink()
         for path in self.folders:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 path.rmdir()
 
 
@@ -116,7 +111,7 @@ def check(
     if exchange.is_first:
         there = manager.bytes_there(Path(config.run.dir).absolute() / "checkpoints")
         findings = checks.judge(config, members, there)
-        log(report.table(members) + "\n")
+        log(node.table(members) + "\n")
         log("\n".join(map(str, findings)))
     watch.doing("waiting for rank 0's findings")
     failing = [each.check for each in findings if each.state is State.fails]
@@ -133,7 +128,9 @@ def check(
     watch.doing("exchanging the exit code")
     code = exchange.broadcast(WRONG_INPUT if failing else FINISHED)
     exchange.gather()  # rank 0 may hold the store: it leaves last
-    result = report.as_json(members, findings) if exchange.is_first else {}
+    result: dict[str, Any] = {}
+    if exchange.is_first:
+        result = {"nodes": list(map(asdict, members)), "checks": list(map(asdict, findings))}
     return code, result | {"exit_code": code, "seconds": round(time.monotonic() - began, 3)}
 
 
@@ -148,9 +145,9 @@ def look(
     watch.doing(f"looking at data.store={config.data.store}")
     seen = exchange.gather(node.look_at_cells(config) if leads else None)
     watch.doing("waiting for the other nodes to look at data.store")
-    leaders = exchange.broadcast([rank for rank, each in enumerate(seen) if each])
+    exchange.broadcast()
     watch.doing("comparing clocks")
-    offsets = compare_clocks(exchange, leaders)
+    offsets = compare_clocks(exchange)
     watch.doing(f"writing and reading in run.dir={config.run.dir}")
     try:
         views = _share(exchange, Path(config.run.dir).absolute(), leads, traces)
@@ -162,7 +159,7 @@ def look(
 def members_of(
     nodes: Sequence[Node],
     seen: Sequence[dict | None],
-    offsets: dict[int, Offset],
+    offsets: Sequence[Offset],
     views: dict[int, View],
 ) -> list[Member]:
     """Ranks grouped by node. Only first ranks have looked at the cells."""
@@ -174,31 +171,22 @@ def members_of(
         first = next((rank for rank in of_node if seen[rank]), of_node[0])
         ordered = [first, *(rank for rank in of_node if rank != first)]
         found = Seen(**(seen[first] or {"problem": "no rank of it has LOCAL_RANK 0"}))
-        offset = offsets.get(first, Offset())
-        members.append(Member(nodes[first], ordered, found, offset, views.get(first)))
+        members.append(Member(nodes[first], ordered, found, offsets[first], views.get(first)))
     return sorted(members, key=lambda each: (each.node.number, each.ranks))
 
 
-def compare_clocks(exchange: Exchange, leaders: Sequence[int]) -> dict[int, Offset]:
-    """Offsets of `leaders`, the first ranks of the nodes, on rank 0; all ranks call it together.
-    By the store, the shortest of some round trips (Cristian 1989, "Probabilistic clock
-    synchronization"): a busy node must not pass for one whose clock is off."""
-    found = {}
-    if exchange.is_first:
-        for rank in leaders[1:]:
-            trips = [_trip(exchange, f"{rank}/{number}") for number in range(_TRIPS)]
-            found[rank] = min(trips, key=lambda offset: offset.uncertainty_s)
-    elif exchange.rank in leaders:
-        for number in range(_TRIPS):
-            exchange.take(f"ping/{exchange.rank}/{number}")
-            exchange.put(f"pong/{exchange.rank}/{number}", now())
-    return found
-
-
-def _trip(exchange: Exchange, name: str) -> Offset:
-    sent = now()
-    exchange.put(f"ping/{name}", None)
-    return offset_of(sent, exchange.take(f"pong/{name}"), now())
+def compare_clocks(exchange: Exchange) -> list[Offset]:
+    """Every rank's offset, on rank 0; all ranks call it together. By the store, the shortest of
+    some round trips (Cristian 1989, "Probabilistic clock synchronization"): a busy node must not
+    pass for one whose clock is off."""
+    trips = []
+    for _ in range(_TRIPS):
+        sent = now()
+        exchange.broadcast()
+        theirs, back = exchange.gather(now()), now()
+        trips.append([Offset(), *(offset_of(sent, there, back) for there in theirs[1:])])
+    shortest = min(trips, key=lambda trip: trip[-1].uncertainty_s)
+    return shortest if exchange.is_first else []
 
 
 def offset_of(sent: float, there: float, back: float) -> Offset:
@@ -258,11 +246,11 @@ def _wait_for(folder: Path, nonce: str, ranks: set[int]) -> set[int]:
     deadline = time.monotonic() + checks.SEE_S
     seen: set[int] = set()
     while True:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             # Listing a folder makes a network file system refresh it.
             list(folder.iterdir())
         for rank in ranks - seen:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 if (folder / f".preflight_{nonce}_{rank}").read_text() == nonce:
                     seen.add(rank)
         if seen == ranks or time.monotonic() > deadline:

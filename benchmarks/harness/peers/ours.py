@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from benchmarks.harness.common import SEQ_LENGTH, build_store
+from benchmarks.harness.common import SEQ_LENGTH, step
 from benchmarks.harness.loader_cells import Prepared
 from benchmarks.harness.peers import contestant
 from geneformer_mcore.config.sections import DataConfig
@@ -35,13 +35,14 @@ DEFAULTS = DataConfig()
 
 def store_of_tokens(data: Prepared) -> None:
     """The token store, by the project's own command; all cells are training cells."""
-    out, cells = data.place("store_of_tokens"), [data.counts_file]
-    options = ("--validation-fraction", "0", "--test-fraction", "0")
-    build_store(out, cells, data.vocabulary_file, *options)
+    step(
+        *("data_prep/build_store.py", "--out", data.place("store_of_tokens")),
+        *("--vocabulary", data.vocabulary_file),
+        *("--validation-fraction", "0", "--test-fraction", "0", data.counts_file),
+    )
 
 
 def flat_copy(data: Prepared) -> None:
-    """The node-local flat copy of the store."""
     with TokenStore.open(data.place("store_of_tokens")) as store:
         _flat(store, data)
 
@@ -52,8 +53,6 @@ def _flat(store: TokenStore, data: Prepared) -> local_cache.FlatCopy:
 
 
 class FromStore(contestant.Contestant):
-    """From the SOMA store."""
-
     label = "ours, SOMA token store"
     table = contestant.TOKENS
     formats: ClassVar[contestant.Formats] = (store_of_tokens,)
@@ -62,7 +61,6 @@ class FromStore(contestant.Contestant):
         self._data, self._feed = data, self.feed(data)
 
     def feed(self, data: Prepared) -> Feed:
-        """The feed that is measured."""
         store = TokenStore.open(data.place("store_of_tokens"))
         return make_feed(store, len(store), store.vocabulary)
 
@@ -86,8 +84,6 @@ class FromStore(contestant.Contestant):
 
 
 class FromFlatCopy(FromStore):
-    """From the flat copy made before, found and verified as a run does."""
-
     label = "ours, flat copy of it"
     formats = (store_of_tokens, flat_copy)
 
@@ -97,8 +93,6 @@ class FromFlatCopy(FromStore):
 
 
 class FromH5ad(FromStore):
-    """On the fly: counts tokenised when they are read from the h5ad file."""
-
     label = "ours on the fly, counts in h5ad"
     formats: ClassVar[contestant.Formats] = ()
 
@@ -108,7 +102,6 @@ class FromH5ad(FromStore):
         return make_feed(source, len(source), data.vocabulary, MIN_SPAN_CELLS)
 
     def counts(self, data: Prepared) -> Path:
-        """The counts that are read."""
         return data.counts_file
 
 
