@@ -120,7 +120,8 @@ def main() -> int:
             "largest_difference": apart,
             "data": arguments.cells.name,
         }
-        content = in_json(sides, about, ways.shape, ways.config.data.seq_length)
+        shape = ModelShape.of(ways.config.model, vocabulary.size)
+        content = in_json(sides, about, shape, ways.config.data.seq_length)
     print(*content["reading"], f"shifts differ by {apart:.1e} at most", sep="\n")
     common.save_results(arguments.json, content)
     return 0 if apart < 1e-5 else 1
@@ -200,11 +201,6 @@ class Ways:
     tokens_P: np.ndarray
     has_NP: np.ndarray
     mean_tokens: float
-
-    @property
-    def shape(self) -> ModelShape:
-        model, size = self.config.model, self.job.engine.pretrained.vocabulary.size
-        return ModelShape(model.num_layers, model.hidden_size, model.ffn_hidden_size, size)
 
     def tokens_of(self, cell: int) -> int:
         """Of a variant of a cell that is no longer than the model takes."""

@@ -174,8 +174,7 @@ def _let_go(trainable: optim.Trainable) -> None:
 def numbers(config: Config, steps: Sequence[Step], peak: float) -> dict[str, Any]:
     """The measured part of a row. peak: FLOP/s of which MFU is a share."""
     model, length, number = config.model, config.data.seq_length, len(steps)
-    widths = (model.num_layers, model.hidden_size, model.ffn_hidden_size)
-    shape = ModelShape(*widths, common.VOCABULARY)
+    shape = ModelShape.of(model, common.VOCABULARY)
     all_ = sum((step.totals for step in steps), Totals())
     work = Workload(all_.num_tokens, all_.sum_squared_lengths, all_.num_predicted)
     seconds, num_cells = _typical_s(steps), number * config.train.global_batch_size

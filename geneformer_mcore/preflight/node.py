@@ -23,6 +23,7 @@ from geneformer_mcore.distributed import network
 from geneformer_mcore.errors import GeneformerError
 from geneformer_mcore.io.files import free_bytes
 from geneformer_mcore.metrics.provenance import commit
+from geneformer_mcore.report.results import aligned
 from geneformer_mcore.store import local_cache
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
@@ -247,14 +248,7 @@ def _counts(config: Config) -> Seen:
 
 
 def table(members: Sequence[Member]) -> str:
-    return aligned([_HEADS, *map(_row, members)])
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest entries, two blanks between."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [[e.ljust(width) for e, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join("  ".join(row).rstrip() for row in padded)
+    return "\n".join(aligned([_HEADS, *map(_row, members)]))
 
 
 def _row(member: Member) -> tuple[str, ...]:

@@ -19,18 +19,15 @@ import numpy as np
 from benchmarks.harness.common import SEQ_LENGTH, step
 from benchmarks.harness.loader_cells import Prepared
 from benchmarks.harness.peers import contestant
-from geneformer_mcore.config.sections import DataConfig
+from benchmarks.harness.step_cells import StepCells
+from geneformer_mcore.config import Config
 from geneformer_mcore.data.counts_source import MIN_SPAN_CELLS, CountsSource
-from geneformer_mcore.data.loader import Feed, Share
-from geneformer_mcore.data.masking import Masking
-from geneformer_mcore.data.sampler import Sampler
+from geneformer_mcore.data.loader import Feed
 from geneformer_mcore.store import local_cache
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.split.table import RandomSplit
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import Batch, TokenSource
-
-DEFAULTS = DataConfig()
 
 
 def store_of_tokens(data: Prepared) -> None:
@@ -62,10 +59,10 @@ class FromStore(contestant.Contestant):
 
     def feed(self, data: Prepared) -> Feed:
         store = TokenStore.open(data.place("store_of_tokens"))
-        return make_feed(store, len(store), store.vocabulary)
+        return make_feed(store, store.vocabulary)
 
     def epoch(self, number: int) -> Iterator[Any]:
-        stream: Any = self._feed.steps(number * len(self._data), DEFAULTS.prefetch_steps)
+        stream: Any = self._feed.steps(number * len(self._data), Config().data.prefetch_steps)
         with closing(stream) as steps:
             for _ in range(len(self._data) // contestant.BATCH_SIZE):
                 (batch,) = next(steps)
@@ -89,7 +86,7 @@ class FromFlatCopy(FromStore):
 
     def feed(self, data: Prepared) -> Feed:
         store = TokenStore.open(data.place("store_of_tokens"))
-        return make_feed(_flat(store, data), len(store), store.vocabulary)
+        return make_feed(_flat(store, data), store.vocabulary)
 
 
 class FromH5ad(FromStore):
@@ -99,7 +96,7 @@ class FromH5ad(FromStore):
     def feed(self, data: Prepared) -> Feed:
         names = [str(self.counts(data))]
         source = CountsSource(names, data.vocabulary, SEQ_LENGTH, RandomSplit(0.0, 0.0))
-        return make_feed(source, len(source), data.vocabulary, MIN_SPAN_CELLS)
+        return make_feed(source, data.vocabulary, MIN_SPAN_CELLS)
 
     def counts(self, data: Prepared) -> Path:
         return data.counts_file
@@ -115,15 +112,13 @@ class FromExperiment(FromH5ad):
         return data.place("experiment")
 
 
-def make_feed(
-    source: TokenSource, num_cells: int, vocabulary: Vocabulary, span_cells: int = 0
-) -> Feed:
+def make_feed(source: TokenSource, vocabulary: Vocabulary, span_cells: int = 0) -> Feed:
     """A feed as a run makes it: default spans and windows, the model card's masks."""
-    spans = span_cells or DEFAULTS.span_cells
-    window_spans = max(1, DEFAULTS.window_spans * DEFAULTS.span_cells // spans)
-    masked, random, kept = DEFAULTS.mask_fractions
-    sampler = Sampler(0, num_cells, spans, window_spans, contestant.SEED)
-    masks = (DEFAULTS.mask_probability, (masked, random, kept))
-    masking = Masking(*masks, vocabulary.size, contestant.SEED)
-    share = Share(contestant.BATCH_SIZE, contestant.BATCH_SIZE, 0, 1)
-    return Feed(source, sampler, masking, share, SEQ_LENGTH, contestant.PAD_MULTIPLE)
+    config = Config()
+    data, train = config.data, config.train
+    train.global_batch_size = train.micro_batch_size = contestant.BATCH_SIZE
+    train.seed, data.pad_multiple = contestant.SEED, contestant.PAD_MULTIPLE
+    if span_cells:
+        data.window_spans = max(1, data.window_spans * data.span_cells // span_cells)
+        data.span_cells = span_cells
+    return StepCells(source, config, vocabulary.size).feed(config)

@@ -70,9 +70,7 @@ class Job:
 
     def shape(self) -> ModelShape:
         """The model's size, for FLOPs: that of the card, whatever a contestant adds to it."""
-        model = self.config().model
-        widths = (model.num_layers, model.hidden_size, model.ffn_hidden_size)
-        return ModelShape(*widths, self.vocabulary_size)
+        return ModelShape.of(self.config().model, self.vocabulary_size)
 
 
 def our_stages(

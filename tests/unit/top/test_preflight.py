@@ -144,7 +144,7 @@ def test_the_slowest_group_is_named() -> None:
 
 
 def test_the_table() -> None:
-    assert nodes.aligned([("a", "bb", "c"), ("aaa", "b", "cc")]) == "a    bb  c\naaa  b   cc"
+    assert nodes.aligned([("a", "bb", "c"), ("aaa", "b", "cc")]) == ["a    bb  c", "aaa  b   cc"]
     assert [nodes.span(ranks) for ranks in ([0, 1, 2], [5], [0, 2])] == ["0-2", "5", "0,2"]
     head, row = nodes.table([member(1, view(3 * GB))]).splitlines()
     assert head.split()[:3] == ["node", "host", "ranks"]
