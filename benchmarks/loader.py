@@ -51,9 +51,7 @@ def main() -> int:
     arguments.work = arguments.work.resolve()
     if arguments.turn or arguments.prepare:
         return _child(arguments)
-    problems = common.too_small(
-        ("--runs", arguments.runs, 1), ("--cells", arguments.cells, BATCH_SIZE)
-    )
+    problems = common.too_small(arguments, runs=1, cells=BATCH_SIZE)
     problems += common.unknown_names("--only", arguments.only, CONTESTANTS)
     common.refuse(problems, (arguments.json, arguments.png, arguments.work / "about.json"))
     chosen = {name: CONTESTANTS[name] for name in arguments.only or CONTESTANTS}

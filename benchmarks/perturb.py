@@ -101,8 +101,7 @@ class Side:
 
 def main() -> int:
     arguments = _arguments()
-    lows = [(f"--{name}", getattr(arguments, name), 1) for name in ("turns", "sample", "padded")]
-    problems = common.too_small(*lows)
+    problems = common.too_small(arguments, turns=1, sample=1, padded=1)
     if arguments.padded > arguments.sample:
         problems.append("--padded must not exceed --sample: they are some of the same variants.")
     common.refuse(problems, [arguments.json])

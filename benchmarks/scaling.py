@@ -38,7 +38,7 @@ DEMO_STORE = ROOT / "build" / "demo" / "store"
 
 def main() -> int:
     arguments = _arguments()
-    refuse(too_small(("--steps", arguments.steps, 1)), [arguments.json, arguments.svg])
+    refuse(too_small(arguments, steps=1), [arguments.json, arguments.svg])
     ignore_known_warnings()
     lengths, source = corpus(arguments.cells)
     steps, ranks = arguments.steps, [GPUS_PER_NODE * nodes for nodes in NODES]

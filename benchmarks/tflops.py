@@ -28,14 +28,7 @@ import traceback
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness.common import (
-    CONFIGS,
-    SEQ_LENGTH,
-    parser_of,
-    refuse,
-    save_results,
-    too_small,
-)
+from benchmarks.harness import common
 from benchmarks.harness.pages import TFLOPS_COLUMNS, table
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.config.sections import Attention, ParallelConfig, Precision
@@ -53,9 +46,8 @@ FAILED = "failed: "
 
 def main() -> int:
     arguments = _arguments()
-    ranges = [("--steps", arguments.steps, 1), ("--warmup", arguments.warmup, 0)]
-    ranges += [("--micro-batch", size, 1) for size in arguments.micro_batch or ()]
-    refuse(too_small(*ranges), [arguments.json])
+    problems = common.too_small(arguments, steps=1, warmup=0, micro_batch=1)
+    common.refuse(problems, [arguments.json])
     ignore_known_warnings()
     import torch
 
@@ -141,7 +133,7 @@ def _measure_all(
             skipped.append(asdict(setting) | {"reason": reason})
             print(f"not measured: {setting}: {reason}", flush=True)
         sizes = {"steps": known.steps, "warmup": known.warmup}
-        save_results(known.json, {"rows": rows, "skipped": skipped, **sizes})
+        common.save_results(known.json, {"rows": rows, "skipped": skipped, **sizes})
         if here.type == "cuda":
             torch.cuda.empty_cache()  # the next model must find all memory
     print(table(TFLOPS_COLUMNS, rows))
@@ -149,14 +141,14 @@ def _measure_all(
 
 
 def _arguments() -> argparse.Namespace:
-    parser = parser_of(__doc__)
+    parser = common.parser_of(__doc__)
 
     def listed(name: str, about: str, **known: Any) -> None:
         parser.add_argument(name, nargs="+", help=about, **known)
 
     add = parser.add_argument
     precisions, attentions = ([each.value for each in kind] for kind in (Precision, Attention))
-    listed("--model", "default: 10m, and 106m on a GPU", choices=CONFIGS)
+    listed("--model", "default: 10m, and 106m on a GPU", choices=common.CONFIGS)
     listed("--precision", "default: bf16 on a GPU, else fp32", choices=precisions)
     listed("--packing", "default: both", choices=PACKINGS, default=PACKINGS)
     listed("--attention", "default: auto", choices=attentions, default=["auto"])
@@ -165,7 +157,7 @@ def _arguments() -> argparse.Namespace:
     listed("--micro-batch", about, type=int, metavar="CELLS")
     about = "model.compile; default: auto, which is yes on a GPU"
     listed("--compile", about, choices=["auto", "no", "yes"], default=["auto"])
-    add("--seq-length", type=int, default=SEQ_LENGTH)
+    add("--seq-length", type=int, default=common.SEQ_LENGTH)
     add("--steps", type=int, help="measured steps of a row (default: 20 on a GPU, else 3)")
     add("--warmup", type=int, help="unmeasured steps before them (default: 3 on a GPU, else 1)")
     add("--json", type=Path, metavar="OUT", help="keep the rows here")

@@ -43,20 +43,14 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 3600
 _JOB = "job.json"
-ON_CPU: dict[str, Any] = {
-    "precision": "fp32",
-    "attention_dropout": 0.0,  # torch has no fused attention with dropout on a CPU
-    "global_batch": 16,
-    "micro_batches": [1, 2, 4, 8, 16],
-    "steps": 1,
+USUAL: dict[str, tuple[Any, Any]] = {
+    "precision": ("fp32", "bf16"),
+    "attention_dropout": (0.0, None),  # torch has no fused attention with dropout on a CPU
+    "global_batch": (16, 512),
+    "micro_batches": ([1, 2, 4, 8, 16], [8, 16, 32, 64, 128]),
+    "steps": (1, 5),
 }
-ON_GPU: dict[str, Any] = {
-    "precision": "bf16",
-    "attention_dropout": None,
-    "global_batch": 512,
-    "micro_batches": [8, 16, 32, 64, 128],
-    "steps": 5,
-}
+"""Defaults on a CPU, and on a GPU."""
 NAMES = ("ours_packed", "ours_padded", "hf_dynamic", "hf_padded", "megatron")
 AGAINST = {"hf_dynamic_ratio": "hf_dynamic", "hf_padded_ratio": "hf_padded"}
 
@@ -73,29 +67,24 @@ def main() -> int:
     if arguments.turn:
         return _child(arguments)
     # The settings have a check of their own.
-    problems = common.too_small(
-        *((f"--{key}", getattr(arguments, key), 1) for key in ("rounds", "steps")),
-        ("--warmup", arguments.warmup, 0),
-        ("--global-batch", arguments.global_batch, 1),
-        *(("--micro-batches", micro, 1) for micro in arguments.micro_batches or ()),
-    )
+    lows = {"rounds": 1, "steps": 1, "warmup": 0, "global_batch": 1, "micro_batches": 1}
+    problems = common.too_small(arguments, **lows)
     problems += common.unknown_names("--only", arguments.only, NAMES)
     common.refuse(problems, (arguments.json, arguments.work / _JOB))
     import torch
 
-    on_gpu = torch.cuda.is_available()
-    fill_in(arguments, ON_GPU if on_gpu else ON_CPU)
+    fill_in(arguments, torch.cuda.is_available())
     job = _job(arguments)
     write_json(arguments.work / _JOB, asdict(job))
     _measure(arguments, job)
     return 0
 
 
-def fill_in(arguments: argparse.Namespace, usual: dict[str, Any]) -> None:
+def fill_in(arguments: argparse.Namespace, on_gpu: bool) -> None:
     """Set this machine's defaults, and the micro batches that fit into the global batch."""
-    for key, value in usual.items():
+    for key, usual in USUAL.items():
         if getattr(arguments, key) is None:
-            setattr(arguments, key, value)
+            setattr(arguments, key, usual[on_gpu])
     sizes = sorted(set(arguments.micro_batches))
     arguments.micro_batches = [micro for micro in sizes if arguments.global_batch % micro == 0]
     if not arguments.micro_batches:

@@ -43,12 +43,14 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     )
 
 
-def too_small(*ranges: tuple[str, float | None, float]) -> list[str]:
-    """A problem for each (option, value, least value) out of range; None counts as in range."""
+def too_small(arguments: argparse.Namespace, **lows: float) -> list[str]:
+    """A problem for each number below the least value of its option; None counts as in range."""
+    given = {name: getattr(arguments, name) for name in lows}
     return [
-        f"{name} must be at least {low}, and is {value}."
-        for name, value, low in ranges
-        if value is not None and value < low
+        f"--{name.replace('_', '-')} must be at least {lows[name]}, and is {each}."
+        for name, value in given.items()
+        for each in (value if isinstance(value, list) else [value])
+        if each is not None and each < lows[name]
     ]
 
 
