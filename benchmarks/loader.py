@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.harness import common
-from benchmarks.harness.common import goal, ratio
+from benchmarks.harness.common import goal
 from benchmarks.harness.pages import LOADER_COLUMNS, table
 from benchmarks.harness.peers.contestant import BATCH_SIZE, COUNTS, TOKENS, Contestant
 from benchmarks.harness.peers.loaders import CONTESTANTS
@@ -183,7 +183,10 @@ def goals_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in ON_THE_FLY:
         what = f"{CONTESTANTS[name].label} / tiledbsoma-ml with HF-style tokenising"
         ratios.append((what, value(name), value("soma_tokenised"), 3))
-    goals = [goal(what, ratio(ours, theirs), bar) for what, ours, theirs, bar in ratios]
+    goals = [
+        goal(what, ours / theirs if ours and theirs else None, bar)
+        for what, ours, theirs, bar in ratios
+    ]
     for name in ("ours_store", "ours_flat", *ON_THE_FLY):
         label = CONTESTANTS[name].label
         memory, first = value(name, "peak_mib"), value(name, "first_batch_s")

@@ -94,11 +94,6 @@ def goal_text(goal: dict[str, Any]) -> str:
     return f"{goal['what']}: {found} (bar {sign} {goal['bar']:g} {goal['unit']}): {word}"
 
 
-def ratio(ours: float | None, theirs: float | None) -> float | None:
-    """ours / theirs; None if either is missing."""
-    return None if ours is None or theirs is None else ours / theirs
-
-
 def version_of(package: str) -> str:
     try:
         return version(package)

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import re
 import secrets
 import statistics
-import struct
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -44,8 +41,6 @@ _BYTES = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
 _TIMES = 5
 _LOOK_S = 0.2
 _TRIPS = 8
-_FLOCK = "hhqqi4x"
-"""struct flock of 64-bit Linux: type, whence, start, length, pid."""
 now = time.time
 
 
@@ -62,22 +57,16 @@ class Exchange:
     def gather(self, value: Any = None) -> list[Any]:
         """Every rank's `value`, in order of rank, on rank 0; an empty list elsewhere."""
         self._calls += 1
-        self._put(f"{self._calls}/{self.rank}", value)
+        self._store.set(f"{self._calls}/{self.rank}", json.dumps(value, default=asdict))
         ranks = range(self.world_size) if self.is_first else []
-        return [self._take(f"{self._calls}/{rank}") for rank in ranks]
+        return [json.loads(self._store.get(f"{self._calls}/{rank}")) for rank in ranks]
 
     def broadcast(self, value: Any = None) -> Any:
         """Rank 0's `value` on every rank."""
         self._calls += 1
         if self.is_first:
-            self._put(f"{self._calls}", value)
-        return self._take(f"{self._calls}")
-
-    def _put(self, key: str, value: Any) -> None:
-        self._store.set(key, json.dumps(value, default=asdict))
-
-    def _take(self, key: str) -> Any:
-        return json.loads(self._store.get(key))
+            self._store.set(f"{self._calls}", json.dumps(value, default=asdict))
+        return json.loads(self._store.get(f"{self._calls}"))
 
 
 @dataclass
@@ -184,14 +173,11 @@ def compare_clocks(exchange: Exchange) -> list[Offset]:
         sent = now()
         exchange.broadcast()
         theirs, back = exchange.gather(now()), now()
-        trips.append([Offset(), *(offset_of(sent, there, back) for there in theirs[1:])])
+        # Known to half the duration of the round trip.
+        others = [Offset(there - (sent + back) / 2, (back - sent) / 2) for there in theirs[1:]]
+        trips.append([Offset(), *others])
     shortest = min(trips, key=lambda trip: trip[-1].uncertainty_s)
     return shortest if exchange.is_first else []
-
-
-def offset_of(sent: float, there: float, back: float) -> Offset:
-    """Offset from one round trip, known to half its duration."""
-    return Offset(there - (sent + back) / 2, (back - sent) / 2)
 
 
 def _share(exchange: Exchange, folder: Path, looks: bool, traces: Traces) -> dict[int, View]:
@@ -259,33 +245,13 @@ def _wait_for(folder: Path, nonce: str, ranks: set[int]) -> set[int]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of `path`, without taking it: Linux lists this machine's
-    locks by inode; on a network file system another machine's is a byte-range lock."""
-    query = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+    """Whether a process, on any machine, holds the lock of `path`. It is shared for an instant, so
+    that nodes which look do not see each other."""
     try:
         with path.open() as file:
-            answer = fcntl.fcntl(file, fcntl.F_GETLK, query)
-            inode = os.fstat(file.fileno()).st_ino
-    except OSError:
-        return False
-    locks = ""
-    with suppress(OSError):
-        locks = Path("/proc/locks").read_text()
-    holders = re.findall(rf"FLOCK .* (-?\d+) \S+:{inode} ", locks)
-    held_elsewhere = struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK
-    return held_elsewhere or any(_has_open(holder, path) for holder in holders)
-
-
-def _has_open(process: str, path: Path) -> bool:
-    """Whether the process has this very file open, not its inode on another disk, or may have."""
-    try:
-        files = list(Path("/proc", process, "fd").iterdir())
-    except OSError:
-        return True
-    for file in files:
-        with suppress(OSError):  # It may be closed by now.
-            if file.samefile(path):
-                return True
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False
 
 

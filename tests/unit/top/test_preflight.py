@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import struct
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -233,23 +232,16 @@ def test_traces_leave_what_is_anothers(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["another's"]
 
 
-def test_a_lock_is_seen_and_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_is_seen_and_not_kept(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     assert not cluster.is_locked(path)
     with path.open("a") as file:
         assert not cluster.is_locked(path)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with monkeypatch.context() as patch:
-            patch.delattr(fcntl, "flock")
-            assert cluster.is_locked(path)
-        fcntl.flock(file, fcntl.LOCK_UN)
-        assert not cluster.is_locked(path)
-    # Another machine's, where there is no list of locks.
-    answer, read = struct.pack(cluster._FLOCK, fcntl.F_WRLCK, 0, 0, 0, 0), Path.read_text
-    monkeypatch.setattr(cluster.fcntl, "fcntl", lambda *_: answer)
-    none = tmp_path / "none"
-    monkeypatch.setattr(Path, "read_text", lambda file: read(none))
-    assert cluster.is_locked(path)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert cluster.is_locked(path)
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert not cluster.is_locked(path), "another node that looks"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_counts_must_be_there(tmp_path: Path) -> None:
