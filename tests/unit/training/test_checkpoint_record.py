@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,15 +27,8 @@ def identity(*overrides: str) -> Identity:
 
 
 def recorded(before: Identity) -> Record:
-    return Record(
-        step=5,
-        cells_seen=80,
-        meters={"cells_seen": 80},
-        identity=before,
-        layout={"tensor": 1},
-        versions={"torch": "2"},
-        guard={"skipped": 0},
-    )
+    parts = ({"tensor": 1}, {"torch": "2"}, {"skipped": 0})
+    return Record(5, 80, {"cells_seen": 80}, before, *parts)
 
 
 RECORDED = recorded(identity())
@@ -52,20 +46,21 @@ def test_may_differ(override: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "shown"),
+    ("after", "shown"),
     [
-        ("train.seed=7", "train.seed: 1234 -> 7"),
-        ("train.global_batch_size=64", "train.global_batch_size: 2048 -> 64"),
-        ("optim.lr=0.5", "optim.lr: 0.001 -> 0.5"),
-        ("model.num_layers=2", "model.num_layers: 6 -> 2"),
-        ("data.seq_length=16", "data.seq_length: 2048 -> 16"),
-        ("train.precision=fp32", "train.precision: bf16 -> fp32"),
+        (identity("train.seed=7"), "train.seed: 1234 -> 7"),
+        (identity("train.global_batch_size=64"), "train.global_batch_size: 2048 -> 64"),
+        (identity("optim.lr=0.5"), "optim.lr: 0.001 -> 0.5"),
+        (identity("model.num_layers=2"), "model.num_layers: 6 -> 2"),
+        (identity("data.seq_length=16"), "data.seq_length: 2048 -> 16"),
+        (identity("train.precision=fp32"), "train.precision: bf16 -> fp32"),
+        (replace(identity(), content="other"), "content hash of data.store: c -> other"),
+        (replace(identity(), vocabulary="other"), "vocabulary checksum: v -> other"),
     ],
 )
-def test_must_not_differ_and_both_values_are_shown(override: str, shown: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        check_continues(RECORDED, identity(override))
-    assert shown in str(caught.value)
+def test_must_not_differ_and_both_values_are_shown(after: Identity, shown: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(shown)):
+        check_continues(RECORDED, after)
 
 
 def test_a_setting_that_an_older_version_lacked_had_its_default() -> None:
@@ -83,13 +78,6 @@ def test_compiling_may_be_left_to_the_machine() -> None:
     check_continues(recorded(left), given)
     with pytest.raises(CheckpointError, match=r"model\.compile: False -> True"):
         check_continues(recorded(given), identity("model.compile=true"))
-
-
-def test_other_data_are_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"content hash of data\.store: c -> other"):
-        check_continues(RECORDED, replace(RECORDED.identity, content="other"))
-    with pytest.raises(CheckpointError, match="vocabulary checksum: v -> other"):
-        check_continues(RECORDED, replace(RECORDED.identity, vocabulary="other"))
 
 
 def test_round_trip_and_unknown_format(tmp_path: Path) -> None:
