@@ -60,10 +60,10 @@ def test_every_cell_is_predicted_once_by_others(labels: np.ndarray, scheme: Sche
         assert sum(labels[test] == "c") == 3
 
 
-def test_too_few_labels_are_refused(labels: np.ndarray) -> None:
-    for wrong in (np.where(labels == "rare", "rare", "a"), np.array(list("abcd") * 4, object)):
-        with pytest.raises(DataError, match="at least 2 labels with 5 cells"):
-            cross_validation.stratified(wrong.astype(object), np.ones(len(wrong), bool), 0)
+@pytest.mark.parametrize("wrong", [["a"] * 30 + ["rare"] * 4, list("abcd") * 4])
+def test_too_few_labels_are_refused(wrong: list[str]) -> None:
+    with pytest.raises(DataError, match="at least 2 labels with 5 cells"):
+        cross_validation.stratified(np.array(wrong, object), np.ones(len(wrong), bool), 0)
 
 
 @pytest.mark.usefixtures("small_forests")
@@ -78,10 +78,12 @@ def test_pca_never_sees_the_cells_to_predict(
             return super().fit(X, y)
 
     monkeypatch.setattr(cross_validation, "PCA", Watched)
-    found = cross_validation.predict(counts, labels, scheme, seed=0)
-    assert len(fitted) == 5, "again in every fold, and once for all classifiers"
-    for values, (train, _) in zip(fitted, scheme.folds.values(), strict=True):
+    found, again = (cross_validation.predict(counts, labels, scheme, seed=0) for _ in range(2))
+    assert len(fitted) == 2 * 5, "again in every fold, and once for all classifiers"
+    for values, (train, _) in zip(fitted, [*scheme.folds.values()] * 2, strict=True):
         np.testing.assert_array_equal(values, counts.values[train].toarray())
+    for name, predicted in found.items():
+        np.testing.assert_array_equal(predicted, again[name])
     assert np.mean(found[FOREST] == labels[scheme.cells]) > 0.6
 
 
@@ -123,14 +125,6 @@ def test_a_donor_is_predicted_from_the_others_alone(rng: np.random.Generator) ->
 
 
 def test_labels_of_one_donor_each_are_no_scheme() -> None:
-    labels = np.array(["a"] * 10 + ["b"] * 10, object)
-    alone = np.array(["x"] * 10 + ["y"] * 10, object)
-    refused = cross_validation.by_donor(labels, alone, np.arange(20))
+    labels, donors = (np.repeat(np.array(names, object), 10) for names in (["a", "b"], ["x", "y"]))
+    refused = cross_validation.by_donor(labels, donors, np.arange(20))
     assert refused == "no two donors share two labels"
-
-
-@pytest.mark.usefixtures("small_forests")
-def test_predictions_repeat_by_seed(labels: np.ndarray, counts: Features, scheme: Scheme) -> None:
-    first, again = (cross_validation.predict(counts, labels, scheme, 5) for _ in range(2))
-    for name, predicted in first.items():
-        np.testing.assert_array_equal(predicted, again[name])

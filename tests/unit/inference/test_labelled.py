@@ -31,37 +31,31 @@ def h5ad(rng: np.random.Generator, tmp_path: Path) -> Path:
     return write_h5ad(tmp_path / "a.h5ad", random_counts(rng, 12, 30), obs=dict(OBS))
 
 
-def test_columns_are_found_by_usual_names(h5ad: Path) -> None:
+def test_columns_are_found_by_usual_names_or_are_those_requested(h5ad: Path) -> None:
     found = read(h5ad)
     assert (found.label, found.donor) == ("Cell.Type", "Patient_ID")
     assert found.labels_N.tolist() == ["T", "B", "", "T"] * 3
     assert found.donors_N is not None
     assert found.donors_N.tolist() == OBS["Patient_ID"]
     assert found.names[3] == "c3"
-
-
-def test_requested_columns_are_taken(h5ad: Path) -> None:
     found = read(h5ad, "batch", "Cell.Type")
     assert found.labels_N.tolist() == [str(number) for number in range(12)]
     assert found.donor == "Cell.Type"
 
 
-def test_missing_columns_are_reported_with_those_there_are(h5ad: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no column 'x'; its columns: Cell\.Type, Patient_ID"):
-        read(h5ad, label="x")
-    with pytest.raises(DataError, match=r"no column 'x'.*--donor"):
-        read(h5ad, donor="x")
+def test_columns_that_are_missing_or_of_one_donor(h5ad: Path, tmp_path: Path) -> None:
     plain = write_h5ad(tmp_path / "b.h5ad", np.ones((2, 3)), obs={"n": [1, 2]})
-    with pytest.raises(DataError, match=r"no column called celltype, .*its columns: n.*--label"):
-        read(plain)
-
-
-def test_one_donor_is_none_and_refused_where_it_was_requested(tmp_path: Path) -> None:
     obs = {"cell_type": ["a", "b"], "donor": ["d", "d"]}
-    path = write_h5ad(tmp_path / "b.h5ad", np.ones((2, 3)), obs=obs)
-    assert read(path).donors_N is None
-    with pytest.raises(DataError, match=r"at least 2 donors, and names 1 \(d\)"):
-        read(path, donor="donor")
+    one = write_h5ad(tmp_path / "c.h5ad", np.ones((2, 3)), obs=obs)
+    assert read(one).donors_N is None
+    for path, request, error in (
+        (h5ad, {"label": "x"}, r"no column 'x'; its columns: Cell\.Type, Patient_ID"),
+        (h5ad, {"donor": "x"}, r"no column 'x'.*--donor"),
+        (plain, {}, r"no column called celltype, .*its columns: n.*--label"),
+        (one, {"donor": "donor"}, r"at least 2 donors, and names 1 \(d\)"),
+    ):
+        with pytest.raises(DataError, match=error):
+            read(path, **request)
 
 
 def test_counts_are_those_that_the_models_read(tmp_path: Path) -> None:
