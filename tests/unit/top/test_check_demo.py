@@ -9,18 +9,17 @@ import pytest
 from tests import check_demo
 
 GOOD = {
-    "outcome": "finished",
-    "logged_step": 200,
-    "restart": 0,
-    "val_loss": 5.0,
-    "baselines": {"unigram": 5.5},
-    "curves": {"train": {"steps": [10, 20, 200]}},
-}
+    "outcome": "finished", "logged_step": 200, "restart": 0, "val_loss": 5.0,
+    "baselines": {"unigram": 5.5}, "curves": {"train": {"steps": [10, 20, 200]}},
+}  # fmt: skip
 
 
-def test_a_good_run_has_no_problem() -> None:
+def test_a_good_run_has_no_problem_and_one_that_installs_has() -> None:
     assert check_demo.unlearned(GOOD) == []
     assert check_demo.installed(".venv/bin/torchrun launch/pretrain.py\nstep 200/200\n") == []
+    line = ".venv/bin/python -m pip --disable-pip-version-check install --quiet torch"
+    (problem,) = check_demo.installed(f"step 1\n{line}\n")
+    assert line in problem
 
 
 @pytest.mark.parametrize(
@@ -38,9 +37,3 @@ def test_a_good_run_has_no_problem() -> None:
 def test_a_bad_run_has_one(change: dict[str, Any], message: str) -> None:
     (problem,) = check_demo.unlearned(GOOD | change)
     assert message in problem
-
-
-def test_installing_is_found() -> None:
-    line = ".venv/bin/python -m pip --disable-pip-version-check install --quiet torch"
-    (problem,) = check_demo.installed(f"step 1\n{line}\n")
-    assert line in problem

@@ -25,9 +25,6 @@ def test_parameters_are_options_in_a_command_alone(capsys: pytest.CaptureFixture
             f'error: x: a "b=c": {layer}, --dtype float32, --top 3, --allow-normalised, `X`.\n'
         )
     assert str(ERROR) == MESSAGE
-
-
-def test_whether_a_parameter_is_named() -> None:
     with naming_options():
         assert ERROR.names_parameter
     assert not DataError("`X` and a=b").names_parameter
