@@ -1,15 +1,16 @@
-"""Words that all packages share: the cells of a block, and optional packages."""
+"""Words that all packages share: a block of cells, optional packages, errors naming parameters."""
 
 from __future__ import annotations
 
+import pickle
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from geneformer_mcore import backends
-from geneformer_mcore.errors import MissingBackendError
+from geneformer_mcore import backends, exit_codes
+from geneformer_mcore.errors import DataError, MissingBackendError, naming_options
 from geneformer_mcore.types import CellViews, RaggedCells
 
 CELLS = RaggedCells(
@@ -51,3 +52,24 @@ def test_another_apex_is_not_taken_for_nvidias(
     assert backends.is_available("apex")
     # Python's own look for a part of a missing package would raise ModuleNotFoundError.
     assert not backends.is_available("no_such_package_of_nvidia.dali")
+
+
+MESSAGE = 'a "b=c": `counts_layer=`, `dtype="float32"`, `top=3`, `allow_normalised=True`, `X`.'
+ERROR = DataError(MESSAGE)
+
+
+def test_parameters_are_options_in_a_command_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> None:
+        # As it comes from a worker process.
+        raise DataError(f"x: {pickle.loads(pickle.dumps(ERROR))}")
+
+    for options, layer in (({}, "--counts-layer"), ({"counts_layer": "--layer"}, "--layer")):
+        with pytest.raises(SystemExit, match="2"):
+            exit_codes.run(fails, **options)
+        assert capsys.readouterr().err == (
+            f'error: x: a "b=c": {layer}, --dtype float32, --top 3, --allow-normalised, `X`.\n'
+        )
+    assert str(ERROR) == MESSAGE
+    with naming_options():
+        assert ERROR.names_parameter
+    assert not DataError("`X` and a=b").names_parameter
