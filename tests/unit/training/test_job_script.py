@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-SRUN = """
 # Of every command that is to run on nodes: noted, and answered as the test has it.
+SRUN = """
 echo "srun $*" >> "$NOTES"
 if [[ -n $HOLD && "$*" == *"$HOLD"* ]]; then
     signalled=
@@ -31,9 +31,7 @@ case "$*" in
         echo "# run folder: $RUN"
         exit "$SETTINGS_CODE" ;;
     *launch/preflight.py*) exit "$PREFLIGHT_CODE" ;;
-    *launch/pretrain.py*)
-        [[ -z $OUTCOME ]] || cp "$OUTCOME" "$RUN/outcome.json"
-        exit 1 ;;
+    *launch/pretrain.py*) [[ -z $OUTCOME ]] || cp "$OUTCOME" "$RUN/outcome.json"; exit 1 ;;
     *' true') exit "$NODES_CODE" ;;
 esac
 """
@@ -194,10 +192,9 @@ def test_the_commands_on_nodes(job: Job) -> None:
 def test_in_a_container(job: Job) -> None:
     mounts = f"{ROOT}:{ROOT},/data:/data"
     job.start(GENEFORMER_IMAGE="/shared/g.sqsh", GENEFORMER_MOUNTS=mounts)
-    on_nodes = [line for line in job.commands() if "on_node.sh" in line]
-    assert len(on_nodes) == 3
     options = f"--container-image=/shared/g.sqsh --container-workdir={ROOT} "
-    assert all(f"{options}--container-mounts={mounts} slurm/on_node.sh" in s for s in on_nodes)
+    options += f"--container-mounts={mounts} slurm/on_node.sh"
+    assert [options in line for line in job.commands() if "on_node.sh" in line] == [True] * 3
 
 
 @pytest.mark.parametrize(
@@ -290,21 +287,15 @@ def test_signals(
 
 
 def test_a_second_signal_is_not_handed_on(job: Job) -> None:
-    job.ends(75)
-    with job.held(TRAINING) as started:
+    """And a start that makes no step before its signal is the last."""
+    job.ends(75, restart=1, before=True)
+    job.ends(75, restart=2)
+    with job.held(TRAINING, SLURM_RESTART_COUNT="1") as started:
         for _ in range(3):
             started.send_signal(signal.SIGUSR1)
             time.sleep(0.02)
         assert started.wait(30) == 75
     assert job.noted().count("signalled") == 1
-
-
-def test_a_start_that_makes_no_step_before_its_signal_is_the_last(job: Job) -> None:
-    job.ends(75, restart=1, before=True)
-    job.ends(75, restart=2)
-    with job.held(TRAINING, SLURM_RESTART_COUNT="1") as started:
-        started.send_signal(signal.SIGUSR1)
-        assert started.wait(30) == 75
     assert "requeue" not in job.noted()
 
 

@@ -117,10 +117,10 @@ def test_values_that_are_no_label(values: list[object], error: str) -> None:
         labelled(cells_with(values), "kind")
 
 
-@pytest.mark.parametrize("values", [[3, 11] * 10, [True, False] * 10])
+@pytest.mark.parametrize("values", [[3, 11], [True, False]])
 def test_whole_numbers_and_truths_are_names(values: list[object]) -> None:
-    _, labels = labelled(cells_with(values), "kind")
-    assert set(labels.classes) == {str(value) for value in values}
+    _, labels = labelled(cells_with(values * 10), "kind")
+    assert set(labels.classes) == set(map(str, values))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -8,15 +8,15 @@ from sklearn import metrics
 
 from geneformer_mcore.metrics import baselines, classified
 from geneformer_mcore.types import CLS, NUM_SPECIALS, RaggedCells
+from tests.unit.data.identified_cells import ragged
 
 VOCABULARY = 60
 
 
 def cells_of(*rows: np.ndarray | list[int]) -> RaggedCells:
     """Cells with the given genes, [CLS] put before each."""
-    tokens = np.concatenate([[CLS, *row] for row in rows]).astype(np.uint16)
-    offsets = np.concatenate([[0], np.cumsum([len(row) + 1 for row in rows])]).astype(np.int64)
-    return RaggedCells(tokens, offsets, np.arange(len(rows), dtype=np.uint64))
+    cells = [np.array([CLS, *row], np.uint16) for row in rows]
+    return ragged(cells, np.arange(len(rows)))
 
 
 def ranked_cells(rng: np.random.Generator, count: int, genes: int = 40) -> RaggedCells:
@@ -69,8 +69,8 @@ def test_bins_grow_with_the_rank() -> None:
     edges = baselines._bin_edges(2047)
     widths = np.diff(edges)
     assert (edges[0], widths[0]) == (1, 1)
-    assert edges[-1] <= 2047
     assert np.all(np.diff(widths) >= 0)
+    assert edges[-1] <= 2047
     assert widths[-1] > 40
     assert len(edges) < 200
 

@@ -41,10 +41,9 @@ def test_an_end_is_written_and_starts_are_counted(tmp_path: Path) -> None:
 
 
 def test_it_keeps_the_vocabulary_of_its_cells(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
+    # A start that saved nothing may have had other cells.
     for vocabulary in (vocabulary_of(5), vocabulary_of(5), vocabulary_of(7)):
-        # A start that saved nothing may have had other cells.
-        run.write_vocabulary(vocabulary)
+        RunFolder(tmp_path).write_vocabulary(vocabulary)
         assert Vocabulary.load(tmp_path / "vocabulary.json") == vocabulary
 
 

@@ -72,8 +72,8 @@ def test_an_overflow_of_a_scaled_gradient_is_no_reason_to_stop() -> None:
     with pytest.raises(TooManySkippedUpdatesError, match="non_finite"):
         made.left_out("step 4", NAN, INF)
     made.made(6.0, 1.0)
-    made.left_out("a", 6.0, INF)
-    made.left_out("b", 6.0, NAN)
+    for norm in (INF, NAN):
+        made.left_out("a", 6.0, norm)
     with pytest.raises(TooManySkippedUpdatesError, match="number 3 in a row"):
         made.left_out("c", 6.0, INF)
 
@@ -82,8 +82,8 @@ def test_skips_in_a_row_are_bounded() -> None:
     made = guard(non_finite=NonFinite.skip, max_skips=2)
     for _ in range(4):
         made.made(6.0, 1.0)
-        made.left_out("a", NAN, 1.0)
-        made.left_out("b", NAN, 1.0)
+        for step in ("a", "b"):
+            made.left_out(step, NAN, 1.0)
     message = r"c\. It is number 3 in a row.*max_skips is 2"
     with pytest.raises(TooManySkippedUpdatesError, match=message):
         made.left_out("c", NAN, 1.0)
