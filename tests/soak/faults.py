@@ -12,7 +12,6 @@ from dataclasses import dataclass
 PACKAGE_TESTS: dict[str, tuple[str, ...]] = {
     "top": (
         "tests/unit/top/test_types.py",
-        "tests/unit/top/test_errors.py",
         "tests/unit/io/test_outside_faults.py",
         "tests/unit/training/test_metrics_baselines.py",
         "tests/unit/io/test_bad_input.py",
@@ -64,7 +63,6 @@ PACKAGE_TESTS: dict[str, tuple[str, ...]] = {
     ),
     "checkpoint": (
         "tests/unit/training/test_checkpoint_*.py",
-        "tests/unit/training/test_safe_metadata.py",
         "tests/unit/io/test_durable_files.py",
         "tests/distributed/training/test_saving.py",
         "tests/distributed/training/test_resume.py",
@@ -90,9 +88,7 @@ PACKAGE_TESTS: dict[str, tuple[str, ...]] = {
         "tests/distributed/inference/test_evaluate_command.py",
     ),
     "celltypes": (
-        "tests/unit/inference/test_cross_validation.py",
-        "tests/unit/inference/test_scores.py",
-        "tests/unit/inference/test_labelled.py",
+        "tests/unit/inference/test_celltypes.py",
         "tests/distributed/inference/test_classify.py",
     ),
     "perturbation": (
@@ -100,8 +96,7 @@ PACKAGE_TESTS: dict[str, tuple[str, ...]] = {
         "tests/distributed/inference/test_perturb.py",
     ),
     "convert": (
-        "tests/unit/inference/test_token_rows.py",
-        "tests/unit/inference/test_hf_folder.py",
+        "tests/unit/inference/test_convert.py",
         "tests/distributed/inference/test_convert.py",
     ),
     "preflight": ("tests/unit/top/test_preflight.py", "tests/end_to_end/run/test_preflight.py"),
@@ -616,7 +611,7 @@ CHECKPOINT = (
         "safe_metadata.py",
         'raise pickle.UnpicklingError(f"it asks for {module}.{name}")',
         "return super().find_class(module, name)",
-        "tests/unit/training/test_safe_metadata.py",
+        "tests/unit/training/test_checkpoint_record.py",
     ),
     _fault(
         "checkpoint",
@@ -761,7 +756,7 @@ INFERENCE = (
         "cross_validation.py",
         "pca = principal_components(of_train, seed)",
         "pca = principal_components(features.values, seed)",
-        "tests/unit/inference/test_cross_validation.py",
+        "tests/unit/inference/test_celltypes.py",
     ),
     _fault(
         "perturbation",
@@ -809,7 +804,7 @@ INFERENCE = (
         "cross_validation.py",
         "f1.sum(axis=1) / (either > 0).sum(axis=1)",
         "f1.sum(axis=1) / num_labels",
-        "tests/unit/inference/test_scores.py",
+        "tests/unit/inference/test_celltypes.py",
     ),
     _fault(
         "inference",
@@ -981,7 +976,7 @@ OTHERS = (
         "token_rows.py",
         "return ours[known[rows[known].argsort()]]",
         "return ours[known]",
-        "tests/unit/inference/test_token_rows.py",
+        "tests/unit/inference/test_convert.py",
     ),
 )
 
