@@ -6,7 +6,6 @@ Bits at random places, many of them: tests/soak/store_flips.py.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -37,11 +36,8 @@ obs/__fragments/*/a1.tdb obs/__fragments/*/a1_var.tdb obs/__fragments/*/d0.tdb
 def write_some_cells(path: Path) -> None:
     """A store of NUM_CELLS made-up cells."""
     rng = np.random.default_rng(1)
-    cells = [
-        [0, *(5 + rng.permutation(NUM_GENES)[: rng.integers(1, SEQ_LENGTH)]).tolist()]
-        for _ in range(NUM_CELLS)
-    ]
-    write_small_store(path, cells, NUM_GENES, SEQ_LENGTH)
+    genes = (rng.permutation(NUM_GENES)[: rng.integers(1, SEQ_LENGTH)] for _ in range(NUM_CELLS))
+    write_small_store(path, [[0, *(5 + g).tolist()] for g in genes], NUM_GENES, SEQ_LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +56,8 @@ def read_all(path: Path) -> tuple[object, ...]:
     """All that a training run reads of a store."""
     with TokenStore.open(path) as store:
         block = store.read(0, len(store))
-        arrays = (block.tokens_T, block.offsets, block.keys_N)
-        manifest = store.manifest
-        return (*(array.tobytes() for array in arrays), manifest, store.vocabulary.checksum)
+        arrays = [array.tobytes() for array in (block.tokens_T, block.offsets, block.keys_N)]
+        return (*arrays, store.manifest, store.vocabulary.checksum)
 
 
 def read_obs(path: Path) -> list[dict[str, object]]:
@@ -158,7 +153,7 @@ def test_every_file_is_missed_and_seen_if_of_another_length(copy) -> None:
 
 @pytest.mark.parametrize("part", ["tokens", "obs", "manifest.json", "vocabulary.json"])
 def test_missing_part_is_seen_at_opening(copy, part: str) -> None:
-    os.rename(copy / part, copy.parent / "away")
+    (copy / part).rename(copy.parent / "away")
     assert opening(copy)
     assert check_store(copy)
 
@@ -170,24 +165,24 @@ def test_no_folder_or_a_file(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("frame", ["tokens", "obs"])
-def test_missing_commit_is_seen_at_opening(copy, frame: str) -> None:
+def test_missing_commits_and_added_fragments_are_seen(copy, frame: str) -> None:
     (commit,) = (copy / frame / "__commits").iterdir()
+    fragment = next((copy / frame / "__fragments").iterdir())
+    added = fragment.with_name(fragment.name.replace("_22", "0_22"))
+    shutil.copytree(fragment, added)
+    assert f"{frame}/__fragments/{added.name}/" in refusal(copy)
+    assert "is not of the store" in check_store(copy)[0]
+    shutil.copy(commit, commit.with_name(f"{added.name}.wrt"))
+    assert "is not of the store" in refusal(copy)
+    shutil.rmtree(added)
+    commit.with_name(f"{added.name}.wrt").unlink()
     commit.unlink()
     assert f"{frame}/__commits/{commit.name} is missing" in opening(copy)
     unlist_files(copy)
     assert f"{frame} holds 0 rows, the manifest says 1,500" in opening(copy)
 
 
-@pytest.mark.parametrize("frame", ["tokens", "obs"])
-def test_an_uncommitted_or_added_fragment_is_seen(copy, frame: str) -> None:
-    fragment = next((copy / frame / "__fragments").iterdir())
-    added = fragment.with_name(fragment.name.replace("_22", "0_22"))
-    shutil.copytree(fragment, added)
-    assert f"{frame}/__fragments/{added.name}/" in refusal(copy)
-    assert "is not of the store" in check_store(copy)[0]
-    commit = next((copy / frame / "__commits").iterdir())
-    shutil.copy(commit, commit.with_name(f"{added.name}.wrt"))
-    assert "is not of the store" in refusal(copy)
+UNFIT = {"n_tokens": 1, "split": "test", "cell_id": "z"}
 
 
 @pytest.mark.parametrize(
@@ -195,11 +190,7 @@ def test_an_uncommitted_or_added_fragment_is_seen(copy, frame: str) -> None:
     [
         ("tokens", {}, []),
         ("obs", {"number": 123_456}, ["content hash"]),
-        (
-            "obs",
-            {"n_tokens": 1, "split": "test", "cell_id": "z"},
-            ["another n_tokens", "another split", "cell_key that is not", "at row 7"],
-        ),
+        ("obs", UNFIT, ["another n_tokens", "another split", "cell_key that is not", "at row 7"]),
     ],
     ids=["added row", "changed label", "obs that does not fit"],
 )
@@ -223,38 +214,35 @@ def test_exchanged_vocabulary_is_seen(copy) -> None:
     assert Vocabulary.load(copy / "vocabulary.json") == vocabulary
 
 
+WRONG_ROWS = (
+    {"train": [0, 1500]},  # two splits missing
+    {"train": [0, 10], "validation": [11, 20], "test": [20, 1500]},  # a gap
+    {"train": [0, 10], "validation": [10, 5], "test": [5, 1500]},  # backwards
+    {"train": [0, 10], "validation": [10, 20], "test": [20, 1000]},  # too few
+)
+CHANGES = (
+    ({"cells": 1499}, "checksum"),
+    ({"tokens": 0}, "checksum"),
+    ({"schema_version": 2}, "store schema 2"),
+    ({"rows": None}, "rows missing"),
+)
+
+
 def test_a_manifest_of_no_use_is_refused(copy) -> None:
-    manifest = copy / "manifest.json"
+    manifest, loaded = copy / "manifest.json", Manifest.load(copy)
     sound = manifest.read_bytes()
     for damaged in (b"", sound[: len(sound) // 2], b"[]", b"\xff" + sound):
         manifest.write_bytes(damaged)
         assert "damaged manifest" in opening(copy)
         assert check_store(copy)
-    content = json.loads(sound)
-    for changes, message in (
-        ({"cells": 1499}, "checksum"),
-        ({"tokens": 0}, "checksum"),
-        ({"schema_version": 2}, "store schema 2"),
-        ({"rows": None}, "rows missing"),
-    ):
-        changed = {name: value for name, value in (content | changes).items() if value is not None}
-        manifest.write_text(json.dumps(changed))
+    for changes, message in CHANGES:
+        changed = json.loads(sound) | changes
+        kept = {name: value for name, value in changed.items() if value is not None}
+        manifest.write_text(json.dumps(kept))
         assert message in opening(copy)
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        {"train": [0, 1500]},
-        {"train": [0, 10], "validation": [11, 20], "test": [20, 1500]},
-        {"train": [0, 10], "validation": [10, 5], "test": [5, 1500]},
-        {"train": [0, 10], "validation": [10, 20], "test": [20, 1000]},
-    ],
-    ids=["two splits missing", "gap", "backwards", "too few"],
-)
-def test_manifest_with_wrong_rows_is_refused(copy, rows: dict[str, list[int]]) -> None:
-    replace(Manifest.load(copy), rows=rows).save(copy)
-    assert "damaged manifest" in opening(copy)
+    for rows in WRONG_ROWS:
+        replace(loaded, rows=rows).save(copy)
+        assert "damaged manifest" in opening(copy), rows
 
 
 def test_a_file_that_cannot_be_read_is_named(copy, monkeypatch) -> None:
