@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geneformer_mcore.data.collate import Collator, make_batch
-from geneformer_mcore.data.loader import Budget
+from geneformer_mcore.data.loader import Budget, Feed
 from geneformer_mcore.data.masking import Masking
 from geneformer_mcore.store import local_cache
 from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.reader import TokenStore
-from geneformer_mcore.types import NUM_SPECIALS, KnownLengths, RaggedCells, TokenSource
+from geneformer_mcore.types import NUM_SPECIALS, Batch, KnownLengths, RaggedCells, TokenSource
 from tests.distributed.ranks import run_ranks
 from tests.support.small_store import write_small_store
 from tests.unit.data.identified_cells import VOCABULARY, Cells, cell, feed, ragged, sights, views
@@ -34,12 +34,22 @@ FEW_SIZES = (1, 3, 8)
 STEPS_PAST_AN_EPOCH = NUM_CELLS // BATCH + 3
 
 
+def feeds_of(source: TokenSource, size: int, **changes) -> list[Feed]:
+    """Of all ranks, over the first NUM_CELLS cells."""
+    return [feed(source, rank, size, **{"num_cells": NUM_CELLS} | changes) for rank in range(size)]
+
+
+def sights_of(batches: Iterable[Batch]) -> list[tuple[int, bytes]]:
+    """Of the cells of all of these, sorted."""
+    return sorted(itertools.chain.from_iterable(map(sights, batches)))
+
+
 def stream_hash(
     source: TokenSource, size: int, prefetch: int, steps: int = 45, maker: Collator = make_batch
 ) -> str:
     """Of the cells and masks of all ranks, step after step, in the order of the global batch."""
     digest = hashlib.sha256()
-    feeds = [feed(source, rank, size, num_cells=NUM_CELLS, maker=maker) for rank in range(size)]
+    feeds = feeds_of(source, size, maker=maker)
     streams = [each.steps(0, prefetch) for each in feeds]
     for _ in range(steps):
         assigned = [list(sights(next(stream)[0])) for stream in streams]
@@ -47,7 +57,7 @@ def stream_hash(
             key, seen = assigned[i % size][i // size]
             digest.update(key.to_bytes(8, "little") + seen)
     for stream in streams:
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
     return digest.hexdigest()
 
 
@@ -66,17 +76,14 @@ def test_one_stream_over_ranks_and_prefetching(truth: str, size: int, prefetch: 
 def steps_of(
     source: TokenSource, size: int, budget: Budget | None, maker: Collator = make_batch
 ) -> Iterator[list[tuple[int, bytes]]]:
-    """The cells and masks of all ranks, step after step, sorted."""
-    feeds = [
-        feed(source, rank, size, num_cells=NUM_CELLS, maker=maker, budget=budget)
-        for rank in range(size)
-    ]
+    """The cells and masks of all ranks, step after step."""
+    feeds = feeds_of(source, size, maker=maker, budget=budget)
     for position in range(0, 45 * BATCH, BATCH):
         steps = [each.step(position) for each in feeds]
         assert len({len(batches) for batches in steps}) == 1, "ranks differ in micro batches"
         batches = list(itertools.chain.from_iterable(steps))
         assert len({batch.tokens_BS.shape for batch in batches}) == 1
-        yield sorted(itertools.chain.from_iterable(map(sights, batches)))
+        yield sights_of(batches)
 
 
 def assert_packed_is_padded(
@@ -104,23 +111,19 @@ class Spanned(Cells):
         return rows % 50 + 2
 
 
-@pytest.mark.parametrize(
-    ("size", "global_batch", "window_spans"), [(1, 70, 1), (2, 60, 2), (3, 99, 3)]
-)
-def test_packed_steps_that_straddle_windows(
-    size: int, global_batch: int, window_spans: int
-) -> None:
+@pytest.mark.parametrize(("size", "batch", "window_spans"), [(1, 70, 1), (2, 60, 2), (3, 99, 3)])
+def test_packed_steps_that_straddle_windows(size: int, batch: int, window_spans: int) -> None:
     """A rank's cells come in the order of its micro batches, newer windows before older ones."""
     sources = Spanned(NUM_CELLS), CELLS
     assert [isinstance(source, KnownLengths) for source in sources] == [True, False]
     for rank in range(size):
         spanned, whole = (
-            feed(source, rank, size, global_batch, spans=(16, window_spans), budget=BUDGET)
+            feed(source, rank, size, batch, spans=(16, window_spans), budget=BUDGET)
             for source in sources
         )
-        for position in range(0, 60 * global_batch, global_batch):
-            found = [sorted(sights(batch)) for batch in spanned.step(position)]
-            assert found == [sorted(sights(batch)) for batch in whole.step(position)]
+        for position in range(0, 60 * batch, batch):
+            found, expected = spanned.step(position), whole.step(position)
+            assert list(map(sights_of, zip(found))) == list(map(sights_of, zip(expected)))
 
 
 def test_packed_batches_are_full() -> None:
@@ -133,7 +136,7 @@ def test_packed_batches_are_full() -> None:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenStore]:
+def store(tmp_path_factory) -> Iterator[TokenStore]:
     path = tmp_path_factory.mktemp("stream") / "store"
     cells = [cell(number).tolist() for number in range(NUM_CELLS)]
     write_small_store(path, cells, VOCABULARY - NUM_SPECIALS, 64)
@@ -156,29 +159,22 @@ class InMemory(Cells):
 
 
 @pytest.fixture(scope="module")
-def truth_of_the_store(store: TokenStore) -> str:
+def truth_of_the_store(store) -> str:
     return stream_hash(InMemory(store), 1, 0, STEPS_PAST_AN_EPOCH)
 
 
 @pytest.fixture(scope="module", params=["store", "flat copy"])
-def source(
-    request: pytest.FixtureRequest, store: TokenStore, tmp_path_factory: pytest.TempPathFactory
-) -> TokenSource:
+def source(request, store, tmp_path_factory) -> TokenSource:
     if request.param == "store":
         return store
     manifest, cache = store.manifest, tmp_path_factory.mktemp("cache")
     return local_cache.ensure(store, manifest.content_hash, manifest.tokens, cache)
 
 
-def test_packed_one_stream_from_every_source(source: TokenSource, store: TokenStore) -> None:
+def test_one_stream_over_ranks_and_sources(truth_of_the_store, source, store) -> None:
+    for size in FEW_SIZES:
+        assert stream_hash(source, size, 2, STEPS_PAST_AN_EPOCH) == truth_of_the_store
     assert_packed_is_padded(source, store)
-
-
-@pytest.mark.parametrize("size", FEW_SIZES)
-def test_one_stream_over_ranks_and_sources(
-    truth_of_the_store: str, source: TokenSource, size: int
-) -> None:
-    assert stream_hash(source, size, 2, STEPS_PAST_AN_EPOCH) == truth_of_the_store
 
 
 def stream_by_dali(path: Path, sizes: tuple[int, ...]) -> list[str]:
@@ -190,7 +186,7 @@ def stream_by_dali(path: Path, sizes: tuple[int, ...]) -> list[str]:
         return [stream_hash(store, size, 2, STEPS_PAST_AN_EPOCH, maker) for size in sizes]
 
 
-def test_one_stream_by_dali(store: TokenStore, truth_of_the_store: str) -> None:
+def test_one_stream_by_dali(store, truth_of_the_store) -> None:
     """In a process of its own, as a rank is: once, in one that had run two thousand other tests, a
     thread of DALI's or TileDB's ended all of them with a segmentation fault."""
     pytest.importorskip("nvidia.dali")
@@ -205,22 +201,20 @@ def test_stops_and_restarts_continue_exactly(data: st.DataObject) -> None:
     global batch are those of the run that never stopped."""
     undisturbed, position = feed(CELLS), 0
     for _ in range(data.draw(st.integers(1, 4))):
-        size, steps = data.draw(st.sampled_from(SIZES)), data.draw(st.integers(1, 3))
-        feeds = [feed(CELLS, rank, size) for rank in range(size)]
+        feeds = feeds_of(CELLS, data.draw(st.sampled_from(SIZES)))
+        steps = data.draw(st.integers(1, 3))
         position += BATCH * data.draw(st.integers(0, 30))
         for _ in range(steps):
-            found = sorted(s for f in feeds for batch in f.step(position) for s in sights(batch))
-            assert found == sorted(s for b in undisturbed.step(position) for s in sights(b))
+            found = itertools.chain.from_iterable(each.step(position) for each in feeds)
+            assert sights_of(found) == sights_of(undisturbed.step(position))
             position += BATCH
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_each_epoch_sees_each_cell_once_with_its_own_tokens(size: int) -> None:
-    """Over all ranks, from steps that straddle epochs; labels put back the tokens that were
-    masked."""
+    """Over all ranks and two epochs; labels put back the tokens that were masked."""
     num_cells = BATCH * 21 - 5
-    feeds = [feed(Cells(num_cells), rank, size) for rank in range(size)]
-    seen = []
+    feeds, seen = feeds_of(Cells(num_cells), size, num_cells=num_cells), []
     for position in range(0, 2 * 21 * BATCH, BATCH):
         _, epochs = feeds[0].order.rows(position, position + BATCH)
         for rank, each in enumerate(feeds):
@@ -238,7 +232,7 @@ def test_each_epoch_sees_each_cell_once_with_its_own_tokens(size: int) -> None:
 def test_the_masks_of_a_cell_change_from_epoch_to_epoch() -> None:
     each = feed(CELLS)
     first, second = (
-        dict(s for step in steps for batch in each.step(step * BATCH) for s in sights(batch))
+        dict(sights_of(batch for step in steps for batch in each.step(step * BATCH)))
         for steps in (range(21), range(21, 42))
     )
     long = [key for key in first.keys() & second.keys() if key % 50 > 30]
@@ -274,13 +268,11 @@ def test_a_batch_larger_than_several_windows_is_whole() -> None:
     each = feed(source, batch=72, spans=(8, 1))
     seen = [key for step in range(3) for b in each.step(step * 72) for key in b.keys_N.tolist()]
     assert seen == each.order.rows(0, 216)[0].tolist()
-    all_sights = dict(s for b in feed(source, batch=200).step(0) for s in sights(b))
-    assert dict(s for b in each.step(0) for s in sights(b)) == {
-        key: all_sights[key] for key in seen[:72]
-    }
+    whole = dict(sights_of(feed(source, batch=200).step(0)))
+    assert dict(sights_of(each.step(0))) == {key: whole[key] for key in seen[:72]}
 
 
-def test_cells_are_truncated_to_seq_length_from_every_source(tmp_path: Path) -> None:
+def test_cells_are_truncated_to_seq_length_from_every_source(tmp_path) -> None:
     copy = local_cache.ensure(CELLS, "d" * 64, 10**5, tmp_path)
     short, from_copy = (
         feed(source, num_cells=NUM_CELLS, seq_length=20, pad=4) for source in (CELLS, copy)
