@@ -26,9 +26,8 @@ def test_each_epoch_sees_each_cell_once_in_an_order_of_its_own(num_cells: int) -
 
 def test_the_order_is_the_seeds_and_can_be_asked_from_anywhere() -> None:
     def rows(start: int, stop: int, seed: int = 7) -> list[int]:
-        return (
-            Sampler(0, 100, span_cells=8, window_spans=3, seed=seed).rows(start, stop)[0].tolist()
-        )
+        order = Sampler(0, 100, span_cells=8, window_spans=3, seed=seed)
+        return order.rows(start, stop)[0].tolist()
 
     whole = rows(0, 500)
     assert whole != rows(0, 500, seed=8)

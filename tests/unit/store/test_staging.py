@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -12,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep import build_store as build_store_command
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.exit_codes import run
 from geneformer_mcore.io import files
 from geneformer_mcore.store.check import check_store
-from geneformer_mcore.store.ingest import plan, staging
+from geneformer_mcore.store.ingest import build, merge, plan, staging, tokenise
 from geneformer_mcore.store.ingest.build import build_store
 from geneformer_mcore.store.ingest.staging import StagedFolder, check_target
 from geneformer_mcore.store.layout import MANIFEST_FILE, Manifest
-from tests.support import commands
 from tests.support.small_cells import random_counts, vocabulary_of, write_h5ad
 
 VOCABULARY = vocabulary_of(30)
@@ -53,9 +56,7 @@ def assert_taken(target: Path, message: str = "exists already") -> None:
         check_target(target, overwrite=False)
 
 
-def publish(
-    target: Path, overwrite: bool = False, meanwhile: Callable[[], object] = lambda: None
-) -> None:
+def publish(target: Path, overwrite: bool = False, meanwhile: Callable = nullcontext) -> None:
     """Writes a store "new" and publishes it, after `meanwhile`."""
     with StagedFolder(target, overwrite) as staged:
         fill(staged.store, "new")
@@ -81,9 +82,9 @@ def break_off(target: Path, error: Exception) -> None:
         (MANIFEST_FILE, True, True, ""),
     ],
 )
-def test_what_appeared_meanwhile_is_kept_unless_it_was_to_be_replaced(
-    target, monkeypatch, name: str, overwrite: bool, checked: bool, message: str
-) -> None:
+def test_what_appeared_meanwhile(target, monkeypatch, name, overwrite, checked, message) -> None:
+    """It is kept, unless it is a store and was to be replaced."""
+
     def appear() -> None:
         target.mkdir()
         (target / name).write_text("another's")
@@ -137,54 +138,48 @@ def test_a_place_where_no_store_can_be(tmp_path, monkeypatch, place: str) -> Non
     assert_taken(place, "cannot be written")
 
 
-LIMITED = """
-import resource, sys
-from geneformer_mcore.exit_codes import run
-from geneformer_mcore.store.ingest import build as ingest, merge, plan, tokenise
-from data_prep.build_store import main
-
-plan.LEAST_ROWS_PER_UNIT = 50
-stage, limit = sys.argv.pop(1), int(sys.argv.pop(1))
-owner, name = {
-    "first unit": (tokenise, "write_cells"),
-    "later unit": (ingest._Build, "_estimate"),
-    "frames": (merge.SomaWriter, "__enter__"),
-    "rows": (merge.SomaWriter, "write"),
-}[stage]
-original = getattr(owner, name)
-
-before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-def limited(*arguments):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    return original(*arguments)
-
-def main_and_room_for_its_message():
-    try:
-        return main()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-setattr(owner, name, limited)
-run(main_and_room_for_its_message)
-"""
+STAGES = {
+    "first unit": (tokenise, "write_cells", 0),
+    "later unit": (build._Build, "_estimate", 1),
+    "frames": (merge.SomaWriter, "__enter__", 4),
+    "rows": (merge.SomaWriter, "write", 4),
+}
+"""Where room ends, and how many units of work are finished then."""
 
 
-@pytest.mark.parametrize(
-    ("stage", "units"), [("first unit", 0), ("later unit", 1), ("frames", 4), ("rows", 4)]
-)
-def test_no_room_ends_with_two_and_work_is_kept(
-    tmp_path, target, file, stage: str, units: int, monkeypatch
-) -> None:
+def errors_of_limited(words: list[object], owner: object, name: str, patch, capsys) -> list[str]:
+    """Of build_store.py, which ends with 2, where files may hold 1,000 bytes from that call on."""
+    original, limits = getattr(owner, name), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*arguments: object) -> object:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        return original(*arguments)
+
+    def main_and_room_for_its_message() -> int:
+        try:
+            return build_store_command.main()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    patch.setattr(sys, "argv", ["build_store.py", *map(str, words)])
+    patch.setattr(owner, name, limited)
+    with pytest.raises(SystemExit) as ended:
+        run(main_and_room_for_its_message)
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (2, ""), printed.err
+    return printed.err.splitlines()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_room_keeps_the_work(tmp_path, target, file, stage: str, monkeypatch, capsys) -> None:
+    owner, name, units = STAGES[stage]
+    monkeypatch.setattr(plan, "LEAST_ROWS_PER_UNIT", 50)
     before = build_store([file], target, VOCABULARY)
     VOCABULARY.save(tmp_path / "v.json")
     names = sorted(os.listdir(tmp_path))
-    (tmp_path / "limited.py").write_text(LIMITED)
-    arguments = ["--out", target, "--overwrite", "--vocabulary", "v.json", "--workers", 1, file]
-    result = commands.run(tmp_path / "limited.py", stage, 1000, *arguments, cwd=tmp_path)
-    (tmp_path / "limited.py").unlink()
-    assert (result.returncode, result.stdout) == (2, ""), result.stderr
-    *logged, error = result.stderr.splitlines()
+    words = ["--out", target, "--overwrite", "--vocabulary", tmp_path / "v.json", "--workers", 1]
+    with monkeypatch.context() as patch:
+        *logged, error = errors_of_limited([*words, file], owner, name, patch, capsys)
     assert error.startswith(f"error: {target}: there is no room for the store: File too large.")
     assert "what was at this path before is as it was. Remedy: make room" in error
     assert Manifest.load(target) == before
@@ -200,7 +195,6 @@ def test_no_room_ends_with_two_and_work_is_kept(
     assert logged == [f"{kept}: start the same again."]
     assert sorted(os.listdir(tmp_path)) == sorted([*names, ".store.staging"])
     lines: list[str] = []
-    monkeypatch.setattr(plan, "LEAST_ROWS_PER_UNIT", 50)
     again = build_store([file], target, VOCABULARY, overwrite=True, log=lines.append)
     assert lines == [f"continues: {units} of 4 units of work are there"]
     assert again.content_hash == before.content_hash
@@ -257,13 +251,14 @@ def test_parts_share_the_folder_and_a_whole_build_does_not(target) -> None:
 
 
 def test_a_part_that_fails_clears_nothing_of_others(target) -> None:
-    other = hold(target, "0/2")
-    with pytest.raises(RuntimeError), StagedFolder(target, part="1/2"):
-        raise RuntimeError
-    (other.units / "x").write_text("")
-    other.__exit__(None, None, None)
-    with pytest.raises(RuntimeError), StagedFolder(target, part="1/2"):
-        raise RuntimeError
+    def fail() -> None:
+        with pytest.raises(RuntimeError), StagedFolder(target, part="1/2"):
+            raise RuntimeError
+
+    with StagedFolder(target, part="0/2") as other:
+        fail()
+        (other.units / "x").write_text("")
+    fail()
     assert os.listdir(target.parent) == []
 
 
@@ -323,9 +318,9 @@ def test_a_kill_while_the_rest_is_cleared(target, monkeypatch, after: int) -> No
 
 
 def test_units_outlive_an_error_and_the_store_in_the_making_does_not(target) -> None:
-    staged = hold(target)
-    (staged.units / "x.json").write_text("{}")
-    fill(staged.store, "half")
-    staged.__exit__(RuntimeError, RuntimeError(), None)
+    with suppress(RuntimeError), StagedFolder(target) as staged:
+        (staged.units / "x.json").write_text("{}")
+        fill(staged.store, "half")
+        raise RuntimeError
     assert sorted(os.listdir(target.with_name(".store.staging"))) == ["lock", "units"]
     assert not target.exists()
