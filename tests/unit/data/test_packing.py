@@ -13,7 +13,7 @@ from geneformer_mcore.data.loader import Budget, Feed, Share
 from geneformer_mcore.data.sampler import Sampler
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.types import CellViews, RaggedCells
-from tests.unit.data.identified_cells import MASKING, Cells, cell, ragged, views
+from tests.unit.data.identified_cells import MASKING, Spanned, cell, ragged, views
 
 SEQ_LENGTH = 2048
 RANKS, CELLS_PER_RANK = 128, 16
@@ -111,13 +111,8 @@ def test_a_cell_longer_than_the_budget_is_refused() -> None:
         pack(np.array([3, 41]), 40, 2)
 
 
-class KnowingCells(Cells):
+class KnowingCells(Spanned):
     """Cells that may be looked up, and that know their lengths: as a flat copy does."""
-
-    touched: set[int]
-
-    def lengths(self, rows: np.ndarray) -> np.ndarray:
-        return rows % 50 + 2
 
     def views(self, rows: np.ndarray) -> CellViews:
         self.touched = set(rows.tolist())

@@ -22,7 +22,7 @@ from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.types import NUM_SPECIALS, Batch, KnownLengths, RaggedCells, TokenSource
 from tests.distributed.ranks import run_ranks
 from tests.support.small_store import write_small_store
-from tests.unit.data.identified_cells import VOCABULARY, Cells, cell, feed, ragged, sights
+from tests.unit.data.identified_cells import VOCABULARY, Cells, Spanned, cell, feed, ragged, sights
 
 BATCH = 24
 NUM_CELLS = 500
@@ -92,13 +92,6 @@ def assert_packed_is_padded(packed, padded, maker=make_batch, size=3, budget=BUD
 @pytest.mark.parametrize("budget", [Budget(64), Budget(200, multiple=2), Budget(5000)])
 def test_packed_the_cells_of_a_step_are_the_same(size: int, budget: Budget) -> None:
     assert_packed_is_padded(CELLS, CELLS, size=size, budget=budget)
-
-
-class Spanned(Cells):
-    """Cells that are read by spans, and whose lengths are known: as a token store's."""
-
-    def lengths(self, rows: np.ndarray) -> np.ndarray:
-        return rows % 50 + 2
 
 
 @pytest.mark.parametrize(("size", "batch", "window_spans"), [(1, 70, 1), (2, 60, 2), (3, 99, 3)])

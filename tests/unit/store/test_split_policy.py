@@ -110,17 +110,6 @@ def test_card_draws_by_seed_and_keeps_one_whole_for_test() -> None:
     assert out == {"d052": "test", "d141": "held-out", "d258": "held-out"}
 
 
-def test_named_for_test_next_to_the_share() -> None:
-    table = table_of(gut=500, b=10, c=10, d=480)
-    roles = choose_roles(table, "card", 0.021, test_datasets=["gut"])
-    assert roles["gut"] == "test"
-    assert sorted(roles.values()) == ["held-out", "test", "train", "train"]
-    # What is named is out of training before others are looked at.
-    table = table_of(dataset("gut", 500, "ab"), dataset("b", 10, "b"), c=990)
-    with pytest.raises(DataError, match=r"no data set can be held out: each of the 2"):
-        choose_roles(table, "smallest-first", 0.5, test_datasets=["gut"])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -136,6 +125,13 @@ def test_refusals(arguments: dict[str, object], message: str) -> None:
     table = table_of(dataset("only", 1, assays="z"), a=900, b=100)
     with pytest.raises(DataError, match=message):
         choose_roles(**{"table": table, "policy": "card", "held_out_fraction": 0.1} | arguments)
+
+
+def test_choices_that_are_impossible_or_just_possible() -> None:
+    # What is named is out of training before others are looked at.
+    table = table_of(dataset("gut", 500, "ab"), dataset("b", 10, "b"), c=990)
+    with pytest.raises(DataError, match=r"no data set can be held out: each of the 2"):
+        choose_roles(table, "smallest-first", 0.5, test_datasets=["gut"])
     # The fraction that a message names is enough.
     table = table_of(a=9_000, b=1_234)
     with pytest.raises(DataError, match=r"Remedy: --held-out-fraction 0\.1206"):
