@@ -15,8 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
-
+from geneformer_mcore.distributed.guard import is_stopped
 from geneformer_mcore.errors import NetworkError
 
 GUARD = Path(__file__).with_name("guard.py")
@@ -44,19 +43,13 @@ class Launcher:
         if os.getppid() != self._pid:
             return f"torchrun (process {self._pid}) has ended, and its ranks end with it"
         # Looks are counted, not time: Ctrl-Z stops this rank, too, and that is no fault.
-        self._stopped_s = self._stopped_s + LOOK_S if self._is_stopped() else 0.0
+        self._stopped_s = self._stopped_s + LOOK_S if is_stopped(self._pid) else 0.0
         if self._stopped_s < limit_s:
             return None
         return (
             f"torchrun (process {self._pid}) has been stopped for {limit_s:g} s "
             "(parallel.timeout_s), and ranks meet in its store"
         )
-
-    def _is_stopped(self) -> bool:
-        try:
-            return psutil.Process(self._pid).status() == psutil.STATUS_STOPPED
-        except psutil.Error:
-            return False
 
     def guard(self, limit_s: float) -> None:
         """Start the guard of this rank, which kills it once it was stopped for `limit_s`."""
