@@ -7,7 +7,6 @@ torchrun [--nproc_per_node=N] launch/finetune.py --checkpoint RUN --store STORE 
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,7 +80,9 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
         "finetune.label": arguments.label,
         "data.store": arguments.store,
     }
-    given = [f"{key}={json.dumps(str(value))}" for key, value in named.items() if value is not None]
+    given = [
+        settings.argument(key, str(value)) for key, value in named.items() if value is not None
+    ]
     return [*given, *arguments.settings]
 
 

@@ -11,9 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from geneformer_mcore.config import Config
+from geneformer_mcore.config import Config, plain_yaml
 from geneformer_mcore.errors import CheckpointError
 
 FORMAT_VERSION = 3
@@ -194,6 +192,6 @@ def _defaults() -> dict[str, Any]:
 def _flat(text: str) -> dict[str, Any]:
     return {
         f"{section}.{key}": value
-        for section, values in yaml.safe_load(text).items()
+        for section, values in plain_yaml.values(text).items()
         for key, value in values.items()
     }

@@ -265,7 +265,7 @@ _RANGES = (
     ("data.prefetch_steps", 0, 1_000),
     ("data.pad_multiple", 0, 65_536),
     ("data.tokens_per_micro_batch", 0, 16_777_216),
-    ("model.num_layers", 1, 1_000),
+    ("model.num_layers", 1, 256),
     ("model.hidden_size", 1, 65_536),
     ("model.ffn_hidden_size", 1, 1_000_000),
     ("model.num_attention_heads", 1, 1_024),
@@ -285,8 +285,8 @@ _RANGES = (
     ("optim.eps", 1e-30, 1),
     ("optim.clip", 0, 1e6),
     ("train.steps", 1, _MANY),
-    ("train.micro_batch_size", 1, 1_000_000),
-    ("train.global_batch_size", 1, 100_000_000),
+    ("train.micro_batch_size", 1, 1_048_576),
+    ("train.global_batch_size", 1, 1_048_576),
     ("train.seed", 0, 2**63 - 1),
     ("train.max_minutes", 0, 10**6),
     ("train.validate_every_steps", 0, _MANY),
@@ -302,8 +302,9 @@ _RANGES = (
     ("checkpoint.keep_every", 0, _MANY),
     ("checkpoint.deadline_s", 1, 86_400),
     ("finetune.dropout", 0, 0.99),
-    ("finetune.frozen_layers", 0, 1_000),
+    ("finetune.frozen_layers", 0, 256),
     ("finetune.lora_rank", 0, 65_536),
     ("finetune.lora_alpha", 1e-6, 1e6),
 )
-"""(setting, smallest, largest) of every number."""
+"""(setting, smallest, largest) of every number. What a machine can hold is another question, which
+training/sizes.py answers once the cells are known."""

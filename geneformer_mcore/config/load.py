@@ -1,11 +1,16 @@
 """YAML file + `section.key=value` arguments -> Config; all errors are reported at once.
 
 defaults (sections.py)  <-  [another run's]  <-  one YAML file  <-  command line
+
+A value is what was written, 2024_01_31 as well as 0012, until the type of its setting reads it.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
+import os
+import re
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -13,10 +18,18 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from geneformer_mcore.config.sections import Activation, Config
+from geneformer_mcore.config import plain_yaml
+from geneformer_mcore.config.sections import Activation, Config, Source
 from geneformer_mcore.errors import ConfigError
+
+_PATHS = (
+    *("run.dir", "data.store", "data.vocabulary", "data.split", "data.cache_dir"),
+    "finetune.checkpoint",
+)
+_NULL = ("~", "null", "Null", "NULL")
+_IN_NO_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def load(
@@ -33,7 +46,9 @@ def load(
     below = _argument_values(beneath, problems)
     above = _argument_values(overrides, problems)
     _merge(merged, [*below, *_file_values(file, problems), *above], problems)
-    return _resolved(merged), dump(merged)
+    config = _resolved(merged)
+    _check_texts(config)
+    return config, dump(merged)
 
 
 def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Config:
@@ -51,6 +66,38 @@ def dump(config: Config | DictConfig) -> str:
     return OmegaConf.to_yaml(node, resolve=False)
 
 
+def argument(key: str, value: object) -> str:
+    """`key=value` that `load` reads as just this value, whatever it is: text is quoted, and means
+    no reference where it holds `${`."""
+    if isinstance(value, str):
+        value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
+def from_anywhere(text: str, config: Config) -> str:
+    """The `text` of `load` with absolute paths, as a run keeps it: it is read in other folders.
+    A path that begins with a reference, such as ${oc.env:STORES}, keeps it."""
+    merged = OmegaConf.structured(Config)
+    _merge(merged, _text_values(text, "the settings", []), [])
+    written: Any = OmegaConf.to_container(merged, resolve=False)
+    for path in _PATHS:
+        section, key = path.split(".")
+        of_counts = path == "data.store" and config.data.source is Source.counts
+        value = getattr(getattr(config, section), key)
+        absolute = _absolute(written[section][key], value, of_counts)
+        OmegaConf.update(merged, path, absolute)
+    return dump(merged)
+
+
+def _absolute(written: str, value: str, of_counts: bool) -> str:
+    if of_counts and "${" not in written:  # several, with commas between
+        parts = [part.strip() for part in written.split(",")]
+        return ",".join(_absolute(part, part, False) for part in parts)
+    if not value or "://" in value or os.path.isabs(value):
+        return written
+    return f"{Path.cwd()}/{written}" if "${" in written else str(Path(written).absolute())
+
+
 def run_dir(file: str | Path | None, overrides: Sequence[str]) -> str:
     """run.dir as far as known, even of settings that `load` refuses."""
     found = [
@@ -65,7 +112,7 @@ def _file_values(file: str | Path | None, problems: list[str]) -> list[tuple[str
     if file is None:
         return []
     try:
-        text = Path(file).read_text()
+        text = plain_yaml.read_text(Path(file))
     except OSError as error:
         problems.append(f"cannot read the config file {file}: {error.strerror}.")
         return []
@@ -77,7 +124,7 @@ def _file_values(file: str | Path | None, problems: list[str]) -> list[tuple[str
 
 def _text_values(text: str, origin: str, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
     try:
-        values = _StrictLoader(text).get_single_data() or {}
+        values = plain_yaml.values(text, as_written=True) or {}
     except yaml.YAMLError as error:
         problems.append(f"{origin} is not plain YAML: {' '.join(str(error).split())}.")
         return []
@@ -86,19 +133,6 @@ def _text_values(text: str, origin: str, problems: list[str]) -> list[tuple[str,
         problems.append(text)
         return []
     return [(origin, {key: value}) for key, value in _leaves(values)]
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Plain YAML in which no key comes twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{', '.join(twice)} is set twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
 
 
 def _leaves(values: dict[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -122,11 +156,22 @@ def _argument_values(
             problems.append(f"`{argument}`: settings are written section.key=value.")
             continue
         try:
-            # Nothing after the sign is "", not YAML's null.
-            found.append((f"`{argument}`", {key: yaml.safe_load(text) if text else ""}))
-        except yaml.YAMLError:
-            problems.append(f"`{argument}`: the value is not valid YAML.")
+            found.append((f"`{argument}`", {key: _typed(key, text)}))
+        except yaml.YAMLError as error:
+            why = f" ({error})" if isinstance(error, plain_yaml.LimitError) else ""
+            problems.append(f"`{argument}`: the value is not valid YAML{why}.")
     return found
+
+
+def _typed(key: str, text: str) -> Any:
+    """The value of `key=text`: for a setting that is text, the text itself, or what its quotes
+    hold."""
+    if not text:  # not YAML's null
+        return ""
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if key in _texts() and not is_quoted:
+        return None if text in _NULL else text
+    return plain_yaml.values(text, as_written=True)
 
 
 def _merge(
@@ -142,24 +187,32 @@ def _merge(
             problems.append(f"{origin}: there is no setting `{key}`.{hint}")
             continue
         try:
+            if key in _texts() and not isinstance(value, str):
+                raise ValidationError
             OmegaConf.update(merged, key, _number(merged, key, value))
         except OmegaConfBaseException:
-            problems.append(f"{origin}: {key} takes {_wanted(key)}, and got {value!r}.")
+            problems.append(
+                f"{origin}: {key} takes {_wanted(key)}, and got {value!r}.{_hint(key, value)}"
+            )
+        if value == "???":  # OmegaConf's word for a value that is still to come
+            problems.append(f"{origin}: {key} takes {_wanted(key)}, and cannot be {value}.")
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 def _number(merged: DictConfig, key: str, value: Any) -> Any:
-    # YAML 1.1 reads 1e-3 (no dot) as a string.
+    """A number that is written as people write it: 1e3 for a whole one, 0100 for a hundred."""
     default = OmegaConf.select(merged, key)
     if not isinstance(default, int | float) or isinstance(default, bool):
         return value
-    try:
-        number = float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-    whole = isinstance(default, int) and isinstance(number, float) and number.is_integer()
-    return int(number) if whole else number
+    for kind in (int, float) if isinstance(value, str) else ():
+        try:
+            number = kind(value)
+        except ValueError:
+            continue
+        whole = isinstance(default, int) and isinstance(number, float) and number.is_integer()
+        return int(number) if whole else number
+    return value
 
 
 def _wanted(key: str) -> str:
@@ -171,6 +224,44 @@ def _wanted(key: str) -> str:
         return f"one of {', '.join(choice.value for choice in choices)}"
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     return kinds.get(type(default), "a list of numbers such as [0.8, 0.1, 0.1]")
+
+
+def _hint(key: str, value: Any) -> str:
+    """What is to be done about a text that is refused."""
+    if value is None and key in _texts():
+        return f" Leave it empty ({key}= or '') for none; a name is put in quotes: '\"null\"'."
+    if "${" in str(value):
+        return " `${` begins a reference such as ${oc.env:HOME}; for the two signs write `\\${`."
+    return ""
+
+
+def _check_texts(config: Config) -> None:
+    """Raise ConfigError for what neither a file nor a column can be called, or nobody means to."""
+    problems = []
+    for key in _texts():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if _IN_NO_NAME.search(value):
+            problems.append(
+                f"{key} must be one line of Unicode without control characters, and is {value!r}."
+            )
+        if key in _PATHS and value.startswith("~/"):
+            problems.append(
+                f"{key} is {value}, and `~` is read by shells only: write ${{oc.env:HOME}}"
+                f"{value[1:]}, or ./{value} for a folder of that name."
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _texts() -> list[str]:
+    """The settings that are text."""
+    return [
+        f"{section}.{name}"
+        for section in _sections()
+        for name, value in vars(getattr(Config(), section)).items()
+        if isinstance(value, str)
+    ]
 
 
 def _sections() -> list[str]:

@@ -12,12 +12,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import yaml
 from safetensors.torch import save_file
 
 from geneformer_mcore.checkpoint import weights_reader
 from geneformer_mcore.checkpoint.record import ORIGIN, Record
-from geneformer_mcore.config import Config, load
+from geneformer_mcore.config import Config, load, plain_yaml
 from geneformer_mcore.config.sections import Activation, ModelConfig, Precision
 from geneformer_mcore.convert import (
     bionemo_keys,
@@ -104,7 +103,7 @@ def to_hf(
     check_free(out)
     step = weights_reader.step_of(path)
     record = Record.load(step)
-    config = _recorded(record)
+    config = pretrained.located(_recorded(record), step)
     vocabulary = pretrained.find_vocabulary(record, config, step, vocabulary_path)
     weights = lora.folded(weights_reader.read_weights(step), config.finetune)
     genes = vocabulary.feature_ids
@@ -186,14 +185,14 @@ def _from_dictionaries(tokens: dict, tokens_path: Path, medians_path: Path) -> V
 
 def _recorded(record: Record) -> Config:
     """Settings of a checkpoint that its weights depend on; the others are defaults."""
-    text = yaml.safe_load(record.identity.config)
+    text = plain_yaml.values(record.identity.config)
     settings = [
-        f"{section}.{key}={json.dumps(value)}"
+        f"{section}.{key}={json.dumps(value, ensure_ascii=False)}"
         for section in ("model", "finetune")
         for key, value in text.get(section, {}).items()
     ]
     config, _ = load(None, [*settings, f"data.seq_length={text['data']['seq_length']}"])
-    config.data.store = str(text["data"]["store"])
+    config.run.dir, config.data.store = str(text["run"]["dir"]), str(text["data"]["store"])
     config.data.vocabulary = str(text["data"].get("vocabulary") or "")
     return config
 

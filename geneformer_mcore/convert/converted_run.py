@@ -51,7 +51,7 @@ def write(
     weights: {our name: whole tensor}, without padding rows;  files: {name: JSON content} of further
     files. Raises DataError if `out` exists, or cannot be written.
     """
-    config.run.dir = str(out)
+    config.run.dir, config.data.store = str(out.absolute()), ""
     text = dump(config)
     identity = Identity(text, {}, vocabulary.checksum, content="")
     versions = backends.describe()

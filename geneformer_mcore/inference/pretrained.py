@@ -8,18 +8,24 @@ base model of fine-tuning  ->  settings that the run inherits, or is refused for
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 
 from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.checkpoint import weights_reader
 from geneformer_mcore.checkpoint.record import RECORD, Record, of_the_weights
-from geneformer_mcore.config import Config, dump, parse
-from geneformer_mcore.config.sections import Attention, ParallelConfig, Precision, Recompute
+from geneformer_mcore.config import Config, dump, parse, plain_yaml
+from geneformer_mcore.config.sections import (
+    Attention,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    Source,
+)
 from geneformer_mcore.errors import CheckpointError, ConfigError, DataError
 from geneformer_mcore.io.files import file_digest
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
@@ -101,7 +107,7 @@ def _config(record: Record, folder: Path, layout: Sequence[str]) -> Config:
             f"only the layout can be set here ({', '.join(LAYOUT_KEYS)}), the rest is as the model "
             f"was trained, and got {', '.join(strange)}."
         )
-    config = parse(record.identity.config, f"{folder / RECORD}")
+    config = located(parse(record.identity.config, f"{folder / RECORD}"), folder)
     chosen = parse("{}", "", layout).parallel
     # The run's settings for speed suit its machine only.
     config.parallel = replace(
@@ -116,6 +122,31 @@ def _config(record: Record, folder: Path, layout: Sequence[str]) -> Config:
     config.model.hidden_dropout = config.model.attention_dropout = 0.0
     config.model.compile = False
     return config
+
+
+def located(config: Config, folder: Path) -> Config:
+    """`config` of the checkpoint `folder` with the paths of its cells as they lead there today."""
+    data, run = config.data, folder.absolute().parent.parent
+    was, now = Path(config.run.dir), run
+    while was.is_absolute() and was.name and was.name == now.name:
+        was, now = was.parent, now.parent
+    data.vocabulary, data.split = (
+        _there(path, run, was, now) for path in (data.vocabulary, data.split)
+    )
+    parts = data.store.split(",") if data.source is Source.counts else [data.store]
+    data.store = ",".join(_there(part.strip(), run, was, now) for part in parts)
+    return config
+
+
+def _there(path: str, run: Path, was: Path, now: Path) -> str:
+    """Where `path` of a record lies: as it stands, or with the folder `was`, which is `now` since
+    the run has moved. Earlier versions kept relative ones, of a folder above the run."""
+    if not path or "://" in path or (os.path.isabs(path) and os.path.exists(path)):
+        return path
+    places = [now / Path(path).relative_to(was)] if Path(path).is_relative_to(was) else []
+    if not os.path.isabs(path):
+        places = [parent / path for parent in run.parents]
+    return next((str(place) for place in places if place.exists()), path)
 
 
 def find_vocabulary(
@@ -189,7 +220,7 @@ def _recorded_base(path: Path, run_dir: Path) -> Path | None:
 
 def settings_of_base_model(model: Pretrained) -> list[str]:
     """Settings of pretraining as section.key=value; fp32 on a CPU."""
-    recorded = yaml.safe_load(model.record.identity.config)
+    recorded = plain_yaml.values(model.record.identity.config)
     kept = {key: value for key, value in recorded["model"].items() if key not in _OF_A_MACHINE}
     precision = model.config.train.precision
     if not torch.cuda.is_available():

@@ -10,15 +10,17 @@ the process that started them, however that ends.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -30,6 +32,8 @@ Advance = Callable[[int], None]
 """Called by a work with the number of cells just done."""
 
 _STOP_S = 5.0
+_BYTES_OF_ONE = 100 * 10**6
+"""Memory of a process before it has read anything, at least."""
 
 
 class Work(Protocol):
@@ -74,6 +78,7 @@ class Workers:
         Raises LostWorkerError if a process is killed or memory runs out, and the errors of jobs.
         """
         number = max(1, min(self.number, len(jobs), self.number if most is None else most))
+        _check_number(number)
         queues = [_Queue(jobs, is_wanted, chain)]
         if last is not None:
             queues.append(_Queue([last] * number))
@@ -105,6 +110,31 @@ class Workers:
         for process in self._processes:
             process.stop(at_once)
         self._processes = []
+
+
+def memory_bytes() -> int:
+    """Memory of this machine, or what this process may take of it: a container or a job may have
+    less (control groups, ulimit)."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limits += [soft] if soft != resource.RLIM_INFINITY else []
+    with suppress(OSError, IndexError):
+        group = Path("/proc/self/cgroup").read_text().splitlines()[-1].split(":", 2)[2]
+        here = Path("/sys/fs/cgroup") / group.lstrip("/")
+        for folder in (here, *here.parents):
+            with suppress(OSError, ValueError):  # "max", or no file: no limit
+                limits.append(int((folder / "memory.max").read_text()))
+    return min(limits)
+
+
+def _check_number(number: int) -> None:
+    most = max(1, memory_bytes() // _BYTES_OF_ONE)
+    if number > most:
+        raise DataError(
+            f"`workers={number}` would be {number:,} processes of {_BYTES_OF_ONE / 1e6:.0f} MB and "
+            f"more each, and this machine has {memory_bytes() / 1e9:.0f} GB. Remedy: at most "
+            f"{most:,}; more than one per core gains nothing."
+        )
 
 
 class _Queue:

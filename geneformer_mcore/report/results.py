@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from geneformer_mcore.config import plain_yaml
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.exit_codes import DEFECT, FINISHED, INTERRUPTED
 from geneformer_mcore.metrics.provenance import provenance
@@ -196,7 +197,7 @@ def _baselines(path: Path) -> dict[str, Any] | None:
 
 def _sections(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(_text(path))
+        found = plain_yaml.values(_text(path))
     except yaml.YAMLError:
         raise DataError(f"{path} is not YAML: it was damaged after the run wrote it.") from None
     sections = found if isinstance(found, dict) else {}

@@ -24,6 +24,7 @@ from geneformer_mcore.distributed.groups import Topology
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.progress import ProgressLine
 from geneformer_mcore.store import local_cache
+from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.split.table import SPLITS, RandomSplit, SplitRule, SplitTable
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
@@ -38,6 +39,7 @@ class RunCells:
     seq_length:  tokens to which the source truncates cells
     span_cells, window_spans:  of the Sampler
     names:       the cell ids of rows (int64 [N])
+    mean_tokens: of a cell cut to data.seq_length, at least
     labels:      `cell_key` and a label column of all cells, by name; None if there are none
     """
 
@@ -51,6 +53,7 @@ class RunCells:
     window_spans: int
     names: Callable[[np.ndarray], list[str]]
     labels: Callable[[str], pa.Table] | None = None
+    mean_tokens: float = 2.0
 
     def count(self, split: str) -> int:
         start, stop = self.rows[split]
@@ -103,7 +106,13 @@ def _store(config: Config) -> RunCells:
         window_spans=data.window_spans,
         names=store.cell_ids,
         labels=store.labels,
+        mean_tokens=_mean_tokens(manifest, data.seq_length),
     )
+
+
+def _mean_tokens(manifest: Manifest, seq_length: int) -> float:
+    """Tokens of a cell cut to `seq_length`, at least: min(n, s) >= n s / S for all n <= S."""
+    return manifest.tokens / max(1, manifest.cells) * seq_length / manifest.seq_length
 
 
 def _counts(config: Config) -> RunCells:

@@ -21,7 +21,7 @@ from geneformer_mcore.checkpoint.record import (
     check_continues,
     interpolated_values,
 )
-from geneformer_mcore.config import Config, Plan
+from geneformer_mcore.config import Config, Plan, from_anywhere
 from geneformer_mcore.data.loader import Feed
 from geneformer_mcore.distributed import collectives, groups
 from geneformer_mcore.distributed.groups import Topology
@@ -33,6 +33,7 @@ from geneformer_mcore.metrics.sinks import Sinks
 from geneformer_mcore.model import fused, megatron_config
 from geneformer_mcore.model.attention import select, selftest
 from geneformer_mcore.optim import optimizer as optim
+from geneformer_mcore.training import sizes
 from geneformer_mcore.training.run_folder import RunFolder
 from geneformer_mcore.training.spike_guard import SpikeGuard
 from geneformer_mcore.training.task import HeldOut, Task
@@ -103,16 +104,17 @@ def prepare(
     watch: Watchdog,
 ) -> Run:
     """Build the model, restore the latest valid checkpoint if there is one, open the logs."""
+    peak = measured_peak(device, megatron_config.DTYPES[config.train.precision])
+    sizes.check(config, plan, task.cells, device, peak)
     watch.doing("building the model")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     groups.seed_dropout(config.train.seed, topology)
     stages = task.stages(device)
-    peak = measured_peak(device, megatron_config.DTYPES[config.train.precision])
     run = Run(
         config=config,
-        config_text=config_text,
+        config_text=from_anywhere(config_text, config),
         plan=plan,
         folder=folder,
         device=device,
@@ -134,9 +136,9 @@ def prepare(
     watch.doing("opening the logs")
     if run.is_first_rank:
         run.messages += task.describe(folder, run.feed, run.held_out)
-        folder.write_config(config_text)
+        folder.write_config(run.config_text)
         folder.write_vocabulary(task.cells.vocabulary)
-        run.sinks = Sinks(folder.path, config.train.steps, run.step, config_text)
+        run.sinks = Sinks(folder.path, config.train.steps, run.step, run.config_text)
     _announce(run)
     return run
 
