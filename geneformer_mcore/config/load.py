@@ -158,7 +158,7 @@ def _argument_values(
         try:
             found.append((f"`{argument}`", {key: _typed(key, text)}))
         except yaml.YAMLError as error:
-            why = f" ({error})" if isinstance(error, plain_yaml.LimitError) else ""
+            why = f" ({error.problem})" if isinstance(error, plain_yaml.LimitError) else ""
             problems.append(f"`{argument}`: the value is not valid YAML{why}.")
     return found
 
@@ -192,7 +192,7 @@ def _merge(
             OmegaConf.update(merged, key, _number(merged, key, value))
         except OmegaConfBaseException:
             problems.append(
-                f"{origin}: {key} takes {_wanted(key)}, and got {value!r}.{_hint(key, value)}"
+                f"{origin}: {key} takes {_wanted(key)}, and got {value!r:.200}.{_hint(key, value)}"
             )
         if value == "???":  # OmegaConf's word for a value that is still to come
             problems.append(f"{origin}: {key} takes {_wanted(key)}, and cannot be {value}.")

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import yaml
 
 MOST_CHARACTERS = 65_536
-MOST_NODES = 4_096
+MOST_NODES = 2_048
 """With every alias written out; all settings of a run are about two hundred."""
 DEEPEST = 16
 
@@ -23,8 +23,11 @@ _NULL = "tag:yaml.org,2002:null"
 _AS_WRITTEN = (_NULL, "tag:yaml.org,2002:merge")
 
 
-class LimitError(yaml.YAMLError):
+class LimitError(yaml.MarkedYAMLError):
     """The text is longer, deeper or of more values than a file of settings may be."""
+
+    def __init__(self, problem: str, event: yaml.Event | None = None) -> None:
+        super().__init__(problem=problem, problem_mark=event and event.start_mark)
 
 
 def values(text: str, as_written: bool = False) -> Any:
@@ -58,14 +61,14 @@ class _Bounded(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.anchors and event.anchor not in self._sizes:
-                raise LimitError(f"*{event.anchor} stands inside of itself{event.start_mark}")
+                raise LimitError(f"*{event.anchor} stands inside of itself", event)
             self._count(self._sizes.get(event.anchor, 1), event)
             return super().compose_node(parent, index)
         before = self._nodes
         self._count(1, event)
         self._depth += 1
         if self._depth > DEEPEST:
-            raise LimitError(f"it must be at most {DEEPEST} levels deep{event.start_mark}")
+            raise LimitError(f"it must be at most {DEEPEST} levels deep", event)
         node = super().compose_node(parent, index)
         self._depth -= 1
         if event.anchor is not None:
@@ -76,8 +79,9 @@ class _Bounded(yaml.SafeLoader):
         self._nodes += nodes
         if self._nodes > MOST_NODES:
             raise LimitError(
-                f"it must have at most {MOST_NODES:,} values, those behind its aliases counted "
-                f"each time{event.start_mark}"
+                f"it must have at most {MOST_NODES:,} values, those behind aliases counted every "
+                "time",
+                event,
             )
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:

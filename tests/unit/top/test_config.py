@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from geneformer_mcore.config import Config, load, plan, run_dir
+from geneformer_mcore.config import (
+    Config,
+    argument,
+    from_anywhere,
+    load,
+    parse,
+    plain_yaml,
+    plan,
+    run_dir,
+)
 from geneformer_mcore.config.sections import Activation
 from geneformer_mcore.errors import ConfigError
 
@@ -131,7 +140,15 @@ def test_a_file_that_is_no_plain_mapping_is_refused(file: Path, content: str) ->
 def test_values_may_be_written_as_people_write_them(file: Path) -> None:
     merged = config("train.steps=1e3", "optim.lr=1e-3", "train.max_minutes=5")
     assert (merged.train.steps, merged.optim.lr, merged.train.max_minutes) == (1000, 1e-3, 5.0)
-    for wrong in ("train.steps=1.5", "train.steps=null", "parallel.sequence=3x"):
+    # Not octal, and every digit of a large one.
+    merged = config("train.steps=0100", f"train.seed={2**63 - 1}")
+    assert (merged.train.steps, merged.train.seed) == (100, 2**63 - 1)
+    for wrong in (
+        "train.steps=1.5",
+        "train.steps=null",
+        "parallel.sequence=3x",
+        "train.steps=1:30",
+    ):
         with pytest.raises(ConfigError, match="takes"):
             config(wrong)
     file.write_text("train:\nmodel: {head_activation: null}\n")
@@ -143,3 +160,110 @@ def test_the_run_folder_is_known_even_of_refused_settings(file: Path) -> None:
     assert run_dir(file, ["optim.lr=x"]) == "from_file"
     assert run_dir(file, ["run.dir=typed", "nonsense"]) == "typed"
     assert run_dir(file.with_name("nowhere.yaml"), []) == Config().run.dir
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2024_01_31", "2024-01-31", "1.10", "0012", "0x1f", "12:30", "1e3", "on", "no", "true", ".nan",
+     "=", "a b", "größe"],
+)  # fmt: skip
+def test_text_is_what_was_written(file: Path, text: str) -> None:
+    """On the command line, in a file, and in what a run keeps of both."""
+    file.write_text(f"run: {{dir: {text}}}\nfinetune:\n  label: {text}\n", encoding="utf-8")
+    typed = load(None, [f"run.dir={text}", f"finetune.label={text}"])
+    for merged, kept in (load(file), typed):
+        assert (merged.run.dir, merged.finetune.label) == (text, text)
+        assert parse(kept, "kept") == merged
+
+
+@pytest.mark.parametrize(
+    ("given", "means"),
+    [
+        ("run #3", "run #3"), ("a: b", "a: b"), ("[a]", "[a]"), ("{a: 1}", "{a: 1}"),
+        ("*a", "*a"), ("!!int 5", "!!int 5"), ("'a", "'a"), ("-", "-"), ("<<", "<<"),
+        (" x ", " x "), ("'1.10'", "1.10"),
+        ('"null"', "null"), ("\\${a}", "${a}"), ("", ""),
+    ],
+)  # fmt: skip
+def test_an_argument_needs_no_quotes_and_may_have_them(given: str, means: str) -> None:
+    assert config(f"finetune.label={given}").finetune.label == means
+
+
+@pytest.mark.parametrize(
+    "text", ["'x'", '"', "null", "a${b}", "\\${x", "a\\b", " ", "1e3", "\U0001f9ec", "???a"]
+)
+def test_an_option_becomes_a_setting_of_just_that_text(text: str) -> None:
+    assert config(argument("finetune.label", text)).finetune.label == text
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("null", "a name is put in quotes"),
+        ("???", "cannot be ???"),
+        ("~/runs", "${oc.env:HOME}/runs"),
+        ("${", "write `\\${`"),
+        ("a\0b", "without control characters"),
+        ("a\nb", "one line"),
+        ("\udcff", "Unicode"),
+    ],
+)
+def test_text_that_no_folder_can_be_meant_by_is_refused(text: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.dir") as caught:
+        config(f"run.dir={text}")
+    assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["", "null", "[a]", "{a: {b: 1}}", "!!binary aGVsbG8="])
+def test_what_is_no_text_in_a_file_is_refused(file: Path, value: str) -> None:
+    file.write_text(f"run:\n  dir: {value}\n")
+    with pytest.raises(ConfigError, match=r"some\.yaml: "):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "limit"),
+    [
+        # Three times ten values: harmless, and more than the file may have in this test.
+        ("a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]\nb: [*a, *a, *a]", "behind aliases"),
+        ("a: &a {b: 1, c: 2, d: 3}\ne: {<<: [*a, *a, *a, *a, *a, *a]}", "behind aliases"),
+        ("a: &a [*a]", "inside of itself"),
+        ("[" * 20 + "]" * 20, "16 levels"),
+        ("a: [" + "1, " * 40 + "]", "30 values"),
+        ("a: " + "x" * 70_000, "65,536 characters"),
+    ],
+)
+def test_yaml_is_read_within_limits(
+    file: Path, content: str, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain_yaml, "MOST_NODES", 30)
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=limit):
+        load(file)
+    with pytest.raises(ConfigError, match=limit):
+        config(f"data.mask_fractions={content}")
+
+
+def test_a_device_without_an_end_is_no_file_of_settings() -> None:
+    with pytest.raises(ConfigError, match="65,536 characters"):
+        load("/dev/zero")
+
+
+def test_what_a_run_keeps_names_paths_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PART", "one")
+    monkeypatch.setenv("STORES", "/stores")
+    given = ["run.dir=runs/a", "data.vocabulary=../v.json", "data.split=/s.json", "data.cache_dir="]
+    kept = from_anywhere(*reversed(load(None, [*given, "data.store=stores/${oc.env:PART}"])))
+    found = parse(kept, "kept")
+    assert (found.run.dir, found.data.store) == (f"{tmp_path}/runs/a", f"{tmp_path}/stores/one")
+    assert (found.data.vocabulary, found.data.split) == (f"{tmp_path}/../v.json", "/s.json")
+    assert found.data.cache_dir == ""
+    assert "stores/${oc.env:PART}" in kept
+    counts = ["data.source=counts", "data.store=a.h5ad, s3://b/c, /d.h5ad"]
+    kept = from_anywhere(*reversed(load(None, counts)))
+    assert parse(kept, "kept").data.store == f"{tmp_path}/a.h5ad,s3://b/c,/d.h5ad"
+    outside = ["data.store=${oc.env:STORES}/x", "run.dir=runs"]
+    assert "${oc.env:STORES}/x\n" in from_anywhere(*reversed(load(None, outside)))
