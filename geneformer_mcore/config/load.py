@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ _PATHS = (
     "finetune.checkpoint",
 )
 _NULL = ("~", "null", "Null", "NULL")
-_IN_NO_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_IN_NO_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def load(
@@ -71,7 +72,7 @@ def argument(key: str, value: object) -> str:
     no reference where it holds `${`."""
     if isinstance(value, str):
         value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+    return f"{key}={json.dumps(value)}"
 
 
 def from_anywhere(text: str, config: Config) -> str:
@@ -171,6 +172,9 @@ def _typed(key: str, text: str) -> Any:
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if key in _texts() and not is_quoted:
         return None if text in _NULL else text
+    if is_quoted:
+        with suppress(ValueError):  # of `argument`: YAML reads \\ud83e as half of a character
+            return json.loads(text)
     return plain_yaml.values(text, as_written=True)
 
 

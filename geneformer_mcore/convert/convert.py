@@ -187,7 +187,7 @@ def _recorded(record: Record) -> Config:
     """Settings of a checkpoint that its weights depend on; the others are defaults."""
     text = plain_yaml.values(record.identity.config)
     settings = [
-        f"{section}.{key}={json.dumps(value, ensure_ascii=False)}"
+        f"{section}.{key}={json.dumps(value)}"
         for section in ("model", "finetune")
         for key, value in text.get(section, {}).items()
     ]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from geneformer_mcore.checkpoint.record import Record
+from geneformer_mcore.config import parse
 from tests.end_to_end import forked
 from tests.end_to_end.forked import outcome, records
 from tests.support import commands
@@ -53,9 +55,9 @@ def trace(run: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an undisturbed run."""
+    """The folder of an undisturbed run, whose cells are named from the working directory."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    forked.check(run, settings(store))
+    forked.check(run, settings(Path(os.path.relpath(store))))
     return run
 
 
@@ -73,6 +75,14 @@ def test_the_run_folder_holds_what_it_should(finished: Path) -> None:
     checkpoints = sorted(path.name for path in (finished / "checkpoints").iterdir())
     # The best of those that validated is the last one.
     assert checkpoints == ["latest", "step_0000000012", "step_0000000014"]
+
+
+def test_what_it_keeps_names_its_cells_for_all_folders(finished: Path, store: Path) -> None:
+    record = Record.load(finished / "checkpoints" / "step_0000000014")
+    for kept in (record.identity.config, (finished / "config.yaml").read_text()):
+        named = Path(parse(kept, "kept").data.store)
+        assert named.is_absolute()
+        assert named.samefile(store)
 
 
 def test_the_metrics_are_complete_and_the_loss_falls(finished: Path) -> None:

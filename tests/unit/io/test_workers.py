@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from geneformer_mcore.errors import DataError, LostWorkerError
+from geneformer_mcore.io import workers
 from geneformer_mcore.io.workers import Workers
 from geneformer_mcore.tokenizer import build
 from geneformer_mcore.tokenizer.genes import InputOptions
@@ -155,6 +156,16 @@ def test_what_ends_all_work(fate: str, kind: type[Exception], message: str) -> N
 def test_no_worker_is_no_number() -> None:
     with pytest.raises(DataError, match="at least 1 worker, not 0"):
         Workers(0)
+
+
+def test_no_more_processes_than_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before one is started; a number that the jobs do not need is none too many."""
+    monkeypatch.setattr(workers, "memory_bytes", lambda: 250 * 10**6)
+    with Workers(1000) as few:
+        assert list(few.run(Doing({}), [4])) == [(4, (8, os.getpid()))]
+        with pytest.raises(DataError, match=r"`workers=3`.* Remedy: at most 2; "):
+            next(few.run(Doing({}), range(3)))
+        assert few._processes == []
 
 
 # Workers in the middle of their work, and how they end
