@@ -89,11 +89,9 @@ class Truth:
 
     @property
     def norm(self) -> float:
-        """Global norm of the gradients."""
         return math.sqrt(sum(float(np.square(each).sum()) for each in self.gradients.values()))
 
     def reference(self) -> Reference:
-        """The plain model."""
         weights = {name: torch.from_numpy(weight) for name, weight in self.weights.items()}
         return Reference(weights, 4, toy.VOCABULARY, *(getattr(F, name) for name in self.functions))
 
@@ -122,7 +120,6 @@ class Parity:
 
 
 def unchanged(batches: list[Batch], _data_rank: int) -> list[Batch]:
-    """The Change that changes nothing."""
     return batches
 
 
@@ -135,7 +132,6 @@ def truth(change: Change = unchanged, data_size: int = 1, settings: Sequence[str
 def parity(
     name: str, expected: Truth, change: Change = unchanged, settings: Sequence[str] = ()
 ) -> Parity:
-    """Runs a layout and compares it. settings: beside the layout's own."""
     (found,) = parities(name, [(expected, change)], settings)
     return found
 

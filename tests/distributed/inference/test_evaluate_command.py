@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from geneformer_mcore.config import load
 from geneformer_mcore.data.masking import VALIDATION_EPOCH, Masking
 from geneformer_mcore.metrics import baselines
 from geneformer_mcore.model.forward_only import losses_and_ranks
 from geneformer_mcore.store.ingest.build import build_store
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.split.table import RandomSplit
-from geneformer_mcore.tokenizer.vocabulary import Vocabulary
-from geneformer_mcore.types import MASK, NUM_SPECIALS, RaggedCells
+from geneformer_mcore.types import MASK, RaggedCells
 from tests.distributed import toy
 from tests.distributed.commands import assert_refused, succeed
 from tests.distributed.inference import trained
@@ -43,13 +40,11 @@ def store(model: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cells_of(store: Path, split: str = "test") -> Any:
-    """Its cells, read as they are."""
     with TokenStore.open(store) as reader:
         return reader.read(*reader.rows(split))
 
 
 def masked(cells: RaggedCells, fractions: tuple[float, ...] = OURS) -> tuple[Any, Any]:
-    """Tokens as the model is shown them, and which of them are selected."""
     masking = Masking(0.15, fractions, toy.VOCABULARY, SEED)
     return masking.apply(cells, np.full(len(cells), VALIDATION_EPOCH))
 
@@ -66,24 +61,25 @@ def evaluations(
 
 
 @pytest.fixture(scope="module")
-def both(model: Trained, store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """The evaluations of one rank: by groups, and with all selected genes masked."""
-    lines = {"out": "--by cell_type", "masked": "--mask-fractions 1,0,0"}
-    return evaluations(model, store, tmp_path_factory.mktemp("alone"), lines)
+def all_found(
+    model: Trained, store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    lines = {"test": "--by cell_type", "train": "--split train", "masked": "--mask-fractions 1,0,0"}
+    results = evaluations(model, store, tmp_path_factory.mktemp("alone"), lines)
+    return dict(zip(lines, results, strict=True))
 
 
 @pytest.fixture(scope="module")
-def found(both: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first of them."""
-    return both[0]
+def found(all_found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return all_found["test"]
 
 
 def by_reference(
-    model: Trained, store: Path, fractions: tuple[float, ...] = OURS, shown: bool = False
+    model: Trained, cells: Any, fractions: tuple[float, ...] = OURS, shown: bool = False
 ) -> np.ndarray:
     """[6, cells]: loss sum, selected genes, top 1, top 5, and loss and number of the masked, by
     plain PyTorch. shown: nothing is kept from the model."""
-    cells, rows = cells_of(store), []
+    rows = []
     seen_T, selected_T = masked(cells, fractions)
     for start, stop in zip(cells.offsets[:-1], cells.offsets[1:], strict=True):
         tokens, seen = (torch.from_numpy(each[start:stop].astype(np.int64))
@@ -101,8 +97,12 @@ def by_reference(
     return np.array(rows).T
 
 
-def test_equals_the_plain_reference(model: Trained, store: Path, found: dict[str, Any]) -> None:
-    loss, number, top1, top5, masked_loss, num_masked = by_reference(model, store)
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_equals_the_plain_reference(
+    split: str, model: Trained, store: Path, all_found: dict[str, dict[str, Any]]
+) -> None:
+    found, cells = all_found[split], cells_of(store, split)
+    loss, number, top1, top5, masked_loss, num_masked = by_reference(model, cells)
     total, has = number.sum(), number > 0
     assert found["num_cells"] == len(number) > 10
     assert found["num_predicted"] == total > 100
@@ -113,17 +113,24 @@ def test_equals_the_plain_reference(model: Trained, store: Path, found: dict[str
     assert found["top5"] == pytest.approx(top5.sum() / total)
     assert found["num_masked"] == num_masked.sum() < total
     assert found["masked_loss"] == pytest.approx(masked_loss.sum() / num_masked.sum(), abs=1e-5)
+    # Counted gene by gene, from the masks alone.
+    train, alpha = cells_of(store, "train"), found["baselines"]["alpha"]
+    log_p_V = baselines.unigram(train, toy.VOCABULARY, alpha)
+    unigram = -log_p_V[cells.tokens_T[masked(cells)[1]]].mean()
+    assert found["unigram"] == pytest.approx(unigram, abs=1e-9)
 
 
-def test_genes_are_masked(model: Trained, store: Path, both: list[dict[str, Any]]) -> None:
-    found, all_masked = both
-    cells = cells_of(store)
+def test_genes_are_masked(
+    model: Trained, store: Path, all_found: dict[str, dict[str, Any]]
+) -> None:
+    found, all_masked, cells = all_found["test"], all_found["masked"], cells_of(store)
+    assert found["top5"] > 0
     seen_T, selected_T = masked(cells, ALL_MASKED)
     assert (seen_T[selected_T] == MASK).all()
     assert 0.1 < selected_T.sum() / (len(seen_T) - len(cells)) < 0.2
-    loss, number, *_ = by_reference(model, store, shown=True)
+    loss, number, *_ = by_reference(model, cells, shown=True)
     assert abs(found["loss"] - loss.sum() / number.sum()) > 0.05
-    loss, number, *_ = by_reference(model, store, ALL_MASKED)
+    loss, number, *_ = by_reference(model, cells, ALL_MASKED)
     assert all_masked["loss"] == pytest.approx(loss.sum() / number.sum(), abs=1e-5)
     assert abs(all_masked["loss"] - found["loss"]) > 1e-3
 
@@ -157,44 +164,6 @@ def test_groups_add_up(found: dict[str, Any], store: Path) -> None:
     assert found["seed"] == SEED
     assert found["trained_on_this_store"] is False
     assert str(store.parent) not in json.dumps(found)
-
-
-def forced(run: Path, vocabulary: Path, log_p_V: np.ndarray) -> None:
-    """Saves a run whose model says `log_p_V` whatever it sees."""
-    made = toy.make()
-    (stage,) = made.trainable.stages
-    with torch.no_grad():
-        # The head ends in a norm: without scale and shift nothing but the bias is left.
-        for each in stage.lm_head.layer_norm.parameters():
-            each.zero_()
-        stage.output_layer.bias.zero_()
-        stage.output_layer.bias[: len(log_p_V)] = torch.from_numpy(log_p_V).float()
-    made.trainable.optimizer.reload_model_params()
-    config = load(None, list(toy.SETTINGS))[1]
-    trained.commit(made, run, config, Vocabulary.load(vocabulary), trained.STEP)
-
-
-def test_a_model_of_gene_frequencies_has_their_cross_entropy(
-    model: Trained, store: Path, tmp_path: Path
-) -> None:
-    train = cells_of(store, "train")
-    counts = np.bincount(train.tokens_T, minlength=toy.VOCABULARY)[NUM_SPECIALS:] + 0.1
-    log_p_V = np.concatenate([np.full(NUM_SPECIALS, -40.0), np.log(counts / counts.sum())])
-    run_ranks(forced, 1, tmp_path, model.run / "vocabulary.json", log_p_V)
-    likeliest = np.argsort(-log_p_V.astype(np.float32), kind="stable")
-    lines = {split: f"--split {split}" for split in ("test", "train")}
-    results = evaluations(replace(model, run=tmp_path), store, tmp_path, lines)
-    for split, result in zip(lines, results, strict=True):
-        # Counted gene by gene, from the masks alone.
-        cells = cells_of(store, split)
-        genes_M = cells.tokens_T[masked(cells)[1]]
-        assert result["num_predicted"] == len(genes_M)
-        assert result["loss"] == pytest.approx(-np.mean(log_p_V[genes_M]), abs=1e-6)
-        for name, number in (("top1", 1), ("top5", 5)):
-            assert result[name] == pytest.approx(np.isin(genes_M, likeliest[:number]).mean())
-        own = baselines.unigram(train, toy.VOCABULARY, result["baselines"]["alpha"])
-        assert result["unigram"] == pytest.approx(-own[genes_M].mean(), abs=1e-9)
-    assert result["top5"] > 0, "of the cells that were counted, some masked genes are frequent ones"
 
 
 def ranks_of(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,6 @@ CARDS = [
 ]
 """(settings, padded size of the vocabulary, parameters)."""
 BF16 = "train.precision=bf16"
-NORMS = pytest.mark.parametrize("norm", ["model.norm=pre", "model.norm=post"])
 
 
 def count_parameters(overrides: tuple[str, ...], vocabulary: int, padded: int) -> int:
@@ -72,7 +71,7 @@ def formats(*overrides: str) -> dict[str, set[torch.dtype]]:
     return seen | {"weights": {parameter.dtype for parameter in stage.parameters()}}
 
 
-@NORMS
+@pytest.mark.parametrize("norm", ["model.norm=pre", "model.norm=post"])
 def test_the_residual_stream_stays_in_32_bits_unless_16_are_asked_for(norm: str) -> None:
     calls = ((formats, (norm,)), (formats, (norm, "model.fp32_residual=false")))
     ((wide, narrow),) = run_ranks(in_turn, 1, *calls)
@@ -80,17 +79,7 @@ def test_the_residual_stream_stays_in_32_bits_unless_16_are_asked_for(norm: str)
     assert wide == narrow | {"stream": {torch.float32}}
 
 
-@NORMS
-def test_bf16_follows_fp32(norm: str) -> None:
-    ((exact, rounded),) = run_ranks(
-        in_turn, 1, (toy.losses, (6, norm)), (toy.losses, (6, norm, BF16))
-    )
-    assert rounded == pytest.approx(exact, rel=5e-3)
-    assert rounded != exact
-
-
 def embedded() -> tuple[float, float]:
-    """The share of zeros in the embedding, training and evaluating."""
     run = toy.make("model.norm=post", "model.hidden_dropout=0.5")
     (stage,) = run.trainable.stages
     tokens_BS = run.feed.step(0)[0].tokens_BS.long()
@@ -110,7 +99,6 @@ def test_the_embedding_is_normalised_before_its_dropout() -> None:
 
 
 def draws(*overrides: str) -> tuple[list[float], list[float]]:
-    """Of hidden dropout, and of attention dropout."""
     toy.make(*overrides)
     hidden = torch.rand(4).tolist()
     with get_cuda_rng_tracker().fork():

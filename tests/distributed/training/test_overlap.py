@@ -15,7 +15,6 @@ from tests.distributed.ranks import in_turn, run_ranks
 
 
 def whole(run: toy.Toy) -> bool:
-    """Whether this rank's weights are those of its data-parallel neighbours."""
     parts = [w.detach().flatten() for stage in run.trainable.stages for w in stage.parameters()]
     mine, group = torch.cat(parts), run.trainable.chunks[0].dp_group
     theirs = [torch.empty_like(mine) for _ in range(group.size())]
