@@ -17,7 +17,6 @@ from geneformer_mcore.convert import converted_run
 from geneformer_mcore.data.collate import pieces
 from geneformer_mcore.distributed import groups
 from geneformer_mcore.model import geneformer, megatron_config
-from geneformer_mcore.model.init import sharded_parameters, slice_of
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS, PAD, Batch
@@ -113,20 +112,6 @@ def batch_of(cells: list[np.ndarray], packed: bool) -> Batch:
         torch.from_numpy(bounds) if packed else None,
         longest,
     )
-
-
-def slices_that_differ(run: Path, *overrides: str) -> list[str]:
-    """Names of parameters that are not what the checkpoint holds, and of moments that are not 0."""
-    trainable = loaded(run, *overrides)
-    weights = weights_reader.read_weights(weights_reader.step_of(run))
-    entries = [entry for stage in trainable.stages for entry in sharded_parameters(stage)]
-    assert len(entries) > 4
-    wrong = [entry.key for entry in entries if not torch.equal(
-        entry.data, slice_of(entry, weights[entry.key]).to(entry.data.dtype))]  # fmt: skip
-    states = [each for adam in optim._torch_adams(trainable.optimizer)
-              for each in adam.state.values()]  # fmt: skip
-    moments = [n for each in states for n in each if n.startswith("exp_avg") and each[n].any()]
-    return wrong + moments
 
 
 def train(run: Path, *overrides: str) -> None:

@@ -261,7 +261,7 @@ def test_the_package_stays_light(repository: Path) -> None:
     assert ended.stdout == "False\n"
 
 
-def test_wrong_input_is_answered_in_one_message(model: Trained, tmp_path: Path) -> None:
+def test_wrong_input(model: Trained, tmp_path: Path) -> None:
     alone, damaged, out = (tmp_path / name for name in ("alone", "damaged", "b.h5ad"))
     shutil.copytree(model.run / "checkpoints", alone / "checkpoints")
     shutil.copytree(model.run, damaged)

@@ -331,9 +331,7 @@ def test_cells_of_start_and_goal_count_for_the_goal(model: Trained, tmp_path: Pa
     assert "all 3 cells of kind=x are kind=x, so none is left to move toward it" in refused.err
 
 
-def test_wrong_input_is_answered_in_one_message(
-    model: Trained, asked: Asked, tmp_path: Path
-) -> None:
+def test_wrong_input(model: Trained, asked: Asked, tmp_path: Path) -> None:
     lost, store, out = tmp_path / "lost.h5ad", tmp_path / "store", tmp_path / "b.csv"
     cells = anndata.read_h5ad(model.h5ad)
     cells.obs["kind"] = ["x" if number in (UNKNOWN, EMPTY) else "y" for number in range(NUM_CELLS)]

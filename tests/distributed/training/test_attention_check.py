@@ -100,9 +100,7 @@ def test_megatron_leaves_the_environment_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(("said", "found"), [(None, "0"), ("1", "1")])
-def test_te_may_not_fall_back_unless_it_is_allowed_to(
-    monkeypatch: pytest.MonkeyPatch, said: str | None, found: str
-) -> None:
+def test_te_fallback(monkeypatch: pytest.MonkeyPatch, said: str | None, found: str) -> None:
     name = "megatron.core.extensions.transformer_engine"
     stand_in = types.SimpleNamespace(TEDotProductAttention=object)
     monkeypatch.setitem(sys.modules, name, stand_in)  # type: ignore[arg-type]

@@ -42,9 +42,7 @@ def buckets(*settings: str) -> int:
 
 
 @pytest.mark.parametrize(("ranks", "settings"), [(2, ()), (4, INTERLEAVED)])
-def test_weights_are_whole_when_saved_and_when_validated(
-    ranks: int, settings: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_weights_are_whole(ranks: int, settings: tuple[str, ...], tmp_path: Path) -> None:
     calls = [(seen, (str(tmp_path / f"{len(more)}"), *more, *settings)) for more in ((), OVERLAP)]
     found = run_ranks(in_turn, ranks, *calls)
     (_, losses, validation), _ = found[0]

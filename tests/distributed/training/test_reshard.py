@@ -35,9 +35,7 @@ LARGE_BATCHES = "train.micro_batch_size=8"
     [(PAIRS, (*GENTLE, *TWO_LAYERS)), (OF_FOUR_LAYERS, GENTLE)],
     ids=["two layers", "four layers"],
 )
-def test_nothing_is_lost(
-    pairs: list[tuple[str, str]], settings: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_no_loss(pairs: list[tuple[str, str]], settings: tuple[str, ...], tmp_path: Path) -> None:
     found = dict(lost(tmp_path, pairs, (LARGE_BATCHES, *settings)))
     assert found == {pair: [] for pair in pairs}
     # Weights and moments of every parameter.

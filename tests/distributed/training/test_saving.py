@@ -110,9 +110,7 @@ def writing_fails(root: str, how: str, rank: int) -> str:
         (1, "at once", "there is none yet"),
     ],
 )
-def test_a_rank_that_cannot_write_is_an_error_everywhere(
-    tmp_path: Path, rank: int, how: str, left: str
-) -> None:
+def test_a_rank_that_cannot_write(tmp_path: Path, rank: int, how: str, left: str) -> None:
     """A disk that is full, or read-only: tests/end_to_end/run/test_full_disk.py."""
     for told in run_ranks(writing_fails, 2, str(tmp_path), how, rank):
         assert told.startswith("CheckpointError: the checkpoint of step 2 cannot be written")
