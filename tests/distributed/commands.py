@@ -18,8 +18,6 @@ LIMIT_S = 280
 
 @dataclass
 class Ended:
-    """How a command ended."""
-
     code: int
     out: str
     err: str

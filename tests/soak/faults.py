@@ -33,11 +33,11 @@ PACKAGE_TESTS: dict[str, tuple[str, ...]] = {
     "data": (
         "tests/unit/data/test_*.py",
         "tests/unit/training/test_labels.py",
-        "tests/distributed/training/test_packing.py",
+        "tests/distributed/training/test_parity.py",
     ),
     "distributed": (
         "tests/unit/distributed/test_*.py",
-        "tests/distributed/training/test_layouts.py",
+        "tests/distributed/training/test_parity.py",
         "tests/distributed/inference/test_embed.py",
         "tests/end_to_end/run/test_loopback.py",
         "tests/end_to_end/run/test_lost_ranks.py",
@@ -47,7 +47,6 @@ PACKAGE_TESTS: dict[str, tuple[str, ...]] = {
         "tests/distributed/training/test_model.py",
         "tests/distributed/training/test_attention_check.py",
         "tests/distributed/training/test_precision.py",
-        "tests/distributed/training/test_packing.py",
         "tests/distributed/inference/test_embed.py",
         "tests/distributed/inference/test_finetune.py",
         "tests/distributed/inference/test_perturb.py",
@@ -334,7 +333,7 @@ DISTRIBUTED = (
         "collectives.py",
         "    dist.all_reduce(total)\n    return total\n",
         "    return total\n",
-        "tests/distributed/training/test_layouts.py",
+        "tests/distributed/training/test_parity.py",
     ),
     _fault(
         "distributed",
@@ -351,7 +350,7 @@ DISTRIBUTED = (
         "collectives.py",
         "counts = topology.is_last_stage and topology.tensor_rank == 0",
         "counts = topology.is_last_stage",
-        "tests/distributed/training/test_layouts.py",
+        "tests/distributed/training/test_parity.py",
     ),
     _fault(
         "distributed",
@@ -493,7 +492,7 @@ MODEL = (
         "attention/base.py",
         "contexts = [attend(*one) for one in zip(*parts, strict=True)]",
         "contexts = [attend(query, key, value)]",
-        "tests/distributed/training/test_packing.py",
+        "tests/distributed/training/test_parity.py",
     ),
 )
 
