@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.errors import DataError, shown
 from geneformer_mcore.io.counts import open_counts
 from geneformer_mcore.io.frames import NAME_COLUMNS
 from geneformer_mcore.io.h5ad import Counts
@@ -262,6 +262,7 @@ def find_genes(
     Symbols are mapped by options.symbols if given; else by the names of the vocabulary; else, for
     human genes, by options.default_symbols.
     """
+
     def gencode() -> Mapping[str, str] | None:
         ids = () if vocabulary is None else vocabulary.feature_ids
         is_human = sum(gene.startswith("ENSG0") for gene in ids) * 2 >= len(ids)
@@ -283,8 +284,8 @@ def describe_other_ids(vocabulary: Vocabulary) -> str | None:
     others = [gene for gene in ids if not is_ensembl_id(gene)]
     if len(others) * 2 <= len(ids):
         return None
-    return (
+    return shown(
         f"{len(others):,} of {len(ids):,} gene ids look like symbols, not like Ensembl ids "
         f"({', '.join(others[:3])}): they are taken as they are, and go only with files that name "
-        "genes alike. Remedy, if ids are meant: --symbols FILE with symbol -> id."
+        "genes alike. Remedy, if ids are meant: `symbols=FILE` with symbol -> id."
     )

@@ -49,10 +49,12 @@ def test_requested_columns_are_taken(h5ad: Path) -> None:
 def test_missing_columns_are_reported_with_those_there_are(h5ad: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no column 'x'; its columns: Cell\.Type, Patient_ID"):
         read(h5ad, label="x")
-    with pytest.raises(DataError, match=r"no column 'x'.*--donor"):
+    with pytest.raises(DataError, match=r"no column 'x'.*name one with `donor=`"):
         read(h5ad, donor="x")
     plain = write_h5ad(tmp_path / "b.h5ad", np.ones((2, 3)), obs={"n": [1, 2]})
-    with pytest.raises(DataError, match=r"no column called celltype, .*its columns: n.*--label"):
+    with pytest.raises(
+        DataError, match=r"no column called celltype, .*its columns: n.*name one with `label=`"
+    ):
         read(plain)
 
 

@@ -248,7 +248,7 @@ def test_existing_path_is_kept_unless_it_is_a_store_to_replace(tmp_path, files) 
             build_store(files, target, VOCABULARY, overwrite=overwrite)
     (target / "thesis.txt").unlink()
     first = build_store(files[:1], target, VOCABULARY, overwrite=True)
-    with pytest.raises(DataError, match="--overwrite"):
+    with pytest.raises(DataError, match="`overwrite=True`"):
         build_store(files, target, VOCABULARY)
     assert Manifest.load(target) == first
     second = build_store(files, target, VOCABULARY, overwrite=True)

@@ -99,7 +99,7 @@ def test_other_ids_are_reported_but_taken(tmp_path, rng) -> None:
     message = describe_other_ids(vocabulary) or ""
     assert "3 of 4 gene ids look like symbols" in message
     assert "(FBgn0000001, TP53, YAL001C)" in message
-    assert "--symbols FILE" in message
+    assert "`symbols=FILE`" in message
     for names in ([gene_id(1), gene_id(2), "TP53"], ["ENSMUSG00000059552"]):
         assert describe_other_ids(Vocabulary.from_medians(dict.fromkeys(names, 1.0))) is None
 
