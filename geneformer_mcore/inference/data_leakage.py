@@ -339,7 +339,8 @@ def check(
     trained = {name: model for name, model in models.items() if model.initial_seed is None}
     contents = {model.record.identity.content for model in trained.values()}
     if store is not None and Manifest.load(store).content_hash not in contents:
-        notes.append(shown(f"`training_store={store}`: no model was trained on its cells."))
+        moved = shown(f"`training_store={store}`")
+        notes.append(f"{moved}: none of the models was trained on its cells.")
     for name, model in trained.items():
         notes += _origin(name, model)
         try:
