@@ -108,7 +108,7 @@ def test_ids_of_two_kinds_are_refused(tmp_path, rng) -> None:
     counts = random_counts(rng, 5, 3)
     first = write_h5ad(tmp_path / "a.h5ad", counts)
     second = write_h5ad(tmp_path / "b.h5ad", counts, gene_ids=["TP53", "MYC", "GATA1"])
-    with pytest.raises(DataError, match=r"b\.h5ad names 0%.*--symbols"):
+    with pytest.raises(DataError, match=r"b\.h5ad names 0%.*`symbols=FILE`"):
         build_vocabulary([first, second], OPTIONS)
     symbols = {"TP53": gene_id(0), "MYC": gene_id(1)}
     vocabulary = build_vocabulary([first, second], InputOptions(symbols=symbols))
@@ -222,7 +222,7 @@ def test_workers_share_the_room_for_values(corpus) -> None:
     [
         ({"memory_gb": 0.0}, "must be above 0"),
         ({"memory_gb": float("nan")}, "must be above 0"),
-        ({"workers": 0}, "at least 1 worker, not 0"),
+        ({"workers": 0}, "must be 1 or more, not 0"),
         ({"sources": []}, "no input given"),
     ],
 )
