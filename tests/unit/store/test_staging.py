@@ -97,7 +97,7 @@ def test_a_store_moved_aside_by_a_killed_writer_is_put_back(tmp_path: Path) -> N
     target.rename(tmp_path / ".store.replaced")
     (tmp_path / ".store.staging").mkdir()
     fill(tmp_path / ".store.staging" / "store", "new")
-    with pytest.raises(DataError, match=r"which is now back.*--overwrite"):
+    with pytest.raises(DataError, match=r"which is now back.*`overwrite=True`"):
         StagedFolder(target).__enter__()
     assert content(target) == "old"
     assert os.listdir(tmp_path) == ["store"]
