@@ -61,9 +61,9 @@ def break_off(target: Path, error: Exception) -> None:
 @pytest.mark.parametrize(
     ("name", "overwrite", "checked", "message"),
     [
-        ("thesis.txt", False, True, r"exists already.*--overwrite"),
+        ("thesis.txt", False, True, r"exists already.*`overwrite=True`"),
         ("thesis.txt", True, True, "exists and is no store"),
-        (MANIFEST_FILE, False, True, r"exists already.*--overwrite"),
+        (MANIFEST_FILE, False, True, r"exists already.*`overwrite=True`"),
         # At the last moment, after the check.
         (MANIFEST_FILE, False, False, "cannot take this name"),
         (MANIFEST_FILE, True, True, ""),
