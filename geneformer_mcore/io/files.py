@@ -44,7 +44,7 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
         raise DataError(f"{path}: is no file, and a file is to be written. Remedy: name another.")
     if not overwrite:
         raise DataError(
-            f"{path}: exists already. Remedy: choose another path, or --overwrite to replace it."
+            f"{path}: exists already. Remedy: another path, or `overwrite=True` to replace it."
         )
 
 

@@ -269,6 +269,11 @@ def test_refused(refusal, tmp_path, kind: str) -> None:
     assert hash_of(path) == before
 
 
+def test_a_zarr_without_its_root_metadata(refusal, tmp_path) -> None:
+    (tmp_path / "a.zarr").mkdir()
+    assert "SOMA Experiment, nor as a zarr store: .zgroup" in refusal(tmp_path / "a.zarr")
+
+
 def test_paths_that_cannot_be_looked_at(refusal, tmp_path, monkeypatch) -> None:
     """Too long a name; and a folder that may not be entered, made up, as root may enter any."""
     error = refusal(tmp_path / ("x" * 300))

@@ -344,7 +344,7 @@ def test_retry() -> None:
         left[:] = [NETWORK, NETWORK, error]
         with pytest.raises(NetworkError if error is NETWORK else type(error), match=message):
             AT_ONCE.call("x", work)
-    with pytest.raises(DataError, match="--attempts must be 1"):
+    with pytest.raises(DataError, match="`attempts=` must be 1"):
         Retry(0)
 
 

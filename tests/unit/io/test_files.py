@@ -47,7 +47,7 @@ def test_no_place_for_a_file(tmp_path: Path, name: str) -> None:
 
 def test_what_is_there_is_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"exists already.*--overwrite"):
+    with pytest.raises(DataError, match=r"exists already.*`overwrite=True`"):
         check_output(tmp_path / "file")
     check_output(tmp_path / "file", overwrite=True)
     for path in (tmp_path, Path("/dev/null")):

@@ -153,7 +153,7 @@ def test_what_ends_all_work(fate: str, kind: type[Exception], message: str) -> N
 
 
 def test_no_worker_is_no_number() -> None:
-    with pytest.raises(DataError, match="at least 1 worker, not 0"):
+    with pytest.raises(DataError, match="`workers=` must be 1 or more, not 0"):
         Workers(0)
 
 
@@ -279,6 +279,6 @@ def test_a_lack_of_memory_is_reported_with_the_remedy(
         raise MemoryError
 
     monkeypatch.setattr(build.Tally, "add_block", short)
-    message = r"not enough memory \(.*\), in the middle of counting cells 0 to 19 .*--memory-gb"
+    message = r"not enough memory \(.*\), in the middle of counting cells 0 to 19 .*`memory_gb=`"
     with pytest.raises(LostWorkerError, match=message):
         build.gather([file], InputOptions())

@@ -99,7 +99,7 @@ def test_other_ids_are_reported_but_taken(tmp_path, rng) -> None:
     message = describe_other_ids(vocabulary) or ""
     assert "3 of 4 gene ids look like symbols" in message
     assert "(FBgn0000001, TP53, YAL001C)" in message
-    assert "--symbols FILE" in message
+    assert "`symbols=FILE`" in message
     for names in ([gene_id(1), gene_id(2), "TP53"], ["ENSMUSG00000059552"]):
         assert describe_other_ids(Vocabulary.from_medians(dict.fromkeys(names, 1.0))) is None
 
@@ -108,7 +108,7 @@ def test_ids_of_two_kinds_are_refused(tmp_path, rng) -> None:
     counts = random_counts(rng, 5, 3)
     first = write_h5ad(tmp_path / "a.h5ad", counts)
     second = write_h5ad(tmp_path / "b.h5ad", counts, gene_ids=["TP53", "MYC", "GATA1"])
-    with pytest.raises(DataError, match=r"b\.h5ad names 0%.*--symbols"):
+    with pytest.raises(DataError, match=r"b\.h5ad names 0%.*`symbols=FILE`"):
         build_vocabulary([first, second], OPTIONS)
     symbols = {"TP53": gene_id(0), "MYC": gene_id(1)}
     vocabulary = build_vocabulary([first, second], InputOptions(symbols=symbols))
@@ -222,7 +222,7 @@ def test_workers_share_the_room_for_values(corpus) -> None:
     [
         ({"memory_gb": 0.0}, "must be above 0"),
         ({"memory_gb": float("nan")}, "must be above 0"),
-        ({"workers": 0}, "at least 1 worker, not 0"),
+        ({"workers": 0}, "must be 1 or more, not 0"),
         ({"sources": []}, "no input given"),
     ],
 )
