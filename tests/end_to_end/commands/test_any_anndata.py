@@ -114,10 +114,7 @@ def obs(draw: st.DrawFn) -> pd.DataFrame:
 @contextmanager
 def tolerant() -> Iterator[None]:
     """anndata remarks on names that are no text, and turns them into text."""
-    with (
-        warnings.catch_warnings(),
-        anndata.settings.override(allow_write_nullable_strings=True),
-    ):
+    with warnings.catch_warnings(), anndata.settings.override(allow_write_nullable_strings=True):
         warnings.simplefilter("ignore")
         yield
 
