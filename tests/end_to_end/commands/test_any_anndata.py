@@ -83,12 +83,12 @@ def matrices(draw: st.DrawFn) -> dict[str, Any]:
     counts = formed(COUNTS.astype(draw(st.sampled_from(KINDS))))
     logged = formed(np.log1p(COUNTS / COUNTS.sum(1, keepdims=True) * 1e4).astype(np.float32))
     scaled = (COUNTS - COUNTS.mean(0)).astype(np.float32)
-    found = draw(st.sampled_from(["X", "raw", "layer", "X beside", "X behind raw"]))
+    found = draw(st.sampled_from(["X", "raw", "layer", "X and another layer", "X behind raw"]))
     return {
         "X": {"X": counts},
         "raw": {"X": draw(st.sampled_from([logged, scaled])), "raw": counts},
         "layer": {"X": logged, "raw": logged, "counts": counts},
-        "X beside": {"X": counts, "scaled": scaled},
+        "X and another layer": {"X": counts, "scaled": scaled},
         "X behind raw": {"X": counts, "raw": logged},
     }[found]
 

@@ -81,7 +81,13 @@ IN_COMMIT = ("geneformer_mcore.checkpoint.folder:commit", "")
         (IN_COMMIT, 1, ()),
         soak(IN_COMMIT, 1, ASYNCHRONOUS),
     ],
-    ids=["no room for it", "in the middle", "beside two ranks", "at the end", "at its end beside"],
+    ids=[
+        "no room for it",
+        "in the middle",
+        "of two ranks",
+        "at the end",
+        "at its end, asynchronous",
+    ],
 )
 def test_a_disk_full_in_a_save(
     disk: Path,

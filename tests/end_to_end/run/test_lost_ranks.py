@@ -165,7 +165,7 @@ def test_under_torchrun_too(what: str, of_rank: int, job: Job, slack_s: float) -
 @pytest.mark.parametrize("of_rank", [1, soak(0)])
 def test_an_error_on_one_rank_reaches_all(of_rank: int, job: Job, slack_s: float) -> None:
     assert job.ended("failed", of_rank) == [1, 1]
-    # Rank 0 writes the outcome: of its own error it needs not say where it was.
+    # Rank 0 writes the outcome: of its own error it need not name where it was.
     where = f"the job failed: rank {of_rank} failed at step 4 while forward, backward and update: "
     assert job.run.outcome()["reason"] == f"{where if of_rank else ''}ValueError: a bad cell"
     job.assert_in_time(slack_s)

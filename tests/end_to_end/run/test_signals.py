@@ -81,7 +81,7 @@ CASES = [
     ([(CELLS, 1, (TERM, USR1))], "USR1", [0], ()),
     soak([(MEETING, 1, (TERM, USR1))], "USR1", [0], ()),
     ([(LOGS, 1, (TERM, USR1))], "USR1", [0], ()),
-    # The save of step 3. Written beside training, it may be finished some steps later, and the
+    # The save of step 3. Written while it trains, it may be finished some steps later, and the
     # step of that time is saved as well.
     ([(WRITING, 1, (TERM, USR1))], "USR1", [3], ()),
     soak([(COMMIT, 1, (TERM, USR1))], "USR1", [3], ()),
