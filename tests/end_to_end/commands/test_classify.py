@@ -138,14 +138,8 @@ def test_a_step_that_fails_ends_the_chain() -> None:
 
 
 def test_the_chain_refuses_what_leaves_nothing_to_train_on(h5ad: Path, tmp_path: Path) -> None:
-    for train, message in (
-        (tmp_path / "no.h5ad", "no such file"),
-        (h5ad, "none is left to train on"),
-    ):
-        ended = commands.run(
-            *("benchmarks/cell_types.py", "--train", train, "--labelled", h5ad),
-            *("--out", tmp_path / "out"),
-        )
-        assert ended.returncode == 2, ended.stderr
-        assert message in ended.stderr
-        assert "Traceback" not in ended.stderr
+    words = ("--train", h5ad, "--labelled", h5ad, "--out", tmp_path / "out")
+    ended = commands.run("benchmarks/cell_types.py", *words)
+    assert ended.returncode == 2, ended.stderr
+    assert "none is left to train on" in ended.stderr
+    assert "Traceback" not in ended.stderr
