@@ -54,7 +54,6 @@ step = partial(common.step, OMP_NUM_THREADS="1")
 
 
 def main() -> int:
-    """Pretrain, classify, and print the tables."""
     arguments = _arguments()
     ignore_known_warnings()
     train, labelled = _files(arguments.train), _files(arguments.labelled)
@@ -94,7 +93,6 @@ def _model(files: tuple[Path, ...], options: list[str], arguments: argparse.Name
 
 
 def _types(labelled: Path, folder: Path, arguments: argparse.Namespace) -> str:
-    """The folder of launch/classify.py."""
     how = [arguments.seed, arguments.resamples]
     return folder_name(f"types_{labelled.stem}", folder.name, facts([labelled]), *how)
 

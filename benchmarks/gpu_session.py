@@ -32,15 +32,7 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import step_cells
-from benchmarks.harness.common import (
-    SEQ_LENGTH,
-    VOCABULARY,
-    parser_of,
-    refuse,
-    save_results,
-    unknown_names,
-)
+from benchmarks.harness import common, step_cells
 from benchmarks.harness.made_up import MEAN_TOKENS, token_cells
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import GeneformerError
@@ -79,11 +71,11 @@ def main() -> int:
         return DEFECT if check_attention(out) else FINISHED
     cells = step_cells.flat_copy(arguments.cells) if arguments.cells else out / "cells"
     parts = parts_of(out, cells, arguments.toy)
-    refuse(unknown_names("--only", arguments.only, parts), [out / "session.json"])
+    common.refuse(common.unknown_names("--only", arguments.only, parts), [out / "session.json"])
     chosen = {name: parts[name] for name in parts if name in (arguments.only or parts)}
     if not arguments.cells:
-        length = 64 if arguments.toy else SEQ_LENGTH
-        made = token_cells(MEAN_TOKENS * length // SEQ_LENGTH, length, VOCABULARY)
+        length = 64 if arguments.toy else common.SEQ_LENGTH
+        made = token_cells(MEAN_TOKENS * length // common.SEQ_LENGTH, length, common.VOCABULARY)
         ensure(made, "made_up_cells", round(made.mean_tokens * len(made)), cells)
     ends = run_parts(chosen, out, arguments.seconds)
     return FINISHED if all(end == "0" for end in ends.values()) else DEFECT
@@ -113,7 +105,7 @@ def run_parts(
         began = time.monotonic()
         ends[name] = "not begun" if left < LEAST_S else _end_of(command, out / f"{name}.log", left)
         print(f"{name}: {ends[name]}, {time.monotonic() - began:.0f} s", flush=True)
-        save_results(out / "session.json", {"ends": ends})
+        common.save_results(out / "session.json", {"ends": ends})
     return ends
 
 
@@ -146,7 +138,7 @@ def check_attention(out: Path) -> int:
         known = {"attention": name, "precision": precision, "packed": packed}
         checks.append(known | compared(str(name), str(precision), bool(packed), here))
         print(checks[-1], flush=True)
-        save_results(out / "attention.json", {"cuda": torch.version.cuda, "checks": checks})
+        common.save_results(out / "attention.json", {"cuda": torch.version.cuda, "checks": checks})
     groups.stop()
     return sum("wrong" in each for each in checks)
 
@@ -164,7 +156,7 @@ def compared(name: str, precision: str, packed: bool, here: torch.device) -> dic
     try:
         select.choose(config.model, here, kind, packed)
         core = megatron_config.transformer_config(config.model, config.parallel, kind, here)
-        (stage,) = our_stages(config, core, here, VOCABULARY)
+        (stage,) = our_stages(config, core, here, common.VOCABULARY)
     except GeneformerError as error:
         return {"reason": str(error)}
     try:
@@ -174,7 +166,7 @@ def compared(name: str, precision: str, packed: bool, here: torch.device) -> dic
 
 
 def _arguments() -> argparse.Namespace:
-    parser = parser_of(__doc__)
+    parser = common.parser_of(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="for all results")
     add("--cells", type=Path, metavar="FLAT", help="a flat copy of tokens, for made-up cells")

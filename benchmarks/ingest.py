@@ -53,7 +53,6 @@ two cores. With 200,000 cells there are too few to be seen."""
 
 
 def main() -> None:
-    """Make the files, build the stores, print the table, write the result."""
     arguments = _arguments()
     work = arguments.work.resolve()
     shutil.rmtree(work, ignore_errors=True)
@@ -102,7 +101,6 @@ def _resample(sources: Sequence[Path], work: Path, num_sets: int, cells: int) ->
 
 
 def _draw(source: Path, out: Path, num_cells: int, seed: int) -> None:
-    """Write `num_cells` cells drawn from `source`."""
     import anndata
     import pandas as pd
     from scipy import sparse

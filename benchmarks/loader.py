@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.harness import common
-from benchmarks.harness.common import goal, ratio
+from benchmarks.harness.common import goal
 from benchmarks.harness.pages import LOADER_COLUMNS, table
 from benchmarks.harness.peers.contestant import BATCH_SIZE, COUNTS, TOKENS, Contestant
 from benchmarks.harness.peers.loaders import CONTESTANTS
@@ -43,7 +43,6 @@ SAME_TOKENS = (
     "tokens_scdataset_our_store",
 )
 """The same tokens in tiledbsoma-ml's or scDataset's way of reading."""
-_RESULT = "turn.json"
 
 
 def main() -> int:
@@ -52,9 +51,7 @@ def main() -> int:
     arguments.work = arguments.work.resolve()
     if arguments.turn or arguments.prepare:
         return _child(arguments)
-    problems = common.too_small(
-        ("--runs", arguments.runs, 1), ("--cells", arguments.cells, BATCH_SIZE)
-    )
+    problems = common.too_small(arguments, runs=1, cells=BATCH_SIZE)
     problems += common.unknown_names("--only", arguments.only, CONTESTANTS)
     common.refuse(problems, (arguments.json, arguments.png, arguments.work / "about.json"))
     chosen = {name: CONTESTANTS[name] for name in arguments.only or CONTESTANTS}
@@ -62,8 +59,8 @@ def main() -> int:
     failures = _prepare(arguments.work, chosen)
 
     def turn(name: str, number: int) -> tuple[dict[str, Any], str]:
-        why = _call(arguments.work, "--turn", name, *(["--check"] if number == 0 else []))
-        return ({}, why) if why else (json.loads((arguments.work / _RESULT).read_text()), "")
+        words = ["--turn", name, *(["--check"] if number == 0 else [])]
+        return common.child(__file__, arguments.work, TIMEOUT_S, *words)
 
     labels = {name: kind.label for name, kind in chosen.items()}
     turns = common.in_rounds(
@@ -115,20 +112,13 @@ def _make_cells(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _prepare(work: Path, chosen: dict[str, type[Contestant]]) -> dict[str, str]:
     """Make the formats that are not there; {contestant: why it cannot be measured}."""
-    failures: dict[str, str] = {}
+    failures = common.not_installed(chosen)
     for name, kind in chosen.items():
-        if kind.package and common.version_of(kind.package) == common.NOT_INSTALLED:
-            failures[name] = f"{kind.package} is {common.NOT_INSTALLED}"
-        elif not all((work / "all" / f"{make.__name__}.made").exists() for make in kind.formats):
+        marks = [work / "all" / f"{make.__name__}.made" for make in kind.formats]
+        if name not in failures and not all(mark.exists() for mark in marks):
             print(f"{kind.label}: making its files", flush=True)
-            failures[name] = _call(work, "--prepare", name)
+            _, failures[name] = common.child(__file__, work, TIMEOUT_S, "--prepare", name)
     return {name: why for name, why in failures.items() if why}
-
-
-def _call(work: Path, *words: str) -> str:
-    """Run this script with `words`; why it failed, or nothing."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--work", str(work), *words]
-    return common.why_failed(command, TIMEOUT_S).replace(str(work), "DIR")
 
 
 def _child(arguments: argparse.Namespace) -> int:
@@ -138,7 +128,7 @@ def _child(arguments: argparse.Namespace) -> int:
     few, data = (Prepared(arguments.work / name) for name in ("few", "all"))
     if arguments.turn:
         found = take_turn(CONTESTANTS[arguments.turn], data, few, with_check=arguments.check)
-        (arguments.work / _RESULT).write_text(json.dumps(found))
+        (arguments.work / common.TURN).write_text(json.dumps(found))
         return 0
     for make in CONTESTANTS[arguments.prepare].formats:
         for each in (few, data):
@@ -193,7 +183,10 @@ def goals_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in ON_THE_FLY:
         what = f"{CONTESTANTS[name].label} / tiledbsoma-ml with HF-style tokenising"
         ratios.append((what, value(name), value("soma_tokenised"), 3))
-    goals = [goal(what, ratio(ours, theirs), bar) for what, ours, theirs, bar in ratios]
+    goals = [
+        goal(what, ours / theirs if ours and theirs else None, bar)
+        for what, ours, theirs, bar in ratios
+    ]
     for name in ("ours_store", "ours_flat", *ON_THE_FLY):
         label = CONTESTANTS[name].label
         memory, first = value(name, "peak_mib"), value(name, "first_batch_s")
@@ -204,16 +197,12 @@ def goals_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def save_bars(path: Path, rows: Sequence[dict[str, Any]], about: str) -> None:
     """Draw cells/s as horizontal bars on a log scale, a panel per table."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     from geneformer_mcore.metrics.provenance import machine
+    from geneformer_mcore.report.figures import new_figure
 
     kept = [each for each in rows if not each["not_measured"]]
-    size = (9, 0.32 * (len(kept) + 5))
-    figure, panels = pyplot.subplots(len(TITLES), figsize=size, layout="constrained")
+    figure = new_figure(9, 0.32 * (len(kept) + 5))
+    panels = figure.subplots(len(TITLES))
     for axes, (kind, title) in zip(panels, TITLES.items(), strict=True):
         bars = [each for each in kept if each["table"] == kind]
         bars.sort(key=lambda each: each["cells_per_s"])
@@ -229,7 +218,6 @@ def save_bars(path: Path, rows: Sequence[dict[str, Any]], about: str) -> None:
     figure.supxlabel(f"{machine()}; {about}", x=0.01, ha="left", fontsize=7, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def _arguments() -> argparse.Namespace:

@@ -38,7 +38,6 @@ NARROW = ("--config", "configs/real_cells.yaml")
 
 
 def main() -> int:
-    """Run everything and write the results."""
     parser = parser_of(__doc__)
     parser.add_argument("data", type=Path, metavar="DATA")
     data = parser.parse_args().data.resolve()

@@ -3,7 +3,6 @@
 
     python benchmarks/scaling.py                                  the demo's cells, or made-up ones
     python benchmarks/scaling.py --cells a.h5ad b.h5ad --json out.json --svg out.svg
-    python benchmarks/scaling.py --tokens CACHE/HASH              a flat copy of a store
 
 No cluster is needed, and nothing printed was measured on one. Measured are steps of one H200
 (benchmarks/results/tflops_h200.json), the loader (loader.json), the lengths of the cells and their
@@ -24,14 +23,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.harness import scaling_model
-from benchmarks.harness.common import RESULTS, ROOT, parser_of, refuse, save_results
+from benchmarks.harness.common import RESULTS, ROOT, parser_of, refuse, save_results, too_small
 from benchmarks.harness.made_up import MEAN_TOKENS, like_real
 from benchmarks.harness.pages import markdown
 from benchmarks.harness.scaling_model import GPUS_PER_NODE, NODES, SEQ_LENGTH, Assumptions, Inputs
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.exit_codes import run
-from geneformer_mcore.store.local_cache import FlatCopy
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.tokenizer.genes import InputOptions
 
@@ -39,16 +37,11 @@ DEMO_STORE = ROOT / "build" / "demo" / "store"
 
 
 def main() -> int:
-    """Simulate, project, print the table."""
     arguments = _arguments()
-    steps = arguments.steps
-    problems = [f"--steps must be above 0, and is {steps}."] if steps <= 0 else []
-    if arguments.cells and arguments.tokens:
-        problems.append("--cells and --tokens both name cells: give one of the two.")
-    refuse(problems, [arguments.json, arguments.svg])
+    refuse(too_small(arguments, steps=1), [arguments.json, arguments.svg])
     ignore_known_warnings()
-    lengths, source = corpus(arguments.cells, arguments.tokens)
-    ranks = [GPUS_PER_NODE * nodes for nodes in NODES]
+    lengths, source = corpus(arguments.cells)
+    steps, ranks = arguments.steps, [GPUS_PER_NODE * nodes for nodes in NODES]
     inputs = Inputs(
         scaling_model.curves(arguments.results),
         float(lengths.mean()),
@@ -83,15 +76,12 @@ def sources(inputs: Inputs, assumed: Assumptions, num_cells: int, cells: str) ->
     )
 
 
-def corpus(files: Sequence[Path], tokens: Path | None) -> tuple[np.ndarray, str]:
+def corpus(files: Sequence[Path]) -> tuple[np.ndarray, str]:
     """(int64 tokens of each cell, their source): the given cells, or the best there are. Raises
     DataError if there is none that can be read."""
     if files:
         lengths = np.concatenate([_of_counts(path) for path in files])
         source = ", ".join(path.name for path in files)
-    elif tokens:
-        copy = FlatCopy(tokens)
-        lengths, source = copy.lengths(np.arange(len(copy))), f"flat copy {tokens.name}"
     elif DEMO_STORE.is_dir():
         with TokenStore.open(DEMO_STORE) as store:
             lengths, source = store.lengths(np.arange(len(store))), "the demo's store"
@@ -116,7 +106,6 @@ def _arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
     add("--cells", nargs="+", type=Path, default=[], metavar="FILE.h5ad", help="whose lengths")
-    add("--tokens", type=Path, metavar="DIR", help="a flat copy whose lengths")
     add("--steps", type=int, default=50, help="global batches that are packed (default: 50)")
     add("--results", type=Path, default=RESULTS, help="measurements")
     add("--json", type=Path, metavar="OUT", help="write the numbers here too")

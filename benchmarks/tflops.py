@@ -3,7 +3,7 @@
 
     python benchmarks/tflops.py                      this machine's usual settings
     python benchmarks/tflops.py --model 106m --packing padded packed --micro-batch 16 32
-        --attention te flash --steps 20 --json benchmarks/results
+        --attention te flash --steps 20 --json benchmarks/results/tflops_h200.json
 
 Every combination of the listed values is a row; what cannot be, or finds no memory, is left out
 with its reason. Made-up cells go through the real feed, model, loss and optimizer: of full length
@@ -24,19 +24,11 @@ if __name__ == "__main__":  # in place of this folder, whose tokenize.py hides P
 
 import argparse
 import itertools
-import re
 import traceback
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness.common import (
-    CONFIGS,
-    SEQ_LENGTH,
-    parser_of,
-    refuse,
-    save_results,
-    too_small,
-)
+from benchmarks.harness import common
 from benchmarks.harness.pages import TFLOPS_COLUMNS, table
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.config.sections import Attention, ParallelConfig, Precision
@@ -53,20 +45,15 @@ FAILED = "failed: "
 
 
 def main() -> int:
-    """Measure every requested setting and print the table."""
     arguments = _arguments()
-    ranges = [("--steps", arguments.steps, 1), ("--warmup", arguments.warmup, 0)]
-    ranges += [("--micro-batch", size, 1) for size in arguments.micro_batch or ()]
-    refuse(too_small(*ranges))
+    problems = common.too_small(arguments, steps=1, warmup=0, micro_batch=1)
+    common.refuse(problems, [arguments.json])
     ignore_known_warnings()
     import torch
 
     from geneformer_mcore.distributed import device, groups
 
     on_gpu = torch.cuda.is_available()
-    if arguments.json and arguments.json.is_dir():
-        arguments.json /= file_name()
-    refuse([], [arguments.json])
     arguments.steps = arguments.steps or (20 if on_gpu else 3)
     arguments.warmup = (3 if on_gpu else 1) if arguments.warmup is None else arguments.warmup
     wanted = grid(arguments, on_gpu)
@@ -146,34 +133,22 @@ def _measure_all(
             skipped.append(asdict(setting) | {"reason": reason})
             print(f"not measured: {setting}: {reason}", flush=True)
         sizes = {"steps": known.steps, "warmup": known.warmup}
-        save_results(known.json, {"rows": rows, "skipped": skipped, **sizes})
+        common.save_results(known.json, {"rows": rows, "skipped": skipped, **sizes})
         if here.type == "cuda":
             torch.cuda.empty_cache()  # the next model must find all memory
     print(table(TFLOPS_COLUMNS, rows))
     return any(each["reason"].startswith(FAILED) for each in skipped)
 
 
-def file_name() -> str:
-    """The file of this machine's results: tflops_GPU.json, or tflops_PROCESSOR_2_CORES.json."""
-    import torch
-
-    from geneformer_mcore.metrics.provenance import machine
-
-    name = " ".join(machine().split(", ")[:2])
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name().removeprefix("NVIDIA ")
-    return f"tflops_{re.sub('[^a-z0-9]+', '_', name.lower()).strip('_')}.json"
-
-
 def _arguments() -> argparse.Namespace:
-    parser = parser_of(__doc__)
+    parser = common.parser_of(__doc__)
 
     def listed(name: str, about: str, **known: Any) -> None:
         parser.add_argument(name, nargs="+", help=about, **known)
 
     add = parser.add_argument
     precisions, attentions = ([each.value for each in kind] for kind in (Precision, Attention))
-    listed("--model", "default: 10m, and 106m on a GPU", choices=CONFIGS)
+    listed("--model", "default: 10m, and 106m on a GPU", choices=common.CONFIGS)
     listed("--precision", "default: bf16 on a GPU, else fp32", choices=precisions)
     listed("--packing", "default: both", choices=PACKINGS, default=PACKINGS)
     listed("--attention", "default: auto", choices=attentions, default=["auto"])
@@ -182,10 +157,10 @@ def _arguments() -> argparse.Namespace:
     listed("--micro-batch", about, type=int, metavar="CELLS")
     about = "model.compile; default: auto, which is yes on a GPU"
     listed("--compile", about, choices=["auto", "no", "yes"], default=["auto"])
-    add("--seq-length", type=int, default=SEQ_LENGTH)
+    add("--seq-length", type=int, default=common.SEQ_LENGTH)
     add("--steps", type=int, help="measured steps of a row (default: 20 on a GPU, else 3)")
     add("--warmup", type=int, help="unmeasured steps before them (default: 3 on a GPU, else 1)")
-    add("--json", type=Path, metavar="OUT", help="keep the rows in this file, or in this folder")
+    add("--json", type=Path, metavar="OUT", help="keep the rows here")
     return parser.parse_args()
 
 

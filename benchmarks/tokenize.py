@@ -50,8 +50,7 @@ Tokeniser = Callable[[sparse.csr_matrix], Tokens]
 def main() -> int:
     """Measure, compare every cell, print the rates; 1 if one of our lists is not exact."""
     arguments = _arguments()
-    ranges = (("--cells", arguments.cells, 1), ("--runs", arguments.runs, 1))
-    common.refuse(common.too_small(*ranges), [arguments.json])
+    common.refuse(common.too_small(arguments, cells=1, runs=1), [arguments.json])
     cells, few = draw(arguments.files, arguments.medians, arguments.cells, seed=0)
     rows = measure(cells, few, arguments.runs)
     rate = {row["name"]: row["cells_per_s"] for row in rows}
@@ -129,7 +128,6 @@ def _as_list(tokens: Tokens) -> list[np.ndarray]:
 
 
 def num_different(found: list[np.ndarray], exact: list[np.ndarray]) -> int:
-    """Cells whose lists are not equal."""
     return sum(not np.array_equal(*pair) for pair in zip(found, exact, strict=True))
 
 

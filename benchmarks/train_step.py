@@ -27,7 +27,6 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from benchmarks.harness import common
@@ -43,21 +42,15 @@ if TYPE_CHECKING:
     from benchmarks.harness.peers.steps import Job
 
 TIMEOUT_S = 3600
-_JOB, _RESULT = "job.json", "turn.json"
-ON_CPU: dict[str, Any] = {
-    "precision": "fp32",
-    "attention_dropout": 0.0,  # torch has no fused attention with dropout on a CPU
-    "global_batch": 16,
-    "micro_batches": [1, 2, 4, 8, 16],
-    "steps": 1,
+_JOB = "job.json"
+USUAL: dict[str, tuple[Any, Any]] = {
+    "precision": ("fp32", "bf16"),
+    "attention_dropout": (0.0, None),  # torch has no fused attention with dropout on a CPU
+    "global_batch": (16, 512),
+    "micro_batches": ([1, 2, 4, 8, 16], [8, 16, 32, 64, 128]),
+    "steps": (1, 5),
 }
-ON_GPU: dict[str, Any] = {
-    "precision": "bf16",
-    "attention_dropout": None,
-    "global_batch": 512,
-    "micro_batches": [8, 16, 32, 64, 128],
-    "steps": 5,
-}
+"""Defaults on a CPU, and on a GPU."""
 NAMES = ("ours_packed", "ours_padded", "hf_dynamic", "hf_padded", "megatron")
 AGAINST = {"hf_dynamic_ratio": "hf_dynamic", "hf_padded_ratio": "hf_padded"}
 
@@ -74,29 +67,24 @@ def main() -> int:
     if arguments.turn:
         return _child(arguments)
     # The settings have a check of their own.
-    problems = common.too_small(
-        *((f"--{key}", getattr(arguments, key), 1) for key in ("rounds", "steps")),
-        ("--warmup", arguments.warmup, 0),
-        ("--global-batch", arguments.global_batch, 1),
-        *(("--micro-batches", micro, 1) for micro in arguments.micro_batches or ()),
-    )
+    lows = {"rounds": 1, "steps": 1, "warmup": 0, "global_batch": 1, "micro_batches": 1}
+    problems = common.too_small(arguments, **lows)
     problems += common.unknown_names("--only", arguments.only, NAMES)
     common.refuse(problems, (arguments.json, arguments.work / _JOB))
     import torch
 
-    on_gpu = torch.cuda.is_available()
-    fill_in(arguments, ON_GPU if on_gpu else ON_CPU)
+    fill_in(arguments, torch.cuda.is_available())
     job = _job(arguments)
     write_json(arguments.work / _JOB, asdict(job))
     _measure(arguments, job)
     return 0
 
 
-def fill_in(arguments: argparse.Namespace, usual: dict[str, Any]) -> None:
+def fill_in(arguments: argparse.Namespace, on_gpu: bool) -> None:
     """Set this machine's defaults, and the micro batches that fit into the global batch."""
-    for key, value in usual.items():
+    for key, usual in USUAL.items():
         if getattr(arguments, key) is None:
-            setattr(arguments, key, value)
+            setattr(arguments, key, usual[on_gpu])
     sizes = sorted(set(arguments.micro_batches))
     arguments.micro_batches = [micro for micro in sizes if arguments.global_batch % micro == 0]
     if not arguments.micro_batches:
@@ -132,12 +120,12 @@ def _measure(arguments: argparse.Namespace, job: Job) -> None:
     chosen = arguments.only or NAMES
     kinds = {name: kind for name, kind in CONTESTANTS.items() if name in chosen}
     labels = {name: kind.label for name, kind in kinds.items()}
-    failures = {
-        name: f"{kind.package} is {common.NOT_INSTALLED}"
-        for name, kind in kinds.items()
-        if kind.package and common.version_of(kind.package) == common.NOT_INSTALLED
-    }
-    sizes, turn = arguments.micro_batches, partial(_turn, arguments.work)
+    failures, sizes = common.not_installed(kinds), arguments.micro_batches
+
+    def turn(name: str, micro: int) -> tuple[dict[str, Any], str]:
+        words = ("--cells", str(arguments.work), "--turn", f"{name}:{micro}")
+        return common.child(__file__, arguments.work, TIMEOUT_S, *words)
+
     tuning = tune(turn, labels, sizes, failures)
     micro = {name: fastest(tried, sizes) for name, tried in tuning.items()}
     turns = common.in_rounds(
@@ -184,7 +172,6 @@ def fastest(tried: Tried, sizes: Sequence[int]) -> int:
 
 
 def rate(turn: dict[str, Any]) -> float:
-    """Cells per second of a turn."""
     return turn["cells"] / sum(turn["seconds"])
 
 
@@ -225,22 +212,13 @@ def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
             found[key] = known or None
 
 
-def _turn(work: Path, name: str, micro: int) -> tuple[dict[str, Any], str]:
-    """(the measurements of a turn in a process of its own, why it failed)."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--work", str(work)]
-    command += ["--cells", str(work), "--turn", f"{name}:{micro}"]
-    why = common.why_failed(command, TIMEOUT_S)
-    found = {} if why else json.loads((work / _RESULT).read_text())
-    return found, why
-
-
 def _child(arguments: argparse.Namespace) -> int:
     from benchmarks.harness.peers.steps import CONTESTANTS, Job, take_turn
 
     name, _, micro = arguments.turn.partition(":")
     task = json.loads((arguments.work / _JOB).read_text())
     job = Job(**(task | {"changes": tuple(task["changes"])}))
-    write_json(arguments.work / _RESULT, take_turn(CONTESTANTS[name], job, int(micro)))
+    write_json(arguments.work / common.TURN, take_turn(CONTESTANTS[name], job, int(micro)))
     return 0
 
 

@@ -17,6 +17,11 @@ EXIT_INTERRUPTED_BY_KEY = 130
 _LAST_WORDS_S = 4.0
 
 
+class Interrupted(Exception):  # noqa: N818  it is no error
+    """Raised where a signal comes, or the time is up, while there is nothing to finish first. Its
+    message is the reason and what was left undone; the exit code is INTERRUPTED."""
+
+
 def run(main: Callable[[], int | None], **options: str) -> NoReturn:
     """Runs `main` and ends the process with its exit code (None counts as 0).
 

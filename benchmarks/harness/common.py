@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -27,6 +28,8 @@ VOCABULARY = 25_429
 SEQ_LENGTH = 2048
 
 NOT_INSTALLED = "not installed"
+TURN = "turn.json"
+"""Measurements of a child process."""
 MIB = 2**20
 
 
@@ -40,12 +43,14 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     )
 
 
-def too_small(*ranges: tuple[str, float | None, float]) -> list[str]:
-    """A problem for each (option, value, least value) out of range; None counts as in range."""
+def too_small(arguments: argparse.Namespace, **lows: float) -> list[str]:
+    """A problem for each number below the least value of its option; None counts as in range."""
+    given = {name: getattr(arguments, name) for name in lows}
     return [
-        f"{name} must be at least {low}, and is {value}."
-        for name, value, low in ranges
-        if value is not None and value < low
+        f"--{name.replace('_', '-')} must be at least {lows[name]}, and is {each}."
+        for name, value in given.items()
+        for each in (value if isinstance(value, list) else [value])
+        if each is not None and each < lows[name]
     ]
 
 
@@ -83,20 +88,13 @@ def goal(
 
 
 def goal_text(goal: dict[str, Any]) -> str:
-    """A goal in one line."""
     found = "-" if goal["value"] is None else f"{goal['value']:.3g} {goal['unit']}"
     word = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
     sign = "<" if goal["at_most"] else ">="
     return f"{goal['what']}: {found} (bar {sign} {goal['bar']:g} {goal['unit']}): {word}"
 
 
-def ratio(ours: float | None, theirs: float | None) -> float | None:
-    """ours / theirs; None if either is missing."""
-    return None if ours is None or theirs is None else ours / theirs
-
-
 def version_of(package: str) -> str:
-    """The installed version of a distribution, or NOT_INSTALLED."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -124,15 +122,23 @@ def step(*command: object, **environment: str) -> None:
         raise DataError(f"{words[0]} ended with {ended.returncode}; its error is shown above.")
 
 
-def build_store(out: Path, inputs: Iterable[Path], vocabulary: Path | None, *options: str) -> None:
-    """Build a token store; without a vocabulary, with that of the cells."""
-    words = ["--vocabulary", vocabulary.resolve()] if vocabulary else []
-    paths = [path.resolve() for path in inputs]
-    step("data_prep/build_store.py", "--out", out.resolve(), *words, *options, *paths)
+def not_installed(kinds: dict[str, Any]) -> dict[str, str]:
+    """{contestant: reason} of those whose package is not there."""
+    packages = {name: kind.package for name, kind in kinds.items() if kind.package}
+    absent = {name: each for name, each in packages.items() if version_of(each) == NOT_INSTALLED}
+    return {name: f"{package} is {NOT_INSTALLED}" for name, package in absent.items()}
 
 
-def why_failed(command: Sequence[str], timeout_s: float) -> str:
-    """Run a child process. The reason of its failure in one line, or ""."""
+def child(script: str, work: Path, timeout_s: float, *words: str) -> tuple[dict[str, Any], str]:
+    """Run a benchmark in a process of its own: (content of WORK/turn.json, why it failed in one
+    line)."""
+    why = _why_failed([sys.executable, script, "--work", str(work), *words], timeout_s)
+    result = work / TURN
+    found = {} if why or not result.exists() else json.loads(result.read_text())
+    return found, why.replace(str(work), "DIR")
+
+
+def _why_failed(command: Sequence[str], timeout_s: float) -> str:
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:

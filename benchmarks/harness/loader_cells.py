@@ -141,7 +141,6 @@ class Prepared:
         return Vocabulary.load(self.vocabulary_file)
 
     def rows_of(self, keys: np.ndarray) -> np.ndarray:
-        """int64: source rows of cell keys."""
         return self._row_of_key[np.searchsorted(self.keys_N, keys, sorter=self._row_of_key)]
 
     @cached_property

@@ -44,12 +44,10 @@ class MadeUpCells:
         return self.num_cells
 
     def views(self, rows: np.ndarray) -> CellViews:
-        """The cells of `rows`."""
         keys = rows.astype(np.uint64)
         return CellViews(self._tokens_T, self._starts_N[rows], self._lengths_N[rows], keys)
 
     def read(self, start: int, stop: int) -> RaggedCells:
-        """Rows start..stop-1."""
         return self.views(np.arange(start, stop)).ragged()
 
 

@@ -30,18 +30,7 @@ def number(value: float | None, form: str) -> str:
     return NOT_MEASURED if value is None else format(value, form)
 
 
-def nats(value: float | None) -> str:
-    """A loss."""
-    return number(value, ".3f")
-
-
-def share(value: float | None) -> str:
-    """A share of 1, in per cent."""
-    return number(value, ".1%")
-
-
 def shown(columns: Columns, row: Measurement) -> list[str]:
-    """The texts of a row."""
     return [show(row) for show in columns.values()]
 
 
@@ -123,7 +112,7 @@ def _of(key: str, form: str) -> Callable[[Measurement], str]:
 
 
 def _baseline(name: str) -> Callable[[Measurement], str]:
-    return lambda run: nats((run["baselines"] or {}).get(name))
+    return lambda run: number((run["baselines"] or {}).get(name), ".3f")
 
 
 def _both_tflops(run: Measurement) -> str:
@@ -135,7 +124,7 @@ RUN_ROWS: Columns = {
     "model": _run_model,
     "steps": _run_steps,
     "training loss, nats per masked gene": _of("train_loss", ".3f"),
-    "**validation loss**": lambda run: f"**{nats(run['val_loss'])}**",
+    "**validation loss**": lambda run: f"**{number(run['val_loss'], '.3f')}**",
     "control: genes of each cell shuffled": _of("val_loss_shuffled_genes", ".3f"),
     "baseline: unigram": _baseline("unigram"),
     "baseline: gene given rank": _baseline("gene_given_rank"),
@@ -175,10 +164,10 @@ FINETUNE_COLUMNS: Columns = {
     "steps x cells": lambda r: f"{r['finetune']['steps']} x {r['finetune']['global_batch_size']}",
     "learning rate": lambda r: f"{r['finetune']['lr']:g}",
     "test cells": lambda r: f"{r['num_cells']:,}",
-    "accuracy": lambda r: share(r["accuracy"]),
-    "macro F1": lambda r: nats(r["macro_f1"]),
-    "accuracy of the commonest class": lambda r: share(r["majority_class"]["accuracy"]),
-    "its macro F1": lambda r: nats(r["majority_class"]["macro_f1"]),
+    "accuracy": _of("accuracy", ".1%"),
+    "macro F1": _of("macro_f1", ".3f"),
+    "accuracy of the commonest class": lambda r: f"{r['majority_class']['accuracy']:.1%}",
+    "its macro F1": lambda r: f"{r['majority_class']['macro_f1']:.3f}",
 }
 
 
@@ -203,20 +192,19 @@ TFLOPS_COLUMNS: Columns = {
     "attention": lambda row: f"{row['attention']}, dropout {row['attention_dropout']:g}",
     "compiled": lambda row: "yes" if row.get("compiled") else "no",
     "micro batch": lambda row: f"{row['micro_batch']:,}",
-    "fill": lambda row: share(row.get("fill")),
+    "fill": lambda row: number(row.get("fill"), ".1%"),
     "s per step": lambda row: f"{row['step_s']:.3g}",
     "cells/s": _rate,
     "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
     "TFLOPS, padded-equivalent": lambda row: f"{row['tflops_padded_equivalent']:.3g}",
     "TFLOPS, executed": lambda row: f"{row['tflops_executed']:.3g}",
-    "MFU": lambda row: share(row["mfu"]),
-    "data wait": lambda row: share(row["data_wait_fraction"]),
+    "MFU": _of("mfu", ".1%"),
+    "data wait": _of("data_wait_fraction", ".1%"),
     "memory, MiB": lambda row: number(row.get("peak_mib"), ",.0f"),
 }
 
 
 def tflops(results: Path) -> str:
-    """All results of tflops.py, one line per measured setting."""
     found = _all(results, "tflops_").values()
     rows = [
         [here["machine"], *shown(TFLOPS_COLUMNS, row)] for here in found for row in here["rows"]
@@ -245,14 +233,12 @@ STEP_COLUMNS: Columns = {
 
 
 def train_step(results: Path) -> str:
-    """All results of train_step.py, one after the other."""
     found = _all(results, "train_step_")
     rows = [row | {"cells": name} for name, content in found.items() for row in content["rows"]]
     return table(STEP_COLUMNS, rows, found.values(), num_names=2)
 
 
 def tokenize(results: Path) -> str:
-    """The rates of tokenize.py."""
     found = read(results / "tokenize.json")
     rows = found.get("rows", [])
     columns: Columns = {
@@ -277,7 +263,6 @@ INGEST_COLUMNS: Columns = {
 
 
 def ingest(results: Path) -> str:
-    """The builds of ingest.py, and the extrapolation."""
     found = read(results / "ingest.json")
     rows = [shown(INGEST_COLUMNS, row) for row in found.get("runs", ())]
     if found:
@@ -300,7 +285,6 @@ LOADER_COLUMNS: Columns = {
 
 
 def loader(results: Path, kind: str) -> str:
-    """The contestants of one of loader.py's two tables."""
     found = read(results / "loader.json")
     rows = [row for row in found.get("rows", ()) if row["table"] == kind]
     return table(LOADER_COLUMNS, rows, [found], num_names=2)
@@ -315,10 +299,9 @@ GOAL_COLUMNS: Columns = {
 
 
 def loader_goals(results: Path) -> str:
-    """The ratios and limits of loader.py, each with its bar."""
     found = read(results / "loader.json")
     rows = [shown(GOAL_COLUMNS, goal) for goal in found.get("goals", ())]
-    return markdown(GOAL_COLUMNS, rows or [["", NOT_MEASURED, "", ""]], [found])
+    return markdown(GOAL_COLUMNS, rows, [found])
 
 
 PERTURB_RATES = {"variants_per_s": "wall clock", "variants_per_cpu_s": "CPU"}
@@ -343,23 +326,21 @@ def perturb(results: Path) -> str:
 # Correctness
 
 
-PARITY_COLUMNS = {
-    "logits": "logits, absolute",
-    "gradient": "worst gradient",
-    "norm": "gradient norm",
-    "losses_from_seed": "loss, 100 steps from the seed",
-    "losses_from_checkpoint": "loss, 50 steps from another layout's checkpoint",
+PARITY_COLUMNS: Columns = {
+    "layout": lambda row: row["layout"],
+    "ranks": lambda row: str(row["ranks"]),
+    "logits, absolute": _of("logits", ".1e"),
+    "worst gradient": _of("gradient", ".1e"),
+    "gradient norm": _of("norm", ".1e"),
+    "loss, 100 steps from the seed": _of("losses_from_seed", ".1e"),
+    "loss, 50 steps from another layout's checkpoint": _of("losses_from_checkpoint", ".1e"),
 }
 
 
 def parity(results: Path) -> str:
     """The largest differences from plain PyTorch, of tests/soak/parity_table.py."""
     found = read(results / "parity.json")
-    rows = [
-        [row["layout"], str(row["ranks"]), *(number(row[key], ".1e") for key in PARITY_COLUMNS)]
-        for row in found.get("rows", ())
-    ]
-    return markdown(["layout", "ranks", *PARITY_COLUMNS.values()], rows, [found])
+    return table(PARITY_COLUMNS, found.get("rows", ()), [found])
 
 
 CELL_TYPE_COLUMNS: Columns = {
@@ -380,14 +361,22 @@ def cell_types(results: Path) -> str:
 
 
 def cell_types_of(content: Measurement, more: Sequence[str] = ()) -> str:
-    """One row per method, scheme and labelled file; notes below."""
+    """One row per method, scheme and labelled file; below, the pretraining of each file's model and
+    the card's figures for reference."""
     rows = [
         _cell_type_row(each, scheme, row)
         for each in content["sets"]
         for scheme in each["schemes"]
         for row in scheme["rows"]
     ]
-    below = [f"<sub>{line}</sub>" for line in [*cell_type_notes(content), *more]]
+    card = content["nvidia"]
+    figures = "; ".join(
+        f"{row['features']} {row['macro_f1']:.3f} / {row['accuracy']:.3f}" for row in card["rows"]
+    )
+    reference = "For reference, the card's macro F1 / accuracy (random forest) on other cells, "
+    reference += f"{card['data']}: {figures}."
+    below = [*map(_pretraining, content["sets"]), reference, *more]
+    below = [f"<sub>{line}</sub>" for line in below]
     return "\n\n".join([table(CELL_TYPE_COLUMNS, rows), *below])
 
 
@@ -403,19 +392,8 @@ def _cell_type_row(each: Measurement, scheme: Measurement, row: Measurement) -> 
 
 
 def _score(found: dict[str, float], form: str = ".3f") -> str:
-    """With its interval, if there is one."""
     value, *bounds = (format(found[key], form) for key in ("value", "low", "high") if key in found)
     return f"{value} ({' to '.join(bounds)})" if bounds else value
-
-
-def cell_type_notes(content: Measurement) -> list[str]:
-    """The pretraining of each labelled file's model; the card's figures, for reference."""
-    card = content["nvidia"]
-    figures = "; ".join(
-        f"{row['features']} {row['macro_f1']:.3f} / {row['accuracy']:.3f}" for row in card["rows"]
-    )
-    reference = "For reference, the card's macro F1 / accuracy (random forest) on other cells, "
-    return [*map(_pretraining, content["sets"]), f"{reference}{card['data']}: {figures}."]
 
 
 def _pretraining(each: Measurement) -> str:

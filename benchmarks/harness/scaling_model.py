@@ -104,7 +104,6 @@ class Curve:
         return passes * self.at(tokens / passes, self.seconds)
 
     def memory_mib(self, tokens: float) -> float:
-        """Peak memory in the same way."""
         return self.at(tokens / self.passes(tokens), self.peak_mib)
 
     def origin(self, tokens: float) -> str:
@@ -115,7 +114,6 @@ class Curve:
         return "interpolated" if tokens > self.tokens[0] else "extrapolated"
 
     def at(self, tokens: float, values: Sequence[float]) -> float:
-        """The value of the line through the points."""
         if tokens >= self.tokens[0]:
             return float(np.interp(tokens, self.tokens, values))
         slope = (values[1] - values[0]) / (self.tokens[1] - self.tokens[0])
@@ -325,7 +323,6 @@ def _ms(seconds: float) -> str:
 
 
 def _changed(layout: dict[str, Any], name: str) -> str:
-    """Bold: more than 2 % slower."""
     seconds = layout["step_s_if"][name]
     return f"**{_ms(seconds)}**" if seconds > 1.02 * layout["step_s"] else _ms(seconds)
 
@@ -335,11 +332,11 @@ def save_picture(path: Path, found: dict[str, Any]) -> None:
     for the same numbers."""
     import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from geneformer_mcore.report.figures import new_figure
 
-    with pyplot.rc_context({"svg.hashsalt": "scaling", "font.size": 9}):
-        figure, panels = pyplot.subplots(1, 2, figsize=(9, 4.4), sharey=True, layout="constrained")
+    with matplotlib.rc_context({"svg.hashsalt": "scaling", "font.size": 9}):
+        figure = new_figure(9, 4.4)
+        panels = figure.subplots(1, 2, sharey=True)
         for axes, model in zip(panels, MODELS, strict=True):
             _draw(axes, model, found)
         panels[0].set_ylabel("cells/s, global batch 2,048")
@@ -350,7 +347,6 @@ def save_picture(path: Path, found: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, dpi=130, metadata=metadata)
-        pyplot.close(figure)
 
 
 def _draw(axes: Any, model: Model, found: dict[str, Any]) -> None:

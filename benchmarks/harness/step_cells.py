@@ -38,7 +38,6 @@ class StepCells:
         self._seq_length, self._size = data.seq_length, train.global_batch_size
 
     def feed(self, config: Config) -> Feed:
-        """The feed of training over these cells, on one rank."""
         train = config.train
         share = Share(train.global_batch_size, train.micro_batch_size, data_rank=0, data_size=1)
         lengths = (config.data.seq_length, config.data.pad_multiple)

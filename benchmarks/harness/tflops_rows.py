@@ -24,14 +24,8 @@ from benchmarks.harness.step_cells import StepCells
 from geneformer_mcore.config import Config, load, plan
 from geneformer_mcore.data.loader import Feed, steps_on_device
 from geneformer_mcore.distributed import groups
-from geneformer_mcore.model import fused, megatron_config
+from geneformer_mcore.model import flops, fused, megatron_config
 from geneformer_mcore.model.attention import select
-from geneformer_mcore.model.flops import (
-    ModelShape,
-    Workload,
-    executed_flops,
-    padded_equivalent_flops,
-)
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.training.step import Totals, train_step
 
@@ -71,10 +65,6 @@ class Setting:
         if self.packed:
             filled = _FILLED * batch * seq_length / self.cells(seq_length).mean_tokens
             batch = max(1, int(filled))
-        optional = {
-            "model.compile": self.compiled,
-            "model.attention_dropout": self.attention_dropout,
-        }
         changes = {
             "train.precision": self.precision,
             "train.micro_batch_size": self.micro_batch,
@@ -82,8 +72,11 @@ class Setting:
             "data.seq_length": seq_length,
             "data.packing": self.packed,
             "model.attention": self.attention,
-        } | {key: value for key, value in optional.items() if value is not None}
-        words = [f"{key}={str(value).lower()}" for key, value in changes.items()]
+            "model.attention_dropout": self.attention_dropout,
+            "model.compile": self.compiled,
+        }
+        given = {key: str(value).lower() for key, value in changes.items() if value is not None}
+        words = [f"{key}={value}" for key, value in given.items()]
         config = load(common.CONFIGS[self.model], words)[0]
         plan(config, world_size=1)
         return config
@@ -146,7 +139,6 @@ def measure(
 def _timed(
     trainable: optim.Trainable, feed: Feed, config: Config, here: torch.device, number: int
 ) -> list[Step]:
-    """The first `number` steps."""
     stream: Any = steps_on_device(feed, 0, config.data.prefetch_steps, here)
     timed = []
     with closing(stream):
@@ -175,13 +167,12 @@ def _let_go(trainable: optim.Trainable) -> None:
 def numbers(config: Config, steps: Sequence[Step], peak: float) -> dict[str, Any]:
     """The measured part of a row. peak: FLOP/s of which MFU is a share."""
     model, length, number = config.model, config.data.seq_length, len(steps)
-    widths = (model.num_layers, model.hidden_size, model.ffn_hidden_size)
-    shape = ModelShape(*widths, common.VOCABULARY)
+    shape = flops.ModelShape.of(model, common.VOCABULARY)
     all_ = sum((step.totals for step in steps), Totals())
-    work = Workload(all_.num_tokens, all_.sum_squared_lengths, all_.num_predicted)
+    work = flops.Workload(all_.num_tokens, all_.sum_squared_lengths, all_.num_predicted)
     seconds, num_cells = _typical_s(steps), number * config.train.global_batch_size
-    executed = executed_flops(shape, work) / seconds
-    padded = padded_equivalent_flops(shape, length) * num_cells / seconds
+    executed = flops.executed_flops(shape, work) / seconds
+    padded = flops.padded_equivalent_flops(shape, length) * num_cells / seconds
     waited_s = number * statistics.median(step.data_wait_s for step in steps)
     return {
         "attention_dropout": model.attention_dropout,

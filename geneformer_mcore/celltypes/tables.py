@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from geneformer_mcore.celltypes.classify import Classification, Judged
 from geneformer_mcore.celltypes.cross_validation import BY_DONOR, MIN_DONORS
 from geneformer_mcore.inference import data_leakage
 from geneformer_mcore.metrics.provenance import provenance
+from geneformer_mcore.report.results import aligned
 
 HEADINGS = (
     *("features", "classifier", "macro F1", "95 %", "accuracy", "95 %", "F1 over folds"),
@@ -29,7 +29,7 @@ def lines(found: Classification) -> list[str]:
     """Lines for the console."""
     shown = [*_about(found), ""]
     for judged in found.judged:
-        shown += [*_about_scheme(judged), "", *_aligned([HEADINGS, *_rows(judged)]), ""]
+        shown += [*_about_scheme(judged), "", *aligned([HEADINGS, *_rows(judged)]), ""]
     shown += [best(judged) for judged in found.judged]
     return shown + [f"note: {note}" for note in found.notes]
 
@@ -176,11 +176,3 @@ def _gain(gain: dict[str, float]) -> str:
 
 def _span(interval: dict[str, float]) -> str:
     return f"{interval['low']:.3f} to {interval['high']:.3f}" if "low" in interval else "-"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-        for cells in rows
-    ]

@@ -227,13 +227,7 @@ def _reason(error: OSError) -> str:
 
 def bytes_of_tensors(config: Config, vocabulary_size: int) -> int:
     """Bytes of all tensors of one checkpoint, in any layout."""
-    model = config.model
-    shape = ModelShape(
-        model.num_layers,
-        model.hidden_size,
-        model.ffn_hidden_size,
-        padded_vocabulary_size(vocabulary_size),
-    )
+    shape = ModelShape.of(config.model, padded_vocabulary_size(vocabulary_size))
     weight_bytes = 4 if config.train.precision is Precision.fp32 else 2
     return num_parameters(shape, config.data.seq_length) * (weight_bytes + OPTIMIZER_BYTES)
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
 from geneformer_mcore.errors import GeneformerError
-from geneformer_mcore.exit_codes import DEFECT, exit_code_of
+from geneformer_mcore.exit_codes import DEFECT, INTERRUPTED, Interrupted, exit_code_of
 
 ANSWER_S = 4.0
 """A rank that has not answered by then is lost; every rank polls twice a second."""
@@ -239,6 +239,8 @@ class Watchdog:
         text, code = f"{type(error).__name__}: {error}", DEFECT
         if isinstance(error, GeneformerError):
             text, code = str(error), exit_code_of(error)
+        elif isinstance(error, Interrupted):
+            text, code = str(error), INTERRUPTED
         self._failure = self._answer(text, code, at_fault)
         self._wake.set()
         self._judged.wait(_JUDGED_S)

@@ -95,11 +95,9 @@ class CountedCells:
         return RaggedCells(np.concatenate(tokens), offsets, np.zeros(stop - start, np.uint64))
 
     def obs(self) -> pd.DataFrame:
-        """Implements Cells."""
         return self.counts.read_obs(0, len(self))
 
     def close(self) -> None:
-        """Implements Cells."""
         self.counts.close()
 
 
@@ -127,7 +125,6 @@ class StoredCells:
         return self._stop - self._start
 
     def read(self, start: int, stop: int) -> RaggedCells:
-        """Implements Cells."""
         return self._read(self._start + start, self._start + stop)
 
     def training_cells(self, most: int) -> RaggedCells:
@@ -139,13 +136,11 @@ class StoredCells:
         return truncate(self.store.read(start, stop), self._seq_length)
 
     def obs(self) -> pd.DataFrame:
-        """Implements Cells."""
         with SomaReader(self.store.path) as reader:
             table = reader.read(OBS, self._start, self._stop, reader.columns(OBS))
         return table.to_pandas().set_index("cell_id")
 
     def close(self) -> None:
-        """Implements Cells."""
         self.store.close()
 
 
@@ -187,11 +182,9 @@ class ChosenCells:
                 place += 1
 
     def read(self, start: int, stop: int) -> RaggedCells:
-        """Implements Cells."""
         return ragged([cell.tokens_T for cell in self.counted(start, stop)])
 
     def obs(self) -> pd.DataFrame:
-        """Implements Cells."""
         return self.cells.obs().iloc[self.rows_N]
 
     def close(self) -> None:

@@ -17,9 +17,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
+
+import psutil
 
 from geneformer_mcore.errors import ConfigError, DataError
 
@@ -183,7 +186,8 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 
 
 def lock_file(path: Path, shared: bool = False, wait: bool = False) -> IO[bytes]:
-    """The file, locked (flock) until it is closed or this process ends, however it ends.
+    """The file, locked (flock) until it is closed or this process ends, however it ends. Whoever
+    holds it alone is named in it (see `holder`).
 
     Raises BlockingIOError if another process holds it, unless `wait`; OSError.
     """
@@ -191,10 +195,42 @@ def lock_file(path: Path, shared: bool = False, wait: bool = False) -> IO[bytes]
     file = path.open("ab+", buffering=0)
     try:
         _flock(file, shared, wait)
+        with suppress(OSError):  # on a full disk it is held without a name
+            file.truncate(0)
+            file.write(b"" if shared else _holder_line().encode())
     except BaseException:
         file.close()
         raise
     return file
+
+
+def _holder_line() -> str:
+    process = psutil.Process()
+    here = {"pid": process.pid, "created": process.create_time(), "host": os.uname().nodename}
+    return json.dumps(here)
+
+
+def holder(path: Path) -> str:
+    """Who holds the lock file `path` alone: process, host and start time, and whether it lives."""
+    try:
+        found = json.loads(path.read_bytes()[:1000])
+        pid, created, host = int(found["pid"]), float(found["created"]), str(found["host"])
+        began = datetime.fromtimestamp(created).astimezone().isoformat(" ", "seconds")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return "a process that did not leave its name"
+    return f"process {pid} on {host}, started {began}, {_life(pid, created, host)}"
+
+
+def _life(pid: int, created: float, host: str) -> str:
+    if host != os.uname().nodename:
+        return "which cannot be looked at from this host"
+    try:
+        process = psutil.Process(pid)
+        if process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE:
+            return f"which is alive ({process.status()})"
+    except psutil.Error:
+        pass
+    return "which has ended: a process that it started still holds the lock"
 
 
 def _flock(file: IO[bytes], shared: bool, wait: bool) -> None:
@@ -238,7 +274,8 @@ class FolderLock:
         except BlockingIOError:
             self.release()
             raise DataError(
-                f"{self._subject}: {message}. Remedy: wait for it, or choose another path."
+                f"{self._subject}: {message}: {holder(path)}. Remedy: wait for it, or choose "
+                "another path."
             ) from None
         except OSError:
             self.release()

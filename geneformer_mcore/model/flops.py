@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from geneformer_mcore.config.sections import ModelConfig
+
 TRAIN_OVER_FORWARD = 3
 
 
@@ -32,6 +34,11 @@ class ModelShape:
     hidden_size: int
     ffn_hidden_size: int
     vocabulary_size: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, vocabulary_size: int) -> ModelShape:
+        """The sizes of settings."""
+        return cls(model.num_layers, model.hidden_size, model.ffn_hidden_size, vocabulary_size)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,15 @@ from geneformer_mcore.perturbation.perturb import Answer, perturb
 from geneformer_mcore.perturbation.question import Question
 from geneformer_mcore.tokenizer.genes import InputOptions
 
+TABLES = (".csv", ".tsv")
+OUTPUTS = {
+    "table": (TABLES, outputs.write_table),
+    "output": ((".h5ad",), outputs.write_cells),
+    "gene_effects": (TABLES, outputs.write_moved_genes),
+    "plot": ((".png",), outputs.save),
+}
+"""{field of a request: endings of its name, the function that writes it}."""
+
 
 @dataclass(frozen=True)
 class PerturbRequest:
@@ -53,14 +62,9 @@ def run(request: PerturbRequest, is_first: bool) -> list[str]:
     )
     if answer is None:
         return []
-    written = [
-        (request.table, outputs.write_table),
-        (request.output, outputs.write_cells),
-        (request.gene_effects, outputs.write_moved_genes),
-        (request.plot, outputs.save),
-    ]
     lines = list(answer.lines)
-    for path, write in written:
+    for name, (_, write) in OUTPUTS.items():
+        path = getattr(request, name)
         if path is not None:
             write(path, answer)
             lines.append(f"{path}: written")
@@ -68,13 +72,8 @@ def run(request: PerturbRequest, is_first: bool) -> list[str]:
 
 
 def _check(request: PerturbRequest) -> None:
-    kinds = [
-        (request.table, (".csv", ".tsv")),
-        (request.output, (".h5ad",)),
-        (request.plot, (".png",)),
-        (request.gene_effects, (".csv", ".tsv")),
-    ]
-    targets = [(path, suffixes) for path, suffixes in kinds if path is not None]
+    named = [(getattr(request, name), suffixes) for name, (suffixes, _) in OUTPUTS.items()]
+    targets = [(path, suffixes) for path, suffixes in named if path is not None]
     if not targets:
         raise ConfigError(
             "nothing is to be written: give --table, --output, --plot or --gene-effects."

@@ -6,14 +6,10 @@ rendezvous -> nodes, cells, clocks, run directory -> rank 0: table, findings
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
-import os
-import re
 import secrets
 import statistics
-import struct
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -31,7 +27,7 @@ from geneformer_mcore.distributed import device, groups
 from geneformer_mcore.distributed.watchdog import Watchdog
 from geneformer_mcore.exit_codes import FINISHED, WRONG_INPUT
 from geneformer_mcore.io.files import free_bytes
-from geneformer_mcore.preflight import checks, node, report
+from geneformer_mcore.preflight import checks, node
 from geneformer_mcore.preflight.checks import Finding, Reduced, State
 from geneformer_mcore.preflight.node import Member, Node, Offset, Seen, View
 
@@ -45,8 +41,6 @@ _BYTES = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
 _TIMES = 5
 _LOOK_S = 0.2
 _TRIPS = 8
-_FLOCK = "hhqqi4x"
-"""struct flock of 64-bit Linux: type, whence, start, length, pid."""
 now = time.time
 
 
@@ -62,27 +56,17 @@ class Exchange:
 
     def gather(self, value: Any = None) -> list[Any]:
         """Every rank's `value`, in order of rank, on rank 0; an empty list elsewhere."""
-        key = self._next_key()
-        self.put(f"{key}/{self.rank}", value)
+        self._calls += 1
+        self._store.set(f"{self._calls}/{self.rank}", json.dumps(value, default=asdict))
         ranks = range(self.world_size) if self.is_first else []
-        return [self.take(f"{key}/{rank}") for rank in ranks]
+        return [json.loads(self._store.get(f"{self._calls}/{rank}")) for rank in ranks]
 
     def broadcast(self, value: Any = None) -> Any:
         """Rank 0's `value` on every rank."""
-        key = self._next_key()
-        if self.is_first:
-            self.put(key, value)
-        return self.take(key)
-
-    def put(self, key: str, value: Any) -> None:
-        self._store.set(key, json.dumps(value, default=asdict))
-
-    def take(self, key: str) -> Any:
-        return json.loads(self._store.get(key))
-
-    def _next_key(self) -> str:
         self._calls += 1
-        return str(self._calls)
+        if self.is_first:
+            self._store.set(f"{self._calls}", json.dumps(value, default=asdict))
+        return json.loads(self._store.get(f"{self._calls}"))
 
 
 @dataclass
@@ -95,10 +79,10 @@ class Traces:
     def clear(self) -> None:
         """Remove them, at any time, from any thread. Never raises."""
         for path in self.files:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 path.unlink()
         for path in self.folders:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 path.rmdir()
 
 
@@ -116,7 +100,7 @@ def check(
     if exchange.is_first:
         there = manager.bytes_there(Path(config.run.dir).absolute() / "checkpoints")
         findings = checks.judge(config, members, there)
-        log(report.table(members) + "\n")
+        log(node.table(members) + "\n")
         log("\n".join(map(str, findings)))
     watch.doing("waiting for rank 0's findings")
     failing = [each.check for each in findings if each.state is State.fails]
@@ -133,7 +117,9 @@ def check(
     watch.doing("exchanging the exit code")
     code = exchange.broadcast(WRONG_INPUT if failing else FINISHED)
     exchange.gather()  # rank 0 may hold the store: it leaves last
-    result = report.as_json(members, findings) if exchange.is_first else {}
+    result: dict[str, Any] = {}
+    if exchange.is_first:
+        result = {"nodes": list(map(asdict, members)), "checks": list(map(asdict, findings))}
     return code, result | {"exit_code": code, "seconds": round(time.monotonic() - began, 3)}
 
 
@@ -148,9 +134,9 @@ def look(
     watch.doing(f"looking at data.store={config.data.store}")
     seen = exchange.gather(node.look_at_cells(config) if leads else None)
     watch.doing("waiting for the other nodes to look at data.store")
-    leaders = exchange.broadcast([rank for rank, each in enumerate(seen) if each])
+    exchange.broadcast()
     watch.doing("comparing clocks")
-    offsets = compare_clocks(exchange, leaders)
+    offsets = compare_clocks(exchange)
     watch.doing(f"writing and reading in run.dir={config.run.dir}")
     try:
         views = _share(exchange, Path(config.run.dir).absolute(), leads, traces)
@@ -162,7 +148,7 @@ def look(
 def members_of(
     nodes: Sequence[Node],
     seen: Sequence[dict | None],
-    offsets: dict[int, Offset],
+    offsets: Sequence[Offset],
     views: dict[int, View],
 ) -> list[Member]:
     """Ranks grouped by node. Only first ranks have looked at the cells."""
@@ -174,36 +160,24 @@ def members_of(
         first = next((rank for rank in of_node if seen[rank]), of_node[0])
         ordered = [first, *(rank for rank in of_node if rank != first)]
         found = Seen(**(seen[first] or {"problem": "no rank of it has LOCAL_RANK 0"}))
-        offset = offsets.get(first, Offset())
-        members.append(Member(nodes[first], ordered, found, offset, views.get(first)))
+        members.append(Member(nodes[first], ordered, found, offsets[first], views.get(first)))
     return sorted(members, key=lambda each: (each.node.number, each.ranks))
 
 
-def compare_clocks(exchange: Exchange, leaders: Sequence[int]) -> dict[int, Offset]:
-    """Offsets of `leaders`, the first ranks of the nodes, on rank 0; all ranks call it together.
-    By the store, the shortest of some round trips (Cristian 1989, "Probabilistic clock
-    synchronization"): a busy node must not pass for one whose clock is off."""
-    found = {}
-    if exchange.is_first:
-        for rank in leaders[1:]:
-            trips = [_trip(exchange, f"{rank}/{number}") for number in range(_TRIPS)]
-            found[rank] = min(trips, key=lambda offset: offset.uncertainty_s)
-    elif exchange.rank in leaders:
-        for number in range(_TRIPS):
-            exchange.take(f"ping/{exchange.rank}/{number}")
-            exchange.put(f"pong/{exchange.rank}/{number}", now())
-    return found
-
-
-def _trip(exchange: Exchange, name: str) -> Offset:
-    sent = now()
-    exchange.put(f"ping/{name}", None)
-    return offset_of(sent, exchange.take(f"pong/{name}"), now())
-
-
-def offset_of(sent: float, there: float, back: float) -> Offset:
-    """Offset from one round trip, known to half its duration."""
-    return Offset(there - (sent + back) / 2, (back - sent) / 2)
+def compare_clocks(exchange: Exchange) -> list[Offset]:
+    """Every rank's offset, on rank 0; all ranks call it together. By the store, the shortest of
+    some round trips (Cristian 1989, "Probabilistic clock synchronization"): a busy node must not
+    pass for one whose clock is off."""
+    trips = []
+    for _ in range(_TRIPS):
+        sent = now()
+        exchange.broadcast()
+        theirs, back = exchange.gather(now()), now()
+        # Known to half the duration of the round trip.
+        others = [Offset(there - (sent + back) / 2, (back - sent) / 2) for there in theirs[1:]]
+        trips.append([Offset(), *others])
+    shortest = min(trips, key=lambda trip: trip[-1].uncertainty_s)
+    return shortest if exchange.is_first else []
 
 
 def _share(exchange: Exchange, folder: Path, looks: bool, traces: Traces) -> dict[int, View]:
@@ -258,11 +232,11 @@ def _wait_for(folder: Path, nonce: str, ranks: set[int]) -> set[int]:
     deadline = time.monotonic() + checks.SEE_S
     seen: set[int] = set()
     while True:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             # Listing a folder makes a network file system refresh it.
             list(folder.iterdir())
         for rank in ranks - seen:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 if (folder / f".preflight_{nonce}_{rank}").read_text() == nonce:
                     seen.add(rank)
         if seen == ranks or time.monotonic() > deadline:
@@ -271,33 +245,13 @@ def _wait_for(folder: Path, nonce: str, ranks: set[int]) -> set[int]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of `path`, without taking it: Linux lists this machine's
-    locks by inode; on a network file system another machine's is a byte-range lock."""
-    query = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+    """Whether a process, on any machine, holds the lock of `path`. It is shared for an instant, so
+    that nodes which look do not see each other."""
     try:
         with path.open() as file:
-            answer = fcntl.fcntl(file, fcntl.F_GETLK, query)
-            inode = os.fstat(file.fileno()).st_ino
-    except OSError:
-        return False
-    locks = ""
-    with suppress(OSError):
-        locks = Path("/proc/locks").read_text()
-    holders = re.findall(rf"FLOCK .* (-?\d+) \S+:{inode} ", locks)
-    held_elsewhere = struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK
-    return held_elsewhere or any(_has_open(holder, path) for holder in holders)
-
-
-def _has_open(process: str, path: Path) -> bool:
-    """Whether the process has this very file open, not its inode on another disk, or may have."""
-    try:
-        files = list(Path("/proc", process, "fd").iterdir())
-    except OSError:
-        return True
-    for file in files:
-        with suppress(OSError):  # It may be closed by now.
-            if file.samefile(path):
-                return True
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False
 
 

@@ -1,4 +1,5 @@
-"""Reports of one rank: its machine and software (Node), and the cells it sees (Seen)."""
+"""Reports of one rank: its machine and software (Node), and the cells it sees (Seen); and the
+nodes of a job (Member) as a table."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import platform
 import re
 import socket
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from geneformer_mcore.distributed import network
 from geneformer_mcore.errors import GeneformerError
 from geneformer_mcore.io.files import free_bytes
 from geneformer_mcore.metrics.provenance import commit
+from geneformer_mcore.report.results import aligned
 from geneformer_mcore.store import local_cache
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
@@ -28,6 +31,12 @@ from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NAMESPACE = Path("/proc/self/ns/net")
 _DRIVER = Path("/proc/driver/nvidia/version")
+_GB = 1e9
+_HEADS = (
+    *("node", "host", "ranks", "GPUs", "driver / CUDA", "cores", "memory", "run folder free"),
+    *("clock", "cells", "interface", "versions"),
+)
+_SHOWN = {"python": "python", "torch": "torch", "megatron-core": "mcore", "commit": "commit"}
 
 
 @dataclass(frozen=True)
@@ -236,3 +245,38 @@ def _counts(config: Config) -> Seen:
         size = 0 if "://" in name or Path(name).is_dir() else os.stat(name).st_size
         digest.update(f"{name} {size}\n".encode())
     return Seen(hash=digest.hexdigest(), vocabulary_size=vocabulary.size)
+
+
+def table(members: Sequence[Member]) -> str:
+    return "\n".join(aligned([_HEADS, *map(_row, members)]))
+
+
+def _row(member: Member) -> tuple[str, ...]:
+    node, view = member.node, member.run_folder
+    return (
+        str(node.number),
+        node.host,
+        span(member.ranks),
+        node.models,
+        f"{node.driver} / {node.cuda}" if node.gpus else "-",
+        str(node.cores),
+        f"{node.memory_bytes / _GB:.0f} GB",
+        f"{view.free / _GB:.0f} GB" if view is not None and view.free >= 0 else "?",
+        f"{member.offset.seconds:+.3f} s",
+        _cells(member.seen),
+        f"{node.interface} {node.interface_address}".strip() or "-",
+        " ".join(f"{short} {node.versions.get(name, '?')}" for name, short in _SHOWN.items()),
+    )
+
+
+def span(ranks: Sequence[int]) -> str:
+    """ "0-7", "0" or "0,2"."""
+    if list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
+        return f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
+    return ",".join(map(str, ranks))
+
+
+def _cells(seen: Seen) -> str:
+    if not seen.hash:
+        return "not seen"
+    return f"{seen.cells:,} {seen.hash[:12]}" if seen.cells else seen.hash[:12]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -213,6 +214,13 @@ def _json(path: Path) -> dict[str, Any]:
 def _text(path: Path) -> str:
     """The file's text, "" where there is none; a kill may have left half a character."""
     return path.read_text(errors="replace") if path.exists() else ""
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with columns as wide as their widest entries, two blanks between."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[e.ljust(width) for e, width in zip(row, widths, strict=True)] for row in rows]
+    return ["  ".join(row).rstrip() for row in padded]
 
 
 def text(results: Results, plot: Path | None = None) -> str:

@@ -19,7 +19,9 @@ from geneformer_mcore.errors import ConfigError, GeneformerError
 from geneformer_mcore.exit_codes import (
     DEFECT,
     FINISHED,
+    INTERRUPTED,
     WRONG_INPUT,
+    Interrupted,
     end_after_last_words,
     print_stderr,
     report_error,
@@ -29,6 +31,8 @@ from geneformer_mcore.training.signals import Interruption
 
 if TYPE_CHECKING:
     from geneformer_mcore.distributed.watchdog import LostRankError, Watchdog
+
+_NOTHING_DONE = "no step was made by this start, so there is nothing to save"
 
 
 def environment(name: str, default: int) -> int:
@@ -42,16 +46,20 @@ def ended(
     work: Callable[[RunFolder, Watchdog], tuple[int, str]],
 ) -> int:
     """Do `work`; rank 0 always writes its exit code and reason into outcome.json."""
-    # Imported late, so that a wrong setting is reported at once.
-    from geneformer_mcore.distributed.watchdog import LostRankError, Watchdog
-
     folder = RunFolder(config.run.dir)
-    watch = Watchdog(config.parallel.timeout_s, partial(_end_lost, folder))
+    interruption.end_by(partial(_end_stuck, folder), config.parallel.timeout_s)
     try:
-        if environment("RANK", 0) == 0:
-            folder.open()
-        with watch:
-            code, reason = work(folder, watch)
+        with interruption.raising(_NOTHING_DONE):
+            if environment("RANK", 0) == 0:
+                folder.open()
+            # Imported late, so that a wrong setting is reported at once.
+            from geneformer_mcore.distributed.watchdog import LostRankError, Watchdog
+
+            with Watchdog(config.parallel.timeout_s, partial(_end_lost, folder)) as watch:
+                code, reason = work(folder, watch)
+    except Interrupted as stop:
+        code, reason = INTERRUPTED, str(stop)
+        _tell_of_interruption(code, reason)
     except GeneformerError as error:
         code, reason = report_error(error), str(error)
     except LostRankError as error:
@@ -96,7 +104,24 @@ def _end_lost(folder: RunFolder, loss: LostRankError) -> None:
     end_after_last_words(loss.code, partial(_tell_of_loss, folder, loss))
 
 
+def _end_stuck(folder: RunFolder, code: int, reason: str) -> None:
+    end_after_last_words(code, partial(_close_stuck, folder, code, reason))
+
+
+def _close_stuck(folder: RunFolder, code: int, reason: str) -> None:
+    if not _tell_of_interruption(code, reason) and environment("LOCAL_RANK", 0) == 0:
+        print_stderr(f"error: {reason}")
+    folder.close(code, reason)
+
+
+def _tell_of_interruption(code: int, reason: str) -> bool:
+    if code == INTERRUPTED and environment("RANK", 0) == 0:
+        print(f"interrupted by {reason}; the same command continues", flush=True)
+    return code == INTERRUPTED
+
+
 def _tell_of_loss(folder: RunFolder, loss: LostRankError) -> None:
     if loss.tell:
-        print_stderr(f"error: {loss}")
+        if not _tell_of_interruption(loss.code, str(loss)):
+            print_stderr(f"error: {loss}")
         folder.take_over(loss.code, str(loss), loss.step)

@@ -76,8 +76,7 @@ class Pretraining:
 
     @property
     def shape(self) -> ModelShape:
-        model, size = self.config.model, self.cells.vocabulary.size
-        return ModelShape(model.num_layers, model.hidden_size, model.ffn_hidden_size, size)
+        return ModelShape.of(self.config.model, self.cells.vocabulary.size)
 
     def stages(self, device: torch.device) -> list[Geneformer]:
         """Initial weights, all trained."""

@@ -18,7 +18,7 @@ from typing import IO, Any
 from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.exit_codes import DEFECT, FINISHED, INTERRUPTED, WRONG_INPUT
-from geneformer_mcore.io.files import lock_file, replacing, unwritable, writing
+from geneformer_mcore.io.files import holder, lock_file, replacing, unwritable, writing
 from geneformer_mcore.store.layout import VOCABULARY_FILE
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
@@ -71,11 +71,13 @@ class RunFolder:
             checkpoints.clear(self.checkpoints)
             path = self._outcome
             self._restart = self._previous().get("restart", -1) + 1
-            self._write(Outcome(_RUNNING, DEFECT, 0, "not ended by itself", self._restart))
+            self.step = max(checkpoints.steps(self.checkpoints), default=0)
+            self._write(Outcome(_RUNNING, DEFECT, self.step, "not ended by itself", self._restart))
         except BlockingIOError:
             raise ConfigError(
-                f"another start of the run in {self.path} is still going, and two would spoil each "
-                "other's checkpoints. Wait for it, stop it, or choose another run.dir."
+                f"another start of the run in {self.path} is still going: {holder(path)}. Two "
+                "would spoil each other's checkpoints. Wait for it, stop it, or choose another "
+                "run.dir."
             ) from None
         except OSError as error:
             raise unwritable(path, error) from None

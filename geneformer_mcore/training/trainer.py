@@ -24,13 +24,13 @@ from geneformer_mcore.checkpoint.record import Record
 from geneformer_mcore.config import Config, Plan
 from geneformer_mcore.data.loader import steps_on_device
 from geneformer_mcore.distributed import collectives, device, groups
-from geneformer_mcore.exit_codes import FINISHED, INTERRUPTED
+from geneformer_mcore.exit_codes import FINISHED, INTERRUPTED, Interrupted
 from geneformer_mcore.optim.optimizer import learning_rate
 from geneformer_mcore.training import setup
 from geneformer_mcore.training.profiler import Profile
 from geneformer_mcore.training.run_folder import RunFolder
 from geneformer_mcore.training.setup import Run
-from geneformer_mcore.training.signals import Interrupted, Interruption
+from geneformer_mcore.training.signals import Interruption
 from geneformer_mcore.training.step import StepResult, train_step
 from geneformer_mcore.types import Batch
 
@@ -67,6 +67,7 @@ def train(
     topology = groups.start(here, config.parallel, watch, backstop_s)
     run = setup.prepare(config, text, plan, folder, task, here, topology, watch)
     folder.step = run.step
+    interruption.note_only()
     try:
         code, reason = train_loop(run, interruption)
     finally:
@@ -86,12 +87,10 @@ def _unless_interrupted(
     interruption: Interruption, after: Callable[[], None], reason: str
 ) -> tuple[int, str]:
     try:
-        interruption.raise_from_now()
-        after()
+        with interruption.raising("the last step is done, and not all that follows it"):
+            after()
     except Interrupted as stop:
-        return INTERRUPTED, f"{stop} after the last step, before all that follows it was done"
-    finally:
-        interruption.note_only()
+        return INTERRUPTED, str(stop)
     return FINISHED, reason
 
 

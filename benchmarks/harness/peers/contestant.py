@@ -108,7 +108,6 @@ def sums_of_padded(tokens_BS: torch.Tensor) -> np.ndarray:
 
 
 def tokens_h5ad(data: Prepared) -> None:
-    """tokens_h5ad."""
     import anndata
 
     lengths = np.diff(data.offsets)
@@ -131,7 +130,6 @@ def experiment(data: Prepared) -> None:
 
 
 def soma_of(target: Path, source: Path) -> None:
-    """A SOMA experiment of an h5ad file."""
     import tiledbsoma.io
 
     tiledbsoma.io.from_h5ad(str(target), str(source), measurement_name="RNA")
@@ -149,7 +147,6 @@ def tokens_arrow(data: Prepared) -> None:
 
 
 def tokens_dense(data: Prepared) -> None:
-    """tokens_dense."""
     path, shape = data.place("tokens_dense"), (len(data), SEQ_LENGTH)
     target = np.lib.format.open_memmap(path, "w+", np.uint16, shape)
     place = np.arange(SEQ_LENGTH)

@@ -65,7 +65,6 @@ class SomaSparse(contestant.Contestant):
         return ((obs, self.batch(counts)) for counts, obs in self._batches)
 
     def batch(self, counts: Any) -> Any:
-        """The content of a batch."""
         return counts
 
     def cells(self, batch: Any) -> np.ndarray:
@@ -73,8 +72,6 @@ class SomaSparse(contestant.Contestant):
 
 
 class SomaDense(SomaSparse):
-    """Batches are (obs, dense counts)."""
-
     label = "tiledbsoma-ml, dense batches"
     is_sparse = False
 
@@ -95,8 +92,6 @@ class SomaTokenised(SomaSparse):
 
 
 class SomaTokens(SomaSparse):
-    """Tokens as a sparse X of (cell, rank), padded."""
-
     label = "tiledbsoma-ml, X of (cell, rank)"
     table = contestant.TOKENS
     formats = (contestant.tokens_h5ad, token_experiment)
@@ -136,7 +131,6 @@ class _BlockShuffled(contestant.Contestant):
         """(rows, the cells of the ascending `rows`)."""
 
     def batch(self, fetched: Any, places: np.ndarray) -> Any:
-        """(rows, batch) of some of the fetched cells: lists of tokens."""
         rows, cells = fetched
         return rows[places], contestant.padded([cells[place] for place in places])
 
@@ -146,15 +140,15 @@ class _BlockShuffled(contestant.Contestant):
 
 
 class BlocksOfCounts(_BlockShuffled):
-    """CSR counts from a backed h5ad file."""
-
     label = "scDataset on h5ad, blocks of 64"
     table = contestant.COUNTS
 
     def collection(self, data: Prepared) -> Any:
         import anndata
 
-        return anndata.read_h5ad(data.counts_file, backed="r")
+        is_counts = self.table == contestant.COUNTS
+        file = data.counts_file if is_counts else data.place("tokens_h5ad")
+        return anndata.read_h5ad(file, backed="r")
 
     def fetch(self, collection: Any, rows: np.ndarray) -> Any:
         return rows, collection.X[rows]
@@ -165,16 +159,9 @@ class BlocksOfCounts(_BlockShuffled):
 
 
 class BlocksOfTokens(BlocksOfCounts):
-    """Tokens from a backed h5ad file of (cell, rank)."""
-
     label = "scDataset on h5ad of (cell, rank)"
     table = contestant.TOKENS
     formats = (contestant.tokens_h5ad,)
-
-    def collection(self, data: Prepared) -> Any:
-        import anndata
-
-        return anndata.read_h5ad(data.place("tokens_h5ad"), backed="r")
 
     def batch(self, fetched: Any, places: np.ndarray) -> Any:
         rows, chosen = super().batch(fetched, places)
@@ -182,8 +169,6 @@ class BlocksOfTokens(BlocksOfCounts):
 
 
 class BlocksOfArrow(_BlockShuffled):
-    """Tokens from a Hugging Face data set."""
-
     label = "scDataset on a Hugging Face data set"
     table = contestant.TOKENS
     formats = (contestant.tokens_arrow,)
@@ -198,8 +183,6 @@ class BlocksOfArrow(_BlockShuffled):
 
 
 class BlocksOfArray(_BlockShuffled):
-    """Tokens from a dense array on disk, padded to 2,048: one fancy index per fetch."""
-
     label = "scDataset on a dense .npy, 2,048 per cell"
     table = contestant.TOKENS
     formats = (contestant.tokens_dense,)
@@ -241,7 +224,6 @@ class BlocksOfOurStore(_BlockShuffled):
 
 
 def scdl_counts(data: Prepared) -> None:
-    """The raw counts as scdl's memory maps."""
     _memory_map(data.place("scdl_counts"), str(data.counts_file), use_X_not_raw=True).save()
 
 
@@ -271,11 +253,9 @@ class ScdlCounts(contestant.Contestant):
         self._num_cells = len(data)
 
     def dataset(self) -> Any:
-        """The items of torch's DataLoader."""
         return self._data
 
     def collate(self, cells: list[Any]) -> Any:
-        """A batch of items."""
         from bionemo.scdl.util.torch_dataloader_utils import collate_sparse_matrix_batch
 
         return collate_sparse_matrix_batch(cells)
@@ -298,8 +278,6 @@ class ScdlCounts(contestant.Contestant):
 
 
 class ScdlTokenItems(ScdlCounts):
-    """Padded batches of its own items: tensors of (token, rank)."""
-
     label = "bionemo-scdl, items of (token, rank)"
     table = contestant.TOKENS
     formats = (contestant.tokens_h5ad, scdl_tokens)
@@ -315,23 +293,11 @@ class ScdlTokens(ScdlTokenItems):
     label = "bionemo-scdl, rows of token ids"
 
     def dataset(self) -> Any:
-        return _Rows(self._data)
+        return range(self._num_cells)
 
     def collate(self, cells: list[Any]) -> Any:
-        return contestant.padded(cells, with_cls=False)
-
-
-class _Rows:
-    """The values of a row, without its columns."""
-
-    def __init__(self, data: Any) -> None:
-        self._data = data
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self._data.get_row(row)[0][0]
+        rows = [self._data.get_row(cell)[0][0] for cell in cells]
+        return contestant.padded(rows, with_cls=False)
 
 
 IGNORED = -100
@@ -339,8 +305,6 @@ _SELECTED, _MASKED, _RANDOM = 0.15, 0.8, 0.02
 
 
 class BackedAnnData(contestant.Contestant):
-    """Uniformly shuffled; a batch is (rows, CSR)."""
-
     label = "anndata backed, random rows"
     table = contestant.COUNTS
     package = "anndata"
@@ -380,7 +344,6 @@ class HFArrow(contestant.Contestant):
         return iter(DataLoader(self._data, sampler=order, collate_fn=self.collate, **known))
 
     def collate(self, batch: Any) -> Any:
-        """(rows, padded tokens)."""
         return batch["row"], contestant.padded(batch["input_ids"])
 
 
@@ -419,20 +382,14 @@ class _Masked(contestant.Contestant):
 
 
 class MaskedArray(_Masked, BlocksOfArray):
-    """scDataset over a dense array."""
-
     label = "scDataset on a dense .npy, 2,048 per cell, then HF-style masks"
 
 
 class MaskedScdl(_Masked, ScdlTokens):
-    """bionemo-scdl's rows."""
-
     label = "bionemo-scdl, rows of token ids, then HF-style masks"
 
 
 class MaskedArrow(_Masked, HFArrow):
-    """Hugging Face's own way from end to end: Arrow, collation, masks."""
-
     label = "Hugging Face datasets, Arrow, random rows, then HF-style masks"
 
 

@@ -16,32 +16,30 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from benchmarks.harness.common import SEQ_LENGTH, build_store
+from benchmarks.harness.common import SEQ_LENGTH, step
 from benchmarks.harness.loader_cells import Prepared
 from benchmarks.harness.peers import contestant
-from geneformer_mcore.config.sections import DataConfig
+from benchmarks.harness.step_cells import StepCells
+from geneformer_mcore.config import Config
 from geneformer_mcore.data.counts_source import MIN_SPAN_CELLS, CountsSource
-from geneformer_mcore.data.loader import Feed, Share
-from geneformer_mcore.data.masking import Masking
-from geneformer_mcore.data.sampler import Sampler
+from geneformer_mcore.data.loader import Feed
 from geneformer_mcore.store import local_cache
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.split.table import RandomSplit
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import Batch, TokenSource
 
-DEFAULTS = DataConfig()
-
 
 def store_of_tokens(data: Prepared) -> None:
     """The token store, by the project's own command; all cells are training cells."""
-    out, cells = data.place("store_of_tokens"), [data.counts_file]
-    options = ("--validation-fraction", "0", "--test-fraction", "0")
-    build_store(out, cells, data.vocabulary_file, *options)
+    step(
+        *("data_prep/build_store.py", "--out", data.place("store_of_tokens")),
+        *("--vocabulary", data.vocabulary_file),
+        *("--validation-fraction", "0", "--test-fraction", "0", data.counts_file),
+    )
 
 
 def flat_copy(data: Prepared) -> None:
-    """The node-local flat copy of the store."""
     with TokenStore.open(data.place("store_of_tokens")) as store:
         _flat(store, data)
 
@@ -52,8 +50,6 @@ def _flat(store: TokenStore, data: Prepared) -> local_cache.FlatCopy:
 
 
 class FromStore(contestant.Contestant):
-    """From the SOMA store."""
-
     label = "ours, SOMA token store"
     table = contestant.TOKENS
     formats: ClassVar[contestant.Formats] = (store_of_tokens,)
@@ -62,12 +58,11 @@ class FromStore(contestant.Contestant):
         self._data, self._feed = data, self.feed(data)
 
     def feed(self, data: Prepared) -> Feed:
-        """The feed that is measured."""
         store = TokenStore.open(data.place("store_of_tokens"))
-        return make_feed(store, len(store), store.vocabulary)
+        return make_feed(store, store.vocabulary)
 
     def epoch(self, number: int) -> Iterator[Any]:
-        stream: Any = self._feed.steps(number * len(self._data), DEFAULTS.prefetch_steps)
+        stream: Any = self._feed.steps(number * len(self._data), Config().data.prefetch_steps)
         with closing(stream) as steps:
             for _ in range(len(self._data) // contestant.BATCH_SIZE):
                 (batch,) = next(steps)
@@ -86,29 +81,24 @@ class FromStore(contestant.Contestant):
 
 
 class FromFlatCopy(FromStore):
-    """From the flat copy made before, found and verified as a run does."""
-
     label = "ours, flat copy of it"
     formats = (store_of_tokens, flat_copy)
 
     def feed(self, data: Prepared) -> Feed:
         store = TokenStore.open(data.place("store_of_tokens"))
-        return make_feed(_flat(store, data), len(store), store.vocabulary)
+        return make_feed(_flat(store, data), store.vocabulary)
 
 
 class FromH5ad(FromStore):
-    """On the fly: counts tokenised when they are read from the h5ad file."""
-
     label = "ours on the fly, counts in h5ad"
     formats: ClassVar[contestant.Formats] = ()
 
     def feed(self, data: Prepared) -> Feed:
         names = [str(self.counts(data))]
         source = CountsSource(names, data.vocabulary, SEQ_LENGTH, RandomSplit(0.0, 0.0))
-        return make_feed(source, len(source), data.vocabulary, MIN_SPAN_CELLS)
+        return make_feed(source, data.vocabulary, MIN_SPAN_CELLS)
 
     def counts(self, data: Prepared) -> Path:
-        """The counts that are read."""
         return data.counts_file
 
 
@@ -122,15 +112,13 @@ class FromExperiment(FromH5ad):
         return data.place("experiment")
 
 
-def make_feed(
-    source: TokenSource, num_cells: int, vocabulary: Vocabulary, span_cells: int = 0
-) -> Feed:
+def make_feed(source: TokenSource, vocabulary: Vocabulary, span_cells: int = 0) -> Feed:
     """A feed as a run makes it: default spans and windows, the model card's masks."""
-    spans = span_cells or DEFAULTS.span_cells
-    window_spans = max(1, DEFAULTS.window_spans * DEFAULTS.span_cells // spans)
-    masked, random, kept = DEFAULTS.mask_fractions
-    sampler = Sampler(0, num_cells, spans, window_spans, contestant.SEED)
-    masks = (DEFAULTS.mask_probability, (masked, random, kept))
-    masking = Masking(*masks, vocabulary.size, contestant.SEED)
-    share = Share(contestant.BATCH_SIZE, contestant.BATCH_SIZE, 0, 1)
-    return Feed(source, sampler, masking, share, SEQ_LENGTH, contestant.PAD_MULTIPLE)
+    config = Config()
+    data, train = config.data, config.train
+    train.global_batch_size = train.micro_batch_size = contestant.BATCH_SIZE
+    train.seed, data.pad_multiple = contestant.SEED, contestant.PAD_MULTIPLE
+    if span_cells:
+        data.window_spans = max(1, data.window_spans * data.span_cells // span_cells)
+        data.span_cells = span_cells
+    return StepCells(source, config, vocabulary.size).feed(config)

@@ -14,11 +14,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from abc import ABC, abstractmethod
 from dataclasses import astuple, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.models.bert import bert_layer_specs
@@ -64,60 +63,19 @@ class Job:
     warmup: int = 1
 
     def config(self, *changes: str) -> Config:
-        """The settings, with a contestant's own on top."""
         return load(CONFIGS[self.model], [*self.changes, *changes])[0]
 
     def step_cells(self, config: Config) -> StepCells:
-        """The cells, in the order of training."""
         return StepCells(FlatCopy(Path(self.cells)), config, self.vocabulary_size)
 
     def shape(self) -> ModelShape:
         """The model's size, for FLOPs: that of the card, whatever a contestant adds to it."""
-        model = self.config().model
-        widths = (model.num_layers, model.hidden_size, model.ffn_hidden_size)
-        return ModelShape(*widths, self.vocabulary_size)
-
-
-class StepContestant(ABC):
-    """One row of the table. An instance is a model with its optimizer, ready to be trained.
-
-    label:    its name in tables
-    package:  the distribution whose version is shown; "" for ourselves
-    config:   the settings, with its own on top
-    """
-
-    config: Config
-    label: ClassVar[str]
-    package: ClassVar[str] = ""
-
-    @classmethod
-    def enter(cls) -> torch.device:
-        """Prepare this process, once, before one is made: its device, and as many threads as there
-        are cores. Nothing of Megatron-Core's, or of ours, slows a peer down."""
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-    @abstractmethod
-    def __init__(self, job: Job, micro_batch: int, here: torch.device) -> None:
-        """Build it on `here`. micro_batch: cells of a forward pass."""
-
-    @abstractmethod
-    def batches(self, number: int) -> list[Batch]:
-        """The micro batches of step `number` (from 0), on the host."""
-
-    @abstractmethod
-    def placed(self, batches: list[Batch]) -> list[Any]:
-        """The same on the device, in the form that `step` takes."""
-
-    @abstractmethod
-    def step(self, placed: list[Any]) -> float:
-        """Take a full training step. The mean loss per predicted gene, in nats, before it."""
+        return ModelShape.of(self.config().model, self.vocabulary_size)
 
 
 def our_stages(
     config: Config, core: TransformerConfig, here: torch.device, vocabulary_size: int
 ) -> list[Any]:
-    """Our model with its initial weights."""
     model, data = config.model, config.data
     length, packed = data.seq_length, data.packing
     stages = geneformer.build(model, core, here, vocabulary_size, length, packed=packed)
@@ -126,9 +84,19 @@ def our_stages(
     return stages
 
 
-class OursPadded(StepContestant):
-    """Ours: only masked positions are predicted."""
+class OursPadded:
+    """A row of the table. An instance is a model with its optimizer, ready to be trained.
 
+    label:    its name in tables
+    package:  the distribution whose version is shown; "" for ourselves
+    config:   the settings, with its own on top
+    enter:    prepares this process, once, before one is made
+    batches:  the micro batches of step `number` (from 0), on the host
+    placed:   the same on the device, in the form that `step` takes
+    step:     a full training step. The mean loss per predicted gene, in nats, before it
+    """
+
+    package = ""
     label = "ours, padded"
 
     @classmethod
@@ -151,20 +119,18 @@ class OursPadded(StepContestant):
 
     @classmethod
     def changes(cls, job: Job, micro_batch: int) -> list[str]:
-        """Its changes of the job's settings."""
         return [f"train.micro_batch_size={micro_batch}", "data.packing=false"]
 
     def stages(self, core: TransformerConfig, vocabulary_size: int) -> list[Any]:
-        """The model with its initial weights: here, ours."""
         return our_stages(self.config, core, self.here, vocabulary_size)
 
     def batches(self, number: int) -> list[Batch]:
         return self.feed.step(number * self.config.train.global_batch_size)
 
-    def placed(self, batches: list[Batch]) -> list[Batch]:
+    def placed(self, batches: list[Batch]) -> list[Any]:
         return [batch.to(self.here) for batch in batches]
 
-    def step(self, placed: list[Batch]) -> float:
+    def step(self, placed: list[Any]) -> float:
         result = train_step(self.trainable, placed, self.config.optim.lr, self.topology)
         return result.totals.loss
 
@@ -245,11 +211,17 @@ Labelled: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
 """int64 [B, S] tokens, 1 where there is one, labels, on the device; number of labels."""
 
 
-class HFPadded(StepContestant):
-    """Every cell padded to the full length, as NVIDIA's own stack does."""
+class HFPadded:
+    """Nothing of Megatron-Core's, or of ours, slows it down. Members as of OursPadded."""
 
     label = "HF BERT, padded to full length"
     package = "transformers"
+
+    @classmethod
+    def enter(cls) -> torch.device:
+        """The device, and as many threads as there are cores."""
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
     def __init__(self, job: Job, micro_batch: int, here: torch.device) -> None:
         self.config, self.here, self.micro_batch = job.config(), here, micro_batch
@@ -304,11 +276,11 @@ class HFPadded(StepContestant):
     def batches(self, number: int) -> list[Batch]:
         return self.cells.micro_batches(number, self.micro_batch, self.pad_multiple())
 
-    def placed(self, batches: list[Batch]) -> list[Labelled]:
+    def placed(self, batches: list[Batch]) -> list[Any]:
         # A mean over nothing is no number, and adds nothing.
         return [_labelled(batch, self.here) for batch in batches if len(batch.labels_M)]
 
-    def step(self, placed: list[Labelled]) -> float:
+    def step(self, placed: list[Any]) -> float:
         self.optimizer.zero_grad(set_to_none=True)
         num_predicted = sum(number for *_, number in placed)
         total = torch.zeros((), device=self.here)
@@ -335,8 +307,6 @@ def _labelled(batch: Batch, here: torch.device) -> Labelled:
 
 
 class HFDynamic(HFPadded):
-    """Each micro batch padded to its longest cell, as transformers' collators do."""
-
     label = "HF BERT, dynamic padding"
 
     def pad_multiple(self) -> int:
@@ -344,6 +314,7 @@ class HFDynamic(HFPadded):
         return 8 if self.here.type == "cuda" else 1
 
 
+StepContestant: TypeAlias = OursPadded | HFPadded
 CONTESTANTS: dict[str, type[StepContestant]] = {
     "ours_packed": OursPacked,
     "ours_padded": OursPadded,
@@ -398,7 +369,6 @@ def _now(here: torch.device) -> float:
 
 
 def _needed(contestant: StepContestant, job: Job, batches: list[list[Batch]]) -> Workload:
-    """Summed over the measured steps."""
     cells, total = job.step_cells(contestant.config), Workload(0, 0, 0)
     for number in range(job.warmup, job.warmup + job.steps):
         num_predicted = sum(len(batch.labels_M) for batch in batches[number])

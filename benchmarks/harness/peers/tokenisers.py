@@ -117,7 +117,6 @@ class BioNeMoTokeniser:
         self._tokens, self._medians, self._room = tokens, medians, seq_length
 
     def encode(self, counts: sparse.csr_matrix) -> list[np.ndarray]:
-        """Tokens of every cell."""
         return [
             self._cell(counts.indices[start:stop], counts.data[start:stop])
             for start, stop in pairwise(counts.indptr)

@@ -23,7 +23,7 @@ RARE, NO_LABEL = (0, 1, 2), 6
 """Cells of a label of their own, and one without any."""
 FEATURES = ["PCA(10) of log counts", "untrained", "mine", "X_other"]
 TREES = 10
-"""Of a forest here; tests/unit/inference/test_cross_validation.py compares scikit-learn's own."""
+"""Of a forest here; tests/unit/inference/test_celltypes.py compares scikit-learn's own."""
 PICTURES = ["confusion.png", "scores.png", "umap.png"]
 
 

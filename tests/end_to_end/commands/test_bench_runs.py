@@ -111,7 +111,7 @@ REFUSED = [
     ("loader", "--work . --only nobody", "no nobody; there are counts_soma_dense"),
     ("tokenize", "--cells 0 --runs 0", "--cells must be at least 1, and is 0."),
     ("perturb", "a --medians b --turns 0", "--turns must be at least 1"),
-    ("scaling", "--steps 0", "--steps must be above 0, and is 0."),
+    ("scaling", "--steps 0", "--steps must be at least 1, and is 0."),
     ("train_step", "--cells . --rounds 0 --warmup -1", "--warmup must be at least 0, and is -1."),
     ("train_step", "--cells none --attention-dropout 1.5", "model.attention_dropout must be"),
     ("train_step", "--cells none --global-batch 6 --micro-batches 4", "must be a multiple"),

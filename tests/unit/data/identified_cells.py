@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from geneformer_mcore.data.collate import Collator, cells_of, make_batch
-from geneformer_mcore.data.loader import Budget, Feed, Share
+from geneformer_mcore.data.collate import cells_of, make_batch
+from geneformer_mcore.data.loader import Feed, Share
 from geneformer_mcore.data.masking import Masking
 from geneformer_mcore.data.sampler import Sampler
 from geneformer_mcore.types import CLS, NUM_SPECIALS, Batch, CellViews, RaggedCells, TokenSource
@@ -34,6 +34,13 @@ class Cells:
         return ragged([cell(key) for key in range(start, stop)], np.arange(start, stop))
 
 
+class Spanned(Cells):
+    """Cells that are read by spans, and whose lengths are known: as a token store's."""
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        return rows % 50 + 2
+
+
 def cell(key: int) -> np.ndarray:
     genes = (np.arange(key % 50 + 1) * 7 + key) % (VOCABULARY - NUM_SPECIALS) + NUM_SPECIALS
     return np.concatenate([[CLS], genes]).astype(np.uint16)
@@ -48,24 +55,13 @@ def views(block: RaggedCells) -> CellViews:
     return CellViews(block.tokens_T, block.offsets[:-1], block.lengths, block.keys_N)
 
 
-def feed(
-    source: TokenSource,
-    rank: int = 0,
-    size: int = 1,
-    batch: int = 24,
-    *,
-    num_cells: int | None = None,
-    spans: tuple[int, int] = (8, 3),
-    micro: int | None = None,
-    seq_length: int = 64,
-    pad: int = 16,
-    maker: Collator = make_batch,
-    budget: Budget | None = None,
-) -> Feed:
-    """A feed of all cells. spans: cells of a span, and spans of a window."""
-    order = Sampler(0, num_cells or len(source), *spans, seed=7)
-    share = Share(batch, micro or batch // size, rank, size)
-    return Feed(source, order, MASKING, share, seq_length, pad, maker, budget)
+def feed(source: TokenSource, rank: int = 0, size: int = 1, batch: int = 24, **changes) -> Feed:
+    """A feed of all cells. `spans`: cells of a span, and spans of a window."""
+    given = {"num_cells": len(source), "spans": (8, 3), "micro": batch // size, "seq_length": 64}
+    given |= {"pad": 16, "maker": make_batch, "budget": None} | changes
+    num_cells, spans, micro, *others = given.values()
+    order = Sampler(0, num_cells, *spans, seed=7)
+    return Feed(source, order, MASKING, Share(batch, micro, rank, size), *others)
 
 
 def sights(batch: Batch) -> Iterator[tuple[int, bytes]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -17,18 +16,14 @@ from nvidia.dali import Pipeline
 from geneformer_mcore import backends, exit_codes
 from geneformer_mcore.config import load
 from geneformer_mcore.data import collate as batch_module
-from geneformer_mcore.data.collate import Collator, make_batch
+from geneformer_mcore.data.collate import Collator, assembled, make_batch, rows_of
 from geneformer_mcore.data.dali import DaliBatches, MaskingPipeline
-from geneformer_mcore.data.loader import Feed
 from geneformer_mcore.data.masking import VALIDATION_EPOCH, Masking
-from geneformer_mcore.errors import MissingBackendError
 from geneformer_mcore.training import datasets
-from geneformer_mcore.types import CLS, NUM_SPECIALS, Batch, CellViews
-from tests.unit.data.identified_cells import MASKING, Cells, feed
-from tests.unit.data.plain_batch import make_batch_plainly
+from geneformer_mcore.types import CLS, NUM_SPECIALS, PAD, Batch, CellViews
+from tests.unit.data.identified_cells import MASKING
 
 CPU = torch.device("cpu")
-PACKED = ([5], [30, 7, 64], [9] * 40)
 MASKINGS = (
     MASKING,
     Masking(0.15, (0.8, 0.02, 0.18), 25_429, seed=2**40 + 1),
@@ -59,6 +54,27 @@ def scattered(rng: np.random.Generator, lengths: list[int], vocabulary_size: int
     return CellViews(tokens_T, starts_N, lengths_N, keys_N)
 
 
+def make_batch_plainly(cells, epochs_N, idle_N, masking, num_positions, packed=False) -> Batch:
+    """The reference of the compiled loops and of DALI: a batch made by numpy."""
+    ragged, lengths = cells.ragged(), cells.lengths_N
+    seen_T, selected_T = masking.apply(ragged, epochs_N)
+    selected_T &= ~np.repeat(idle_N, lengths)
+    # Where each token goes in the flattened batch.
+    rows = rows_of(lengths, num_positions, packed)
+    place_T = np.arange(len(seen_T)) + np.repeat(rows[:-1] - ragged.offsets[:-1], lengths)
+    tokens = np.full(rows[-1], PAD, dtype=np.int32)
+    # Idle cells are shown as they are.
+    tokens[place_T] = np.where(selected_T, seen_T, ragged.tokens_T)
+    return assembled(
+        cells,
+        torch.from_numpy(tokens),
+        torch.from_numpy(place_T[selected_T]),
+        torch.from_numpy(ragged.tokens_T[selected_T].astype(np.int64)),
+        num_positions,
+        packed,
+    )
+
+
 def assert_equal(ours: Batch, expected: Batch) -> None:
     for name in ("tokens_BS", "lengths_N", "selected_M", "labels_M", "bounds", "keys_N"):
         mine, theirs = getattr(ours, name), getattr(expected, name)
@@ -72,30 +88,37 @@ def assert_equal(ours: Batch, expected: Batch) -> None:
 
 def same_of(maker: Collator, lengths: list[int], masking: Masking, num_positions: int) -> Batch:
     """A batch of random cells, all of which count, after it was found equal to the plain one."""
-    rng = np.random.default_rng(sum(lengths))
-    cells = scattered(rng, lengths, masking.vocabulary_size)
+    cells = scattered(np.random.default_rng(sum(lengths)), lengths, masking.vocabulary_size)
     given = (cells, np.arange(len(lengths)), np.zeros(len(lengths), bool), masking, num_positions)
     made = maker(*given)
     assert_equal(made, make_batch_plainly(*given))
     return made
 
 
-@hypothesis.settings(max_examples=150)
+@hypothesis.settings(max_examples=250)
 @hypothesis.given(data=st.data())
-def test_any_batch_is_the_plain_one(dali: DaliBatches, data: st.DataObject) -> None:
+def test_any_batch_is_the_plain_one(dali, data) -> None:
     """Cells, epochs, idle cells, masks and the number of positions change from call to call."""
-    size = data.draw(st.sampled_from([1, 2, 7, 12]))
+    packed = data.draw(st.booleans())
+    size = data.draw(st.sampled_from([0, 1, 3, 40] if packed else [1, 2, 7, 12]))
     lengths = data.draw(st.lists(st.integers(1, 130), min_size=size, max_size=size))
     epoch = st.sampled_from([0, 1, 1000, 2**40, VALIDATION_EPOCH])
-    epochs_N = np.array(data.draw(st.lists(epoch, min_size=size, max_size=size)))
-    idle_N = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+    epochs_N = np.array(data.draw(st.lists(epoch, min_size=size, max_size=size)), np.int64)
+    idle_N = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)), bool)
     masking = data.draw(st.sampled_from(MASKINGS))
-    num_positions = max(lengths) + data.draw(st.integers(0, 70))
+    room = data.draw(st.integers(0 if lengths else 1, 100))
+    num_positions = room + (sum(lengths) if packed else max(lengths))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    cells = scattered(rng, lengths, masking.vocabulary_size)
-    expected = make_batch_plainly(cells, epochs_N, idle_N, masking, num_positions)
+    cells = scattered(rng, lengths or [3], masking.vocabulary_size).part(slice(size))
+    given = (cells, epochs_N, idle_N, masking, num_positions, packed)
+    expected = make_batch_plainly(*given)
     for maker in (make_batch, dali):
-        assert_equal(maker(cells, epochs_N, idle_N, masking, num_positions), expected)
+        assert_equal(maker(*given), expected)
+    if packed:
+        bounds = expected.bounds
+        assert (bounds[0], bounds[-1]) == (0, num_positions)
+        assert 0 < bounds.diff().min() <= bounds.diff().max() == expected.longest
+        assert len(bounds) <= size + 2
 
 
 @pytest.mark.parametrize("vocabulary_size", [NUM_SPECIALS + 1, 25_429, 2**16 - 1])
@@ -108,79 +131,25 @@ def test_every_random_gene_is_the_plain_one(vocabulary_size: int) -> None:
     assert NUM_SPECIALS <= shown.min() <= shown.max() < vocabulary_size
 
 
-def test_more_positions_than_a_pipeline_has_room_for(dali: DaliBatches) -> None:
+def test_batches_stay_unchanged_and_threads_may_share_a_maker(dali) -> None:
+    """DALI uses its memory again, for the next batch; and a pipeline has room for so many
+    positions, then another one is built."""
     for num_positions in (5000, 64, 2048, 2049):
         same_of(dali, [num_positions, 3], MASKING, num_positions)
-
-
-def test_batches_stay_unchanged(dali: DaliBatches) -> None:
-    """DALI uses its memory again, for the next batch."""
     kept, copies = [], []
     for longest in range(40, 80):
         kept.append(same_of(dali, [longest, 5], MASKING, 80))
         copies.append(kept[-1].tokens_BS.clone())
     assert all(torch.equal(batch.tokens_BS, copy) for batch, copy in zip(kept, copies, strict=True))
-
-
-def test_threads_may_share_a_maker(dali: DaliBatches) -> None:
     with ThreadPoolExecutor(4) as threads:
-        for _ in threads.map(lambda n: same_of(dali, [n, 9], MASKING, 100), range(10, 90)):
-            pass
+        list(threads.map(lambda n: same_of(dali, [n, 9], MASKING, 100), range(10, 90)))
 
 
-@pytest.mark.parametrize(("seq_length", "data_size"), [(64, 1), (20, 1), (64, 3)])
-def test_a_feed_of_dali_is_the_default_feed(
-    dali: DaliBatches, seq_length: int, data_size: int
-) -> None:
-    """Over three epochs, by a prefetch thread, while this thread validates with the same maker, as
-    in training. Cells have up to 51 tokens."""
-
-    def feed_of(maker: Collator) -> Feed:
-        rank = data_size - 1
-        return feed(Cells(100), rank, data_size, micro=4, seq_length=seq_length, pad=8, maker=maker)
-
-    ours, default, held_out, default_held_out = map(feed_of, (dali, make_batch) * 2)
-    steps, expected = ours.steps(0, prefetch=2), default.steps(0, prefetch=0)
-    widths = set()
-    for number in range(13):
-        start = 24 * (number % 5)
-        made = held_out.validation_step(start) + next(steps)
-        wanted = default_held_out.validation_step(start) + next(expected)
-        for mine, theirs in zip(made, wanted, strict=True):
-            assert_equal(mine, theirs)
-            widths.add(mine.tokens_BS.shape[1])
-    steps.close()  # type: ignore[attr-defined]
-    assert max(widths) == min(seq_length, 56)
-    assert len(widths) > 1 or seq_length == 20
-
-
-@pytest.mark.parametrize(
-    ("lengths", "room"), [([], 1), ([], 100)] + [(n, r) for n in PACKED for r in (0, 1, 100)]
-)
-def test_packed(dali: DaliBatches, lengths: list[int], room: int) -> None:
-    num_positions = sum(lengths) + room
-    rng = np.random.default_rng(3)
-    cells = scattered(rng, lengths or [3], MASKING.vocabulary_size).part(slice(len(lengths)))
-    idle_N = np.arange(len(lengths)) % 3 == 1
-    given = (cells, np.arange(len(lengths)), idle_N, MASKING, num_positions)
-    expected = make_batch_plainly(*given, packed=True)
-    assert_equal(make_batch(*given, packed=True), expected)
-    assert_equal(dali(*given, packed=True), expected)
-    bounds = expected.bounds
-    assert bounds is not None
-    assert (bounds[0], bounds[-1]) == (0, num_positions)
-    assert bounds.diff().min() > 0
-    assert bounds.diff().max() == expected.longest
-    assert len(bounds) <= len(lengths) + 2
-
-
-def test_it_is_dali_that_masks_and_pads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without any code of ours that could do it, the batch is the same; and it is one run of a
-    pipeline, whose operators are DALI's own."""
-    rng = np.random.default_rng(1)
-    given = (scattered(rng, [30, 7], 300), np.zeros(2, int), np.zeros(2, bool), MASKING, 32)
+def test_it_is_dali_that_masks_and_pads(monkeypatch) -> None:
+    """The batch is one run of a pipeline of DALI's own operators, without any code of ours."""
+    cells, runs = scattered(np.random.default_rng(1), [30, 7], 300), []
+    given = (cells, np.zeros(2, int), np.zeros(2, bool), MASKING, 32)
     expected = make_batch_plainly(*given)
-    runs = []
 
     def spied(pipeline: Pipeline, *args: object, **inputs: object) -> object:
         runs.append((pipeline, inputs))
@@ -197,9 +166,8 @@ def test_it_is_dali_that_masks_and_pads(monkeypatch: pytest.MonkeyPatch) -> None
     assert_equal(DaliBatches(CPU)(*given), expected)
 
     ((pipeline, inputs),) = runs
-    assert [cell.tolist() for cell in inputs["tokens"]] == [
-        given[0].part(slice(i, i + 1)).ragged().tokens_T.tolist() for i in range(2)
-    ]
+    tokens = np.split(cells.ragged().tokens_T, [30])
+    assert all(map(np.array_equal, inputs["tokens"], tokens))
     operators = pipeline.serialize()
     for operator in (b"mul(", b"bitxor(", b"rshift(", b"lt(", b"floor(", b"Pad", b"Slice"):
         assert operator in operators, operator
@@ -207,12 +175,17 @@ def test_it_is_dali_that_masks_and_pads(monkeypatch: pytest.MonkeyPatch) -> None
         assert foreign not in operators, foreign
 
 
-def test_with_a_gpu_all_but_the_inputs_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_gpu_all_but_the_inputs_is_there(monkeypatch) -> None:
     """Read from the graph, which can be drawn up without a GPU."""
     outputs: list = []
     monkeypatch.setattr(Pipeline, "set_outputs", lambda _pipeline, *nodes: outputs.extend(nodes))
     MaskingPipeline(4, 64, MASKING, device_id=0, num_threads=1)
-    operators = _operators(outputs)
+    operators, waiting = set(), [node.source for node in outputs]
+    while waiting:
+        operator = waiting.pop()
+        if operator not in operators:
+            operators.add(operator)
+            waiting += [node.source for node in operator.inputs]
     on_cpu = {operator.name for operator in operators if operator.outputs[0].device == "cpu"}
     inputs = {"tokens", "streams", "idle", "num_positions"}
     assert inputs < on_cpu
@@ -221,36 +194,21 @@ def test_with_a_gpu_all_but_the_inputs_is_there(monkeypatch: pytest.MonkeyPatch)
     assert len(operators) > 50
 
 
-def _operators(outputs: list) -> set:
-    found, waiting = set(), [node.source for node in outputs]
-    while waiting:
-        operator = waiting.pop()
-        if operator not in found:
-            found.add(operator)
-            waiting += [node.source for node in operator.inputs]
-    return found
-
-
 def test_a_batch_on_a_gpu_is_not_pinned() -> None:
     """torch refuses to pin such a tensor: this one has no such call."""
     there = SimpleNamespace(is_cuda=True)
-    batch = Batch(there, there, there, there, np.zeros(1, np.uint64))  # type: ignore[arg-type]
+    batch = Batch(there, there, there, there, np.zeros(1, np.uint64))
     assert batch.pinned() is batch
 
 
-def test_a_missing_dali_is_an_error_of_the_settings(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    find_spec: Callable = backends.find_spec
-    monkeypatch.setattr(
-        backends, "find_spec", lambda name: None if name == "nvidia.dali" else find_spec(name)
-    )
+def test_a_missing_dali_is_an_error_of_the_settings(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: name != "nvidia.dali" or None)
     # As where it is missing: its module could not be imported either.
     monkeypatch.setitem(sys.modules, "geneformer_mcore.data.dali", None)
     config, _ = load(None, ["data.loader=dali"])
-    with pytest.raises(MissingBackendError, match="pip install nvidia-dali-cuda130"):
-        datasets.maker(config, CPU)
     with pytest.raises(SystemExit) as ended:
         exit_codes.run(lambda: datasets.maker(config, CPU) and 0)
     assert ended.value.code == exit_codes.WRONG_INPUT == 2
-    assert "data.loader=thread" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "pip install nvidia-dali-cuda130" in error
+    assert "data.loader=thread" in error

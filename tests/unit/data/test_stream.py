@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geneformer_mcore.data.collate import Collator, make_batch
-from geneformer_mcore.data.loader import Budget
-from geneformer_mcore.data.masking import Masking
+from geneformer_mcore.data.collate import make_batch
+from geneformer_mcore.data.loader import Budget, Feed
 from geneformer_mcore.store import local_cache
 from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.reader import TokenStore
-from geneformer_mcore.types import NUM_SPECIALS, KnownLengths, RaggedCells, TokenSource
+from geneformer_mcore.types import NUM_SPECIALS, Batch, KnownLengths, RaggedCells, TokenSource
 from tests.distributed.ranks import run_ranks
 from tests.support.small_store import write_small_store
-from tests.unit.data.identified_cells import VOCABULARY, Cells, cell, feed, ragged, sights, views
+from tests.unit.data.identified_cells import VOCABULARY, Cells, Spanned, cell, feed, ragged, sights
 
 BATCH = 24
 NUM_CELLS = 500
@@ -34,12 +33,20 @@ FEW_SIZES = (1, 3, 8)
 STEPS_PAST_AN_EPOCH = NUM_CELLS // BATCH + 3
 
 
-def stream_hash(
-    source: TokenSource, size: int, prefetch: int, steps: int = 45, maker: Collator = make_batch
-) -> str:
+def feeds_of(source: TokenSource, size: int, **changes) -> list[Feed]:
+    """Of all ranks, over the first NUM_CELLS cells."""
+    return [feed(source, rank, size, **{"num_cells": NUM_CELLS} | changes) for rank in range(size)]
+
+
+def sights_of(batches: Iterable[Batch]) -> list[tuple[int, bytes]]:
+    """Of the cells of all of these, sorted."""
+    return sorted(itertools.chain.from_iterable(map(sights, batches)))
+
+
+def stream_hash(source, size: int, prefetch: int, steps: int = 45, maker=make_batch) -> str:
     """Of the cells and masks of all ranks, step after step, in the order of the global batch."""
     digest = hashlib.sha256()
-    feeds = [feed(source, rank, size, num_cells=NUM_CELLS, maker=maker) for rank in range(size)]
+    feeds = feeds_of(source, size, maker=maker)
     streams = [each.steps(0, prefetch) for each in feeds]
     for _ in range(steps):
         assigned = [list(sights(next(stream)[0])) for stream in streams]
@@ -47,7 +54,7 @@ def stream_hash(
             key, seen = assigned[i % size][i // size]
             digest.update(key.to_bytes(8, "little") + seen)
     for stream in streams:
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
     return digest.hexdigest()
 
 
@@ -63,32 +70,22 @@ def test_one_stream_over_ranks_and_prefetching(truth: str, size: int, prefetch: 
     assert stream_hash(CELLS, size, prefetch) == truth
 
 
-def steps_of(
-    source: TokenSource, size: int, budget: Budget | None, maker: Collator = make_batch
-) -> Iterator[list[tuple[int, bytes]]]:
-    """The cells and masks of all ranks, step after step, sorted."""
-    feeds = [
-        feed(source, rank, size, num_cells=NUM_CELLS, maker=maker, budget=budget)
-        for rank in range(size)
-    ]
+def steps_of(source, size: int, budget, maker=make_batch) -> Iterator[list[tuple[int, bytes]]]:
+    """The cells and masks of all ranks, step after step."""
+    feeds = feeds_of(source, size, maker=maker, budget=budget)
     for position in range(0, 45 * BATCH, BATCH):
         steps = [each.step(position) for each in feeds]
         assert len({len(batches) for batches in steps}) == 1, "ranks differ in micro batches"
         batches = list(itertools.chain.from_iterable(steps))
         assert len({batch.tokens_BS.shape for batch in batches}) == 1
-        yield sorted(itertools.chain.from_iterable(map(sights, batches)))
+        yield sights_of(batches)
 
 
-def assert_packed_is_padded(
-    source: TokenSource,
-    padded_source: TokenSource,
-    maker: Collator = make_batch,
-    size: int = 3,
-    budget: Budget = BUDGET,
-) -> None:
-    padded = steps_of(padded_source, 1, None)
-    for packed, expected in zip(steps_of(source, size, budget, maker), padded, strict=True):
-        assert packed == expected
+def assert_packed_is_padded(packed, padded, maker=make_batch, size=3, budget=BUDGET) -> None:
+    """Sources: a step has the same cells and masks, whether packed or not."""
+    expected = steps_of(padded, 1, None)
+    for found, wanted in zip(steps_of(packed, size, budget, maker), expected, strict=True):
+        assert found == wanted
 
 
 @pytest.mark.parametrize("size", FEW_SIZES)
@@ -97,30 +94,18 @@ def test_packed_the_cells_of_a_step_are_the_same(size: int, budget: Budget) -> N
     assert_packed_is_padded(CELLS, CELLS, size=size, budget=budget)
 
 
-class Spanned(Cells):
-    """Cells that are read by spans, and whose lengths are known: as a token store's."""
-
-    def lengths(self, rows: np.ndarray) -> np.ndarray:
-        return rows % 50 + 2
-
-
-@pytest.mark.parametrize(
-    ("size", "global_batch", "window_spans"), [(1, 70, 1), (2, 60, 2), (3, 99, 3)]
-)
-def test_packed_steps_that_straddle_windows(
-    size: int, global_batch: int, window_spans: int
-) -> None:
+@pytest.mark.parametrize(("size", "batch", "window_spans"), [(1, 70, 1), (2, 60, 2), (3, 99, 3)])
+def test_packed_steps_that_straddle_windows(size: int, batch: int, window_spans: int) -> None:
     """A rank's cells come in the order of its micro batches, newer windows before older ones."""
     sources = Spanned(NUM_CELLS), CELLS
     assert [isinstance(source, KnownLengths) for source in sources] == [True, False]
-    for rank in range(size):
-        spanned, whole = (
-            feed(source, rank, size, global_batch, spans=(16, window_spans), budget=BUDGET)
-            for source in sources
-        )
-        for position in range(0, 60 * global_batch, global_batch):
-            found = [sorted(sights(batch)) for batch in spanned.step(position)]
-            assert found == [sorted(sights(batch)) for batch in whole.step(position)]
+    changes = {"batch": batch, "spans": (16, window_spans), "budget": BUDGET}
+    pairs = zip(*(feeds_of(source, size, **changes) for source in sources), strict=True)
+    for spanned, whole in pairs:
+        for position in range(0, 60 * batch, batch):
+            steps = (spanned.step(position), whole.step(position))
+            found, expected = ([sights_of([one]) for one in batches] for batches in steps)
+            assert found == expected
 
 
 def test_packed_batches_are_full() -> None:
@@ -133,7 +118,7 @@ def test_packed_batches_are_full() -> None:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenStore]:
+def store(tmp_path_factory) -> Iterator[TokenStore]:
     path = tmp_path_factory.mktemp("stream") / "store"
     cells = [cell(number).tolist() for number in range(NUM_CELLS)]
     write_small_store(path, cells, VOCABULARY - NUM_SPECIALS, 64)
@@ -141,61 +126,48 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenStore]:
         yield opened
 
 
-class InMemory(Cells):
-    """The tokens that the store was made of: of the store, the order of cells alone is used."""
-
-    def __init__(self, store: TokenStore) -> None:
-        super().__init__(NUM_CELLS)
-        self.keys_N = store.read(0, NUM_CELLS).keys_N
-        keys = cell_keys("d", [f"c{i}" for i in range(NUM_CELLS)])
-        self.number_of = {int(key): number for number, key in enumerate(keys)}
-
-    def read(self, start: int, stop: int) -> RaggedCells:
-        keys_N = self.keys_N[start:stop]
-        return ragged([cell(self.number_of[int(key)]) for key in keys_N], keys_N)
-
-
 @pytest.fixture(scope="module")
-def truth_of_the_store(store: TokenStore) -> str:
-    return stream_hash(InMemory(store), 1, 0, STEPS_PAST_AN_EPOCH)
+def truth_of_the_store(store) -> str:
+    """By the tokens that it was made of: of the store, the order of cells alone is used."""
+    names = [f"c{number}" for number in range(NUM_CELLS)]
+    number_of = dict(zip(cell_keys("d", names).tolist(), range(NUM_CELLS), strict=True))
+
+    class InMemory(Cells):
+        def read(self, start: int, stop: int) -> RaggedCells:
+            keys_N = store.read(start, stop).keys_N
+            return ragged([cell(number_of[key]) for key in keys_N.tolist()], keys_N)
+
+    return stream_hash(InMemory(NUM_CELLS), 1, 0, STEPS_PAST_AN_EPOCH)
 
 
 @pytest.fixture(scope="module", params=["store", "flat copy"])
-def source(
-    request: pytest.FixtureRequest, store: TokenStore, tmp_path_factory: pytest.TempPathFactory
-) -> TokenSource:
+def source(request, store, tmp_path_factory) -> TokenSource:
     if request.param == "store":
         return store
     manifest, cache = store.manifest, tmp_path_factory.mktemp("cache")
     return local_cache.ensure(store, manifest.content_hash, manifest.tokens, cache)
 
 
-def test_packed_one_stream_from_every_source(source: TokenSource, store: TokenStore) -> None:
+def test_one_stream_over_ranks_and_sources(truth_of_the_store, source, store) -> None:
+    for size in FEW_SIZES:
+        assert stream_hash(source, size, 2, STEPS_PAST_AN_EPOCH) == truth_of_the_store
     assert_packed_is_padded(source, store)
 
 
-@pytest.mark.parametrize("size", FEW_SIZES)
-def test_one_stream_over_ranks_and_sources(
-    truth_of_the_store: str, source: TokenSource, size: int
-) -> None:
-    assert stream_hash(source, size, 2, STEPS_PAST_AN_EPOCH) == truth_of_the_store
-
-
-def stream_by_dali(path: Path, sizes: tuple[int, ...]) -> list[str]:
+def stream_by_dali(path: Path) -> set[str]:
     from geneformer_mcore.data.dali import DaliBatches
 
     maker = DaliBatches(torch.device("cpu"))
     with TokenStore.open(path) as store:
         assert_packed_is_padded(store, store, maker)
-        return [stream_hash(store, size, 2, STEPS_PAST_AN_EPOCH, maker) for size in sizes]
+        return {stream_hash(store, size, 2, STEPS_PAST_AN_EPOCH, maker) for size in FEW_SIZES}
 
 
-def test_one_stream_by_dali(store: TokenStore, truth_of_the_store: str) -> None:
+def test_one_stream_by_dali(store, truth_of_the_store) -> None:
     """In a process of its own, as a rank is: once, in one that had run two thousand other tests, a
     thread of DALI's or TileDB's ended all of them with a segmentation fault."""
     pytest.importorskip("nvidia.dali")
-    (found,) = run_ranks(stream_by_dali, 1, store.path, FEW_SIZES)
-    assert found == [truth_of_the_store] * len(FEW_SIZES)
+    assert run_ranks(stream_by_dali, 1, store.path) == [{truth_of_the_store}]
 
 
 @settings(max_examples=60)
@@ -205,22 +177,21 @@ def test_stops_and_restarts_continue_exactly(data: st.DataObject) -> None:
     global batch are those of the run that never stopped."""
     undisturbed, position = feed(CELLS), 0
     for _ in range(data.draw(st.integers(1, 4))):
-        size, steps = data.draw(st.sampled_from(SIZES)), data.draw(st.integers(1, 3))
-        feeds = [feed(CELLS, rank, size) for rank in range(size)]
+        feeds = feeds_of(CELLS, data.draw(st.sampled_from(SIZES)))
+        steps = data.draw(st.integers(1, 3))
         position += BATCH * data.draw(st.integers(0, 30))
         for _ in range(steps):
-            found = sorted(s for f in feeds for batch in f.step(position) for s in sights(batch))
-            assert found == sorted(s for b in undisturbed.step(position) for s in sights(b))
+            found = itertools.chain.from_iterable(each.step(position) for each in feeds)
+            assert sights_of(found) == sights_of(undisturbed.step(position))
             position += BATCH
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_each_epoch_sees_each_cell_once_with_its_own_tokens(size: int) -> None:
-    """Over all ranks, from steps that straddle epochs; labels put back the tokens that were
-    masked."""
+def test_each_epoch_sees_each_cell_once_with_its_own_tokens_and_masks(size: int) -> None:
+    """Over all ranks and two epochs; labels put back the tokens that were masked."""
     num_cells = BATCH * 21 - 5
-    feeds = [feed(Cells(num_cells), rank, size) for rank in range(size)]
-    seen = []
+    feeds = feeds_of(Cells(num_cells), size, num_cells=num_cells)
+    seen: dict[tuple[int, int], bytes] = {}
     for position in range(0, 2 * 21 * BATCH, BATCH):
         _, epochs = feeds[0].order.rows(position, position + BATCH)
         for rank, each in enumerate(feeds):
@@ -230,20 +201,13 @@ def test_each_epoch_sees_each_cell_once_with_its_own_tokens(size: int) -> None:
             rows = tokens.view_as(batch.tokens_BS)
             for row, n, key in zip(rows, batch.lengths_N, batch.keys_N.tolist(), strict=True):
                 assert row[: int(n)].tolist() == cell(key).tolist()
-            seen += list(zip(epochs[rank::size].tolist(), batch.keys_N.tolist(), strict=True))
-    assert len(set(seen)) == len(seen)
+            for epoch, (key, sight) in zip(epochs[rank::size].tolist(), sights(batch), strict=True):
+                assert (epoch, key) not in seen
+                seen[epoch, key] = sight
     assert {key for epoch, key in seen if epoch == 0} == set(range(num_cells))
-
-
-def test_the_masks_of_a_cell_change_from_epoch_to_epoch() -> None:
-    each = feed(CELLS)
-    first, second = (
-        dict(s for step in steps for batch in each.step(step * BATCH) for s in sights(batch))
-        for steps in (range(21), range(21, 42))
-    )
-    long = [key for key in first.keys() & second.keys() if key % 50 > 30]
-    assert len(long) > 100
-    assert not [key for key in long if first[key] == second[key]]
+    again = [key for epoch, key in seen if epoch == 1 and key % 50 > 30]
+    assert len(again) > 100
+    assert not [key for key in again if seen[0, key] == seen[1, key]], "other masks"
 
 
 @pytest.mark.parametrize(("size", "spans_per_window"), [(1, 8), (2, 4), (4, 2), (8, 1), (3, 8)])
@@ -256,7 +220,7 @@ def test_a_rank_reads_only_the_spans_it_meets(size: int, spans_per_window: int) 
         for position in range(0, 16 * 64 - BATCH, BATCH):
             each.step(position)
         assert len(source.reads) == len(set(source.reads)) == 8 * spans_per_window
-        assert all(start % 16 == 0 and stop - start == 16 for start, stop in source.reads)
+        assert {(start % 16, stop - start) for start, stop in source.reads} == {(0, 16)}
 
 
 def test_a_batch_mixes_as_many_spans_as_a_window_holds() -> None:
@@ -274,28 +238,17 @@ def test_a_batch_larger_than_several_windows_is_whole() -> None:
     each = feed(source, batch=72, spans=(8, 1))
     seen = [key for step in range(3) for b in each.step(step * 72) for key in b.keys_N.tolist()]
     assert seen == each.order.rows(0, 216)[0].tolist()
-    all_sights = dict(s for b in feed(source, batch=200).step(0) for s in sights(b))
-    assert dict(s for b in each.step(0) for s in sights(b)) == {
-        key: all_sights[key] for key in seen[:72]
-    }
+    whole = dict(sights_of(feed(source, batch=200).step(0)))
+    assert dict(sights_of(each.step(0))) == {key: whole[key] for key in seen[:72]}
 
 
-def test_cells_are_truncated_to_seq_length_from_every_source(tmp_path: Path) -> None:
+def test_cells_are_truncated_to_seq_length_from_every_source(tmp_path) -> None:
     copy = local_cache.ensure(CELLS, "d" * 64, 10**5, tmp_path)
-    short, from_copy = (
-        feed(source, num_cells=NUM_CELLS, seq_length=20, pad=4) for source in (CELLS, copy)
-    )
+    short, from_copy = (feed(source, seq_length=20, pad=4) for source in (CELLS, copy))
     for position in range(0, 4 * BATCH, BATCH):
         (one,), (other,) = short.step(position), from_copy.step(position)
         assert int(one.lengths_N.max()) == 20
         assert list(sights(one)) == list(sights(other))
-
-
-def test_nothing_is_predicted_in_a_cell_of_cls_alone() -> None:
-    block = views(ragged([np.zeros(1, np.uint16), cell(40)], np.array([1, 40])))
-    always = Masking(1.0, (1.0, 0.0, 0.0), 300, 1)
-    batch = make_batch(block, np.zeros(2, np.int64), np.zeros(2, bool), always, 48)
-    assert batch.selected_M.tolist() == list(range(49, 48 + 42))
 
 
 @pytest.mark.parametrize("broken_from", [0, 96])

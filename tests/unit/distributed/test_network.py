@@ -24,7 +24,7 @@ TO_ETH0 = Route("192.0.2.1", "192.0.2.5", "eth0")
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+def _clean(monkeypatch) -> None:
     for name in (*NAMES, "MASTER_ADDR", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -34,29 +34,19 @@ def chosen() -> list[str | None]:
     return [os.environ.get(name) for name in NAMES]
 
 
-def test_interfaces_and_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interfaces_and_addresses(monkeypatch) -> None:
     monkeypatch.setattr(network.psutil, "net_if_addrs", lambda: INTERFACES)
-    of_address = {
-        "192.0.2.5": "eth0",
-        "198.51.100.7": "ib0",
-        "fe80::1": "ib0",
-        "127.0.0.1": "lo",
-        "127.0.1.1": "lo",
-        "203.0.113.1": "",
-    }
-    assert {address: network.interface_of(address) for address in of_address} == of_address
+    addresses = ("192.0.2.5", "198.51.100.7", "fe80::1", "127.0.0.1", "127.0.1.1", "203.0.113.1")
+    found = [network.interface_of(address) for address in addresses]
+    assert found == ["eth0", "ib0", "ib0", "lo", "lo", ""]
     assert network.address_on("ib0") == "198.51.100.7"
     assert network.address_on("none") == ""
 
 
-def test_loopback_for_real() -> None:
+def test_loopback_for_real_and_an_unknown_host() -> None:
     route = network.route_to("127.0.0.1")
-    assert route is not None
     assert (route.address, route.is_loopback) == ("127.0.0.1", True)
     assert network.address_on(route.interface) == "127.0.0.1"
-
-
-def test_an_unknown_host_has_no_route() -> None:
     assert network.route_to("no-such-host.invalid") is None
 
 
@@ -69,15 +59,13 @@ def test_own_address_in_the_network_for_real() -> None:
             pytest.skip("this machine has no network")
         own = probe.getsockname()[0]
     route = network.route_to(own)
-    assert route is not None
     assert (route.address, route.is_loopback) == (own, False)
     assert route.interface == network.interface_of(own) != ""
 
 
 @pytest.mark.parametrize(("ranks", "names"), [(4, ["eth0", "=eth0"]), (2, ["lo", "lo"])])
-def test_several_machines_take_the_way_to_the_master_and_one_stays_at_home(
-    monkeypatch: pytest.MonkeyPatch, ranks: int, names: list[str]
-) -> None:
+def test_several_machines_take_the_way_to_the_master(monkeypatch, ranks: int, names: list) -> None:
+    """One stays on its loopback."""
     monkeypatch.setattr(network, "route_to", {"head": TO_ETH0}.get)
     monkeypatch.setenv("MASTER_ADDR", "head")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -85,53 +73,41 @@ def test_several_machines_take_the_way_to_the_master_and_one_stays_at_home(
     assert chosen() == names
 
 
-def test_the_environment_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "route_to", lambda _: TO_ETH0)
-    for name in NAMES:
-        monkeypatch.setenv(name, "ib0")
-    network.choose()
-    assert chosen() == ["ib0", "ib0"]
+USELESS = (None, Route("127.0.1.1", "127.0.0.1", "lo"), Route("192.0.2.1", "192.0.2.5", ""))
 
 
 @pytest.mark.parametrize(
-    "route", [None, Route("127.0.1.1", "127.0.0.1", "lo"), Route("192.0.2.1", "192.0.2.5", "")]
+    ("route", "name"), [(TO_ETH0, "ib0"), *((route, None) for route in USELESS)]
 )
-def test_nothing_is_chosen_without_a_useful_route(
-    monkeypatch: pytest.MonkeyPatch, route: Route | None
-) -> None:
+def test_the_environment_is_obeyed_and_no_useless_route(monkeypatch, route, name) -> None:
     monkeypatch.setattr(network, "route_to", lambda _: route)
+    for variable in NAMES if name else ():
+        monkeypatch.setenv(variable, name)
     network.choose()
-    assert chosen() == [None, None]
+    assert chosen() == [name, name]
 
 
-@pytest.mark.parametrize(
-    ("cores", "ranks", "threads"), [(8, None, 8), (8, "2", 4), (8, "3", 2), (2, "99", 1)]
-)
-def test_ranks_of_a_machine_share_its_cores(
-    monkeypatch: pytest.MonkeyPatch, cores: int, ranks: str | None, threads: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(cores)))
-    if ranks is not None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-    assert device._fair_threads() == threads
+def test_ranks_of_a_machine_share_its_cores(monkeypatch) -> None:
+    for cores, ranks, threads in ((8, None, 8), (8, "2", 4), (8, "3", 2), (2, "99", 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _process, n=cores: set(range(n)))
+        if ranks is not None:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert device._fair_threads() == threads
 
 
-def test_no_two_ranks_and_seeds_drop_the_same_units(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_two_ranks_and_seeds_drop_the_same_units(monkeypatch) -> None:
     """Seeds lie further apart than Megatron adds for tensor ranks, which get the same one."""
     tensor_size, pipeline_size, data_size = 2, 3, 4
     given: list[int] = []
     name = "model_parallel_cuda_manual_seed"
     monkeypatch.setattr(groups.tensor_parallel, name, lambda found, **_: given.append(found))
-    ranks = list(itertools.product(range(tensor_size), range(pipeline_size), range(data_size)))
-    seeds = []
+    sizes = (tensor_size, pipeline_size, data_size)
     for seed in (5, 6):
-        for rank, (tensor, pipeline, data) in enumerate(ranks):
-            place = Topology(rank, len(ranks), tensor, pipeline, pipeline_size, data, data_size)
+        for rank, (tensor, pipeline, data) in enumerate(itertools.product(*map(range, sizes))):
+            place = Topology(rank, 24, tensor, pipeline, pipeline_size, data, data_size)
             groups.seed_dropout(seed, place)
-        first, second = given[: len(ranks) // 2], given[len(ranks) // 2 :]
-        assert first == second, "tensor ranks"
-        found = sorted(first)
-        assert min(b - a for a, b in itertools.pairwise(found)) > 2718 + tensor_size
-        seeds.append(set(found))
-        given.clear()
-    assert not seeds[0] & seeds[1]
+    first, second, third, fourth = (given[start : start + 12] for start in range(0, 48, 12))
+    assert (first, third) == (second, fourth), "tensor ranks"
+    for found in (first, third):
+        assert min(b - a for a, b in itertools.pairwise(sorted(found))) > 2718 + tensor_size
+    assert not set(first) & set(third)

@@ -6,8 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -15,13 +14,7 @@ import pytest
 from torch.distributed import FileStore
 
 from geneformer_mcore.distributed import watchdog
-from geneformer_mcore.distributed.watchdog import (
-    Answer,
-    HealthCheck,
-    LostRankError,
-    Watchdog,
-    judge,
-)
+from geneformer_mcore.distributed.watchdog import Answer, HealthCheck, LostRankError, Watchdog
 
 
 class Silenced:
@@ -43,7 +36,7 @@ class Silenced:
 
 
 @pytest.fixture
-def silenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Silenced]:
+def silenced(monkeypatch) -> Iterator[Silenced]:
     monkeypatch.setattr(watchdog, "PrefixStore", lambda _prefix, store: store)
     for name in ("_LOOK_S", "_STORE_S", "_JUDGED_S"):
         monkeypatch.setattr(watchdog, name, 0.1)
@@ -52,39 +45,44 @@ def silenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Silenced]:
     made.over.set()
 
 
-@pytest.mark.parametrize("how", ["silent", "closed"])
-def test_a_rank_that_stands_still_is_cut_off(silenced: Silenced, how: str) -> None:
+def loss_of(limit_s: float, begin: Callable[[Watchdog], object]) -> LostRankError:
+    """The loss that a watchdog with this limit reports, after `begin`."""
     losses: list[LostRankError] = []
     ended = threading.Event()
-    with Watchdog(0.3, lambda loss: (losses.append(loss), ended.set())) as lookout:
+    with Watchdog(limit_s, lambda loss: (losses.append(loss), ended.set())) as lookout:
+        begin(lookout)
+        assert ended.wait(20)
+    return losses[0]
+
+
+@pytest.mark.parametrize("how", ["silent", "closed"])
+def test_lost_contact_to_the_store(silenced, how: str) -> None:
+    """Whether the rank stands still or meets an error."""
+
+    def stands_still(lookout: Watchdog) -> None:
         lookout.join(silenced, 5, 8)
         lookout.doing("a step", step=3)
         getattr(silenced, how).set()
-        assert ended.wait(20)
-    (loss,) = losses
+
+    loss = loss_of(0.3, stands_still)
     assert str(loss).startswith("rank 5 of 8 is cut off from rank 0: the store on that node")
     assert "rank 5 at step 3, a step for " in str(loss)
     assert (loss.code, loss.tell, loss.step) == (1, True, 3)
 
+    getattr(silenced, how).clear()
 
-@pytest.mark.parametrize("how", ["silent", "closed"])
-def test_an_error_of_lost_contact_is_explained_then_too(silenced: Silenced, how: str) -> None:
-    def loses_contact() -> None:
+    def meets_an_error() -> None:
         with Watchdog(60, pytest.fail) as lookout:
             lookout.join(silenced, 5, 8)
             getattr(silenced, how).set()
             raise RuntimeError("[gloo] Connection reset by peer")
 
     with pytest.raises(LostRankError, match=r"rank 5 of 8 is cut off .* Connection reset by peer"):
-        loses_contact()
+        meets_an_error()
 
 
 def test_a_process_of_its_own_is_cut_off_from_none() -> None:
-    losses: list[str] = []
-    ended = threading.Event()
-    with Watchdog(0.1, lambda loss: (losses.append(str(loss)), ended.set())):
-        assert ended.wait(20)
-    assert losses[0].startswith("no rank got on for 0.1 s")
+    assert str(loss_of(0.1, lambda _: None)).startswith("no rank got on for 0.1 s")
 
 
 WAITING = Answer("forward, backward and update", 60.0, 12)
@@ -92,38 +90,33 @@ STUCK = Answer("waiting for the next cells", 61.0, 12)
 
 
 def test_silent_ranks_are_named_with_the_state_of_the_others() -> None:
-    """Many are not all listed."""
-    verdict = judge({0: WAITING, 1: WAITING, 3: WAITING}, 4, 60)
+    """Many are not all listed; if all answer, the one that does something else shows."""
+    verdict = watchdog.judge({0: WAITING, 1: WAITING, 3: WAITING}, 4, 60)
     assert verdict.code == 1
     assert verdict.message.startswith("rank 2 of 4 is lost: it gives no answer")
     assert "rank 0, 1, 3 at step 12, forward, backward and update for 60 s" in verdict.message
-    many = judge({0: WAITING}, 128, 60).message
+    many = watchdog.judge({0: WAITING}, 128, 60).message
     assert many.startswith("rank 1, 2, 3, 4, 5, 6, 7, 8 ... of 128 is lost")
-
-
-def test_if_all_answer_the_one_that_does_something_else_shows() -> None:
-    message = judge({0: WAITING, 1: STUCK}, 2, 60).message
+    message = watchdog.judge({0: WAITING, 1: STUCK}, 2, 60).message
     assert "no rank got on for 60 s" in message
     assert "rank 1 at step 12, waiting for the next cells for 61 s" in message
 
 
 def test_a_rank_with_an_error_of_its_own_comes_before_silent_ones() -> None:
     failed = Answer("waiting for the next cells", 0.1, 12, "ValueError: x", 1, at_fault=True)
-    assert judge({0: WAITING, 1: failed}, 3, 60).message == (
+    assert watchdog.judge({0: WAITING, 1: failed}, 3, 60).message == (
         "the job failed: rank 1 failed at step 12 while waiting for the next cells: ValueError: x"
     )
     wrong = Answer("saving a checkpoint", 1.0, 12, "no room", 2, at_fault=True)
-    assert judge({0: WAITING, 1: wrong}, 2, 60) == watchdog.Verdict(2, "no room")
+    assert watchdog.judge({0: WAITING, 1: wrong}, 2, 60) == watchdog.Verdict(2, "no room")
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> FileStore:
+def store(tmp_path) -> FileStore:
     return FileStore(str(tmp_path / "store"), 3)
 
 
-def test_answers_are_collected_from_those_who_give_them(
-    store: FileStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_are_collected_from_those_who_give_them(store, monkeypatch) -> None:
     monkeypatch.setattr(watchdog, "ANSWER_S", 0.3)
     ranks = [HealthCheck(store, rank, 3) for rank in range(3)]
     assert not ranks[1].is_called()
@@ -136,9 +129,7 @@ def test_answers_are_collected_from_those_who_give_them(
     assert [rank.speaks(answers) for rank in ranks] == [False, True, False]
 
 
-def test_a_lost_neighbour_is_ended_and_nobody_else(
-    store: FileStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_neighbour_is_ended_and_nobody_else(store, monkeypatch) -> None:
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
     lost, answering = sleepers = [subprocess.Popen(sleep) for _ in range(2)]
     with monkeypatch.context() as patched:

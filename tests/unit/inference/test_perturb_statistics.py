@@ -57,9 +57,7 @@ def test_p_of_known_numbers() -> None:
     np.testing.assert_allclose(q, [1, 1, np.nan, np.nan])
     p, _ = statistics.p_values(effects, mine, two_sided=True)
     np.testing.assert_allclose(p, [1.0, 2 * 1 / 4, np.nan, np.nan])
-
-
-def test_q_is_that_of_benjamini_and_hochberg() -> None:
+    # Of Benjamini and Hochberg.
     p = np.array([0.01, 0.04, np.nan, 0.03, 0.005])
     np.testing.assert_allclose(statistics.q_values(p), [0.02, 0.04, np.nan, 0.04, 0.02])
     assert np.isnan(statistics.q_values(np.array([np.nan]))).all()
@@ -70,15 +68,13 @@ def test_without_an_effect_p_is_uniform(two_sided: bool, rng: np.random.Generato
     """Effects depend on how many cells a gene is in and where it stands, and on nothing else."""
     found = surveyed(rng)
     drawn = draw(some_genes(rng, 150), found, 60)
-    p = []
-    for _ in range(20):
-        tokens = [each.tokens[0] for each in drawn.all]
-        scale = np.sqrt(found.in_sentence_V[tokens]) * np.exp(-found.rank_V[tokens])
-        effects = scale + 3 * rng.normal(size=len(tokens))
-        p.append(statistics.p_values(effects, drawn.of, two_sided)[0])
-    assert stats.kstest(np.concatenate(p), "uniform").statistic < 0.05
+    tokens = [each.tokens[0] for each in drawn.all]
+    scale = np.sqrt(found.in_sentence_V[tokens]) * np.exp(-found.rank_V[tokens])
+    effects = scale + 3 * rng.normal(size=(20, len(tokens)))
+    p = np.concatenate([statistics.p_values(each, drawn.of, two_sided)[0] for each in effects])
+    assert stats.kstest(p, "uniform").statistic < 0.05
     # Of 60 controls p comes in steps of 1 / 61, two-sided of 2 / 61: 3 / 61 is the last below 0.05.
-    below = np.mean(np.concatenate(p) <= 0.05)
+    below = np.mean(p <= 0.05)
     assert below == pytest.approx((2 if two_sided else 3) / 61, abs=0.01)
 
 
@@ -117,9 +113,8 @@ def test_controls_are_as_common_and_stand_as_high(rng: np.random.Generator) -> N
 
 def test_controls_of_a_group_are_groups(rng: np.random.Generator) -> None:
     found = surveyed(rng)
-    group = Perturbation("trio", (10, 500, 1200))
+    group, levels = Perturbation("trio", (10, 500, 1200)), levels_of(found)
     drawn = draw([group], found, 30)
-    levels = levels_of(found)
     assert len(drawn.of[0]) == 30
     for number in drawn.of[0]:
         tokens = drawn.all[number].tokens
@@ -158,20 +153,13 @@ def test_a_plot_leaves_out_genes_without_p(goal: str) -> None:
     numbers = np.arange(1.0, 9.0)
     p = np.array([0.001, 0.002, 0.4, 0.5, 0.6, np.nan, np.nan, np.nan])
     q = np.where(p < 0.01, 0.01, p)
-    rows = pd.DataFrame(
-        {
-            "shift": numbers,
-            "control_shift": 2.0,
-            "goal_shift": numbers,
-            f"{goal}p": p,
-            f"{goal}q": q,
-        },
-        index=[f"gene{number}" for number in range(8)],
-    )
+    shifts = {"shift": numbers, "control_shift": 2.0, "goal_shift": numbers}
+    names = [f"gene{number}" for number in range(8)]
+    rows = pd.DataFrame(shifts | {f"{goal}p": p, f"{goal}q": q}, index=names)
     axes = Figure().add_subplot()
     outputs._volcano(axes, rows, bool(goal))
     legend = axes.get_legend()
     assert legend is not None
     texts = [text.get_text() for text in legend.get_texts()]
     assert texts == ["q >= 0.05: 3", "q < 0.05: 2", "no p, not shown: 3"]
-    assert sorted(text.get_text() for text in axes.texts) == [f"gene{n}" for n in range(5)]
+    assert sorted(text.get_text() for text in axes.texts) == names[:5]

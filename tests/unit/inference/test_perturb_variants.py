@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from geneformer_mcore.inference.cells import CountedCell
 from geneformer_mcore.perturbation.perturbed_cells import Editor, Mode
 from geneformer_mcore.perturbation.question import GeneNames, Perturbation, Sets, distinct
 from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
+from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import CLS, NUM_SPECIALS
 from tests.support.small_cells import gene_id, plain_tokens, vocabulary_of
 
@@ -18,17 +21,26 @@ VOCABULARY = vocabulary_of(NUM_GENES)
 COLUMNS = np.arange(NUM_GENES, dtype=np.int32) + NUM_SPECIALS
 
 
-def counted(counts: np.ndarray, token_of_column: np.ndarray = COLUMNS) -> CountedCell:
-    """A cell as ChosenCells gives it."""
+def ranked(
+    counts: np.ndarray, columns: np.ndarray = COLUMNS, vocabulary: Vocabulary = VOCABULARY
+) -> list[int]:
+    return plain_tokens(counts, columns, vocabulary, SEQ_LENGTH).tolist()
+
+
+def counted(counts: np.ndarray, *parts: Any) -> CountedCell:
+    """A cell as ChosenCells gives it; parts are those of `ranked`."""
     entries = np.flatnonzero(counts).astype(np.int32)
-    tokens = plain_tokens(counts, token_of_column, VOCABULARY, SEQ_LENGTH).astype(np.uint16)
+    tokens = np.array(ranked(counts, *parts), np.uint16)
     return CountedCell(0, entries, counts[entries], tokens)
 
 
 def editor(
-    mode: Mode = Mode.delete, truncated: bool = False, columns: np.ndarray = COLUMNS
+    mode: Mode = Mode.delete,
+    truncated: bool = False,
+    columns: np.ndarray = COLUMNS,
+    vocabulary: Vocabulary = VOCABULARY,
 ) -> Editor:
-    return Editor(RankEncoder(VOCABULARY, SEQ_LENGTH), columns, mode, truncated)
+    return Editor(RankEncoder(vocabulary, SEQ_LENGTH), columns, mode, truncated)
 
 
 def sentences(made: Editor, cell: CountedCell, *sets: tuple[int, ...]) -> list[list[int]]:
@@ -46,7 +58,7 @@ def test_deleting_any_gene_is_ranking_without_it(density: float, rng: np.random.
     for (token,), found in zip(genes, sentences(editor(), cell, *genes), strict=True):
         less = counts.copy()
         less[token - NUM_SPECIALS] = 0
-        assert found == plain_tokens(less, COLUMNS, VOCABULARY, SEQ_LENGTH).tolist()
+        assert found == ranked(less)
 
 
 def test_equal_values_stand_as_rounding_has_them_without_the_gene() -> None:
@@ -57,18 +69,14 @@ def test_equal_values_stand_as_rounding_has_them_without_the_gene() -> None:
     vocabulary = vocabulary_of(NUM_GENES, medians)
     counts = np.zeros(NUM_GENES)
     counts[:20:2], counts[1:20:2] = 1, 3
-    encoder = RankEncoder(vocabulary, SEQ_LENGTH)
-    num_changed = 0
+    made, gene, num_changed = editor(vocabulary=vocabulary), 100 + NUM_SPECIALS, 0
     for third in range(1, 60):
         counts[100] = third
-        whole = plain_tokens(counts, COLUMNS, vocabulary, SEQ_LENGTH)
-        entries = np.flatnonzero(counts).astype(np.int32)
-        cell = CountedCell(0, entries, counts[entries], whole.astype(np.uint16))
-        made = Editor(encoder, COLUMNS, Mode.delete, False)
-        (found,) = sentences(made, cell, (100 + NUM_SPECIALS,))
+        cell = counted(counts, COLUMNS, vocabulary)
+        (found,) = sentences(made, cell, (gene,))
         less = np.where(np.arange(NUM_GENES) == 100, 0, counts)
-        assert found == plain_tokens(less, COLUMNS, vocabulary, SEQ_LENGTH).tolist()
-        num_changed += found != [token for token in whole.tolist() if token != 100 + NUM_SPECIALS]
+        assert found == ranked(less, COLUMNS, vocabulary)
+        num_changed += found != [token for token in cell.tokens_T.tolist() if token != gene]
     assert num_changed > 0
 
 
@@ -78,7 +86,7 @@ def test_a_gene_of_two_columns_loses_both(rng: np.random.Generator) -> None:
     counts = np.ones(NUM_GENES) * (np.arange(NUM_GENES) < 20)
     (found,) = sentences(editor(columns=columns), counted(counts, columns), (5 + NUM_SPECIALS,))
     counts[[5, 7]] = 0
-    assert found == plain_tokens(counts, columns, VOCABULARY, SEQ_LENGTH).tolist()
+    assert found == ranked(counts, columns)
 
 
 def test_truncated_takes_out_and_overexpressed_goes_in_front(rng: np.random.Generator) -> None:
@@ -90,19 +98,15 @@ def test_truncated_takes_out_and_overexpressed_goes_in_front(rng: np.random.Gene
     found = sentences(editor(truncated=True), cell, (first,), (last, first), (outside,))
     assert found == [[CLS, *whole[2:]], [CLS, *whole[2:-1]], whole]
     found = sentences(editor(Mode.overexpress), cell, (last,), (outside,), (outside, last))
-    assert found == [
-        [CLS, last, *whole[1:-1]],
-        [CLS, outside, *whole[1:-1]],
-        [CLS, outside, last, *whole[1:-2]],
-    ]
+    fronts = ([last], [outside], [outside, last])
+    assert found == [[CLS, *front, *whole[1 : -len(front)]] for front in fronts]
 
 
-def test_all_genes_deleted_leave_cls() -> None:
-    counts = np.zeros(NUM_GENES)
-    counts[[3, 4]] = 2
+@pytest.mark.parametrize("truncated", [False, True])
+def test_all_genes_deleted_leave_cls(truncated: bool) -> None:
+    counts = 2.0 * np.isin(np.arange(NUM_GENES), [3, 4])
     genes = (3 + NUM_SPECIALS, 4 + NUM_SPECIALS)
-    for made in (editor(), editor(truncated=True)):
-        assert sentences(made, counted(counts), genes) == [[CLS]]
+    assert sentences(editor(truncated=truncated), counted(counts), genes) == [[CLS]]
 
 
 def test_which_sets_a_sentence_has() -> None:
@@ -134,15 +138,9 @@ def test_genes_go_by_many_names() -> None:
 
 @pytest.mark.parametrize("mode", list(Mode))
 def test_equal_perturbations_are_made_once_and_reported(mode: Mode) -> None:
-    asked = [
-        Perturbation("AAA", (5,)),
-        Perturbation("up", (6, 7)),
-        Perturbation("down", (7, 6)),
-        Perturbation("again", (6, 7)),
-        Perturbation("AAA", (5,)),
-        Perturbation("AAA", (8,)),
-    ]
-    found, lines = distinct(asked, mode)
+    asked = [("AAA", (5,)), ("up", (6, 7)), ("down", (7, 6)), ("again", (6, 7)), ("AAA", (5,)),
+             ("AAA", (8,))]  # fmt: skip
+    found, lines = distinct([Perturbation(*each) for each in asked], mode)
     # The order of genes counts where they are put in front.
     kept, skipped = (["down"], []) if mode is Mode.overexpress else ([], ["down"])
     assert [each.name for each in found] == ["AAA", "up", *kept, "AAA (2)"]

@@ -20,8 +20,7 @@ train: {steps: 40, global_batch_size: 32, precision: fp32}
 BASELINES = {"unigram": 6.0, "gene_given_rank": 4.5, "cells": 500, "masked_tokens": 9000}
 FINISHED = {"outcome": "finished", "exit_code": 0, "step": 40, "reason": "done", "restart": 0}
 SAVED = {"outcome": "interrupted", "exit_code": 75, "step": 20, "reason": "SIGTERM", "restart": 1}
-
-
+IS_FOLDER = r"cannot be read \(Is a directory\)"
 RATES = """{"tokens_per_s": 40000.0, "tflops_padded_equivalent": 0.02, "tflops_executed": 0.01,
 "mfu": 0.125, "data_wait_fraction": 0.05, "step_s": 0.5}"""
 
@@ -63,22 +62,15 @@ def test_numbers_are_those_of_the_folder(run_dir) -> None:
     assert found.rates["cells_per_s"] == 400, "the median: the slow start does not count"
     assert (found.train_s, found.wall_s) == (40 * 0.5, 45)
     assert found.checkpoint == run_dir / "checkpoints" / "step_0000000040"
-
-
-def test_the_table_compares_losses_with_baselines(run_dir) -> None:
-    table = results.text(results.load(run_dir), run_dir / "loss.png")
+    table = results.text(found, run_dir / "loss.png")
     for part in (
-        "step 40 of 40",
-        "4.7500",
+        *("step 40 of 40", "4.7500", "400.0", "12.5%"),
         "6.0000   baseline; validation is 1.250 below",
         "4.5000   baseline; validation is 0.250 ABOVE",
-        "400.0",
         "0.02 padded-equivalent, 0.01 executed",
-        "12.5%",
         "20 s in training steps of 45 s in all",
-        str(run_dir / "checkpoints" / "step_0000000040"),
-        str(run_dir / "tensorboard"),
-        str(run_dir / "loss.png"),
+        *(str(run_dir / name) for name in ("tensorboard", "loss.png")),
+        str(found.checkpoint),
     ):
         assert part in table
     assert "NOT FINISHED" not in table
@@ -89,19 +81,17 @@ def test_a_run_that_did_not_finish_says_so(run_dir) -> None:
     table = table_of(run_dir)
     for part in ("NOT FINISHED", "exit code 75: SIGTERM", f"(run.dir={run_dir}) continues it"):
         assert part in table
-    # Killed: a defect.
     (run_dir / "outcome.json").unlink()
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 50, "lo')
+    # Killed: a defect, as is half an outcome; metrics end within a character.
+    with (run_dir / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 50, "loss": "\xe2\x82')
+    (run_dir / "config.yaml").write_text(CONFIG + "checkpoint:\n")
     found = results.load(run_dir)
     assert (found.exit_code, found.step) == (1, 40)
     assert "killed, or still runs" in results.text(found)
-
-
-def test_a_run_that_was_refused_has_no_table_of_dashes(tmp_path) -> None:
-    refused = FINISHED | {"outcome": "refused", "exit_code": 2, "step": 0, "reason": "no store"}
-    (tmp_path / "outcome.json").write_text(json.dumps(refused))
-    assert table_of(tmp_path).splitlines()[-1].endswith("exit code 2: no store")
+    for content in ('{"exit_code": 0}', '{"exit_code": "?", "reason": ""}', "[]"):
+        (run_dir / "outcome.json").write_text(content)
+        assert results.load(run_dir).exit_code == 1
 
 
 def test_a_run_without_validation_or_baselines(run_dir) -> None:
@@ -111,12 +101,16 @@ def test_a_run_without_validation_or_baselines(run_dir) -> None:
     figures.save_loss(results.load(run_dir), run_dir / "loss.png")
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path) -> None:
+def test_a_folder_that_is_no_run_or_of_a_refused_one(tmp_path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("")
     for name in ("missing", "other"):
         with pytest.raises(DataError, match=r"give the run\.dir of a run"):
             results.load(tmp_path / name)
+    refused = FINISHED | {"outcome": "refused", "exit_code": 2, "step": 0, "reason": "no store"}
+    (tmp_path / "outcome.json").write_text(json.dumps(refused))
+    last = table_of(tmp_path).splitlines()[-1]
+    assert last.endswith("exit code 2: no store"), "and no table of dashes"
 
 
 @pytest.mark.parametrize(
@@ -124,10 +118,10 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path) -> None:
     [
         ("outcome.json", '{"unigram": [', "is not JSON"),
         ("config.yaml", '{"unigram": [', "is not YAML"),
-        *(
-            (name, None, r"cannot be read \(Is a directory\)")
-            for name in ("metrics.jsonl", "outcome.json", "config.yaml", "log.txt")
-        ),
+        ("outcome.json", None, IS_FOLDER),
+        ("config.yaml", None, IS_FOLDER),
+        ("metrics.jsonl", None, IS_FOLDER),
+        ("log.txt", None, IS_FOLDER),
     ],
 )
 def test_a_damaged_file_or_a_folder_in_its_place_is_named(run_dir, name, content, message) -> None:
@@ -138,7 +132,7 @@ def test_a_damaged_file_or_a_folder_in_its_place_is_named(run_dir, name, content
 
 def replace(path: Path, content: str | None) -> None:
     """Write a file of this content in the place of another, or make a folder there."""
-    path.unlink()
+    path.unlink(missing_ok=True)
     path.write_text(content) if content is not None else path.mkdir()
 
 
@@ -152,19 +146,6 @@ def test_baselines_that_cannot_be_read_do_not_end_the_report(run_dir, content: s
     assert "validation           4.7500" in table
     assert results.as_json(found)["baselines"] is None
     figures.save_loss(found, run_dir / "loss.png")
-
-
-def test_metrics_cut_within_a_character_are_read_up_to_there(run_dir) -> None:
-    with (run_dir / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"step": 50, "loss": "\xe2\x82')
-    (run_dir / "config.yaml").write_text(CONFIG + "checkpoint:\n")
-    assert results.load(run_dir).step == 40
-
-
-def test_half_an_outcome_is_none(run_dir) -> None:
-    for content in ('{"exit_code": 0}', '{"exit_code": "?", "reason": ""}', "[]"):
-        (run_dir / "outcome.json").write_text(content)
-        assert results.load(run_dir).exit_code == 1
 
 
 def test_the_plot_is_a_picture_of_all_curves(run_dir, monkeypatch) -> None:
@@ -184,7 +165,7 @@ def test_the_plot_is_a_picture_of_all_curves(run_dir, monkeypatch) -> None:
 
 
 def test_the_command_writes_both_files_and_ends_with_the_runs_code(run_dir) -> None:
-    (run_dir / "outcome.json").write_text(json.dumps(SAVED))
+    replace(run_dir / "outcome.json", json.dumps(SAVED))
     out = run_dir / "kept" / "numbers.json"
     done = commands.run("launch/report.py", run_dir, "--json", out)
     assert done.returncode == 75, done.stderr
@@ -198,21 +179,16 @@ def test_the_command_writes_both_files_and_ends_with_the_runs_code(run_dir) -> N
 
 
 def test_the_command_refuses_without_a_traceback(tmp_path, run_dir) -> None:
-    done = commands.run("launch/report.py", tmp_path / "none")
-    assert done.returncode == 2
-    assert "error: " in done.stderr
-    assert "Traceback" not in done.stderr
     for place in (run_dir / "metrics.jsonl" / "numbers.json", run_dir / "checkpoints"):
         done = commands.run("launch/report.py", run_dir, "--json", place)
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: {place}: cannot be written")
         assert len(done.stderr.splitlines()) == 1
         assert "validation           4.7500" in done.stdout, "the table is shown all the same"
-    (run_dir / "loss.png").unlink()
-    (run_dir / "loss.png").mkdir()
+    replace(run_dir / "loss.png", None)
     done = commands.run("launch/report.py", run_dir)
-    assert done.returncode == 2
-    assert done.stderr == f"error: the plot {run_dir}/loss.png cannot be written: Is a directory.\n"
+    error = f"error: the plot {run_dir}/loss.png cannot be written: Is a directory.\n"
+    assert (done.returncode, done.stderr) == (2, error)
 
 
 TABLE_README = """# Title
@@ -234,25 +210,18 @@ TFLOPS = """{"rows": [{"model": "10M", "precision": "fp32", "attention": "sdpa",
 "versions": {"torch": "2.13.0", "apex": "absent"}, "commit": "0123456789ab"}"""
 
 
-@pytest.fixture
-def fill(tmp_path, run_dir):
-    """readme_tables.py on README.md and the results of one run and one benchmark."""
+def test_readme_tables_are_filled_from_the_measurements(tmp_path, run_dir) -> None:
     kept, page = tmp_path / "results", tmp_path / "README.md"
     kept.mkdir()
     (kept / "demo.json").write_text(json.dumps(results.as_json(results.load(run_dir))))
     (kept / "tflops_cpu.json").write_text(TFLOPS)
     page.write_text(TABLE_README)
-    arguments = ("benchmarks/readme_tables.py", "--readme", page, "--results", kept)
-    return lambda *more: commands.run(*arguments, *more)
-
-
-def test_readme_tables_are_filled_from_the_measurements(tmp_path, fill) -> None:
-    page = tmp_path / "README.md"
-    before = fill("--check")
+    script, places = "benchmarks/readme_tables.py", ("--readme", page, "--results", kept)
+    before = commands.run(script, *places, "--check")
     assert before.returncode == 1
     assert "-old" in before.stderr
     assert page.read_text() == TABLE_README, "a check changes nothing"
-    assert fill().returncode == 0
+    commands.check(script, *places)
     filled = page.read_text()
     assert filled.startswith("# Title\n")
     for part in (
@@ -267,16 +236,13 @@ def test_readme_tables_are_filled_from_the_measurements(tmp_path, fill) -> None:
         assert part in filled
     assert "| **validation loss** | **not measured** |" not in filled
     assert "apex" not in filled.split("torch 2.13.0; commit 0123456789ab")[0].splitlines()[-1]
-    assert fill("--check").returncode == 0
+    commands.check(script, *places, "--check")
     page.write_text(filled.replace("4.750", "2.340"))
-    changed = fill("--check")
+    changed = commands.run(script, *places, "--check")
     assert changed.returncode == 1
-    assert "-| **validation loss** | **2.340** |" in changed.stderr
-    assert "+| **validation loss** | **4.750** |" in changed.stderr
-
-
-def test_an_unknown_table_is_refused(tmp_path, fill) -> None:
-    (tmp_path / "README.md").write_text("<!-- table: demmo -->\n<!-- end table -->\n")
-    refused = fill()
+    for line in ("-| **validation loss** | **2.340** |", "+| **validation loss** | **4.750** |"):
+        assert line in changed.stderr
+    page.write_text("<!-- table: demmo -->\n<!-- end table -->\n")
+    refused = commands.run(script, *places)
     assert refused.returncode == 2
-    assert "no table is called demmo; there are demo, real_job, finetune, tflops" in refused.stderr
+    assert "is called demmo; there are demo, real_job, finetune, tflops" in refused.stderr

@@ -14,6 +14,7 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.store import reader, soma_io
 from geneformer_mcore.store.keys import cell_keys
 from geneformer_mcore.store.reader import TokenStore
+from geneformer_mcore.store.split.table import SPLITS
 from tests.support.small_store import write_small_store
 
 NUM_CELLS, NUM_GENES, SEQ_LENGTH = 3000, 500, 64
@@ -25,9 +26,8 @@ def cells() -> list[list[int]]:
     rng = np.random.default_rng(9)
     made = []
     for number in range(NUM_CELLS):
-        high, low = 5 + number // 100, 105 + number % 100
         rest = 205 + rng.permutation(NUM_GENES - 205)[: rng.integers(0, SEQ_LENGTH - 3)]
-        made.append([0, high, low, *rest.tolist()])
+        made.append([0, 5 + number // 100, 105 + number % 100, *rest.tolist()])
     return made
 
 
@@ -46,17 +46,15 @@ def store(path, monkeypatch):
 
 
 def test_all_rows(store, cells) -> None:
-    block = store.read(0, len(store))
-    starts = block.offsets[:-1]
-    numbers_N = (block.tokens_T[starts + 1] - 5) * 100 + block.tokens_T[starts + 2] - 105
-    numbers = numbers_N.tolist()
-    assert sorted(numbers) == list(range(NUM_CELLS))
-    assert numbers != sorted(numbers)
-    assert block.tokens_T.dtype == np.uint16
-    assert (block.offsets.dtype, block.offsets[0]) == (np.int64, 0)
+    block = store.read(0, NUM_CELLS)
+    firsts = np.stack([block.tokens_T[block.offsets[:-1] + place] for place in (1, 2)])
+    numbers = ((firsts[0] - 5) * 100 + firsts[1] - 105).tolist()
+    assert list(range(NUM_CELLS)) == sorted(numbers) != numbers
+    assert (block.tokens_T.dtype, block.offsets.dtype) == (np.uint16, np.int64)
     assert block.tokens_T.tolist() == [token for number in numbers for token in cells[number]]
-    ids = [f"c{number}" for number in numbers]
-    np.testing.assert_array_equal(block.keys_N, cell_keys("d", ids))
+    assert block.offsets.tolist() == [0, *np.cumsum([len(cells[number]) for number in numbers])]
+    keys_N = cell_keys("d", [f"c{number}" for number in numbers])
+    np.testing.assert_array_equal(block.keys_N, keys_N)
 
 
 def test_spans_and_lengths_agree_with_the_whole(store) -> None:
@@ -78,10 +76,8 @@ def test_spans_and_lengths_agree_with_the_whole(store) -> None:
 
 
 def test_rows_of_splits(store) -> None:
-    spans = [store.rows(split) for split in ("train", "validation", "test")]
-    assert spans[0][0] == 0
-    assert [spans[0][1], spans[1][1]] == [spans[1][0], spans[2][0]]
-    assert spans[2][1] == NUM_CELLS
+    (first, one), (two, three), (four, last) = map(store.rows, SPLITS)
+    assert (first, one, three, last) == (0, two, four, NUM_CELLS)
     with pytest.raises(DataError, match=r"no split 'dev'.*train, validation, test"):
         store.rows("dev")
 
@@ -95,9 +91,11 @@ def test_pickled_by_its_path(store) -> None:
 
 def test_few_threads(path) -> None:
     # In a process of its own: libraries that other tests use have threads too.
-    read = f"s = TokenStore.open({str(path)!r}); s.read(0, {NUM_CELLS})"
-    count = "print(psutil.Process().num_threads())"
-    code = f"import psutil; from geneformer_mcore.store.reader import TokenStore; {read}; {count}"
+    code = (
+        "import psutil; from geneformer_mcore.store.reader import TokenStore; "
+        f"s = TokenStore.open({str(path)!r}); s.read(0, {NUM_CELLS}); "
+        "print(psutil.Process().num_threads())"
+    )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(ended.stdout) < 64
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,28 +17,8 @@ from hypothesis import given
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io import progress
-from geneformer_mcore.store.ingest import labels
+from geneformer_mcore.store.ingest import buckets, labels
 from geneformer_mcore.store.ingest import plan as plans
-from geneformer_mcore.store.ingest.buckets import (
-    CELLS_PER_BUCKET,
-    bucket_codes,
-    by_bucket,
-    count_buckets,
-    sorted_cells,
-)
-from geneformer_mcore.store.ingest.plan import (
-    Part,
-    Plan,
-    Recipe,
-    UnitReader,
-    declare,
-    join,
-    make_plan,
-    read_report,
-    read_sound_report,
-    remove_others,
-    write_report,
-)
 from geneformer_mcore.store.ingest.sources import InputSource, Refusal, in_order
 from geneformer_mcore.store.keys import order_keys
 from geneformer_mcore.store.report import _binned, _median, _reached, sum_skipped
@@ -50,11 +31,12 @@ from tests.support.small_store import cells_table, write_unit
 
 
 def test_buckets_are_a_power_of_two_and_not_too_full() -> None:
-    assert [count_buckets(n) for n in (1, CELLS_PER_BUCKET, CELLS_PER_BUCKET + 1)] == [1, 1, 2]
+    most = buckets.CELLS_PER_BUCKET
+    assert [buckets.count_buckets(n) for n in (1, most, most + 1)] == [1, 1, 2]
     for cells in (10**5, 10**6, 23_600_000):
-        buckets = count_buckets(cells)
-        assert buckets & (buckets - 1) == 0
-        assert CELLS_PER_BUCKET / 2 < cells / buckets <= CELLS_PER_BUCKET
+        found = buckets.count_buckets(cells)
+        assert found & (found - 1) == 0
+        assert most / 2 < cells / found <= most
 
 
 @given(st.integers(0, 10), st.integers(0, 2**32), st.integers(0, 200))
@@ -62,12 +44,12 @@ def test_codes_ascend_with_split_and_order_key(power: int, seed: int, num_cells:
     rng = np.random.default_rng(seed)
     keys = rng.integers(0, 2**64, num_cells, np.uint64)
     splits = rng.integers(0, 3, num_cells).astype(np.int8)
-    codes = bucket_codes(keys, splits, 1 << power)
+    codes = buckets.bucket_codes(keys, splits, 1 << power)
     assert codes.min(initial=0) >= 0
     assert codes.max(initial=0) < 3 << power
     by_key = np.lexsort((order_keys(keys), splits))
     assert np.all(np.diff(codes[by_key]) >= 0)
-    order, starts = by_bucket(codes, 1 << power)
+    order, starts = buckets.by_bucket(codes, 1 << power)
     assert (len(starts), starts[0], starts[-1]) == ((3 << power) + 1, 0, num_cells)
     for code in set(codes.tolist()):
         assert set(codes[order[starts[code] : starts[code + 1]]]) == {code}
@@ -79,12 +61,20 @@ def test_two_cells_may_share_a_key_but_not_their_names() -> None:
         return pa.table({"cell_key": keys, "dataset_id": ["d"] * 3, "cell_id": list(names)})
 
     for names in ("bac", "cba"):
-        assert sorted_cells(table(names))["cell_id"].to_pylist() == ["a", "b", "c"]
+        assert buckets.sorted_cells(table(names))["cell_id"].to_pylist() == ["a", "b", "c"]
     with pytest.raises(DataError, match="two cells are called 'a' in dataset 'd'"):
-        sorted_cells(table("aba"))
+        buckets.sorted_cells(table("aba"))
 
 
 # Files
+
+
+def batches_of(folder: Path, report: plans.UnitReport, num_codes: int, keep_open: bool) -> list:
+    """The cells of the unit "u", bucket by bucket."""
+    reader = plans.UnitReader(folder, "u", report, keep_open)
+    batches = [reader.read(code) for code in range(num_codes)]
+    reader.close()
+    return batches
 
 
 def test_a_unit_s_file_gives_its_cells_back_by_bucket(tmp_path) -> None:
@@ -92,11 +82,9 @@ def test_a_unit_s_file_gives_its_cells_back_by_bucket(tmp_path) -> None:
     split = RandomSplit(0.2, 0.1)
     report = write_unit(tmp_path, "u", cells, split, num_buckets=4)
     keys_N = cells["cell_key"].to_numpy()
-    codes = bucket_codes(keys_N, split.assign(keys_N, ["d"] * 500), 4)
+    codes = buckets.bucket_codes(keys_N, split.assign(keys_N, ["d"] * 500), 4)
     for keep_open in (True, False):
-        reader = UnitReader(tmp_path, "u", report, keep_open)
-        batches = [reader.read(code) for code in range(12)]
-        reader.close()
+        batches = batches_of(tmp_path, report, 12, keep_open)
         assert pa.Table.from_batches(batches).sort_by("number").equals(cells)
         assert [len(batch) for batch in batches] == np.bincount(codes, minlength=12).tolist()
     # Any Arrow reads it.
@@ -106,36 +94,33 @@ def test_a_unit_s_file_gives_its_cells_back_by_bucket(tmp_path) -> None:
 
 def test_buckets_and_units_without_cells(tmp_path) -> None:
     cells = cells_table([[0, *range(5, 105)]] * 2000)
-    few = write_unit(tmp_path, "few", cells, RandomSplit(), num_buckets=1)
-    many = write_unit(tmp_path, "many", cells, RandomSplit(), num_buckets=1024)
+    few, many = (write_unit(tmp_path, "u", cells, RandomSplit(), number) for number in (1, 1024))
     assert (many.num_bytes - few.num_bytes) / (3 * 1023) < 2000, "next to no room"
     report = write_unit(tmp_path, "u", cells.slice(0, 0), RandomSplit())
-    reader = UnitReader(tmp_path, "u", report, True)
-    assert [len(reader.read(code)) for code in range(3)] == [0, 0, 0]
-    reader.close()
+    assert [len(batch) for batch in batches_of(tmp_path, report, 3, True)] == [0, 0, 0]
 
 
 def test_reports_of_damaged_units_are_none(tmp_path) -> None:
     report = write_unit(tmp_path, "u", cells_table([[0, 5, 6]] * 9), RandomSplit())
-    assert read_report(tmp_path, "u") is None
-    write_report(tmp_path, "u", report)
-    assert read_report(tmp_path, "u") == read_sound_report(tmp_path, "u") == report
+    assert plans.read_report(tmp_path, "u") is None
+    plans.write_report(tmp_path, "u", report)
+    assert plans.read_report(tmp_path, "u") == plans.read_sound_report(tmp_path, "u") == report
     file, record = tmp_path / "u.arrows", tmp_path / "u.json"
     raw, text = file.read_bytes(), record.read_text()
     for byte in range(0, len(raw), 37):
         flip_bit(file, byte, 6)
-        assert read_report(tmp_path, "u") == report
-        assert read_sound_report(tmp_path, "u") is None
+        assert plans.read_report(tmp_path, "u") == report
+        assert plans.read_sound_report(tmp_path, "u") is None
         file.write_bytes(raw)
     file.write_bytes(raw[:-1])
-    assert read_report(tmp_path, "u") is None
+    assert plans.read_report(tmp_path, "u") is None
     file.write_bytes(raw)
     for damaged in ("", "[]", "{}", text[:-9], text.replace('"tokens": 27', '"tokens": 28')):
         record.write_text(damaged)
-        assert read_report(tmp_path, "u") is None
+        assert plans.read_report(tmp_path, "u") is None
     record.write_text(text)
     for kept, num_files in (("u", 2), ("v", 0)):
-        remove_others(tmp_path, [kept])
+        plans.remove_others(tmp_path, [kept])
         assert len(list(tmp_path.iterdir())) == num_files
 
 
@@ -162,22 +147,19 @@ def test_kinds_of_labels() -> None:
     assert kinds == {name: kind for name, (_, kind) in kept.items()}
     columns = labels.label_columns(obs, kinds, "rows")
     assert {name: column.type for name, column in columns.items()} == kinds
-    assert columns["type"].to_pylist() == ["a", None, "b"]
-    assert columns["year"].to_pylist() == [2001, 2002, 2001]
-    assert columns["score"].to_pylist() == [0.5, None, 1.0]
-    assert columns["maybe"].to_pylist() == [True, None, False]
+    expected = {"type": ["a", None, "b"], "year": [2001, 2002, 2001]}
+    expected |= {"score": [0.5, None, 1.0], "maybe": [True, None, False]}
+    assert {name: columns[name].to_pylist() for name in expected} == expected
 
 
 def test_files_that_disagree_about_labels() -> None:
     first = {"a": labels.INTEGER, "b": labels.INTEGER, "c": labels.TEXT}
-    kinds = labels.unify_kinds(
-        [first, {"a": labels.NUMBER, "b": labels.TEXT, "d": labels.TRUTH}, {"d": labels.INTEGER}]
-    )
+    second = {"a": labels.NUMBER, "b": labels.TEXT, "d": labels.TRUTH}
+    kinds = labels.unify_kinds([first, second, {"d": labels.INTEGER}])
     assert kinds == {"a": labels.NUMBER, "b": labels.TEXT, "c": labels.TEXT, "d": labels.TEXT}
     obs = pd.DataFrame({"a": [1], "b": [2], "d": [True]})
-    cells = pa.table(
-        {"cell_id": ["x"], **labels.label_columns(obs, labels.label_kinds(obs), "rows")}
-    )
+    columns = labels.label_columns(obs, labels.label_kinds(obs), "rows")
+    cells = pa.table({"cell_id": ["x"], **columns})
     unified = labels.unify_labels(cells, kinds)
     assert unified.schema == pa.schema({"cell_id": pa.string(), **kinds})
     assert unified.to_pylist() == [{"cell_id": "x", "a": 1.0, "b": "2", "c": None, "d": "true"}]
@@ -192,21 +174,21 @@ def test_files_that_disagree_about_labels() -> None:
 
 MAP = GeneMap(np.arange(3, dtype=np.int32), "index", 3, 0, 0, 0, 0)
 OTHER_MAP = GeneMap(np.array([0, 1, 3], np.int32), "index", 3, 0, 0, 0, 0)
-RECIPE = Recipe(vocabulary_of(5), 20, InputOptions(), RandomSplit())
+RECIPE = plans.Recipe(vocabulary_of(5), 20, InputOptions(), RandomSplit())
 
 
 def source(name: str = "a", num_cells: int = 9, **changes: object) -> InputSource:
     fields = {"fingerprint": {"size": 7}, "location": "X", "stem": name, "gene_map": MAP}
     fields |= {"is_sequential": False, "passed_over": (), "kinds": {}, "left_out": ()}
-    return InputSource(name=name, address=f"/{name}", num_cells=num_cells, **(fields | changes))  # type: ignore[arg-type]
+    return InputSource(name=name, address=f"/{name}", num_cells=num_cells, **(fields | changes))
 
 
-def plan_of(*sources: InputSource, refused: tuple[Refusal, ...] = (), **changes: object) -> Plan:
+def plan_of(*sources: InputSource, refused: Sequence[Refusal] = (), **changes) -> plans.Plan:
     """A plan of one file, unless sources are given, by a recipe with these changes."""
-    return make_plan(replace(RECIPE, **changes), list(sources) or [source()], list(refused))  # type: ignore[arg-type]
+    return plans.make_plan(replace(RECIPE, **changes), list(sources) or [source()], list(refused))
 
 
-def names(plan: Plan) -> list[str]:
+def names(plan: plans.Plan) -> list[str]:
     return [unit.name for unit in plan.units]
 
 
@@ -224,56 +206,51 @@ def test_units_cover_all_rows_once(sizes: list[int]) -> None:
 
 
 def test_a_name_changes_with_all_that_cells_depend_on() -> None:
-    base = names(plan_of())
+    (base,) = names(plan_of())
+    recipe = {"vocabulary": vocabulary_of(6), "seq_length": 21, "split_rule": RandomSplit(0.3)}
+    options = (InputOptions(layer="x"), InputOptions(allow_normalised=True))
+    given = {"name": "b", "num_cells": 10, "fingerprint": {"size": 8}, "location": "raw.X"}
+    given |= {"gene_map": OTHER_MAP, "stem": "z"}
     changed = [
-        plan_of(vocabulary=vocabulary_of(6)),
-        plan_of(seq_length=21),
-        plan_of(options=InputOptions(layer="x")),
-        plan_of(options=InputOptions(allow_normalised=True)),
-        plan_of(split_rule=RandomSplit(0.3)),
-        plan_of(source("b")),
-        plan_of(source("a", 10)),
-        plan_of(source(fingerprint={"size": 8})),
-        plan_of(source(location="raw.X")),
-        plan_of(source(gene_map=OTHER_MAP)),
-        plan_of(source(stem="z")),
+        *(plan_of(**{name: value}) for name, value in recipe.items()),
+        *(plan_of(options=value) for value in options),
+        *(plan_of(source(**{name: value})) for name, value in given.items()),
     ]
-    found = [names(plan)[0] for plan in changed]
-    assert len({*base, *found}) == len(changed) + 1
+    assert len({base, *(names(plan)[0] for plan in changed)}) == 12
     # Not with what makes no difference.
-    assert names(plan_of(options=InputOptions(allow_low_overlap=True))) == base
-    assert names(plan_of(source(), source("b", 50)))[:1] == base
+    same = plan_of(options=InputOptions(allow_low_overlap=True))
+    for plan in (same, plan_of(source(), source("b", 50))):
+        assert names(plan)[0] == base
 
 
 def test_parts_share_all_units() -> None:
-    plan = plan_of(source("a", 10 * plans.LEAST_ROWS_PER_UNIT))
-    parts = [Part(index, 4).of(plan.units) for index in range(4)]
-    assert sorted(unit.index for part in parts for unit in part) == list(range(10))
-    assert str(Part.parse("2/4")) == "2/4"
+    units = plan_of(source("a", 10 * plans.LEAST_ROWS_PER_UNIT)).units
+    parts = [unit.index for index in range(4) for unit in plans.Part(index, 4).of(units)]
+    assert sorted(parts) == list(range(10))
+    assert str(plans.Part.parse("2/4")) == "2/4"
     for wrong in ("4/4", "-1/4", "1", "a/b", "1/0", "1/2/3"):
         with pytest.raises(DataError, match="0 <= I < N"):
-            Part.parse(wrong)
+            plans.Part.parse(wrong)
 
 
 def test_parts_of_another_plan_are_refused(tmp_path) -> None:
     for _ in range(2):
-        join(plan_of(), tmp_path)
-    for other, what in (
-        (plan_of(seq_length=9), "seq_length"),
-        (plan_of(source("a", 8)), "inputs"),
-        (plan_of(refused=(Refusal("b", "no"),)), "refused"),
-    ):
+        plans.join(plan_of(), tmp_path)
+    shorter = plan_of(seq_length=9)
+    refused = plan_of(refused=(Refusal("b", "no"),))
+    others = {"seq_length": shorter, "inputs": plan_of(source("a", 8)), "refused": refused}
+    for what, other in others.items():
         with pytest.raises(DataError, match=f"other arguments: {what} differ"):
-            join(other, tmp_path)
-    declare(plan_of(seq_length=9), tmp_path)
+            plans.join(other, tmp_path)
+    plans.declare(shorter, tmp_path)
     with pytest.raises(DataError, match="seq_length differ"):
-        join(plan_of(), tmp_path)
+        plans.join(plan_of(), tmp_path)
 
 
 def test_inputs_are_sorted_and_named_once(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    given_names = ["b.h5ad", Path("a.h5ad"), "s3://bucket/x"]
-    assert in_order(given_names) == ["a.h5ad", "b.h5ad", "s3://bucket/x"]
+    ordered = ["a.h5ad", "b.h5ad", "s3://bucket/x"]
+    assert in_order(["b.h5ad", Path("a.h5ad"), "s3://bucket/x"]) == ordered
     with pytest.raises(DataError, match="given twice"):
         in_order(["a.h5ad", tmp_path / "a.h5ad"])
     with pytest.raises(DataError, match="no input"):
@@ -291,31 +268,25 @@ def test_histograms_give_what_the_values_give(lengths: list[int]) -> None:
         assert _reached(cells, share) == np.quantile(lengths, share, method="inverted_cdf")
 
 
-def test_histograms_of_no_cell_and_in_bins() -> None:
+def test_reports_of_no_cell_in_bins_and_of_skipped_cells() -> None:
     assert _median(np.zeros(5, int)) == _reached(np.zeros(5, int), 0.5) == 0
     cells = np.arange(2049)
-    binned = _binned(cells)
-    assert sum(binned["cells"]) == cells.sum()
-    assert len(binned["cells"]) <= 128
-    width = binned["bin_tokens"]
-    assert binned["cells"][1] == cells[width : 2 * width].sum()
-
-
-def test_skipped_are_summed_by_reason() -> None:
-    parts = [{"b": 1}, {}, {"a": 2, "b": 3}]
-    assert list(sum_skipped(parts).items()) == [("a", 2), ("b", 4)]
+    width, binned = (_binned(cells)[name] for name in ("bin_tokens", "cells"))
+    assert (sum(binned), len(binned) <= 128) == (cells.sum(), True)
+    assert binned[1] == cells[width : 2 * width].sum()
+    summed = sum_skipped([{"b": 1}, {}, {"a": 2, "b": 3}])
+    assert list(summed.items()) == [("a", 2), ("b", 4)]
 
 
 def test_progress_and_clock(monkeypatch) -> None:
     lines: list[str] = []
     stream = SimpleNamespace(isatty=lambda: True, write=lines.append, flush=lambda: None)
     monkeypatch.setattr(progress.time, "monotonic", iter([0.0, 10.0, 20.0]).__next__)
-    bar = progress.ProgressLine("cells", stream)  # type: ignore[arg-type]
+    bar = progress.ProgressLine("cells", stream)
     bar.update("tokenising", 500, 2000)
     bar.update("tokenising", 1000, 2000)
     monkeypatch.undo()
-    assert lines[-2].endswith(
-        "tokenising [############------------]  50%  1,000 of 2,000 cells, 50/s, 0:20 left"
-    )
+    shown = "tokenising [############------------]  50%  1,000 of 2,000 cells, 50/s, 0:20 left"
+    assert lines[-2].endswith(shown)
     assert bar.seconds == {"tokenising": 10.0}
     assert [progress.clock(s) for s in (5, 65, 3723)] == ["0:05", "1:05", "1:02:03"]

@@ -29,30 +29,33 @@ def file(tmp_path: Path) -> Path:
 def test_arguments_win_over_the_file_and_the_file_over_the_defaults(file: Path) -> None:
     file.write_text("model: {num_layers: 3, activation: gelu}\ntrain: {seed: 5}\n")
     merged, text = load(file, ["train.seed=6", "optim.lr=1e-4"])
-    assert merged.model.num_layers == 3
-    assert merged.model.activation is Activation.gelu
-    assert merged.train.seed == 6
-    assert merged.optim.lr == 1e-4
+    assert (merged.model.num_layers, merged.model.activation) == (3, Activation.gelu)
+    assert (merged.train.seed, merged.optim.lr) == (6, 1e-4)
     assert yaml.safe_load(text)["model"]["activation"] == "gelu"
 
 
-def test_all_mistakes_are_named_at_once_with_the_nearest_key() -> None:
+@pytest.mark.parametrize(
+    "errors",
+    [
+        {
+            "train.stepss=3": "Did you mean `train.steps`?",
+            "optim.lr=fast": "optim.lr takes a number, and got 'fast'",
+            "nonsense": "`nonsense`",
+            "model.activation=tanh": "takes one of relu, gelu, gelu_tanh, and got 'tanh'",
+        },
+        {
+            "optim.lr=-1": "optim.lr must be within 0..10, and is -1.0",
+            "train.steps=0": "train.steps must be at least 1, and is 0",
+            "data.mask_fractions=[0.5,0.5,0.5]": "sum to 1",
+        },
+    ],
+    ids=["types", "ranges"],
+)
+def test_all_mistakes_are_named_at_once(errors: dict[str, str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        config("train.stepss=3", "optim.lr=fast", "nonsense", "model.activation=tanh")
-    message = str(caught.value)
-    assert "Did you mean `train.steps`?" in message
-    assert "optim.lr takes a number, and got 'fast'" in message
-    assert "`nonsense`" in message
-    assert "model.activation takes one of relu, gelu, gelu_tanh, and got 'tanh'" in message
-
-
-def test_ranges_are_checked_all_at_once() -> None:
-    with pytest.raises(ConfigError) as caught:
-        plan(config("optim.lr=-1", "train.steps=0", "data.mask_fractions=[0.5,0.5,0.5]"), 1)
-    message = str(caught.value)
-    assert "optim.lr must be within 0..10, and is -1.0" in message
-    assert "train.steps must be at least 1, and is 0" in message
-    assert "sum to 1" in message
+        plan(config(*errors), 1)
+    for error in errors.values():
+        assert error in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -90,15 +93,12 @@ def test_impossible_layouts_are_refused_with_their_factors(
         plan(config(*overrides.split()), world_size)
 
 
-def test_the_plan_of_the_card() -> None:
+def test_the_plans_of_the_cards() -> None:
     made = plan(load(CONFIGS / "geneformer_106m.yaml", ["data.packing=false"])[0], 128)
     assert (made.data_parallel, made.micro_batches) == (128, 1)
     assert (made.warmup_steps, made.hold_steps) == (1154, 5772)
     packed = plan(load(CONFIGS / "geneformer_106m.yaml")[0], 128)
     assert (packed.micro_batches, packed.tokens_per_micro_batch) == (0, 32_768)
-
-
-def test_the_10m_recipe_is_the_defaults() -> None:
     card, _ = load(CONFIGS / "geneformer_10m.yaml")
     default = Config()
     assert (card.model, card.optim, card.train) == (default.model, default.optim, default.train)
@@ -124,24 +124,18 @@ def test_a_file_that_is_no_plain_mapping_is_refused(file: Path, content: str) ->
     file.write_text(content)
     with pytest.raises(ConfigError, match=r"some\.yaml"):
         load(file)
-
-
-def test_a_missing_file_is_named() -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
         load("nowhere.yaml")
 
 
-def test_numbers_may_be_written_as_people_write_them() -> None:
+def test_values_may_be_written_as_people_write_them(file: Path) -> None:
     merged = config("train.steps=1e3", "optim.lr=1e-3", "train.max_minutes=5")
     assert (merged.train.steps, merged.optim.lr, merged.train.max_minutes) == (1000, 1e-3, 5.0)
     for wrong in ("train.steps=1.5", "train.steps=null", "parallel.sequence=3x"):
         with pytest.raises(ConfigError, match="takes"):
             config(wrong)
-
-
-def test_an_empty_section_and_an_optional_null_are_fine(file: Path) -> None:
     file.write_text("train:\nmodel: {head_activation: null}\n")
-    assert load(file)[0] == Config()
+    assert load(file)[0] == Config(), "an empty section and an optional null are fine"
 
 
 def test_the_run_folder_is_known_even_of_refused_settings(file: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import struct
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ from geneformer_mcore.checkpoint import manager
 from geneformer_mcore.config import Config
 from geneformer_mcore.config.sections import Source
 from geneformer_mcore.distributed.groups import Rendezvous
-from geneformer_mcore.preflight import checks, cluster, report
+from geneformer_mcore.preflight import checks, cluster
+from geneformer_mcore.preflight import node as nodes
 from geneformer_mcore.preflight.checks import Finding, Reduced, State
 from geneformer_mcore.preflight.cluster import Exchange, Traces
 from geneformer_mcore.preflight.node import (
@@ -69,70 +69,35 @@ def view(free: int = 100 * GB, seen: bool = True, problem: str = "") -> View:
     return View(problem, sees=True, seen=seen, free=free, locked=False)
 
 
-def test_a_clock_behind_is_negative() -> None:
-    assert cluster.offset_of(10.0, 5.0, 12.0) == Offset(-6.0, 1.0)
-
-
 def test_clocks_by_a_store() -> None:
     """Two threads for two nodes."""
     store, found = HashStore(), {}
 
     def measure(rank: int) -> None:
-        found[rank] = cluster.compare_clocks(Exchange(Rendezvous(store, rank, 2)), [0, 1])
+        found[rank] = cluster.compare_clocks(Exchange(Rendezvous(store, rank, 2)))
 
     threads = [threading.Thread(target=measure, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert found[1] == {}
-    assert found[0].keys() == {1}
+    assert (found[0][0], found[1]) == (Offset(), [])
     assert abs(found[0][1].seconds) <= found[0][1].uncertainty_s < 1
     assert found[0][1] != Offset()
 
 
 def test_a_busy_node_is_not_one_whose_clock_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of the round trips takes three seconds."""
-    times = iter([0.0, 3.0, *(10.0 + number / 1000 for number in range(2 * cluster._TRIPS))])
+    """One of the round trips takes three seconds; a clock that is behind is negative."""
+    times = iter([0.0, 0.0, 3.0, *(10.0 + n / 1000 for n in range(3 * cluster._TRIPS))])
     monkeypatch.setattr(cluster, "now", lambda: next(times))
-    theirs = iter([0.0, *[10.0] * cluster._TRIPS])
+    theirs = iter([0.0, *[4.0] * cluster._TRIPS])
     exchange = SimpleNamespace(
-        is_first=True, put=lambda name, value: None, take=lambda name: next(theirs)
+        is_first=True, broadcast=lambda: None, gather=lambda now: [now, next(theirs)]
     )
-    found = cluster.compare_clocks(exchange, [0, 1])
-    assert abs(found[1].seconds) < 0.1
+    assert cluster.compare_clocks(exchange)[1].seconds == pytest.approx(-6, abs=0.1)
 
 
-def test_a_lock_of_another_machine_is_seen_without_a_list_of_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "lock").touch()
-    read = Path.read_text
-    answer = struct.pack(cluster._FLOCK, fcntl.F_WRLCK, 0, 0, 0, 0)
-    monkeypatch.setattr(cluster.fcntl, "fcntl", lambda *_arguments: answer)
-
-    def refuse(path: Path, *rest: object) -> str:
-        if path == Path("/proc/locks"):
-            raise PermissionError
-        return read(path, *rest)
-
-    monkeypatch.setattr(Path, "read_text", refuse)
-    assert cluster.is_locked(tmp_path / "lock")
-
-
-@pytest.mark.parametrize(
-    ("num_ranks", "num_bytes", "seconds", "expected"),
-    # doc/PERFORMANCE.md of nccl-tests: busbw = S / t * (2 * (n - 1) / n)
-    [(2, 1000, 0.5, 2000), (8, 64 * 2**20, 0.001, 1750 * 64 * 2**20), (1, 1000, 0.0, 0)],
-)
-def test_bus_bandwidth_is_that_of_nccl_tests(
-    num_ranks: int, num_bytes: int, seconds: float, expected: float
-) -> None:
-    reduced = Reduced("world", list(range(num_ranks)), True, seconds, num_bytes)
-    assert reduced.bus_bytes_per_s == pytest.approx(expected)
-
-
-def test_the_slowest_group_is_named() -> None:
+def test_all_reduces() -> None:
     fast = Reduced("world", [0, 1], True, 0.001, 10**6)
     slow = Reduced("world", [2, 3], True, 0.002, 10**6)
     (found,) = checks.judge_sums([[fast], [slow], [fast]])
@@ -142,12 +107,16 @@ def test_the_slowest_group_is_named() -> None:
     assert found.state is State.fails
     assert "not in 1 group(s): ranks 2, 3." in found.text
     assert checks.named(range(128)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 ... 127"
+    # doc/PERFORMANCE.md of nccl-tests: busbw = S / t * (2 * (n - 1) / n)
+    large = Reduced("world", list(range(8)), True, 0.001, 64 * 2**20)
+    assert large.bus_bytes_per_s == pytest.approx(1750 * 64 * 2**20)
+    assert Reduced("world", [0], True, 0.0, 1000).bus_bytes_per_s == 0
 
 
 def test_the_table() -> None:
-    assert report.aligned([("a", "bb", "c"), ("aaa", "b", "cc")]) == "a    bb  c\naaa  b   cc"
-    assert [report.span(ranks) for ranks in ([0, 1, 2], [5], [0, 2])] == ["0-2", "5", "0,2"]
-    head, row = report.table([member(1, view(3 * GB))]).splitlines()
+    assert nodes.aligned([("a", "bb", "c"), ("aaa", "b", "cc")]) == ["a    bb  c", "aaa  b   cc"]
+    assert [nodes.span(ranks) for ranks in ([0, 1, 2], [5], [0, 2])] == ["0-2", "5", "0,2"]
+    head, row = nodes.table([member(1, view(3 * GB))]).splitlines()
     assert head.split()[:3] == ["node", "host", "ranks"]
     for part in ("host1", "2-3", "2 x H100", "550.54 / 12.8", "128 GB", "3 GB", "+0.000 s"):
         assert part in row
@@ -157,7 +126,7 @@ def test_the_table() -> None:
 
 def test_ranks_are_grouped_by_node() -> None:
     seen = [{"hash": "a"}, None, {"hash": "b"}, None]
-    offsets, views = {2: Offset(2.0)}, {0: view(1), 2: view(2)}
+    offsets, views = [Offset(), Offset(), Offset(2.0), Offset()], {0: view(1), 2: view(2)}
     found = cluster.members_of([node(0), node(0), node(1), node(1)], seen, offsets, views)
     assert [each.ranks for each in found] == [[0, 1], [2, 3]]
     assert [each.seen.hash for each in found] == ["a", "b"]
@@ -263,17 +232,16 @@ def test_traces_leave_what_is_anothers(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["another's"]
 
 
-def test_a_lock_is_seen_and_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_is_seen_and_not_kept(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     assert not cluster.is_locked(path)
     with path.open("a") as file:
         assert not cluster.is_locked(path)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with monkeypatch.context() as patch:
-            patch.delattr(fcntl, "flock")
-            assert cluster.is_locked(path)
-        fcntl.flock(file, fcntl.LOCK_UN)
-        assert not cluster.is_locked(path)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert cluster.is_locked(path)
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert not cluster.is_locked(path), "another node that looks"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_counts_must_be_there(tmp_path: Path) -> None:

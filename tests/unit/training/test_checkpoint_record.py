@@ -1,13 +1,22 @@
-"""Settings that may change between two starts of a run, and those that may not."""
+"""What a checkpoint records: settings that may or may not change between two starts of a run, and
+metadata, a pickle that can name tensors and files of its own folder and do nothing else."""
 
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader, filesystem
+from torch.distributed.checkpoint import metadata as descriptions
 
+from geneformer_mcore.checkpoint import safe_metadata
 from geneformer_mcore.checkpoint.record import (
     RECORD,
     Identity,
@@ -26,15 +35,8 @@ def identity(*overrides: str) -> Identity:
 
 
 def recorded(before: Identity) -> Record:
-    return Record(
-        step=5,
-        cells_seen=80,
-        meters={"cells_seen": 80},
-        identity=before,
-        layout={"tensor": 1},
-        versions={"torch": "2"},
-        guard={"skipped": 0},
-    )
+    parts = ({"tensor": 1}, {"torch": "2"}, {"skipped": 0})
+    return Record(5, 80, {"cells_seen": 80}, before, *parts)
 
 
 RECORDED = recorded(identity())
@@ -52,20 +54,21 @@ def test_may_differ(override: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "shown"),
+    ("after", "shown"),
     [
-        ("train.seed=7", "train.seed: 1234 -> 7"),
-        ("train.global_batch_size=64", "train.global_batch_size: 2048 -> 64"),
-        ("optim.lr=0.5", "optim.lr: 0.001 -> 0.5"),
-        ("model.num_layers=2", "model.num_layers: 6 -> 2"),
-        ("data.seq_length=16", "data.seq_length: 2048 -> 16"),
-        ("train.precision=fp32", "train.precision: bf16 -> fp32"),
+        (identity("train.seed=7"), "train.seed: 1234 -> 7"),
+        (identity("train.global_batch_size=64"), "train.global_batch_size: 2048 -> 64"),
+        (identity("optim.lr=0.5"), "optim.lr: 0.001 -> 0.5"),
+        (identity("model.num_layers=2"), "model.num_layers: 6 -> 2"),
+        (identity("data.seq_length=16"), "data.seq_length: 2048 -> 16"),
+        (identity("train.precision=fp32"), "train.precision: bf16 -> fp32"),
+        (replace(identity(), content="other"), "content hash of data.store: c -> other"),
+        (replace(identity(), vocabulary="other"), "vocabulary checksum: v -> other"),
     ],
 )
-def test_must_not_differ_and_both_values_are_shown(override: str, shown: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        check_continues(RECORDED, identity(override))
-    assert shown in str(caught.value)
+def test_must_not_differ_and_both_values_are_shown(after: Identity, shown: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(shown)):
+        check_continues(RECORDED, after)
 
 
 def test_a_setting_that_an_older_version_lacked_had_its_default() -> None:
@@ -83,13 +86,6 @@ def test_compiling_may_be_left_to_the_machine() -> None:
     check_continues(recorded(left), given)
     with pytest.raises(CheckpointError, match=r"model\.compile: False -> True"):
         check_continues(recorded(given), identity("model.compile=true"))
-
-
-def test_other_data_are_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"content hash of data\.store: c -> other"):
-        check_continues(RECORDED, replace(RECORDED.identity, content="other"))
-    with pytest.raises(CheckpointError, match="vocabulary checksum: v -> other"):
-        check_continues(RECORDED, replace(RECORDED.identity, vocabulary="other"))
 
 
 def test_round_trip_and_unknown_format(tmp_path: Path) -> None:
@@ -119,3 +115,67 @@ def test_the_best_step_has_the_lowest_loss(tmp_path: Path) -> None:
         replace(RECORDED, val_loss=loss).save(tmp_path / str(step))
     assert best_step([1, 2, 3, 4, 5], lambda step: tmp_path / str(step)) == 2
     assert best_step([4, 5], lambda step: tmp_path / str(step)) is None
+
+
+def described(path: str = "a.distcp", **entries: Any) -> descriptions.Metadata:
+    index = descriptions.MetadataIndex("w", torch.Size([0]))
+    properties = descriptions.TensorProperties(dtype=torch.bfloat16)
+    tensor = descriptions.TensorStorageMetadata(properties, torch.Size([3]), [])
+    return descriptions.Metadata(
+        state_dict_metadata={"w": tensor, **entries},
+        storage_data={index: filesystem._StorageInfo(path, 0, 8)},
+    )
+
+
+def write(folder: Path, content: Any) -> Path:
+    folder.mkdir()
+    (folder / "a.distcp").write_bytes(b"tensors")
+    pickled = content if isinstance(content, bytes) else pickle.dumps(content)
+    (folder / safe_metadata.METADATA).write_bytes(pickled)
+    return folder
+
+
+def test_a_plain_description_is_read_as_it_is(tmp_path: Path) -> None:
+    folder = write(tmp_path / "step", described())
+    assert safe_metadata.load(folder).state_dict_metadata == described().state_dict_metadata
+    theirs = FileSystemReader.read_metadata
+    with safe_metadata.read_by_torch():
+        read = FileSystemReader(folder).read_metadata()
+    assert read.storage_data == described().storage_data
+    assert FileSystemReader.read_metadata is theirs
+
+
+class Malicious:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_code_in_it_is_refused_and_not_run(tmp_path: Path, nested: bool) -> None:
+    mine = Malicious(tmp_path / "hacked")
+    folder = write(tmp_path / "step", described(extra=mine) if nested else mine)
+    with safe_metadata.read_by_torch(), pytest.raises(CheckpointError, match="asks for posix"):
+        FileSystemReader(folder).read_metadata()
+    assert not (tmp_path / "hacked").exists()
+
+
+NO_PICKLES = (b"", b"\x80", b"nonsense", pickle.dumps(described())[:-20])
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (described("../secret"), "'../secret' is no file of it"),
+        (described("/etc/passwd"), "is no file of it"),
+        (described("missing.distcp"), "is no file of it"),
+        (described(x=descriptions.BytesStorageMetadata()), "asks for .*BytesStorageMetadata"),
+        ({"w": 1}, "describes no checkpoint"),
+        *((content, "is not what this program writes") for content in NO_PICKLES),
+    ],
+)
+def test_any_other_content_is_refused(tmp_path: Path, content: Any, why: str) -> None:
+    with pytest.raises(CheckpointError, match=why):
+        safe_metadata.load(write(tmp_path / "step", content))

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-SRUN = """
 # Of every command that is to run on nodes: noted, and answered as the test has it.
+SRUN = """
 echo "srun $*" >> "$NOTES"
 if [[ -n $HOLD && "$*" == *"$HOLD"* ]]; then
     signalled=
@@ -31,9 +31,7 @@ case "$*" in
         echo "# run folder: $RUN"
         exit "$SETTINGS_CODE" ;;
     *launch/preflight.py*) exit "$PREFLIGHT_CODE" ;;
-    *launch/pretrain.py*)
-        [[ -z $OUTCOME ]] || cp "$OUTCOME" "$RUN/outcome.json"
-        exit 1 ;;
+    *launch/pretrain.py*) [[ -z $OUTCOME ]] || cp "$OUTCOME" "$RUN/outcome.json"; exit 1 ;;
     *' true') exit "$NODES_CODE" ;;
 esac
 """
@@ -65,6 +63,8 @@ SLURM_JOB_CPUS_PER_NODE=16 SLURM_CPUS_PER_TASK=3
 SLURM_ARRAY_JOB_ID=77 SLURM_ARRAY_TASK_ID=5 SLURM_ARRAY_TASK_COUNT=4
 SLURM_ARRAY_TASK_MIN=5 SLURM_ARRAY_TASK_MAX=8
 """
+PREEMPTED = {"PREEMPTED": "2026-01-01T00:00:00"}
+ELSEWHERE = {"GENEFORMER_IMAGE": "/shared/g.sqsh", "RUN": "/not/here/run"}
 OUTCOMES = {0: "finished", 1: "failed", 2: "refused", 75: "interrupted"}
 REQUEUE = "scontrol requeue 4711"
 TRAINING = "launch/pretrain.py --config"
@@ -102,25 +102,20 @@ class Job:
         path = self.run / "outcome.json" if before else self.outcome
         path.write_text(json.dumps({**found, "restart": restart}, indent=1) + "\n")
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def start(
+        self, *arguments: str, cwd: Path = ROOT, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        command, env = ["bash", self.script, *arguments], {**self.environment, **environment}
         return subprocess.run(
-            ["bash", self.script, *arguments],
-            env={**self.environment, **environment},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
+            command, env=env, cwd=cwd, capture_output=True, text=True, timeout=60, check=False
         )
 
     @contextmanager
     def held(self, stage: str, **environment: str) -> Iterator[subprocess.Popen]:
         """The script, in the midst of the command on nodes that has `stage` in it."""
+        env = {**self.environment, "HOLD": stage, **environment}
         started = subprocess.Popen(
-            ["bash", self.script],
-            env={**self.environment, "HOLD": stage, **environment},
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
+            ["bash", self.script], env=env, cwd=ROOT, stdout=subprocess.DEVNULL
         )
         try:
             deadline = time.monotonic() + 20
@@ -145,13 +140,31 @@ def job(tmp_path: Path) -> Job:
     return Job(tmp_path, "slurm/pretrain_106m.sh", ON_TWO_NODES)
 
 
-@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (1, False), (2, False), (75, True)])
-def test_its_code_is_that_of_the_run(job: Job, code: int, is_requeued: bool) -> None:
-    job.ends(code, "some reason, with a comma")
-    ended = job.start("train.steps=5", "run.dir=a folder")
+@pytest.mark.parametrize(
+    ("end", "environment", "code", "printed", "num_requeues"),
+    [
+        ((0, "all, done"), {}, 0, "ended at step 40 as finished (all, done)", 0),
+        ((1, "some reason"), {}, 1, "ended at step 40 as failed (some reason)", 0),
+        ((2, "some reason"), {}, 2, "ended at step 40 as refused (some reason)", 0),
+        ((75, "some reason"), {}, 75, "ended at step 40 as interrupted (some reason)", 1),
+        ((1, "rank 1 is lost"), {"NODES_CODE": "1"}, 75, "a node does not answer: waiting for", 1),
+        # SLURM informs its steps alone that it preempts a job: before the training and in it.
+        ((1, ""), PREEMPTED | {"SETTINGS_CODE": "143"}, 75, "", 1),
+        ((1, ""), PREEMPTED | {"PREFLIGHT_CODE": "143"}, 75, "", 1),
+        ((1, ""), PREEMPTED | {"OUTCOME": ""}, 75, "", 1),
+        ((1, "rank 0 is lost"), PREEMPTED, 75, "", 1),
+        # SLURM is asked again when it does not answer.
+        ((75, ""), {"REQUEUE_CODE": "1"}, 75, "SLURM does not take the requeue", 7),
+    ],
+)
+def test_its_code_is_that_of_the_run(
+    job: Job, end: tuple, environment: dict[str, str], code: int, printed: str, num_requeues: int
+) -> None:
+    job.ends(*end)
+    ended = job.start("train.steps=5", "run.dir=a folder", **environment)
     assert ended.returncode == code, ended.stderr
-    assert (REQUEUE in job.noted()) == is_requeued
-    assert f"ended at step 40 as {OUTCOMES[code]} (some reason, with a comma)" in ended.stdout
+    assert job.noted().count(REQUEUE) == num_requeues
+    assert printed in ended.stdout + ended.stderr
 
 
 def test_the_commands_on_nodes(job: Job) -> None:
@@ -179,52 +192,34 @@ def test_the_commands_on_nodes(job: Job) -> None:
 def test_in_a_container(job: Job) -> None:
     mounts = f"{ROOT}:{ROOT},/data:/data"
     job.start(GENEFORMER_IMAGE="/shared/g.sqsh", GENEFORMER_MOUNTS=mounts)
-    on_nodes = [line for line in job.commands() if "on_node.sh" in line]
-    assert len(on_nodes) == 3
     options = f"--container-image=/shared/g.sqsh --container-workdir={ROOT} "
-    assert all(f"{options}--container-mounts={mounts} slurm/on_node.sh" in s for s in on_nodes)
-
-
-def test_on_one_node_nothing_listens_to_others(job: Job) -> None:
-    job.start(SLURM_NNODES="1")
-    assert "--nnodes=1 --nproc-per-node=2 " in job.noted()
-    assert "--rdzv-backend=loopback launch/pretrain.py" in job.noted()
-    assert "master" not in job.noted()
+    options += f"--container-mounts={mounts} slurm/on_node.sh"
+    assert [options in line for line in job.commands() if "on_node.sh" in line] == [True] * 3
 
 
 @pytest.mark.parametrize(
     ("per_node", "on_node", "ranks"),
-    [
-        ("4", "8", 4),
-        ("a100:8", "8", 8),
-        ("gpu:a100:8", "10", 8),
-        ("8", "4", 4),
-        ("", "3", 3),
-        ("0", "", 1),
-        ("", "", 1),
-        (None, None, 1),
-    ],
-)
+    [("4", "8", 4), ("a100:8", "8", 8), ("gpu:a100:8", "10", 8), ("8", "4", 4), ("", "3", 3),
+     ("0", "", 1), ("", "", 1), (None, None, 1)],
+)  # fmt: skip
 def test_ranks_of_a_node_are_its_gpus(
     job: Job, per_node: str | None, on_node: str | None, ranks: int
 ) -> None:
+    """And on one node nothing listens to others."""
     given = {"SLURM_GPUS_PER_NODE": per_node, "SLURM_GPUS_ON_NODE": on_node}
     environment = {**job.environment, **given}
     job.environment = {name: value for name, value in environment.items() if value is not None}
-    assert job.start().stderr == ""
-    assert f"--nproc-per-node={ranks} " in job.noted()
+    assert job.start(SLURM_NNODES="1").stderr == ""
+    assert f"--nnodes=1 --nproc-per-node={ranks} " in job.noted()
+    assert "--rdzv-backend=loopback launch/pretrain.py" in job.noted()
+    assert "master" not in job.noted()
 
 
 @pytest.mark.parametrize(
     ("environment", "code", "error", "last"),
     [
         ({"SETTINGS_CODE": "2"}, 2, "a wrong setting", "--dry-run"),
-        (
-            {"GENEFORMER_IMAGE": "/shared/g.sqsh", "RUN": "/not/here/run"},
-            2,
-            "run.dir must have the same path in the container and here",
-            "--dry-run",
-        ),
+        (ELSEWHERE, 2, "run.dir must have the same path in the container and here", "--dry-run"),
         ({"PREFLIGHT_CODE": "1"}, 2, "the nodes are not fit for this run", "launch/preflight.py"),
         ({"PREFLIGHT_CODE": "1", "GENEFORMER_PREFLIGHT": "no"}, 0, "", TRAINING),
         ({"OUTCOME": ""}, 1, "the run in {run} did not begin", TRAINING),
@@ -262,34 +257,6 @@ def test_restarts_are_bounded(job: Job) -> None:
     assert "requeue" not in job.noted()
 
 
-def test_a_lost_node_is_waited_for_and_the_job_requeued(job: Job) -> None:
-    job.ends(1, "rank 1 of 2 is lost")
-    ended = job.start(NODES_CODE="1")
-    assert ended.returncode == 75
-    assert "a node does not answer: waiting for SLURM" in ended.stdout
-    assert REQUEUE in job.noted()
-
-
-@pytest.mark.parametrize(
-    "stage",
-    [{"SETTINGS_CODE": "143"}, {"PREFLIGHT_CODE": "143"}, {"OUTCOME": ""}, {}],
-    ids=["settings", "preflight", "no outcome", "lost"],
-)
-def test_preempted_before_it_trains(job: Job, stage: dict[str, str]) -> None:
-    """Of which SLURM informs its steps alone."""
-    job.ends(1, "rank 0 is lost")
-    assert job.start(PREEMPTED="2026-01-01T00:00:00", **stage).returncode == 75
-    assert REQUEUE in job.noted()
-
-
-def test_slurm_is_asked_again_when_it_does_not_answer(job: Job) -> None:
-    job.ends(75)
-    ended = job.start(REQUEUE_CODE="1")
-    assert ended.returncode == 75
-    assert job.noted().count(REQUEUE) == 7
-    assert "SLURM does not take the requeue" in ended.stderr
-
-
 @pytest.mark.parametrize(
     ("number", "hold", "reason", "is_requeued", "is_handed_on"),
     [
@@ -320,21 +287,15 @@ def test_signals(
 
 
 def test_a_second_signal_is_not_handed_on(job: Job) -> None:
-    job.ends(75)
-    with job.held(TRAINING) as started:
+    """And a start that makes no step before its signal is the last."""
+    job.ends(75, restart=1, before=True)
+    job.ends(75, restart=2)
+    with job.held(TRAINING, SLURM_RESTART_COUNT="1") as started:
         for _ in range(3):
             started.send_signal(signal.SIGUSR1)
             time.sleep(0.02)
         assert started.wait(30) == 75
     assert job.noted().count("signalled") == 1
-
-
-def test_a_start_that_makes_no_step_before_its_signal_is_the_last(job: Job) -> None:
-    job.ends(75, restart=1, before=True)
-    job.ends(75, restart=2)
-    with job.held(TRAINING, SLURM_RESTART_COUNT="1") as started:
-        started.send_signal(signal.SIGUSR1)
-        assert started.wait(30) == 75
     assert "requeue" not in job.noted()
 
 
@@ -347,9 +308,9 @@ def test_commands_after_pretraining(job: Job, name: str) -> None:
     assert started.endswith(f"launch/{name}.py --checkpoint a run")
 
 
-def test_elsewhere_than_in_the_project(tmp_path: Path) -> None:
-    command = ["bash", str(ROOT / "slurm" / "pretrain_10m.sh")]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+def test_elsewhere_than_in_the_project(job: Job, tmp_path: Path) -> None:
+    job.script = str(ROOT / "slurm" / "pretrain_10m.sh")
+    ended = job.start(cwd=tmp_path)
     assert ended.returncode == 2
     assert "submit this script from the project's folder" in ended.stderr
 
@@ -363,33 +324,29 @@ def task(tmp_path: Path) -> Job:
     return Job(tmp_path, "slurm/build_store.sh", TASK_5_OF_5_TO_8)
 
 
-def built(task: Job) -> str:
-    """The arguments of the only command on a node."""
-    (line,) = task.commands()
-    return line.partition("python data_prep/build_store.py ")[2]
-
-
-def test_the_first_task_does_its_part_and_submits_the_last_job(task: Job) -> None:
-    ended = task.start(*INPUTS)
+@pytest.mark.parametrize(
+    ("option", "environment", "part", "num_submitted"),
+    [
+        ((), {}, " --part 0/4", 1),
+        ((), {"COMMENTS": "77"}, " --part 0/4", 0),
+        ((), {"SLURM_ARRAY_TASK_ID": "7"}, " --part 2/4", 0),
+        (("--put-together",), {}, "", 0),
+    ],
+    ids=["first", "first, requeued", "third", "last job"],
+)
+def test_a_task_does_its_part_and_the_first_submits_the_last_job_once(
+    task: Job, option: tuple[str, ...], environment: dict[str, str], part: str, num_submitted: int
+) -> None:
+    ended = task.start(*option, *INPUTS, **environment)
     assert ended.returncode == 0, ended.stderr
-    assert built(task) == f"{' '.join(INPUTS)} --part 0/4 --workers 3"
-    (line,) = task.commands("sbatch")
-    assert line.startswith("sbatch --dependency=afterany:77 --array=0 --job-name=build_store ")
-    assert "--comment=77 --time=12:00:00 --cpus-per-task=3 " in line
-    assert line.endswith(f"slurm/build_store.sh --put-together {' '.join(INPUTS)}")
-
-
-def test_it_is_submitted_once(task: Job) -> None:
-    assert task.start(*INPUTS, COMMENTS="77").returncode == 0
-    assert task.start(*INPUTS, SLURM_ARRAY_TASK_ID="7").returncode == 0
-    assert task.commands("sbatch") == []
-    assert "--part 2/4" in task.commands()[-1]
-
-
-def test_the_last_job_does_all_that_is_left(task: Job) -> None:
-    assert task.start("--put-together", *INPUTS).returncode == 0
-    assert built(task) == f"{' '.join(INPUTS)} --workers 3"
-    assert task.commands("sbatch") == []
+    (line,) = task.commands()
+    assert line.endswith(f"python data_prep/build_store.py {' '.join(INPUTS)}{part} --workers 3")
+    submitted = task.commands("sbatch")
+    assert len(submitted) == num_submitted
+    for line in submitted:
+        assert line.startswith("sbatch --dependency=afterany:77 --array=0 --job-name=build_store ")
+        assert "--comment=77 --time=12:00:00 --cpus-per-task=3 " in line
+        assert line.endswith(f"slurm/build_store.sh --put-together {' '.join(INPUTS)}")
 
 
 @pytest.mark.parametrize(

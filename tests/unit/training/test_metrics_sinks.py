@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import platform
@@ -25,13 +26,19 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def open_sinks(run: Path) -> Callable[..., tuple[Sinks, io.StringIO]]:
-    def make(**changes: Any) -> tuple[Sinks, io.StringIO]:
-        console = io.StringIO()
-        settings = {"total_steps": 100, "tty": False, "stream": console} | changes
-        return Sinks(run, **settings), console
+def written(run: Path) -> Callable[..., str]:
+    def write(*records: dict[str, Any] | str, **changes: Any) -> str:
+        """The console of sinks that are opened, get records and messages, and are closed."""
+        settings = {"total_steps": 100, "tty": False, "stream": io.StringIO()} | changes
+        sinks = Sinks(run, **settings)
+        try:
+            for each in records:
+                sinks.message(each) if isinstance(each, str) else sinks.write(each)
+        finally:
+            sinks.close()
+        return getattr(settings["stream"], "getvalue", str)()
 
-    return make
+    return write
 
 
 def training(step: int, **changes: Any) -> dict[str, Any]:
@@ -51,20 +58,14 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_records_are_in_metrics_jsonl_at_once(open_sinks, run) -> None:
-    sinks, _ = open_sinks()
-    sinks.write(training(10))
+def test_records_are_in_metrics_jsonl_at_once(run) -> None:
+    """Before close: a killed run has them too."""
+    sinks = Sinks(run, 100, tty=False, stream=io.StringIO())
+    sinks.write(training(10, loss=float("nan"), grad_norm=float("inf")))
     sinks.write(validation(10, 5.5))
-    # Before close: a killed run has them too.
-    assert lines_of(run) == [training(10), validation(10, 5.5)]
+    expected = [training(10, loss=None, grad_norm=None), validation(10, 5.5)]
+    assert lines_of(run) == expected, "numbers that JSON does not know are null"
     sinks.close()
-
-
-def test_numbers_json_does_not_know_become_null(open_sinks, run) -> None:
-    sinks, _ = open_sinks()
-    sinks.write(training(1, loss=float("nan"), grad_norm=float("inf")))
-    sinks.close()
-    assert lines_of(run) == [training(1, loss=None, grad_norm=None)]
 
 
 def test_dropping_without_a_file_makes_none(tmp_path) -> None:
@@ -72,21 +73,14 @@ def test_dropping_without_a_file_makes_none(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_restart_leaves_one_curve(open_sinks, run) -> None:
+def test_a_restart_leaves_one_curve(written, run) -> None:
     """In metrics.jsonl and in TensorBoard."""
-    sinks, _ = open_sinks(config_text="train:\n  steps: 100")
-    for step in (10, 20, 30):
-        sinks.write(training(step))
-    sinks.close()
+    written(*map(training, (10, 20, 30)), config_text="train:\n  steps: 100")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "lo')  # as a kill leaves it
-    sinks, _ = open_sinks(resume_step=20)
-    sinks.write(training(30, loss=1.0))
-    sinks.write(validation(30, 4.0))
-    sinks.close()
-    assert lines_of(run) == [
-        training(10), training(20), training(30, loss=1.0), validation(30, 4.0)
-    ]  # fmt: skip
+    later = training(30, loss=1.0), validation(30, 4.0)
+    written(*later, resume_step=20)
+    assert lines_of(run) == [training(10), training(20), *later]
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert losses == [(10, pytest.approx(5.1)), (20, pytest.approx(5.05)), (30, 1.0)]
@@ -97,49 +91,29 @@ def test_a_restart_leaves_one_curve(open_sinks, run) -> None:
     assert "config/text_summary" in events.Tags()["tensors"]
 
 
-def test_lines_of_a_plain_console(open_sinks) -> None:
-    now = [0.0]
-    sinks, console = open_sinks(clock=lambda: now[0])
-    now[0] = 60.0
-    sinks.write(training(20))
-    sinks.write(validation(20, 5.25))
-    sinks.close()
-    assert console.getvalue().splitlines() == [
+def test_lines_of_a_plain_console(written) -> None:
+    """The ETA counts this start only."""
+    times = itertools.chain([0.0], itertools.repeat(60.0))
+    shown = written(training(20), validation(20, 5.25), clock=lambda: next(times))
+    assert shown.splitlines() == [
         "step  20/100  loss 5.0500  1,234.5 cells/s  98,765 tokens/s  ETA 4:00",
         "step  20/100  validation loss 5.2500",
     ]
+    times = itertools.chain([0.0], itertools.repeat(10.0))
+    shown = written(training(60), clock=lambda: next(times), resume_step=50)
+    assert shown.rstrip().endswith("ETA 0:40")
 
 
-def test_the_eta_after_a_restart_counts_this_start_only(open_sinks) -> None:
-    now = [0.0]
-    sinks, console = open_sinks(clock=lambda: now[0], resume_step=50)
-    now[0] = 10.0
-    sinks.write(training(60))
-    sinks.close()
-    assert console.getvalue().rstrip().endswith("ETA 0:40")
-
-
-def test_a_terminal_line_is_rewritten_and_messages_stay(open_sinks) -> None:
-    sinks, console = open_sinks(tty=True)
-    sinks.write(training(10))
-    sinks.message("saved a checkpoint")
-    sinks.write(training(20))
-    sinks.close()
-    shown = [line.split("\x1b[K")[-1] for line in console.getvalue().split("\n")]
-    assert [line.split("  1,234")[0] for line in shown if line] == [
-        "saved a checkpoint",
-        "step  20/100  loss 5.0500",
-    ]
-
-
-def test_the_log_has_every_printed_line_with_the_time(open_sinks, run) -> None:
-    sinks, _ = open_sinks(tty=True)
-    sinks.message("one\ntwo")
-    sinks.write(training(10))
-    sinks.close()
-    lines = (run / "log.txt").read_text().splitlines()
-    assert [line.partition(" ")[2].split("  ")[0] for line in lines] == ["one", "two", "step"]
-    assert all(line[:2] == "20" and "T" in line.partition(" ")[0] for line in lines)
+def test_a_terminal_line_is_rewritten_and_messages_stay(written, run) -> None:
+    """And the log has every printed line with the time."""
+    shown = written(training(10), "one\ntwo", training(20), tty=True)
+    kept = [line.split("\x1b[K")[-1] for line in shown.split("\n")]
+    assert [line.split("  1,234")[0] for line in kept if line] == [
+        "one", "two", "step  20/100  loss 5.0500"
+    ]  # fmt: skip
+    lines = [line.partition(" ") for line in (run / "log.txt").read_text().splitlines()]
+    assert [line.split("  ")[0] for _, _, line in lines] == ["step", "one", "two", "step"]
+    assert all(time[:2] == "20" and "T" in time for time, _, _ in lines)
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_of_the_settings(run) -> None:
@@ -148,23 +122,20 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_the_settings(run) -> Non
         Sinks(run, total_steps=1)
 
 
-def test_a_console_that_is_gone_is_skipped(run) -> None:
+def test_a_console_that_is_gone_is_skipped(written, run) -> None:
     reads, writes = os.pipe()
     os.close(reads)
     with open(writes, "w") as console:
-        sinks = Sinks(run, 100, tty=False, stream=console)
-        sinks.message("one")
-        sinks.write(training(10))
-        sinks.close()
+        written("one", training(10), stream=console)
     lines = (run / "log.txt").read_text().splitlines()
     assert [line.split(" ")[1] for line in lines] == ["the", "one", "step"]
     assert "the console cannot be written (Broken pipe)" in lines[0]
 
 
-def test_a_full_disk_is_reported_once(open_sinks, run) -> None:
+def test_a_full_disk_is_reported_once(run) -> None:
     run.mkdir()
     (run / "log.txt").symlink_to("/dev/full")
-    sinks, _ = open_sinks()
+    sinks = Sinks(run, 100, tty=False, stream=io.StringIO())
     with pytest.raises(ConfigError, match=r"log\.txt cannot: No space left on device \("):
         sinks.message("one")
     sinks.close()
@@ -189,15 +160,14 @@ def test_provenance_names_machine_versions_and_commit() -> None:
     assert str(provenance.PROJECT) not in json.dumps(found)
 
 
-def test_the_commit_shows_changes(monkeypatch) -> None:
+def test_the_commit_shows_changes_and_is_unknown_without_git(monkeypatch) -> None:
     answers = {"rev-parse": "0123456789ab", "status": " M setup.py"}
-    monkeypatch.setattr(provenance, "_git", lambda *arguments: answers[arguments[0]])
-    assert provenance.commit() == "0123456789ab+changes"
-    answers["status"] = ""
-    assert provenance.commit() == "0123456789ab"
+    with monkeypatch.context() as patched:
+        patched.setattr(provenance, "_git", lambda *arguments: answers[arguments[0]])
+        assert provenance.commit() == "0123456789ab+changes"
+        answers["status"] = ""
+        assert provenance.commit() == "0123456789ab"
 
-
-def test_without_git_the_commit_is_unknown(monkeypatch) -> None:
     def missing(*_: object, **__: object) -> None:
         raise FileNotFoundError("git")
 

@@ -28,27 +28,23 @@ def opened(path: Path) -> RunFolder:
 def test_an_end_is_written_and_starts_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "run"
     run = opened(path)
+    assert outcome(path)["exit_code"] == 1, "until it ends it does not claim success"
     run.step = 7
     run.close(INTERRUPTED, "signal TERM\n  again\n")
     found = {"outcome": "interrupted", "exit_code": 75, "step": 7, "restart": 0}
     assert outcome(path) == {**found, "reason": "signal TERM again"}, "a reason of one line"
     opened(path).close(FINISHED, "done")
     assert (outcome(path)["restart"], outcome(path)["exit_code"]) == (1, 0)
+    killed = opened(path)
+    assert outcome(path)["exit_code"] == 1, "nor after a start that did"
+    killed.close(FINISHED, "done")
 
 
 def test_it_keeps_the_vocabulary_of_its_cells(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
+    # A start that saved nothing may have had other cells.
     for vocabulary in (vocabulary_of(5), vocabulary_of(5), vocabulary_of(7)):
-        # A start that saved nothing may have had other cells.
-        run.write_vocabulary(vocabulary)
+        RunFolder(tmp_path).write_vocabulary(vocabulary)
         assert Vocabulary.load(tmp_path / "vocabulary.json") == vocabulary
-
-
-def test_until_it_ends_it_does_not_claim_success(tmp_path: Path) -> None:
-    opened(tmp_path).close(FINISHED, "done")
-    killed = opened(tmp_path)
-    assert outcome(tmp_path)["exit_code"] == 1
-    killed.close(FINISHED, "done")
 
 
 def test_two_starts_cannot_share_a_folder(tmp_path: Path) -> None:
@@ -64,12 +60,9 @@ def test_two_starts_cannot_share_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "error"),
-    [
-        ("run", "must be a folder that can be written"),
-        ("run/checkpoints", "File exists"),
-        ("run/tensorboard", "File exists"),
-    ],
-)
+    [("run", "must be a folder that can be written"), ("run/checkpoints", "File exists"),
+     ("run/tensorboard", "File exists")],
+)  # fmt: skip
 def test_a_file_in_the_place_of_a_folder(tmp_path: Path, name: str, error: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("")
