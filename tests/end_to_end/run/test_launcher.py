@@ -168,9 +168,10 @@ def test_no_rank_stays_and_the_next_start_goes_on(
         print(f"{phase}, {whom}, {number.name}: {time.monotonic() - began:.1f} s")
     assert_outcome(tmp_path)
     run = tmp_path / "run"
-    saved = forked.newest(run)
-    forked.check(run, [*SETTINGS, f"data.store={store}"], 2)
-    assert forked.newest(run) == STEPS >= saved
+    again = forked.Run(run, (*SETTINGS, f"data.store={store}"))
+    saved = again.newest()
+    again.check(ranks=2)
+    assert again.newest() == STEPS >= saved
 
 
 def assert_outcome(tmp_path: Path) -> None:
