@@ -11,14 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from geneformer_mcore.distributed import guard
 from tests.end_to_end import forked
-from tests.end_to_end.instants import before
+from tests.end_to_end.phases import PLACES
 from tests.support.commands import ROOT
 from tests.support.marks import soak
 
@@ -31,54 +30,13 @@ SETTINGS = (
     "train.validate_batches=2",
     "checkpoint.save_every_steps=2",
 )
-PLACES = {
-    "import": "",
-    "opening": "geneformer_mcore.training.datasets:open_cells",
-    "rendezvous": "geneformer_mcore.distributed.groups:meet",
-    "first step": "geneformer_mcore.training.trainer:train_step",
-    "validation": "geneformer_mcore.data.loader:Feed.validation_step",
-    "saving": "geneformer_mcore.checkpoint.state:Snapshot.write",
-    "ending": "geneformer_mcore.distributed.groups:stop",
-}
-HOLD_S = {"rendezvous": 60.0, "first step": 60.0}
-"""For which the phase is held if nothing happens, by default 2 s. A rendezvous is held by rank 1
-alone, and rank 0 waits for it in C++; a step is held while a signal is only noted."""
 SCRIPT = """
 import os, sys
-from tests.end_to_end.run.test_launcher import held
+from tests.end_to_end.phases import held
 held({phase!r}, {note!r}, int(os.environ["RANK"]))
 import launch.pretrain
 sys.exit(launch.pretrain.main())
 """
-
-
-class BeforeTorch:
-    """A finder of modules that finds none, and holds the first import of torch."""
-
-    def __init__(self, hold: Any) -> None:
-        self._hold = hold
-
-    def find_spec(self, name: str, *_: Any) -> None:
-        if name == "torch":
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
-            self._hold()
-
-
-def held(phase: str, note: str, rank: int) -> None:
-    """When this rank comes to `phase` it writes the file `note`_RANK, and stays there."""
-
-    def hold() -> None:
-        Path(f"{note}_{rank}").touch()
-        deadline = time.monotonic() + HOLD_S.get(phase, 2.0)
-        while time.monotonic() < deadline and (phase, rank) != ("rendezvous", 0):
-            time.sleep(0.05)
-            if phase == "first step" and signal.getsignal(TERM).__self__.reason:  # type: ignore[union-attr]
-                return
-
-    if phase == "import":
-        sys.meta_path.insert(0, BeforeTorch(hold))  # type: ignore[arg-type]
-    else:
-        before(PLACES[phase], 1, hold)
 
 
 @contextmanager
@@ -100,7 +58,7 @@ def torchrun(
         )  # fmt: skip
     ranks: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not all(Path(f"{note}_{rank}").exists() for rank in range(2)):
             assert started.poll() is None, printed.read_text()
             assert time.monotonic() < deadline, printed.read_text()
