@@ -159,6 +159,28 @@ def test_a_refusal_of_one_rank_ends_the_other_at_once(
     assert "which is alive" in ended.stderr
 
 
+FOLLOWED = """
+import os, sys, time
+from geneformer_mcore.distributed import launcher
+launcher.follow(300.0)
+print("followed", flush=True)
+time.sleep(600)
+"""
+
+
+def test_other_commands_end_with_torchrun_too(tmp_path: Path) -> None:
+    code = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, sys.executable, "-c", FOLLOWED],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0"},
+    ) as started:  # fmt: skip
+        assert started.stdout is not None
+        assert started.stdout.readline() == "followed\n"
+        started.kill()
+        assert "has ended, and its ranks end with it" in started.communicate(timeout=120)[1]
+
+
 def test_the_guard_leaves_alone_what_ctrl_z_has_stopped(tmp_path: Path) -> None:
     """Then rank and launcher are stopped; and it ends with the rank."""
     code = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
