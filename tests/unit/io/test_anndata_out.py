@@ -46,7 +46,7 @@ def check(path: Path) -> anndata.AnnData:
     return found
 
 
-def test_copy(adata: anndata.AnnData, tmp_path: Path) -> None:
+def test_copy(adata, tmp_path) -> None:
     source, target = tmp_path / "a.h5ad", tmp_path / "deep" / "b.h5ad"
     adata.write_h5ad(source)
     before = source.read_bytes()
@@ -62,7 +62,7 @@ def test_copy(adata: anndata.AnnData, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # anndata, of the file's age
-def test_copy_of_a_file_from_before_there_were_groups(tmp_path: Path) -> None:
+def test_copy_of_a_file_from_before_there_were_groups(tmp_path) -> None:
     source, target = tmp_path / "old.h5ad", tmp_path / "new.h5ad"
     with h5py.File(source, "w") as file:
         file["X"] = np.ones((4, 3), np.float32)
@@ -73,7 +73,7 @@ def test_copy_of_a_file_from_before_there_were_groups(tmp_path: Path) -> None:
     assert check(target).obs_names.tolist() == ["obs0", "obs1", "obs2", "obs3"]
 
 
-def test_new(adata: anndata.AnnData, tmp_path: Path) -> None:
+def test_new(adata, tmp_path) -> None:
     anndata_out.write_new(adata.obs, tmp_path / "b.h5ad", BESIDE)
     assert check(tmp_path / "b.h5ad").obs["kind"].tolist() == list("abab")
 
@@ -101,7 +101,7 @@ def columns_of_many_kinds() -> pd.DataFrame:
     )
 
 
-def test_obs_of_any_kind_can_be_written(tmp_path: Path) -> None:
+def test_obs_of_any_kind_can_be_written(tmp_path) -> None:
     obs = columns_of_many_kinds()
     before = obs.copy()
     anndata_out.write_new(obs, tmp_path / "new.h5ad", BESIDE)
@@ -120,7 +120,7 @@ def test_obs_of_any_kind_can_be_written(tmp_path: Path) -> None:
             assert values.dropna().tolist() == expected.dropna().tolist(), column
 
 
-def test_obs_of_more_text_than_is_kept_as_categories(tmp_path: Path) -> None:
+def test_obs_of_more_text_than_is_kept_as_categories(tmp_path) -> None:
     number = obs_module.MAX_CATEGORIES + 1
     names = [f"clone{place}" for place in range(number)]
     cells = anndata.AnnData(
@@ -137,7 +137,7 @@ def test_obs_of_more_text_than_is_kept_as_categories(tmp_path: Path) -> None:
     assert anndata.read_h5ad(tmp_path / "b.h5ad").obs["clone"].tolist() == names[:3]
 
 
-def test_obsm_that_cannot_be_used_is_told(adata: anndata.AnnData, tmp_path: Path) -> None:
+def test_obsm_that_cannot_be_used_is_told(adata, tmp_path) -> None:
     path = tmp_path / "a.h5ad"
     values = np.array([[1, 2], [np.nan, np.nan], [3, 4], [5, 6]], np.float64)
     adata.obsm["good"] = values

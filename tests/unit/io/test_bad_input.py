@@ -258,7 +258,7 @@ REFUSED: dict[str, tuple[Make, list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_refused(refusal, tmp_path, kind: str) -> None:
+def test_refused(refusal, tmp_path, kind) -> None:
     make, parts = REFUSED[kind]
     path = tmp_path / "a.h5ad"
     make(path)
@@ -289,7 +289,7 @@ def test_paths_that_cannot_be_looked_at(refusal, tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("form", ["csr", "csc"])
-def test_cells_without_counts_or_known_genes_are_skipped(build, tmp_path, form: str) -> None:
+def test_cells_without_counts_or_known_genes_are_skipped(build, tmp_path, form) -> None:
     counts = np.concatenate([DENSE, np.zeros((NUM_CELLS, 1), np.float32)], axis=1)
     counts[[2, 5, 7]] = 0
     counts[7, NUM_GENES] = 4
@@ -320,7 +320,7 @@ def test_columns_without_an_id_are_counted_and_repeated_ones_summed(build, tmp_p
     [(matrix(COUNTS * 0.25), "--allow-normalised"), (genes(FEW_KNOWN), "--allow-low-overlap")],
     ids=["scaled counts", "low overlap"],
 )
-def test_what_a_flag_lets_pass(build, refusal, tmp_path, make: Make, flag: str) -> None:
+def test_what_a_flag_lets_pass(build, refusal, tmp_path, make, flag) -> None:
     make(tmp_path / "a.h5ad")
     refusal(tmp_path / "a.h5ad")
     assert build(tmp_path / "a.h5ad", flag)[0] == 0
@@ -341,7 +341,7 @@ def test_a_layer_that_is_not_there(refusal, tmp_path) -> None:
         (b"\x80\x04\x95", "not a readable vocabulary"),
     ],
 )
-def test_a_vocabulary_that_is_none(refusal, tmp_path, content: bytes | None, message: str) -> None:
+def test_a_vocabulary_that_is_none(refusal, tmp_path, content, message) -> None:
     vocabulary = tmp_path / "v.json"
     if content is not None:
         vocabulary.write_bytes(content)
@@ -373,7 +373,7 @@ NO_COUNT = st.one_of(
     form=st.sampled_from(["csr", "csc", "dense"]),
 )
 def test_any_value_that_is_no_count_is_named_wherever_it_is(
-    tmp_path_factory, value: float, row: int, column: int, form: str
+    tmp_path_factory, value, row, column, form
 ) -> None:
     path = tmp_path_factory.mktemp("bad") / "a.h5ad"
     with_value(value, form, row, column)(path)
@@ -408,7 +408,7 @@ def good_file() -> tuple[bytes, list[int]]:
 
 @given(data=st.data(), bit=st.integers(0, 7), is_cut=st.booleans())
 def test_no_flipped_bit_of_a_number_and_no_cut_is_a_traceback(
-    tmp_path_factory, data: st.DataObject, bit: int, is_cut: bool
+    tmp_path_factory, data, bit, is_cut
 ) -> None:
     """HDF5 has no checksums, so a flip may make another count; but never a defect of ours.
 

@@ -281,7 +281,7 @@ def test_it_stops_when_the_disk_is_full(plan, fetching, monkeypatch, failure, pl
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EOPNOTSUPP])
-def test_room_is_reserved_before_hdf5_writes(plan, fetching, monkeypatch, code: int) -> None:
+def test_room_is_reserved_before_hdf5_writes(plan, fetching, monkeypatch, code) -> None:
     """HDF5 crashes on a full disk, at the latest when this process ends."""
     write, written = anndata.AnnData.write_h5ad, []
 
@@ -358,7 +358,7 @@ def test_retry() -> None:
         ("The object at URI 's3://a/b' is not a valid TileDB array or group.", False),
     ],
 )
-def test_network_faults_by_their_message(message: str, is_network: bool) -> None:
+def test_network_faults_by_their_message(message, is_network) -> None:
     assert is_network_fault(RuntimeError(message)) == is_network
 
 

@@ -22,7 +22,7 @@ from tests.support.small_cells import gene_id, random_counts, write_h5ad
 
 
 @pytest.fixture
-def counts(rng: np.random.Generator) -> sparse.csr_matrix:
+def counts(rng) -> sparse.csr_matrix:
     return random_counts(rng, num_cells=23, num_genes=40)
 
 
@@ -61,14 +61,7 @@ def stored(path: Path, storage: str) -> Any:
     + [(storage, np.float32) for storage in STORAGES],
 )
 @pytest.mark.parametrize("num_rows", [1, 7, 100])
-def test_blocks_are_the_matrix(
-    tmp_path: Path,
-    counts: sparse.csr_matrix,
-    form: type,
-    kind: type,
-    storage: str,
-    num_rows: int,
-) -> None:
+def test_blocks_are_the_matrix(tmp_path, counts, form, kind, storage, num_rows) -> None:
     path = write_h5ad(tmp_path / "a.h5ad", form(counts.astype(kind)))
     before = path.read_bytes()
     path.chmod(0o444)
@@ -86,7 +79,7 @@ def test_blocks_are_the_matrix(
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_order_of_places(tmp_path: Path, counts: sparse.csr_matrix, storage: str) -> None:
+def test_order_of_places(tmp_path, counts, storage) -> None:
     raw = anndata.AnnData(counts * 2, var=pd.DataFrame(index=[f"r{i}" for i in range(40)]))
     data = anndata.AnnData(counts, layers={"counts": counts * 3, "other": counts * 4})
     data.raw = raw
@@ -108,7 +101,7 @@ def test_order_of_places(tmp_path: Path, counts: sparse.csr_matrix, storage: str
 
 @pytest.mark.parametrize("storage", ["h5ad", "memory"])
 def test_normalised_values_are_passed_over_and_damaged_counts_are_not(
-    tmp_path: Path, counts: sparse.csr_matrix, storage: str
+    tmp_path, counts, storage
 ) -> None:
     data = anndata.AnnData(counts)
     data.raw = anndata.AnnData(sparse.csr_matrix(np.log1p(counts.toarray() * 0.37)))
@@ -126,7 +119,7 @@ def test_normalised_values_are_passed_over_and_damaged_counts_are_not(
 
 
 @pytest.mark.parametrize("name", ["a.zarr/.zgroup", "a.zarr/zarr.json", "a.zarr.zip"])
-def test_zarr_that_is_none(tmp_path: Path, name: str) -> None:
+def test_zarr_that_is_none(tmp_path, name) -> None:
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("{")
@@ -138,9 +131,7 @@ def test_zarr_that_is_none(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("part", ["X/data", "X/indices", "obs/_index"])
 @pytest.mark.parametrize("storage", ["zarr2", "zarr3", "zarr3.zip"])
-def test_damaged_chunks_of_zarr(
-    tmp_path: Path, counts: sparse.csr_matrix, storage: str, part: str
-) -> None:
+def test_damaged_chunks_of_zarr(tmp_path, counts, storage, part) -> None:
     path = stored(write_h5ad(tmp_path / "a.h5ad", counts), storage)
     if path.suffix == ".zip":
         raw = bytearray(path.read_bytes())
@@ -159,9 +150,7 @@ def test_damaged_chunks_of_zarr(
 
 @pytest.mark.parametrize("storage", FILES)
 @pytest.mark.parametrize("name", ["kang_ifnb", "pbmc3k_labelled"])
-def test_real_files_are_what_anndata_reads(
-    shared_data: Path, tmp_path: Path, name: str, storage: str
-) -> None:
+def test_real_files_are_what_anndata_reads(shared_data, tmp_path, name, storage) -> None:
     source = shared_data / f"{name}.h5ad"
     expected = anndata.read_h5ad(source)
     with open_counts(stored(shutil.copy(source, tmp_path / "a.h5ad"), storage)) as file:
@@ -175,7 +164,7 @@ def test_real_files_are_what_anndata_reads(
     np.testing.assert_array_equal(lengths, np.diff(expected.X.indptr))
 
 
-def test_compression_that_is_not_there(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+def test_compression_that_is_not_there(tmp_path, counts) -> None:
     path = write_h5ad(tmp_path / "a.h5ad", counts)
     with h5py.File(path, "r+") as file:
         data = file["X/data"][:]
@@ -190,7 +179,7 @@ def test_compression_that_is_not_there(tmp_path: Path, counts: sparse.csr_matrix
         CountsFile(path)
 
 
-def test_datasets_of_cells(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+def test_datasets_of_cells(tmp_path, counts) -> None:
     obs = {"dataset_id": pd.Categorical(["d1", None, ""] + ["d2"] * 20)}
     path = write_h5ad(tmp_path / "mine.h5ad", counts, obs=obs)
     for source, stem in ((path, "mine"), (stored(path, "memory"), "adata")):
@@ -202,9 +191,7 @@ def test_datasets_of_cells(tmp_path: Path, counts: sparse.csr_matrix) -> None:
 
 
 @pytest.mark.parametrize("storage", FILES)
-def test_fingerprint_is_another_after_a_change(
-    tmp_path: Path, counts: sparse.csr_matrix, storage: str
-) -> None:
+def test_fingerprint_is_another_after_a_change(tmp_path, counts, storage) -> None:
     found = []
     for factor in (1, 1, 2):
         path = write_h5ad(tmp_path / "a.h5ad", counts * factor)
@@ -214,7 +201,7 @@ def test_fingerprint_is_another_after_a_change(
     assert set(found[0]) == {"size", "mtime_ns"}
 
 
-def test_raw_of_before_0_7(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+def test_raw_of_before_0_7(tmp_path, counts) -> None:
     path = write_h5ad(tmp_path / "a.h5ad", np.log1p(counts.toarray() * 0.3))
     with h5py.File(path, "r+") as file:
         file.create_group("raw.X").attrs.update(
@@ -231,7 +218,7 @@ def test_raw_of_before_0_7(tmp_path: Path, counts: sparse.csr_matrix) -> None:
         np.testing.assert_array_equal(dense_of(opened, 7), counts.toarray())
 
 
-def test_file_without_cells_or_genes(tmp_path: Path) -> None:
+def test_file_without_cells_or_genes(tmp_path) -> None:
     for shape in ((0, 3), (3, 0)):
         path = write_h5ad(tmp_path / "a.h5ad", sparse.csr_matrix(shape, dtype=np.float32))
         for source in (path, stored(path, "memory")):
@@ -241,9 +228,7 @@ def test_file_without_cells_or_genes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
 @pytest.mark.parametrize("allow_normalised", [False, True])
-def test_value_that_is_no_count_in_memory(
-    tmp_path: Path, counts: sparse.csr_matrix, form: type, allow_normalised: bool
-) -> None:
+def test_value_that_is_no_count_in_memory(tmp_path, counts, form, allow_normalised) -> None:
     wrong = counts.toarray() * (0.3 if allow_normalised else 1)
     wrong[17, 31] = -2
     source = stored(write_h5ad(tmp_path / "a.h5ad", form(wrong)), "memory")
@@ -255,7 +240,7 @@ def test_value_that_is_no_count_in_memory(
         list(file.blocks(5))
 
 
-def test_missing_layer_in_memory(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+def test_missing_layer_in_memory(tmp_path, counts) -> None:
     path = write_h5ad(tmp_path / "a.h5ad", counts, layers={"spliced": counts})
     with pytest.raises(DataError, match=r"layers/nascent; layers of the file: spliced"):
         open_counts(stored(path, "memory"), "nascent")
@@ -271,15 +256,7 @@ def test_missing_layer_in_memory(tmp_path: Path, counts: sparse.csr_matrix) -> N
     ],
 )
 @pytest.mark.parametrize("storage", ["zarr2", "zarr3"])
-def test_damaged_index_in_zarr(
-    tmp_path: Path,
-    counts: sparse.csr_matrix,
-    part: str,
-    place: int,
-    value: int,
-    message: str,
-    storage: str,
-) -> None:
+def test_damaged_index_in_zarr(tmp_path, counts, part, place, value, message, storage) -> None:
     path = stored(write_h5ad(tmp_path / "a.h5ad", counts), storage)
     array = zarr.open_group(path, mode="r+")[f"X/{part}"]
     values = array[:]
@@ -291,9 +268,7 @@ def test_damaged_index_in_zarr(
 
 @pytest.mark.parametrize(("storage", "chunk"), [("zarr2", "0"), ("zarr3", "c/0")])
 @pytest.mark.parametrize("frame", ["obs", "var"])
-def test_a_copy_in_part_of_the_names_of_zarr(
-    tmp_path: Path, counts: sparse.csr_matrix, storage: str, chunk: str, frame: str
-) -> None:
+def test_a_copy_in_part_of_the_names_of_zarr(tmp_path, counts, storage, chunk, frame) -> None:
     """Missing chunks would be read as blank names, and genes of these be lost."""
     path = stored(write_h5ad(tmp_path / "a.h5ad", counts), storage)
     (path / frame / "_index" / chunk).unlink()

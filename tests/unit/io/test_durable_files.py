@@ -21,7 +21,7 @@ Calls = list[tuple[str, str]]
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+def calls(monkeypatch) -> Calls:
     """("synced", path) and ("named", new path), in order, of all that is synced and renamed."""
     found: Calls = []
     fsync = os.fsync
@@ -58,7 +58,7 @@ def filled(folder: Path) -> set[str]:
     return {str(folder), *(str(path) for path in folder.rglob("*"))}
 
 
-def test_checkpoint(tmp_path: Path, calls: Calls) -> None:
+def test_checkpoint(tmp_path, calls) -> None:
     staging = checkpoints.make_staging(tmp_path, 3)
     paths = filled(staging) | {str(staging / checkpoints.MANIFEST)}
     final = checkpoints.commit(staging, tmp_path, 3)
@@ -66,7 +66,7 @@ def test_checkpoint(tmp_path: Path, calls: Calls) -> None:
     assert ("synced", str(tmp_path)) in calls[calls.index(("named", str(final))) :]
 
 
-def test_store(tmp_path: Path, calls: Calls) -> None:
+def test_store(tmp_path, calls) -> None:
     target = tmp_path / "store"
     with StagedFolder(target) as staged:
         paths = filled(staged.store)
@@ -87,14 +87,14 @@ class OneCell:
         return RaggedCells(tokens, np.array([0, 2]), np.array([5], np.uint64))
 
 
-def test_flat_copy(tmp_path: Path, calls: Calls) -> None:
+def test_flat_copy(tmp_path, calls) -> None:
     copy = local_cache.ensure(OneCell(), "c" * 64, 2, tmp_path)
     partial = copy.folder.with_name(f".{copy.folder.name}.partial")
     paths = {str(partial), *(str(partial / path.name) for path in copy.folder.iterdir())}
     assert paths <= synced_before(calls, copy.folder)
 
 
-def test_outcome(tmp_path: Path, calls: Calls) -> None:
+def test_outcome(tmp_path, calls) -> None:
     folder = RunFolder(tmp_path)
     folder.open()
     name = tmp_path / "outcome.json"
@@ -102,7 +102,7 @@ def test_outcome(tmp_path: Path, calls: Calls) -> None:
     folder.close(0, "done")
 
 
-def test_metrics_of_earlier_steps(tmp_path: Path, calls: Calls) -> None:
+def test_metrics_of_earlier_steps(tmp_path, calls) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
     drop_later_steps(path, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
 
 import anndata
 import numpy as np
@@ -44,12 +43,12 @@ def parts() -> dict[str, anndata.AnnData]:
 
 
 @pytest.fixture(scope="module")
-def counts(parts: dict[str, anndata.AnnData]) -> np.ndarray:
+def counts(parts) -> np.ndarray:
     return np.concatenate([part.X.toarray() for part in parts.values()])
 
 
 @pytest.fixture(scope="module")
-def census(parts: dict[str, anndata.AnnData], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def census(parts, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("census") / "census"
     write_experiment(path, parts)
     return path
@@ -66,7 +65,7 @@ def dense_of(opened: ExperimentCounts, start: int, stop: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("inside", ["", ORGANISM])
-def test_a_census_and_its_experiment(census: Path, counts: np.ndarray, inside: str) -> None:
+def test_a_census_and_its_experiment(census, counts, inside) -> None:
     with open_counts(census / inside) as opened:
         assert isinstance(opened, ExperimentCounts)
         assert (opened.num_cells, opened.num_columns) == counts.shape
@@ -79,7 +78,7 @@ def test_a_census_and_its_experiment(census: Path, counts: np.ndarray, inside: s
         assert opened.gene_names()[:2] == ["S0", "S1"]
 
 
-def test_obs_of_any_slice_has_the_same_dtypes(census: Path) -> None:
+def test_obs_of_any_slice_has_the_same_dtypes(census) -> None:
     with ExperimentCounts(census) as opened:
         everything = opened.read_obs(0, 33)
         part = opened.read_obs(11, 15)
@@ -92,7 +91,7 @@ def test_obs_of_any_slice_has_the_same_dtypes(census: Path) -> None:
     assert everything["cell_type"].dtype == "category"
 
 
-def test_a_filter_chooses_cells(census: Path, counts: np.ndarray) -> None:
+def test_a_filter_chooses_cells(census, counts) -> None:
     with ExperimentCounts(census, value_filter='dataset_id == "d2"') as opened:
         np.testing.assert_array_equal(dense_of(opened, 0, 9), counts[13:22])
         assert set(opened.read_dataset_ids(0, 9)) == {"d2"}
@@ -102,7 +101,7 @@ def test_a_filter_chooses_cells(census: Path, counts: np.ndarray) -> None:
         assert opened.read_cell_ids(0, 2) == ["a1", "a4"]
 
 
-def test_joinids_choose_cells(census: Path, counts: np.ndarray) -> None:
+def test_joinids_choose_cells(census, counts) -> None:
     chosen = np.array([0, 1, 2, 9, 30, 32])
     with ExperimentCounts(census, joinids=chosen) as opened:
         np.testing.assert_array_equal(dense_of(opened, 0, 6), counts[chosen])
@@ -114,7 +113,7 @@ def test_joinids_choose_cells(census: Path, counts: np.ndarray) -> None:
         ExperimentCounts(census, joinids=np.array([32, 33]))
 
 
-def test_gaps_between_joinids(tmp_path: Path, parts: dict[str, anndata.AnnData]) -> None:
+def test_gaps_between_joinids(tmp_path, parts) -> None:
     joinids = np.array([2, 3, 4, 10, 11, 20, 21, 22, 40])
     write_experiment(tmp_path / "e", {"d2": parts["d2"]}, joinids=joinids)
     with ExperimentCounts(tmp_path / "e") as opened:
@@ -137,9 +136,7 @@ def test_places_and_joinids() -> None:
             JoinIds(np.array(wrong))
 
 
-def test_blocks_are_all_rows(
-    census: Path, counts: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_are_all_rows(census, counts, monkeypatch) -> None:
     monkeypatch.setattr(soma, "_FIRST_ROWS", 4)
     monkeypatch.setattr(soma, "BLOCK_ENTRIES", 60)
     with ExperimentCounts(census) as opened:
@@ -151,9 +148,7 @@ def test_blocks_are_all_rows(
     assert total == counts[1:30].sum()
 
 
-def test_answers_out_of_order_are_put_in_order(
-    census: Path, counts: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_out_of_order_are_put_in_order(census, counts, monkeypatch) -> None:
     entries, query = soma.SomaMatrix._sparse, soma.SomaFrame._query
 
     def reversed_entries(matrix: soma.SomaMatrix, ids: np.ndarray) -> list[object]:
@@ -170,7 +165,7 @@ def test_answers_out_of_order_are_put_in_order(
         assert opened.read_cell_ids(11, 15) == ["a11", "a12", "b0", "b1"]
 
 
-def test_missing_labels_and_names(tmp_path: Path, parts: dict[str, anndata.AnnData]) -> None:
+def test_missing_labels_and_names(tmp_path, parts) -> None:
     data = parts["d1"].copy()
     data.obs["dataset_id"] = pd.Categorical([None, "x", "y"] + ["x"] * 10)
     data.obs["observation_joinid"] = ["", *(f"j{i}" for i in range(12))]
@@ -190,9 +185,7 @@ def write_anndata(path: Path, data: anndata.AnnData) -> None:
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_what_tiledbsoma_makes_of_an_anndata(
-    tmp_path: Path, parts: dict[str, anndata.AnnData], dense: bool
-) -> None:
+def test_what_tiledbsoma_makes_of_an_anndata(tmp_path, parts, dense) -> None:
     data = parts["d1"].copy()
     data.X = data.X.toarray() if dense else data.X
     data.obs["score"] = pd.array([None if i % 4 else i for i in range(13)], dtype="Int64")
@@ -215,9 +208,7 @@ def test_what_tiledbsoma_makes_of_an_anndata(
     [{"value_type": kind} for kind in (np.int32, np.uint16, np.float64)]
     + [{"width": 2_147_483_646}],
 )
-def test_values_of_any_number_and_an_x_far_wider_than_var(
-    tmp_path: Path, parts: dict[str, anndata.AnnData], options: dict[str, Any]
-) -> None:
+def test_values_of_any_number_and_an_x_far_wider_than_var(tmp_path, parts, options) -> None:
     """Wide as tiledbsoma.io made it: a list of so many names would fill the memory."""
     write_experiment(tmp_path / "e", {"d1": parts["d1"]}, **options)
     with ExperimentCounts(tmp_path / "e") as opened:
@@ -227,9 +218,7 @@ def test_values_of_any_number_and_an_x_far_wider_than_var(
 
 
 @pytest.mark.parametrize("column", [30, 2**31 - 1, 2**31 + 3, 2**32 + 3])
-def test_a_column_beyond_var_is_refused(
-    tmp_path: Path, parts: dict[str, anndata.AnnData], column: int
-) -> None:
+def test_a_column_beyond_var_is_refused(tmp_path, parts, column) -> None:
     """Also one that would be a gene's if its number were cut to 32 bits."""
     write_experiment(tmp_path / "e", {"d1": parts["d1"]}, width=2**40)
     entry = {"soma_dim_0": [4], "soma_dim_1": [column], "soma_data": [1.0]}
@@ -243,7 +232,7 @@ def test_a_column_beyond_var_is_refused(
         opened.read_rows(0, 13)
 
 
-def test_a_var_without_genes(tmp_path: Path, parts: dict[str, anndata.AnnData]) -> None:
+def test_a_var_without_genes(tmp_path, parts) -> None:
     write_experiment(tmp_path / "e", {"d1": parts["d1"]})
     var = tmp_path / "e" / ORGANISM / "ms/RNA/var"
     for rows in [*(var / "__fragments").iterdir(), *(var / "__commits").iterdir()]:
@@ -252,7 +241,7 @@ def test_a_var_without_genes(tmp_path: Path, parts: dict[str, anndata.AnnData]) 
         ExperimentCounts(tmp_path / "e")
 
 
-def test_layers(tmp_path: Path, census: Path, parts: dict[str, anndata.AnnData]) -> None:
+def test_layers(tmp_path, census, parts) -> None:
     write_experiment(tmp_path / "e", {"d2": parts["d2"]}, layer="umi")
     for layer in (None, "umi", "X/umi"):
         with ExperimentCounts(tmp_path / "e", layer) as opened:
@@ -261,7 +250,7 @@ def test_layers(tmp_path: Path, census: Path, parts: dict[str, anndata.AnnData])
         ExperimentCounts(census, "umi")
 
 
-def test_what_is_no_experiment(tmp_path: Path, census: Path) -> None:
+def test_what_is_no_experiment(tmp_path, census) -> None:
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "folder", f"file://{tmp_path}/missing"):
         with pytest.raises(DataError, match="cannot be opened as a SOMA Experiment"):
@@ -275,9 +264,7 @@ def test_what_is_no_experiment(tmp_path: Path, census: Path) -> None:
         ExperimentCounts(census, value_filter='dataset_id == "none"')
 
 
-def test_fingerprint_tells_what_was_written_and_chosen(
-    tmp_path: Path, parts: dict[str, anndata.AnnData]
-) -> None:
+def test_fingerprint_tells_what_was_written_and_chosen(tmp_path, parts) -> None:
     found = []
     for name in ("d1", "d1", "d2"):
         write_experiment(tmp_path / f"e{len(found)}", {name: parts[name]})
@@ -290,7 +277,7 @@ def test_fingerprint_tells_what_was_written_and_chosen(
     assert chosen["chosen"] == found[2]["chosen"] != found[0]["chosen"]
 
 
-def test_the_census_is_read_unsigned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_census_is_read_unsigned(monkeypatch) -> None:
     monkeypatch.setattr("geneformer_mcore.io.soma._contexts", {})
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)

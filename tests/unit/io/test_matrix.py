@@ -7,7 +7,6 @@ import io
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -29,7 +28,7 @@ FORMS = ("csr", "csc", "csc on disk", "dense", "5x4", "41x1", "41x23")
 
 
 @pytest.fixture
-def counts(rng: np.random.Generator) -> np.ndarray:
+def counts(rng) -> np.ndarray:
     """Rows without an entry are among them: the first two, the last two and one between."""
     found = random_counts(rng, *SHAPE).toarray()
     found[[0, 1, 7, 39, 40]] = 0
@@ -37,13 +36,13 @@ def counts(rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Iterator[h5py.File]:
+def file(tmp_path) -> Iterator[h5py.File]:
     with h5py.File(tmp_path / "a.h5", "w") as opened:
         yield opened
 
 
 @pytest.fixture(params=["hdf5", "zarr2", "zarr3"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+def storage(request, tmp_path) -> Iterator[Any]:
     """An empty group of each kind of file."""
     if request.param == "hdf5":
         with h5py.File(tmp_path / "a.h5", "w") as opened:
@@ -98,9 +97,7 @@ def make_small(patch: pytest.MonkeyPatch, form: str = "on disk") -> None:
     + [("zarr2", "<f4"), ("zarr3", "<f4")],
     indirect=["storage"],
 )
-def test_rows_are_the_matrix(
-    storage: Any, counts: np.ndarray, form: str, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_the_matrix(storage, counts, form, kind, monkeypatch) -> None:
     make_small(monkeypatch, form)
     typed = counts.astype(kind)
     matrix = open_matrix(store(storage, typed, form), "X")
@@ -115,9 +112,7 @@ def test_rows_are_the_matrix(
 
 
 @pytest.mark.parametrize("form", ["csr", "csc"])
-def test_in_memory_nothing_is_written(
-    file: h5py.File, counts: np.ndarray, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_memory_nothing_is_written(file, counts, form, monkeypatch) -> None:
     make_small(monkeypatch)
     monkeypatch.setattr(tempfile, "TemporaryFile", None)
     tall = open_matrix(store(file, counts, "41x1"), "X", in_memory=True)
@@ -138,7 +133,7 @@ def test_in_memory_nothing_is_written(
     form=st.sampled_from(["csc", "41x1"]),
 )
 def test_converted_whatever_the_sizes_of_ranges_and_batches(
-    ranges: int, batch: int, seed: int, leading: int, trailing: int, form: str
+    ranges, batch, seed, leading, trailing, form
 ) -> None:
     """And however many of the first and of the last rows are empty."""
     counts = random_counts(np.random.default_rng(seed), *SHAPE).toarray()
@@ -158,9 +153,7 @@ def test_converted_whatever_the_sizes_of_ranges_and_batches(
 
 
 @pytest.mark.parametrize("form", ["csc", "41x1"])
-def test_nothing_is_left_on_the_disk(
-    file: h5py.File, counts: np.ndarray, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_left_on_the_disk(file, counts, form, tmp_path, monkeypatch) -> None:
     make_small(monkeypatch)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     matrix = open_matrix(store(file, counts, form), "X")
@@ -177,9 +170,7 @@ class Full(io.BytesIO):
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_no_room_to_convert(
-    file: h5py.File, counts: np.ndarray, when: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_room_to_convert(file, counts, when, monkeypatch) -> None:
     make_small(monkeypatch)
     usage = shutil.disk_usage(tempfile.gettempdir())
     if when == "before":
@@ -192,9 +183,7 @@ def test_no_room_to_convert(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_blocks_fit_the_budget(
-    file: h5py.File, counts: np.ndarray, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_fit_the_budget(file, counts, form, monkeypatch) -> None:
     make_small(monkeypatch, form)
     monkeypatch.setattr(count_matrix, "BLOCK_ENTRIES", 60)
     matrix = open_matrix(store(file, counts, form), "X")
@@ -214,7 +203,7 @@ def test_blocks_fit_the_budget(
 @pytest.mark.parametrize("kind", [np.int64, np.uint64, np.uint32])
 @pytest.mark.parametrize("form", ["csr", "csc", "csc on disk"])
 def test_an_index_beyond_int32_does_not_become_another(
-    file: h5py.File, counts: np.ndarray, form: str, kind: type, monkeypatch: pytest.MonkeyPatch
+    file, counts, form, kind, monkeypatch
 ) -> None:
     make_small(monkeypatch, form)
     group = store(file, counts, form)
@@ -230,7 +219,7 @@ def test_an_index_beyond_int32_does_not_become_another(
             matrix.read_rows(0, 41)
 
 
-def test_encodings(file: h5py.File, counts: np.ndarray) -> None:
+def test_encodings(file, counts) -> None:
     group = store(file, counts, "csr")
     del group.attrs["encoding-type"]
     group.attrs.update({"h5sparse_format": b"csr", "h5sparse_shape": group.attrs["shape"]})
@@ -240,7 +229,7 @@ def test_encodings(file: h5py.File, counts: np.ndarray) -> None:
     assert not is_matrix(group["data"])
 
 
-def test_an_index_that_does_not_fit(storage: Any, counts: np.ndarray) -> None:
+def test_an_index_that_does_not_fit(storage, counts) -> None:
     group = store(storage, counts, "csc")
     group["indptr"][3] = 10**6
     with pytest.raises(DataError, match=r"X is damaged: an index \(indptr\)"):
@@ -248,7 +237,7 @@ def test_an_index_that_does_not_fit(storage: Any, counts: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("part", ["data", "indices"])
-def test_chunks_of_zarr_that_are_missing(tmp_path: Path, counts: np.ndarray, part: str) -> None:
+def test_chunks_of_zarr_that_are_missing(tmp_path, counts, part) -> None:
     """Of a copy in part: zarr would give zeros for them."""
     group = store(zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2), counts, "csr")
     values = group[part][:]

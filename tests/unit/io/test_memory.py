@@ -31,7 +31,7 @@ FORMS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_disk(tmp_path, monkeypatch) -> None:
     """No temporary file can be made, and any conversion counts as a large one."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     monkeypatch.setattr(count_matrix, "IN_MEMORY_BYTES", 0)
@@ -54,7 +54,7 @@ def adata_of(counts: Any) -> anndata.AnnData:
 
 
 @pytest.fixture
-def counts(rng: np.random.Generator) -> sparse.csr_matrix:
+def counts(rng) -> sparse.csr_matrix:
     return random_counts(rng, NUM_CELLS, NUM_GENES)
 
 
@@ -88,16 +88,14 @@ def assert_the_same(adata: anndata.AnnData, path: Path) -> None:
 
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_the_same_as_of_the_file(
-    counts: sparse.csr_matrix, form: str, view: bool, tmp_path: Path
-) -> None:
+def test_the_same_as_of_the_file(counts, form, view, tmp_path) -> None:
     adata = adata_of(FORMS[form](counts))
     assert_the_same(adata[3:, ::2] if view else adata, tmp_path / "a.h5ad")
 
 
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("form", ["csr", "csc", "dense"])
-def test_backed(counts: sparse.csr_matrix, form: str, view: bool, tmp_path: Path) -> None:
+def test_backed(counts, form, view, tmp_path) -> None:
     adata_of(FORMS[form](counts)).write_h5ad(tmp_path / "backed.h5ad")
     backed = anndata.read_h5ad(tmp_path / "backed.h5ad", backed="r")
     assert_the_same(backed[3:] if view else backed, tmp_path / "a.h5ad")
@@ -105,7 +103,7 @@ def test_backed(counts: sparse.csr_matrix, form: str, view: bool, tmp_path: Path
 
 
 @pytest.mark.parametrize("form", ["csr", "dense"])
-def test_a_lazy_array_is_computed_by_rows(counts: sparse.csr_matrix, form: str) -> None:
+def test_a_lazy_array_is_computed_by_rows(counts, form) -> None:
     """Such as dask's, which is not installed here."""
 
     class Lazy:
@@ -124,7 +122,7 @@ def test_a_lazy_array_is_computed_by_rows(counts: sparse.csr_matrix, form: str) 
     assert read(adata)[0] == expected[0]
 
 
-def test_what_changes_changes_the_fingerprint(counts: sparse.csr_matrix) -> None:
+def test_what_changes_changes_the_fingerprint(counts) -> None:
     adata, other = adata_of(counts), adata_of(counts * 2)
     renamed = adata.copy()
     renamed.obs_names = [f"d{i}" for i in range(NUM_CELLS)]
@@ -133,7 +131,7 @@ def test_what_changes_changes_the_fingerprint(counts: sparse.csr_matrix) -> None
     assert len(set(prints)) == 3
 
 
-def test_the_anndata_stays_as_it_is(counts: sparse.csr_matrix) -> None:
+def test_the_anndata_stays_as_it_is(counts) -> None:
     adata = adata_of(counts.tocsc())
     before, obs = adata.X.copy(), adata.obs.copy()
     read(adata)
@@ -143,7 +141,7 @@ def test_the_anndata_stays_as_it_is(counts: sparse.csr_matrix) -> None:
 
 
 @pytest.mark.parametrize("form", ["csr", "csc"])
-def test_an_index_that_is_none(counts: sparse.csr_matrix, form: str) -> None:
+def test_an_index_that_is_none(counts, form) -> None:
     """scipy does not look at it, and its own loops would leave the memory of the matrix."""
     matrix = counts.asformat(form)
     adata = adata_of(matrix)
@@ -160,12 +158,12 @@ def test_an_index_that_is_none(counts: sparse.csr_matrix, form: str) -> None:
     ],
     ids=["DataFrame", "no matrix"],
 )
-def test_what_has_no_counts_is_refused(source: object, message: str) -> None:
+def test_what_has_no_counts_is_refused(source, message) -> None:
     with pytest.raises(DataError, match=message):
         open_counts(source)
 
 
-def test_a_backed_file_that_is_damaged(counts: sparse.csr_matrix, tmp_path: Path) -> None:
+def test_a_backed_file_that_is_damaged(counts, tmp_path) -> None:
     path = tmp_path / "a.h5ad"
     adata_of(counts).write_h5ad(path, compression="gzip")
     with h5py.File(path, "r+") as file:

@@ -60,9 +60,7 @@ def numbered(code: int) -> OSError:
     ],
     ids=str,
 )
-def test_which_faults_are_no_input_s(
-    name: str, error: Exception, kind: type[Exception] | None
-) -> None:
+def test_which_faults_are_no_input_s(name, error, kind) -> None:
     if kind is None:
         raise_if_io_error(name, error)
         return
@@ -80,7 +78,7 @@ def test_a_soma_object_s_error_is_told_apart() -> None:
 
 
 @pytest.fixture
-def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def inputs(tmp_path, monkeypatch) -> list[Path]:
     """a.h5ad by rows and b.h5ad by columns; units have 30 rows."""
     monkeypatch.setattr(plan, "LEAST_ROWS_PER_UNIT", 30)
     monkeypatch.setattr(plan, "MOST_ROWS_PER_UNIT", 30)
@@ -112,12 +110,7 @@ def fail_from_row(row: int, error: Exception) -> Callable[..., CountBlock]:
     ids=str,
 )
 def test_a_build_ends_with_its_units_kept_and_goes_on(
-    inputs: list[Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
-    kind: type[Exception],
-    message: str,
+    inputs, tmp_path, monkeypatch, error, kind, message
 ) -> None:
     clean = build_store(inputs, tmp_path / "clean", vocabulary_of(NUM_GENES))
     with monkeypatch.context() as patch:
@@ -133,9 +126,7 @@ def test_a_build_ends_with_its_units_kept_and_goes_on(
     assert whole.content_hash == clean.content_hash
 
 
-def test_what_an_input_holds_is_still_its_own_fault(
-    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_an_input_holds_is_still_its_own_fault(inputs, tmp_path, monkeypatch) -> None:
     error = OSError("Can't read data (inflate() failed)")
     monkeypatch.setattr(RowGroup, "read_rows", fail_from_row(60, error))
     manifest = build_store(inputs, tmp_path / "s", vocabulary_of(NUM_GENES))
@@ -143,9 +134,7 @@ def test_what_an_input_holds_is_still_its_own_fault(
     assert manifest.cells == 50
 
 
-def test_a_full_folder_of_temporary_files_ends_the_build(
-    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_folder_of_temporary_files_ends_the_build(inputs, tmp_path, monkeypatch) -> None:
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     monkeypatch.setattr(count_matrix, "IN_MEMORY_BYTES", 100)
@@ -165,9 +154,7 @@ def test_a_full_folder_of_temporary_files_ends_the_build(
     assert build_store(inputs, tmp_path / "s", vocabulary_of(NUM_GENES)).refused == []
 
 
-def test_no_folder_of_temporary_files_at_all(
-    inputs: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_folder_of_temporary_files_at_all(inputs, monkeypatch) -> None:
     def none() -> str:
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
@@ -180,9 +167,7 @@ def test_no_folder_of_temporary_files_at_all(
         counts.read_rows(0, 3)
 
 
-def test_the_inputs_own_vocabulary_is_not_made_without_them_either(
-    inputs: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_inputs_own_vocabulary_is_not_made_without_them_either(inputs, monkeypatch) -> None:
     monkeypatch.setattr(RowGroup, "read_rows", fail_from_row(60, numbered(errno.EIO)))
     with pytest.raises(ExternalIOError, match=r"a\.h5ad"):
         vocabulary_of_inputs(inputs, InputOptions())
@@ -198,7 +183,7 @@ def test_the_inputs_own_vocabulary_is_not_made_without_them_either(
     ],
     ids=str,
 )
-def test_exit_codes(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes(error, code, capsys) -> None:
     def main() -> None:
         raise error
 
@@ -216,9 +201,7 @@ def test_exit_codes(error: Exception, code: int, capsys: pytest.CaptureFixture[s
         ("io.h5ad", 2, "error: io.h5ad: reading failed, and not by what the input holds: "),
     ],
 )
-def test_build_store_stores_nothing_then(
-    inputs: list[Path], tmp_path: Path, bad: str, code: int, message: str
-) -> None:
+def test_build_store_stores_nothing_then(inputs, tmp_path, bad, code, message) -> None:
     (tmp_path / "io.h5ad").symlink_to("/proc/self/mem")
     vocabulary_of(NUM_GENES).save(tmp_path / "v.json")
     words = ["--out", "s", "--vocabulary", "v.json", "a.h5ad", bad]

@@ -77,14 +77,14 @@ def shared() -> Any:
 
 
 @pytest.fixture(scope="module")
-def three(shared: Any) -> Iterator[Workers]:
+def three(shared) -> Iterator[Workers]:
     """Three processes, which live from test to test as they do from one work to the next."""
     with Workers(3, shared) as workers:
         yield workers
 
 
 @pytest.mark.parametrize(("most", "expected"), [(None, 3), (2, 2), (0, 1)])
-def test_every_job_once(three: Workers, shared: Any, most: int | None, expected: int) -> None:
+def test_every_job_once(three, shared, most, expected) -> None:
     told: dict[int, int] = {}
 
     def advance(job: int, cells: int) -> None:
@@ -111,12 +111,12 @@ def test_every_job_once(three: Workers, shared: Any, most: int | None, expected:
 
 
 @pytest.mark.parametrize("most", [1, 3])
-def test_jobs_that_are_not_wanted_any_more_are_left_out(three: Workers, most: int) -> None:
+def test_jobs_that_are_not_wanted_any_more_are_left_out(three, most) -> None:
     outcomes = three.run(Doing({}), range(9), is_wanted=lambda job: job % 3 != 0, most=most)
     assert sorted(job for job, _ in outcomes) == [1, 2, 4, 5, 7, 8]
 
 
-def test_a_chain_is_done_by_one_process_in_order(three: Workers) -> None:
+def test_a_chain_is_done_by_one_process_in_order(three) -> None:
     def chain(job: int) -> str | None:
         return None if job % 4 == 0 else f"chain {job % 4}"
 
@@ -142,7 +142,7 @@ def test_a_chain_is_done_by_one_process_in_order(three: Workers) -> None:
         ("full", OSError, "No space left on device: 'file'"),
     ],
 )
-def test_what_ends_all_work(fate: str, kind: type[Exception], message: str) -> None:
+def test_what_ends_all_work(fate, kind, message) -> None:
     def run() -> None:
         with Workers(2, again="Again.") as workers:
             for _ in workers.run(Doing({5: fate}), range(10)):
@@ -178,13 +178,13 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def file(tmp_path) -> Path:
     """20 cells."""
     return write_h5ad(tmp_path / "a.h5ad", random_counts(np.random.default_rng(0), 20, 10))
 
 
 @pytest.fixture
-def counting(tmp_path: Path, file: Path, repository: Path) -> Iterator[subprocess.Popen[str]]:
+def counting(tmp_path, file, repository) -> Iterator[subprocess.Popen[str]]:
     """build_store.py without a vocabulary: its two workers count, and never come to an end."""
     (tmp_path / "count.py").write_text(COUNTING)
     process = subprocess.Popen(
@@ -223,15 +223,13 @@ def wait_until_at_work(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return workers
 
 
-def test_workers_end_with_a_killed_parent(counting: subprocess.Popen[str]) -> None:
+def test_workers_end_with_a_killed_parent(counting) -> None:
     workers = wait_until_at_work(counting)
     counting.kill()
     assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
-def test_an_interrupt_reaches_no_worker_and_ends_all_by_the_parent(
-    counting: subprocess.Popen[str],
-) -> None:
+def test_an_interrupt_reaches_no_worker_and_ends_all_by_the_parent(counting) -> None:
     done = threading.Event()
 
     def interrupt() -> None:
@@ -256,7 +254,7 @@ def test_an_interrupt_reaches_no_worker_and_ends_all_by_the_parent(
     assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
-def test_a_killed_worker_is_reported_with_the_remedy(counting: subprocess.Popen[str]) -> None:
+def test_a_killed_worker_is_reported_with_the_remedy(counting) -> None:
     workers = wait_until_at_work(counting)
     workers[1].kill()
     told = counting.communicate(timeout=60)[1]
@@ -272,9 +270,7 @@ def test_a_killed_worker_is_reported_with_the_remedy(counting: subprocess.Popen[
     assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
-def test_a_lack_of_memory_is_reported_with_the_remedy(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lack_of_memory_is_reported_with_the_remedy(file, monkeypatch) -> None:
     def short(*_: object) -> None:
         raise MemoryError
 

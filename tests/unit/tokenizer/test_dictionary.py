@@ -36,7 +36,7 @@ def dump(path: Path, content: object, protocol: int = 4) -> Path:
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("kind", [float, np.float64, np.float32, np.int64])
-def test_pickle_of_numbers(tmp_path, protocol: int, kind: type) -> None:
+def test_pickle_of_numbers(tmp_path, protocol, kind) -> None:
     content = OrderedDict((gene, kind(median * 2)) for gene, median in MEDIANS.items())
     read = read_dictionary(dump(tmp_path / "m.pkl", content, protocol))
     assert read == {gene: median * 2 for gene, median in MEDIANS.items()}
@@ -78,13 +78,13 @@ def test_hostile_pickle_is_refused_and_does_nothing(tmp_path, hostile) -> None:
 @pytest.mark.parametrize(
     "value", [np.array([1.0]), np.datetime64("2020-01-01"), np.str_("text"), object, 1 + 2j]
 )
-def test_other_types_are_refused(tmp_path, value: object) -> None:
+def test_other_types_are_refused(tmp_path, value) -> None:
     with pytest.raises(DataError, match="refused as a pickle"):
         read_dictionary(dump(tmp_path / "m.pkl", {"a": value}))
 
 
 @pytest.mark.parametrize("raw", [b"", b"\x80", b"not a pickle", b"{broken", b"\x80\x04K\x01."])
-def test_damaged_file_is_refused(tmp_path, raw: bytes) -> None:
+def test_damaged_file_is_refused(tmp_path, raw) -> None:
     path = tmp_path / "m.pkl"
     path.write_bytes(raw)
     with pytest.raises(DataError, match=r"m\.pkl"):
@@ -105,7 +105,7 @@ def test_damaged_file_is_refused(tmp_path, raw: bytes) -> None:
         (["a"], "keys are gene ids"),
     ],
 )
-def test_wrong_medians(tmp_path, medians: object, message: str) -> None:
+def test_wrong_medians(tmp_path, medians, message) -> None:
     with pytest.raises(DataError, match=message):
         import_dictionary(dump(tmp_path / "m.pkl", medians))
 

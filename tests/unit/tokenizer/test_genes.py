@@ -32,7 +32,7 @@ NOVEL = [f"novel{i}" for i in range(19)]
         *((blank, "") for blank in ("", "  ", "NA", "nan", float("nan"), None, "<NA>")),
     ],
 )
-def test_clean_id(raw: object, cleaned: str) -> None:
+def test_clean_id(raw, cleaned) -> None:
     assert clean_id(raw) == cleaned
 
 
@@ -154,7 +154,7 @@ def test_names_of_the_vocabulary_that_are_one_genes_alone() -> None:
     ],
     ids=["with symbols", "none", "few", "blank"],
 )
-def test_low_overlap_is_refused(ids, mapped, allowed, message: str) -> None:
+def test_low_overlap_is_refused(ids, mapped, allowed, message) -> None:
     with pytest.raises(DataError, match=message):
         map_genes(GeneIds(ids, "index", *mapped), THREE, "a.h5ad", *allowed)
 
@@ -182,7 +182,7 @@ def test_symbol_tables(tmp_path) -> None:
 @pytest.mark.parametrize(
     "raw", [b"", b"a,b\n", b"{broken", b'{"a": 1}', b"\x1f\x8b broken", b"\xff\xfe", None]
 )
-def test_wrong_symbol_table_is_refused(tmp_path, raw: bytes | None) -> None:
+def test_wrong_symbol_table_is_refused(tmp_path, raw) -> None:
     if raw is not None:
         (tmp_path / "genes").write_bytes(raw)
     with pytest.raises(DataError, match="genes" if raw is not None else "cannot be read"):

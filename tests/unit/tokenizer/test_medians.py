@@ -171,7 +171,7 @@ def test_histograms_are_within_the_bound_of_exact(corpus) -> None:
 
 
 @pytest.mark.parametrize("memory_gb", [4.0, NEVER_GB], ids=["exact", "histograms"])
-def test_equal_tallies_make_equal_partial_files(corpus, tmp_path, memory_gb: float) -> None:
+def test_equal_tallies_make_equal_partial_files(corpus, tmp_path, memory_gb) -> None:
     part_of(corpus, tmp_path / "a.npz", memory_gb)
     merged, *others = (gather([path], OPTIONS, memory_gb) for path in corpus[::-1])
     for other in others:
@@ -226,7 +226,7 @@ def test_workers_share_the_room_for_values(corpus) -> None:
         ({"sources": []}, "no input given"),
     ],
 )
-def test_wrong_settings(corpus, settings: dict[str, object], message: str) -> None:
+def test_wrong_settings(corpus, settings, message) -> None:
     with pytest.raises(DataError, match=message):
         gather(**{"sources": corpus, "options": OPTIONS} | settings)  # type: ignore[arg-type]
 
@@ -257,7 +257,7 @@ def test_parts_that_do_not_fit_are_refused(corpus, tmp_path, rng, monkeypatch) -
 
 
 @pytest.mark.parametrize("memory_gb", [4.0, NEVER_GB], ids=["exact", "histograms"])
-def test_damaged_parts_are_refused(corpus, tmp_path, memory_gb: float, rng) -> None:
+def test_damaged_parts_are_refused(corpus, tmp_path, memory_gb, rng) -> None:
     path = part_of(corpus[:1], tmp_path / "a.npz", memory_gb)
     whole, expected = path.read_bytes(), load_tally(path, 1).vocabulary()
     refused = []
@@ -342,7 +342,7 @@ def exact_medians(values: list[tuple[int, float]]) -> np.ndarray:
 
 
 @given(VALUES)
-def test_medians_are_within_the_bound(values: list[tuple[int, float]]) -> None:
+def test_medians_are_within_the_bound(values) -> None:
     found, exact = histograms_of(values).medians(NUM_GENES), exact_medians(values)
     np.testing.assert_array_equal(np.isnan(found), np.isnan(exact))
     # One more for the rounding of the comparison itself.
@@ -374,7 +374,7 @@ def test_order_and_parts_do_not_matter(values, cuts, random) -> None:
 
 
 @given(VALUES, st.integers(0, 200))
-def test_exact_until_the_limit_and_the_same_beyond(values, limit: int) -> None:
+def test_exact_until_the_limit_and_the_same_beyond(values, limit) -> None:
     collector = MedianCollector(limit)
     for start in range(0, len(values), 7):
         collector.add(*as_arrays(values[start : start + 7]))

@@ -52,7 +52,7 @@ def assert_as_plain(counts, token_of_column, vocabulary, seq_length: int = 2048)
 
 @pytest.mark.parametrize("num_genes", [3, 50, 2000])
 @pytest.mark.parametrize("seq_length", [2, 20, 2048])
-def test_random_cells(rng, num_genes: int, seq_length: int) -> None:
+def test_random_cells(rng, num_genes, seq_length) -> None:
     counts = random_counts(rng, 60, num_genes, density=0.5)
     columns = rng.permutation(in_order(num_genes))
     columns[rng.random(num_genes) < 0.2] = 0
@@ -90,7 +90,7 @@ def test_order_of_evaluation_decides_near_ties(rng) -> None:
 
 
 @pytest.mark.parametrize("exponent", [-30, -10, 10, 30])
-def test_wide_range_of_values(rng, exponent: int) -> None:
+def test_wide_range_of_values(rng, exponent) -> None:
     medians = 10.0 ** rng.uniform(-abs(exponent), abs(exponent), 500)
     counts = random_counts(rng, 30, 500, density=0.8)
     assert_as_plain(counts, in_order(500), vocabulary_of(500, medians))
@@ -154,7 +154,7 @@ def test_seq_length_must_hold_a_gene() -> None:
 @pytest.mark.parametrize(
     "name", ["heart_san_1k", "lca_lung_1k", "marrow_cd34_palantir", "pbmc3k_labelled"]
 )
-def test_a_thousand_real_cells(shared_data, name: str) -> None:
+def test_a_thousand_real_cells(shared_data, name) -> None:
     vocabulary = import_dictionary(shared_data / "dicts" / "gc30m_gene_medians.json")
     with CountsFile(shared_data / f"{name}.h5ad") as file:
         genes = find_gene_ids(file.gene_columns(), vocabulary.token_ids)

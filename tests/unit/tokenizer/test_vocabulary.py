@@ -58,7 +58,7 @@ def test_checksum_depends_on_every_part() -> None:
         ("medians", "many", "must be lists"),
     ],
 )
-def test_changed_file_is_refused(tmp_path, place: str, value: object, message: str) -> None:
+def test_changed_file_is_refused(tmp_path, place, value, message) -> None:
     path = tmp_path / "v.json"
     PLAIN.save(path)
     content = json.loads(path.read_text())
@@ -69,7 +69,7 @@ def test_changed_file_is_refused(tmp_path, place: str, value: object, message: s
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"a": 1.5}', b"\xff"])
-def test_file_that_is_no_vocabulary_is_refused(tmp_path, content: bytes) -> None:
+def test_file_that_is_no_vocabulary_is_refused(tmp_path, content) -> None:
     path = tmp_path / "v.json"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"v\.json"):
@@ -77,7 +77,7 @@ def test_file_that_is_no_vocabulary_is_refused(tmp_path, content: bytes) -> None
 
 
 @pytest.mark.parametrize("median", [0.0, -1.0, float("nan"), float("inf")])
-def test_median_that_cannot_divide_is_refused(median: float) -> None:
+def test_median_that_cannot_divide_is_refused(median) -> None:
     with pytest.raises(DataError, match=r"above 0.*of gene b"):
         Vocabulary.from_medians({"a": 1.0, "b": median})
 
@@ -90,6 +90,6 @@ def test_as_many_tokens_as_uint16_holds() -> None:
 
 
 @pytest.mark.parametrize("ids", [(), ("a", "a"), ("b", "a"), ("", "a")])
-def test_ids_must_be_unique_sorted_and_there(ids: tuple[str, ...]) -> None:
+def test_ids_must_be_unique_sorted_and_there(ids) -> None:
     with pytest.raises(DataError):
         Vocabulary(ids, ids, (1.0,) * len(ids))
