@@ -68,7 +68,7 @@ def test_changed_file_is_refused(tmp_path, place, value, message) -> None:
         Vocabulary.load(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"a": 1.5}', b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"a": 1.5}', b"\xff", b"\x80\x04\x95"])
 def test_file_that_is_no_vocabulary_is_refused(tmp_path, content) -> None:
     path = tmp_path / "v.json"
     path.write_bytes(content)
