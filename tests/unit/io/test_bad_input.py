@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import anndata
 import h5py
 import numpy as np
 import pandas as pd
@@ -330,16 +331,22 @@ NO_COUNT = st.one_of(
     row=st.integers(0, NUM_CELLS - 1),
     column=st.integers(0, NUM_GENES - 1),
     form=st.sampled_from(["csr", "csc", "dense"]),
+    in_memory=st.booleans(),
+    normalised=st.booleans(),
 )
 def test_any_value_that_is_no_count_is_named_wherever_it_is(
-    tmp_path_factory, value, row, column, form
+    tmp_path_factory, value, row, column, form, in_memory, normalised
 ) -> None:
     path = tmp_path_factory.mktemp("bad") / "a.h5ad"
     with_value(value, form, row, column)(path)
-    with open_counts(path) as counts, pytest.raises(DataError) as error:
+    source = anndata.read_h5ad(path) if in_memory else path
+    # Of these, normalised values may be fractions alone.
+    allow = {"allow_normalised": normalised and not 0 < value < np.inf}
+    with open_counts(source, **allow) as counts, pytest.raises(DataError) as error:
         list(counts.blocks(5))
     for part in (f"row {row} (cell c{row})", f"gene {gene_id(column)} holds {value:g}", "Remedy"):
         assert part in str(error.value)
+    assert not in_memory or "the AnnData: X must" in str(error.value)
 
 
 @cache

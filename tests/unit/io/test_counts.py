@@ -12,13 +12,12 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-import zarr
 from scipy import sparse
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.counts import open_counts
 from geneformer_mcore.io.h5ad import CountsFile
-from tests.support.small_cells import gene_id, random_counts, write_h5ad
+from tests.support.small_cells import random_counts, write_h5ad
 
 
 @pytest.fixture
@@ -218,52 +217,11 @@ def test_raw_of_before_0_7(tmp_path, counts) -> None:
         np.testing.assert_array_equal(dense_of(opened, 7), counts.toarray())
 
 
-def test_file_without_cells_or_genes(tmp_path) -> None:
-    for shape in ((0, 3), (3, 0)):
-        path = write_h5ad(tmp_path / "a.h5ad", sparse.csr_matrix(shape, dtype=np.float32))
-        for source in (path, stored(path, "memory")):
-            with pytest.raises(DataError, match=f"{shape[0]} cells x {shape[1]} genes"):
-                open_counts(source)
-
-
-@pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
-@pytest.mark.parametrize("allow_normalised", [False, True])
-def test_value_that_is_no_count_in_memory(tmp_path, counts, form, allow_normalised) -> None:
-    wrong = counts.toarray() * (0.3 if allow_normalised else 1)
-    wrong[17, 31] = -2
-    source = stored(write_h5ad(tmp_path / "a.h5ad", form(wrong)), "memory")
-    message = rf"the AnnData: X must.*row 17 .cell c17.*{gene_id(31)} holds -2: negative.*Remedy"
-    with (
-        open_counts(source, allow_normalised=allow_normalised) as file,
-        pytest.raises(DataError, match=message),
-    ):
-        list(file.blocks(5))
-
-
-def test_missing_layer_in_memory(tmp_path, counts) -> None:
+def test_missing_layer(tmp_path, counts) -> None:
     path = write_h5ad(tmp_path / "a.h5ad", counts, layers={"spliced": counts})
-    with pytest.raises(DataError, match=r"layers/nascent; layers of the file: spliced"):
-        open_counts(stored(path, "memory"), "nascent")
-
-
-@pytest.mark.parametrize(
-    ("part", "place", "value", "message"),
-    [
-        ("indptr", 3, 10**6, "index"),
-        ("indptr", -1, 5, "index"),
-        ("indices", 4, 40, "column 40 of 40"),
-        ("indices", 4, -1, "column -1 of 40"),
-    ],
-)
-@pytest.mark.parametrize("storage", ["zarr2", "zarr3"])
-def test_damaged_index_in_zarr(tmp_path, counts, part, place, value, message, storage) -> None:
-    path = stored(write_h5ad(tmp_path / "a.h5ad", counts), storage)
-    array = zarr.open_group(path, mode="r+")[f"X/{part}"]
-    values = array[:]
-    values[place] = value
-    array[:] = values
-    with pytest.raises(DataError, match=message), open_counts(path) as file:
-        list(file.blocks())
+    for source in (path, stored(path, "memory")):
+        with pytest.raises(DataError, match=r"layers/nascent; layers of the file: spliced"):
+            open_counts(source, "nascent")
 
 
 @pytest.mark.parametrize(("storage", "chunk"), [("zarr2", "0"), ("zarr3", "c/0")])

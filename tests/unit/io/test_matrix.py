@@ -229,9 +229,13 @@ def test_encodings(file, counts) -> None:
     assert not is_matrix(group["data"])
 
 
-def test_an_index_that_does_not_fit(storage, counts) -> None:
-    group = store(storage, counts, "csc")
-    group["indptr"][3] = 10**6
+@pytest.mark.parametrize("form", ["csr", "csc"])
+@pytest.mark.parametrize(("place", "value"), [(3, 10**6), (-1, 5)])
+def test_an_index_that_does_not_fit(storage, counts, form, place, value) -> None:
+    group = store(storage, counts, form)
+    values = group["indptr"][:]
+    values[place] = value
+    group["indptr"][:] = values
     with pytest.raises(DataError, match=r"X is damaged: an index \(indptr\)"):
         open_matrix(group, "X")
 

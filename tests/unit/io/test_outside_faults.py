@@ -39,6 +39,8 @@ def numbered(code: int) -> OSError:
     ("name", "error", "kind"),
     [
         ("s3://b/x: obs", RuntimeError(CURL), NetworkError),
+        ("s3://b/x", RuntimeError("Error [HTTP Response Code: -1] : curlCode: 6"), NetworkError),
+        ("s3://b/x", RuntimeError("Error [HTTP Response Code: 503] SlowDown"), NetworkError),
         ("a.h5ad", TimeoutError("NFS"), NetworkError),
         ("a.h5ad", numbered(errno.ETIMEDOUT), NetworkError),
         ("a.h5ad", numbered(errno.EIO), ExternalIOError),
@@ -57,6 +59,7 @@ def numbered(code: int) -> OSError:
         ("network/soma", RuntimeError("file:///network/soma is damaged"), None),
         ("s3://network/x", RuntimeError("'s3://network/x' is not a valid TileDB group."), None),
         ("s3://b/x", RuntimeError("S3: Error [HTTP Response Code: 404]"), None),
+        ("s3://b/x", RuntimeError("S3: Error [HTTP Response Code: 403] AccessDenied"), None),
     ],
     ids=str,
 )
