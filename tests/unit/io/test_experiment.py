@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata
@@ -19,20 +20,18 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.io import soma
 from geneformer_mcore.io.counts import open_counts
 from geneformer_mcore.io.soma import ExperimentCounts, JoinIds, soma_context
-from tests.support.small_cells import gene_id, random_counts
+from tests.support.small_cells import adata_of, gene_ids, random_counts
 from tests.support.small_experiment import ORGANISM, write_experiment
 
-GENES = [gene_id(number) for number in range(30)]
+GENES = gene_ids(30)
 
 
 def cells(rng: np.random.Generator, num_cells: int, name: str) -> anndata.AnnData:
-    return anndata.AnnData(
+    return adata_of(
         random_counts(rng, num_cells, len(GENES)),
-        obs=pd.DataFrame(
-            {"cell_type": [f"type {i % 3}" for i in range(num_cells)]},
-            index=[f"{name}{i}" for i in range(num_cells)],
-        ),
-        var=pd.DataFrame({"feature_name": [f"S{i}" for i in range(30)]}, index=GENES),
+        cell_ids=[f"{name}{i}" for i in range(num_cells)],
+        obs={"cell_type": [f"type {i % 3}" for i in range(num_cells)]},
+        var={"feature_name": [f"S{i}" for i in range(30)]},
     )
 
 
@@ -54,14 +53,25 @@ def census(parts, tmp_path_factory) -> Path:
     return path
 
 
-def dense_of(opened: ExperimentCounts, start: int, stop: int) -> np.ndarray:
-    block = opened.read_rows(start, stop)
-    assert (block.start, len(block)) == (start, stop - start)
-    rows = sparse.csr_matrix(
-        (block.data, block.indices, block.indptr), (stop - start, opened.num_columns)
-    )
+@pytest.fixture
+def one(parts, tmp_path) -> Callable[..., Path]:
+    """Writes the Experiment of d1 alone, in some other form."""
+
+    def write(**options: Any) -> Path:
+        write_experiment(tmp_path / "e", {"d1": parts["d1"]}, **options)
+        return tmp_path / "e"
+
+    return write
+
+
+def check_rows(opened: ExperimentCounts, start: int, expected: np.ndarray) -> None:
+    """Rows from `start` on are these."""
+    block = opened.read_rows(start, start + len(expected))
+    assert (block.start, len(block)) == (start, len(expected))
+    rows = sparse.csr_matrix((block.data, block.indices, block.indptr), expected.shape)
     assert rows.has_sorted_indices
-    return rows.toarray()
+    assert opened.num_columns == len(GENES)
+    np.testing.assert_array_equal(rows.toarray(), expected)
 
 
 @pytest.mark.parametrize("inside", ["", ORGANISM])
@@ -70,8 +80,8 @@ def test_a_census_and_its_experiment(census, counts, inside) -> None:
         assert isinstance(opened, ExperimentCounts)
         assert (opened.num_cells, opened.num_columns) == counts.shape
         assert (opened.location, opened.passed_over) == ("X/raw", ())
-        np.testing.assert_array_equal(dense_of(opened, 0, 33), counts)
-        np.testing.assert_array_equal(dense_of(opened, 11, 15), counts[11:15])
+        check_rows(opened, 0, counts)
+        check_rows(opened, 11, counts[11:15])
         assert opened.read_cell_ids(12, 14) == ["a12", "b0"]
         assert opened.read_dataset_ids(12, 14) == ["d1", "d2"]
         assert opened.gene_columns()["feature_id"] == GENES
@@ -93,22 +103,22 @@ def test_obs_of_any_slice_has_the_same_dtypes(census) -> None:
 
 def test_a_filter_chooses_cells(census, counts) -> None:
     with ExperimentCounts(census, value_filter='dataset_id == "d2"') as opened:
-        np.testing.assert_array_equal(dense_of(opened, 0, 9), counts[13:22])
+        check_rows(opened, 0, counts[13:22])
         assert set(opened.read_dataset_ids(0, 9)) == {"d2"}
     with ExperimentCounts(census, value_filter='cell_type == "type 1"') as opened:
         chosen = [i for i, n in enumerate([*range(13), *range(9), *range(11)]) if n % 3 == 1]
-        np.testing.assert_array_equal(dense_of(opened, 2, len(chosen)), counts[chosen[2:]])
+        check_rows(opened, 2, counts[chosen[2:]])
         assert opened.read_cell_ids(0, 2) == ["a1", "a4"]
 
 
 def test_joinids_choose_cells(census, counts) -> None:
     chosen = np.array([0, 1, 2, 9, 30, 32])
     with ExperimentCounts(census, joinids=chosen) as opened:
-        np.testing.assert_array_equal(dense_of(opened, 0, 6), counts[chosen])
-        np.testing.assert_array_equal(dense_of(opened, 2, 5), counts[chosen[2:5]])
+        check_rows(opened, 0, counts[chosen])
+        check_rows(opened, 2, counts[chosen[2:5]])
     both = {"joinids": chosen, "value_filter": 'dataset_id == "d3"'}
     with ExperimentCounts(census, **both) as opened:
-        np.testing.assert_array_equal(dense_of(opened, 0, 2), counts[[30, 32]])
+        check_rows(opened, 0, counts[[30, 32]])
     with pytest.raises(DataError, match="holds 1 of the 2 cells requested"):
         ExperimentCounts(census, joinids=np.array([32, 33]))
 
@@ -118,8 +128,8 @@ def test_gaps_between_joinids(tmp_path, parts) -> None:
     write_experiment(tmp_path / "e", {"d2": parts["d2"]}, joinids=joinids)
     with ExperimentCounts(tmp_path / "e") as opened:
         assert opened.num_cells == 9
-        np.testing.assert_array_equal(dense_of(opened, 0, 9), parts["d2"].X.toarray())
-        np.testing.assert_array_equal(dense_of(opened, 2, 6), parts["d2"].X.toarray()[2:6])
+        check_rows(opened, 0, parts["d2"].X.toarray())
+        check_rows(opened, 2, parts["d2"].X.toarray()[2:6])
         assert opened.read_cell_ids(8, 9) == ["b8"]
 
 
@@ -161,7 +171,7 @@ def test_answers_out_of_order_are_put_in_order(census, counts, monkeypatch) -> N
     monkeypatch.setattr(soma.SomaMatrix, "_sparse", reversed_entries)
     monkeypatch.setattr(soma.SomaFrame, "_query", reversed_rows)
     with ExperimentCounts(census) as opened:
-        np.testing.assert_array_equal(dense_of(opened, 3, 20), counts[3:20])
+        check_rows(opened, 3, counts[3:20])
         assert opened.read_cell_ids(11, 15) == ["a11", "a12", "b0", "b1"]
 
 
@@ -193,8 +203,8 @@ def test_what_tiledbsoma_makes_of_an_anndata(tmp_path, parts, dense) -> None:
     write_anndata(path, data)
     with open_counts(path) as opened:
         assert opened.location == "X/data"
-        np.testing.assert_array_equal(dense_of(opened, 0, 13), parts["d1"].X.toarray())
-        np.testing.assert_array_equal(dense_of(opened, 5, 7), parts["d1"].X.toarray()[5:7])
+        check_rows(opened, 0, parts["d1"].X.toarray())
+        check_rows(opened, 5, parts["d1"].X.toarray()[5:7])
         assert opened.read_cell_ids(3, 5) == ["a3", "a4"]
         assert opened.read_dataset_ids(3, 5) == ["soma", "soma"]
         assert opened.gene_columns()["index"] == GENES
@@ -214,7 +224,7 @@ def test_values_of_any_number_and_an_x_far_wider_than_var(tmp_path, parts, optio
     with ExperimentCounts(tmp_path / "e") as opened:
         assert opened.num_columns == len(GENES)
         assert opened.gene_columns()["feature_id"] == GENES
-        np.testing.assert_array_equal(dense_of(opened, 0, 13), parts["d1"].X.toarray())
+        check_rows(opened, 0, parts["d1"].X.toarray())
 
 
 @pytest.mark.parametrize("column", [30, 2**31 - 1, 2**31 + 3, 2**32 + 3])
