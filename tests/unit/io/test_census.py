@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import anndata
 import numpy as np
@@ -92,11 +92,8 @@ def missing(fetching: Fetching, units) -> list[str]:
 
 def test_plan_takes_the_card_s_cells(plan) -> None:
     assert [(unit.name, unit.cells, unit.first, unit.last) for unit in plan.units] == [
-        ("a.0000", 10, 30, 39),
-        ("a.0001", 10, 40, 49),
-        ("a.0002", 5, 50, 54),
-        ("b.0000", 10, 0, 18),
-        ("b.0001", 5, 20, 28),
+        *(("a.0000", 10, 30, 39), ("a.0001", 10, 40, 49), ("a.0002", 5, 50, 54)),
+        *(("b.0000", 10, 0, 18), ("b.0001", 5, 20, 28)),
         ("d", 2, 66, 67),
     ]
     assert plan.cells == 42
@@ -126,16 +123,11 @@ def test_plan_of_other_cells(address, tmp_path, rng) -> None:
 
 
 def test_plan_is_kept_and_made_once(address, plan, tmp_path) -> None:
-    folder, asked = tmp_path / "out", []
-
-    def find(selection: Selection) -> Release:
-        asked.append(selection)
-        return Release("2025", address)
-
+    folder, find = tmp_path / "out", Mock(return_value=Release("2025", address))
     given = {"source": address, "cells_per_unit": 10}
     for selection in (given, given, {}):
         assert prepare_plan(folder, selection, find) == plan
-    assert asked == [Selection(address, cells_per_unit=10)]
+    find.assert_called_once_with(Selection(address, cells_per_unit=10))
     with pytest.raises(DataError, match=r"of another selection: limit_cells None, not 3\."):
         prepare_plan(folder, {"limit_cells": 3}, find)
     path = folder / "plan.json"
@@ -151,8 +143,7 @@ def test_files_hold_the_cells(plan, fetching, cells) -> None:
     assert news[-1] == ("fetching", 42, 42)
     files = {unit.name: fetching.folder / unit.file for unit in plan.units}
     pieces = {name: anndata.read_h5ad(file) for name, file in files.items()}
-    expected = {"b": np.arange(0, 30, 2), "a": np.arange(25), "d": np.array([1, 2])}
-    for name, rows in expected.items():
+    for name, rows in {"b": range(0, 30, 2), "a": range(25), "d": [1, 2]}.items():
         own = anndata.concat([pieces[unit] for unit in sorted(pieces) if unit[0] == name])
         np.testing.assert_array_equal(own.X.toarray(), cells[name].X.toarray()[rows])
         assert own.obs_names.tolist() == [f"{name}{row}" for row in rows]
@@ -335,17 +326,12 @@ def test_retry() -> None:
         Retry(0)
 
 
-class FakeCensus(dict):  # type: ignore[type-arg]
-    def __enter__(self) -> FakeCensus:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self["closed"] = True
-
-
 def test_release(monkeypatch) -> None:
     """Of a cellxgene_census as far as it is used, with one release and one organism."""
-    opened = FakeCensus(census_data={"homo_sapiens": SimpleNamespace(uri="s3://bucket/human")})
+    opened = MagicMock()
+    census_data = {"homo_sapiens": SimpleNamespace(uri="s3://bucket/human")}
+    opened.__enter__.return_value = {"census_data": census_data}
+    open_soma = Mock(return_value=opened)
     module = ModuleType("cellxgene_census")
     module.__spec__ = ModuleSpec("cellxgene_census", None)
 
@@ -354,15 +340,12 @@ def test_release(monkeypatch) -> None:
             raise ValueError(f"unknown {version}.")
         return {"release_build": "2025-01-30"}
 
-    def open_soma(*, census_version: str) -> FakeCensus:
-        opened["version"] = census_version
-        return opened
-
     vars(module).update(get_census_version_description=describe, open_soma=open_soma)
     monkeypatch.setitem(sys.modules, "cellxgene_census", module)
     assert find_release("stable") == Release("2025-01-30", "s3://bucket/human")
     # Opened by its date, whatever `stable` is by then.
-    assert (opened["version"], opened["closed"]) == ("2025-01-30", True)
+    open_soma.assert_called_once_with(census_version="2025-01-30")
+    opened.__exit__.assert_called_once()
     with pytest.raises(DataError, match=r"no Census version '1999': unknown 1999\."):
         find_release("1999")
     with pytest.raises(DataError, match="has no organism 'martian'"):

