@@ -17,7 +17,7 @@ from scipy import sparse
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.counts import open_counts
 from geneformer_mcore.io.h5ad import CountsFile
-from tests.support.small_cells import random_counts, write_h5ad
+from tests.support.small_cells import adata_of, random_counts, write_h5ad
 
 
 @pytest.fixture
@@ -36,6 +36,7 @@ def dense_of(file: Any, num_rows: int) -> np.ndarray:
 
 FILES = ("h5ad", "zarr2", "zarr3", "zarr3.zip")
 STORAGES = (*FILES, "memory")
+CHUNK = {"zarr2": "0", "zarr3": "c/0"}
 
 
 def stored(path: Path, storage: str) -> Any:
@@ -79,29 +80,24 @@ def test_blocks_are_the_matrix(tmp_path, counts, form, kind, storage, num_rows) 
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_order_of_places(tmp_path, counts, storage) -> None:
-    raw = anndata.AnnData(counts * 2, var=pd.DataFrame(index=[f"r{i}" for i in range(40)]))
     data = anndata.AnnData(counts, layers={"counts": counts * 3, "other": counts * 4})
-    data.raw = raw
+    data.raw = adata_of(counts * 2, [f"r{i}" for i in range(40)])
     data.write_h5ad(tmp_path / "all.h5ad")
     del data.layers["counts"]
     data.write_h5ad(tmp_path / "raw.h5ad")
-    found = {}
-    for name, layer in (("all", None), ("raw", None), ("all", "other"), ("all", "X")):
+    for name, layer, *expected in (
+        ("all", None, "layers/counts", 3, "0"),
+        ("raw", None, "raw.X", 2, "r0"),
+        ("all", "other", "layers/other", 4, "0"),
+        ("all", "X", "X", 1, "0"),
+    ):
         with open_counts(stored(tmp_path / f"{name}.h5ad", storage), layer) as file:
             ratio = file.read_rows(0, 23).data.sum() / counts.sum()
-            found[name, layer] = (file.location, ratio, file.gene_columns()["index"][0])
-    assert found == {
-        ("all", None): ("layers/counts", 3, "0"),
-        ("raw", None): ("raw.X", 2, "r0"),
-        ("all", "other"): ("layers/other", 4, "0"),
-        ("all", "X"): ("X", 1, "0"),
-    }
+            assert [file.location, ratio, file.gene_columns()["index"][0]] == expected
 
 
 @pytest.mark.parametrize("storage", ["h5ad", "memory"])
-def test_normalised_values_are_passed_over_and_damaged_counts_are_not(
-    tmp_path, counts, storage
-) -> None:
+def test_normalised_values_are_passed_over_damaged_counts_not(tmp_path, counts, storage) -> None:
     data = anndata.AnnData(counts)
     data.raw = anndata.AnnData(sparse.csr_matrix(np.log1p(counts.toarray() * 0.37)))
     data.write_h5ad(tmp_path / "a.h5ad")
@@ -110,10 +106,8 @@ def test_normalised_values_are_passed_over_and_damaged_counts_are_not(
     layer = counts.copy()
     layer.data[3] = -1
     path = write_h5ad(tmp_path / "b.h5ad", counts, layers={"counts": layer})
-    with (
-        open_counts(stored(path, storage)) as file,
-        pytest.raises(DataError, match="layers/counts must hold counts"),
-    ):
+    message = "layers/counts must hold counts"
+    with open_counts(stored(path, storage)) as file, pytest.raises(DataError, match=message):
         file.read_rows(0, 23)
 
 
@@ -138,13 +132,21 @@ def test_damaged_chunks_of_zarr(tmp_path, counts, storage, part) -> None:
         raw[start : start + 40] = bytes(40)
         path.write_bytes(raw)
     else:
-        (chunk,) = (path / part / ("0" if storage == "zarr2" else "c/0"),)
-        chunk.write_bytes(b"damaged beyond repair")
-
+        (path / part / CHUNK[storage]).write_bytes(b"damaged beyond repair")
     message = r"a\.zarr.*cannot be read.*Remedy"
     with pytest.raises(DataError, match=message), open_counts(path) as file:  # noqa: PT012
         file.read_rows(0, 23)
         file.read_obs(0, 23)
+
+
+@pytest.mark.parametrize("storage", CHUNK)
+@pytest.mark.parametrize("frame", ["obs", "var"])
+def test_missing_chunks_of_names_of_zarr(tmp_path, counts, storage, frame) -> None:
+    """They would be read as blank names, and genes of these be lost."""
+    path = stored(write_h5ad(tmp_path / "a.h5ad", counts), storage)
+    (path / frame / "_index" / CHUNK[storage]).unlink()
+    with pytest.raises(DataError, match="1 of the 1 chunks of column _index are missing"):
+        open_counts(path)
 
 
 @pytest.mark.parametrize("storage", FILES)
@@ -184,9 +186,9 @@ def test_datasets_of_cells(tmp_path, counts) -> None:
     for source, stem in ((path, "mine"), (stored(path, "memory"), "adata")):
         with open_counts(source) as file:
             assert file.read_dataset_ids(0, 4) == ["d1", stem, stem, "d2"]
-    with CountsFile(write_h5ad(tmp_path / "mine.h5ad", counts)) as file:
+    with CountsFile(write_h5ad(path, counts)) as file:
         assert file.read_dataset_ids(21, 23) == ["mine", "mine"]
-        assert (file.stem, file.name) == ("mine", str(tmp_path / "mine.h5ad"))
+        assert (file.stem, file.name) == ("mine", str(path))
 
 
 @pytest.mark.parametrize("storage", FILES)
@@ -202,15 +204,13 @@ def test_fingerprint_is_another_after_a_change(tmp_path, counts, storage) -> Non
 
 def test_raw_of_before_0_7(tmp_path, counts) -> None:
     path = write_h5ad(tmp_path / "a.h5ad", np.log1p(counts.toarray() * 0.3))
+    names = [(b"r%d" % i, i) for i in range(40)]
     with h5py.File(path, "r+") as file:
-        file.create_group("raw.X").attrs.update(
-            {"h5sparse_format": "csr", "h5sparse_shape": (23, 40)}
-        )
+        raw = file.create_group("raw.X")
+        raw.attrs.update({"h5sparse_format": "csr", "h5sparse_shape": (23, 40)})
         for part in ("data", "indices", "indptr"):
-            file["raw.X"][part] = getattr(counts, part)
-        file["raw.var"] = np.array(
-            [(b"r%d" % i, i) for i in range(40)], [("index", "S4"), ("n", int)]
-        )
+            raw[part] = getattr(counts, part)
+        file["raw.var"] = np.array(names, [("index", "S4"), ("n", int)])
     with CountsFile(path) as opened:
         assert opened.location == "raw.X"
         assert opened.gene_columns()["index"][39] == "r39"
@@ -222,13 +222,3 @@ def test_missing_layer(tmp_path, counts) -> None:
     for source in (path, stored(path, "memory")):
         with pytest.raises(DataError, match=r"layers/nascent; layers of the file: spliced"):
             open_counts(source, "nascent")
-
-
-@pytest.mark.parametrize(("storage", "chunk"), [("zarr2", "0"), ("zarr3", "c/0")])
-@pytest.mark.parametrize("frame", ["obs", "var"])
-def test_a_copy_in_part_of_the_names_of_zarr(tmp_path, counts, storage, chunk, frame) -> None:
-    """Missing chunks would be read as blank names, and genes of these be lost."""
-    path = stored(write_h5ad(tmp_path / "a.h5ad", counts), storage)
-    (path / frame / "_index" / chunk).unlink()
-    with pytest.raises(DataError, match="1 of the 1 chunks of column _index are missing"):
-        open_counts(path)

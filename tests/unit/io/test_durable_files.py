@@ -30,23 +30,23 @@ def calls(monkeypatch) -> Calls:
         found.append(("synced", os.readlink(f"/proc/self/fd/{descriptor}")))
         fsync(descriptor)
 
+    def noted(do: Any) -> Any:
+        def named(source: Any, target: Any, **more: Any) -> None:
+            do(source, target, **more)
+            found.append(("named", str(target)))
+
+        return named
+
     monkeypatch.setattr(os, "fsync", synced)
     for name in ("rename", "replace"):
-        monkeypatch.setattr(os, name, _noted(getattr(os, name), found))
+        monkeypatch.setattr(os, name, noted(getattr(os, name)))
     return found
 
 
-def _noted(do: Any, found: Calls) -> Any:
-    def named(source: Any, target: Any, **more: Any) -> None:
-        do(source, target, **more)
-        found.append(("named", str(target)))
-
-    return named
-
-
-def synced_before(calls: Calls, name: Path) -> set[str]:
-    """What was synced before something was called `name`."""
+def synced_before(calls: Calls, name: Path, then: Path | None = None) -> set[str]:
+    """What was synced before something was called `name`; and after it, `then`."""
     end = calls.index(("named", str(name)))
+    assert then is None or ("synced", str(then)) in calls[end:]
     return {path for what, path in calls[:end] if what == "synced"}
 
 
@@ -62,8 +62,7 @@ def test_checkpoint(tmp_path, calls) -> None:
     staging = checkpoints.make_staging(tmp_path, 3)
     paths = filled(staging) | {str(staging / checkpoints.MANIFEST)}
     final = checkpoints.commit(staging, tmp_path, 3)
-    assert paths <= synced_before(calls, final)
-    assert ("synced", str(tmp_path)) in calls[calls.index(("named", str(final))) :]
+    assert paths <= synced_before(calls, final, then=tmp_path)
 
 
 def test_store(tmp_path, calls) -> None:
@@ -72,8 +71,7 @@ def test_store(tmp_path, calls) -> None:
         paths = filled(staged.store)
         (staged.store / MANIFEST_FILE).write_text("{}")
         staged.publish()
-    assert paths <= synced_before(calls, target)
-    assert ("synced", str(tmp_path)) in calls[calls.index(("named", str(target))) :]
+    assert paths <= synced_before(calls, target, then=tmp_path)
 
 
 class OneCell:

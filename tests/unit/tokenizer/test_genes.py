@@ -99,16 +99,17 @@ def test_tables_are_asked_in_turn_until_nearly_all_is_known() -> None:
 
 def test_symbols_by_a_table() -> None:
     index, both = ["TP53", "MYC", gene_id(0), "novel", "other"], (gene_id(1), gene_id(2))
-    for known, columns, location, expected in (
+    some, known = (*both, *index[2:]), FOUR.token_ids
+    for tokens, columns, location, expected in (
         # Ids among symbols stay.
-        (FOUR.token_ids, {"index": index}, "index", both + tuple(index[2:])),
-        (FOUR.token_ids, {"0": list("01234"), "gene_symbols": index}, "", both + tuple(index[2:])),
+        (known, {"index": index}, "index", some),
+        (known, {"index": list("01234"), "gene_symbols": index}, "gene_symbols", some),
         # Without a vocabulary: a table that fits, and one that does not.
         (None, {"index": ["TP53", "MYC", "novel"]}, "index", (*both, "")),
         (None, {"index": ["Trp53", "Myc", "MYC"]}, "index", ("Trp53", "Myc", "MYC")),
     ):
-        found = find_gene_ids(columns, known, tables=TABLES)
-        assert (found.location, found.ids) == (location or "gene_symbols", expected)
+        found = find_gene_ids(columns, tokens, tables=TABLES)
+        assert (found.location, found.ids) == (location, expected)
 
 
 def test_names_of_the_vocabulary_that_are_one_genes_alone() -> None:
