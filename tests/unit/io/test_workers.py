@@ -140,7 +140,6 @@ DEFECT = ZeroDivisionError("a defect of ours")
         (DEFECT, RuntimeError, "(?s)internal error in a worker process.*ZeroDivisionError: a def"),
         (FULL, OSError, "No space left on device: 'file'"),
     ],
-    ids=str,
 )
 def test_what_ends_all_work(fate, kind, message) -> None:
     with pytest.raises(kind, match=message), Workers(2, again="Again.") as workers:
