@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, counts_layer="--layer")
+    run(main, counts_layer="--layer", paths="--merge")

@@ -149,4 +149,4 @@ def _report(out: str, units: Sequence[CensusUnit], outcome: Outcome) -> int:
 
 
 if __name__ == "__main__":
-    run(main, counts_layer="--layer")
+    run(main, counts_layer="--layer", value_filter="--filter")

@@ -109,4 +109,4 @@ def _print_report(out: str, table: DatasetTable, split: SplitTable) -> None:
 
 
 if __name__ == "__main__":
-    run(main, counts_layer="--layer")
+    run(main, counts_layer="--layer", test_datasets="--test-dataset")

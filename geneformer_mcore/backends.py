@@ -21,7 +21,7 @@ INSTALL_HINTS = {
     "nvidia.dali": "pip install nvidia-dali-cuda130, or set data.loader=thread",
     "scanpy": 'pip install "geneformer_mcore[eval]"',
     "sklearn": 'pip install "geneformer_mcore[eval]"',
-    "cellxgene_census": 'pip install "geneformer_mcore[census]", or give an Experiment by --uri',
+    "cellxgene_census": 'pip install "geneformer_mcore[census]", or give an Experiment by `uri=`',
 }
 
 

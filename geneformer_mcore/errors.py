@@ -32,12 +32,20 @@ def naming_options(**options: str) -> Iterator[None]:
         _options = before
 
 
-class GeneformerError(Exception):
-    """Anything the user can fix. Its message is complete: it is printed as it stands."""
+def shown(text: str) -> str:
+    """`text` as a message shows it: in a command, parameters in backticks become options."""
+    return text if _options is None else _PARAMETER.sub(_as_option, text)
+
+
+class _MessageError(Exception):
+    """Shows its parameters as options where it ends a command."""
 
     def __str__(self) -> str:
-        text = super().__str__()
-        return text if _options is None else _PARAMETER.sub(_as_option, text)
+        return shown(super().__str__())
+
+
+class GeneformerError(_MessageError):
+    """Anything the user can fix. Its message is complete: it is printed as it stands."""
 
     @property
     def names_parameter(self) -> bool:
@@ -71,11 +79,11 @@ class NetworkError(ExternalIOError):
     """A network failed to the last attempt: the same command may well do, started again."""
 
 
-class LostWorkerError(Exception):
+class LostWorkerError(_MessageError):
     """A worker process was killed, or memory ran out: no wrong input, and no defect of ours."""
 
 
-AGAIN = "Remedy: start the same command again; if memory is short, with fewer --workers."
+AGAIN = "Remedy: start the same command again; if memory is short, with fewer `workers=`."
 """The remedy of a LostWorkerError."""
 
 

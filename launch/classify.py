@@ -18,6 +18,9 @@ from geneformer_mcore.inference import options
 if TYPE_CHECKING:
     from geneformer_mcore.celltypes.classify import ClassifyRequest
 
+OPTIONS = {"checkpoints": "--checkpoint"}
+"""Options that are not called as their parameters (see exit_codes.run)."""
+
 EXAMPLE = """examples:
   python launch/classify.py --checkpoint runs/lung --untrained --input blood.h5ad --out blood_types
   python launch/classify.py --checkpoint 10m=runs/10m --checkpoint 106m=runs/106m \\
@@ -144,4 +147,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, **OPTIONS)

@@ -17,6 +17,9 @@ from geneformer_mcore.inference import options
 if TYPE_CHECKING:
     from geneformer_mcore.inference.embed import EmbedRequest
 
+OPTIONS = {"source": "--input"}
+"""Options that are not called as their parameters (see exit_codes.run)."""
+
 EXAMPLE = """examples:
   python launch/embed.py --checkpoint runs/lung --input a.h5ad --output b.h5ad
   torchrun --nproc_per_node=2 launch/embed.py --checkpoint runs/lung --input stores/lung \\
@@ -77,4 +80,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, **OPTIONS)

@@ -19,6 +19,9 @@ from geneformer_mcore.inference import options
 if TYPE_CHECKING:
     from geneformer_mcore.inference.evaluate import Evaluation
 
+OPTIONS = {"columns": "--by"}
+"""Options that are not called as their parameters (see exit_codes.run)."""
+
 EXAMPLE = """examples:
   python launch/evaluate.py --checkpoint runs/lung --store stores/lung --json evaluation.json
   torchrun --nproc_per_node=2 launch/evaluate.py --checkpoint runs/lung --store stores/lung \\
@@ -91,4 +94,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, **OPTIONS)

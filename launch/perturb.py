@@ -17,6 +17,9 @@ from geneformer_mcore.inference import options
 if TYPE_CHECKING:
     from geneformer_mcore.perturbation.request import PerturbRequest
 
+OPTIONS = {"moved": "--most-moved", "top=-1": "--all-genes"}
+"""Options that are not called as their parameters (see exit_codes.run)."""
+
 EXAMPLE = """examples:
   python launch/perturb.py --checkpoint runs/lung --input a.h5ad --genes GATA4 TBX5 \\
       --max-cells 200 --table shifts.csv
@@ -116,4 +119,4 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    run(main, **{"moved": "--most-moved", "top=-1": "--all-genes"})
+    run(main, **OPTIONS)

@@ -157,20 +157,20 @@ def classify(request: ClassifyRequest) -> Classification:
 
 def _check(request: ClassifyRequest) -> None:
     if not request.checkpoints and not request.obsm:
-        raise ConfigError("nothing to judge: give --checkpoint RUN, or --obsm NAME.")
+        raise ConfigError("nothing to judge: give `checkpoints=RUN`, or `obsm=NAME`.")
     if request.untrained and not request.checkpoints:
-        raise ConfigError("--untrained needs a --checkpoint, whose shape it takes.")
+        raise ConfigError("`untrained=True` needs one of `checkpoints=`, whose shape it takes.")
     names = [PCA, UNTRAINED, *request.obsm]
     twice = [name for name in request.checkpoints if name in names]
     if twice:
-        raise ConfigError(f"--checkpoint {twice[0]}=...: this name is taken. Remedy: another one.")
+        raise ConfigError(f"`checkpoints={twice[0]}=...`: the name is taken. Remedy: another one.")
     if request.obsm and not Path(request.source).is_file():
         raise ConfigError(
-            f"--obsm {request.obsm[0]}: embeddings are read from h5ad files only, and "
+            f"`obsm={request.obsm[0]}`: embeddings are read from h5ad files only, and "
             f"{request.source} is no file. Remedy: write the cells as h5ad."
         )
     if request.resamples < 0:
-        raise ConfigError(f"--resamples must be 0 (no intervals) or more: {request.resamples}.")
+        raise ConfigError(f"`resamples=` must be 0 (no intervals) or more: {request.resamples}.")
 
 
 def _models(request: ClassifyRequest) -> dict[str, Pretrained]:

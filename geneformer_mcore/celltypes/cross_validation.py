@@ -87,7 +87,7 @@ def stratified(labels_N: np.ndarray, usable_N: np.ndarray, seed: int) -> Scheme:
         raise DataError(
             f"at least 2 labels with {NUM_FOLDS} cells each are needed to tell them apart, and "
             f"there are {len(found)} ({', '.join(found) or 'none'}); {len(rare):,} labels have "
-            "fewer. Remedy: name a coarser --label, or give more cells."
+            "fewer. Remedy: name a coarser `label=`, or give more cells."
         )
     splitter = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed)
     parts = splitter.split(cells, labels_N[cells])

@@ -52,7 +52,7 @@ def read(source: str, label: str, donor: str, options: InputOptions) -> Labelled
     """
     with options.open(source) as counts:
         obs = counts.read_obs(0, counts.num_cells)
-        label = find_column(obs, label, LABELS, source, "--label")
+        label = find_column(obs, label, LABELS, source, "label")
         labels_N = _texts(obs[label])
         donor, donors_N = _donors(obs, donor, source)
         blocks = [
@@ -69,7 +69,7 @@ def read(source: str, label: str, donor: str, options: InputOptions) -> Labelled
 def _donors(obs: pd.DataFrame, donor: str, source: str) -> tuple[str, np.ndarray | None]:
     if not donor and _guess(obs, DONORS) is None:
         return "", None
-    column = find_column(obs, donor, DONORS, source, "--donor")
+    column = find_column(obs, donor, DONORS, source, "donor")
     donors_N = _texts(obs[column])
     found = sorted(set(donors_N) - {""})
     if len(found) >= 2:
@@ -78,12 +78,12 @@ def _donors(obs: pd.DataFrame, donor: str, source: str) -> tuple[str, np.ndarray
         return "", None
     raise DataError(
         f"{source}: to leave one donor out, obs column {column!r} must name at least 2 donors, and "
-        f"names {len(found)} ({', '.join(found) or 'none'}). Remedy: name another --donor, or none."
+        f"names {len(found)} ({', '.join(found) or 'none'}). Remedy: another `donor=`, or none."
     )
 
 
 def find_column(
-    obs: pd.DataFrame, asked: str, usual: Sequence[str], source: str, option: str
+    obs: pd.DataFrame, asked: str, usual: Sequence[str], source: str, parameter: str
 ) -> str:
     """The requested column, else the first with a usual name. Raises DataError if there is none."""
     if asked in obs.columns:
@@ -94,7 +94,7 @@ def find_column(
     wanted = f"no column {asked!r}" if asked else f"no column called {', '.join(usual)} or alike"
     raise DataError(
         f"{source}: obs has {wanted}; its columns: {', '.join(map(str, obs.columns)) or 'none'}. "
-        f"Remedy: name one with {option}."
+        f"Remedy: name one with `{parameter}=`."
     )
 
 

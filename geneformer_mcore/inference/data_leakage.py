@@ -33,7 +33,7 @@ from geneformer_mcore.checkpoint.record import ORIGIN
 from geneformer_mcore.config.sections import Source
 from geneformer_mcore.data.collate import truncate
 from geneformer_mcore.data.counts_source import CountsSource, find_inputs
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.errors import DataError, shown
 from geneformer_mcore.inference.cells import CountedCells
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io.progress import Progress, no_progress
@@ -339,7 +339,8 @@ def check(
     trained = {name: model for name, model in models.items() if model.initial_seed is None}
     contents = {model.record.identity.content for model in trained.values()}
     if store is not None and Manifest.load(store).content_hash not in contents:
-        notes.append(f"--training-store {store}: none of the models was trained on its cells.")
+        moved = shown(f"`training_store={store}`")
+        notes.append(f"{moved}: none of the models was trained on its cells.")
     for name, model in trained.items():
         notes += _origin(name, model)
         try:
@@ -348,7 +349,7 @@ def check(
             found[name] = None
             notes.append(
                 f"whether {name} was trained on these cells could not be checked: {error}. If it "
-                "was, its figures flatter it. Remedy: --training-store STORE."
+                f"was, its figures flatter it. Remedy: {shown('`training_store=STORE`')}."
             )
             continue
         if seen["cells"] and not allow:
@@ -412,7 +413,8 @@ def summary(seen: Facts) -> str:
 def _notes(name: str, seen: Facts) -> list[str]:
     notes = []
     if seen["cells"]:
-        notes.append(f"{_overlap_text(name, seen)}: its figures flatter it (--allow-overlap).")
+        allowed = shown("`allow_overlap=True`")
+        notes.append(f"{_overlap_text(name, seen)}: its figures flatter it ({allowed}).")
     if seen["too_short_to_tell"]:
         notes.append(
             f"{seen['too_short_to_tell']:,} of {seen['of']:,} cells have too few genes in common "
@@ -438,5 +440,5 @@ def _refusal(source: str, name: str, seen: Facts, where: str) -> str:
     return (
         f"{source}: {_overlap_text(name, seen)} ({where}), by the order of their genes, whatever "
         "they are called: a model must be judged on cells that it has not seen. Remedy: give other "
-        "cells, or a model that was trained without them; --allow-overlap judges it all the same."
+        "cells, or a model trained without them; `allow_overlap=True` judges it all the same."
     )

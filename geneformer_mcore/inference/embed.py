@@ -216,9 +216,11 @@ def run(request: EmbedRequest, is_first: bool) -> list[str]:
 
 def _check(request: EmbedRequest) -> None:
     if (request.output is None) != (not request.source):
-        raise ConfigError("--input and --output go together: cells, and where their vectors go.")
+        raise ConfigError("`source=` and `output=` go together: cells, and their vectors' place.")
     if request.output is None and request.gene_embeddings is None:
-        raise ConfigError("nothing is asked for: give --input and --output, or --gene-embeddings.")
+        raise ConfigError(
+            "nothing is asked for: give `source=` and `output=`, or `gene_embeddings=`."
+        )
     if request.gene_embeddings is not None:
         check_target(request.gene_embeddings, TABLES, request.overwrite)
     if request.output is not None:
@@ -233,7 +235,7 @@ def check_target(
     if source is not None and path.exists() and Path(source).resolve() == path.resolve():
         raise ConfigError(
             f"{path}: the output must be another file than the input, which is never changed. "
-            "Remedy: name another --output."
+            "Remedy: name another `output=`."
         )
     if path.suffix not in suffixes:
         raise ConfigError(

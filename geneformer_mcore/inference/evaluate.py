@@ -137,7 +137,7 @@ def _columns(cells: StoredCells, request: EvaluateRequest) -> list[str]:
         raise DataError(
             f"{request.store}: its {request.split} split has no cells (cells: "
             + ", ".join(f"{name} {stop - start:,}" for name, (start, stop) in rows.items())
-            + "). Remedy: another --split, or a store built with a larger fraction for this one."
+            + "). Remedy: another `split=`, or a store built with a larger fraction for this one."
         )
     known = {*cells.store.manifest.labels, "dataset_id"}
     if request.columns is None:
@@ -145,7 +145,7 @@ def _columns(cells: StoredCells, request: EvaluateRequest) -> list[str]:
     unknown = [name for name in request.columns if name not in known]
     if unknown:
         raise DataError(
-            f"{request.store}: --by takes columns of its obs ({', '.join(sorted(known))}), and "
+            f"{request.store}: `columns=` takes those of its obs ({', '.join(sorted(known))}), and "
             f"got {', '.join(unknown)}."
         )
     return list(request.columns)
@@ -156,7 +156,7 @@ def _check_masks(table: pd.DataFrame, masking: Masking, request: EvaluateRequest
         raise DataError(
             f"no gene is masked in the {len(table):,} cell(s) of {request.split} with probability "
             f"{masking.probability} and seed {masking.seed}, so there is nothing to predict. "
-            "Remedy: a split with more cells, or another --seed."
+            "Remedy: a split with more cells, or another `seed=`."
         )
 
 
@@ -243,7 +243,7 @@ def parse_fractions(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(
-            f"--mask-fractions are three shares with commas between, such as 0.8,0.02,0.18, and "
+            f"`mask_fractions=` are three shares with commas between, such as 0.8,0.02,0.18, and "
             f"are {text}."
         ) from None
 

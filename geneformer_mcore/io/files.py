@@ -22,8 +22,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
-import psutil
-
 from geneformer_mcore.errors import ConfigError, DataError
 
 
@@ -44,7 +42,7 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
         raise DataError(f"{path}: is no file, and a file is to be written. Remedy: name another.")
     if not overwrite:
         raise DataError(
-            f"{path}: exists already. Remedy: choose another path, or --overwrite to replace it."
+            f"{path}: exists already. Remedy: another path, or `overwrite=True` to replace it."
         )
 
 
@@ -205,6 +203,9 @@ def lock_file(path: Path, shared: bool = False, wait: bool = False) -> IO[bytes]
 
 
 def _holder_line() -> str:
+    # Imported late, as in `_life`: a benchmark on a bare machine has no psutil and locks nothing.
+    import psutil
+
     process = psutil.Process()
     here = {"pid": process.pid, "created": process.create_time(), "host": os.uname().nodename}
     return json.dumps(here)
@@ -224,6 +225,8 @@ def holder(path: Path) -> str:
 def _life(pid: int, created: float, host: str) -> str:
     if host != os.uname().nodename:
         return "which cannot be looked at from this host"
+    import psutil
+
     try:
         process = psutil.Process(pid)
         if process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE:

@@ -115,7 +115,7 @@ class Retry:
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
-            raise DataError(f"--attempts must be 1 or more, not {self.attempts}.")
+            raise DataError(f"`attempts=` must be 1 or more, not {self.attempts}.")
 
     def call(self, what: str, work: Callable[[], Result]) -> Result:
         """The result of `work`; `what` names it in messages, one per retry on stderr.

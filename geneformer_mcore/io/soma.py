@@ -108,7 +108,10 @@ def open_experiment(address: str) -> Any:
                 found = found[part]
         is_experiment = found.soma_type == "SOMAExperiment" and "obs" in found
     except FAILURES as error:
-        raise unreadable(address, "cannot be opened as a SOMA Experiment", error) from error
+        what = "cannot be opened as a SOMA Experiment"
+        if address.rstrip("/").endswith(".zarr"):
+            what += ", nor as a zarr store: .zgroup or zarr.json is missing in it"
+        raise unreadable(address, what, error) from error
     if not is_experiment:
         kind = found.soma_type
         found.close()

@@ -53,7 +53,7 @@ class Workers:
         again:   the remedy of a LostWorkerError
         """
         if number < 1:
-            raise DataError(f"there must be at least 1 worker, not {number}.")
+            raise DataError(f"`workers=` must be 1 or more, not {number}.")
         self.number = number
         self._shared, self._again = shared, again
         self._processes: list[_Worker] = []

@@ -238,7 +238,7 @@ class MovedGenes:
             raise ConfigError(
                 f"the shifts of {len(genes_G):,} genes under {number:,} perturbations need "
                 f"{needed / 2**30:.1f} GiB of memory, and at most {MOST_BYTES / 2**30:.0f} GiB are "
-                "taken for them. Remedy: fewer genes at a time, or no --gene-effects."
+                "taken for them. Remedy: fewer genes at a time, or no `gene_effects=`."
             )
         self._column_of = np.full(vocabulary_size, -1, np.int64)
         self._column_of[genes_G] = np.arange(len(genes_G))

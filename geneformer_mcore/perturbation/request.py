@@ -76,12 +76,12 @@ def _check(request: PerturbRequest) -> None:
     targets = [(path, suffixes) for path, suffixes in named if path is not None]
     if not targets:
         raise ConfigError(
-            "nothing is to be written: give --table, --output, --plot or --gene-effects."
+            "nothing is to be written: give `table=`, `output=`, `plot=` or `gene_effects=`."
         )
     if request.gene_effects is not None and request.question.moved < 1:
         raise ConfigError(
-            f"--gene-effects lists the most moved genes, and --most-moved is "
-            f"{request.question.moved}. Remedy: --most-moved of at least 1, or no --gene-effects."
+            f"`gene_effects=` lists the most moved genes, and `moved=` is "
+            f"{request.question.moved}. Remedy: `moved=` of at least 1, or no `gene_effects=`."
         )
     resolved = [path.resolve() for path, _ in targets]
     if len({*resolved, Path(request.source).resolve()}) <= len(resolved):

@@ -143,7 +143,7 @@ class CensusPlan:
             what = "; ".join(f"{name} {ours[name]!r}, not {given[name]!r}" for name in different)
             raise DataError(
                 f"{folder / PLAN_FILE} is of another selection: {what}. Remedy: the same options "
-                "as before (or none, to go on), or another --out."
+                "as before (or none, to go on), or another `out=`."
             )
 
 
@@ -190,7 +190,7 @@ def make_plan(
     if not units:
         raise DataError(
             f"{address}: no cell for which the filter {selection.value_filter!r} holds. Remedy: "
-            "check --filter."
+            "check `value_filter=`."
         )
     return CensusPlan(selection, build, address, tuple(units), tuple(rows))
 
@@ -290,7 +290,7 @@ class Fetching:
         if cells.n_obs != job.cells:
             raise DataError(
                 f"{job.name}: the Census gives {cells.n_obs:,} cells, the plan says "
-                f"{job.cells:,}: it is another one now. Remedy: a new --out."
+                f"{job.cells:,}: it is another one now. Remedy: a new `out=`."
             )
         self._write(job, cells)
 

@@ -31,8 +31,8 @@ from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 ROWS_PER_UNIT = 16_384
 _AGAIN = (
-    "Remedy: start the same command again; if memory is short, with fewer --workers or less "
-    "--memory-gb."
+    "Remedy: start the same command again; if memory is short, with fewer `workers=` or less "
+    "`memory_gb=`."
 )
 
 HAND_OVER = "returning the tally"
@@ -81,6 +81,8 @@ def gather(
     if not sources:
         raise DataError("no input given. Remedy: name one h5ad or zarr file or more.")
     limit = most_values(memory_gb)
+    values = multiprocessing.get_context("spawn").Value("q", 0) if workers > 1 else None
+    pool = Workers(workers, values, _AGAIN)  # Raises at once, not after the inspection.
     units = _inspect(sorted({str(source) for source in sources}), options)
     total, done = sum(unit.stop - unit.start for unit in units), 0
 
@@ -90,8 +92,7 @@ def gather(
         progress("counting", done, total)
 
     whole: Tally | None = None
-    values = multiprocessing.get_context("spawn").Value("q", 0) if workers > 1 else None
-    with Counting(options, limit) as work, Workers(workers, values, _AGAIN) as pool:
+    with Counting(options, limit) as work, pool:
         for _, outcome in pool.run(work, units, advance, last=HAND_OVER):
             if isinstance(outcome, DataError):
                 raise outcome
@@ -114,14 +115,14 @@ def merge_parts(paths: Sequence[str | Path], memory_gb: float = DEFAULT_MEMORY_G
         if part.options != whole.options:
             raise DataError(
                 f"{path} was made with {part.options}, the partial files before it with "
-                f"{whole.options}. Remedy: make all with the same --layer, --symbols and "
-                "--allow-normalised."
+                f"{whole.options}. Remedy: make all with the same `counts_layer=`, `symbols=` and "
+                "`allow_normalised=True`."
             )
         for file in part.files:
             whole.add_file(file)
         whole.absorb(part)
     if whole is None:
-        raise DataError("no partial file given. Remedy: --merge part1.npz part2.npz ...")
+        raise DataError("no partial file given. Remedy: `paths=part1.npz part2.npz`.")
     return whole
 
 

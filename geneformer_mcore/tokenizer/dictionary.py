@@ -158,7 +158,7 @@ def _genes_in_token_order(content: dict[str, Any], path: str | Path) -> list[str
         found, due = next(pair for pair in pairs if pair[0] != pair[1])
         raise DataError(
             f"{path}: tokens must follow the sorted gene ids; token {genes[found]} is "
-            f"{found}, where {due} was due. Remedy: leave --tokens out to "
+            f"{found}, where {due} was due. Remedy: leave `tokens=` out to "
             "number the genes again (weights trained with that dictionary will then not fit)."
         )
     return ordered

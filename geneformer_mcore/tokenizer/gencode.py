@@ -39,9 +39,10 @@ def clean_id(gene: object) -> str:
     number is part of the name. A gene of the Y's pseudoautosomal region joins its twin on the X.
     """
     text = str(gene).strip()
-    if text.lower() in BLANKS:
+    # The tests of length and start are for speed: files name many thousand genes.
+    if len(text) <= 4 and text.lower() in BLANKS:
         return ""
-    match = _ENSEMBL.fullmatch(text)
+    match = _ENSEMBL.fullmatch(text) if text.startswith("ENS") else None
     return match.group(1) if match else text
 
 
@@ -110,7 +111,8 @@ def _parse_json_symbols(text: str, path: str | Path) -> dict[str, str]:
         raise DataError(f"{path}: not valid JSON: {error}.") from error
     if not all(isinstance(gene, str) for gene in content.values()):
         raise DataError(f"{path}: must be {{symbol: id}}, both text.")
-    return {symbol: clean_id(gene) for symbol, gene in content.items() if clean_id(gene)}
+    cleaned = ((symbol, clean_id(gene)) for symbol, gene in content.items())
+    return {symbol: gene for symbol, gene in cleaned if gene}
 
 
 def _parse_gencode(text: str) -> dict[str, str]:

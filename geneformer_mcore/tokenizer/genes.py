@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from geneformer_mcore.errors import DataError
+from geneformer_mcore.errors import DataError, shown
 from geneformer_mcore.io.counts import open_counts
 from geneformer_mcore.io.frames import NAME_COLUMNS
 from geneformer_mcore.io.h5ad import Counts
@@ -74,20 +74,24 @@ def find_gene_ids(
     """
     ordered = [name for name in (*ID_COLUMNS, *NAME_COLUMNS) if name in columns]
     ordered += [name for name in columns if name not in ordered]
-    cleaned = {name: [clean_id(gene) for gene in columns[name]] for name in ordered}
-    finder = _Finder(cleaned, known)
-    plain = finder.candidates(symbols or {}, "the given table")
-    with_ids = finder.first_with_ids(plain)
-    if with_ids:
-        return with_ids
+    finder = _Finder({name: columns[name] for name in ordered}, known)
+    plain: list[GeneIds] = []
+    for name in ordered:
+        plain.append(finder.map(name, symbols or {}, "the given table"))
+        if finder.share_known(plain[-1]) >= 0.5:
+            return plain[-1]
+    ensembl = [one for one in plain if finder.is_ensembl(one.location)]
+    for one in ensembl:
+        if finder.num_known(one):
+            return one
     found, table, origins = list(plain), dict(symbols or {}), []
-    for origin, get in () if finder.some_ensembl() else (tables or {}).items():
+    for origin, get in () if ensembl else (tables or {}).items():
         more = get()
         if not more:
             continue
         table = {**more, **table}
         origins.append(origin)
-        mapped = finder.candidates(table, " and ".join(origins))
+        mapped = [finder.map(name, table, " and ".join(origins)) for name in ordered]
         # Without a vocabulary, a table that does not fit must not throw most genes away.
         found += [one for one in mapped if known is not None or finder.share_known(one) >= 0.5]
         if any(finder.share_known(one) >= _ENOUGH for one in mapped):
@@ -96,49 +100,46 @@ def find_gene_ids(
 
 
 class _Finder:
-    """Cleaned columns in order of preference, and which of their genes are known."""
+    """Columns, each cleaned when it is first read, and which of their genes are known."""
 
-    def __init__(self, columns: Mapping[str, list[str]], known: Collection[str] | None) -> None:
-        self._columns, self._known = columns, known
+    def __init__(
+        self, columns: Mapping[str, Sequence[object]], known: Collection[str] | None
+    ) -> None:
+        self._columns = columns
+        self._has_vocabulary = known is not None
+        self._is_known = is_ensembl_id if known is None else known.__contains__
+        self._cleaned: dict[str, list[str]] = {}
 
-    def candidates(self, symbols: Mapping[str, str], origin: str) -> list[GeneIds]:
-        """Every column with its unknown values mapped by `symbols`."""
-        return [self._map(name, symbols, origin) for name in self._columns]
+    def _genes(self, name: str) -> list[str]:
+        if name not in self._cleaned:
+            self._cleaned[name] = list(map(clean_id, self._columns[name]))
+        return self._cleaned[name]
 
-    def first_with_ids(self, candidates: Sequence[GeneIds]) -> GeneIds | None:
-        """The first with half its values known; else of Ensembl's form, and one of them known."""
-        half = (one for one in candidates if self.share_known(one) >= 0.5)
-        ensembl = (one for one in candidates if self._is_ensembl(one.location))
-        some = (one for one in ensembl if self.num_known(one))
-        return next(half, None) or next(some, None)
+    def map(self, name: str, symbols: Mapping[str, str], origin: str) -> GeneIds:
+        """A column with its unknown values mapped by `symbols`."""
+        genes, is_known = self._genes(name), self._is_known
+        if not symbols:
+            return GeneIds(tuple(genes), name)
 
-    def some_ensembl(self) -> bool:
-        """Whether at least half of a column has the form of Ensembl ids."""
-        return any(self._is_ensembl(name) for name in self._columns)
-
-    def num_known(self, found: GeneIds) -> int:
-        """Columns whose gene is known."""
-        return sum(self._is_known(gene) for gene in found.ids if gene)
-
-    def share_known(self, found: GeneIds) -> float:
-        """Their share of the columns that are not blank in the file."""
-        return self.num_known(found) / max(1, sum(map(bool, self._columns[found.location])))
-
-    def _map(self, name: str, symbols: Mapping[str, str], origin: str) -> GeneIds:
         def by_symbol(gene: str) -> str:
             # Without a vocabulary, an unmapped symbol would become a gene.
-            return symbols.get(gene, "" if symbols and self._known is None else gene)
+            return symbols.get(gene, gene if self._has_vocabulary else "")
 
-        genes = self._columns[name]
-        ids = tuple(gene if self._is_known(gene) else by_symbol(gene) for gene in genes)
+        ids = tuple(gene if is_known(gene) else by_symbol(gene) for gene in genes)
         changed = sum(bool(b) and a != b for a, b in zip(genes, ids, strict=True))
         return GeneIds(ids, name, changed, origin if changed else "")
 
-    def _is_known(self, gene: str) -> bool:
-        return gene in self._known if self._known is not None else is_ensembl_id(gene)
+    def num_known(self, found: GeneIds) -> int:
+        """Columns whose gene is known."""
+        return sum(map(self._is_known, filter(None, found.ids)))
 
-    def _is_ensembl(self, name: str) -> bool:
-        genes = [gene for gene in self._columns[name] if gene]
+    def share_known(self, found: GeneIds) -> float:
+        """Their share of the columns that are not blank in the file."""
+        return self.num_known(found) / max(1, sum(map(bool, self._genes(found.location))))
+
+    def is_ensembl(self, name: str) -> bool:
+        """Whether at least half of a column has the form of Ensembl ids."""
+        genes = [gene for gene in self._genes(name) if gene]
         return bool(genes) and sum(map(is_ensembl_id, genes)) * 2 >= len(genes)
 
 
@@ -261,13 +262,18 @@ def find_genes(
     Symbols are mapped by options.symbols if given; else by the names of the vocabulary; else, for
     human genes, by options.default_symbols.
     """
+
+    def gencode() -> Mapping[str, str] | None:
+        ids = () if vocabulary is None else vocabulary.feature_ids
+        is_human = sum(gene.startswith("ENSG0") for gene in ids) * 2 >= len(ids)
+        return options.default_symbols() if is_human else None
+
     tables: dict[str, Table] = {}
-    if vocabulary is not None and not options.symbols:
+    if vocabulary is not None:
         tables["the vocabulary's names"] = lambda: names_as_symbols(vocabulary)
-    ids = () if vocabulary is None else vocabulary.feature_ids
-    is_human = sum(gene.startswith("ENSG0") for gene in ids) * 2 >= len(ids)
-    if not options.symbols and is_human:
-        tables["GENCODE"] = options.default_symbols
+    tables["GENCODE"] = gencode
+    if options.symbols:
+        tables = {}
     known = None if vocabulary is None else vocabulary.token_ids
     return find_gene_ids(counts.gene_columns(), known, options.symbols, tables)
 
@@ -278,8 +284,8 @@ def describe_other_ids(vocabulary: Vocabulary) -> str | None:
     others = [gene for gene in ids if not is_ensembl_id(gene)]
     if len(others) * 2 <= len(ids):
         return None
-    return (
+    return shown(
         f"{len(others):,} of {len(ids):,} gene ids look like symbols, not like Ensembl ids "
         f"({', '.join(others[:3])}): they are taken as they are, and go only with files that name "
-        "genes alike. Remedy, if ids are meant: --symbols FILE with symbol -> id."
+        "genes alike. Remedy, if ids are meant: `symbols=FILE` with symbol -> id."
     )

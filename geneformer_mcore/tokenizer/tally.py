@@ -63,7 +63,7 @@ class FileRecord:
 def most_values(memory_gb: float) -> int:
     """Values that fit into `memory_gb` (10^9 bytes). DataError unless that is above 0."""
     if not 0 < memory_gb < math.inf:
-        raise DataError(f"--memory-gb must be above 0 and finite, not {memory_gb:g}.")
+        raise DataError(f"`memory_gb=` must be above 0 and finite, not {memory_gb:g}.")
     return int(memory_gb * 1e9 / BYTES_PER_VALUE)
 
 
@@ -201,7 +201,7 @@ def check_one_kind(files: Sequence[FileRecord]) -> None:
         raise DataError(
             f"{without[0].name} names {without[0].ensembl_share:.0%} of its genes by Ensembl ids, "
             f"{with_ids[0].name} {with_ids[0].ensembl_share:.0%}: one vocabulary takes one kind of "
-            "id. Remedy: --symbols FILE with symbol -> id, or give var an `ensembl_id` column."
+            "id. Remedy: `symbols=FILE` with symbol -> id, or give var an `ensembl_id` column."
         )
 
 

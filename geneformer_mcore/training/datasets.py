@@ -75,7 +75,7 @@ def check_splits(config: Config, cells: RunCells) -> None:
         raise DataError(
             f"{cells.name} has no validation cells, and train.validate_every_steps is "
             f"{config.train.validate_every_steps}. Set it to 0, or build the store with a "
-            "--validation-fraction."
+            "share of its cells for validation."
         )
 
 
@@ -86,8 +86,8 @@ def _store(config: Config) -> RunCells:
     if data.seq_length > manifest.seq_length:
         raise DataError(
             f"data.seq_length ({data.seq_length}) exceeds the {manifest.seq_length} tokens to "
-            f"which {store.path} cut its cells. Lower it, or build the store again with a longer "
-            "--seq-length."
+            f"which {store.path} cut its cells. Lower it, or build the store again with longer "
+            "cells."
         )
     source: TokenSource = store
     if data.cache_dir:

@@ -123,12 +123,12 @@ def _check_classes(classes: np.ndarray, num_cells: int, cells: RunCells, name: s
             f"{cells.name}: training cells must have two values of {name!r} at least, to be "
             f"distinguished, and have {len(classes)}"
             + (f" ({classes[0]})" if len(classes) else "")
-            + ". Remedy: another --label, or a store of more cells."
+            + ". Remedy: another `label=`, or a store of more cells."
         )
     if len(classes) * _FEW_CELLS > num_cells:
         raise DataError(
             f"{cells.name}: {name!r} has {len(classes):,} values in {num_cells:,} training cells: "
-            "that names cells, and not classes of them. Remedy: another --label."
+            "that names cells, and not classes of them. Remedy: another `label=`."
         )
 
 
@@ -218,7 +218,7 @@ class FineTuning:
             raise DataError(
                 f"{everything.name}: its vocabulary (checksum {checksum[:12]}) must be the model's "
                 f"({origin.vocabulary[:12]}): its token ids mean other genes. Remedy: build the "
-                "store with --vocabulary and the model's vocabulary.json."
+                "store with the model's vocabulary.json."
             )
         cells, labels = labelled(everything, config.finetune.label)
         datasets.check_splits(config, cells)

@@ -18,8 +18,6 @@ LIMIT_S = 280
 
 @dataclass
 class Ended:
-    """How a command ended."""
-
     code: int
     out: str
     err: str
@@ -39,7 +37,7 @@ def calls(lines: list[list[str]]) -> list[Ended]:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                run(command.main)
+                run(command.main, **getattr(command, "OPTIONS", {}))
             except SystemExit as error:
                 code = int(error.code or 0)
         ended.append(Ended(code, out.getvalue(), err.getvalue()))

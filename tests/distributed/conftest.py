@@ -16,5 +16,4 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
 
 @pytest.fixture(scope="session")
 def model(models: dict[str, Trained]) -> Trained:
-    """The plain one, and its cells."""
     return models["plain"]

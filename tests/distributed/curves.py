@@ -47,11 +47,7 @@ def save(name: str, folder: Path, step: int = SAVED_AT, more: Sequence[str] = ()
 
 
 def from_checkpoint(
-    name: str,
-    folder: Path,
-    saved_at: int = SAVED_AT,
-    steps: int = STEPS,
-    more: Sequence[str] = (),
+    name: str, folder: Path, saved_at: int = SAVED_AT, steps: int = STEPS, more: Sequence[str] = ()
 ) -> list[float]:
     """Losses of the steps from `saved_at` to `steps` of a layout that loads `folder`."""
     ranks, settings = LAYOUTS[name]

@@ -78,20 +78,20 @@ class Truth:
     weights:    global key -> the whole parameter, fp32
     gradients:  global key -> of (sum of losses) / (genes predicted) over the global batch
     functions:  names of the activations of layers and head
+    counts:     as in Totals: predicted genes, cells with one, tokens, squared lengths
     """
 
     weights: dict[str, np.ndarray]
     functions: tuple[str, str]
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     loss: float = 0.0
+    counts: tuple[int, ...] = ()
 
     @property
     def norm(self) -> float:
-        """Global norm of the gradients."""
         return math.sqrt(sum(float(np.square(each).sum()) for each in self.gradients.values()))
 
     def reference(self) -> Reference:
-        """The plain model."""
         weights = {name: torch.from_numpy(weight) for name, weight in self.weights.items()}
         return Reference(weights, 4, toy.VOCABULARY, *(getattr(F, name) for name in self.functions))
 
@@ -103,7 +103,7 @@ Slices = dict[tuple[str, tuple[int, ...]], tuple[int, float]]
 class Seen(NamedTuple):
     """What one rank found. logits: largest difference; None on ranks that have no logits."""
 
-    loss: float
+    totals: Totals
     logits: float | None
     slices: Slices
     norm: float
@@ -120,7 +120,6 @@ class Parity:
 
 
 def unchanged(batches: list[Batch], _data_rank: int) -> list[Batch]:
-    """The Change that changes nothing."""
     return batches
 
 
@@ -133,7 +132,6 @@ def truth(change: Change = unchanged, data_size: int = 1, settings: Sequence[str
 def parity(
     name: str, expected: Truth, change: Change = unchanged, settings: Sequence[str] = ()
 ) -> Parity:
-    """Runs a layout and compares it. settings: beside the layout's own."""
     (found,) = parities(name, [(expected, change)], settings)
     return found
 
@@ -154,12 +152,18 @@ def parities(
 def _errors(seen: Sequence[Seen], expected: Truth) -> Parity:
     logits = [each.logits for each in seen if each.logits is not None]
     assert logits, "no rank had logits"
+    # A sum that every tensor rank takes part in leaves the mean loss as it is, and doubles these.
+    assert {counts_of(each.totals) for each in seen} == {expected.counts}
     return Parity(
         logits=_worst(logits),
         gradients=_gradient_errors(seen, expected),
         norm=_worst([_relative(each.norm, expected.norm) for each in seen]),
-        loss=_worst([_relative(each.loss, expected.loss) for each in seen]),
+        loss=_worst([_relative(each.totals.loss, expected.loss) for each in seen]),
     )
+
+
+def counts_of(totals: Totals) -> tuple[int, ...]:
+    return totals.num_predicted, totals.num_cells, totals.num_tokens, totals.sum_squared_lengths
 
 
 def _worst(errors: list[float]) -> float:
@@ -202,7 +206,7 @@ def _truth(change: Change, data_size: int, *settings: str) -> Truth:
     head = model.head_activation or model.activation
     answer = Truth(weights, (model.activation.value, head.value))
     reference = answer.reference()
-    losses, predicted = [], 0
+    losses, counts = [], torch.zeros(4, dtype=torch.int64)
     for data_rank in range(data_size):
         place = replace(run.topology, data_rank=data_rank, data_size=data_size)
         for batch in change(toy.feed(run.config, place).step(0), data_rank):
@@ -210,12 +214,14 @@ def _truth(change: Change, data_size: int, *settings: str) -> Truth:
                 batch.tokens_BS, batch.lengths_N, batch.selected_M, batch.labels_M
             )
             losses.append(loss)
-            predicted += len(batch.labels_M)
-    loss = torch.stack(losses).sum()
+            cells, lengths_N = batch.selected_M // batch.tokens_BS.shape[1], batch.lengths_N.long()
+            sums = len(cells), len(cells.unique()), lengths_N.sum(), lengths_N.square().sum()
+            counts += torch.tensor(sums)
+    loss, predicted = torch.stack(losses).sum(), int(counts[0])
     (loss / max(predicted, 1)).backward()
     gradients = {name: weight.grad.numpy() for name, weight in reference.w.items()}
     mean = loss.item() / predicted if predicted else math.nan
-    return replace(answer, gradients=gradients, loss=mean)
+    return replace(answer, gradients=gradients, loss=mean, counts=tuple(counts.tolist()))
 
 
 def enlarge(run: toy.Toy, drawn: float = 0.0) -> None:
@@ -246,7 +252,7 @@ def _seen(expected: Truth, change: Change, *settings: str) -> Seen:
     if last.post_process:
         first = run.topology.tensor_rank * last.output_layer.output_size_per_partition
         logits = _logits_error(recorded[-len(batches) :], batches, expected.reference(), first)
-    return Seen(totals.loss, logits, _slices(run.trainable, expected), norm)
+    return Seen(totals, logits, _slices(run.trainable, expected), norm)
 
 
 def _run_twice(run: toy.Toy, batches: list[Batch]) -> Totals:

@@ -25,9 +25,7 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tests.distributed.preload"])
 
 
-def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120
-) -> list[Any]:
+def run_ranks(function: Callable, world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
     """[function(*args) of rank 0, of rank 1, ...]. The function must be importable; what it
     returns is pickled. Fails with the traceback of the first rank that raised, or on a timeout."""
     with tempfile.TemporaryDirectory() as folder:
@@ -84,12 +82,7 @@ def _receive(rank: int, pipe: Any) -> Any:
 
 
 def _rank(
-    function: Callable[..., Any],
-    rank: int,
-    world_size: int,
-    folder: str,
-    sender: Any,
-    args: tuple,
+    function: Callable[..., Any], rank: int, world_size: int, folder: str, sender: Any, args: tuple
 ) -> None:
     warnings.simplefilter("ignore")
     warnings.filterwarnings("error", module="geneformer_mcore")
@@ -101,9 +94,7 @@ def _rank(
         sender.send((True, traceback.format_exc()))
 
 
-def _started(
-    function: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple
-) -> Any:
+def _started(function: Callable, rank: int, world_size: int, folder: Path, args: tuple) -> Any:
     import torch.distributed as dist
 
     from geneformer_mcore.distributed import device

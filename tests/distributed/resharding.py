@@ -9,10 +9,10 @@ step. Two-layer stages make Megatron's gradient buckets end at places that need 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,70 +50,49 @@ _whole = cache(read_whole)
 """Each checkpoint is compared with several others."""
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint, and the losses of its own run when that went on."""
+def lost(
+    root: Path,
+    pairs: Sequence[Pair],
+    settings: tuple[str, ...] = (),
+    steps: tuple[int, int] = (2, 3),
+    rel: float = 1e-6,
+) -> Iterator[tuple[Pair, list[str]]]:
+    """What was lost between the two of each pair, in words; checkpoints are written below `root`.
+    Each layout saves once, and loads with one start of its ranks what all its savers wrote.
+    steps: those before the checkpoint, and after it."""
+    folders = {name: root / name.replace(" ", "_") for name, _ in pairs}
+    losses = {name: run(name, settings, save, str(to), steps) for name, to in folders.items()}
+    for loader in dict.fromkeys(loader for _, loader in pairs):
+        again = {saver: root / f"{saver} under {loader}".replace(" ", "_")
+                 for saver, other in pairs if other == loader}  # fmt: skip
+        to_load = {str(folders[saver]): str(place) for saver, place in again.items()}
+        loaded = run(loader, settings, load, to_load, steps)
+        for saver, place in again.items():
+            found = differences(folders[saver], place, steps[0])
+            mine, wanted = loaded[str(folders[saver])], losses[saver]
+            if not np.allclose(mine, wanted, rtol=rel, atol=0):
+                found.append(f"losses {mine} instead of {wanted}")
+            yield (saver, loader), found
 
-    folder: Path
-    undisturbed: list[float]
+
+def run(name: str, settings: tuple[str, ...], work: Callable[..., Any], *given: Any) -> Any:
+    ranks, layout = LAYOUTS[name]
+    results = run_ranks(work, ranks, *given, *settings, *layout)
+    assert all(found == results[0] for found in results), "every rank knows the same losses"
+    return results[0]
 
 
-@dataclass
-class Checkpoints:
-    """Checkpoints of all `pairs` below `root`: each layout saves once, and loads with one start of
-    its ranks what all its savers wrote. `saved_at`: their step; `continued`: further steps."""
-
-    root: Path
-    pairs: Sequence[Pair]
-    settings: tuple[str, ...] = ()
-    saved_at: int = 2
-    continued: int = 3
-    _saved: dict[str, Saved] = field(default_factory=dict)
-    _loaded: dict[str, dict[str, Saved]] = field(default_factory=dict)
-
-    def saved(self, name: str) -> Saved:
-        """What the layout `name` wrote."""
-        if name not in self._saved:
-            ranks, layout = LAYOUTS[name]
-            folder = self.root / name.replace(" ", "_")
-            steps = (self.saved_at, self.continued)
-            losses, *_ = run_ranks(save, ranks, str(folder), steps, *self.settings, *layout)
-            self._saved[name] = Saved(folder, losses)
-        return self._saved[name]
-
-    def loaded(self, saver: str, loader: str) -> Saved:
-        """What became of it under the layout `loader`."""
-        if loader not in self._loaded:
-            self._loaded[loader] = self._load(loader)
-        return self._loaded[loader][saver]
-
-    def _load(self, loader: str) -> dict[str, Saved]:
-        ranks, layout = LAYOUTS[loader]
-        savers = [saver for saver, other in self.pairs if other == loader]
-        again = {name: self.root / f"{name} under {loader}".replace(" ", "_") for name in savers}
-        folders = {str(self.saved(name).folder): str(again[name]) for name in savers}
-        steps = (self.saved_at, self.continued)
-        results = run_ranks(load, ranks, folders, steps, *self.settings, *layout)
-        assert all(losses == results[0] for losses in results), "every rank knows the same losses"
-        losses = results[0]
-        return {name: Saved(again[name], losses[str(self.saved(name).folder)]) for name in savers}
-
-    def lost(self, saver: str, loader: str, rel: float = 1e-6) -> list[str]:
-        """What was lost between the two, in words."""
-        before, after = self.saved(saver), self.loaded(saver, loader)
-        first, second = _whole(before.folder), _whole(after.folder)
-        # NaN, which nobody wrote, is equal to nothing.
-        found = [
-            key
-            for key in sorted(first.keys() | second.keys())
-            if key not in first or key not in second or not torch.equal(first[key], second[key])
-        ]
-        counted = {*steps_counted(before.folder), *steps_counted(after.folder)}
-        if counted != {self.saved_at}:
-            found.append(f"steps counted: {sorted(counted)}")
-        if not np.allclose(after.undisturbed, before.undisturbed, rtol=rel, atol=0):
-            found.append(f"losses {after.undisturbed} instead of {before.undisturbed}")
-        return found
+def differences(one: Path, other: Path, saved_at: int) -> list[str]:
+    """Tensors that two checkpoints do not share, and numbers of steps that they should not have."""
+    first, second = _whole(one), _whole(other)
+    # NaN, which nobody wrote, is equal to nothing.
+    found = [
+        key
+        for key in sorted(first.keys() | second.keys())
+        if key not in first or key not in second or not torch.equal(first[key], second[key])
+    ]
+    counted = {*steps_counted(one), *steps_counted(other)}
+    return found if counted == {saved_at} else [*found, f"steps counted: {sorted(counted)}"]
 
 
 def save(folder: str, steps: tuple[int, int], *overrides: str) -> list[float]:

@@ -7,12 +7,13 @@ import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from benchmarks.harness import tflops_rows
-from benchmarks.harness.peers.steps import CONTESTANTS, Job, StepContestant
+from benchmarks.harness.peers.steps import CONTESTANTS, Job
 from geneformer_mcore.backends import is_available
 from geneformer_mcore.config.sections import ParallelConfig
 from geneformer_mcore.distributed import groups
@@ -24,30 +25,22 @@ from tests.support.step_job import job_in
 HERE = ("ours_padded", "megatron")
 HERE += ("hf_dynamic", "hf_padded") if is_available("transformers") else ()
 """Those that can be measured."""
-PRECISIONS = ("fp32", "bf16")
-
-
-def changed(job: Job, *changes: str) -> Job:
-    return replace(job, changes=(*job.changes, *changes))
-
-
-def made(job: Job, name: str, micro_batch: int = 4) -> StepContestant:
-    return CONTESTANTS[name](job, micro_batch, toy.CPU)
 
 
 class Found(NamedTuple):
-    """Of one contestant."""
+    """losses: {precision: of twelve steps over the same two global batches};  first_losses: with
+    two other micro batches;  seen: (tokens as shown, labels) of every cell of two steps, sorted."""
 
     losses: dict[str, list[float]]
-    """{precision: of twelve steps over the same two global batches}"""
     first_losses: list[float]
-    """With two other micro batches."""
     seen: list[tuple[list[int], list[int]]]
-    """(tokens as shown, labels) of every cell of two steps, sorted."""
 
 
-def losses_of(job: Job, name: str, micro_batch: int = 8, repeats: int = 6) -> list[float]:
-    one = made(job, name, micro_batch)
+def losses_of(
+    job: Job, name: str, micro_batch: int = 8, repeats: int = 6, precision: str = "fp32"
+) -> list[float]:
+    job = replace(job, changes=(*job.changes, f"train.precision={precision}"))
+    one = CONTESTANTS[name](job, micro_batch, toy.CPU)
     return [one.step(each) for each in [one.placed(one.batches(n)) for n in (0, 1)] * repeats]
 
 
@@ -60,45 +53,29 @@ def seen(batches: list[Batch]) -> Iterator[tuple[list[int], list[int]]]:
 
 def all_found(job: Job) -> dict[str, Found]:
     groups.build_groups(job.config().parallel)
-    return {
-        name: Found(
-            {each: losses_of(changed(job, f"train.precision={each}"), name) for each in PRECISIONS},
+    found = {}
+    for name in HERE:
+        shown = CONTESTANTS[name](job, 4, toy.CPU)
+        found[name] = Found(
+            {each: losses_of(job, name, precision=each) for each in ("fp32", "bf16")},
             [losses_of(job, name, micro_batch, repeats=1)[0] for micro_batch in (2, 16)],
-            sorted(seen([batch for step in (0, 1) for batch in made(job, name).batches(step)])),
+            sorted(seen([batch for step in (0, 1) for batch in shown.batches(step)])),
         )
-        for name in HERE
-    }
+    return found
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A small model and 120 cells."""
-    return job_in(tmp_path_factory.mktemp("flat"))
-
-
-@pytest.fixture(scope="module")
-def found(job: Job) -> dict[str, Found]:
-    """Of every contestant, on one rank."""
-    return run_ranks(all_found, 1, job)[0]
-
-
-def learned(losses: list[float]) -> bool:
-    is_fresh = losses[0] == pytest.approx(math.log(toy.VOCABULARY), abs=0.25)
-    return is_fresh and all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 0.3
-
-
-@pytest.mark.parametrize("name", HERE)
-def test_every_contestant_learns_from_the_same_cells(found: dict[str, Found], name: str) -> None:
-    for precision, losses in found[name].losses.items():
-        assert learned(losses), (precision, losses)
-    assert len(found[name].seen) == 32
-    assert sum(len(labels) for _, labels in found[name].seen) > 100
-    assert found[name].seen == found["ours_padded"].seen
-
-
-def test_the_same_model_has_the_same_losses(found: dict[str, Found]) -> None:
+def test_contestants_learn_the_same_from_the_same_cells(tmp_path: Path) -> None:
     """Plain Megatron is ours; for the others micro batches and padding make no difference."""
-    ours, megatron, *others = (found[name] for name in HERE)
+    (found,) = run_ranks(all_found, 1, job_in(tmp_path))
+    for name, each in found.items():
+        for precision, losses in each.losses.items():
+            assert losses[0] == pytest.approx(math.log(toy.VOCABULARY), abs=0.25), name
+            assert all(map(math.isfinite, losses)), (name, precision)
+            assert losses[-1] < losses[0] - 0.3, (name, precision)
+        assert len(each.seen) == 32
+        assert sum(len(labels) for _, labels in each.seen) > 100
+        assert each.seen == found["ours_padded"].seen, name
+    ours, megatron, *others = found.values()
     first = ours.losses["fp32"][0]
     assert ours.first_losses + megatron.first_losses == pytest.approx([first] * 4, rel=1e-5)
     assert megatron.losses["fp32"] == pytest.approx(ours.losses["fp32"], rel=1e-4)
@@ -132,5 +109,4 @@ def still_there() -> list[bool]:
 
 
 def test_nothing_of_a_measured_model_is_left() -> None:
-    """On a GPU the next row needs its memory."""
     assert run_ranks(still_there, 1) == [[False] * 4]

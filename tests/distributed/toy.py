@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from geneformer_mcore.distributed import groups
 from geneformer_mcore.model import geneformer, init, megatron_config
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.training.step import StepResult, train_step
-from geneformer_mcore.types import NUM_SPECIALS, CellViews, RaggedCells
+from geneformer_mcore.types import NUM_SPECIALS, RaggedCells
 
 VOCABULARY = 700
 SEQ_LENGTH = 96
@@ -67,7 +68,6 @@ class ToyCells:
         return np.linspace(3, 0, VOCABULARY - NUM_SPECIALS)
 
     def read(self, start: int, stop: int) -> RaggedCells:
-        """Implements types.TokenSource."""
         first, last = self.offsets[start], self.offsets[stop]
         return RaggedCells(
             self.tokens[first:last], self.offsets[start : stop + 1] - first, self.keys[start:stop]
@@ -76,8 +76,6 @@ class ToyCells:
 
 @dataclass
 class Toy:
-    """This rank's part of a toy run."""
-
     config: Config
     topology: groups.Topology
     trainable: optim.Trainable
@@ -85,21 +83,17 @@ class Toy:
     position: int = 0
 
     def steps(self, count: int) -> list[StepResult]:
-        """Trains `count` steps."""
         return [self.step() for _ in range(count)]
 
     def step(self) -> StepResult:
-        """Trains one step at the peak learning rate."""
         batches = self.feed.step(self.position)
         self.position += self.config.train.global_batch_size
         return train_step(self.trainable, batches, self.config.optim.lr, self.topology)
 
     def losses(self, count: int) -> list[float]:
-        """Losses of the next `count` steps."""
         return [result.totals.loss for result in self.steps(count)]
 
     def write(self, folder: str) -> None:
-        """A checkpoint in the new folder `folder`."""
         if self.topology.rank == 0:
             Path(folder).mkdir()
         torch.distributed.barrier()
@@ -136,22 +130,23 @@ def assembled(
 
 
 def losses(count: int, *overrides: str) -> list[float]:
-    """Losses of the first `count` steps of a new run."""
     return make(*overrides).losses(count)
 
 
-def loaded(folder: str, steps: int, *overrides: str, same_layout: bool = False) -> Toy:
+def loaded(
+    folder: str, steps: int, *overrides: str, same_layout: bool = False, kind: Any = None
+) -> Toy:
     """A run that continues from a checkpoint of `steps` steps; its own seed must not matter.
-    same_layout: with the random states of this rank."""
-    run = make("train.seed=99", *overrides)
+    same_layout: with the random states of this rank; kind: the module that makes it, if another."""
+    kind = kind or sys.modules[__name__]
+    run = kind.make("train.seed=99", *overrides)
     state.load(run.trainable, Path(folder), run.topology.rank if same_layout else None)
-    run.feed = feed(load(None, [*SETTINGS, *overrides])[0], run.topology)
+    run.feed = kind.feed(load(None, [*kind.SETTINGS, *overrides])[0], run.topology)
     run.position = steps * run.config.train.global_batch_size
     return run
 
 
 def stages(config: Config, **build: Any) -> list[geneformer.Geneformer]:
-    """This rank's stages with their initial weights."""
     core = megatron_config.transformer_config(
         config.model, config.parallel, config.train.precision, CPU
     )
@@ -162,7 +157,6 @@ def stages(config: Config, **build: Any) -> list[geneformer.Geneformer]:
 
 
 def feed(config: Config, topology: groups.Topology, maker: Collator = make_batch) -> Feed:
-    """The toy cells as this rank sees them."""
     train, cells = config.train, ToyCells()
     return Feed(
         cells,
@@ -176,8 +170,3 @@ def feed(config: Config, topology: groups.Topology, maker: Collator = make_batch
         maker,
         budget(config),
     )
-
-
-def views(cells: RaggedCells) -> CellViews:
-    """The same cells as a BatchMaker takes them."""
-    return CellViews(cells.tokens_T, cells.offsets[:-1], cells.lengths, cells.keys_N)

@@ -21,14 +21,7 @@ from pathlib import Path
 
 from geneformer_mcore.backends import ignore_known_warnings
 
-PLAIN = (
-    "tp1 pp1 dp1",
-    "tp2 pp1 dp1",
-    "tp1 pp2 dp1",
-    "tp1 pp1 dp2",
-    "tp2 pp2 dp1",
-    "tp1 pp2 dp2",
-)
+PLAIN = ("tp1 pp1 dp1", "tp2 pp1 dp1", "tp1 pp2 dp1", "tp1 pp1 dp2", "tp2 pp2 dp1", "tp1 pp2 dp2")
 PAIRS = [
     *product(PLAIN, PLAIN),
     ("pp2 interleaved", "pp2 interleaved"),
@@ -68,13 +61,12 @@ def main() -> int:
 
 def matrix(title: str, pairs: list[tuple[str, str]], settings: tuple[str, ...]) -> list[str]:
     """What was lost, a line per pair that lost anything."""
-    from tests.distributed.resharding import Checkpoints
+    from tests.distributed import resharding
 
     lost = []
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(Path(folder), pairs, settings, saved_at=3, continued=5)
-        for saver, loader in pairs:
-            found = checkpoints.lost(saver, loader)
+        of_pairs = resharding.lost(Path(folder), pairs, settings, steps=(3, 5))
+        for (saver, loader), found in of_pairs:
             line = f"{title}: {saver} -> {loader}: {'; '.join(found) or 'the same'}"
             print(line, flush=True)
             lost += [line] if found else []

@@ -123,7 +123,7 @@ def as_text(column: pa.ChunkedArray, store: str, name: str) -> np.ndarray:
     if pa.types.is_floating(column.type):
         raise DataError(
             f"{store}: obs column {name!r} holds numbers with a fraction, and a label is a "
-            "name, a whole number or a truth value. Remedy: another --label."
+            "name, a whole number or a truth value. Remedy: another `label=`."
         )
     values = ["" if each is None else str(each).strip() for each in column.to_pylist()]
     return np.array(["" if each in _EMPTY else each for each in values], dtype=str)

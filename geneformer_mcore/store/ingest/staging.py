@@ -82,7 +82,7 @@ class StagedFolder:
         if not self._overwrite:
             raise DataError(
                 f"{self.target}: exists already: a writer was killed while it replaced this store, "
-                "which is now back. Remedy: choose another path, or --overwrite to replace it."
+                "which is now back. Remedy: choose another path, or `overwrite=True` to replace it."
             )
 
     def check_room(self, num_bytes: int = 0) -> None:
@@ -163,7 +163,7 @@ class StagedFolder:
             f"{self.target}: there is no room for the store: {why}. {free:,} bytes are free now, "
             f"{more}; {kept}, and what was at this path before is as it was. Remedy: make room and "
             "start the same command again (building takes up to twice the finished store), or "
-            "--out on another disk."
+            "`out=` on another disk."
         )
 
 
@@ -177,7 +177,7 @@ def check_target(target: str | Path, overwrite: bool) -> None:
     if not overwrite:
         _clear_published(target)
         raise DataError(
-            f"{target}: exists already. Remedy: choose another path, or --overwrite to replace it."
+            f"{target}: exists already. Remedy: another path, or `overwrite=True` to replace it."
         )
     is_ours = target.is_dir() and ((target / MANIFEST_FILE).exists() or not any(target.iterdir()))
     if not is_ours:

@@ -121,7 +121,7 @@ class _Coverage:
             raise DataError(
                 f"data set {dataset.dataset_id} cannot be kept for test: {len(alone)} of its "
                 f"labels ({listed}) occur in no other data set of training, and every "
-                f"{' and '.join(COVERED)} must. Remedy: name another --test-dataset, or add data."
+                f"{' and '.join(COVERED)} must. Remedy: name another `test_datasets=`, or add data."
             )
 
 
@@ -153,7 +153,7 @@ def _missing_message(table: DatasetTable) -> str:
     return (
         f"the policy card keeps every {' and '.join(COVERED)} of the {table.cells:,} cells in "
         f"training, and {len(table.missing)} of these {len(COVERED)} columns cannot be seen to: "
-        f"{lacking}. Remedy: give obs the columns, leave the source out, or --allow-incomplete."
+        f"{lacking}. Remedy: give obs the columns, leave it out, or `allow_incomplete=True`."
     )
 
 
@@ -161,8 +161,8 @@ def _no_test_message(rest: Sequence[Dataset], only: Dataset, most_cells: int) ->
     return (
         "the policy card keeps one data set of those held out whole for test and another for "
         f"validation, and of {len(rest):,} data sets only 1 can be held out ({only.dataset_id}, "
-        f"{only.cells:,} of {most_cells:,} cells that may be). Remedy: name a --test-dataset, a "
-        "larger --held-out-fraction, or --allow-incomplete for a split without a test-only one."
+        f"{only.cells:,} of {most_cells:,} cells that may be). Remedy: name `test_datasets=`, "
+        "a larger `held_out_fraction=`, or `allow_incomplete=True` for a split without one."
     )
 
 
@@ -180,7 +180,7 @@ def _nothing_message(
         )
     smallest = min(free, key=lambda dataset: (dataset.cells, dataset.dataset_id))
     needed = smallest.cells / total + 5e-5
-    remedy = f"--held-out-fraction {needed:.4f}, or split" if needed < 1 else "split"
+    remedy = f"`held_out_fraction={needed:.4f}`, or split" if needed < 1 else "split"
     return (
         f"no data set can be held out: {share}, and the smallest whose assays and tissues others "
         f"have too is {smallest.dataset_id} with {smallest.cells:,}. Remedy: {remedy} by cell "

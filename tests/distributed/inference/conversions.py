@@ -17,7 +17,6 @@ from geneformer_mcore.convert import converted_run
 from geneformer_mcore.data.collate import pieces
 from geneformer_mcore.distributed import groups
 from geneformer_mcore.model import geneformer, megatron_config
-from geneformer_mcore.model.init import sharded_parameters, slice_of
 from geneformer_mcore.optim import optimizer as optim
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS, PAD, Batch
@@ -82,11 +81,10 @@ def all_logits(
     runs: list[Path], cells: list[np.ndarray], packed: tuple[bool, ...] = (False, True)
 ) -> list[list[np.ndarray]]:
     """fp32 [n, tokens] of all positions of every cell (our ids), of each run: padded, packed."""
-    return [logits(run, cells, each) for run in runs for each in packed]
+    return [_logits(run, cells, each) for run in runs for each in packed]
 
 
-def logits(run: Path, cells: list[np.ndarray], packed: bool) -> list[np.ndarray]:
-    """Of one of them."""
+def _logits(run: Path, cells: list[np.ndarray], packed: bool) -> list[np.ndarray]:
     (stage,) = loaded(run, f"data.packing={str(packed).lower()}").stages
     stage.eval()
     batch = batch_of(cells, packed)
@@ -101,10 +99,9 @@ def batch_of(cells: list[np.ndarray], packed: bool) -> Batch:
     lengths_N = np.array([len(cell) for cell in cells])
     rows = [np.concatenate(cells)] if packed else cells
     width = max(len(row) for row in rows) + 3
-    tokens_BS = torch.full((len(rows), width), PAD, dtype=torch.int32)
-    for row, tokens in zip(tokens_BS, rows, strict=True):
-        row[: len(tokens)] = torch.from_numpy(tokens)
-    selected_M = torch.cat([row * width + torch.arange(len(rows[row])) for row in range(len(rows))])
+    padded = [np.pad(row, (0, width - len(row)), constant_values=PAD) for row in rows]
+    tokens_BS = torch.from_numpy(np.stack(padded).astype(np.int32))
+    selected_M = (tokens_BS.flatten() != PAD).nonzero().flatten()
     bounds, longest = pieces(lengths_N, width) if packed else (None, 0)
     return Batch(
         tokens_BS,
@@ -117,25 +114,7 @@ def batch_of(cells: list[np.ndarray], packed: bool) -> Batch:
     )
 
 
-def slices_that_differ(run: Path, *overrides: str) -> list[str]:
-    """Names of parameters that are not what the checkpoint holds, and of moments that are not 0."""
-    trainable = loaded(run, *overrides)
-    weights = weights_reader.read_weights(weights_reader.step_of(run))
-    entries = [entry for stage in trainable.stages for entry in sharded_parameters(stage)]
-    assert len(entries) > 4
-    wrong = []
-    for entry in entries:
-        wanted = slice_of(entry, weights[entry.key])
-        if not torch.equal(entry.data.float(), wanted.to(entry.data.dtype).float()):
-            wrong.append(entry.key)
-    states = [each for adam in optim._torch_adams(trainable.optimizer)
-              for each in adam.state.values()]  # fmt: skip
-    moments = [n for each in states for n in each if n.startswith("exp_avg") and each[n].any()]
-    return wrong + moments
-
-
 def train(run: Path, *overrides: str) -> None:
-    """A run folder of a toy run that has made three steps."""
     made = toy.make(*overrides)
     made.steps(3)
     run.mkdir()

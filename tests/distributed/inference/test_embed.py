@@ -27,14 +27,13 @@ from tests.distributed.inference.trained import (
     EMPTY,
     NUM_CELLS,
     NUM_GENES,
-    ONE_GENE,
     UNKNOWN,
     Trained,
     words,
-)
+)  # fmt: skip
 from tests.distributed.parity import PP2, SEQUENCE, TP2
 from tests.distributed.ranks import run_ranks
-from tests.support.small_cells import gene_id, vocabulary_of
+from tests.support.small_cells import gene_ids, vocabulary_of
 from tests.support.small_experiment import write_experiment
 
 MISSING = [UNKNOWN, EMPTY]
@@ -71,7 +70,6 @@ GENE_TABLES = (".csv", ".tsv", ".npy")
 
 
 def values(path: Path) -> np.ndarray:
-    """What the command has written."""
     if path.suffix == ".npy":
         return np.load(path)
     return anndata.read_h5ad(path).obsm["X_geneformer"]
@@ -89,7 +87,6 @@ def wanted(model: Trained, layer: int | None = None, by_cls: bool = False) -> np
 
 @pytest.fixture(scope="module")
 def folder(models: dict[str, Trained], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All that one rank writes."""
     model, folder = models["plain"], tmp_path_factory.mktemp("alone")
     experiment = write_experiment(folder / "census", {"one": anndata.read_h5ad(model.h5ad)})
     store = folder / "store"
@@ -117,7 +114,6 @@ def folder(models: dict[str, Trained], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def result(folder: Path) -> Path:
-    """The AnnData that one rank writes."""
     return folder / "b.h5ad"
 
 
@@ -132,15 +128,7 @@ def test_equals_the_plain_reference(name: str, models: dict[str, Trained], folde
     assert np.nanstd(expected, axis=0).min() > 0.01, "cells that are alike would prove nothing"
 
 
-def test_the_last_gene_counts_and_one_gene_is_enough(model: Trained, result: Path) -> None:
-    found = values(result)
-    states = [model.states(tokens) for tokens in model.tokens]
-    np.testing.assert_allclose(found[ONE_GENE], states[ONE_GENE][1], rtol=0, atol=1e-5)
-    for i in set(range(NUM_CELLS)) - {*MISSING, ONE_GENE}:
-        assert np.abs(found[i] - states[i][1:-1].mean(axis=0)).max() > 1e-3
-
-
-def test_the_output_is_the_input_and_more(model: Trained, result: Path) -> None:
+def test_the_output_is_the_input_and_more(model: Trained, folder: Path, result: Path) -> None:
     before, after = anndata.read_h5ad(model.h5ad), anndata.read_h5ad(result)
     flags = after.obs["geneformer_embedded"]
     assert flags.dtype == bool
@@ -155,14 +143,16 @@ def test_the_output_is_the_input_and_more(model: Trained, result: Path) -> None:
     assert facts["checkpoint_hash"] == hashlib.sha256(manifest).hexdigest()
     assert facts["vocabulary_hash"] == model.vocabulary.checksum
     assert (facts["step"], facts["layer"], facts["pooling"]) == (trained.STEP, "last", "mean")
-    assert facts["model"]["num_layers"] == 4
-    assert facts["model"]["hidden_size"] == 32
+    assert (facts["model"]["num_layers"], facts["model"]["hidden_size"]) == (4, 32)
     assert facts["version"]
+    np.testing.assert_array_equal(values(folder / "b.npy"), values(result))
+    facts = json.loads((folder / "b.json").read_text())
+    assert (facts["cells"], facts["step"]) == (NUM_CELLS, trained.STEP)
+    assert facts["precision"] == "fp32"
 
 
 def test_scanpy_takes_it(result: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         import scanpy as sc
 
         adata = anndata.read_h5ad(result)
@@ -189,7 +179,7 @@ def test_batches_and_layouts_change_nothing(model: Trained, folder: Path, tmp_pa
             )
 
 
-def test_number_formats(folder: Path) -> None:
+def test_number_formats(models: dict[str, Trained], folder: Path) -> None:
     exact, half, brain = (values(folder / name) for name in ("b.h5ad", "half.h5ad", "brain.npy"))
     assert half.dtype == np.float16
     np.testing.assert_allclose(half, exact, rtol=1e-3, atol=1e-3)
@@ -199,45 +189,29 @@ def test_number_formats(folder: Path) -> None:
     np.testing.assert_allclose(brain, exact, rtol=2**-8, atol=0)
     computed = values(folder / "bf16.npy")
     assert 1e-5 < np.nanmax(np.abs(computed - exact)) < 0.3
-
-
-def test_a_model_trained_in_bf16_is_used_with_its_exact_weights(
-    models: dict[str, Trained], folder: Path
-) -> None:
-    rounded = wanted(models["bf16"])  # the stage's own weights are the rounded ones
-    difference = np.nanmax(np.abs(values(folder / "other_bf16.npy") - rounded))
-    assert 1e-4 < difference < 0.3
-
-
-def test_npy_says_what_it_is(result: Path, folder: Path) -> None:
-    np.testing.assert_array_equal(values(folder / "b.npy"), values(result))
-    facts = json.loads((folder / "b.json").read_text())
-    assert facts["cells"] == NUM_CELLS
-    assert facts["step"] == trained.STEP
-    assert facts["precision"] == "fp32"
+    # A model trained in bf16 is used with its exact weights; its stage's own are rounded.
+    rounded = wanted(models["bf16"])
+    assert 1e-4 < np.nanmax(np.abs(values(folder / "other_bf16.npy") - rounded)) < 0.3
 
 
 def test_the_input_is_left_alone_and_a_step_folder_will_do(model: Trained, tmp_path: Path) -> None:
-    before = hashlib.sha256(model.h5ad.read_bytes()).hexdigest(), model.h5ad.stat().st_mtime_ns
+    before = model.h5ad.read_bytes(), model.h5ad.stat().st_mtime_ns
     line = model.line("--checkpoint", model.step_folder, "--output", tmp_path / "b.h5ad")
     (ended,) = succeed([["embed", *line]])
-    after = hashlib.sha256(model.h5ad.read_bytes()).hexdigest(), model.h5ad.stat().st_mtime_ns
-    assert after == before
+    assert (model.h5ad.read_bytes(), model.h5ad.stat().st_mtime_ns) == before
     assert "41 cells x 32 (float32), 2 without a known gene" in ended.out
 
 
-@pytest.mark.parametrize("suffix", GENE_TABLES)
-def test_genes(suffix: str, model: Trained, folder: Path) -> None:
-    path = folder / f"genes{suffix}"
-    expected = model.weights["embedding.word_embeddings.weight"][5 : toy.VOCABULARY]
-    if suffix == ".npy":
-        found = np.load(path)
-    else:
-        table = pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",")
-        assert table["feature_id"].tolist() == [gene_id(i) for i in range(NUM_GENES)]
+def test_genes(model: Trained, folder: Path) -> None:
+    found = [np.load(folder / "genes.npy")]
+    for suffix, separator in ((".csv", ","), (".tsv", "\t")):
+        table = pd.read_csv(folder / f"genes{suffix}", sep=separator)
+        assert table["feature_id"].tolist() == gene_ids(NUM_GENES)
         assert list(table.columns[:2]) == ["feature_id", "name"]
-        found = table.iloc[:, 2:].to_numpy(np.float32)
-    np.testing.assert_array_equal(found, expected)
+        found.append(table.iloc[:, 2:].to_numpy(np.float32))
+    expected = model.weights["embedding.word_embeddings.weight"][5 : toy.VOCABULARY]
+    for each in found:
+        np.testing.assert_array_equal(each, expected)
 
 
 Python = tuple[list[str], np.ndarray | None, np.ndarray]
@@ -287,7 +261,7 @@ def test_the_package_stays_light(repository: Path) -> None:
     assert ended.stdout == "False\n"
 
 
-def test_wrong_input_is_answered_in_one_message(model: Trained, tmp_path: Path) -> None:
+def test_wrong_input(model: Trained, tmp_path: Path) -> None:
     alone, damaged, out = (tmp_path / name for name in ("alone", "damaged", "b.h5ad"))
     shutil.copytree(model.run / "checkpoints", alone / "checkpoints")
     shutil.copytree(model.run, damaged)
@@ -296,11 +270,10 @@ def test_wrong_input_is_answered_in_one_message(model: Trained, tmp_path: Path) 
     vocabulary_of(NUM_GENES + 1).save(tmp_path / "other.json")
     (tmp_path / "there.h5ad").write_text("")
     cells = anndata.read_h5ad(model.h5ad)
-    strange, normalised = cells.copy(), cells.copy()
-    strange.var_names = [f"ENSMUSG{i:011d}" for i in range(strange.n_vars)]
-    strange.write_h5ad(tmp_path / "strange.h5ad")
-    normalised.X = normalised.X * 0.37
-    normalised.write_h5ad(tmp_path / "normalised.h5ad")
+    cells.X = cells.X * 0.37
+    cells.write_h5ad(tmp_path / "normalised.h5ad")
+    cells.var_names = [f"ENSMUSG{i:011d}" for i in range(cells.n_vars)]
+    cells.write_h5ad(tmp_path / "strange.h5ad")
     more = {
         "no folder": "--checkpoint nowhere",
         "a folder without any": f"--checkpoint {tmp_path}",
@@ -341,16 +314,13 @@ def test_what_one_rank_meets_all_ranks_say(model: Trained, tmp_path: Path) -> No
     assert second.err == ""
 
 
-@pytest.mark.parametrize("command", ["embed", "perturb"])
-def test_an_experiment_with_text_of_its_own_for_every_cell(command: str, folder: Path) -> None:
-    found = anndata.read_h5ad(folder / f"{command}_homo_sapiens.h5ad").obs
-    assert found["observation_joinid"].tolist() == [f"cell{i}" for i in range(NUM_CELLS)]
-
-
-def test_a_store_in_its_own_order(model: Trained, folder: Path) -> None:
+def test_cells_of_an_experiment_and_of_a_store(model: Trained, folder: Path) -> None:
+    names = [f"cell{i}" for i in range(NUM_CELLS)]
+    for command in ("embed", "perturb"):
+        obs = anndata.read_h5ad(folder / f"{command}_homo_sapiens.h5ad").obs
+        assert obs["observation_joinid"].tolist() == names
     found = anndata.read_h5ad(folder / "embed_store.h5ad")
     assert found.n_obs == NUM_CELLS - 2
     assert set(found.obs["cell_type"]) == {"a", "b"}
-    names = [f"cell{i}" for i in range(NUM_CELLS)]
     expected = pd.DataFrame(wanted(model), index=names).loc[found.obs_names]
     np.testing.assert_allclose(found.obsm["X_geneformer"], expected, rtol=0, atol=1e-5)

@@ -43,13 +43,11 @@ def store(model: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cells_of(store: Path, split: str = "test") -> Any:
-    """Its cells, read as they are."""
     with TokenStore.open(store) as reader:
         return reader.read(*reader.rows(split))
 
 
 def masked(cells: RaggedCells, fractions: tuple[float, ...] = OURS) -> tuple[Any, Any]:
-    """Tokens as the model is shown them, and which of them are selected."""
     masking = Masking(0.15, fractions, toy.VOCABULARY, SEED)
     return masking.apply(cells, np.full(len(cells), VALIDATION_EPOCH))
 
@@ -66,24 +64,25 @@ def evaluations(
 
 
 @pytest.fixture(scope="module")
-def both(model: Trained, store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """The evaluations of one rank: by groups, and with all selected genes masked."""
-    lines = {"out": "--by cell_type", "masked": "--mask-fractions 1,0,0"}
-    return evaluations(model, store, tmp_path_factory.mktemp("alone"), lines)
+def all_found(
+    model: Trained, store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    lines = {"test": "--by cell_type", "masked": "--mask-fractions 1,0,0"}
+    results = evaluations(model, store, tmp_path_factory.mktemp("alone"), lines)
+    return dict(zip(lines, results, strict=True))
 
 
 @pytest.fixture(scope="module")
-def found(both: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first of them."""
-    return both[0]
+def found(all_found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return all_found["test"]
 
 
 def by_reference(
-    model: Trained, store: Path, fractions: tuple[float, ...] = OURS, shown: bool = False
+    model: Trained, cells: Any, fractions: tuple[float, ...] = OURS, shown: bool = False
 ) -> np.ndarray:
     """[6, cells]: loss sum, selected genes, top 1, top 5, and loss and number of the masked, by
     plain PyTorch. shown: nothing is kept from the model."""
-    cells, rows = cells_of(store), []
+    rows = []
     seen_T, selected_T = masked(cells, fractions)
     for start, stop in zip(cells.offsets[:-1], cells.offsets[1:], strict=True):
         tokens, seen = (torch.from_numpy(each[start:stop].astype(np.int64))
@@ -102,7 +101,7 @@ def by_reference(
 
 
 def test_equals_the_plain_reference(model: Trained, store: Path, found: dict[str, Any]) -> None:
-    loss, number, top1, top5, masked_loss, num_masked = by_reference(model, store)
+    loss, number, top1, top5, masked_loss, num_masked = by_reference(model, cells_of(store))
     total, has = number.sum(), number > 0
     assert found["num_cells"] == len(number) > 10
     assert found["num_predicted"] == total > 100
@@ -115,15 +114,14 @@ def test_equals_the_plain_reference(model: Trained, store: Path, found: dict[str
     assert found["masked_loss"] == pytest.approx(masked_loss.sum() / num_masked.sum(), abs=1e-5)
 
 
-def test_genes_are_masked(model: Trained, store: Path, both: list[dict[str, Any]]) -> None:
-    found, all_masked = both
-    cells = cells_of(store)
+def test_masked_genes(model: Trained, store: Path, all_found: dict[str, dict[str, Any]]) -> None:
+    found, all_masked, cells = all_found["test"], all_found["masked"], cells_of(store)
     seen_T, selected_T = masked(cells, ALL_MASKED)
     assert (seen_T[selected_T] == MASK).all()
     assert 0.1 < selected_T.sum() / (len(seen_T) - len(cells)) < 0.2
-    loss, number, *_ = by_reference(model, store, shown=True)
+    loss, number, *_ = by_reference(model, cells, shown=True)
     assert abs(found["loss"] - loss.sum() / number.sum()) > 0.05
-    loss, number, *_ = by_reference(model, store, ALL_MASKED)
+    loss, number, *_ = by_reference(model, cells, ALL_MASKED)
     assert all_masked["loss"] == pytest.approx(loss.sum() / number.sum(), abs=1e-5)
     assert abs(all_masked["loss"] - found["loss"]) > 1e-3
 
@@ -131,9 +129,7 @@ def test_genes_are_masked(model: Trained, store: Path, both: list[dict[str, Any]
 FIGURES = ("loss", "cell_mean_loss", "perplexity", "top1", "top5", "unigram", "gene_given_rank")
 
 
-def test_any_layout_gives_the_same(
-    model: Trained, store: Path, found: dict[str, Any], tmp_path: Path
-) -> None:
+def test_any_layout(model: Trained, store: Path, found: dict[str, Any], tmp_path: Path) -> None:
     layouts = {"data": "", "tensor": TP2, "pipeline": PP2, "sequence": " ".join(SEQUENCE)}
     lines = {name: f"--by cell_type {layout}" for name, layout in layouts.items()}
     others = evaluations(model, store, tmp_path, lines, ranks=2)
@@ -165,18 +161,15 @@ def forced(run: Path, vocabulary: Path, log_p_V: np.ndarray) -> None:
     (stage,) = made.trainable.stages
     with torch.no_grad():
         # The head ends in a norm: without scale and shift nothing but the bias is left.
-        for each in stage.lm_head.layer_norm.parameters():
+        for each in (*stage.lm_head.layer_norm.parameters(), stage.output_layer.bias):
             each.zero_()
-        stage.output_layer.bias.zero_()
         stage.output_layer.bias[: len(log_p_V)] = torch.from_numpy(log_p_V).float()
     made.trainable.optimizer.reload_model_params()
     config = load(None, list(toy.SETTINGS))[1]
     trained.commit(made, run, config, Vocabulary.load(vocabulary), trained.STEP)
 
 
-def test_a_model_of_gene_frequencies_has_their_cross_entropy(
-    model: Trained, store: Path, tmp_path: Path
-) -> None:
+def test_a_model_of_gene_frequencies(model: Trained, store: Path, tmp_path: Path) -> None:
     train = cells_of(store, "train")
     counts = np.bincount(train.tokens_T, minlength=toy.VOCABULARY)[NUM_SPECIALS:] + 0.1
     log_p_V = np.concatenate([np.full(NUM_SPECIALS, -40.0), np.log(counts / counts.sum())])
@@ -220,9 +213,7 @@ def test_ranks_over_tensor_ranks(ranks: int, rng: np.random.Generator) -> None:
         np.testing.assert_allclose(losses, loss.numpy(), rtol=1e-12)
 
 
-def test_table_and_plots(
-    model: Trained, store: Path, found: dict[str, Any], tmp_path: Path
-) -> None:
+def test_table_and_plot(model: Trained, store: Path, found: dict[str, Any], tmp_path: Path) -> None:
     line = ("evaluate", "--checkpoint", model.run, "--store", store, "--plot", tmp_path / "plots")
     (ended,) = succeed([words(*line)])
     for text in (
@@ -235,7 +226,7 @@ def test_table_and_plots(
     assert (tmp_path / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_wrong_input_is_answered_in_one_message(
+def test_wrong_input(
     model: Trained, models: dict[str, Trained], store: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"

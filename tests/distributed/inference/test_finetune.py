@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn import metrics
 
-from geneformer_mcore.checkpoint import state
 from geneformer_mcore.model import lora
 from geneformer_mcore.model.init import sharded_parameters, slice_of
 from geneformer_mcore.training.finetuning import LabelledCells
@@ -20,20 +16,12 @@ from geneformer_mcore.types import Batch
 from tests.distributed import parity, toy
 from tests.distributed.inference import tuned
 from tests.distributed.inference.tuned import LORA
-from tests.distributed.parity import OVERLAP, PACKED, SEQUENCE, TP2, in_rows
+from tests.distributed.parity import OVERLAP, PACKED, SEQUENCE, TP2, Truth, in_rows
 from tests.distributed.ranks import in_turn, run_ranks
 from tests.support.reference import Reference
 
 UNEVEN = (PACKED, "train.global_batch_size=5", "data.tokens_per_micro_batch=192")
 FROZEN, PROBE = ("finetune.frozen_layers=2",), ("finetune.frozen_layers=4",)
-
-
-@dataclass(frozen=True)
-class Truth:
-    """Plain PyTorch's answer in fp64: mean loss over the cells of a global batch, its gradients."""
-
-    loss: float
-    gradients: dict[str, np.ndarray]
 
 
 def reference_of(weights: dict[str, torch.Tensor], lora_scale: float = 1.0) -> Reference:
@@ -45,6 +33,7 @@ def class_logits(reference: Reference, batch: Batch, by_cls: bool = False) -> to
 
 
 def plain(*overrides: str) -> Truth:
+    """Mean loss over the cells of a global batch, and its gradients."""
     run = tuned.enlarged(*overrides)
     weights = dict(run.trainable.stages[0].named_parameters())
     reference = reference_of(weights, tuned.LORA_SCALE)
@@ -53,8 +42,8 @@ def plain(*overrides: str) -> Truth:
     logits = torch.cat([class_logits(reference, batch, by_cls) for batch in batches])
     loss = F.cross_entropy(logits, torch.cat([batch.labels_M for batch in batches]))
     loss.backward()
-    trained = {name for name, each in weights.items() if each.requires_grad}
-    return Truth(loss.item(), {name: reference.w[name].grad.numpy() for name in trained})
+    gradients = {n: reference.w[n].grad.numpy() for n, w in weights.items() if w.requires_grad}
+    return Truth({}, ("relu", "relu"), gradients, loss.item())
 
 
 def compare(expected: Truth, *overrides: str) -> tuple[float, float, set[str], int]:
@@ -87,34 +76,29 @@ KINDS: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
     "post-LN lora": (("model.norm=post", *LORA), [(TP2,)]),
 }
 """Name -> (settings, layouts of two ranks)."""
-ALONE = ("whole", "lora")
-"""Those that one rank trains, too."""
 
 
 def test_gradients_are_those_of_the_plain_reference() -> None:
-    of_one: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in ALONE]
     of_two = [(name, layout) for name, (_, layouts) in KINDS.items() for layout in layouts]
-    wanted = sorted(
-        {(name, UNEVEN if layout == UNEVEN else ()) for name, layout in of_one + of_two}
-    )
-    calls = [(plain, (*KINDS[name][0], *uneven)) for name, uneven in wanted]
-    (truths,) = run_ranks(in_turn, 1, *calls)
+    wanted = [(settings, ()) for settings, _ in KINDS.values()]
+    wanted += [(settings, UNEVEN) for settings, layouts in KINDS.values() if UNEVEN in layouts]
+    (truths,) = run_ranks(in_turn, 1, *((plain, (*more, *uneven)) for more, uneven in wanted))
     expected = dict(zip(wanted, truths, strict=True))
     for truth in truths:
         assert max(np.abs(each).max() for each in truth.gradients.values()) > 1e-3
-    for ranks, cases in ((1, of_one), (2, of_two)):
-        truths = [expected[name, UNEVEN if layout == UNEVEN else ()] for name, layout in cases]
-        calls = [(compare, (truth, *KINDS[name][0], *layout))
-                 for truth, (name, layout) in zip(truths, cases, strict=True)]  # fmt: skip
-        by_rank = run_ranks(in_turn, ranks, *calls)
+    for ranks, cases in ((1, [("whole", ()), ("lora", ())]), (2, of_two)):
+        calls = [
+            (expected[KINDS[name][0], UNEVEN if layout == UNEVEN else ()], *KINDS[name][0], *layout)
+            for name, layout in cases
+        ]
+        by_rank = run_ranks(in_turn, ranks, *((compare, call) for call in calls))
         for found in by_rank:
-            for case, truth, (loss, worst, seen, _) in zip(cases, truths, found, strict=True):
+            for case, (truth, *_), (loss, worst, seen, _) in zip(cases, calls, found, strict=True):
                 assert loss < 1e-5 * truth.loss, case
                 assert worst < 1e-5, case
                 assert seen == set(truth.gradients), case
-    for number, (_, layout) in enumerate(of_two):
-        if layout == UNEVEN:
-            assert {found[number][-1] for found in by_rank} == {2, 3}
+        cells_of_ranks = {found[of_two.index(("whole", UNEVEN))][-1] for found in by_rank}
+    assert cells_of_ranks == {2, 3}
 
 
 def steps(*overrides: str) -> tuple[set[str], set[str], set[str]]:
@@ -142,9 +126,8 @@ def test_what_is_frozen_stays_bit_for_bit() -> None:
     for of_rank in run_ranks(in_turn, 2, *calls):
         for case, (moved, still, frozen_that_moved) in zip(cases, of_rank, strict=True):
             _, first, count = MOVED[case[0]]
-            assert not frozen_that_moved, case
+            assert not still | frozen_that_moved, case
             assert first in moved, case
-            assert not still, case
             assert len(moved) == count, case
 
 
@@ -181,59 +164,21 @@ def test_corrections_begin_without_effect_and_can_be_added_to_the_matrices() -> 
     assert of_folded < 1e-5
 
 
-AGO = 2
-"""Steps before the checkpoint, and after it."""
-DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1", "finetune.dropout=0.2")
-
-
-def train_and_save(folder: str, *overrides: str) -> tuple[list[float], dict[str, str]]:
-    run = tuned.make(*DROPOUT, *overrides)
-    run.steps(AGO)
-    run.write(folder)
-    return run.losses(AGO), run.digest()
-
-
-def resume(folder: str, *overrides: str) -> tuple[list[float], dict[str, str]]:
-    run = tuned.make(*DROPOUT, "train.seed=99", *overrides)
-    state.load(run.trainable, Path(folder), run.topology.rank)
-    same = replace(run.config.train, seed=toy.Config().train.seed)
-    run.feed = tuned.feed(replace(run.config, train=same), run.topology)
-    run.position = AGO * run.config.train.global_batch_size
-    return run.losses(AGO), run.digest()
-
-
-def test_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    resumed = {
-        "whole": UNEVEN,
-        "lora": (*LORA, *SEQUENCE, PACKED),
-        "frozen": (*FROZEN, TP2, "train.precision=bf16"),
-    }
-    calls = [(str(tmp_path / name), *overrides) for name, overrides in resumed.items()]
-    undisturbed = run_ranks(in_turn, 2, *((train_and_save, call) for call in calls))
-    assert run_ranks(in_turn, 2, *((resume, call) for call in calls)) == undisturbed
-
-
 def validated(*overrides: str) -> dict[str, float]:
-    """What validation says."""
     run = tuned.enlarged(*overrides)
     held_out = LabelledCells(run.feed, tuned.CLASSES, 100, run.topology, toy.CPU)
     return held_out.evaluate(run.trainable, True, lambda: None)
 
 
 def validated_plainly() -> tuple[float, list[int], list[int]]:
-    """Loss, labels and answers of the plain model."""
     run = tuned.enlarged()
     reference = reference_of(dict(run.trainable.stages[0].named_parameters()))
-    logits, labels = [], []
-    for batch in (
-        batch for start in range(0, 120, 16) for batch in run.feed.validation_step(start)
-    ):
-        with torch.no_grad():
-            logits.append(class_logits(reference, batch)[: len(batch.labels_M)])
-        labels.append(batch.labels_M)
-    all_logits, all_labels = torch.cat(logits), torch.cat(labels)
-    loss = F.cross_entropy(all_logits, all_labels).item()
-    return loss, all_labels.tolist(), all_logits.argmax(dim=1).tolist()
+    batches = [each for start in range(0, 120, 16) for each in run.feed.validation_step(start)]
+    with torch.no_grad():
+        rows = [class_logits(reference, batch)[: len(batch.labels_M)] for batch in batches]
+    logits, labels = torch.cat(rows), torch.cat([batch.labels_M for batch in batches])
+    loss = F.cross_entropy(logits, labels).item()
+    return loss, labels.tolist(), logits.argmax(dim=1).tolist()
 
 
 def test_validation_counts_every_cell_once_on_any_layout() -> None:
@@ -255,14 +200,12 @@ def no_cell_for_a_rank(*overrides: str) -> list[float]:
     run = tuned.make(PACKED, "train.global_batch_size=1", *overrides)
     batches = run.feed.step(0)
     losses = run.losses(2)
-    if run.topology.data_rank == 1:
-        assert sum(len(batch.labels_M) for batch in batches) == 0
+    assert run.topology.data_rank == 0 or not any(len(batch.labels_M) for batch in batches)
     run_schedule(run.trainable.chunks, batches, run.topology, forward_only=False)
     return losses
 
 
 def test_a_rank_without_cells() -> None:
-    calls = ((no_cell_for_a_rank, ()), (no_cell_for_a_rank, PROBE))
-    first, second = run_ranks(in_turn, 2, *calls)
+    first, second = run_ranks(in_turn, 2, *((no_cell_for_a_rank, each) for each in ((), PROBE)))
     assert first == second
     assert np.isfinite(first).all()

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from geneformer_mcore.inference.cells import CountedCell
@@ -18,6 +17,7 @@ from geneformer_mcore.perturbation import displacements, perturb, statistics
 from geneformer_mcore.perturbation.question import GeneNames, Sets
 from geneformer_mcore.perturbation.statistics import Controls
 from geneformer_mcore.types import NUM_SPECIALS
+from tests.distributed import toy
 from tests.distributed.ranks import run_ranks
 from tests.support.small_cells import vocabulary_of
 
@@ -39,9 +39,9 @@ class Many:
             yield CountedCell(place, nothing, nothing, np.array([2, 5]))
 
 
-def peak_bytes(function: Callable[[], Any]) -> tuple[int, Any]:
+def peak_bytes(function: Callable[..., Any], *given: Any) -> tuple[int, Any]:
     tracemalloc.start()
-    found = function()
+    found = function(*given)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak, found
@@ -57,13 +57,12 @@ def numbered(job: Any, cells: list[CountedCell], values_NPC: np.ndarray) -> Iter
 def all_cells() -> tuple[int, np.ndarray | None]:
     displacements._block, displacements.GATHERED_VALUES = numbered, 1 << 14
     topology = SimpleNamespace(data_rank=dist.get_rank(), data_size=dist.get_world_size())
-    device = torch.device("cpu")
     engine = SimpleNamespace(
-        topology=topology, tokens_per_batch=20, holds_states=True, device=device
+        topology=topology, tokens_per_batch=20, holds_states=True, device=toy.CPU
     )
     sets = Sets(ASKED, NUM_GENES + NUM_SPECIALS)
     job = SimpleNamespace(engine=engine, cells=Many(), sets=sets, total=NUM_CELLS)
-    return peak_bytes(lambda: displacements.of_all_cells(job, no_progress))  # type: ignore[arg-type]
+    return peak_bytes(displacements.of_all_cells, job, no_progress)
 
 
 def test_first_rank_holds_two_copies_and_others_their_own_cells() -> None:
@@ -86,7 +85,7 @@ def test_a_table_needs_no_further_copy(monkeypatch: Any, rng: np.random.Generato
     number_P = np.full(NUM_GENES, NUM_CELLS)
     tested = statistics.Tested(ASKED, number_P, number_P)
     alone = Controls(ASKED, [np.array([0, 1, 2])] * NUM_GENES)
-    peak, rows = peak_bytes(lambda: statistics.table(tested, NAMES, alone, values_NPC, True))
+    peak, rows = peak_bytes(statistics.table, tested, NAMES, alone, values_NPC, True)
     assert peak < 0.3 * WHOLE
     shift_NP = values_NPC[:, :, 0].astype(np.float64)
     np.testing.assert_array_equal(rows["shift"], np.nanmean(shift_NP, axis=0))

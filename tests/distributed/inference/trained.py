@@ -21,9 +21,15 @@ from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS
 from tests.distributed import toy
 from tests.distributed.parity import enlarge
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import in_turn, run_ranks
 from tests.support.reference import Reference
-from tests.support.small_cells import gene_id, plain_tokens, random_counts, vocabulary_of
+from tests.support.small_cells import (
+    adata_of,
+    gene_ids,
+    plain_tokens,
+    random_counts,
+    vocabulary_of,
+)  # fmt: skip
 
 NUM_GENES, NUM_UNKNOWN, NUM_CELLS = toy.VOCABULARY - NUM_SPECIALS, 30, 41
 ONE_GENE, UNKNOWN, EMPTY, LONG = 3, 5, 11, 17
@@ -53,17 +59,14 @@ class Trained:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The one it was trained with."""
         return Vocabulary.load(self.run / "vocabulary.json")
 
     @property
     def step_folder(self) -> Path:
-        """Its one checkpoint."""
         return checkpoints.step_folder(self.run / "checkpoints", STEP)
 
     @cached_property
     def reference(self) -> Reference:
-        """The same model in plain PyTorch and fp64."""
         weights = {name: torch.from_numpy(array) for name, array in self.weights.items()}
         return Reference(weights, num_heads=4, vocabulary_size=toy.VOCABULARY)
 
@@ -80,23 +83,21 @@ class Trained:
         return [self.sentence(row) if row.sum() else np.zeros(1, np.int64) for row in self.counts]
 
     def sentence(self, counts: np.ndarray) -> np.ndarray:
-        """The tokens of a cell with these counts."""
         known = np.arange(NUM_GENES) + NUM_SPECIALS
         columns = np.concatenate([known, np.zeros(NUM_UNKNOWN, np.int64)])
         return plain_tokens(counts, columns, self.vocabulary, toy.SEQ_LENGTH)
 
     def states(self, tokens: np.ndarray, num_layers: int | None = None) -> np.ndarray:
         """float64 [tokens, H] of a cell by the plain reference; or behind so many layers."""
-        return _states(self, tuple(tokens.tolist()), num_layers)
+        return _states(self.reference, tuple(tokens.tolist()), num_layers)
 
 
 @cache
-def _states(model: Trained, tokens: tuple[int, ...], num_layers: int | None) -> np.ndarray:
-    ids, length = torch.tensor([tokens]), torch.tensor([len(tokens)])
+def _states(model: Reference, tokens: tuple[int, ...], num_layers: int | None) -> np.ndarray:
+    cell = torch.tensor([tokens]), torch.tensor([len(tokens)])
     with torch.no_grad():
-        if num_layers is None:
-            return model.reference.hidden(ids, length)[0].numpy()
-        return model.reference.states(ids, length, num_layers)[0].numpy()
+        found = model.hidden(*cell) if num_layers is None else model.states(*cell, num_layers)
+    return found[0].numpy()
 
 
 KINDS: Mapping[str, tuple[str, ...]] = {
@@ -115,8 +116,9 @@ def make_all(folder: Path) -> dict[str, Trained]:
         run.mkdir()
     h5ad = folder / "cells.h5ad"
     made_up_cells().write_h5ad(h5ad)
-    (weights,) = run_ranks(_train_all, 1, runs)
-    return {kind: Trained(run, weights[kind], h5ad) for kind, run in runs.items()}
+    (weights,) = run_ranks(in_turn, 1, *((_train, (runs[kind], *KINDS[kind])) for kind in KINDS))
+    return {kind: Trained(runs[kind], of_run, h5ad)
+            for kind, of_run in zip(KINDS, weights, strict=True)}  # fmt: skip
 
 
 def made_up_cells() -> anndata.AnnData:
@@ -127,16 +129,14 @@ def made_up_cells() -> anndata.AnnData:
     counts[ONE_GENE, [7, NUM_GENES + 2]] = 4, 9
     counts[UNKNOWN, NUM_GENES:] = 2
     counts[LONG, : NUM_GENES // 2] = rng.integers(1, 90, NUM_GENES // 2)
-    genes = [gene_id(number) for number in range(NUM_GENES)]
-    genes += [gene_id(90_000 + number) for number in range(NUM_UNKNOWN)]
-    obs = pd.DataFrame(
-        {"cell_type": pd.Categorical(["a", "b"] * 20 + ["a"])},
-        index=[f"cell{number}" for number in range(NUM_CELLS)],
+    return adata_of(
+        sparse.csr_matrix(counts),
+        [*gene_ids(NUM_GENES), *gene_ids(90_000 + number for number in range(NUM_UNKNOWN))],
+        obs={"cell_type": pd.Categorical(["a", "b"] * 20 + ["a"])},
+        cell_ids=[f"cell{number}" for number in range(NUM_CELLS)],
+        uns={"kept": "as it was"},
+        obsm={"X_other": np.ones((NUM_CELLS, 2), np.float32)},
     )
-    cells = anndata.AnnData(sparse.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=genes))
-    cells.uns["kept"] = "as it was"
-    cells.obsm["X_other"] = np.ones((NUM_CELLS, 2), np.float32)
-    return cells
 
 
 def commit(
@@ -156,10 +156,6 @@ def commit(
     record = Record(step, 16 * step, {}, identity, {"tensor": 1}, {"torch": "2"}, {}, val_loss)
     record.save(staging)
     checkpoints.commit(staging, root, step)
-
-
-def _train_all(runs: Mapping[str, Path]) -> dict[str, dict[str, np.ndarray]]:
-    return {kind: _train(run, *KINDS[kind]) for kind, run in runs.items()}
 
 
 def _train(run: Path, *overrides: str) -> dict[str, np.ndarray]:

@@ -25,7 +25,6 @@ def make(*overrides: str) -> toy.Toy:
 
 
 def enlarged(*overrides: str) -> toy.Toy:
-    """The same with larger weights, none of them 0."""
     run = make(*overrides)
     parity.enlarge(run, drawn=0.16)
     return run
@@ -50,5 +49,4 @@ def classes() -> np.ndarray:
 
 
 def feed(config: Config, topology: groups.Topology) -> Feed:
-    """The toy cells as this rank sees them, with their classes."""
     return toy.feed(config, topology, LabelledBatches(make_batch, toy.ToyCells().keys, classes()))

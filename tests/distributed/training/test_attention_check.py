@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import types
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -51,7 +52,6 @@ def test_ours_pass(world_size: int, overrides: tuple[str, ...], most: float) -> 
 
 
 def spoilt(how: str, packed: bool) -> str:
-    """What the check says of an attention that is wrong in this way."""
     (stage,) = toy.make(ONE_LAYER, "model.attention=sdpa").trainable.stages
     core = stage.encoder.layers[0].self_attention.core_attention
     right = core.forward
@@ -86,7 +86,7 @@ def test_what_is_wrong_or_does_not_run_is_refused() -> None:
 
 
 def after_building(said: str | None) -> str | None:
-    """What the environment says once a model was built, of what it said before."""
+    """What the environment holds once a model was built, of what it held before."""
     os.environ.pop(UNFUSED, None)
     if said is not None:
         os.environ[UNFUSED] = said
@@ -100,13 +100,10 @@ def test_megatron_leaves_the_environment_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(("said", "found"), [(None, "0"), ("1", "1")])
-def test_te_may_not_fall_back_unless_it_is_allowed_to(
-    monkeypatch: pytest.MonkeyPatch, said: str | None, found: str
-) -> None:
+def test_te_fallback(monkeypatch: pytest.MonkeyPatch, said: str | None, found: str) -> None:
     name = "megatron.core.extensions.transformer_engine"
-    stand_in = types.ModuleType(name)
-    stand_in.TEDotProductAttention = object  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, name, stand_in)
+    stand_in = types.SimpleNamespace(TEDotProductAttention=object)
+    monkeypatch.setitem(sys.modules, name, stand_in)  # type: ignore[arg-type]
     monkeypatch.setenv(UNFUSED, said or "")
     if said is None:
         monkeypatch.delenv(UNFUSED)
@@ -114,70 +111,76 @@ def test_te_may_not_fall_back_unless_it_is_allowed_to(
     assert os.environ[UNFUSED] == found
 
 
-def stand_in_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], te: bool) -> None:
-    """A GPU that only answers what it can."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(select.backends, "is_available", lambda name: te)
-    monkeypatch.setattr(select.backends, "require", lambda name: None)
+Gpu = Callable[[tuple[int, int], bool], None]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """A GPU of this capability that only answers what it can, with Transformer Engine or not."""
+
+    def stand_in(capability: tuple[int, int], te: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(select.backends, "is_available", lambda name: te)
+        monkeypatch.setattr(select.backends, "require", lambda name: None)
+
+    return stand_in
 
 
 @pytest.mark.parametrize(
-    ("capability", "precision", "te", "expected"),
+    ("capability", "precision", "te", "padded", "packed"),
     [
-        ((9, 0), BF16, True, ["te", "te"]),
-        ((9, 0), Precision.fp8, True, ["te", "te"]),
-        ((9, 0), BF16, False, ["flash", "flash"]),
-        ((9, 0), FP32, True, ["sdpa", "sdpa"]),
-        ((8, 0), BF16, True, ["te", "flash"]),
-        ((8, 0), BF16, False, ["flash", "flash"]),
-        ((10, 0), BF16, True, ["te", "te"]),
-        ((12, 0), BF16, True, ["te", "flash"]),
-        ((7, 0), FP16, True, ["sdpa", "sdpa"]),
-        ((7, 5), FP16, False, ["sdpa", "sdpa"]),
+        ((9, 0), BF16, True, "te", "te"),
+        ((9, 0), Precision.fp8, True, "te", "te"),
+        ((9, 0), BF16, False, "flash", "flash"),
+        ((9, 0), FP32, True, "sdpa", "sdpa"),
+        ((8, 0), BF16, True, "te", "flash"),
+        ((8, 0), BF16, False, "flash", "flash"),
+        ((10, 0), BF16, True, "te", "te"),
+        ((12, 0), BF16, True, "te", "flash"),
+        ((7, 0), FP16, True, "sdpa", "sdpa"),
+        ((7, 5), FP16, False, "sdpa", "sdpa"),
     ],
 )
 def test_auto_takes_what_the_gpu_has(
-    monkeypatch: pytest.MonkeyPatch,
-    capability: tuple[int, int],
-    precision: Precision,
-    te: bool,
-    expected: list[str],
+    gpu: Gpu, capability: Any, precision: Precision, te: bool, padded: str, packed: str
 ) -> None:
-    """expected: padded, packed."""
-    stand_in_gpu(monkeypatch, capability, te)
-    chosen = [select.choose(ModelConfig(), GPU, precision, packed) for packed in (False, True)]
-    assert [each.value for each in chosen] == expected
+    gpu(capability, te)
+    for is_packed, expected in ((False, padded), (True, packed)):
+        assert select.choose(ModelConfig(), GPU, precision, is_packed).value == expected
 
 
-def test_deterministic_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in_gpu(monkeypatch, (9, 0), te=True)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert select.choose(ModelConfig(), GPU, BF16, True) is Attention.flash
-    with pytest.raises(ConfigError, match=r"512 GiB.*deterministic.*attention=flash"):
-        select.choose(ModelConfig(attention=Attention.te), GPU, BF16, True)
+DETERMINISTIC = r"512 GiB.*deterministic.*attention=flash"
 
 
 @pytest.mark.parametrize(
-    ("capability", "hidden"), [((7, 5), 256), ((9, 0), 4 * 36), ((9, 0), 4 * 264)]
+    ("capability", "hidden", "asked", "precision", "message", "chosen"),
+    [
+        ((7, 5), 256, "flash", FP16, "Ampere.*heads of 64", "sdpa"),
+        ((9, 0), 4 * 36, "flash", FP16, "Ampere.*heads of 36", "sdpa"),
+        ((9, 0), 4 * 264, "flash", FP16, "Ampere.*heads of 264", "sdpa"),
+        ((9, 0), 256, "te", BF16, DETERMINISTIC, "flash"),
+        ((9, 0), 256, "te", FP32, "attention=te needs an NVIDIA GPU and 16", "sdpa"),
+        ((9, 0), 256, "flash", FP32, "attention=flash needs an NVIDIA GPU and 16", "sdpa"),
+    ],
 )
-def test_flash_where_it_does_not_run(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hidden: int
-) -> None:
-    stand_in_gpu(monkeypatch, capability, te=False)
+def test_what_does_not_run_is_refused_and_auto_takes_what_fits(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, capability: Any, hidden: int, asked: str,
+    precision: Precision, message: str, chosen: str,
+) -> None:  # fmt: skip
+    gpu(capability, asked == "te")
+    if message == DETERMINISTIC:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     model = ModelConfig(hidden_size=hidden)
-    assert select.choose(model, GPU, FP16, True) is Attention.sdpa
-    model.attention = Attention.flash
-    with pytest.raises(ConfigError, match=f"Ampere.*heads of {hidden // 4}"):
-        select.choose(model, GPU, FP16, True)
+    assert select.choose(model, GPU, precision, True).value == chosen
+    model.attention = Attention(asked)
+    with pytest.raises(ConfigError, match=message):
+        select.choose(model, GPU, precision, True)
 
 
 @pytest.mark.parametrize("asked", [Attention.te, Attention.flash])
-def test_fused_kernels_are_for_16_bits(monkeypatch: pytest.MonkeyPatch, asked: Attention) -> None:
-    stand_in_gpu(monkeypatch, (9, 0), te=True)
-    model = ModelConfig(attention=asked)
-    assert select.choose(model, GPU, BF16) is asked
-    with pytest.raises(ConfigError, match=f"attention={asked.value} needs an NVIDIA GPU and 16"):
-        select.choose(model, GPU, FP32)
+def test_fused_kernels_run_in_16_bits(gpu: Gpu, asked: Attention) -> None:
+    gpu((9, 0), True)
+    assert select.choose(ModelConfig(attention=asked), GPU, BF16) is asked
 
 
 @pytest.mark.parametrize(
@@ -192,13 +195,9 @@ def test_fused_kernels_are_for_16_bits(monkeypatch: pytest.MonkeyPatch, asked: A
     ],
 )
 def test_what_is_compiled(
-    monkeypatch: pytest.MonkeyPatch,
-    compiler: str | None,
-    triton: bool,
-    device: torch.device,
-    asked: bool | None,
+    monkeypatch: pytest.MonkeyPatch, compiler: Any, triton: bool, device: Any, asked: Any,
     expected: bool,
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.setattr(fused.shutil, "which", lambda _name: compiler)
     monkeypatch.setattr(fused, "is_available", lambda _name: triton)
     assert fused.is_compiled(asked, device) is expected

@@ -5,19 +5,20 @@ Random damage, often: tests/soak/checkpoint_damage.py.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from geneformer_mcore.checkpoint import folder as checkpoints
 from tests.distributed import toy
 from tests.distributed.parity import TP2
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training.test_saving import record, saver_of
+from tests.support.small_cells import flip_bit
 
 
 def save_twice(root: str) -> None:
@@ -27,31 +28,19 @@ def save_twice(root: str) -> None:
         saver.begin(run.trainable, record(step))
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of steps 1 and 2 by two ranks."""
-    root = tmp_path_factory.mktemp("saved") / "checkpoints"
-    run_ranks(save_twice, 2, str(root))
-    assert checkpoints.newest_good(root) == (checkpoints.step_folder(root, 2), [])
-    return root
-
-
 def flip_a_bit(path: Path, rng: np.random.Generator) -> None:
-    data = bytearray(path.read_bytes())
-    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
-    path.write_bytes(data)
+    flip_bit(path, rng.integers(path.stat().st_size), rng.integers(8))  # type: ignore[arg-type]
 
 
 def cut(path: Path, rng: np.random.Generator) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[: rng.integers(len(data))])
+    os.truncate(path, rng.integers(path.stat().st_size))
 
 
 def lengthen(path: Path, rng: np.random.Generator) -> None:
     path.write_bytes(path.read_bytes() + rng.bytes(3))
 
 
-def delete(path: Path, rng: np.random.Generator) -> None:
+def delete(path: Path, _rng: np.random.Generator) -> None:
     path.unlink()
 
 
@@ -71,9 +60,10 @@ def assert_passed_over(root: Path, name: str, damage: Damage, rng: np.random.Gen
     assert "It is now called damaged_step_0000000002" in messages[0]
 
 
-def test_damage_to_any_kind_of_file_is_seen(
-    saved: Path, tmp_path: Path, rng: np.random.Generator
-) -> None:
+def test_damage_to_any_kind_of_file_is_seen(tmp_path: Path, rng: np.random.Generator) -> None:
+    saved = tmp_path / "checkpoints"
+    run_ranks(save_twice, 2, str(saved))
+    assert checkpoints.newest_good(saved) == (checkpoints.step_folder(saved, 2), [])
     files = [path for path in checkpoints.step_folder(saved, 2).rglob("*") if path.is_file()]
     kinds = {re.sub(r"\d+", "N", path.name) for path in files}
     assert kinds == {re.sub(r"\d+", "N", Path(name).name) for name in KINDS}, "a new kind of file"

@@ -26,30 +26,19 @@ def sums(*overrides: str) -> tuple:
     return astuple(totals)
 
 
-@pytest.fixture(scope="module")
-def serial() -> tuple:
-    (totals,) = run_ranks(sums, 1)
-    return totals
-
-
-def test_every_cell_counts_once(serial: tuple) -> None:
-    cells = toy.ToyCells().read(0, 120)
-    masking = toy.Masking(0.15, (0.8, 0.02, 0.18), toy.VOCABULARY, 1234)
-    labels, _ = masking.validation_positions(cells)
-    assert serial[1] == len(labels)
-    assert serial[3] <= 120
-
-
-def test_same_sums_in_every_layout(serial: tuple) -> None:
-    for found in run_ranks(in_turn, 2, *((sums, layout) for layout in LAYOUTS.values())):
-        for name, totals in zip(LAYOUTS, found, strict=True):
-            assert totals == pytest.approx(serial, rel=1e-6), name
-
-
 def numbers_of_steps() -> tuple[int, int]:
     feed = toy.make().feed  # 120 cells in batches of 16
     return validation_steps(feed, 100), validation_steps(feed, 3)
 
 
-def test_the_limit_and_the_last_partial_batch() -> None:
-    assert run_ranks(numbers_of_steps, 1) == [(8, 3)]
+def test_every_cell_counts_once_in_every_layout() -> None:
+    ((serial, numbers),) = run_ranks(in_turn, 1, (sums, ()), (numbers_of_steps, ()))
+    assert numbers == (8, 3), "the last batch is a partial one"
+    masking = toy.Masking(0.15, (0.8, 0.02, 0.18), toy.VOCABULARY, 1234)
+    labels, _ = masking.validation_positions(toy.ToyCells().read(0, 120))
+    assert serial[1] == len(labels)
+    assert serial[3] <= 120
+    for found in run_ranks(in_turn, 2, *((sums, layout) for layout in LAYOUTS.values())):
+        assert dict(zip(LAYOUTS, found, strict=True)) == {
+            name: pytest.approx(serial, rel=1e-6) for name in LAYOUTS
+        }

@@ -10,15 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from geneformer_mcore.config import load
 from geneformer_mcore.distributed import groups
 from geneformer_mcore.model import flops, geneformer, megatron_config
+from geneformer_mcore.types import padded_vocabulary_size
 from tests.distributed import toy
-from tests.distributed.parity import TP2
+from tests.distributed.parity import PACKED, TP2
 from tests.distributed.ranks import in_turn, run_ranks
 
 CARD_10M = ("train.precision=fp32",)
-CARD_106M = (
-    *("train.precision=fp32", "model.num_layers=12", "model.hidden_size=768"),
-    *("model.ffn_hidden_size=3072", "model.num_attention_heads=12"),
-)
+CARD_106M = (*CARD_10M, "model.num_layers=12", "model.hidden_size=768",
+             "model.ffn_hidden_size=3072", "model.num_attention_heads=12")  # fmt: skip
 CARDS = [
     (CARD_10M, 25_429, 10_288_981),
     (CARD_10M, 25_472, 10_300_032),
@@ -29,7 +28,6 @@ CARDS = [
 ]
 """(settings, padded size of the vocabulary, parameters)."""
 BF16 = "train.precision=bf16"
-NORMS = pytest.mark.parametrize("norm", ["model.norm=pre", "model.norm=post"])
 
 
 def count_parameters(overrides: tuple[str, ...], vocabulary: int, padded: int) -> int:
@@ -73,7 +71,7 @@ def formats(*overrides: str) -> dict[str, set[torch.dtype]]:
     return seen | {"weights": {parameter.dtype for parameter in stage.parameters()}}
 
 
-@NORMS
+@pytest.mark.parametrize("norm", ["model.norm=pre", "model.norm=post"])
 def test_the_residual_stream_stays_in_32_bits_unless_16_are_asked_for(norm: str) -> None:
     calls = ((formats, (norm,)), (formats, (norm, "model.fp32_residual=false")))
     ((wide, narrow),) = run_ranks(in_turn, 1, *calls)
@@ -81,17 +79,7 @@ def test_the_residual_stream_stays_in_32_bits_unless_16_are_asked_for(norm: str)
     assert wide == narrow | {"stream": {torch.float32}}
 
 
-@NORMS
-def test_bf16_follows_fp32(norm: str) -> None:
-    ((exact, rounded),) = run_ranks(
-        in_turn, 1, (toy.losses, (6, norm)), (toy.losses, (6, norm, BF16))
-    )
-    assert rounded == pytest.approx(exact, rel=5e-3)
-    assert rounded != exact
-
-
 def embedded() -> tuple[float, float]:
-    """The share of zeros in the embedding, training and evaluating."""
     run = toy.make("model.norm=post", "model.hidden_dropout=0.5")
     (stage,) = run.trainable.stages
     tokens_BS = run.feed.step(0)[0].tokens_BS.long()
@@ -111,21 +99,17 @@ def test_the_embedding_is_normalised_before_its_dropout() -> None:
 
 
 def draws(*overrides: str) -> tuple[list[float], list[float]]:
-    """Random numbers of hidden dropout, and of attention dropout."""
     toy.make(*overrides)
     hidden = torch.rand(4).tolist()
     with get_cuda_rng_tracker().fork():
         return hidden, torch.rand(4).tolist()
 
 
-def test_tensor_ranks_share_hidden_dropout_and_split_attention_dropout() -> None:
-    (shared_0, split_0), (shared_1, split_1) = run_ranks(draws, 2, TP2)
-    assert shared_0 == shared_1
-    assert split_0 != split_1
-
-
-def test_data_ranks_drop_differently() -> None:
-    (first, _), (second, _) = run_ranks(draws, 2)
+def test_tensor_ranks_share_hidden_dropout_alone_and_data_ranks_none() -> None:
+    by_rank = run_ranks(in_turn, 2, (draws, (TP2,)), (draws, ()))
+    ((shared, split), (first, _)), ((shared_1, split_1), (second, _)) = by_rank
+    assert shared == shared_1
+    assert split != split_1
     assert first != second
 
 
@@ -143,21 +127,26 @@ def test_a_nan_on_one_rank_updates_no_rank() -> None:
     assert run_ranks(refuse_non_finite, 2) == [(False, True), (False, True)]
 
 
-def counted_and_expected() -> tuple[float, float, float]:
-    run = toy.make("model.attention=plain")
-    shape = flops.ModelShape(4, 32, 64, vocabulary_size=1024)  # padded: that is what is multiplied
-    batch = run.feed.step(0)[0]
-    batch.lengths_N.fill_(batch.tokens_BS.shape[1])
-    cells, positions = batch.tokens_BS.shape
-    work = flops.Workload(cells * positions, cells * positions**2, len(batch.labels_M))
+def counted(*overrides: str) -> tuple[int, list[int], int]:
+    """Of a packed step: FLOPs as torch counts them, lengths of its cells, genes predicted."""
+    run = toy.make("model.attention=plain", PACKED, "data.pad_multiple=1", *overrides)
+    batches = run.feed.step(0)
     with FlopCounterMode(display=False) as counter:
-        run.trainable.chunks[0](batch).sum().backward()
-    attention = flops.forward_breakdown(shape, work).attention * flops.TRAIN_OVER_FORWARD
-    return counter.get_total_flops(), flops.train_flops(shape, work), attention
+        run.step()
+    lengths = [length for batch in batches for length in batch.lengths_N.tolist()]
+    return counter.get_total_flops(), lengths, sum(len(batch.labels_M) for batch in batches)
 
 
-def test_the_flop_formula_is_what_torch_counts() -> None:
-    """With plain attention: torch counts nothing for fused attention on a CPU."""
-    ((counted, expected, attention),) = run_ranks(counted_and_expected, 1)
-    assert counted == pytest.approx(expected, rel=0.01)
-    assert attention > 0.05 * expected, "attention must weigh enough for the test to see it"
+def test_executed_flops_are_what_torch_counts() -> None:
+    """With plain attention (of fused attention on a CPU torch counts nothing), and the vocabulary
+    as it is multiplied."""
+    room = f"data.tokens_per_micro_batch={16 * toy.SEQ_LENGTH}"  # one row, without padding
+    ((total, lengths, predicted),) = run_ranks(counted, 1, room)
+    assert len(lengths) == 16
+    work = flops.Workload(sum(lengths), sum(length**2 for length in lengths), predicted)
+    shape = flops.ModelShape(4, 32, 64, padded_vocabulary_size(toy.VOCABULARY))
+    assert total == pytest.approx(flops.executed_flops(shape, work), rel=0.01)
+    attention = 3 * flops.forward_breakdown(shape, work).attention
+    assert attention > 0.05 * total, "attention must weigh enough for the test to see it"
+    across = flops.Workload(sum(lengths), sum(lengths) ** 2, predicted)
+    assert flops.executed_flops(shape, across) > 2 * total, "attention across cells would be seen"

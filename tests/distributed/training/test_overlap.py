@@ -13,11 +13,8 @@ from tests.distributed import toy
 from tests.distributed.parity import INTERLEAVED, OVERLAP
 from tests.distributed.ranks import in_turn, run_ranks
 
-LAYOUTS = {"dp2": (2, ()), "pp2 interleaved dp2": (4, INTERLEAVED)}
-
 
 def whole(run: toy.Toy) -> bool:
-    """Whether this rank's weights are those of its data-parallel neighbours."""
     parts = [w.detach().flatten() for stage in run.trainable.stages for w in stage.parameters()]
     mine, group = torch.cat(parts), run.trainable.chunks[0].dp_group
     theirs = [torch.empty_like(mine) for _ in range(group.size())]
@@ -39,23 +36,21 @@ def seen(folder: str, *settings: str) -> tuple[list[bool], list[float], tuple]:
     return wholes, run.losses(3), validation
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_weights_are_whole_when_saved_and_when_validated(name: str, tmp_path: Path) -> None:
-    ranks, settings = LAYOUTS[name]
-    plain = (str(tmp_path / "plain"), *settings)
-    overlapping = (str(tmp_path / "overlapping"), *OVERLAP, *settings)
-    found = run_ranks(in_turn, ranks, (seen, plain), (seen, overlapping))
+def buckets(*settings: str) -> int:
+    (chunk,) = toy.make(*settings).trainable.chunks
+    return sum(len(buffer.buckets) for buffer in chunk.buffers)
+
+
+@pytest.mark.parametrize(("ranks", "settings"), [(2, ()), (4, INTERLEAVED)])
+def test_weights_are_whole(ranks: int, settings: tuple[str, ...], tmp_path: Path) -> None:
+    calls = [(seen, (str(tmp_path / f"{len(more)}"), *more, *settings)) for more in ((), OVERLAP)]
+    found = run_ranks(in_turn, ranks, *calls)
     (_, losses, validation), _ = found[0]
     for (always, *_), (wholes, losses_here, sums) in found:
         assert always == [True, True, True]
         assert wholes == [False, True, True]
         assert losses_here == pytest.approx(losses, rel=1e-5)
         assert sums == pytest.approx(validation, rel=1e-5)
-
-
-def buckets(*settings: str) -> int:
-    (chunk,) = toy.make(*settings).trainable.chunks
-    return sum(len(buffer.buckets) for buffer in chunk.buffers)
 
 
 def test_a_small_model_has_several_buckets_to_overlap() -> None:

@@ -3,44 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.distributed import toy
+from tests.distributed.inference import tuned
+from tests.distributed.inference.tuned import LORA
 from tests.distributed.parity import PACKED, PP2, SEQUENCE, TP2
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import in_turn, run_ranks
 
-DROPOUT = (
-    *("model.num_layers=2", "train.micro_batch_size=8"),
-    *("model.hidden_dropout=0.1", "model.attention_dropout=0.1"),
-)
+DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
+SMALL = ("model.num_layers=2", "train.micro_batch_size=8")
+FROZEN = ("finetune.frozen_layers=2",)
+UNEVEN = (PACKED, "train.global_batch_size=5", "data.tokens_per_micro_batch=192")
+BF16 = "train.precision=bf16"
+KINDS: dict[str, Any] = {"toy": toy, "tuned": tuned}
 STEPS = 2
 """Before and after the checkpoint."""
 
 
-def train_and_save(folder: str, *overrides: str) -> tuple[list[float], dict[str, str]]:
-    run = toy.make(*DROPOUT, *overrides)
+def more(kind: str, overrides: tuple[str, ...]) -> tuple[str, ...]:
+    return (*DROPOUT, *(("finetune.dropout=0.2",) if kind == "tuned" else SMALL), *overrides)
+
+
+def train_and_save(kind: str, folder: str, *overrides: str) -> tuple[list[float], dict[str, str]]:
+    run = KINDS[kind].make(*more(kind, overrides))
     run.steps(STEPS)
     run.write(folder)
     return run.losses(STEPS), run.digest()
 
 
-def resume(folder: str, *overrides: str) -> tuple[list[float], dict[str, str]]:
-    run = toy.loaded(folder, STEPS, *DROPOUT, *overrides, same_layout=True)
+def resume(kind: str, folder: str, *overrides: str) -> tuple[list[float], dict[str, str]]:
+    run = toy.loaded(folder, STEPS, *more(kind, overrides), same_layout=True, kind=KINDS[kind])
     return run.losses(STEPS), run.digest()
 
 
 @pytest.mark.parametrize(
-    ("world_size", "overrides"),
+    ("kind", "world_size", "layouts"),
     [
-        (1, ()),
-        (2, ()),
-        (2, (TP2,)),
-        (2, (PP2, "train.precision=bf16")),
-        (2, (*SEQUENCE, PACKED, "model.attention=blockwise")),
+        ("toy", 1, [()]),
+        ("toy", 2, [(), (TP2,), (PP2, BF16), (*SEQUENCE, PACKED, "model.attention=blockwise")]),
+        ("tuned", 2, [UNEVEN, (*LORA, *SEQUENCE, PACKED), (*FROZEN, TP2, BF16)]),
     ],
 )
-def test_bitwise(world_size: int, overrides: tuple[str, ...], tmp_path: Path) -> None:
-    folder = str(tmp_path / "step")
-    undisturbed = run_ranks(train_and_save, world_size, folder, *overrides)
-    assert run_ranks(resume, world_size, folder, *overrides) == undisturbed
+def test_bitwise(kind: str, world_size: int, layouts: list[tuple], tmp_path: Path) -> None:
+    calls = [(kind, str(tmp_path / f"{n}"), *layout) for n, layout in enumerate(layouts)]
+    undisturbed = run_ranks(in_turn, world_size, *((train_and_save, call) for call in calls))
+    assert run_ranks(in_turn, world_size, *((resume, call) for call in calls)) == undisturbed

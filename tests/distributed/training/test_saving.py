@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +21,6 @@ from geneformer_mcore.errors import CheckpointError
 from tests.distributed import toy
 from tests.distributed.parity import PP2, TP2
 from tests.distributed.ranks import in_turn, run_ranks
-from tests.support import small_disk
 
 SMALL = "model.num_layers=2"
 
@@ -39,7 +37,6 @@ def record(step: int, val_loss: float | None = None) -> Record:
 
 
 def error_of(saver: manager.CheckpointManager, run: toy.Toy, step: int) -> str:
-    """What saving a step ends with."""
     try:
         saver.begin(run.trainable, record(step))
     except (CheckpointError, manager.SaveDeadlineError) as error:
@@ -91,7 +88,8 @@ def test_asynchronously_the_same_bytes_are_written(tmp_path: Path) -> None:
 
 def writing_fails(root: str, how: str, rank: int) -> str:
     run = toy.make(SMALL)
-    assert not error_of(saver_of(run, root, []), run, 1)
+    if how != "at once":
+        assert not error_of(saver_of(run, root, []), run, 1)
 
     def write(_snapshot: state.Snapshot) -> None:
         if how == "hangs":
@@ -100,18 +98,26 @@ def writing_fails(root: str, how: str, rank: int) -> str:
 
     if run.topology.rank == rank:
         state.Snapshot.write = write  # type: ignore[method-assign]
-    return error_of(
-        saver_of(run, root, [], **({"deadline_s": 2} if how == "hangs" else {})), run, 2
-    )
+    deadline = {"deadline_s": 2} if how == "hangs" else {}
+    return error_of(saver_of(run, root, [], **deadline), run, 2)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_cannot_write_is_an_error_everywhere(tmp_path: Path, rank: int) -> None:
-    for told in run_ranks(writing_fails, 2, str(tmp_path), "fails", rank):
+@pytest.mark.parametrize(
+    ("rank", "how", "left"),
+    [
+        (0, "fails", "the newest checkpoint, step 1, stays as it was"),
+        (1, "fails", "the newest checkpoint, step 1, stays as it was"),
+        (1, "at once", "there is none yet"),
+    ],
+)
+def test_a_rank_that_cannot_write(tmp_path: Path, rank: int, how: str, left: str) -> None:
+    """A disk that is full, or read-only: tests/end_to_end/run/test_full_disk.py."""
+    for told in run_ranks(writing_fails, 2, str(tmp_path), how, rank):
         assert told.startswith("CheckpointError: the checkpoint of step 2 cannot be written")
         assert "Input/output error (a file)" in told
-        assert "the newest checkpoint, step 1, stays as it was" in told
-    assert checkpoints.newest_good(tmp_path) == (checkpoints.step_folder(tmp_path, 1), [])
+        assert left in told
+    good = None if how == "at once" else checkpoints.step_folder(tmp_path, 1)
+    assert checkpoints.newest_good(tmp_path) == (good, [])
     assert not list(tmp_path.glob(".*_step_*"))
 
 
@@ -123,56 +129,16 @@ def test_a_disk_that_does_not_answer_ends_it_at_the_deadline(tmp_path: Path) -> 
     assert checkpoints.newest_good(tmp_path) == (checkpoints.step_folder(tmp_path, 1), [])
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    with small_disk.mounted(tmp_path / "disk") as disk:
-        yield disk
-
-
-def saved_until_it_fails(root: str, steps: int, failures: int) -> list[str]:
-    run = toy.make(SMALL)
-    saver, told = saver_of(run, root, [], keep_last=100), []
-    for step in range(1, steps):
-        if error := error_of(saver, run, step):
-            told.append(error)
-        if len(told) == failures:
-            return told
-    raise AssertionError("the disk never got full")
-
-
-def test_a_full_disk_is_one_message_that_says_how_much_is_missing(disk: Path) -> None:
-    root = disk / "checkpoints"
-    told, again = run_ranks(saved_until_it_fails, 2, str(root), 40, 2)
-    assert told == again
-    for each in told:
-        assert "No space left on device (it takes about " in each
-        assert " missing" in each
-        assert "stays as it was" in each
-    newest, messages = checkpoints.newest_good(root)
-    assert newest is not None
-    assert messages == []
-    assert not list(root.glob(".*_step_*"))
-
-
-def test_a_folder_that_cannot_be_written_is_one_message(disk: Path) -> None:
-    root = disk / "checkpoints"
-    root.mkdir()
-    small_disk.make_read_only(disk)
-    for (told,) in run_ranks(saved_until_it_fails, 2, str(root), 2, 1):
-        assert "Read-only file system" in told
-        assert "there is none yet" in told
-
-
-def saved_with_losses(root: str) -> None:
+def saved_with_losses(root: str) -> list[int]:
     run = toy.make(SMALL)
     saver = saver_of(run, root, [], keep_last=1, keep_best=True)
-    for step, loss in ((1, 5.0), (2, 3.0), (3, None), (4, 4.0), (5, None)):
+    for step, loss in enumerate((5.0, 3.0, None, 4.0, None), 1):
         saver.begin(run.trainable, record(step, loss))
+    return checkpoints.steps(Path(root))
 
 
 def test_the_best_is_kept(tmp_path: Path) -> None:
-    run_ranks(saved_with_losses, 1, str(tmp_path))
-    assert checkpoints.steps(tmp_path) == [2, 5]
+    assert run_ranks(saved_with_losses, 1, str(tmp_path)) == [[2, 5]]
 
 
 def sizes(folder: Path, *overrides: str) -> tuple[int, int]:

@@ -80,56 +80,35 @@ def clipped(norm: float, clip: float) -> Clipped:
     return seen, first, second, {name: each.numpy() for name, each in copied(run).items()}
 
 
-CASES = {
-    "huge": (1e4, CLIP),
-    "at clip": (CLIP, CLIP),
-    "small": (0.75 * CLIP, CLIP),
-    "small, no clip": (0.75 * CLIP, 0.0),
-    "huge, no clip": (1e4, 0.0),
-}
-"""Name -> (norm of the gradient, clip)."""
-
-
-@pytest.fixture(scope="module")
-def lone() -> dict[str, Clipped]:
-    """`clipped` of every case on one rank."""
-    (found,) = run_ranks(in_turn, 1, *((clipped, case) for case in CASES.values()))
-    return dict(zip(CASES, found, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("name", "norm"),
-    [("huge", CLIP), ("small", 0.75 * CLIP), ("huge, no clip", 1e4)],
-)
-def test_a_gradient_is_scaled_to_clip_where_it_is_larger(
-    name: str, norm: float, lone: dict[str, Clipped]
-) -> None:
-    seen, first, second, _ = lone[name]
-    assert seen == pytest.approx(CASES[name][0])
-    assert first == pytest.approx(0.5 * norm)
-    assert second == pytest.approx(0.5 * norm)  # root of (1 - beta2) = 0.25
-
-
-def test_weights_follow_the_gradient_as_it_was_scaled(lone: dict[str, Clipped]) -> None:
-    weights = {name: found[-1] for name, found in lone.items()}
-    torch.testing.assert_close(weights["huge"], weights["at clip"])
-    assert equal(weights["small"], weights["small, no clip"])
-    assert not equal(weights["huge"], weights["huge, no clip"])
+HUGE, SMALL = 1e4, 0.75 * CLIP
+CASES = ((HUGE, CLIP), (CLIP, CLIP), (SMALL, CLIP), (SMALL, 0.0), (HUGE, 0.0))
+"""(norm of the gradient, clip)."""
 
 
 def equal(some: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> bool:
     return all(np.array_equal(each, others[name]) for name, each in some.items())
 
 
-def test_ranks_clip_by_the_norm_of_all_shards(lone: dict[str, Clipped]) -> None:
-    _, first, _, serial = lone["huge"]
+def test_a_gradient_is_scaled_to_clip_where_it_is_larger_by_the_norm_of_all_shards() -> None:
+    (alone,) = run_ranks(in_turn, 1, *((clipped, case) for case in CASES))
+    lone = dict(zip(CASES, alone, strict=True))
+    for (norm, clip), (seen, first, second, _) in lone.items():
+        kept = min(norm, clip or norm)
+        assert seen == pytest.approx(norm)
+        assert first == pytest.approx(0.5 * kept)
+        assert second == pytest.approx(0.5 * kept)  # root of (1 - beta2) = 0.25
+    weights = {case: found[-1] for case, found in lone.items()}
+    torch.testing.assert_close(weights[HUGE, CLIP], weights[CLIP, CLIP])
+    assert equal(weights[SMALL, CLIP], weights[SMALL, 0.0])
+    assert not equal(weights[HUGE, CLIP], weights[HUGE, 0.0])
+
     (seen_0, first_0, _, weights_0), (seen_1, first_1, _, weights_1) = run_ranks(
-        clipped, 2, 1e4, CLIP
+        clipped, 2, HUGE, CLIP
     )
-    assert seen_0 == seen_1 == pytest.approx(1e4)
-    assert math.hypot(first_0, first_1) == pytest.approx(first)
+    assert seen_0 == seen_1 == pytest.approx(HUGE)
+    assert math.hypot(first_0, first_1) == pytest.approx(lone[HUGE, CLIP][1])
     assert equal(weights_0, weights_1)
-    torch.testing.assert_close(weights_0, serial)
+    torch.testing.assert_close(weights_0, weights[HUGE, CLIP])
 
 
 def moved(lr: float) -> tuple[float, float]:
@@ -145,6 +124,6 @@ def moved(lr: float) -> tuple[float, float]:
 
 def test_the_learning_rate_that_was_set_is_the_one_used() -> None:
     rates = (0.0, 0.25)
-    (found,) = run_ranks(in_turn, 1, *((moved, (lr,)) for lr in rates))
-    for lr, moves in zip(rates, found, strict=True):
-        assert moves == pytest.approx((lr, lr), rel=1e-4)
+    assert run_ranks(in_turn, 1, *((moved, (lr,)) for lr in rates)) == [
+        [pytest.approx((lr, lr), rel=1e-4) for lr in rates]
+    ]

@@ -260,8 +260,8 @@ def test_columns_that_are_missing_or_of_one_donor(h5ad: Path, tmp_path: Path) ->
     assert read(one).donors_N is None
     for path, request, error in (
         (h5ad, {"label": "x"}, r"no column 'x'; its columns: Cell\.Type, Patient_ID"),
-        (h5ad, {"donor": "x"}, r"no column 'x'.*--donor"),
-        (plain, {}, r"no column called celltype, .*its columns: n.*--label"),
+        (h5ad, {"donor": "x"}, r"no column 'x'.*name one with `donor=`"),
+        (plain, {}, r"no column called celltype, .*its columns: n.*name one with `label=`"),
         (one, {"donor": "donor"}, r"at least 2 donors, and names 1 \(d\)"),
     ):
         with pytest.raises(DataError, match=error):

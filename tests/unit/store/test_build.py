@@ -227,7 +227,7 @@ def test_duplicate_cells_are_refused(tmp_path) -> None:
 def test_a_store_is_kept_unless_it_is_to_be_replaced(tmp_path, files) -> None:
     target, seen = tmp_path / "store", []
     first = build_store(files[:1], target, VOCABULARY)
-    with pytest.raises(DataError, match="--overwrite"):
+    with pytest.raises(DataError, match="`overwrite=True`"):
         build_store(files, target, VOCABULARY)
     assert Manifest.load(target) == first
     second = build_store(

@@ -110,6 +110,7 @@ def skip_without_scanpy() -> None:
         ("build_store --out /proc/x missing.h5ad", "/proc/x: cannot be written"),
         ("build_store --out a.h5ad/s missing.h5ad", "a.h5ad/s: cannot be written"),
         ("build_vocabulary --out w.json text.h5ad", "not a whole HDF5"),
+        ("build_vocabulary --out w.json --workers 0 text.h5ad", "--workers must be 1 or more"),
         ("build_vocabulary --out v.json missing.h5ad", "error: v.json: exists already."),
         ("build_vocabulary --out /proc/x missing.h5ad", "/proc/x: cannot be written"),
         ("build_vocabulary --out a.h5ad/v a.h5ad", "a.h5ad/v: cannot be written"),

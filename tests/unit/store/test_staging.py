@@ -74,9 +74,9 @@ def break_off(target: Path, error: Exception) -> None:
 @pytest.mark.parametrize(
     ("name", "overwrite", "checked", "message"),
     [
-        ("thesis.txt", False, True, r"exists already.*--overwrite"),
+        ("thesis.txt", False, True, r"exists already.*`overwrite=True`"),
         ("thesis.txt", True, True, "exists and is no store"),
-        (MANIFEST_FILE, False, True, r"exists already.*--overwrite"),
+        (MANIFEST_FILE, False, True, r"exists already.*`overwrite=True`"),
         # At the last moment, after the check.
         (MANIFEST_FILE, False, False, "cannot take this name"),
         (MANIFEST_FILE, True, True, ""),
@@ -102,7 +102,7 @@ def test_a_store_moved_aside_by_a_killed_writer_is_put_back(target) -> None:
     fill(aside, "old")
     being_made.mkdir()
     fill(being_made / "store", "new")
-    with pytest.raises(DataError, match=r"which is now back.*--overwrite"):
+    with pytest.raises(DataError, match=r"which is now back.*`overwrite=True`"):
         StagedFolder(target).__enter__()
     assert_alone(target, "old")
     target.rename(aside)

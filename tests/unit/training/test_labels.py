@@ -113,7 +113,7 @@ def test_cells_far_apart_are_read_by_themselves(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_values_that_are_no_label(values: list[object], error: str) -> None:
-    with pytest.raises(DataError, match=rf"{re.escape(error)}.*Remedy: another --label"):
+    with pytest.raises(DataError, match=rf"{re.escape(error)}.*Remedy: another `label=`"):
         labelled(cells_with(values), "kind")
 
 
