@@ -99,6 +99,7 @@ def train_loop(run: Run, interruption: Interruption) -> tuple[int, str]:
     Raises TooManySkippedUpdatesError, SaveDeadlineError or CheckpointError if it can do neither."""
     config, steps = run.config, run.config.train.steps
     if run.step >= steps:
+        run.guard.check_learned(run.step)
         reason = f"the run is finished: it has made {run.step} of {steps} steps"
         run.log(reason)
         return FINISHED, reason
@@ -122,6 +123,8 @@ def train_loop(run: Run, interruption: Interruption) -> tuple[int, str]:
             val_loss = None
             if _due(run.step, config.metrics.log_every_steps, steps):
                 _log(run, result)
+            if run.step == steps:
+                run.guard.check_learned(steps)  # before a checkpoint calls it finished
             if _due(run.step, config.train.validate_every_steps, steps):
                 val_loss = _validate(run)
             if _due(run.step, config.checkpoint.save_every_steps, steps, always_last=True):
@@ -218,7 +221,9 @@ def _leave_out(run: Run, result: StepResult) -> None:
         what += f", named in {run.folder.path / 'skipped.jsonl'}"
     # If this ends the run, no rank ends before it is reported.
     collectives.barrier()
-    run.guard.left_out(what, result.totals.loss, result.grad_norm)
+    # Nothing predicted: that is no number at all, which `non_finite` is about.
+    loss = result.totals.loss if result.totals.num_predicted else 0.0
+    run.guard.left_out(what, loss, result.grad_norm)
     run.log(f"left out {what}")
 
 
@@ -230,7 +235,8 @@ def _log(run: Run, result: StepResult) -> None:
 
 
 def _validate(run: Run) -> float | None:
-    """The validation loss, in the unit of the training loss; None if the run does not validate."""
+    """The validation loss, in the unit of the training loss; None if the run does not validate, or
+    where it overflows."""
     if run.held_out is None:
         return None
     begun = partial(run.watch.doing, "validating", run.step)
@@ -238,7 +244,8 @@ def _validate(run: Run) -> float | None:
     found = run.held_out.evaluate(run.trainable, is_last, begun)
     if run.sinks is not None:
         run.sinks.write({"step": run.step, **found})
-    return found["val_loss"]
+    val_loss = found["val_loss"]
+    return val_loss if math.isfinite(val_loss) else None  # of which none is the best
 
 
 def _save(run: Run, val_loss: float | None = None) -> None:
