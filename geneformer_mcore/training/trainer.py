@@ -99,10 +99,7 @@ def train_loop(run: Run, interruption: Interruption) -> tuple[int, str]:
     Raises TooManySkippedUpdatesError, SaveDeadlineError or CheckpointError if it can do neither."""
     config, steps = run.config, run.config.train.steps
     if run.step >= steps:
-        run.guard.check_learned(run.step)
-        reason = f"the run is finished: it has made {run.step} of {steps} steps"
-        run.log(reason)
-        return FINISHED, reason
+        return FINISHED, _finished(run)
     prefetch = config.data.prefetch_steps
     feed = steps_on_device(run.feed, run.cells_seen, prefetch, run.device)
     traces, num_steps = run.folder.path / "profile", config.train.profile_steps
@@ -123,8 +120,6 @@ def train_loop(run: Run, interruption: Interruption) -> tuple[int, str]:
             val_loss = None
             if _due(run.step, config.metrics.log_every_steps, steps):
                 _log(run, result)
-            if run.step == steps:
-                run.guard.check_learned(steps)  # before a checkpoint calls it finished
             if _due(run.step, config.train.validate_every_steps, steps):
                 val_loss = _validate(run)
             if _due(run.step, config.checkpoint.save_every_steps, steps, always_last=True):
@@ -132,6 +127,14 @@ def train_loop(run: Run, interruption: Interruption) -> tuple[int, str]:
                 saved_at = run.step
         _finish_saving(run)
     return FINISHED, f"all {steps} steps done"
+
+
+def _finished(run: Run) -> str:
+    """Log that there is nothing left to do. TooManySkippedUpdatesError if nothing was learned."""
+    run.guard.check_learned(run.step)
+    reason = f"the run is finished: it has made {run.step} of {run.config.train.steps} steps"
+    run.log(reason)
+    return reason
 
 
 def _agreed_to_stop(run: Run, interruption: Interruption) -> bool:
@@ -187,6 +190,8 @@ def _step(run: Run, feed: Iterator[list[Batch]]) -> StepResult:
         data_wait_s=waited,
         step_s=time.perf_counter() - began,
     )
+    if run.step == run.config.train.steps:
+        run.guard.check_learned(run.step)  # before a checkpoint calls the run finished
     return result
 
 

@@ -370,6 +370,10 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         {QUERY: torch.zeros(32, 31)},
         ["query.weight is [32, 31] and must be [32, 32]", "Remedy"],
     ),
+    "not finite": (
+        {QUERY: torch.full((32, 32), torch.inf)},
+        [f"tensors hold NaN or infinite ones: {QUERY}.", "Remedy"],
+    ),
     "untied": ({DECODER: torch.zeros(GENES + 2, 32)}, [f"{DECODER} must be", "tied"]),
     "eps": ({"layer_norm_eps": 1e-5}, ["layer_norm_eps must be 1e-12, and is 1e-05"]),
     "rows": (
@@ -401,6 +405,19 @@ def test_what_does_not_fit_is_told(change: str, tmp_path: Path) -> None:
     for part in told:
         assert part in str(refusal.value)
     assert not list(tmp_path.glob("*run*")), "nothing is left behind"
+
+
+def test_bionemos_weights_must_be_finite(ours: dict[str, Path], tmp_path: Path) -> None:
+    bionemo(tmp_path / "b.pt", ours["pre"], "bionemo 1")
+    content = torch.load(tmp_path / "b.pt", weights_only=True)
+    content["state_dict"]["model.lm_head.dense.bias"][3] = torch.nan
+    torch.save(content, tmp_path / "b.pt")
+    vocabulary = ours["pre"] / "vocabulary.json"
+    with pytest.raises(GeneformerError, match=r"infinite ones: lm_head\.dense\.bias\."):
+        convert.from_bionemo(
+            tmp_path / "b.pt", tmp_path / "run", vocabulary, convert.Activation.gelu, 4
+        )
+    assert not (tmp_path / "run").exists()
 
 
 class RunsCode:

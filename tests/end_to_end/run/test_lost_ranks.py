@@ -195,7 +195,7 @@ def test_a_nan_on_one_rank_is_left_out_everywhere_counted_and_named(
 
 
 def test_a_nan_ends_the_run_where_the_policy_is_stop(store: Path, tmp_path: Path) -> None:
-    assert run("nan", 1, store, tmp_path)[0] == [1, 1]
+    assert run("nan", 1, store, tmp_path)[0] == [2, 2]
     found = outcome(tmp_path / "run")
     assert "step 5: the gradient norm is not finite" in found["reason"]
-    assert found["exit_code"] == 1
+    assert found["exit_code"] == 2

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end import forked
-from tests.end_to_end.forked import outcome, records
+from tests.end_to_end.forked import newest, outcome, records
 from tests.support import commands
 
 STEPS = 14
@@ -157,6 +157,15 @@ def test_mistakes_get_one_message_and_exit_code_2(
     store: Path, tmp_path: Path, argument: str, message: str
 ) -> None:
     assert message in forked.check(tmp_path / "run", settings(store, argument), code=2)
+
+
+def test_a_run_that_never_updated_is_no_success(store: Path, tmp_path: Path) -> None:
+    """It leaves no checkpoint that calls it finished."""
+    more = ("data.mask_probability=1e-6", "train.validate_every_steps=0", "train.steps=4")
+    printed = forked.check(tmp_path / "run", settings(store, *more), code=2)
+    assert "step 1: nothing is predicted in it" in printed
+    assert "all 4 updates were left out" in printed
+    assert newest(tmp_path / "run") == 3
 
 
 def test_a_mistake_as_a_user_sees_it(store: Path, tmp_path: Path) -> None:
