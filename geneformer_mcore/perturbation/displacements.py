@@ -71,8 +71,8 @@ def of_all_cells(job: Job, progress: Progress) -> np.ndarray | None:
     values_NPC = np.full((len(places_N), *shape), np.nan, np.float32)
     with encoder.all_ranks_raise():
         _fill(job, values_NPC, progress)
-        overflows_N = np.isinf(values_NPC).reshape(len(places_N), -1).any(axis=1)
-        encoder.check_finite(job.engine, ~overflows_N, job.cells.rows_N[places_N])
+        is_finite_N = np.array([not np.isinf(each_PC).any() for each_PC in values_NPC], bool)
+        encoder.check_finite(job.engine, is_finite_N, job.cells.rows_N[places_N])
     if not job.engine.holds_states:
         places_N, values_NPC = places_N[:0], np.empty((0, *shape), np.float32)
     gathered_NW = _gathered(places_N, values_NPC.reshape(len(places_N), np.prod(shape)), job)

@@ -441,7 +441,7 @@ def test_release(monkeypatch) -> None:
 
 def test_the_real_package_takes_what_it_is_given() -> None:
     """Functions and arguments, without a network: their results are the Census' own."""
-    reason = "the extra `census` is not installed; .ci/extras.sh installs it and runs this"
+    reason = "the extra `census` is not installed; tests/extras.py installs it and runs this"
     package = pytest.importorskip("cellxgene_census", reason=reason)
     signature(package.get_census_version_description).bind("stable")
     signature(package.open_soma).bind(census_version="2025-01-30")
