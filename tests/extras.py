@@ -41,13 +41,14 @@ def check(extra: str) -> None:
         venv.create(folder, with_pip=True)
         python = Path(folder) / "bin" / "python"
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        borrowed = f"{ROOT}\n{sysconfig.get_path('purelib')}\n"
+        theirs = sysconfig.get_path("purelib")  # with the .pth files in it
+        borrowed = f"{ROOT}\nimport site; site.addsitedir({theirs!r})\n"
         (Path(folder) / "lib" / version / "site-packages" / "borrowed.pth").write_text(borrowed)
         pip = [python, "-m", "pip", "--disable-pip-version-check"]
         lock = ["-c", ROOT / "requirements.lock"]
         tests = [python, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
         for command in (
-            [*pip, "install", "-q", *lock, *packages_of(extra)],
+            [*pip, "install", "-q", *lock, "setuptools", *packages_of(extra)],
             [*pip, "check"],
             [python, "-W", "ignore", "-c", f"import {', '.join(MODULES[extra])}"],
             *([[*tests, *TESTS[extra]]] if extra in TESTS else []),
