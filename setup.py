@@ -20,7 +20,8 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.10",
-        # Exact: the device layer and the optimizer work around faults of this very release.
+        # Exact: we replace parts of it, which other releases arrange in another way. Those that
+        # were tried, and its faults that we work around: docs/parallel.md.
         "megatron-core==0.16.1",
         "numpy",
         "safetensors>=0.8",

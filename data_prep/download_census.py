@@ -82,7 +82,7 @@ def main() -> int:
 
 
 def _plan(arguments: argparse.Namespace, retry: Retry, progress: ProgressLine) -> CensusPlan:
-    from geneformer_mcore.io.census import Release, find_release
+    from geneformer_mcore.io.census import Release, count_missing, find_release
     from geneformer_mcore.io.files import check_place
     from geneformer_mcore.store.census_download import Selection, prepare_plan
     from geneformer_mcore.store.ingest.sources import address_of
@@ -98,7 +98,14 @@ def _plan(arguments: argparse.Namespace, retry: Retry, progress: ProgressLine) -
     given = {name: value for name, value in asked.items() if value is not None}
 
     def find(selection: Selection) -> Release:
-        return Release("", uri) if uri else find_release(selection.source, selection.organism)
+        found = Release("", uri) if uri else find_release(selection.source, selection.organism)
+        for name, cells in count_missing(found.address, selection.value_filter).items():
+            print(
+                f"warning: {cells:,} cell(s) have no {name}, and no comparison with it holds for "
+                f"them, not even !=. To take them: --filter with ({name} == None or ...).",
+                file=sys.stderr,
+            )
+        return found
 
     def seen(cells: int) -> None:
         progress.update("planning", cells, cells)

@@ -87,6 +87,10 @@ AGAIN = "Remedy: start the same command again; if memory is short, with fewer `w
 """The remedy of a LostWorkerError."""
 
 
+class DivergedError(GeneformerError):
+    """A training cannot go on: its loss or gradients are not finite. Exit code 1."""
+
+
 class CheckpointError(GeneformerError):
     """A checkpoint is damaged, or belongs to another run."""
 

@@ -9,7 +9,13 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from geneformer_mcore.errors import GeneformerError, LostWorkerError, NetworkError, naming_options
+from geneformer_mcore.errors import (
+    DivergedError,
+    GeneformerError,
+    LostWorkerError,
+    NetworkError,
+    naming_options,
+)
 
 FINISHED, DEFECT, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 75
 """Exit codes: finished; a defect, hang or lost rank; the user's to mend; saved, start me again."""
@@ -87,4 +93,5 @@ def exit_code_of(error: GeneformerError | LostWorkerError) -> int:
     """The code that a command ends with by `error`."""
     if isinstance(error, NetworkError):
         return INTERRUPTED
-    return DEFECT if isinstance(error, LostWorkerError) else WRONG_INPUT
+    is_failure = isinstance(error, LostWorkerError | DivergedError)
+    return DEFECT if is_failure else WRONG_INPUT

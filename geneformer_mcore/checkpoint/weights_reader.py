@@ -7,7 +7,7 @@ step folder -> the optimizer's fp32 weights (else the model's own) -> stages of 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ WORD_EMBEDDING = "embedding.word_embeddings.weight"
 _OPTIMIZER = "optimizer."
 _EXACT = "optimizer.state.param."
 """fp32 weights, of which the model's 16-bit weights are roundings."""
+_MOST_NAMED = 6
 
 
 def step_of(path: Path) -> Path:
@@ -44,8 +45,21 @@ def step_of(path: Path) -> Path:
     return folder
 
 
+def check_finite(weights: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Raise CheckpointError with the names of tensors that hold NaN or infinite numbers in fp32."""
+    wrong = [name for name, each in weights.items() if not each.float().isfinite().all()]
+    if wrong:
+        shown = ", ".join(wrong[:_MOST_NAMED]) + (", ..." if len(wrong) > _MOST_NAMED else "")
+        raise CheckpointError(
+            f"{source}: every weight must be a finite number, and {len(wrong)} of {len(weights)} "
+            f"tensors hold NaN or infinite ones: {shown}. Remedy: fetch the model again, or take "
+            "an earlier checkpoint of its training."
+        )
+
+
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """{our name: whole tensor, fp32} on the CPU. CheckpointError for anything but tensors."""
+    """{our name: whole tensor, fp32} on the CPU. CheckpointError for anything but tensors, and for
+    numbers that are not finite."""
     return _whole(folder, [name for name in _names(folder) if not name.startswith(_OPTIMIZER)])
 
 
@@ -65,7 +79,9 @@ def _whole(folder: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
             for key in keys.values()
         }
         load_tensors(whole, storage_reader=reader, no_dist=True)
-    return {name: whole[key].float() for name, key in keys.items()}
+    weights = {name: whole[key].float() for name, key in keys.items()}
+    check_finite(weights, folder)
+    return weights
 
 
 def load(stages: Sequence[Geneformer], folder: Path) -> None:

@@ -57,6 +57,7 @@ def from_hf(
     ours = dict(
         hf_keys.from_hf(theirs, described.model, described.num_tokens, described.num_positions)
     )
+    weights_reader.check_finite(theirs, hf_folder.weights_file(folder))
     ours[WORDS] = token_rows.to_ours(ours[WORDS], rows)
     ours[OUTPUT_BIAS] = token_rows.to_ours(ours[OUTPUT_BIAS], rows, token_rows.NEVER)
     new = [SPECIAL_TOKENS[number] for number in (rows < 0).nonzero().flatten().tolist()]
@@ -81,6 +82,7 @@ def from_bionemo(
     vocabulary = Vocabulary.load(vocabulary_path)
     theirs = hf_folder.read_state_dict(path)
     ours, model = bionemo_keys.from_bionemo(theirs, vocabulary.size, activation, heads)
+    weights_reader.check_finite(ours, path)
     config = _config(model, len(ours[hf_keys.POSITIONS]))
     origin = {"from": "BioNeMo", "name": path.name, "sha256": file_digest(path)}
     converted_run.write(out, config, vocabulary, ours, {ORIGIN: origin})

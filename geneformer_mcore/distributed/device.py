@@ -2,7 +2,7 @@
 
     Megatron-Core  --device="cuda"-->  CudaMeansCpu  --device="cpu"-->  torch
 
-Megatron-Core 0.16 names CUDA (`torch.cuda.current_device()`, `device="cuda"`, `.cuda()`, tensor
+Megatron-Core names CUDA (`torch.cuda.current_device()`, `device="cuda"`, `.cuda()`, tensor
 types, random states); all else runs on a CPU with gloo. Without a GPU `start` enters the mode once
 per process, for its thread; on a CPU the backward pass runs in the calling thread.
 """

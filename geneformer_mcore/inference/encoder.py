@@ -189,7 +189,8 @@ def per_cell(
     """[cells, work.width] on rank 0, in the order of the cells, NaN for those without a known gene;
     None on other ranks.
 
-    Blocks of neighbouring rows are assigned to ranks in turn. Every rank raises the error of any.
+    Blocks of neighbouring rows are assigned to ranks in turn. Every rank raises the error of any,
+    such as the DataError of `check_finite`.
     """
     rows = [np.empty(0, np.int64)]
     values = [np.empty((0, work.width), dtype)]
@@ -197,9 +198,22 @@ def per_cell(
         for found_N, found_NW in _of_this_rank(encoder, cells, work, dtype, progress):
             rows.append(found_N)
             values.append(found_NW)
-    return collectives.rows_on_first_rank(
-        np.concatenate(rows), np.concatenate(values), len(cells), encoder.device
-    )
+        rows_N, values_NW = np.concatenate(rows), np.concatenate(values)
+        # At the end, as other ranks of this model would wait for one that stops.
+        check_finite(encoder, np.isfinite(values_NW).all(axis=1), rows_N)
+    return collectives.rows_on_first_rank(rows_N, values_NW, len(cells), encoder.device)
+
+
+def check_finite(encoder: Encoder, is_finite_N: np.ndarray, rows_N: np.ndarray) -> None:
+    """Raise DataError for cells that have known genes, and numbers that are not finite."""
+    wrong_N = rows_N[~is_finite_N]
+    if len(wrong_N):
+        raise DataError(
+            f"the model's numbers must be finite, and for {len(wrong_N):,} of {len(rows_N):,} "
+            f"cells with known genes are not, the first in row {wrong_N[0]:,}. Its weights are, so "
+            f"they overflow in {encoder.precision.value}. Remedy: `precision=fp32`, or another "
+            "checkpoint."
+        )
 
 
 @contextmanager

@@ -43,6 +43,8 @@ USUAL_COLUMNS = ("tissue_general", "assay", "cell_type", "dataset_id")
 MISSING = "(none)"
 MOST_GROUPS = 20
 """Groups of a column that are shown; all are in the JSON."""
+_MOST_NATS = 700.0
+"""Of a loss whose perplexity fp64 can hold."""
 _COLUMNS = (
     ("cells", "num_cells", ","),
     ("genes", "num_predicted", ","),
@@ -194,6 +196,7 @@ def _figures(table: pd.DataFrame) -> dict[str, Any]:
     total, num_masked = int(sums["num_predicted"]), int(sums["num_masked"])
     if total == 0:
         return {"num_cells": len(table), "num_predicted": 0}
+    loss = sums["loss_sum"] / total
     has = table["num_predicted"] > 0
 
     def share(column: str) -> float | None:
@@ -202,9 +205,9 @@ def _figures(table: pd.DataFrame) -> dict[str, Any]:
     return {
         "num_cells": len(table),
         "num_predicted": total,
-        "loss": sums["loss_sum"] / total,
+        "loss": loss,
         "cell_mean_loss": float((table["loss_sum"][has] / table["num_predicted"][has]).mean()),
-        "perplexity": math.exp(sums["loss_sum"] / total),
+        "perplexity": math.exp(loss) if loss < _MOST_NATS else None,
         "top1": sums["num_top1"] / total,
         "top5": sums["num_top5"] / total,
         "num_masked": num_masked,

@@ -69,6 +69,7 @@ def find(
     folder, messages = _step_folder(Path(path))
     record = Record.load(folder)
     config = _config(record, folder, layout)
+    weights_reader.read_weights(folder)  # refuses numbers that are not finite, before any work
     return Pretrained(
         folder=folder,
         record=record,

@@ -9,10 +9,11 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -87,10 +88,11 @@ def find_release(version: str, organism: str = ORGANISM) -> Release:
 def read_cells(address: str, value_filter: str | None) -> Iterator[pa.Table]:
     """soma_joinid and those of TABLE_COLUMNS there are, of the cells for which the filter holds.
 
-    DataError if the Experiment cannot be read so.
+    DataError if the Experiment cannot be read so, or SOMA would compare with another number.
     """
     with closing(open_experiment(address)) as experiment:
         obs = experiment["obs"]
+        _check_numbers(address, obs.schema, value_filter)
         columns = [name for name in TABLE_COLUMNS if name in obs.schema.names]
         if "dataset_id" not in columns:
             raise DataError(
@@ -102,6 +104,59 @@ def read_cells(address: str, value_filter: str | None) -> Iterator[pa.Table]:
         except FAILURES as error:
             what = f"obs cannot be read by the filter {value_filter!r}"
             raise unreadable(address, what, error) from error
+
+
+def _check_numbers(address: str, schema: pa.Schema, value_filter: str | None) -> None:
+    """Raises DataError for a number that SOMA would cast to the column's kind, into another one."""
+    for columns, values in _comparisons(value_filter):
+        kinds = {name: schema.field(name).type for name in columns if name in schema.names}
+        for name, kind in kinds.items():
+            is_bool = pa.types.is_boolean(kind)
+            what = "True or False" if is_bool else "whole numbers"
+            for value in values if is_bool or pa.types.is_integer(kind) else []:
+                is_whole = not isinstance(value, float) or value.is_integer()
+                if (value not in (None, False, True)) if is_bool else not is_whole:
+                    raise DataError(
+                        f"{address}: obs.{name} holds {what}, and the filter {value_filter!r} "
+                        f"compares it with {value!r}, which SOMA would take for another. Remedy: "
+                        f"compare it with {what}."
+                    )
+
+
+def count_missing(address: str, value_filter: str | None) -> dict[str, int]:
+    """{column: cells without a value of it}, of columns that the filter compares with values: no
+    comparison holds for such a cell, not even `!=`. DataError if they cannot be read."""
+    asked = (names for names, values in _comparisons(value_filter) if None not in values)
+    found = {}
+    with closing(open_experiment(address)) as experiment:
+        obs = experiment["obs"]
+        for name in sorted({name for names in asked for name in names}):
+            if name not in obs.schema.names or not obs.schema.field(name).nullable:
+                continue
+            where = f"attr({name!r}) == None"
+            try:
+                rows = obs.read(column_names=["soma_joinid"], value_filter=where)
+                found[name] = sum(len(table) for table in rows)
+            except FAILURES as error:
+                raise unreadable(address, f"obs.{name} cannot be read", error) from error
+    return {name: cells for name, cells in found.items() if cells}
+
+
+def _comparisons(value_filter: str | None) -> Iterator[tuple[set[str], list[Any]]]:
+    """(columns, values) of each comparison in a filter, which is a Python expression; none of one
+    that is not: SOMA says what is wrong with it."""
+    try:
+        tree = ast.parse(value_filter or "None", mode="eval")
+    except (SyntaxError, ValueError):
+        return
+    for comparison in ast.walk(tree):
+        if isinstance(comparison, ast.Compare):
+            nodes = list(ast.walk(comparison))
+            names = {node.id for node in nodes if isinstance(node, ast.Name)}
+            values = [node.value for node in nodes if isinstance(node, ast.Constant)]
+            if "attr" in names:  # attr("a name")
+                names |= {value for value in values if isinstance(value, str)}
+            yield names - {"attr", "val"}, values
 
 
 def fetch_cells(

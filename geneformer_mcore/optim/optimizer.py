@@ -134,7 +134,7 @@ def _output_weights_ready(chunk: DistributedDataParallel) -> Callable[..., None]
 def _count_padding(chunks: list[DistributedDataParallel]) -> None:
     """Make the buckets of the gradient buffers count their padding as their own.
 
-    Megatron-Core 0.16.1 gathers the optimizer's state without the padding between buckets and cuts
+    Megatron-Core gathers the optimizer's state without the padding between buckets and cuts
     it at offsets with it: with two buckets, as the tied embedding's under pipeline parallelism, a
     checkpoint would hold moments and fp32 weights from wrong positions.
     """
@@ -177,7 +177,7 @@ def give_states(optimizer: MegatronOptimizer) -> None:
 def load_states(optimizer: MegatronOptimizer, state: dict) -> None:
     """Load what `optimizer.sharded_state_dict(...)` described and dist_checkpointing filled.
 
-    Megatron-Core 0.16.1 with torch's AdamW gives all parameters the same `step` tensor, which then
+    Megatron-Core with torch's AdamW gives all parameters the same `step` tensor, which then
     counts once per parameter, and fails over it when it copies the moments: so `step` is taken out
     while the moments are copied, and each parameter gets one of its own.
     """

@@ -71,6 +71,8 @@ def of_all_cells(job: Job, progress: Progress) -> np.ndarray | None:
     values_NPC = np.full((len(places_N), *shape), np.nan, np.float32)
     with encoder.all_ranks_raise():
         _fill(job, values_NPC, progress)
+        is_finite_N = np.array([not np.isinf(each_PC).any() for each_PC in values_NPC], bool)
+        encoder.check_finite(job.engine, is_finite_N, job.cells.rows_N[places_N])
     if not job.engine.holds_states:
         places_N, values_NPC = places_N[:0], np.empty((0, *shape), np.float32)
     gathered_NW = _gathered(places_N, values_NPC.reshape(len(places_N), np.prod(shape)), job)
@@ -215,6 +217,8 @@ def _encode(job: Job, chunk: list[_Part], before: Originals | None, values_NPC: 
     ]
     found = forward_only.of_variants(job.engine.stages, variants, before, job.pooling)
     for members, tokens, (values_NC, moved_T) in zip(bins, inside, found, strict=False):
+        # A shift of NaN is that of a cell without the gene; this one cannot be computed.
+        values_NC[:, 0].nan_to_num_(nan=torch.inf)
         values_NPC[part.rows_N[members], part.which_N[members]] = values_NC.cpu().numpy()
         if job.moved is not None and job.engine.holds_states:
             owners_T = np.repeat(part.which_N[members], part.lengths_N[members])

@@ -8,7 +8,6 @@ held-out cells -> the same masks each time      -> validation loss, and baseline
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +50,7 @@ class MaskedGenes:
         """Implements HeldOut. val_loss: nats per masked gene."""
         rest = (self.limit, self.topology, self.device, begun)
         totals = evaluate(trainable, self.validation, *rest)
-        assert not math.isnan(totals.loss), "validation predicted nothing"
+        assert totals.num_predicted, "validation predicted nothing"
         record = {
             "val_loss": totals.loss,
             "val_loss_cell_mean": totals.cell_mean,

@@ -13,7 +13,7 @@ import torch
 
 from geneformer_mcore import backends
 from geneformer_mcore.checkpoint import folder as checkpoints
-from geneformer_mcore.checkpoint import state
+from geneformer_mcore.checkpoint import state, weights_reader
 from geneformer_mcore.checkpoint.manager import CheckpointManager
 from geneformer_mcore.checkpoint.record import (
     Identity,
@@ -188,6 +188,8 @@ def _newest_checkpoint(run: Run) -> Path | None:
     if run.is_first_rank:
         try:
             newest, damaged = checkpoints.newest_good(run.folder.checkpoints)
+            if newest is not None:
+                weights_reader.read_weights(newest)  # refuses numbers that are not finite
             found = (newest.name if newest else None, damaged, "")
         except CheckpointError as error:
             found = (None, [], str(error))

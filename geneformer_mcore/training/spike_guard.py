@@ -11,9 +11,10 @@ from collections import deque
 from typing import Any
 
 from geneformer_mcore.config.sections import NonFinite, Precision, TrainConfig
+from geneformer_mcore.errors import DivergedError
 
 
-class TooManySkippedUpdatesError(RuntimeError):
+class TooManySkippedUpdatesError(DivergedError):
     """The settings allow no further update to be skipped. No weight was changed by this one."""
 
 
@@ -40,7 +41,7 @@ class SpikeGuard:
 
     def reason(self, loss: float, grad_norm: float) -> str:
         """Why the update must be skipped, or "".
-        loss, grad_norm: nats per predicted gene (0 if there is none), before clipping"""
+        loss, grad_norm: nats per predicted gene, before clipping"""
         found = {"loss": loss, "gradient norm": grad_norm}
         for name, value in found.items():
             if not math.isfinite(value):
@@ -80,6 +81,15 @@ class SpikeGuard:
             raise TooManySkippedUpdatesError(
                 f"{what}. It is number {self.in_a_row} in a row, and train.max_skips is "
                 f"{self._max_skips}."
+            )
+
+    def check_learned(self, steps: int) -> None:
+        """Raise TooManySkippedUpdatesError where none of the `steps` so far updated the weights."""
+        if 0 < steps <= self.skipped:
+            raise TooManySkippedUpdatesError(
+                f"all {steps} updates were left out, so the model has learned nothing: the reasons "
+                "are in skipped.jsonl. Remedy: a new run.dir with a smaller optim.lr, another "
+                "precision, or other cells."
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -70,6 +70,10 @@ class StepResult:
         return not self.left_out
 
 
+NOTHING_PREDICTED = "nothing is predicted in it"
+"""Why a step without a loss is left out."""
+
+
 def only_finite(loss: float, grad_norm: float) -> str:
     return "" if math.isfinite(grad_norm) and math.isfinite(loss) else "not finite"
 
@@ -92,9 +96,9 @@ def train_step(
         totals = run_schedule(trainable.chunks, batches, topology, forward_only=False)
     with record_function("gradient norm"):
         grad_norm = optim.gradient_norm(trainable.optimizer)
-    # If nothing is predicted there is no mean, and the sum is 0.
-    loss = totals.loss if totals.num_predicted else totals.loss_sum
-    left_out = reason_to_skip(loss, grad_norm)
+    left_out = NOTHING_PREDICTED
+    if totals.num_predicted:
+        left_out = reason_to_skip(totals.loss, grad_norm)
     if not left_out:
         with record_function("update"):
             optim.set_learning_rate(trainable.optimizer, lr)

@@ -99,9 +99,7 @@ def train_loop(run: Run, interruption: Interruption) -> tuple[int, str]:
     Raises TooManySkippedUpdatesError, SaveDeadlineError or CheckpointError if it can do neither."""
     config, steps = run.config, run.config.train.steps
     if run.step >= steps:
-        reason = f"the run is finished: it has made {run.step} of {steps} steps"
-        run.log(reason)
-        return FINISHED, reason
+        return FINISHED, _finished(run)
     prefetch = config.data.prefetch_steps
     feed = steps_on_device(run.feed, run.cells_seen, prefetch, run.device)
     traces, num_steps = run.folder.path / "profile", config.train.profile_steps
@@ -129,6 +127,14 @@ def train_loop(run: Run, interruption: Interruption) -> tuple[int, str]:
                 saved_at = run.step
         _finish_saving(run)
     return FINISHED, f"all {steps} steps done"
+
+
+def _finished(run: Run) -> str:
+    """Log that there is nothing left to do. TooManySkippedUpdatesError if nothing was learned."""
+    run.guard.check_learned(run.step)
+    reason = f"the run is finished: it has made {run.step} of {run.config.train.steps} steps"
+    run.log(reason)
+    return reason
 
 
 def _agreed_to_stop(run: Run, interruption: Interruption) -> bool:
@@ -184,6 +190,8 @@ def _step(run: Run, feed: Iterator[list[Batch]]) -> StepResult:
         data_wait_s=waited,
         step_s=time.perf_counter() - began,
     )
+    if run.step == run.config.train.steps:
+        run.guard.check_learned(run.step)  # before a checkpoint calls the run finished
     return result
 
 
@@ -218,7 +226,9 @@ def _leave_out(run: Run, result: StepResult) -> None:
         what += f", named in {run.folder.path / 'skipped.jsonl'}"
     # If this ends the run, no rank ends before it is reported.
     collectives.barrier()
-    run.guard.left_out(what, result.totals.loss, result.grad_norm)
+    # Nothing predicted: that is no number at all, which `non_finite` is about.
+    loss = result.totals.loss if result.totals.num_predicted else 0.0
+    run.guard.left_out(what, loss, result.grad_norm)
     run.log(f"left out {what}")
 
 
@@ -230,7 +240,8 @@ def _log(run: Run, result: StepResult) -> None:
 
 
 def _validate(run: Run) -> float | None:
-    """The validation loss, in the unit of the training loss; None if the run does not validate."""
+    """The validation loss, in the unit of the training loss; None if the run does not validate, or
+    where it overflows."""
     if run.held_out is None:
         return None
     begun = partial(run.watch.doing, "validating", run.step)
@@ -238,7 +249,8 @@ def _validate(run: Run) -> float | None:
     found = run.held_out.evaluate(run.trainable, is_last, begun)
     if run.sinks is not None:
         run.sinks.write({"step": run.step, **found})
-    return found["val_loss"]
+    val_loss = found["val_loss"]
+    return val_loss if math.isfinite(val_loss) else None  # of which none is the best
 
 
 def _save(run: Run, val_loss: float | None = None) -> None:

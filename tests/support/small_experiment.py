@@ -98,7 +98,8 @@ def _obs(dataset: str, cells: anndata.AnnData) -> pd.DataFrame:
     found = cells.obs
     columns: dict[str, object] = {"dataset_id": [dataset] * len(found)}
     for name, default in LABELS.items():
-        columns[name] = found[name].astype(str).tolist() if name in found else default
+        given = found[name].astype(object) if name in found else None
+        columns[name] = default if given is None else given.where(given.notna(), None).tolist()
     names = found.get("observation_joinid", pd.Series(cells.obs_names))
     columns["is_primary_data"] = found.get("is_primary_data", pd.Series([True] * len(found))).values
     return pd.DataFrame(columns).assign(observation_joinid=[str(name) for name in names])

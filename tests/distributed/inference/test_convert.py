@@ -329,6 +329,10 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "missing": ({QUERY: None}, ["1 missing", QUERY, "Remedy"]),
     "unexpected": ({THIRD: torch.zeros(32)}, ["1 unexpected", THIRD, "Remedy"]),
     "misshapen": ({QUERY: torch.zeros(32, 31)}, ["is [32, 31] and must be [32, 32]", "Remedy"]),
+    "not finite": (
+        {QUERY: torch.full((32, 32), torch.inf)},
+        [f"tensors hold NaN or infinite ones: {QUERY}.", "Remedy"],
+    ),
     "untied": ({DECODER: torch.zeros(GENES + 2, 32)}, [f"{DECODER} must be", "tied"]),
     "eps": ({"layer_norm_eps": 1e-5}, ["layer_norm_eps must be 1e-12, and is 1e-05"]),
     "rows": ({"vocab_size": GENES + 3}, ["123 tokens", "120 genes", "V1: 122", "Remedy"]),
@@ -357,6 +361,19 @@ def test_what_does_not_fit_is_told(change: str, tmp_path: Path) -> None:
     for part in told:
         assert part in str(refusal.value)
     assert not list(tmp_path.glob("*run*")), "nothing is left behind"
+
+
+def test_bionemos_weights_must_be_finite(ours: dict[str, Path], tmp_path: Path) -> None:
+    bionemo(tmp_path / "b.pt", ours["pre"], "bionemo 1")
+    content = torch.load(tmp_path / "b.pt", weights_only=True)
+    content["state_dict"]["model.lm_head.dense.bias"][3] = torch.nan
+    torch.save(content, tmp_path / "b.pt")
+    vocabulary = ours["pre"] / "vocabulary.json"
+    with pytest.raises(GeneformerError, match=r"infinite ones: lm_head\.dense\.bias\."):
+        convert.from_bionemo(
+            tmp_path / "b.pt", tmp_path / "run", vocabulary, convert.Activation.gelu, 4
+        )
+    assert not (tmp_path / "run").exists()
 
 
 class RunsCode:

@@ -8,10 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from geneformer_mcore.checkpoint import weights_reader
+from geneformer_mcore.convert import converted_run
 from geneformer_mcore.convert.hf_keys import WORDS
+from geneformer_mcore.inference import pretrained
 from tests.distributed.inference import conversions
+from tests.distributed.ranks import run_ranks
 from tests.end_to_end.conftest import NUM_GENES
 from tests.end_to_end.forked import Run
 from tests.support import commands, plain_bert
@@ -54,6 +58,18 @@ def test_it_goes_back_to_hugging_face(converted: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["architectures"] == ["BertForMaskedLM"]
     assert "began with | Hugging Face: hf" in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_training_does_not_begin_with_weights_that_are_not_finite(
+    run: Run, converted: Path
+) -> None:
+    model = pretrained.find(converted)
+    weights = weights_reader.read_weights(model.folder)
+    weights[WORDS][7, 2] = torch.nan
+    run_ranks(conversions.convert_all, 1, converted_run.write,
+              [(run.folder, model.config, model.vocabulary, weights, {})])  # fmt: skip
+    printed = run.check(*LIKE_IT, code=2)
+    assert f"1 of {len(weights)} tensors hold NaN or infinite ones: {WORDS}." in printed
 
 
 @pytest.fixture

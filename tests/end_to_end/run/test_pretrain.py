@@ -142,6 +142,15 @@ def test_mistakes_get_one_message_and_exit_code_2(run: Run, argument: str, messa
     assert message in run.check(argument, code=2)
 
 
+def test_a_run_that_never_updated_is_no_success(run: Run) -> None:
+    """It leaves no checkpoint that calls it finished."""
+    more = ("data.mask_probability=1e-6", "train.validate_every_steps=0", "train.steps=4")
+    printed = run.check(*more, code=1)
+    assert "step 1: nothing is predicted in it" in printed
+    assert "all 4 updates were left out" in printed
+    assert run.newest() == 3
+
+
 def test_a_mistake_as_a_user_sees_it(run: Run) -> None:
     """The message goes to stderr, and nothing to stdout."""
     ended = typed(run, "train.stepss=3")

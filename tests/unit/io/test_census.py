@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
+from inspect import signature
 from types import ModuleType, SimpleNamespace
 from unittest.mock import MagicMock, Mock
 
@@ -120,6 +121,45 @@ def test_plan_of_other_cells(address, tmp_path, rng) -> None:
     ):
         with pytest.raises(DataError, match=message):
             plan_of(source, **selection)
+
+
+@pytest.mark.parametrize(
+    ("comparison", "told"),
+    [
+        ("nnz > 0.5", "obs.nnz holds whole numbers"),
+        ("attr('nnz') <= val(2.9)", "compares it with 2.9"),
+        ("0.5 < nnz < 9", "compares it with 0.5"),
+        ("nnz > -0.5", "compares it with 0.5"),
+        ("assay == 'a' or is_primary_data == 0.5", "obs.is_primary_data holds True or False"),
+        ("is_primary_data == 7", "compares it with 7"),
+    ],
+)
+def test_a_number_that_soma_would_cut_is_refused(address, comparison: str, told: str) -> None:
+    with pytest.raises(DataError, match=re.escape(told)):
+        plan_of(address, value_filter=comparison)
+
+
+def test_a_number_that_soma_takes_as_it_is_is_not(address) -> None:
+    everything = plan_of(address, value_filter="").cells
+    for comparison in ("nnz > -1.0", "raw_sum > 0.5 or raw_sum < 0.5", "is_primary_data != None"):
+        assert plan_of(address, value_filter=comparison).cells == everything, comparison
+
+
+def test_cells_without_a_value_are_counted(tmp_path, rng) -> None:
+    """No comparison holds for them: the card's filter leaves them out."""
+    some = dataset(rng, "x", 8, disease=["normal", None, "cancer", None] * 2, assay=None)
+    address = write_experiment(tmp_path / "census", {"x": some})
+    assert census.count_missing(address, census.CARD_FILTER) == {"disease": 4}
+    assert census.count_missing(address, "assay != 'a' and attr('disease') == 'x'") == {
+        "assay": 8,
+        "disease": 4,
+    }
+    for other in (None, "", "sex == 'male'", "disease == None or disease == 'x'", "no ="):
+        found = census.count_missing(address, other)
+        assert found == ({"disease": 4} if other and "'x'" in other else {})
+    assert plan_of(address).cells == 2
+    taken = census.CARD_FILTER.replace("disease ==", "(disease == None or disease ==") + ")"
+    assert plan_of(address, value_filter=taken).cells == 6
 
 
 def test_plan_is_kept_and_made_once(address, plan, tmp_path) -> None:
@@ -355,6 +395,9 @@ def test_release(monkeypatch) -> None:
         find_release("stable")
 
 
-def test_the_real_package_has_what_is_used() -> None:
-    package = pytest.importorskip("cellxgene_census")
-    assert {"open_soma", "get_census_version_description"} <= set(dir(package))
+def test_the_real_package_takes_what_it_is_given() -> None:
+    """Functions and arguments, without a network: their results are the Census' own."""
+    reason = "the extra `census` is not installed; tests/extras.py installs it and runs this"
+    package = pytest.importorskip("cellxgene_census", reason=reason)
+    signature(package.get_census_version_description).bind("stable")
+    signature(package.open_soma).bind(census_version="2025-01-30")

@@ -90,6 +90,16 @@ def test_skips_in_a_row_are_bounded() -> None:
     assert made.skipped == 9
 
 
+def test_a_run_must_learn_something() -> None:
+    made = guard(non_finite=NonFinite.skip)
+    made.check_learned(0)
+    made.left_out("step 1", NAN, 1.0)
+    with pytest.raises(TooManySkippedUpdatesError, match="all 1 updates were left out"):
+        made.check_learned(1)
+    made.made(6.0, 1.0)
+    made.check_learned(2)
+
+
 def test_its_state_goes_through_json() -> None:
     made = filled()
     made.left_out("step 3", 6.0, 1.0)
