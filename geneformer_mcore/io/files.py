@@ -13,6 +13,7 @@ written, those that are whole already are kept as .NAME.kept: they were computed
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -30,6 +31,13 @@ from geneformer_mcore.errors import ConfigError, DataError, GeneformerError
 
 _staged: ContextVar[dict[Path, Path] | None] = ContextVar("staged", default=None)
 """Within `together`: {place: what is written for it}."""
+
+
+_WORDS = (
+    *(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+    *("StreamWriter", "iostream", "file write failed"),
+)
+"""Of a file that cannot be written: in errors of safetensors; of torch.save, twice; of HDF5."""
 
 
 class UnwritableError(DataError):
@@ -73,9 +81,11 @@ def check_place(path: str | Path) -> None:
 def whole_file(path: str | Path, durable: bool = False) -> Iterator[Path]:
     """`replacing`, with the folders of `path` created. UnwritableError where writing fails."""
     path, staged = Path(path), _staged.get()
-    try:
+    with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear(path)
+        if path.is_dir():  # before it is written, and before others of `together` are renamed
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if staged is None:
             with replacing(path, durable) as partial:
                 yield partial
@@ -83,8 +93,6 @@ def whole_file(path: str | Path, durable: bool = False) -> Iterator[Path]:
             with _removed_on_error(_partial(path)) as partial:
                 yield partial
             staged[path] = partial
-    except OSError as error:
-        raise _unwritable(path, error) from error
 
 
 @contextmanager
@@ -144,8 +152,17 @@ def _removed_on_error(partial: Path) -> Iterator[Path]:
 def _naming(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if not is_write_failure(error):
+            raise
         raise _unwritable(path, error) from error
+
+
+def is_write_failure(error: Exception) -> bool:
+    """Whether an error, of any library but ours, is that of a file that cannot be written."""
+    if isinstance(error, OSError | GeneformerError):
+        return isinstance(error, OSError)
+    return any(words in str(error) for words in _WORDS)
 
 
 def _clear(path: Path) -> None:
@@ -194,9 +211,11 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _unwritable(path: Path, error: OSError) -> UnwritableError:
+def _unwritable(path: Path, error: Exception) -> UnwritableError:
+    number = getattr(error, "errno", None)
+    why = os.strerror(number) if number else " ".join(str(error).split())
     return UnwritableError(
-        f"{path}: cannot be written: {error.strerror or error}. Remedy: choose another path, or "
+        f"{path}: cannot be written: {why}. Remedy: choose another path, or "
         "make room and give yourself the right to write there."
     )
 
