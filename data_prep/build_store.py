@@ -183,9 +183,14 @@ def _vocabulary(
 
 
 def _write_report(folder: str, store: str) -> None:
+    from geneformer_mcore.io.files import UnwritableError
     from geneformer_mcore.report.store import write_report
 
-    write_report(store, folder)
+    try:
+        write_report(store, folder)
+    except UnwritableError as error:
+        again = f"data_prep/check_store.py {store} --report DIR"
+        raise UnwritableError(f"{error} The store is finished: {again} writes it.") from error
     print(f"report: {folder}/report.md")
 
 

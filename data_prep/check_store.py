@@ -8,7 +8,7 @@ import time
 from geneformer_mcore.exit_codes import WRONG_INPUT, run
 
 EXAMPLE = """example:
-  python data_prep/check_store.py stores/demo
+  python data_prep/check_store.py stores/demo [--report DIR]
 
 Ends with 0 if the store is sound, with 2 and a list of problems if it is not.
 """
@@ -19,6 +19,9 @@ def _parse() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("store", help="the store's folder")
+    parser.add_argument(
+        "--report", metavar="DIR", help="also write build_store.py's report of it into this folder"
+    )
     return parser.parse_args()
 
 
@@ -29,6 +32,10 @@ def main() -> int:
     from geneformer_mcore.store.check import check_store
     from geneformer_mcore.store.layout import Manifest
 
+    if arguments.report:
+        from geneformer_mcore.report.store import check_folder
+
+        check_folder(arguments.report)
     started = time.monotonic()
     with ProgressLine("cells") as progress:
         problems = check_store(arguments.store, progress.update)
@@ -41,6 +48,11 @@ def main() -> int:
         f"{arguments.store}: sound. {manifest.cells:,} cells, {manifest.tokens:,} tokens, content "
         f"{manifest.content_hash[:12]}, read in {time.monotonic() - started:.1f} s"
     )
+    if arguments.report:
+        from geneformer_mcore.report.store import write_report
+
+        write_report(arguments.store, arguments.report)
+        print(f"report: {arguments.report}/report.md")
     return 0
 
 

@@ -5,6 +5,10 @@ Nothing is imported to answer it, so asking costs microseconds and has no side e
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -46,6 +50,24 @@ def ignore_known_warnings() -> None:
     the run's backends), its deprecations, and its look at the gradient of a view."""
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+
+
+def use_writable_caches() -> None:
+    """Where nothing can be cached in the home (it is not known, or read-only), numba and matplotlib
+    cache in a temporary folder of this process: else umap fails where its installation cannot be
+    written to either. To be called before they are imported."""
+    place = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    try:
+        if place.is_absolute():
+            nearest = next(each for each in (place, *place.parents) if each.exists())
+            with tempfile.TemporaryFile(dir=nearest):
+                return
+    except OSError:
+        pass
+    folder = tempfile.mkdtemp(prefix="geneformer_mcore_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name in ("NUMBA_CACHE_DIR", "MPLCONFIGDIR"):
+        os.environ.setdefault(name, folder)
 
 
 def describe() -> dict[str, str]:

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geneformer_mcore.backends import ignore_known_warnings, require
+from geneformer_mcore.backends import ignore_known_warnings, require, use_writable_caches
 from geneformer_mcore.errors import ConfigError, GeneformerError
 from geneformer_mcore.exit_codes import FINISHED, report_error, run
 from geneformer_mcore.inference import options
@@ -49,21 +49,21 @@ def main() -> int:
 def _classify(arguments: argparse.Namespace) -> None:
     for name in ("scanpy", "sklearn"):
         require(name)
+    use_writable_caches()
     from geneformer_mcore.celltypes import classify, tables
-    from geneformer_mcore.io.files import check_free, check_place, whole_folder
+    from geneformer_mcore.io.files import check_free, whole_folder
 
     request = _request(arguments)
     check_free(arguments.out)
-    check_place(arguments.out)
     found = classify.classify(request)
-    with whole_folder(arguments.out) as partial:
-        names = tables.save(found, partial)
     print("\n".join(tables.lines(found)), flush=True)
-    if not arguments.no_plots:
-        # Last, so that an error of a figure loses no result.
-        from geneformer_mcore.celltypes import plots
+    # Figures are last, and the tables are kept, so that an error of a figure loses no result.
+    with whole_folder(arguments.out, keeps=True) as partial:
+        names = tables.save(found, partial)
+        if not arguments.no_plots:
+            from geneformer_mcore.celltypes import plots
 
-        names += plots.save(found, arguments.out, request.seed)
+            names += plots.save(found, partial, request.seed)
     print(f"{arguments.out}: {', '.join(names)}")
 
 

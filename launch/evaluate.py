@@ -50,12 +50,12 @@ def main() -> int:
 
 def _evaluate(arguments: argparse.Namespace, is_first: bool) -> Evaluation | None:
     from geneformer_mcore.inference import evaluate
-    from geneformer_mcore.io.files import check_place
+    from geneformer_mcore.io.files import check_output
 
     if arguments.json is not None:
-        check_place(arguments.json)
+        check_output(arguments.json, overwrite=True)
     if arguments.plot is not None:
-        check_place(arguments.plot / "loss.png")
+        check_output(arguments.plot / "loss.png", overwrite=True)
     fractions, columns = arguments.mask_fractions, arguments.by
     request = options.build(
         evaluate.EvaluateRequest,
@@ -69,13 +69,17 @@ def _evaluate(arguments: argparse.Namespace, is_first: bool) -> Evaluation | Non
 
 def _show(arguments: argparse.Namespace, found: Evaluation) -> None:
     from geneformer_mcore.inference import evaluate
+    from geneformer_mcore.io.files import together
 
     print("\n".join(evaluate.lines(found)))
-    if arguments.json is not None:
-        evaluate.save_json(found, arguments.json)
-    if arguments.plot is not None:
-        for path in evaluate.save_plots(found, arguments.plot):
-            print(f"plot: {path}")
+    plots: list[Path] = []
+    with together():
+        if arguments.json is not None:
+            evaluate.save_json(found, arguments.json)
+        if arguments.plot is not None:
+            plots = evaluate.save_plots(found, arguments.plot)
+    for path in plots:
+        print(f"plot: {path}")
 
 
 def _arguments() -> argparse.Namespace:

@@ -45,18 +45,21 @@ def main() -> int:
         return report_error(error)
     ignore_known_warnings()
     from geneformer_mcore.distributed.watchdog import LostRankError, Watchdog
-    from geneformer_mcore.io.files import write_json
+    from geneformer_mcore.io.files import check_output, write_json
     from geneformer_mcore.preflight import cluster
     from geneformer_mcore.preflight.cluster import Traces
 
+    writes = arguments.json is not None and os.environ.get("RANK", "0") == "0"
     traces = Traces()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, partial(_end_on_signal, traces))
     watch = Watchdog(min(cluster.LIMIT_S, config.parallel.timeout_s), partial(_end_lost, traces))
     try:
+        if writes:
+            check_output(arguments.json, overwrite=True)
         with watch:
             code, result = cluster.check(config, text, watch, traces, partial(print, flush=True))
-            if arguments.json is not None and os.environ.get("RANK", "0") == "0":
+            if writes:
                 write_json(arguments.json, result)
         return code
     except GeneformerError as error:

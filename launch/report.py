@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from geneformer_mcore.exit_codes import run
+from geneformer_mcore.exit_codes import print_stderr, run
 
 EXAMPLE = "example: python launch/report.py runs/mine --json build/mine/report.json"
 
@@ -22,14 +22,18 @@ def main() -> int:
     parser.add_argument("run_dir", type=Path, help="the run's folder, run.dir of its config")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers here")
     arguments = parser.parse_args()
-    from geneformer_mcore.io.files import write_json
+    from geneformer_mcore.io.files import UnwritableError, write_json
     from geneformer_mcore.report import figures, results
 
     found = results.load(arguments.run_dir)
     plot = arguments.run_dir / "loss.png" if found.train.steps else None
+    try:
+        if plot is not None:
+            figures.save_loss(found, plot)
+    except UnwritableError as error:  # such as another user's run, which can only be read
+        print_stderr(f"warning: no plot: {error}")
+        plot = None
     print(results.text(found, plot))
-    if plot is not None:
-        figures.save_loss(found, plot)
     if arguments.json is not None:
         write_json(arguments.json, results.as_json(found))
     return found.exit_code

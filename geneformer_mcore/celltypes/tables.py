@@ -6,7 +6,6 @@ Classification  ->  lines for the console  |  table.md  |  results.json  |  pred
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from geneformer_mcore.celltypes.classify import Classification, Judged
 from geneformer_mcore.celltypes.cross_validation import BY_DONOR, MIN_DONORS
 from geneformer_mcore.inference import data_leakage
+from geneformer_mcore.io.files import whole_file, write_json
 from geneformer_mcore.metrics.provenance import provenance
 from geneformer_mcore.report.results import aligned
 
@@ -74,9 +74,10 @@ def content(found: Classification) -> dict[str, Any]:
 
 def save(found: Classification, folder: Path) -> list[str]:
     """Write results.json, table.md and predictions.csv into a folder. Returns their names."""
-    (folder / "results.json").write_text(json.dumps(content(found), indent=1) + "\n")
-    (folder / "table.md").write_text(markdown(found))
-    with (folder / "predictions.csv").open("w", newline="") as file:
+    write_json(folder / "results.json", content(found))
+    with whole_file(folder / "table.md") as partial:
+        partial.write_text(markdown(found))
+    with whole_file(folder / "predictions.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["cell", "scheme", "fold", "features", "classifier", "label", "predicted"])
         for judged in found.judged:

@@ -30,6 +30,7 @@ from geneformer_mcore.checkpoint.state import Snapshot
 from geneformer_mcore.config.sections import CheckpointConfig, Config, Precision
 from geneformer_mcore.distributed import collectives
 from geneformer_mcore.errors import CheckpointError
+from geneformer_mcore.io.files import is_write_failure
 from geneformer_mcore.model.flops import ModelShape, num_parameters
 from geneformer_mcore.optim.optimizer import Trainable
 from geneformer_mcore.types import padded_vocabulary_size
@@ -37,8 +38,6 @@ from geneformer_mcore.types import padded_vocabulary_size
 _LOOK_S = 0.005
 SPARE_BYTES = 1 << 20
 """For random states, descriptions, the manifest."""
-_TORCHS_WORDS = ("StreamWriter", "iostream")
-"""In the RuntimeError of torch.save for a file that cannot be written."""
 OPTIMIZER_BYTES = 12
 """Per parameter: fp32 master weight and two fp32 moments."""
 _RANDOM_BYTES = 32_768
@@ -162,7 +161,7 @@ class CheckpointManager:
         except OSError as error:
             raise CheckpointError(self._cannot(_reason(error))) from error
         except RuntimeError as error:
-            if not any(word in str(error) for word in _TORCHS_WORDS):
+            if not is_write_failure(error):
                 raise
             raise CheckpointError(self._cannot(str(error))) from error
 

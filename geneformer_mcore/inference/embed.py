@@ -27,7 +27,7 @@ from geneformer_mcore.inference.encoder import Encoder
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io import anndata_out
 from geneformer_mcore.io.anndata_out import Beside
-from geneformer_mcore.io.files import check_output, whole_file, write_json
+from geneformer_mcore.io.files import check_output, together, whole_file, write_json
 from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import NUM_SPECIALS
@@ -191,27 +191,27 @@ def run(request: EmbedRequest, is_first: bool) -> list[str]:
     """
     _check(request)
     model = pretrained.find(request.checkpoint, request.vocabulary, request.layout)
-    lines = list(model.messages)
-    if request.gene_embeddings is not None and is_first:
-        lines.append(_embed_genes(model, request.gene_embeddings))
     if request.output is None:
-        return lines
+        return [*model.messages, *_embed_genes(model, request.gene_embeddings, is_first)]
     choices, started_s = request.choices, time.monotonic()
     seq_length = model.config.data.seq_length
     opened = open_cells(request.source, model.vocabulary, seq_length, request.options)
     with closing(opened) as cells:
         values_NH, facts = embed_cells(model, cells, choices, is_first)
         if values_NH is None:
-            return lines
-        write_cells(request.output, cells, values_NH, facts)
+            return list(model.messages)
+        with together():
+            write_cells(request.output, cells, values_NH, facts)
+            of_genes = _embed_genes(model, request.gene_embeddings, is_first)
     num_cells, seconds = len(values_NH), time.monotonic() - started_s
-    lines.append(
+    return [
+        *model.messages,
+        *of_genes,
         f"{request.output}: {num_cells:,} cells x {values_NH.shape[1]} ({choices.dtype}), "
         f"{(~has_values(values_NH)).sum():,} without a known gene (NaN), {choices.pooling} of "
         f"layer {choices.layer}, {facts['precision']}, {seconds:.1f} s, "
-        f"{num_cells / seconds:,.0f} cells/s"
-    )
-    return lines
+        f"{num_cells / seconds:,.0f} cells/s",
+    ]
 
 
 def _check(request: EmbedRequest) -> None:
@@ -247,11 +247,15 @@ def check_target(
         check_output(path.with_suffix(".json"), overwrite)
 
 
-def _embed_genes(model: Pretrained, path: Path) -> str:
+def _embed_genes(model: Pretrained, path: Path | None, is_first: bool) -> list[str]:
+    """The line to print; none where nothing was asked for, or another rank writes."""
+    if path is None or not is_first:
+        return []
     rows = weights_reader.read_tensor(model.folder, weights_reader.WORD_EMBEDDING)
     values_GH = rows[NUM_SPECIALS : model.vocabulary.size].numpy()
-    write_genes(path, values_GH, model.vocabulary, facts_of(model))
-    return f"{path}: {len(values_GH):,} genes x {values_GH.shape[1]}"
+    with together():
+        write_genes(path, values_GH, model.vocabulary, facts_of(model))
+    return [f"{path}: {len(values_GH):,} genes x {values_GH.shape[1]}"]
 
 
 def write_cells(path: Path, cells: Cells, values_NH: np.ndarray, facts: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from geneformer_mcore.inference.embed import check_target, facts_of, has_values,
 from geneformer_mcore.inference.encoder import CellFunction
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io.anndata_out import Beside
-from geneformer_mcore.io.files import whole_file, write_json
+from geneformer_mcore.io.files import together, whole_file, write_json
 from geneformer_mcore.metrics import classified
 from geneformer_mcore.metrics.provenance import provenance
 from geneformer_mcore.model import classifier, forward_only
@@ -151,7 +151,8 @@ def test(run_dir: Path, store: str, layout: Sequence[str], is_first: bool) -> li
         predicted = np.array(classes)[likeliest]
         columns = {"label": text_N, "predicted": predicted, "probability": probability}
         table = pd.DataFrame(columns, index=cells.obs().index)
-    return _report(run_dir / TEST_FOLDER, table, label, classes, model)
+    with together():
+        return _report(run_dir / TEST_FOLDER, table, label, classes, model)
 
 
 def _report(

@@ -20,6 +20,7 @@ import pandas as pd
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.files import whole_file
+from geneformer_mcore.io.retry import raise_if_io_error
 
 _TIMES = {"date", "datetime", "datetime64", "time", "timedelta", "timedelta64"}
 """pandas' names of their columns."""
@@ -71,6 +72,7 @@ def read_obsm(path: Path, name: str) -> np.ndarray:
         with h5py.File(path, "r") as file:
             values = _obsm_of(path, file.get("obsm", {}), name)
     except OSError as error:
+        raise_if_io_error(str(path), error)
         raise DataError(
             f"{path}: obsm {name} can be read from an h5ad file only, and this cannot be read as "
             f"one: {error}. Remedy: check the path, or write the cells as h5ad."

@@ -1,15 +1,19 @@
 """Files: checked before any work, written atomically, sealed by a checksum, locked; free space.
 
     path     ->  check_output  ->  (the work)  ->  whole_file: .NAME.partial  ->  renamed to NAME
+    several  ->  together: each is written by whole_file, then all are renamed
     content  ->  write_sealed: JSON with its SHA-256  ->  read_sealed: as it was written, or None
     folder   ->  FolderLock: one writer for all of it, or one for each part
 
-A kill at any instant leaves the old file or the new one. A durable one is synchronised to the disk
-before it is renamed.
+A kill at any instant leaves the old file or the new one; its temporary one is removed by the next
+writer. (Several files are renamed one by one: a kill between two renames leaves some.) A durable
+one is synchronised to the disk before it is renamed. Where one of several outputs cannot be
+written, those that are whole already are kept as .NAME.kept: they were computed at cost.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -17,12 +21,23 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
-from geneformer_mcore.errors import ConfigError, DataError
+from geneformer_mcore.errors import ConfigError, DataError, GeneformerError
+
+_staged: ContextVar[dict[Path, Path] | None] = ContextVar("staged", default=None)
+"""Within `together`: {place: what is written for it}."""
+
+
+_WORDS = (
+    *(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+    *("StreamWriter", "iostream", "file write failed"),
+)
+"""Of a file that cannot be written: in errors of safetensors; of torch.save, twice; of HDF5."""
 
 
 class UnwritableError(DataError):
@@ -65,13 +80,38 @@ def check_place(path: str | Path) -> None:
 @contextmanager
 def whole_file(path: str | Path, durable: bool = False) -> Iterator[Path]:
     """`replacing`, with the folders of `path` created. UnwritableError where writing fails."""
-    path = Path(path)
-    try:
+    path, staged = Path(path), _staged.get()
+    with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, durable) as partial:
-            yield partial
-    except OSError as error:
-        raise _unwritable(path, error) from error
+        _clear(path)
+        if path.is_dir():  # before it is written, and before others of `together` are renamed
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if staged is None:
+            with replacing(path, durable) as partial:
+                yield partial
+        else:
+            with _removed_on_error(_partial(path)) as partial:
+                yield partial
+            staged[path] = partial
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """The files that `whole_file` writes within it appear at its end, or none does: after an error
+    those that are whole are kept beside their places, as .NAME.kept."""
+    staged: dict[Path, Path] = {}
+    before = _staged.set(staged)
+    try:
+        yield
+        for path in list(staged):
+            with _naming(path):
+                os.replace(staged[path], path)
+            del staged[path]
+    except BaseException as error:
+        _keep(staged, error)
+        raise
+    finally:
+        _staged.reset(before)
 
 
 @contextmanager
@@ -81,18 +121,88 @@ def replacing(path: Path, durable: bool = False, alone: bool = False) -> Iterato
     durable:  synchronised to the disk before it is renamed
     alone:    no other process writes it: the next writer overwrites what a kill leaves
     """
-    # Several processes may write one file: each has a temporary name of its own.
-    own = "" if alone else f".{os.uname().nodename}.{os.getpid()}"
-    partial = path.with_name(f".{path.name}{own}.partial")
-    try:
+    partial = path.with_name(f".{path.name}.partial") if alone else _partial(path)
+    with _removed_on_error(partial):
         yield partial
         if durable:
             sync(partial)
         os.replace(partial, path)
+
+
+def _partial(path: Path) -> Path:
+    """Several processes may write one file: each has a temporary name of its own."""
+    return path.with_name(f"{_start(path)}{os.getpid()}.partial")
+
+
+def _start(path: Path) -> str:
+    return f".{path.name}.{os.uname().nodename}."
+
+
+@contextmanager
+def _removed_on_error(partial: Path) -> Iterator[Path]:
+    try:
+        yield partial
     except BaseException:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_write_failure(error):
+            raise
+        raise _unwritable(path, error) from error
+
+
+def is_write_failure(error: Exception) -> bool:
+    """Whether an error, of any library but ours, is that of a file that cannot be written."""
+    if isinstance(error, OSError | GeneformerError):
+        return isinstance(error, OSError)
+    return any(words in str(error) for words in _WORDS)
+
+
+def _clear(path: Path) -> None:
+    """Removes what earlier writers of `path` left: killed ones of this host, and failed ones."""
+    start, left = _start(path), [_kept(path)]
+    for other in path.parent.iterdir():
+        pid = other.name.removeprefix(start).removesuffix(".partial")
+        if other.name.startswith(start) and pid.isdecimal() and not _lives(int(pid)):
+            left.append(other)
+    for each in left:
+        if each.is_dir():
+            shutil.rmtree(each)
+        else:
+            each.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _keep(staged: dict[Path, Path], error: BaseException) -> None:
+    """Keeps what is whole, and has `error` say so."""
+    with suppress(OSError):
+        for path, partial in staged.items():
+            os.replace(partial, _kept(path))
+    said = f"Kept until the next start: {', '.join(str(_kept(path)) for path in staged)}."
+    if staged and isinstance(error, GeneformerError):
+        error.args = (f"{error.args[0]} {said}",)
+    elif staged:
+        error.add_note(said)
+
+
+def _kept(path: Path) -> Path:
+    return path.with_name(f".{path.name}.kept")
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
@@ -101,9 +211,11 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _unwritable(path: Path, error: OSError) -> UnwritableError:
+def _unwritable(path: Path, error: Exception) -> UnwritableError:
+    number = getattr(error, "errno", None)
+    why = os.strerror(number) if number else " ".join(str(error).split())
     return UnwritableError(
-        f"{path}: cannot be written: {error.strerror or error}. Remedy: choose another path, or "
+        f"{path}: cannot be written: {why}. Remedy: choose another path, or "
         "make room and give yourself the right to write there."
     )
 
@@ -112,23 +224,32 @@ def _unwritable(path: Path, error: OSError) -> UnwritableError:
 
 
 def check_free(out: Path) -> None:
-    """Raises DataError if `out` exists."""
+    """Raises DataError if `out` exists, or no folder can be made there."""
     if out.exists() or out.is_symlink():
         raise DataError(f"{out}: exists already, and nothing is replaced. Remedy: name another.")
+    check_place(out)
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which becomes `out` at the end; after an error nothing is left."""
+def whole_folder(out: Path, keeps: bool = False) -> Iterator[Path]:
+    """Gives a folder to fill, which becomes `out` at the end; after an error nothing is left.
+
+    keeps: after an error, what is in it is kept as .NAME.kept
+    """
     check_free(out)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial = _partial(out)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        check_free(out)
-        partial.rename(out)
-    except OSError as error:
-        raise _unwritable(out, error) from error
+        with _naming(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _clear(out)
+            partial.mkdir()
+            yield partial
+            check_free(out)
+            partial.rename(out)
+    except BaseException as error:
+        if keeps and partial.is_dir() and any(partial.iterdir()):
+            _keep({out: partial}, error)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

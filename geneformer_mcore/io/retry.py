@@ -63,6 +63,13 @@ def raise_if_io_error(name: str, error: BaseException) -> None:
     if _is_lack_of_memory(error):
         raise MemoryError(f"{name}: {_first_line(error)}") from error
     number = getattr(error, "errno", None)
+    if "unable to lock file" in str(error):
+        raise ExternalIOError(
+            f"{name}: it is not damaged, but cannot be locked, as while another program has it "
+            f"open for writing: {_first_line(error)}. Remedy: close it there, and start the same "
+            "command again; where the file system knows no locks, set "
+            "HDF5_USE_FILE_LOCKING=FALSE."
+        ) from error
     if number in _CODES or (number is None and any(text in str(error) for text in _TEXTS)):
         raise ExternalIOError(
             f"{name}: reading failed, and not by what the input holds: {_first_line(error)}. "

@@ -15,6 +15,7 @@ from typing import Any
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.inference import pretrained
 from geneformer_mcore.inference.embed import Choices, check_target
+from geneformer_mcore.io.files import together
 from geneformer_mcore.io.memory import require
 from geneformer_mcore.perturbation import outputs
 from geneformer_mcore.perturbation.perturb import Answer, perturb
@@ -63,11 +64,12 @@ def run(request: PerturbRequest, is_first: bool) -> list[str]:
     if answer is None:
         return []
     lines = list(answer.lines)
-    for name, (_, write) in OUTPUTS.items():
-        path = getattr(request, name)
-        if path is not None:
-            write(path, answer)
-            lines.append(f"{path}: written")
+    with together():
+        for name, (_, write) in OUTPUTS.items():
+            path = getattr(request, name)
+            if path is not None:
+                write(path, answer)
+                lines.append(f"{path}: written")
     return [*lines, *_summary(answer, time.monotonic() - started_s)]
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.files import whole_file
 from geneformer_mcore.report.results import Curve, Results
 
@@ -61,10 +60,8 @@ def _save(figure: Figure, path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=120, format="png")
-    except OSError as error:
-        raise DataError(f"the plot {path} cannot be written: {error.strerror}.") from None
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _points(curve: Curve) -> tuple[np.ndarray, np.ndarray]:

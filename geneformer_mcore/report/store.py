@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from geneformer_mcore.io.files import check_place, whole_file
+from geneformer_mcore.io.files import check_place, together, whole_file
 from geneformer_mcore.report import figures
 from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.store.report import markdown_lines, skipped_text, summary
@@ -27,13 +27,13 @@ def write_report(store: str | Path, folder: str | Path) -> None:
     manifest, folder = Manifest.load(store), Path(folder)
     plots = _plot_names([source["name"] for source in manifest.sources])
     content = {name: value for name, value in asdict(manifest).items() if name != "files"}
-    with whole_file(folder / "report.json") as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-    for source, name in zip(manifest.sources, plots, strict=True):
-        with whole_file(folder / name) as partial:
-            figures.save_lengths(source, manifest.seq_length, partial)
-    with whole_file(folder / "report.md") as partial:
-        partial.write_text("\n".join(_markdown(manifest, plots)) + "\n")
+    with together():
+        with whole_file(folder / "report.json") as partial:
+            partial.write_text(json.dumps(content, indent=2) + "\n")
+        for source, name in zip(manifest.sources, plots, strict=True):
+            figures.save_lengths(source, manifest.seq_length, folder / name)
+        with whole_file(folder / "report.md") as partial:
+            partial.write_text("\n".join(_markdown(manifest, plots)) + "\n")
 
 
 def _plot_names(names: list[str]) -> list[str]:

@@ -249,7 +249,6 @@ def _units_of(dataset_id: str, joinids: np.ndarray, cells_per_unit: int) -> list
 
 
 DONE_FOLDER = "done"
-_WRITE_FAILED = "file write failed"
 _HDF5_BYTES = 1 << 20
 """What HDF5 takes for itself, generously."""
 
@@ -298,13 +297,7 @@ class Fetching:
         path = self.folder / unit.file
         with whole_file(path, durable=True) as partial:
             _check_room(partial, cells)
-            try:
-                cells.write_h5ad(partial, compression="lzf")
-            except RuntimeError as error:
-                # HDF5's error for a full disk on closing the file.
-                if _WRITE_FAILED not in str(error):
-                    raise
-                raise OSError(" ".join(str(error).split())) from error
+            cells.write_h5ad(partial, compression="lzf")
             size, digest = partial.stat().st_size, file_digest(partial)
         record = {"of": self._identity(unit), "bytes": size, "sha256": digest}
         write_sealed(_record_path(self.folder, unit), record)

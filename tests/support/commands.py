@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from geneformer_mcore.backends import ignore_known_warnings
@@ -33,16 +33,19 @@ def run(
     cwd: Path = ROOT,
     environment: Mapping[str, str] | None = None,
     timeout_s: float = 120,
+    trouble: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script of the project, given from its root, or an absolute path, to its end.
 
     environment: variables that are set in addition. A warning is an error, as with `-W error`.
+    trouble: done in its process first; importable
     """
     words = [str(ROOT / script), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         process = context.Process(
-            target=_run, args=(words, str(cwd), dict(environment or {}), str(out), str(err))
+            target=_run,
+            args=(words, str(cwd), dict(environment or {}), str(out), str(err), trouble),
         )
         process.start()
         process.join(timeout_s)
@@ -75,7 +78,14 @@ def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _run(words: list[str], cwd: str, environment: dict[str, str], out: str, err: str) -> None:
+def _run(
+    words: list[str],
+    cwd: str,
+    environment: dict[str, str],
+    out: str,
+    err: str,
+    trouble: Callable[[], None] | None,
+) -> None:
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), stream)
     os.environ.update(environment)
@@ -87,4 +97,6 @@ def _run(words: list[str], cwd: str, environment: dict[str, str], out: str, err:
     ignore_known_warnings()
     # What a command prints must not depend on the machine's speed.
     progress._LOG_INTERVAL_S = math.inf
+    if trouble is not None:
+        trouble()
     runpy.run_path(words[0], run_name="__main__")

@@ -198,6 +198,8 @@ def test_figures_survive_a_picture_that_fails(labelled: Trained, tmp_path: Path)
     out, more = tmp_path / "out", "--obsm X_other --donor none --resamples 0 --out"
     line = words("--input", labelled.h5ad, more, out)
     assert run_ranks(with_broken_pictures, 1, line, timeout_s=LIMIT_S) == ["no map today"]
+    assert not out.exists()
+    out = tmp_path / ".out.kept"  # until the same command is started again
     assert results(out)["schemes"][0]["rows"]
     table = (out / "table.md").read_text()
     assert "no interval, so no verdict" in table

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import pytest
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.files import (
+    UnwritableError,
     check_free,
     check_output,
     free_bytes,
     lock_file,
     read_sealed,
     replacing,
+    together,
     whole_file,
     whole_folder,
     write_json,
@@ -112,6 +115,80 @@ def test_a_folder_is_whole_or_not_there(tmp_path) -> None:
     with pytest.raises(DataError, match=r"other: cannot be written: No space left.*make room"):
         fill("other", FULL)
     assert sorted(os.listdir(tmp_path)) == ["link", "new"]
+
+
+def write_three(folder: Path, error: BaseException | None = None) -> None:
+    with together():
+        write_json(folder / "a.json", {"n": 1})
+        write_json(folder / "b" / "b.json", {"n": 2})
+        assert not (folder / "a.json").exists()
+        write_text(folder / "c", "3", error)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (FULL, UnwritableError),
+        (RuntimeError("unexpected StreamWriter"), UnwritableError),  # torch's, of a full disk
+        (RuntimeError("no figure"), RuntimeError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_files_appear_together_and_what_is_whole_is_kept_until_the_next_start(
+    tmp_path: Path, error: BaseException, raised: type[BaseException]
+) -> None:
+    with pytest.raises(raised) as found:
+        write_three(tmp_path, error)
+    kept = [tmp_path / ".a.json.kept", tmp_path / "b" / ".b.json.kept"]
+    said = f"Kept until the next start: {kept[0]}, {kept[1]}."
+    assert said in " ".join([str(found.value), *getattr(found.value, "__notes__", ())])
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == kept
+    assert json.loads(kept[1].read_text()) == {"n": 2}
+    write_three(tmp_path)
+    there = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert there == {"a.json", "b.json", "c"}
+    (tmp_path / "a.json").unlink()
+    (tmp_path / "c").unlink()
+    (tmp_path / "c").mkdir()
+    with pytest.raises(UnwritableError, match="Is a directory"):
+        write_three(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".a.json.kept", "b", "c"]
+
+
+def test_a_folder_that_failed_is_kept_until_the_next_start(tmp_path: Path) -> None:
+    out, kept = tmp_path / "out", tmp_path / ".out.kept"
+
+    def fill(error: BaseException | None) -> None:
+        with whole_folder(out, keeps=True) as partial:
+            write_json(partial / "results.json", {})
+            write_text(partial / "picture", "", error)
+
+    for _ in range(2):
+        with pytest.raises(UnwritableError, match=rf"Kept until the next start: {kept}\."):
+            fill(FULL)
+        assert os.listdir(tmp_path) == [".out.kept"]
+        assert os.listdir(kept) == ["results.json"]
+    fill(None)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_killed_writers_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here = os.uname().nodename
+    left = tmp_path / f".out.{here}.{gone.pid}.partial"
+    others = [".out.elsewhere.1.partial", f".out.{here}.1.partial", f".other.{here}.x.partial"]
+    for name in others:
+        (tmp_path / name).write_text("of a process that may live")
+    left.write_text("cut")
+    write_text(tmp_path / "out", "new", None)
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "out"])
+    (tmp_path / "out").unlink()
+    left.mkdir()
+    (left / "file").write_text("cut")
+    with whole_folder(tmp_path / "out"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "out"])
 
 
 def test_a_change_breaks_the_seal(tmp_path) -> None:

@@ -50,6 +50,7 @@ def numbered(code: int) -> OSError:
         ("a.h5ad", numbered(errno.EIO), ExternalIOError),
         ("a.h5ad", numbered(errno.ESTALE), ExternalIOError),
         ("a.h5ad", numbered(errno.EMFILE), ExternalIOError),
+        ("a.h5ad", BlockingIOError(errno.EAGAIN, "unable to lock file"), ExternalIOError),
         ("a/soma", RuntimeError("IO Error: cannot read; Input/output error"), ExternalIOError),
         ("a.h5ad", MemoryError(), MemoryError),
         ("a.h5ad", LARGE, MemoryError),
