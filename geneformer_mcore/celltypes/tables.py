@@ -74,9 +74,10 @@ def content(found: Classification) -> dict[str, Any]:
 
 def save(found: Classification, folder: Path) -> list[str]:
     """Write results.json, table.md and predictions.csv into a folder. Returns their names."""
-    (folder / "results.json").write_text(json.dumps(content(found), indent=1) + "\n")
-    (folder / "table.md").write_text(markdown(found))
-    with (folder / "predictions.csv").open("w", newline="") as file:
+    text = json.dumps(content(found), indent=1)
+    (folder / "results.json").write_text(f"{text}\n", encoding="utf-8")
+    (folder / "table.md").write_text(markdown(found), encoding="utf-8")
+    with (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["cell", "scheme", "fold", "features", "classifier", "label", "predicted"])
         for judged in found.judged:

@@ -6,6 +6,8 @@ defaults (sections.py)  <-  [another run's]  <-  one YAML file  <-  command line
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -17,6 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from geneformer_mcore.config.sections import Activation, Config
 from geneformer_mcore.errors import ConfigError
+
+_PATHS = (
+    *("run.dir", "data.store", "data.vocabulary", "data.split", "data.cache_dir"),
+    "finetune.checkpoint",
+)
 
 
 def load(
@@ -58,14 +65,14 @@ def run_dir(file: str | Path | None, overrides: Sequence[str]) -> str:
         for _, values in [*_file_values(file, []), *_argument_values(overrides, [])]
         if isinstance(values.get("run.dir"), str)
     ]
-    return found[-1] if found else Config().run.dir
+    return _expanded(found[-1] if found else Config().run.dir)
 
 
 def _file_values(file: str | Path | None, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
     if file is None:
         return []
     try:
-        text = Path(file).read_text()
+        text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
         problems.append(f"cannot read the config file {file}: {error.strerror}.")
         return []
@@ -142,11 +149,19 @@ def _merge(
             problems.append(f"{origin}: there is no setting `{key}`.{hint}")
             continue
         try:
+            value = _expanded(value) if key in _PATHS else value
             OmegaConf.update(merged, key, _number(merged, key, value))
         except OmegaConfBaseException:
             problems.append(f"{origin}: {key} takes {_wanted(key)}, and got {value!r}.")
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _expanded(value: Any) -> Any:
+    """A path, or several with commas between, where `~` is the user's home."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(^|,\s*)~(?=/)", lambda found: found[1] + os.path.expanduser("~"), value)
 
 
 def _number(merged: DictConfig, key: str, value: Any) -> Any:

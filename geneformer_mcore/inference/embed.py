@@ -279,7 +279,7 @@ def write_genes(
     if path.suffix == ".npy":
         _write_array(path, values_GH, {**facts, "feature_ids": list(ids), "names": list(names)})
         return
-    with whole_file(path) as partial, partial.open("w", newline="") as file:
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         writer.writerow(["feature_id", "name", *range(values_GH.shape[1])])
         for gene, name, vector in zip(ids, names, values_GH, strict=True):

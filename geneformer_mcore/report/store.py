@@ -28,12 +28,12 @@ def write_report(store: str | Path, folder: str | Path) -> None:
     plots = _plot_names([source["name"] for source in manifest.sources])
     content = {name: value for name, value in asdict(manifest).items() if name != "files"}
     with whole_file(folder / "report.json") as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for source, name in zip(manifest.sources, plots, strict=True):
         with whole_file(folder / name) as partial:
             figures.save_lengths(source, manifest.seq_length, partial)
     with whole_file(folder / "report.md") as partial:
-        partial.write_text("\n".join(_markdown(manifest, plots)) + "\n")
+        partial.write_text("\n".join(_markdown(manifest, plots)) + "\n", encoding="utf-8")
 
 
 def _plot_names(names: list[str]) -> list[str]:
