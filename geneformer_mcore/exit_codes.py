@@ -21,8 +21,8 @@ _HOME = re.compile(r"^((?:[\w.-]+=)?)~(?=/)")
 
 
 class _Console(io.FileIO):
-    """stdout or stderr. Once it cannot be written (`| head`, a full disk) the rest is dropped, which
-    must neither stop the work nor change how the command ends."""
+    """stdout or stderr. Once it cannot be written (`| head`, a full disk) the rest is dropped, and
+    that must neither stop the work nor change how the command ends."""
 
     def write(self, text: Any) -> int:
         try:

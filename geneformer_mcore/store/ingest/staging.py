@@ -175,7 +175,7 @@ def check_target(target: str | Path, overwrite: bool) -> None:
     if not {"#", "?"}.isdisjoint(str(target.absolute())):
         # A new array's place is computed by the rules of URIs, where its path ends at these signs.
         raise DataError(
-            f"{target.absolute()}: the path of a store must not hold # or ?: TileDB would write into "
+            f"{target.absolute()}: the path of a store must not hold # or ?: TileDB would write to "
             "another folder. Remedy: another path; a finished store may be moved anywhere."
         )
     if not target.exists():

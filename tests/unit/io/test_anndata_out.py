@@ -159,3 +159,16 @@ def test_obsm_that_cannot_be_used_is_told(adata: anndata.AnnData, tmp_path: Path
     for wrong in (path, tmp_path, tmp_path / "nowhere"):
         with pytest.raises(DataError, match="from an h5ad file only"):
             anndata_out.read_obsm(wrong, "good")
+
+
+@pytest.mark.parametrize("number", [4091, 4092, 5000])
+def test_obs_of_more_columns_than_a_group_keeps_in_its_header(tmp_path: Path, number: int) -> None:
+    obs = pd.DataFrame(np.zeros((4, number)), index=list("abcd"))
+    obs.columns = [f"c{i}" for i in range(number)]
+    target = tmp_path / "b.h5ad"
+    if number <= 4091:
+        anndata.AnnData(obs=obs).write_h5ad(tmp_path / "a.h5ad")
+        anndata_out.write_copy(tmp_path / "a.h5ad", target, BESIDE)
+    else:  # As anndata alone could not write it.
+        anndata_out.write_new(obs, target, BESIDE)
+    assert check(target).obs.columns.tolist() == [*obs.columns, "flag"]
