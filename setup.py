@@ -6,7 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "geneformer_mcore/version.py").read_text())
+VERSION = re.search(
+    r'__version__ = "(.+)"', (HERE / "geneformer_mcore/version.py").read_text(encoding="utf-8")
+)
 assert VERSION is not None
 
 setup(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from geneformer_mcore.errors import (
     DivergedError,
@@ -21,6 +23,22 @@ FINISHED, DEFECT, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 75
 """Exit codes: finished; a defect, hang or lost rank; the user's to mend; saved, start me again."""
 EXIT_INTERRUPTED_BY_KEY = 130
 _LAST_WORDS_S = 4.0
+_HOME = re.compile(r"^((?:[\w.-]+=)?)~(?=/)")
+
+
+class _Console(io.FileIO):
+    """stdout or stderr. Once it cannot be written (`| head`, a full disk) the rest is dropped, and
+    that must neither stop the work nor change how the command ends."""
+
+    def write(self, text: Any) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
+            if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
+                print_stderr(f"warning: stdout cannot be written ({error.strerror}); it is skipped")
+            return len(text)
 
 
 class Interrupted(Exception):  # noqa: N818  it is no error
@@ -37,17 +55,39 @@ def run(main: Callable[[], int | None], **options: str) -> NoReturn:
     traceback; so does a LostWorkerError, with exit code 1. Anything else is a defect of ours and
     keeps its traceback (exit code 1).
     """
+    _steady_console()
+    # A shell does so where a word begins with it, and not behind a `=`.
+    sys.argv[1:] = [_HOME.sub(_home, word) for word in sys.argv[1:]]
     with naming_options(**options):
         try:
             code = main() or 0
         except (GeneformerError, LostWorkerError) as error:
-            sys.stdout.flush()
+            print(end="", flush=True)
             print_stderr(f"error: {error}")
             code = exit_code_of(error)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             code = EXIT_INTERRUPTED_BY_KEY
     raise SystemExit(code)
+
+
+def _home(found: re.Match[str]) -> str:
+    return found[1] + os.path.expanduser("~")
+
+
+def _steady_console() -> None:
+    """What the locale has no sign for is shown as in Python's texts, and see _Console."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper) or stream is not getattr(sys, f"__{name}__"):
+            continue  # closed, or replaced by who calls `run`
+        stream.flush()
+        console = io.BufferedWriter(_Console(stream.fileno(), "w", closefd=False))
+        at_once = stream.line_buffering or stream.write_through
+        steady = io.TextIOWrapper(
+            console, stream.encoding, "backslashreplace", line_buffering=at_once
+        )
+        setattr(sys, name, steady)
 
 
 def print_stderr(line: str) -> None:

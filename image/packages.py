@@ -55,7 +55,9 @@ def main() -> int:
     ]
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name, lines in ((KEPT, kept), (CONSTRAINTS, [*kept, *ours]), (NEEDED, needed)):
-        (arguments.folder / name).write_text("".join(f"{line}\n" for line in lines))
+        (arguments.folder / name).write_text(
+            "".join(f"{line}\n" for line in lines), encoding="utf-8"
+        )
     return 0
 
 
@@ -79,7 +81,7 @@ def name_of(requirement: str) -> str:
 
 def requirements(setup_file: Path) -> list[str]:
     """install_requires of a setup.py, which is read and not run."""
-    for node in ast.walk(ast.parse(setup_file.read_text())):
+    for node in ast.walk(ast.parse(setup_file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.keyword) and node.arg == "install_requires":
             return list(ast.literal_eval(node.value))
     raise AssertionError(f"{setup_file} has no install_requires")
@@ -87,7 +89,7 @@ def requirements(setup_file: Path) -> list[str]:
 
 def lines_of(path: Path) -> list[str]:
     """Lines that say something."""
-    lines = (line.strip() for line in path.read_text().splitlines())
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 

@@ -54,7 +54,7 @@ def main() -> int:
     overrides = _overrides(arguments)
     try:
         config, text, origin = _settings(arguments, file, overrides)
-        plan = settings.plan(config, job.environment("WORLD_SIZE", 1))
+        plan = settings.plan(config, job.num_ranks(arguments.dry_run))
     except GeneformerError as error:
         return job.refuse_settings(error, settings.run_dir(file, overrides))
     if arguments.dry_run:

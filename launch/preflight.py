@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 import traceback
 from functools import partial
 from pathlib import Path
@@ -18,8 +17,15 @@ from typing import TYPE_CHECKING, Any
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import GeneformerError
-from geneformer_mcore.exit_codes import DEFECT, end_after_last_words, print_stderr, report_error
+from geneformer_mcore.exit_codes import (
+    DEFECT,
+    end_after_last_words,
+    print_stderr,
+    report_error,
+    run,
+)
 from geneformer_mcore.inference import options
+from geneformer_mcore.training import job
 
 if TYPE_CHECKING:
     from geneformer_mcore.distributed.watchdog import LostRankError
@@ -40,7 +46,7 @@ def main() -> int:
     arguments = _arguments()
     try:
         config, text = settings.load(arguments.config or DEMO, arguments.settings)
-        settings.plan(config, int(os.environ.get("WORLD_SIZE", "1")))
+        settings.plan(config, job.num_ranks(dry_run=False))
     except GeneformerError as error:
         return report_error(error)
     ignore_known_warnings()
@@ -97,4 +103,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -7,7 +7,6 @@ torchrun [--nproc_per_node=N] launch/pretrain.py [--config FILE] [--dry-run] [se
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from geneformer_mcore import config as settings
 from geneformer_mcore.backends import ignore_known_warnings
 from geneformer_mcore.errors import ConfigError, DataError, GeneformerError
+from geneformer_mcore.exit_codes import run
 from geneformer_mcore.inference import options
 from geneformer_mcore.training import job
 from geneformer_mcore.training.run_folder import RunFolder
@@ -42,7 +42,7 @@ def main() -> int:
     try:
         config, text = settings.load(file, overrides)
         _not_to_be_finetuned(config)
-        plan = settings.plan(config, job.environment("WORLD_SIZE", 1))
+        plan = settings.plan(config, job.num_ranks(arguments.dry_run))
     except GeneformerError as error:
         return job.refuse_settings(error, settings.run_dir(file, overrides))
     if arguments.dry_run:
@@ -104,4 +104,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

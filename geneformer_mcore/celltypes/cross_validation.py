@@ -112,6 +112,12 @@ def by_donor(labels_N: np.ndarray, donors_N: np.ndarray, cells: np.ndarray) -> S
     lonely = [donor for donor, (train, _) in folds.items() if len(set(labels_N[train])) < 2]
     if lonely:
         return f"without donor {lonely[0]} only one label is left"
+    donor, (least, _) = min(folds.items(), key=lambda fold: len(fold[1][0]))
+    if len(least) < NUM_NEIGHBOURS:
+        return (
+            f"without donor {donor} {len(least):,} cells are left to learn from, and "
+            f"{NUM_NEIGHBOURS} are needed"
+        )
     left_out = {label: counted[label] for label in lone}
     return Scheme(BY_DONOR, cells, folds, _sorted(left_out))
 

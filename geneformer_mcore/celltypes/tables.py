@@ -76,8 +76,11 @@ def save(found: Classification, folder: Path) -> list[str]:
     """Write results.json, table.md and predictions.csv into a folder. Returns their names."""
     write_json(folder / "results.json", content(found))
     with whole_file(folder / "table.md") as partial:
-        partial.write_text(markdown(found))
-    with whole_file(folder / "predictions.csv") as partial, partial.open("w", newline="") as file:
+        partial.write_text(markdown(found), encoding="utf-8")
+    with (
+        whole_file(folder / "predictions.csv") as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["cell", "scheme", "fold", "features", "classifier", "label", "predicted"])
         for judged in found.judged:

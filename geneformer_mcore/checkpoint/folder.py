@@ -81,7 +81,7 @@ def commit(staging: Path, root: Path, step: int) -> Path:
 def _point(root: Path, name: str) -> None:
     # The pointer is optional: the next write that matters reports a full disk.
     with contextlib.suppress(OSError), replacing(root / LATEST, alone=True) as pointer:
-        pointer.write_text(name + "\n")
+        pointer.write_text(name + "\n", encoding="utf-8")
 
 
 def _put_back(root: Path) -> None:

@@ -87,7 +87,7 @@ class Record:
         return self.identity.content == ""
 
     def save(self, folder: Path) -> None:
-        (folder / RECORD).write_text(json.dumps(asdict(self), indent=1))
+        (folder / RECORD).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
     @staticmethod
     def load(folder: Path) -> Record:
@@ -116,7 +116,7 @@ def best_step(steps: Iterable[int], folder_of: Callable[[int], Path]) -> int | N
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / RECORD).read_text())
+    return json.loads((folder / RECORD).read_text(encoding="utf-8"))
 
 
 def interpolated_values(config: Config, text: str) -> dict[str, str]:

@@ -106,7 +106,7 @@ def run_dir(file: str | Path | None, overrides: Sequence[str]) -> str:
         for _, values in [*_file_values(file, []), *_argument_values(overrides, [])]
         if isinstance(values.get("run.dir"), str)
     ]
-    return found[-1] if found else Config().run.dir
+    return _expanded(found[-1] if found else Config().run.dir)
 
 
 def _file_values(file: str | Path | None, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -191,6 +191,7 @@ def _merge(
             problems.append(f"{origin}: there is no setting `{key}`.{hint}")
             continue
         try:
+            value = _expanded(value) if key in _PATHS else value
             if key in _texts() and not isinstance(value, str):
                 raise ValidationError
             OmegaConf.update(merged, key, _number(merged, key, value))
@@ -202,6 +203,13 @@ def _merge(
             problems.append(f"{origin}: {key} takes {_wanted(key)}, and cannot be {value}.")
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _expanded(value: Any) -> Any:
+    """A path, or several with commas between, where `~` is the user's home."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(^|,\s*)~(?=/)", lambda found: found[1] + os.path.expanduser("~"), value)
 
 
 def _number(merged: DictConfig, key: str, value: Any) -> Any:
@@ -248,11 +256,6 @@ def _check_texts(config: Config) -> None:
         if _IN_NO_NAME.search(value):
             problems.append(
                 f"{key} must be one line of Unicode without control characters, and is {value!r}."
-            )
-        if key in _PATHS and value.startswith("~/"):
-            problems.append(
-                f"{key} is {value}, and `~` is read by shells only: write ${{oc.env:HOME}}"
-                f"{value[1:]}, or ./{value} for a folder of that name."
             )
     if problems:
         raise ConfigError("\n".join(problems))

@@ -130,10 +130,10 @@ def to_hf(
             "tokenizer.json": hf_folder.tokenizer_json(tokens),
             "tokenizer_config.json": hf_folder.tokenizer_config(tokens, num_positions),
         }.items():
-            (partial / name).write_text(json.dumps(content, indent=1) + "\n")
+            (partial / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         vocabulary.save(partial / hf_folder.VOCABULARY)
         card = model_card.text(record, described, vocabulary, num_parameters, origin)
-        (partial / "README.md").write_text(card)
+        (partial / "README.md").write_text(card, encoding="utf-8")
     lines = [
         f"{out}: {described['architectures'][0]} of step {record.step}, {len(tokens):,} tokens, "
         f"{num_positions:,} positions"

@@ -64,9 +64,9 @@ def write(
         record.save(staging)
         checkpoints.commit(staging, root, 0)
         vocabulary.save(partial / VOCABULARY)
-        (partial / CONFIG).write_text(text)
+        (partial / CONFIG).write_text(text, encoding="utf-8")
         for name, content in files.items():
-            (partial / name).write_text(json.dumps(content, indent=1) + "\n")
+            (partial / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from geneformer_mcore.config.sections import ParallelConfig
 from geneformer_mcore.distributed import launcher
+from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.exit_codes import print_stderr
 
 if TYPE_CHECKING:
     from geneformer_mcore.distributed.watchdog import Watchdog
@@ -74,6 +76,7 @@ def meet(parallel: ParallelConfig, watch: Watchdog | None = None) -> Rendezvous:
     if "RANK" not in os.environ:  # one process, without torchrun: nothing to meet
         meeting = Rendezvous(HashStore(), 0, 1)
     else:
+        _check_environment()
         launcher.follow(parallel.timeout_s)
         launcher.reach_store()
         limit = timedelta(seconds=parallel.timeout_s)
@@ -86,6 +89,26 @@ def meet(parallel: ParallelConfig, watch: Watchdog | None = None) -> Rendezvous:
         meeting = Rendezvous(PrefixStore(f"attempt_{attempt}", store), rank, world_size)
     _choose_interface(meeting.world_size)
     return meeting
+
+
+def _check_environment() -> None:
+    """Raises ConfigError for a rank without a place to meet. Says who is waited for where torchrun
+    has not started this rank: RANK may be left over from another job, as in its containers."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank, size, host, port = (os.environ.get(name, "") for name in names)
+    start = f"Remedy: start with torchrun, or alone after `unset {' '.join(names)}`."
+    is_sound = rank.isdecimal() and size.isdecimal() and port.isdecimal() and host
+    if not is_sound or int(rank) >= int(size):
+        shown = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in names)
+        raise ConfigError(
+            "RANK is set, so that this process is a rank below WORLD_SIZE that meets the others at "
+            f"MASTER_ADDR:MASTER_PORT; these variables are {shown}. {start}"
+        )
+    if int(size) > 1 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        print_stderr(
+            f"rank {rank} waits at {host}:{port} for all {size} ranks, as RANK and WORLD_SIZE ask "
+            f"for. {start}"
+        )
 
 
 def join(

@@ -35,7 +35,7 @@ def main(pid: int, launcher: int, limit_s: float) -> None:
 def is_stopped(pid: int) -> bool:
     """Whether all of a process is stopped by a signal (a debugger's stop is another state)."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return False
     return stat.rpartition(")")[2].split()[0] == "T"

@@ -79,7 +79,7 @@ class HealthCheck:
         """store: a connection of its own, for use in another thread."""
         self._store = PrefixStore("roll_call", store)
         self._rank, self._world_size = rank, world_size
-        boot_id = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
+        boot_id = _BOOT_ID.read_text(encoding="utf-8") if _BOOT_ID.exists() else ""
         self._machine = f"{socket.gethostname()} {boot_id}"
         process = psutil.Process()
         where = [self._machine, process.pid, process.create_time()]

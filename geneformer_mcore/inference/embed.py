@@ -27,6 +27,7 @@ from geneformer_mcore.inference.encoder import Encoder
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io import anndata_out
 from geneformer_mcore.io.anndata_out import Beside
+from geneformer_mcore.io.elsewhere import check_whole
 from geneformer_mcore.io.files import check_output, together, whole_file, write_json
 from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
@@ -197,6 +198,8 @@ def run(request: EmbedRequest, is_first: bool) -> list[str]:
     seq_length = model.config.data.seq_length
     opened = open_cells(request.source, model.vocabulary, seq_length, request.options)
     with closing(opened) as cells:
+        if request.output.suffix != ".npy":
+            check_copied(cells)
         values_NH, facts = embed_cells(model, cells, choices, is_first)
         if values_NH is None:
             return list(model.messages)
@@ -266,6 +269,12 @@ def write_cells(path: Path, cells: Cells, values_NH: np.ndarray, facts: Mapping[
         write_annotated(path, cells, as_annotations(values_NH, facts))
 
 
+def check_copied(cells: Cells) -> None:
+    """Raise DataError where `write_annotated` would write a copy without all of the data."""
+    if cells.path is not None:
+        check_whole(cells.path)
+
+
 def write_annotated(path: Path, cells: Cells, added: Beside) -> None:
     """Write a copy of the cells' h5ad file with `added` in it; an AnnData of their obs where they
     come from another kind of input."""
@@ -283,7 +292,7 @@ def write_genes(
     if path.suffix == ".npy":
         _write_array(path, values_GH, {**facts, "feature_ids": list(ids), "names": list(names)})
         return
-    with whole_file(path) as partial, partial.open("w", newline="") as file:
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         writer.writerow(["feature_id", "name", *range(values_GH.shape[1])])
         for gene, name, vector in zip(ids, names, values_GH, strict=True):

@@ -22,7 +22,13 @@ from geneformer_mcore.config.sections import Precision
 from geneformer_mcore.errors import CheckpointError
 from geneformer_mcore.inference import encoder, pretrained
 from geneformer_mcore.inference.cells import Cells, StoredCells, open_cells
-from geneformer_mcore.inference.embed import check_target, facts_of, has_values, write_annotated
+from geneformer_mcore.inference.embed import (
+    check_copied,
+    check_target,
+    facts_of,
+    has_values,
+    write_annotated,
+)
 from geneformer_mcore.inference.encoder import CellFunction
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io.anndata_out import Beside
@@ -66,6 +72,7 @@ def run(request: PredictRequest, is_first: bool) -> list[str]:
     started_s, seq_length = time.monotonic(), model.config.data.seq_length
     opened = open_cells(request.source, model.vocabulary, seq_length, request.options)
     with closing(opened) as cells:
+        check_copied(cells)
         precision, tokens = request.precision, request.tokens_per_batch
         found_NC = probabilities(model, cells, is_first, precision, tokens)
         if found_NC is None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from geneformer_mcore.io.retry import raise_if_io_error
 
 _TIMES = {"date", "datetime", "datetime64", "time", "timedelta", "timedelta64"}
 """pandas' names of their columns."""
+
+_MOST_COMPACT = 4000
+"""Columns whose names are one attribute of 64 KiB, the most that HDF5 keeps in a group's header."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def write_new(obs: pd.DataFrame, target: Path, beside: Beside) -> None:
 
     adata = anndata.AnnData(obs=_writable(obs))
     beside.put(adata)
-    with whole_file(target) as partial:
+    with whole_file(target) as partial, _roomy(adata.obs):
         adata.write_h5ad(partial)
 
 
@@ -154,8 +158,31 @@ def _add(file: h5py.File, beside: Beside) -> None:
     for name, column in beside.obs.items():
         write_elem(file["obs"], name, column)
         columns += [name] if name not in columns else []
-    text = h5py.string_dtype()
-    file["obs"].attrs["column-order"] = np.array(columns, dtype=text)
+    if len(columns) > _MOST_COMPACT:
+        _make_roomy(file, "obs")
+    file["obs"].attrs["column-order"] = np.array(columns, dtype=h5py.string_dtype())
+
+
+def _make_roomy(file: h5py.File, name: str) -> None:
+    """Lets attributes of a group be of any size: those of groups that track no order are not."""
+    old, new = file[name], file.create_group(f".{name}", track_order=True)
+    for attribute, value in old.attrs.items():
+        new.attrs[attribute] = value
+    for key in old:
+        file.move(f"{name}/{key}", f".{name}/{key}")
+    del file[name]
+    file.move(f".{name}", name)
+
+
+@contextmanager
+def _roomy(obs: pd.DataFrame) -> Iterator[None]:
+    """The same for what anndata writes: it does so by itself from 5,001 columns on."""
+    config = h5py.get_config()
+    before, config.track_order = config.track_order, obs.shape[1] > _MOST_COMPACT
+    try:
+        yield
+    finally:
+        config.track_order = before
 
 
 def _rewrite(source: Path, target: Path, beside: Beside) -> None:
@@ -165,4 +192,5 @@ def _rewrite(source: Path, target: Path, beside: Beside) -> None:
         warnings.simplefilter("ignore")  # that the file is old
         adata = anndata.read_h5ad(source)
         beside.put(adata)
-        adata.write_h5ad(target)
+        with _roomy(adata.obs):
+            adata.write_h5ad(target)

@@ -27,6 +27,7 @@ import numpy as np
 from geneformer_mcore.backends import compiled
 from geneformer_mcore.errors import DataError, ExternalIOError
 from geneformer_mcore.io.blocks import BLOCK_ENTRIES, CountBlock
+from geneformer_mcore.io.elsewhere import check_array
 
 BAND_BYTES = 32 << 20
 """So much of a dense matrix is in memory at once; a band of chunks may be up to four times that."""
@@ -112,9 +113,10 @@ def open_matrix(item: Any, name: str, in_memory: bool = False) -> StoredMatrix:
 
 
 def _check_filters(item: Any, name: str) -> None:
-    """Raises DataError if an HDF5 filter that is not installed is needed."""
+    """Raises DataError if an HDF5 filter or file is needed that is not there."""
     if not isinstance(item, h5py.Dataset):
         return
+    check_array(item, name)
     settings = item.id.get_create_plist()
     for place in range(settings.get_nfilters()):
         number, _, _, label = settings.get_filter(place)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from geneformer_mcore.errors import DataError
-from geneformer_mcore.io.h5ad import Counts, CountsFile
+from geneformer_mcore.io.h5ad import OF_10X, Counts, CountsFile
 
 ZARR_FILES = (".zgroup", "zarr.json")
 """One of them is in every zarr store, of version 2 and 3."""
@@ -32,6 +32,8 @@ def open_counts(source: Any, layer: str | None = None, allow_normalised: bool = 
         return MemoryCounts(source, layer, allow_normalised)
     if "://" not in str(source) and not _may_be_soma(Path(source)):
         return CountsFile(source, layer, allow_normalised)
+    if any(Path(source).glob("*matrix.mtx*")):
+        raise DataError(f"{source}: a folder of matrices of 10x. Remedy: {OF_10X}.")
     # Only now: tiledbsoma takes a second to import.
     from geneformer_mcore.io.soma import ExperimentCounts
 

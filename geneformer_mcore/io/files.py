@@ -208,7 +208,7 @@ def _kept(path: Path) -> Path:
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
     """Writes indented JSON. Raises UnwritableError where it cannot."""
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _unwritable(path: Path, error: Exception) -> UnwritableError:
@@ -288,7 +288,7 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` with its checksum, whole or not at all. Raises OSError where it cannot."""
     text = json.dumps(content | {"checksum": checksum_of(content)})
     with replacing(path) as partial:
-        partial.write_text(text + "\n")
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ import pandas as pd
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.blocks import READ_FAILURES, CountBlock, check_counts, looks_normalised
 from geneformer_mcore.io.count_matrix import StoredMatrix, is_matrix, open_matrix
+from geneformer_mcore.io.elsewhere import check_sources
 from geneformer_mcore.io.frames import NAME_COLUMNS, Frame, StoredFrame
 from geneformer_mcore.io.retry import raise_if_io_error
 
@@ -31,6 +32,11 @@ ROWS_PER_BLOCK = 4096
 _PLACES = {"layers/counts": "layers/counts", "raw.X": "raw/X", "X": "X"}
 _BEFORE_0_7 = {"raw/X": "raw.X", "raw/var": "raw.var"}
 """Their names in AnnData that kept both at the top of the file."""
+
+_PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"PK": "unzip"}
+"""The first bytes of compressed files, and what decompresses them."""
+
+OF_10X = "read its folder (scanpy: read_10x_mtx) and write that (write_h5ad)"
 
 FILE_ENDINGS = (".h5ad", ".zarr.zip", ".zarr")
 """Of files and folders that hold an AnnData."""
@@ -247,6 +253,8 @@ class CountsFile(AnnDataCounts):
         self.path = None if is_zarr else self.source
         self._file = _open_file(self.source, is_zarr)
         try:
+            if not is_zarr:
+                check_sources(self._file, self.name)
             self._open(layer)
         except DataError:
             self.close()
@@ -331,8 +339,19 @@ def _open_file(path: Path, is_zarr: bool) -> Any:
                 f"{path}: cannot be opened as a zarr store: {error or type(error).__name__}. "
                 "Remedy: get it again, and check that anndata.read_zarr opens it."
             ) from error
-        size = path.stat().st_size if path.is_file() else 0
+        remedy, size = _remedy_of(path), path.stat().st_size if path.is_file() else 0
         raise DataError(
-            f"{path}: not a whole HDF5 (h5ad) file ({size:,} bytes): {error}. Remedy: get it "
-            "again; other formats are converted with anndata."
+            f"{path}: not a whole HDF5 (h5ad) file ({size:,} bytes): {error}. Remedy: {remedy}."
         ) from error
+
+
+def _remedy_of(path: Path) -> str:
+    """For a file that is no HDF5, by its first bytes."""
+    with suppress(OSError), path.open("rb") as file:
+        first = file.read(16)
+        if ".mtx" in path.suffixes or first.startswith(b"%%MatrixMarket"):
+            return f"for a matrix of 10x, {OF_10X}"
+        for magic, tool in _PACKED.items():
+            if first.startswith(magic):
+                return f"it is compressed; decompress it ({tool})"
+    return "get it again; other formats are converted with anndata"

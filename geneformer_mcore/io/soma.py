@@ -16,7 +16,6 @@ from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pandas as pd
@@ -136,10 +135,10 @@ def unreadable(name: str, what: str, error: Exception) -> DataError:
 def last_write_ms(address: str) -> int:
     """When the array at `address` was last written, in ms since 1970, by its fragments' names;
     0 for one on another machine: to list it would cost a request."""
-    url = urlparse(address)
-    if url.scheme not in ("", "file"):
+    path = address.removeprefix("file://")  # TileDB quotes nothing in it.
+    if "://" in path:
         return 0
-    names = (path.name for path in Path(unquote(url.path), "__fragments").glob("__*"))
+    names = (path.name for path in Path(path, "__fragments").glob("__*"))
     return max((int(name.split("_")[3]) for name in names), default=0)
 
 

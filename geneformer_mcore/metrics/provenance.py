@@ -41,7 +41,12 @@ def _git(*arguments: str) -> str:
     """Output of git; "" without git or a repository."""
     try:
         answer = subprocess.run(
-            ["git", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=20, check=True
+            ["git", *arguments],
+            cwd=PROJECT,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=20,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return ""
@@ -50,7 +55,7 @@ def _git(*arguments: str) -> str:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

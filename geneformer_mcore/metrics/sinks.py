@@ -117,9 +117,9 @@ class Sinks:
         with self._writing("metrics.jsonl") as path:
             run_dir.mkdir(parents=True, exist_ok=True)
             drop_later_steps(path, resume_step)
-            self._metrics = path.open("a")
+            self._metrics = path.open("a", encoding="utf-8")
         with self._writing("log.txt") as path:
-            self._log = path.open("a")
+            self._log = path.open("a", encoding="utf-8")
         with self._writing("tensorboard") as path:
             self._tensorboard = EventFile(path, resume_step + 1)
             self._tensorboard.text("config", f"```yaml\n{config_text}\n```", resume_step)
@@ -174,14 +174,8 @@ class Sinks:
             raise
 
     def _show(self, text: str) -> None:
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except OSError as error:  # a terminal that was closed, `| head`, a full disk
-            # So that the text is not written again, when the process ends either.
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self._stream.fileno())
-            self._to_log(f"the console cannot be written ({error.strerror}); it is skipped")
+        self._stream.write(text)
+        self._stream.flush()
 
     def _progress(self, line: str) -> None:
         self._show(CLEAR_LINE + line if self._tty else f"{line}\n")
@@ -235,9 +229,10 @@ def drop_later_steps(path: Path, step: int) -> None:
     """Remove from a metrics.jsonl, atomically, lines after `step` and one truncated by a kill."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if _step_in(line) <= step]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _step_in(line) <= step]
     with replacing(path, durable=True, alone=True) as partial:
-        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _step_in(line: str) -> float:

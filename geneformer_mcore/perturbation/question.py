@@ -225,7 +225,7 @@ def read_groups(path: Path) -> dict[str, list[str]]:
     """{group: genes} of a JSON file, or of a GMT file (name, description, genes, between tabs).
     Raises DataError where it cannot be read, is neither, or has no group."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the groups cannot be read: {error}.") from error
     found = _of_json(text, path) if path.suffix == ".json" else _of_gmt(text, path)

@@ -218,7 +218,7 @@ def _write(folder: Path, nonce: str, rank: int, traces: Traces) -> str:
             folder.mkdir(parents=True, exist_ok=True)
         path = folder / f".preflight_{nonce}_{rank}"
         traces.files.append(path)
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8") as file:
             file.write(nonce)
             # As a run does: some network file systems are mounted without locks.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -237,7 +237,7 @@ def _wait_for(folder: Path, nonce: str, ranks: set[int]) -> set[int]:
             list(folder.iterdir())
         for rank in ranks - seen:
             with suppress(OSError):
-                if (folder / f".preflight_{nonce}_{rank}").read_text() == nonce:
+                if (folder / f".preflight_{nonce}_{rank}").read_text(encoding="utf-8") == nonce:
                     seen.add(rank)
         if seen == ranks or time.monotonic() > deadline:
             return seen
@@ -248,7 +248,7 @@ def is_locked(path: Path) -> bool:
     """Whether a process, on any machine, holds the lock of `path`. It is shared for an instant, so
     that nodes which look do not see each other."""
     try:
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
         return isinstance(error, BlockingIOError)

@@ -151,7 +151,7 @@ def look(settings_text: str) -> Node:
         local_rank=_environment("LOCAL_RANK", 0),
         number=_environment("GROUP_RANK", _environment("SLURM_NODEID", 0)),
         host=socket.gethostname(),
-        boot_id=_BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "",
+        boot_id=_BOOT_ID.read_text(encoding="utf-8").strip() if _BOOT_ID.exists() else "",
         namespace=os.readlink(_NAMESPACE) if _NAMESPACE.exists() else "",
         gpus=[torch.cuda.get_device_name(number) for number in range(count)],
         driver=_driver() if count else "",
@@ -182,7 +182,7 @@ def _versions(settings_text: str) -> dict[str, str]:
 
 def _driver() -> str:
     """Of the kernel's module; "?" where a container does not show it."""
-    text = _DRIVER.read_text() if _DRIVER.exists() else ""
+    text = _DRIVER.read_text(encoding="utf-8") if _DRIVER.exists() else ""
     found = re.search(r"\d+\.\d+(\.\d+)?", text.partition("Module")[2])
     return found[0] if found else "?"
 

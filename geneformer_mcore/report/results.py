@@ -214,7 +214,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     """The file's text, "" where there is none; a kill may have left half a character."""
-    return path.read_text(errors="replace") if path.exists() else ""
+    return path.read_text(errors="replace", encoding="utf-8") if path.exists() else ""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -29,11 +29,11 @@ def write_report(store: str | Path, folder: str | Path) -> None:
     content = {name: value for name, value in asdict(manifest).items() if name != "files"}
     with together():
         with whole_file(folder / "report.json") as partial:
-            partial.write_text(json.dumps(content, indent=2) + "\n")
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for source, name in zip(manifest.sources, plots, strict=True):
             figures.save_lengths(source, manifest.seq_length, folder / name)
         with whole_file(folder / "report.md") as partial:
-            partial.write_text("\n".join(_markdown(manifest, plots)) + "\n")
+            partial.write_text("\n".join(_markdown(manifest, plots)) + "\n", encoding="utf-8")
 
 
 def _plot_names(names: list[str]) -> list[str]:

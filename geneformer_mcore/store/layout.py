@@ -86,7 +86,7 @@ class Manifest:
         """Writes manifest.json, with a checksum of itself, into the store's folder."""
         content = asdict(self)
         text = json.dumps(content | {"checksum": checksum_of(content)}, indent=2)
-        (Path(folder) / MANIFEST_FILE).write_text(text + "\n")
+        (Path(folder) / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -117,7 +117,7 @@ class Manifest:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{path.parent}: not a finished store, {path.name} is missing. Remedy: build it with "

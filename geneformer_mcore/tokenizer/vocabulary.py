@@ -98,7 +98,7 @@ class Vocabulary:
             content["origin"] = {**self.origin, "checksum": _checksum(self.origin)}
         text = json.dumps(content, indent=0)
         with whole_file(path) as partial:
-            partial.write_text(text + "\n")
+            partial.write_text(text + "\n", encoding="utf-8")
 
     def is_saved(self, path: str | Path) -> bool:
         """Whether `path` holds this vocabulary."""
@@ -186,7 +186,7 @@ def _problem_of_medians(ids: tuple[str, ...], medians: tuple[float, ...]) -> str
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
             f"{path}: there is no such file. Remedy: make a vocabulary with "

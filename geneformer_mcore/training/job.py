@@ -40,6 +40,11 @@ def environment(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
 
 
+def num_ranks(dry_run: bool) -> int:
+    """Ranks of this job. WORLD_SIZE without RANK is a question to --dry-run, else a left-over."""
+    return environment("WORLD_SIZE", 1) if dry_run or "RANK" in os.environ else 1
+
+
 def ended(
     config: Config,
     interruption: Interruption,

@@ -96,7 +96,7 @@ class RunFolder:
                 if error.errno not in _NO_ROOM or not self._outcome.exists():
                     raise
                 # On a full disk: the existing file has a block.
-                with self._outcome.open("r+") as file:
+                with self._outcome.open("r+", encoding="utf-8") as file:
                     file.write(_text_of(outcome))
                     file.flush()
                     file.truncate()
@@ -147,12 +147,12 @@ class RunFolder:
 
     def write_skipped(self, record: dict[str, Any]) -> None:
         path = self.path / "skipped.jsonl"
-        with writing(path), path.open("a") as file:
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def _previous(self) -> dict[str, Any]:
         try:
-            previous = json.loads(self._outcome.read_text())
+            previous = json.loads(self._outcome.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return previous if isinstance(previous, dict) else {}
@@ -168,4 +168,4 @@ def _text_of(outcome: Outcome) -> str:
 def _replace(path: Path, text: str) -> None:
     # Alone, by the lock: a killed start leaves nothing to the next one.
     with replacing(path, durable=True, alone=True) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")

@@ -27,6 +27,7 @@ from typing import Any
 import torch.distributed as dist
 
 from geneformer_mcore.checkpoint import folder as checkpoints
+from geneformer_mcore.exit_codes import run
 from tests.distributed.ranks import context
 from tests.end_to_end.instants import before as before
 from tests.support.final_state import FinalState, final_state
@@ -207,4 +208,4 @@ def _rank(
         cause, *args = trouble
         cause(rank, *args)
     sys.argv = [f"{command}.py", *arguments]
-    sys.exit(module.main())
+    run(module.main)

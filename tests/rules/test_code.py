@@ -152,3 +152,29 @@ def _section(node: ast.expr, known: dict[str, str]) -> str:
     text = ast.unparse(node)
     found = SECTION.fullmatch(text)
     return found[1] if found else known.get(text, "")
+
+
+def test_texts_are_utf_8_in_every_locale() -> None:
+    """Of files and of other programs: the locale of a cluster may know no Greek letter."""
+    commands = [path for path in COMMAND_FILES if "benchmarks" not in path.parts]
+    calls = [
+        (path, node)
+        for path in [*LIBRARY_FILES, *commands]
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call) and _is_of_text(node)
+    ]
+    assert len(calls) > 30
+    assert not [
+        f"{path}:{call.lineno}"
+        for path, call in calls
+        if "encoding" not in [keyword.arg for keyword in call.keywords]
+    ]
+
+
+def _is_of_text(call: ast.Call) -> bool:
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    words = call.args[isinstance(call.func, ast.Name) :]  # open(path, mode), path.open(mode)
+    mode = words[0].value if words and isinstance(words[0], ast.Constant) else None
+    is_mode = isinstance(mode, str) and re.fullmatch("[rawx][+t]*", mode)
+    is_text = any(keyword.arg in ("text", "universal_newlines") for keyword in call.keywords)
+    return name in ("read_text", "write_text") or bool(name == "open" and is_mode) or is_text

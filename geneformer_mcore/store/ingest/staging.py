@@ -98,7 +98,7 @@ class StagedFolder:
         """
         sync_tree(self.store)
         check_target(self.target, self._overwrite)
-        (self.path / _PUBLISHED).write_text(_seal_of(self.store))
+        (self.path / _PUBLISHED).write_text(_seal_of(self.store), encoding="utf-8")
         try:
             self._rename()
         except OSError as error:
@@ -172,6 +172,12 @@ def check_target(target: str | Path, overwrite: bool) -> None:
     replaced, and only with `overwrite`."""
     check_place(target)
     target = Path(target)
+    if not {"#", "?"}.isdisjoint(str(target.absolute())):
+        # A new array's place is computed by the rules of URIs, where its path ends at these signs.
+        raise DataError(
+            f"{target.absolute()}: the path of a store must not hold # or ?: TileDB would write to "
+            "another folder. Remedy: another path; a finished store may be moved anywhere."
+        )
     if not target.exists():
         return
     if not overwrite:
@@ -197,7 +203,7 @@ def _clear_published(target: Path) -> None:
     with suppress(OSError):
         staging.rmdir()  # All but gone already, or refused.
     with suppress(OSError, DataError):
-        published = (staging / _PUBLISHED).read_text()
+        published = (staging / _PUBLISHED).read_text(encoding="utf-8")
         if published == _seal_of(target):
             lock = FolderLock(staging, str(target))
             lock.take()

@@ -163,7 +163,7 @@ class SplitTable:
         content = {"format": FORMAT, "version": VERSION, "counted": counted, "table": asdict(self)}
         text = json.dumps(content | {"checksum": checksum_of(content)}, indent=1)
         with whole_file(path) as partial:
-            partial.write_text(text + "\n")
+            partial.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> SplitTable:

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -270,6 +271,9 @@ def test_wrong_input(model: Trained, tmp_path: Path) -> None:
     vocabulary_of(NUM_GENES + 1).save(tmp_path / "other.json")
     (tmp_path / "there.h5ad").write_text("")
     cells = anndata.read_h5ad(model.h5ad)
+    cells.write_h5ad(tmp_path / "linked.h5ad")
+    with h5py.File(tmp_path / "linked.h5ad", "r+") as linked:
+        linked["uns/far"] = h5py.ExternalLink(str(model.h5ad), "/X")
     cells.X = cells.X * 0.37
     cells.write_h5ad(tmp_path / "normalised.h5ad")
     cells.var_names = [f"ENSMUSG{i:011d}" for i in range(cells.n_vars)]
@@ -285,6 +289,7 @@ def test_wrong_input(model: Trained, tmp_path: Path) -> None:
         "must end in .h5ad or .npy": f"--output {tmp_path}/b.csv",
         "must end in .csv": f"--gene-embeddings {tmp_path}/genes.h5ad",
         "no such file": "--input no.h5ad",
+        "lie in other files: /uns/far": f"--input {tmp_path}/linked.h5ad",
         "0 of 725 genes": f"--input {tmp_path}/strange.h5ad",
         "counts": f"--input {tmp_path}/normalised.h5ad",
         "--counts-layer": "--counts-layer nothing",

@@ -166,8 +166,6 @@ def test_a_full_disk_of_the_console_changes_nothing(disk: Path, run: Run, undist
     trouble = (filled, "geneformer_mcore.training.setup:_announce", 1, disk)
     run.check(trouble=trouble, printed=disk / "printed")
     assert run.state() == undisturbed.state()
-    log = (run.folder / "log.txt").read_text()
-    assert "the console cannot be written (No space left" in log
 
 
 def test_a_disk_that_is_read_only(disk: Path, on_disk: Run, undisturbed: Run) -> None:

@@ -12,6 +12,8 @@ import pytest
 from geneformer_mcore.distributed import device, groups, network
 from geneformer_mcore.distributed.groups import Topology
 from geneformer_mcore.distributed.network import Route
+from geneformer_mcore.errors import ConfigError
+from geneformer_mcore.training import job
 
 Entry = namedtuple("Entry", "family address")
 NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -20,12 +22,13 @@ INTERFACES = {
     "eth0": [Entry(socket.AF_PACKET, "02:00:00:00:00:01"), Entry(socket.AF_INET, "192.0.2.5")],
     "ib0": [Entry(socket.AF_INET6, "fe80::1%ib0"), Entry(socket.AF_INET, "198.51.100.7")],
 }
+RANK = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
 TO_ETH0 = Route("192.0.2.1", "192.0.2.5", "eth0")
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch) -> None:
-    for name in (*NAMES, "MASTER_ADDR", "LOCAL_WORLD_SIZE"):
+    for name in (*NAMES, *RANK, "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -111,3 +114,45 @@ def test_no_two_ranks_and_seeds_drop_the_same_units(monkeypatch) -> None:
     for found in (first, third):
         assert min(b - a for a, b in itertools.pairwise(sorted(found))) > 2718 + tensor_size
     assert not set(first) & set(third)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "rank 1 waits at node7:29500 for all 2 ranks, as RANK and WORLD_SIZE ask for"),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, ""),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, ""),
+    ],
+)
+def test_who_waits_for_other_ranks_says_so(monkeypatch, capsys, change: dict, message: str) -> None:
+    for name, value in (RANK | change).items():
+        monkeypatch.setenv(name, value)
+    groups._check_environment()
+    found = capsys.readouterr().err
+    assert message in found
+    assert bool(message) == ("unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT" in found)
+
+
+@pytest.mark.parametrize(
+    "change", [{"WORLD_SIZE": ""}, {"RANK": "2"}, {"MASTER_PORT": "x"}, {"MASTER_ADDR": ""}]
+)
+def test_a_rank_without_a_place_to_meet_is_refused(monkeypatch, change: dict) -> None:
+    for name, value in (RANK | change).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"RANK is set.*Remedy: start with torchrun"):
+        groups._check_environment()
+
+
+@pytest.mark.parametrize(
+    ("environment", "dry_run", "number"),
+    [
+        ({}, False, 1),
+        ({"WORLD_SIZE": "4"}, False, 1),
+        ({"WORLD_SIZE": "4"}, True, 4),
+        (RANK, False, 2),
+    ],
+)
+def test_a_size_without_a_rank_is_left_over(monkeypatch, environment, dry_run, number) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert job.num_ranks(dry_run) == number

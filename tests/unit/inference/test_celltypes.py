@@ -142,6 +142,15 @@ def test_labels_of_one_donor_each_are_no_scheme() -> None:
     assert refused == "no two donors share two labels"
 
 
+@pytest.mark.parametrize(("number", "is_scheme"), [(4, False), (5, True)])
+def test_every_donor_leaves_the_neighbours_to_learn_from(number: int, is_scheme: bool) -> None:
+    labels = np.array([*"ab" * 20, *"ababa"[:number]], object)
+    donors = np.array([*"x" * 40, *"y" * number], object)
+    found = cross_validation.by_donor(labels, donors, np.arange(len(labels)))
+    assert isinstance(found, Scheme) == is_scheme
+    assert is_scheme or found == "without donor x 4 cells are left to learn from, and 5 are needed"
+
+
 LABELS = np.array(["a", "b", "c", "d"], object)
 
 

@@ -154,3 +154,16 @@ def test_obsm_that_cannot_be_used_is_told(adata, tmp_path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             anndata_out.read_obsm(wrong, name)
+
+
+@pytest.mark.parametrize("number", [4091, 4092, 5000])
+def test_obs_of_more_columns_than_a_group_keeps_in_its_header(tmp_path: Path, number: int) -> None:
+    obs = pd.DataFrame(np.zeros((4, number)), index=list("abcd"))
+    obs.columns = [f"c{i}" for i in range(number)]
+    target = tmp_path / "b.h5ad"
+    if number <= 4091:
+        anndata.AnnData(obs=obs).write_h5ad(tmp_path / "a.h5ad")
+        anndata_out.write_copy(tmp_path / "a.h5ad", target, BESIDE)
+    else:  # As anndata alone could not write it.
+        anndata_out.write_new(obs, target, BESIDE)
+    assert check(target).obs.columns.tolist() == [*obs.columns, "flag"]

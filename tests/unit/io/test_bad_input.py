@@ -5,7 +5,9 @@ Each case is a whole h5ad file (or Experiment), spoilt in one way, and given to 
 
 from __future__ import annotations
 
+import bz2
 import errno
+import gzip
 import hashlib
 import os
 import re
@@ -252,6 +254,23 @@ def test_refused(refusal, tmp_path, kind) -> None:
     for part in ["a.h5ad", *parts, "Remedy"]:
         assert re.search(part, error), (part, error)
     assert hash_of(path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        ("a.h5ad.gz", gzip.compress(b"x"), "compressed; decompress it (gunzip)"),
+        ("a.h5ad", bz2.compress(b"x"), "compressed; decompress it (bunzip2)"),
+        ("matrix.mtx", b"%%MatrixMarket matrix", "read its folder (scanpy: read_10x_mtx)"),
+        ("matrix.mtx.gz", gzip.compress(b"x"), "read its folder (scanpy: read_10x_mtx)"),
+        ("folder/GSM1_matrix.mtx.gz", b"", "read its folder (scanpy: read_10x_mtx)"),
+    ],
+)
+def test_what_databases_deliver(refusal, tmp_path, name: str, content: bytes, remedy: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    assert remedy in refusal(tmp_path / "folder" if "folder" in name else path)
 
 
 def test_a_zarr_without_its_root_metadata(refusal, tmp_path) -> None:

@@ -271,6 +271,9 @@ def test_fingerprint_tells_what_was_written_and_chosen(tmp_path, parts) -> None:
         write_experiment(tmp_path / f"e{len(found)}", {name: parts[name]})
         with ExperimentCounts(tmp_path / f"e{len(found)}") as opened:
             found.append(opened.fingerprint)
+    moved = (tmp_path / "e1").rename(tmp_path / "a#b%20c?d e")  # No such sign hides the time.
+    with ExperimentCounts(moved) as opened:
+        assert opened.fingerprint == found[1]
     with ExperimentCounts(tmp_path / "e0", joinids=np.arange(9)) as opened:
         chosen = opened.fingerprint
     assert found[0]["cells"] == 13

@@ -138,6 +138,15 @@ def test_a_place_where_no_store_can_be(tmp_path, monkeypatch, place: str) -> Non
     assert_taken(place, "cannot be written")
 
 
+@pytest.mark.parametrize("place", ["run#3/store", "a?b", "store"])
+def test_no_path_that_tiledb_would_cut(tmp_path, monkeypatch, place: str) -> None:
+    folder = tmp_path / ("in#here" if place == "store" else "here")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert_taken(place, r"must not hold # or \?")
+    assert not list(folder.iterdir())
+
+
 STAGES = {
     "first unit": (tokenise, "write_cells", 0),
     "later unit": (build._Build, "_estimate", 1),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -120,16 +119,6 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_the_settings(run) -> Non
     run.write_text("a file in the way")
     with pytest.raises(ConfigError, match=r"run\.dir must be .*run.*bytes are free"):
         Sinks(run, total_steps=1)
-
-
-def test_a_console_that_is_gone_is_skipped(written, run) -> None:
-    reads, writes = os.pipe()
-    os.close(reads)
-    with open(writes, "w") as console:
-        written("one", training(10), stream=console)
-    lines = (run / "log.txt").read_text().splitlines()
-    assert [line.split(" ")[1] for line in lines] == ["the", "one", "step"]
-    assert "the console cannot be written (Broken pipe)" in lines[0]
 
 
 def test_a_full_disk_is_reported_once(run) -> None:
