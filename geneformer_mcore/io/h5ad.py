@@ -23,6 +23,7 @@ import pandas as pd
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.blocks import READ_FAILURES, CountBlock, check_counts, looks_normalised
 from geneformer_mcore.io.count_matrix import StoredMatrix, is_matrix, open_matrix
+from geneformer_mcore.io.elements import check_encoding, check_folder, check_hdf5
 from geneformer_mcore.io.frames import NAME_COLUMNS, Frame, StoredFrame
 from geneformer_mcore.io.retry import raise_if_io_error
 
@@ -90,6 +91,11 @@ class Counts(AbstractContextManager["Counts"]):
     def read_obs(self, start: int, stop: int) -> pd.DataFrame:
         """Rows start..stop-1 of obs, indexed by cell id."""
         return self._obs.read(start, stop)
+
+    def check_labels(self) -> None:
+        """Raises DataError where a column of obs has a category that there is not: before work,
+        as columns are else read with it, or after it."""
+        self._obs.check()
 
     def read_cell_ids(self, start: int, stop: int) -> list[str]:
         """The obs names of rows start..stop-1."""
@@ -236,18 +242,27 @@ class CountsFile(AnnDataCounts):
     """An h5ad file or zarr store of counts, open for reading; stem: its name without ending."""
 
     def __init__(
-        self, path: str | Path, layer: str | None = None, allow_normalised: bool = False
+        self,
+        path: str | Path,
+        layer: str | None = None,
+        allow_normalised: bool = False,
+        allow_external: bool = False,
     ) -> None:
-        """Raises DataError if the file cannot be read or has no counts where they are expected."""
+        """allow_external: elements may lie in other files.
+
+        Raises DataError if it cannot be read, or has no counts where they are expected."""
         super().__init__(allow_normalised)
         self.source, self.name = Path(path), str(path)
         ending = next((end for end in FILE_ENDINGS if self.source.name.endswith(end)), "")
         self.stem = self.source.name.removesuffix(ending)
         is_zarr = self.source.is_dir() or ending not in ("", ".h5ad")
         self.path = None if is_zarr else self.source
-        self._file = _open_file(self.source, is_zarr)
+        self._file = _open_file(self.source, is_zarr, allow_external)
         try:
+            if not is_zarr and not allow_external:
+                check_hdf5(self._file, self.name)
             self._open(layer)
+            check_encoding(self._file, self.name, "anndata")
         except DataError:
             self.close()
             raise
@@ -314,12 +329,14 @@ def _names(group: Any) -> list[str]:
         return list(group)
 
 
-def _open_file(path: Path, is_zarr: bool) -> Any:
+def _open_file(path: Path, is_zarr: bool, allow_external: bool) -> Any:
     if not path.exists():
         raise DataError(f"{path}: there is no such file. Remedy: check the path.")
     try:
         if not is_zarr:
             return h5py.File(path, "r")
+        if path.is_dir() and not allow_external:
+            check_folder(path, str(path))
         import zarr  # takes half a second
 
         store: Any = path if path.is_dir() else zarr.storage.ZipStore(path, mode="r")

@@ -1,0 +1,141 @@
+"""Elements of an input that are refused before they are read, by name.
+
+encoding      another type or version than is known         )
+HDF5          links and arrays that lie in other files      )  ->  DataError
+zarr, SOMA    symbolic links that lead out of the folder    )
+SOMA          members at other addresses than the group's   )
+
+An input made by somebody else may name any file that its reader may read, which would then be in
+stores and outputs. Archives (.zarr.zip) are read in place: what an entry is called leads nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import h5py
+
+from geneformer_mcore.errors import DataError
+
+_VERSIONS = {
+    "anndata": ("0.1.0",),
+    "dataframe": ("0.1.0", "0.2.0"),
+    "csr_matrix": ("0.1.0",),
+    "csc_matrix": ("0.1.0",),
+    "array": ("0.2.0",),
+}
+"""Of AnnData's encodings, those that anndata 0.12 and 0.13 read. Files before 0.7 name none."""
+
+_MOST_LISTED = 5
+
+
+def check_encoding(item: Any, name: str, *kinds: str) -> None:
+    """Raise DataError where `item` names an encoding that is none of `kinds`, or of a version that
+    is not known: its values may mean something else."""
+    kind = as_text(item.attrs.get("encoding-type"))
+    version = as_text(item.attrs.get("encoding-version"))
+    known = [each for kind in kinds for each in _VERSIONS[kind]]
+    if kind not in (None, *kinds) or version not in (None, *known):
+        raise DataError(
+            f"{name}: its encoding must be {' or '.join(kinds)} of version {' or '.join(known)}, "
+            f"and it is {kind} of version {version}. Remedy: open it with the package that wrote "
+            "it, and write an AnnData with anndata's write_h5ad."
+        )
+
+
+def as_text(value: Any) -> Any:
+    """An attribute of a file: text that may be stored as bytes."""
+    return value.decode() if isinstance(value, bytes) else value
+
+
+# What lies outside
+
+
+def check_hdf5(file: h5py.File, name: str) -> None:
+    """Raises DataError if any element of the file lies in another one."""
+    _refuse(name, _outside_hdf5(file))
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Raises DataError if a symbolic link in the folder leads out of it; OSError if unreadable."""
+    _refuse(name, _outside_folder(folder))
+
+
+def check_members(group: Any, address: str) -> None:
+    """Raises DataError if a member of an open SOMA collection does not lie below `address`."""
+    root, members = _place(address), group.members().items()
+    outside = (f"{key} ({uri})" for key, (uri, _) in members if not _is_in(_place(uri), root))
+    _refuse(address, outside)
+
+
+def _refuse(name: str, elements: Iterable[str]) -> None:
+    found = list(elements)
+    if found:
+        more = f" and {len(found) - _MOST_LISTED:,} more" if len(found) > _MOST_LISTED else ""
+        raise DataError(
+            f"{name}: all of its data must be in it, and these are elsewhere: "
+            f"{', '.join(found[:_MOST_LISTED])}{more}. Remedy: get or write it again as a whole; "
+            "where you know whose files these are, `allow_external=True`."
+        )
+
+
+def _outside_hdf5(file: h5py.File) -> Iterator[str]:
+    """Paths of the elements. A soft link's target is one of them too, if it leads out."""
+    seen: set[int] = set()
+    groups: list[tuple[str, h5py.h5g.GroupID]] = [("", file["/"].id)]
+    while groups:
+        path, group = groups.pop()
+        for key in group:
+            place, kind = f"{path}/{key.decode(errors='replace')}", group.links.get_info(key).type
+            if kind not in (h5py.h5l.TYPE_HARD, h5py.h5l.TYPE_SOFT):
+                yield f"{place} (a link)"
+            if kind != h5py.h5l.TYPE_HARD:
+                continue
+            item = h5py.h5o.open(group, key)
+            address = h5py.h5o.get_info(item).addr
+            if address in seen:
+                continue
+            seen.add(address)
+            if isinstance(item, h5py.h5g.GroupID):
+                groups.append((place, item))
+            elif isinstance(item, h5py.h5d.DatasetID):
+                yield from _outside_array(item, place)
+
+
+def _outside_array(item: h5py.h5d.DatasetID, place: str) -> Iterator[str]:
+    settings = item.get_create_plist()
+    if settings.get_external_count():
+        yield f"{place} (external storage)"
+    if settings.get_layout() == h5py.h5d.VIRTUAL:
+        names = [settings.get_virtual_filename(i) for i in range(settings.get_virtual_count())]
+        if any(name != "." for name in names):
+            yield f"{place} (a virtual dataset)"
+
+
+def _outside_folder(folder: Path) -> Iterator[str]:
+    root, folders = os.path.realpath(folder), [str(folder)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    if not _is_in(os.path.realpath(entry.path), root):
+                        yield f"{os.path.relpath(entry.path, folder)} (a symbolic link)"
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+
+
+def _place(address: str) -> str:
+    """A path without links, of a folder on this machine; another address as it is."""
+    scheme, _, rest = address.rpartition("://")
+    if scheme not in ("", "file"):
+        return f"{scheme}://{posixpath.normpath(rest)}"
+    return os.path.realpath(unquote(rest) if scheme else address)
+
+
+def _is_in(place: str, root: str) -> bool:
+    return place == root or place.startswith(root.rstrip("/") + "/")
