@@ -32,6 +32,9 @@ _VERSIONS = {
 """Of AnnData's encodings, those that anndata 0.12 and 0.13 read. Files before 0.7 name none."""
 
 _MOST_LISTED = 5
+_REMEDY = (
+    "get or write it again as a whole; where you know whose files these are, `allow_external=True`"
+)
 
 
 def check_encoding(item: Any, name: str, *kinds: str) -> None:
@@ -39,7 +42,7 @@ def check_encoding(item: Any, name: str, *kinds: str) -> None:
     is not known: its values may mean something else."""
     kind = as_text(item.attrs.get("encoding-type"))
     version = as_text(item.attrs.get("encoding-version"))
-    known = [each for kind in kinds for each in _VERSIONS[kind]]
+    known = sorted({each for kind in kinds for each in _VERSIONS[kind]})
     if kind not in (None, *kinds) or version not in (None, *known):
         raise DataError(
             f"{name}: its encoding must be {' or '.join(kinds)} of version {' or '.join(known)}, "
@@ -58,34 +61,34 @@ def as_text(value: Any) -> Any:
 
 def check_hdf5(file: h5py.File, name: str) -> None:
     """Raises DataError if any element of the file lies in another one."""
-    _refuse(name, _outside_hdf5(file))
+    _refuse(name, outside_hdf5(file), _REMEDY)
 
 
-def check_folder(folder: Path, name: str) -> None:
+def check_folder(folder: Path, remedy: str = _REMEDY) -> None:
     """Raises DataError if a symbolic link in the folder leads out of it; OSError if unreadable."""
-    _refuse(name, _outside_folder(folder))
+    _refuse(str(folder), _outside_folder(folder), remedy)
 
 
-def check_members(group: Any, address: str) -> None:
+def check_members(group: Any, address: str, remedy: str = _REMEDY) -> None:
     """Raises DataError if a member of an open SOMA collection does not lie below `address`."""
     root, members = _place(address), group.members().items()
     outside = (f"{key} ({uri})" for key, (uri, _) in members if not _is_in(_place(uri), root))
-    _refuse(address, outside)
+    _refuse(address, outside, remedy)
 
 
-def _refuse(name: str, elements: Iterable[str]) -> None:
+def _refuse(name: str, elements: Iterable[str], remedy: str) -> None:
     found = list(elements)
     if found:
         more = f" and {len(found) - _MOST_LISTED:,} more" if len(found) > _MOST_LISTED else ""
         raise DataError(
             f"{name}: all of its data must be in it, and these are elsewhere: "
-            f"{', '.join(found[:_MOST_LISTED])}{more}. Remedy: get or write it again as a whole; "
-            "where you know whose files these are, `allow_external=True`."
+            f"{', '.join(found[:_MOST_LISTED])}{more}. Remedy: {remedy}."
         )
 
 
-def _outside_hdf5(file: h5py.File) -> Iterator[str]:
-    """Paths of the elements. A soft link's target is one of them too, if it leads out."""
+def outside_hdf5(file: h5py.File) -> Iterator[str]:
+    """The elements of the file that lie in other ones. A soft link leads through one of them, or
+    stays in the file."""
     seen: set[int] = set()
     groups: list[tuple[str, h5py.h5g.GroupID]] = [("", file["/"].id)]
     while groups:

@@ -336,7 +336,7 @@ def _open_file(path: Path, is_zarr: bool, allow_external: bool) -> Any:
         if not is_zarr:
             return h5py.File(path, "r")
         if path.is_dir() and not allow_external:
-            check_folder(path, str(path))
+            check_folder(path)
         import zarr  # takes half a second
 
         store: Any = path if path.is_dir() else zarr.storage.ZipStore(path, mode="r")

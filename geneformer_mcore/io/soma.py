@@ -104,7 +104,7 @@ def open_experiment(address: str, allow_external: bool = False) -> Any:
     """
     try:
         if os.path.isdir(address) and not allow_external:
-            check_folder(Path(address), address)
+            check_folder(Path(address))
         found = tiledbsoma.open(address, context=soma_context(address))
         for part in HUMAN.split("/"):
             if found.soma_type == "SOMACollection" and part in found:
