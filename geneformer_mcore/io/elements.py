@@ -32,9 +32,7 @@ _VERSIONS = {
 """Of AnnData's encodings, those that anndata 0.12 and 0.13 read. Files before 0.7 name none."""
 
 _MOST_LISTED = 5
-_REMEDY = (
-    "get or write it again as a whole; where you know whose files these are, `allow_external=True`"
-)
+_REMEDY = "get or write it again as a whole, or, if these files are your own, `allow_external=True`"
 
 
 def check_encoding(item: Any, name: str, *kinds: str) -> None:

@@ -162,6 +162,8 @@ class StoredFrame(Frame):
             # AnnData 0.7: a reference to the categories, in zarr a path.
             place = item.attrs["categories"]
             categories = self._item[place] if isinstance(place, str) else item.file[place]
+            if categories.name is None:
+                raise ValueError("its categories are no element of the file")
             return self._categories(name, item, categories)
         if _holds(item, "codes", "categories"):
             return self._categories(name, item["codes"], item["categories"])
@@ -280,4 +282,3 @@ def _shape(item: Any) -> tuple[int, ...] | None:
 
 def _first_of(names: tuple[str, ...], there: Any) -> str | None:
     return next((name for name in names if name in there), None)
-
