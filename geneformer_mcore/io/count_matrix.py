@@ -81,7 +81,7 @@ class StoredMatrix(ABC):
 def is_matrix(item: Any) -> bool:
     """Whether an item of a file, or an object in memory, is a dense or sparse matrix."""
     if hasattr(item, "shape"):
-        return len(item.shape) == 2
+        return item.shape is not None and len(item.shape) == 2
     return hasattr(item, "keys") and all(part in item for part in ("data", "indices", "indptr"))
 
 

@@ -33,6 +33,8 @@ _PLACES = {"layers/counts": "layers/counts", "raw.X": "raw/X", "X": "X"}
 _BEFORE_0_7 = {"raw/X": "raw.X", "raw/var": "raw.var"}
 """Their names in AnnData that kept both at the top of the file."""
 
+_WRITE_AGAIN = "Remedy: the file is damaged, and anndata refuses it, too: get or write it again."
+
 FILE_ENDINGS = (".h5ad", ".zarr.zip", ".zarr")
 """Of files and folders that hold an AnnData."""
 
@@ -92,9 +94,9 @@ class Counts(AbstractContextManager["Counts"]):
         """Rows start..stop-1 of obs, indexed by cell id."""
         return self._obs.read(start, stop)
 
-    def check_labels(self) -> None:
-        """Raises DataError where a column of obs has a category that there is not: before work,
-        as columns are else read with it, or after it."""
+    def check(self) -> None:
+        """Raises DataError for what would be found in the midst of work, or after it: a category
+        that there is not; of a file, a matrix in another place that is none."""
         self._obs.check()
 
     def read_cell_ids(self, start: int, stop: int) -> list[str]:
@@ -274,6 +276,26 @@ class CountsFile(AnnDataCounts):
                 f"{self.name}: cannot be read as an AnnData {kind or 'file'}: {error}. Remedy: "
                 f"check that it is whole, and that anndata.{reader} opens it."
             ) from error
+
+    def check(self) -> None:
+        super().check()
+        for name, path in _PLACES.items():
+            title = f"{self.name}: {name}"
+            try:
+                item = self._get(path)
+                if item is None or name == self.location:
+                    continue
+                genes = self._frame("raw/var" if name == "raw.X" else "var").num_rows
+                shape = open_matrix(item, title).shape if is_matrix(item) else None
+            except READ_FAILURES as error:
+                raise_if_io_error(title, error)
+                raise DataError(f"{title} cannot be read: {error}. {_WRITE_AGAIN}") from error
+            if shape != (self.num_cells, genes):
+                found = "none" if shape is None else f"{shape[0]:,} x {shape[1]:,}"
+                raise DataError(
+                    f"{title} must be a matrix of {self.num_cells:,} cells x {genes:,} genes, "
+                    f"and is {found}. {_WRITE_AGAIN}"
+                )
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -177,6 +177,8 @@ def test_an_element_that_anndata_refuses(tmp_path: Path, kind: str, storage: str
     edit, message = REFUSED[kind]
     path = write(cells({"n": np.arange(NUM_CELLS)}), tmp_path, storage)
     look(path)
+    if (kind, storage) == ("data of another byte order", "zarr3"):
+        return  # A matter of its codecs, and read alike by anndata.
     root = opened(path)
     edit(root)
     close(root, path)
@@ -196,6 +198,26 @@ def test_counts_elsewhere_in_the_file_are_checked_alike(tmp_path: Path, place: s
         as_type(f"{place}/indices", "f8")(file)
     with pytest.raises(DataError, match=f"{place.replace('raw/', 'raw.')} is damaged: its indices"):
         open_counts(path)
+
+
+UNUSED: dict[str, Edit] = {
+    "a part missing": lambda root: root.pop("X/indptr"),
+    "a type": as_type("X/indices", "f8"),
+    "an encoding": attribute("X", "encoding-type", "array"),
+    "fewer rows": attribute("X", "shape", [NUM_CELLS - 1, NUM_GENES]),
+    "three dimensions": replaced("X/data", lambda data: data[:, None, None]),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSED)
+def test_a_matrix_that_is_not_taken_is_looked_at(tmp_path: Path, kind: str) -> None:
+    made = cells()
+    made.raw = made.copy()
+    path = write(made, tmp_path, "h5ad")
+    with h5py.File(path, "r+") as file:
+        UNUSED[kind](file)
+    with pytest.raises(DataError, match=r"a.h5ad: X .*Remedy|a.h5ad: X: its encoding"):
+        look(path)
 
 
 def test_a_wrong_code_far_down_is_found_before_any_work(tmp_path: Path) -> None:
@@ -446,25 +468,17 @@ def test_token_stores_with_parts_elsewhere(tmp_path: Path) -> None:
 def test_commands_have_the_option(
     tmp_path: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(
-        cells({"n": np.arange(NUM_CELLS), "dataset_id": [*"dddddddddeee"]}), tmp_path, "h5ad"
-    )
+    obs = {"n": np.arange(NUM_CELLS), "dataset_id": [*"dddddddddeee"]}
+    path = write(cells(obs), tmp_path, "h5ad")
     with h5py.File(path, "r+") as file:
         linked("obs/n")(file)
     vocabulary_of(NUM_GENES).save(tmp_path / "v.json")
     known = ["--vocabulary", tmp_path / "v.json", "--workers", 1]
+    split = ["--policy", "smallest-first", "--held-out-fraction", 0.5]
     for module, *words in (
         (build_store, *known, "--out", tmp_path / "store"),
         (build_vocabulary, "--out", tmp_path / "new.json"),
-        (
-            make_split,
-            "--held-out-fraction",
-            0.5,
-            "--policy",
-            "smallest-first",
-            "--out",
-            tmp_path / "split.json",
-        ),
+        (make_split, *split, "--out", tmp_path / "split.json"),
     ):
         command = ["command", *map(str, words), str(path)]
         monkeypatch.setattr(sys, "argv", command)
