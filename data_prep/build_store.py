@@ -78,6 +78,7 @@ def _parse() -> argparse.Namespace:
         action="store_true",
         help="take files with under 10%% of their genes in the vocabulary",
     )
+    add("--allow-external", action="store_true", help="inputs may have parts in other files")
     arguments = parser.parse_args()
     if arguments.part and not arguments.vocabulary:
         parser.error("--part needs --vocabulary: the inputs' own one would take all of them")
@@ -137,7 +138,11 @@ def _settings(arguments: argparse.Namespace, progress: ProgressLine) -> dict[str
 
     symbols = load_symbols(arguments.symbols) if arguments.symbols else {}
     options = InputOptions(
-        arguments.layer, symbols, arguments.allow_normalised, arguments.allow_low_overlap
+        arguments.layer,
+        symbols,
+        arguments.allow_normalised,
+        arguments.allow_low_overlap,
+        allow_external=arguments.allow_external,
     )
     workers = arguments.workers
     if workers is None:

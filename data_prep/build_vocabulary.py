@@ -41,11 +41,13 @@ def _parse() -> argparse.Namespace:
         action="store_true",
         help="values may be counts scaled per cell (not logarithms)",
     )
+    add("--allow-external", action="store_true", help="inputs may have parts in other files")
     add("--memory-gb", type=float, default=4.0, help="for values, in 10^9 bytes (default 4)")
     add("--workers", type=int, default=1, help="processes that read (default 1)")
     add("--overwrite", action="store_true", help="replace a file that is there")
     arguments = parser.parse_args()
-    reading = (arguments.layer, arguments.symbols, arguments.allow_normalised or None)
+    allowed = arguments.allow_normalised or arguments.allow_external
+    reading = (arguments.layer, arguments.symbols, allowed)
     if arguments.merge and (arguments.inputs or any(reading)):
         parser.error("--merge takes partial files alone: no inputs, and no options of reading them")
     if not arguments.merge and not arguments.inputs:
@@ -62,7 +64,12 @@ def _tally(arguments: argparse.Namespace) -> Tally:
     if arguments.merge:
         return merge_parts(arguments.merge, arguments.memory_gb)
     symbols = load_symbols(arguments.symbols) if arguments.symbols else {}
-    options = InputOptions(arguments.layer, symbols, arguments.allow_normalised)
+    options = InputOptions(
+        arguments.layer,
+        symbols,
+        arguments.allow_normalised,
+        allow_external=arguments.allow_external,
+    )
     with ProgressLine("cells") as progress:
         return gather(
             arguments.inputs, options, arguments.memory_gb, arguments.workers, progress.update

@@ -59,6 +59,7 @@ def _parse() -> argparse.Namespace:
         help="let --policy card split what lacks assay or tissue_general, or has no data set to "
         "spare for test alone",
     )
+    add("--allow-external", action="store_true", help="sources may have parts in other files")
     add("--overwrite", action="store_true", help="replace a file that is there")
     return parser.parse_args()
 
@@ -69,9 +70,11 @@ def main() -> None:
     from geneformer_mcore.io.files import check_output
     from geneformer_mcore.store.split.dataset_table import read_dataset_table
     from geneformer_mcore.store.split.policy import make_split
+    from geneformer_mcore.tokenizer.genes import InputOptions
 
     check_output(arguments.out, arguments.overwrite)
-    table = read_dataset_table(arguments.sources)
+    options = InputOptions(allow_external=arguments.allow_external)
+    table = read_dataset_table(arguments.sources, options)
     split = make_split(
         table,
         arguments.policy,

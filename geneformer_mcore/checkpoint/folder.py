@@ -126,7 +126,9 @@ def _files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise CheckpointError(f"{path} is of step {manifest['step']}, and the folder is not.")
     for name, expected in manifest["files"].items():
         parts = PurePosixPath(name).parts
-        if PurePosixPath(name).is_absolute() or ".." in parts or (folder / parts[0]).is_symlink():
+        place = (folder / name).parent
+        is_linked = place.resolve() != folder.resolve() / PurePosixPath(name).parent
+        if PurePosixPath(name).is_absolute() or ".." in parts or is_linked:
             raise CheckpointError(f"{path} names {name}, which is no file of this folder.")
         yield name, expected
 

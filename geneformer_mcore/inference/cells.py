@@ -75,6 +75,7 @@ class CountedCells:
         self, source: Any, vocabulary: Vocabulary, seq_length: int, options: InputOptions
     ) -> None:
         self.counts = options.open(source)
+        self.counts.check()
         genes = find_genes(self.counts, options, vocabulary)
         allow = options.allow_low_overlap
         self.genes = map_genes(genes, vocabulary, self.counts.name, allow, options.allow_no_overlap)

@@ -27,7 +27,6 @@ from geneformer_mcore.inference.encoder import Encoder
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io import anndata_out
 from geneformer_mcore.io.anndata_out import Beside
-from geneformer_mcore.io.elsewhere import check_whole
 from geneformer_mcore.io.files import check_output, together, whole_file, write_json
 from geneformer_mcore.tokenizer.genes import InputOptions
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
@@ -198,8 +197,6 @@ def run(request: EmbedRequest, is_first: bool) -> list[str]:
     seq_length = model.config.data.seq_length
     opened = open_cells(request.source, model.vocabulary, seq_length, request.options)
     with closing(opened) as cells:
-        if request.output.suffix != ".npy":
-            check_copied(cells)
         values_NH, facts = embed_cells(model, cells, choices, is_first)
         if values_NH is None:
             return list(model.messages)
@@ -267,12 +264,6 @@ def write_cells(path: Path, cells: Cells, values_NH: np.ndarray, facts: Mapping[
         _write_array(path, values_NH, {**facts, "cells": len(values_NH)})
     else:
         write_annotated(path, cells, as_annotations(values_NH, facts))
-
-
-def check_copied(cells: Cells) -> None:
-    """Raise DataError where `write_annotated` would write a copy without all of the data."""
-    if cells.path is not None:
-        check_whole(cells.path)
 
 
 def write_annotated(path: Path, cells: Cells, added: Beside) -> None:

@@ -57,6 +57,10 @@ STANDARD: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "few genes may be in the vocabulary",
     },
+    "--allow-external": {
+        "action": "store_true",
+        "help": "parts of the cells may lie in other files: for files of your own",
+    },
     "--overwrite": {"action": "store_true", "help": "replace outputs that are there"},
     "layout": {
         "nargs": "*",
@@ -65,7 +69,13 @@ STANDARD: dict[str, dict[str, Any]] = {
     },
     "settings": {"nargs": "*", "metavar": "section.key=value"},
 }
-COUNTS = ("--counts-layer", "--symbols", "--allow-normalised", "--allow-low-overlap")
+COUNTS = (
+    "--counts-layer",
+    "--symbols",
+    "--allow-normalised",
+    "--allow-low-overlap",
+    "--allow-external",
+)
 
 
 def parser(doc: str | None, examples: str) -> argparse.ArgumentParser:
@@ -107,4 +117,5 @@ def input_options(arguments: argparse.Namespace) -> InputOptions:
         load_symbols(arguments.symbols) if arguments.symbols else {},
         arguments.allow_normalised,
         arguments.allow_low_overlap,
+        allow_external=arguments.allow_external,
     )

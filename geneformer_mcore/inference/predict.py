@@ -23,7 +23,6 @@ from geneformer_mcore.errors import CheckpointError
 from geneformer_mcore.inference import encoder, pretrained
 from geneformer_mcore.inference.cells import Cells, StoredCells, open_cells
 from geneformer_mcore.inference.embed import (
-    check_copied,
     check_target,
     facts_of,
     has_values,
@@ -72,7 +71,6 @@ def run(request: PredictRequest, is_first: bool) -> list[str]:
     started_s, seq_length = time.monotonic(), model.config.data.seq_length
     opened = open_cells(request.source, model.vocabulary, seq_length, request.options)
     with closing(opened) as cells:
-        check_copied(cells)
         precision, tokens = request.precision, request.tokens_per_batch
         found_NC = probabilities(model, cells, is_first, precision, tokens)
         if found_NC is None:

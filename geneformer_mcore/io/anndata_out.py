@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.elements import outside_hdf5
 from geneformer_mcore.io.files import whole_file
 from geneformer_mcore.io.retry import raise_if_io_error
 
@@ -63,6 +64,8 @@ def write_copy(source: Path, target: Path, beside: Beside) -> None:
             is_current = (
                 isinstance(obs, h5py.Group) and obs.attrs.get("encoding-type") == "dataframe"
             )
+            # A copy may lie where the other files of its source are not found.
+            is_current = is_current and not any(outside_hdf5(file))
             if is_current:
                 _add(file, beside)
         if not is_current:

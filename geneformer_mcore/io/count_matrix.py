@@ -27,7 +27,7 @@ import numpy as np
 from geneformer_mcore.backends import compiled
 from geneformer_mcore.errors import DataError, ExternalIOError
 from geneformer_mcore.io.blocks import BLOCK_ENTRIES, CountBlock
-from geneformer_mcore.io.elsewhere import check_array
+from geneformer_mcore.io.elements import check_array, check_encoding
 
 BAND_BYTES = 32 << 20
 """So much of a dense matrix is in memory at once; a band of chunks may be up to four times that."""
@@ -81,7 +81,7 @@ class StoredMatrix(ABC):
 def is_matrix(item: Any) -> bool:
     """Whether an item of a file, or an object in memory, is a dense or sparse matrix."""
     if hasattr(item, "shape"):
-        return len(item.shape) == 2
+        return item.shape is not None and len(item.shape) == 2
     return hasattr(item, "keys") and all(part in item for part in ("data", "indices", "indptr"))
 
 
@@ -93,6 +93,9 @@ def open_matrix(item: Any, name: str, in_memory: bool = False) -> StoredMatrix:
     decompressed; ValueError for an unknown encoding.
     """
     is_dense = hasattr(item, "shape") and not _is_scipy(item)
+    if hasattr(item, "attrs"):
+        kinds = ("array",) if is_dense else ("csr_matrix", "csc_matrix")
+        check_encoding(item, name, *kinds)
     parts = None if is_dense else Compressed.of(item)
     for part in [item] if parts is None else [parts.data, parts.indices, parts.indptr]:
         _check_filters(part, name)
@@ -105,6 +108,7 @@ def open_matrix(item: Any, name: str, in_memory: bool = False) -> StoredMatrix:
     if parts is None:
         is_tall = _band_rows(item) is None
         return ConvertedMatrix(TallChunks(item), name, in_memory) if is_tall else Bands(item)
+    _check_types(parts, name)
     _check_chunks(parts, name)
     indptr = _sound_indptr(parts, name)
     if parts.format == "csr":
@@ -126,6 +130,19 @@ def _check_filters(item: Any, name: str) -> None:
                 f"{name} is compressed by HDF5 filter {number} ({title}), which is not installed. "
                 "Remedy: where it can be read, write it again: write_h5ad(..., compression='gzip')."
             )
+
+
+def _check_types(parts: Compressed, name: str) -> None:
+    """Raises DataError for types that anndata takes for no sparse matrix."""
+    for part, array in (("indices", parts.indices), ("indptr", parts.indptr)):
+        if array.dtype.kind not in "iu" or not np.can_cast(array.dtype, np.int64):
+            what = f"its {part} must be whole numbers that int64 holds, and are {array.dtype}"
+            raise _damaged(name, what)
+    if parts.data.dtype == np.float16 or not parts.data.dtype.isnative:
+        raise DataError(
+            f"{name}: the values of a sparse matrix must be of a type that scipy has, and are "
+            f"{parts.data.dtype}. Remedy: write them as float32, in the byte order of this machine."
+        )
 
 
 def _check_chunks(parts: Compressed, name: str) -> None:

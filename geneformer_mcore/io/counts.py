@@ -18,11 +18,17 @@ ZARR_FILES = (".zgroup", "zarr.json")
 """One of them is in every zarr store, of version 2 and 3."""
 
 
-def open_counts(source: Any, layer: str | None = None, allow_normalised: bool = False) -> Counts:
+def open_counts(
+    source: Any,
+    layer: str | None = None,
+    allow_normalised: bool = False,
+    allow_external: bool = False,
+) -> Counts:
     """The counts of `source`, the path of an h5ad file or of AnnData as zarr (a folder, .zarr.zip),
     a SOMA Experiment (a folder or a URI, s3://...), or an AnnData in memory.
 
     layer, allow_normalised: see h5ad.Counts and soma.ExperimentCounts.
+    allow_external: parts of a file or folder may lie elsewhere (see elements).
     Raises DataError if it cannot be used.
     """
     if not isinstance(source, str | Path):
@@ -31,13 +37,13 @@ def open_counts(source: Any, layer: str | None = None, allow_normalised: bool = 
 
         return MemoryCounts(source, layer, allow_normalised)
     if "://" not in str(source) and not _may_be_soma(Path(source)):
-        return CountsFile(source, layer, allow_normalised)
+        return CountsFile(source, layer, allow_normalised, allow_external)
     if any(Path(source).glob("*matrix.mtx*")):
         raise DataError(f"{source}: a folder of matrices of 10x. Remedy: {OF_10X}.")
     # Only now: tiledbsoma takes a second to import.
     from geneformer_mcore.io.soma import ExperimentCounts
 
-    return ExperimentCounts(source, layer, allow_normalised)
+    return ExperimentCounts(source, layer, allow_normalised, allow_external=allow_external)
 
 
 def _may_be_soma(path: Path) -> bool:

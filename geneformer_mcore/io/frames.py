@@ -21,6 +21,7 @@ import pandas as pd
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.blocks import READ_FAILURES
+from geneformer_mcore.io.elements import as_text, check_encoding
 from geneformer_mcore.io.retry import raise_if_io_error
 
 NAME_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "gene_name")
@@ -28,6 +29,8 @@ NAME_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "gene_name")
 
 MAX_CATEGORIES = 10_000
 """A column of more categories is read as plain values: its categories are as long as itself."""
+
+_ROWS_PER_CHECK = 1 << 20
 
 _INDEX_NAMES = ("_index", "index")
 _OLD_CATEGORIES = "__categories"
@@ -54,6 +57,9 @@ class Frame(ABC):
     def row_names(self, start: int, stop: int) -> list[str]:
         """The names of rows start..stop-1."""
 
+    def check(self) -> None:  # noqa: B027
+        """Raise DataError where a row, however far down, has a category that there is not."""
+
     def read(self, start: int, stop: int) -> pd.DataFrame:
         """Rows start..stop-1 of every readable column; the index holds the row names, as text."""
         columns = {name: column(start, stop) for name, column in self.readable.items()}
@@ -71,26 +77,41 @@ class StoredFrame(Frame):
         """old_categories: the file's `uns`, where AnnData before 0.7 kept `COLUMN_categories`."""
         self.name, self._item = name, item
         self._old_categories = {} if old_categories is None else old_categories
+        self._coded: set[str] = set()
         if _is_array(item):
             self._index = _first_of(_INDEX_NAMES, item.dtype.names) or item.dtype.names[0]
             self.columns = [column for column in item.dtype.names if column != self._index]
             self.num_rows = int(item.shape[0])
             return
-        self._index = _text(item.attrs.get("_index")) or _first_of(_INDEX_NAMES, item)
+        check_encoding(item, name, "dataframe")
+        self._index = as_text(item.attrs.get("_index"))
         if self._index is None or self._index not in item:
             raise DataError(f"{name} has no row names. Remedy: write the file again with anndata.")
         order = item.attrs.get("column-order")
-        names = sorted(item) if order is None else [_text(column) for column in order]
+        names = sorted(item) if order is None else [as_text(column) for column in order]
         self.columns = [n for n in names if n not in (self._index, _OLD_CATEGORIES)]
-        self.num_rows = _length(item[self._index]) or 0
+        self.num_rows = (_shape(item[self._index]) or (0,))[0]
         self.check_chunks(self._index)
         for column in self.columns:
-            length = _length(item[column])
-            if length not in (None, self.num_rows):
-                raise DataError(
-                    f"{name}: column {column} holds {length:,} values, and there are "
-                    f"{self.num_rows:,} row names. Remedy: write the file again."
-                )
+            self._check_shape(column)
+
+    def _check_shape(self, column: str) -> None:
+        shape = _shape(self._item[column]) or (self.num_rows,)
+        if len(shape) > 1:
+            raise DataError(
+                f"{self.name}: column {column} must have one dimension, and has {len(shape)}. "
+                "Remedy: keep such an array in obsm or varm, and write the file again."
+            )
+        if shape[0] != self.num_rows:
+            raise DataError(
+                f"{self.name}: column {column} holds {shape[0]:,} values, and there are "
+                f"{self.num_rows:,} row names. Remedy: write the file again."
+            )
+
+    def check(self) -> None:
+        for name, column in self.readable.items():
+            for start in range(0, self.num_rows if name in self._coded else 0, _ROWS_PER_CHECK):
+                column(start, min(start + _ROWS_PER_CHECK, self.num_rows))
 
     @cached_property
     def readable(self) -> dict[str, Column]:
@@ -141,6 +162,8 @@ class StoredFrame(Frame):
             # AnnData 0.7: a reference to the categories, in zarr a path.
             place = item.attrs["categories"]
             categories = self._item[place] if isinstance(place, str) else item.file[place]
+            if categories.name is None:
+                raise ValueError("its categories are no element of the file")
             return self._categories(name, item, categories)
         if _holds(item, "codes", "categories"):
             return self._categories(name, item["codes"], item["categories"])
@@ -166,22 +189,29 @@ class StoredFrame(Frame):
             return lambda start, stop: _decoded(field[start:stop])
         return None if kind.shape or kind.kind not in "biuf" else _numbers(field)
 
-    def _categories(self, name: str, codes: Any, categories: Any) -> Column | None:
+    def _categories(self, name: str, codes: Any, categories: Any) -> Column:
         read = _array(categories) if _is_array(categories) else _nullable(categories)
         if read is None:
-            return None
-        values = pd.Index(read(0, _length(categories) or 0))
+            raise ValueError("its categories are no list of values")
+        values = pd.Index(read(0, (_shape(categories) or (0,))[0]))
+        if codes.dtype.kind not in "iu":
+            raise ValueError(f"its codes must be whole numbers, and are {codes.dtype}")
+        if not values.is_unique or values.hasnans:
+            twice = ", ".join(map(repr, values[values.duplicated() | values.isna()][:3]))
+            raise ValueError(f"each category must be there once, and be a value: see {twice}")
+        self._coded.add(name)
 
         def codes_of(start: int, stop: int) -> np.ndarray:
-            found = np.asarray(codes[start:stop]).astype(np.int64)
-            if len(found) and int(found.max()) >= len(values):
+            found = np.asarray(codes[start:stop])
+            is_wrong = (found < -1) | (found >= len(values))
+            if is_wrong.any():
                 raise DataError(
-                    f"{self.name}: column {name} has code {int(found.max())} for one of "
+                    f"{self.name}: column {name} has code {int(found[is_wrong][0])} for one of "
                     f"{len(values):,} categories. Remedy: get or write the file again."
                 )
-            return np.maximum(found, -1)
+            return found.astype(np.int64)
 
-        if len(values) > MAX_CATEGORIES or not values.is_unique:
+        if len(values) > MAX_CATEGORIES:
             plain = pd.array(values.tolist())
             return lambda start, stop: plain.take(codes_of(start, stop), allow_fill=True)
         dtype = pd.CategoricalDtype(values)
@@ -191,6 +221,8 @@ class StoredFrame(Frame):
 def _array(item: Any) -> Column | None:
     if len(item.shape) != 1:
         return None
+    if as_text(item.attrs.get("encoding-type")) == "string-array" and item.dtype.kind in "biufc":
+        raise ValueError(f"it must be text by its encoding-type, and is {item.dtype}")
     if isinstance(item, h5py.Dataset) and h5py.check_string_dtype(item.dtype):
         return lambda start, stop: item.asstr()[start:stop].astype(object)
     if not isinstance(item, h5py.Dataset) and item.dtype.kind in "OSTU":  # Text of zarr.
@@ -211,6 +243,8 @@ def _nullable(item: Mapping[str, Any]) -> Column | None:
     if read is None:
         return None
     mask = item["mask"]
+    if mask.shape != item["values"].shape:
+        raise ValueError(f"its mask has shape {mask.shape}, its values {item['values'].shape}")
 
     def read_masked(start: int, stop: int) -> Any:
         values, is_missing = read(start, stop), np.asarray(mask[start:stop], dtype=bool)
@@ -238,18 +272,13 @@ def _holds(group: Any, *parts: str) -> bool:
     return all(part in group for part in parts)
 
 
-def _length(item: Any) -> int | None:
-    """Rows of a column; None where it is of a kind that is not known."""
+def _shape(item: Any) -> tuple[int, ...] | None:
+    """Of a column; None where it has none, or is of a kind that is not known."""
     if _is_array(item):
-        return int(item.shape[0]) if item.shape else None
-    known = (part for part in ("codes", "values") if part in item)
-    part = next(known, None)
-    return None if part is None else _length(item[part])
+        return tuple(map(int, item.shape)) or None
+    part = _first_of(("codes", "values"), item)
+    return None if part is None else _shape(item[part])
 
 
 def _first_of(names: tuple[str, ...], there: Any) -> str | None:
     return next((name for name in names if name in there), None)
-
-
-def _text(name: Any) -> Any:
-    return name.decode() if isinstance(name, bytes) else name

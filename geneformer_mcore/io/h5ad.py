@@ -23,7 +23,7 @@ import pandas as pd
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.blocks import READ_FAILURES, CountBlock, check_counts, looks_normalised
 from geneformer_mcore.io.count_matrix import StoredMatrix, is_matrix, open_matrix
-from geneformer_mcore.io.elsewhere import check_sources
+from geneformer_mcore.io.elements import check_encoding, check_folder, check_hdf5, check_sources
 from geneformer_mcore.io.frames import NAME_COLUMNS, Frame, StoredFrame
 from geneformer_mcore.io.retry import raise_if_io_error
 
@@ -37,6 +37,8 @@ _PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"PK":
 """The first bytes of compressed files, and what decompresses them."""
 
 OF_10X = "read its folder (scanpy: read_10x_mtx) and write that (write_h5ad)"
+
+_WRITE_AGAIN = "Remedy: the file is damaged, and anndata refuses it, too: get or write it again."
 
 FILE_ENDINGS = (".h5ad", ".zarr.zip", ".zarr")
 """Of files and folders that hold an AnnData."""
@@ -96,6 +98,11 @@ class Counts(AbstractContextManager["Counts"]):
     def read_obs(self, start: int, stop: int) -> pd.DataFrame:
         """Rows start..stop-1 of obs, indexed by cell id."""
         return self._obs.read(start, stop)
+
+    def check(self) -> None:
+        """Raises DataError for what would be found in the midst of work, or after it: a category
+        that there is not; of a file, a matrix in another place that is none."""
+        self._obs.check()
 
     def read_cell_ids(self, start: int, stop: int) -> list[str]:
         """The obs names of rows start..stop-1."""
@@ -242,20 +249,29 @@ class CountsFile(AnnDataCounts):
     """An h5ad file or zarr store of counts, open for reading; stem: its name without ending."""
 
     def __init__(
-        self, path: str | Path, layer: str | None = None, allow_normalised: bool = False
+        self,
+        path: str | Path,
+        layer: str | None = None,
+        allow_normalised: bool = False,
+        allow_external: bool = False,
     ) -> None:
-        """Raises DataError if the file cannot be read or has no counts where they are expected."""
+        """allow_external: elements may lie in other files.
+
+        Raises DataError if it cannot be read, or has no counts where they are expected."""
         super().__init__(allow_normalised)
         self.source, self.name = Path(path), str(path)
         ending = next((end for end in FILE_ENDINGS if self.source.name.endswith(end)), "")
         self.stem = self.source.name.removesuffix(ending)
         is_zarr = self.source.is_dir() or ending not in ("", ".h5ad")
         self.path = None if is_zarr else self.source
-        self._file = _open_file(self.source, is_zarr)
+        self._file = _open_file(self.source, is_zarr, allow_external)
         try:
             if not is_zarr:
+                if not allow_external:
+                    check_hdf5(self._file, self.name)
                 check_sources(self._file, self.name)
             self._open(layer)
+            check_encoding(self._file, self.name, "anndata")
         except DataError:
             self.close()
             raise
@@ -267,6 +283,26 @@ class CountsFile(AnnDataCounts):
                 f"{self.name}: cannot be read as an AnnData {kind or 'file'}: {error}. Remedy: "
                 f"check that it is whole, and that anndata.{reader} opens it."
             ) from error
+
+    def check(self) -> None:
+        super().check()
+        for name, path in _PLACES.items():
+            title = f"{self.name}: {name}"
+            try:
+                item = self._get(path)
+                if item is None or name == self.location:
+                    continue
+                genes = self._frame("raw/var" if name == "raw.X" else "var").num_rows
+                shape = open_matrix(item, title).shape if is_matrix(item) else None
+            except READ_FAILURES as error:
+                raise_if_io_error(title, error)
+                raise DataError(f"{title} cannot be read: {error}. {_WRITE_AGAIN}") from error
+            if shape != (self.num_cells, genes):
+                found = "none" if shape is None else f"{shape[0]:,} x {shape[1]:,}"
+                raise DataError(
+                    f"{title} must be a matrix of {self.num_cells:,} cells x {genes:,} genes, "
+                    f"and is {found}. {_WRITE_AGAIN}"
+                )
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -322,12 +358,14 @@ def _names(group: Any) -> list[str]:
         return list(group)
 
 
-def _open_file(path: Path, is_zarr: bool) -> Any:
+def _open_file(path: Path, is_zarr: bool, allow_external: bool) -> Any:
     if not path.exists():
         raise DataError(f"{path}: there is no such file. Remedy: check the path.")
     try:
         if not is_zarr:
             return h5py.File(path, "r")
+        if path.is_dir() and not allow_external:
+            check_folder(path)
         import zarr  # takes half a second
 
         store: Any = path if path.is_dir() else zarr.storage.ZipStore(path, mode="r")

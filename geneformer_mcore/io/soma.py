@@ -26,6 +26,7 @@ from geneformer_mcore.backends import compiled
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.blocks import BLOCK_ENTRIES, CountBlock
 from geneformer_mcore.io.count_matrix import Entries, StoredMatrix, count_rows, place_entries
+from geneformer_mcore.io.elements import check_folder, check_members
 from geneformer_mcore.io.frames import MAX_CATEGORIES, Column, Frame
 from geneformer_mcore.io.h5ad import Counts
 from geneformer_mcore.io.retry import raise_if_io_error
@@ -95,15 +96,19 @@ def soma_context(address: str = "") -> tiledbsoma.SOMATileDBContext:
     return _contexts[is_public][1]
 
 
-def open_experiment(address: str) -> Any:
+def open_experiment(address: str, allow_external: bool = False) -> Any:
     """The Experiment at `address`, or the human one of the Census there, open for reading.
 
-    DataError if there is neither.
+    allow_external: members and files may lie elsewhere. DataError if there is neither.
     """
     try:
+        if os.path.isdir(address) and not allow_external:
+            check_folder(Path(address))
         found = tiledbsoma.open(address, context=soma_context(address))
         for part in HUMAN.split("/"):
             if found.soma_type == "SOMACollection" and part in found:
+                if not allow_external:
+                    check_members(found, address)
                 found = found[part]
         is_experiment = found.soma_type == "SOMAExperiment" and "obs" in found
     except FAILURES as error:
@@ -435,19 +440,23 @@ class ExperimentCounts(Counts):
         allow_normalised: bool = False,
         value_filter: str | None = None,
         joinids: np.ndarray | None = None,
+        allow_external: bool = False,
     ) -> None:
         """Opens the Experiment at `address`, a path or URI, or the human one of a Census there.
 
         layer:         of X ("raw" or "X/raw"); None: see LAYERS
         value_filter:  SOMA's, over obs: only cells for which it holds
         joinids:       int64, ascending: only these cells
+        allow_external:  members and files may lie elsewhere
         Raises DataError if it cannot be read, or has no such layer or cells.
         """
         super().__init__(allow_normalised)
         self.name = str(address)
         self.stem = self.name.rstrip("/").rsplit("/", 1)[-1]
-        self._experiment = open_experiment(self.name)
+        self._experiment = open_experiment(self.name, allow_external)
         try:
+            if not allow_external:
+                self._check_members()
             measurement = self._measurement()
             self._choose_cells(value_filter, joinids)
             self._open_matrix(measurement, layer)
@@ -516,6 +525,15 @@ class ExperimentCounts(Counts):
 
     def _layers(self) -> list[str]:
         return self._layer_names
+
+    def _check_members(self) -> None:
+        check_members(self._experiment, self.name)
+        if "ms" in self._experiment:
+            check_members(self._experiment["ms"], self.name)
+            for measurement in self._experiment["ms"].values():
+                check_members(measurement, self.name)
+                if "X" in measurement:
+                    check_members(measurement["X"], self.name)
 
     def _measurement(self) -> Any:
         names = list(self._experiment["ms"]) if "ms" in self._experiment else []

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.elements import check_folder
 from geneformer_mcore.store.layout import (
     OBS,
     TOKENS,
@@ -20,7 +21,7 @@ from geneformer_mcore.store.layout import (
     find_changes,
     text_buffers,
 )
-from geneformer_mcore.store.soma_io import SomaReader
+from geneformer_mcore.store.soma_io import WHOLE_COPY, SomaReader
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import RaggedCells
 
@@ -166,9 +167,10 @@ class TokenStore:
         return TokenStore, (self.path,)
 
     def _check_files(self) -> None:
-        if not self.manifest.files:  # Built before files were listed.
-            return
         try:
+            check_folder(self.path, WHOLE_COPY)
+            if not self.manifest.files:  # Built before files were listed.
+                return
             changes = find_changes(self.path, self.manifest.files)
         except OSError as error:
             changes = [f"{error.filename} cannot be read: {error.strerror}"]

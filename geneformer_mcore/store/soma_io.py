@@ -19,11 +19,15 @@ import tiledbsoma
 from tiledbsoma._managed_query import ManagedQuery
 
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.elements import check_members
 from geneformer_mcore.io.soma import soma_context
 from geneformer_mcore.store.layout import OBS, TOKENS
 
 TILE_CAPACITY = 1024
 """Cells per tile, the unit that is read and checked."""
+
+WHOLE_COPY = "copy the store again, with the files that links stand for (cp -rL), or build it again"
+"""The remedy for a store with parts elsewhere."""
 
 _CHECKSUM = {"_type": "ChecksumSHA256Filter"}
 _TEXT_FILTERS: list[dict[str, Any]] = [{"_type": "ZstdFilter", "level": 3}, _CHECKSUM]
@@ -109,6 +113,7 @@ class SomaReader:
         self._folder = folder
         try:
             self._collection = tiledbsoma.open(str(folder), context=soma_context())
+            check_members(self._collection, str(folder), WHOLE_COPY)
             self._frames = {name: self._collection[name] for name in (TOKENS, OBS)}
         except (tiledbsoma.SOMAError, KeyError, RuntimeError, TypeError) as error:
             raise self._unreadable("it cannot be opened", error) from error

@@ -235,6 +235,7 @@ class InputOptions:
     default_symbols:    reads such a table where none is given and one is needed
     allow_normalised:   counts need not be whole numbers (they may be scaled per cell)
     allow_low_overlap, allow_no_overlap:  see map_genes
+    allow_external:     parts of an input may lie in other files
     """
 
     layer: str | None = None
@@ -243,10 +244,11 @@ class InputOptions:
     allow_low_overlap: bool = False
     allow_no_overlap: bool = False
     default_symbols: Table = default_symbols
+    allow_external: bool = False
 
     def open(self, source: Any) -> Counts:
         """The counts of a file, SOMA Experiment or AnnData, with these options."""
-        return open_counts(source, self.layer, self.allow_normalised)
+        return open_counts(source, self.layer, self.allow_normalised, self.allow_external)
 
     def with_own_vocabulary(self) -> InputOptions:
         """The options for a vocabulary built from the same files: it holds the genes that their

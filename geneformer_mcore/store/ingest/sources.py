@@ -116,6 +116,7 @@ class Inspection:
             allowed = self.options.allow_low_overlap, self.options.allow_no_overlap
             gene_map = map_genes(genes, self.vocabulary, job, *allowed)
             self._check_cells(counts)
+            counts.check()
             kinds = label_kinds(counts.read_obs(0, min(_LABEL_ROWS, counts.num_cells)))
             return InputSource(
                 name=job,

@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[Make, list[str]]] = {
     "too few genes": (replaced("var/_index", gene_ids(19)), ["X is 12 x 20.*12 cells and 19 ge"]),
     "text for counts": (replaced("X/data", ["x"] * COUNTS.nnz), ["holds values of type"]),
     "complex counts": (matrix(DENSE.astype(complex)), ["complex128.*counts are numbers"]),
-    "an unknown encoding": (edited(other_encoding), ["'coo_matrix', not csr, csc or dense"]),
+    "an unknown encoding": (edited(other_encoding), ["csr_matrix or csc_.*is coo_matrix"]),
     "damaged compression, by columns": (edited(squeeze, "csc"), ["cannot be read", "get it again"]),
     "damaged compression": (edited(squeeze), ["rows 0 to 11 cannot be read", "get it again"]),
     # Values; of other forms of matrix: test_any_value_that_is_no_count_is_named_wherever_it_is

@@ -90,7 +90,7 @@ def make_small(patch: pytest.MonkeyPatch, form: str = "on disk") -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("storage", "kind"),
-    [("hdf5", kind) for kind in ("<f4", ">f4", "<f8", "<i4", "<u2", "<i8", "?")]
+    [("hdf5", kind) for kind in ("<f4", "<f8", "<i4", "<u2", "<i8", "?")]
     + [("zarr2", "<f4"), ("zarr3", "<f4")],
     indirect=["storage"],
 )
@@ -192,7 +192,7 @@ def test_blocks_fit_the_budget(file, counts, form, monkeypatch) -> None:
     matrix.close()
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.uint64, np.uint32])
+@pytest.mark.parametrize("kind", [np.int64, np.uint32])
 @pytest.mark.parametrize("form", ["csr", "csc", "csc on disk"])
 def test_an_index_beyond_int32_does_not_become_another(
     file, counts, form, kind, monkeypatch

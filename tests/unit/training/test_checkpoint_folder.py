@@ -60,10 +60,18 @@ def forge_manifest(path: Path, seal: bool = True, **changes: object) -> None:
         manifest.write_text(json.dumps(content))
 
 
+ONE_BYTE = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+
+
 def name_a_file_elsewhere(step: Path) -> None:
     (step.parent / "secret").write_text("x")
-    entry = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
-    forge_manifest(step, files={"../secret": entry})
+    forge_manifest(step, files={"../secret": ONE_BYTE})
+
+
+def name_a_file_behind_a_link(step: Path) -> None:
+    (step.parent / "secret").write_text("x")
+    (step / "sub" / "deep").symlink_to(step.parent)
+    forge_manifest(step, files={"sub/deep/secret": ONE_BYTE})
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -76,6 +84,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a broken manifest": lambda step: (step / folder.MANIFEST).write_text("{"),
     "a changed manifest": lambda step: forge_manifest(step, seal=False, note="x"),
     "a forged file elsewhere": name_a_file_elsewhere,
+    "a forged file behind a link": name_a_file_behind_a_link,
     "a forged step": lambda step: forge_manifest(step, step=9),
 }
 

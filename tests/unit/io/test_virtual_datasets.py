@@ -11,7 +11,6 @@ import pytest
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.counts import open_counts
-from geneformer_mcore.io.elsewhere import check_whole
 from tests.support.small_cells import random_counts, write_h5ad
 
 COUNTS = random_counts(np.random.default_rng(4), 6, 20, density=0.4)
@@ -41,7 +40,7 @@ def virtual(tmp_path: Path) -> Path:
 
 def test_a_whole_virtual_dataset_is_read(virtual: Path) -> None:
     make_virtual(virtual.with_name("one.h5"), "X/data", "deeper.h5")
-    with open_counts(virtual) as counts:
+    with open_counts(virtual, allow_external=True) as counts:
         np.testing.assert_array_equal(counts.read_rows(0, 6).data, COUNTS.data)
 
 
@@ -89,34 +88,4 @@ def test_no_missing_source_is_read_as_zeros(
 ) -> None:
     change(virtual.parent)
     with pytest.raises(DataError, match=rf"v\.h5ad: /(X|obs)/\w+ is a virtual dataset.*{message}"):
-        open_counts(virtual)
-
-
-def linked(path: Path) -> None:
-    write_h5ad(path.with_name("other.h5ad"), COUNTS)
-    with h5py.File(path, "r+") as file:
-        del file["X"]
-        file["X"] = h5py.ExternalLink("other.h5ad", "/X")
-
-
-def raw(path: Path) -> None:
-    with h5py.File(path, "r+") as file:
-        file.create_dataset("uns/raw", (4,), "i1", external=[(path.parent / "raw.bin", 0, 4)])
-
-
-@pytest.mark.parametrize(
-    ("change", "place"),
-    [
-        (lambda path: make_virtual(path, "X/data", "one.h5"), "/X/data"),
-        (linked, "/X"),
-        (raw, "/uns/raw"),
-    ],
-)
-def test_no_copy_without_all_of_the_data(
-    tmp_path: Path, change: Callable[[Path], None], place: str
-) -> None:
-    path = write_h5ad(tmp_path / "a.h5ad", COUNTS)
-    check_whole(path)
-    change(path)
-    with pytest.raises(DataError, match=rf"lie in other files: {place}\. Remedy"):
-        check_whole(path)
+        open_counts(virtual, allow_external=True)
