@@ -29,6 +29,9 @@ NAME_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "gene_name")
 MAX_CATEGORIES = 10_000
 """A column of more categories is read as plain values: its categories are as long as itself."""
 
+_NO_LABEL = ("nan", "NaN", "<NA>", "None")
+"""Missing values that became text on their way."""
+
 _INDEX_NAMES = ("_index", "index")
 _OLD_CATEGORIES = "__categories"
 
@@ -76,11 +79,11 @@ class StoredFrame(Frame):
             self.columns = [column for column in item.dtype.names if column != self._index]
             self.num_rows = int(item.shape[0])
             return
-        self._index = _text(item.attrs.get("_index")) or _first_of(_INDEX_NAMES, item)
+        self._index = as_text(item.attrs.get("_index")) or _first_of(_INDEX_NAMES, item)
         if self._index is None or self._index not in item:
             raise DataError(f"{name} has no row names. Remedy: write the file again with anndata.")
         order = item.attrs.get("column-order")
-        names = sorted(item) if order is None else [_text(column) for column in order]
+        names = sorted(item) if order is None else [as_text(column) for column in order]
         self.columns = [n for n in names if n not in (self._index, _OLD_CATEGORIES)]
         self.num_rows = _length(item[self._index]) or 0
         self.check_chunks(self._index)
@@ -192,7 +195,8 @@ def _array(item: Any) -> Column | None:
     if len(item.shape) != 1:
         return None
     if isinstance(item, h5py.Dataset) and h5py.check_string_dtype(item.dtype):
-        return lambda start, stop: item.asstr()[start:stop].astype(object)
+        # UTF-8 whatever the mark: R writes it into fields that are marked as ASCII.
+        return lambda start, stop: item.asstr("utf-8")[start:stop].astype(object)
     if not isinstance(item, h5py.Dataset) and item.dtype.kind in "OSTU":  # Text of zarr.
         return lambda start, stop: _decoded(item[start:stop])
     return _numbers(item) if item.dtype.kind in "biuf" else None
@@ -225,6 +229,21 @@ def _nullable(item: Mapping[str, Any]) -> Column | None:
     return read_masked
 
 
+def label_texts(column: pd.Series) -> np.ndarray:
+    """object [N], each cell's label as text; "" for none. Whole numbers are written as such: where
+    some are missing, h5ad has floats."""
+    codes, labels = pd.factorize(column.astype(object))
+    texts = [_label_text(label) for label in labels]
+    return np.array([*texts, ""], dtype=object)[codes]
+
+
+def _label_text(label: object) -> str:
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    text = str(label).strip()
+    return "" if text in _NO_LABEL else text
+
+
 def _decoded(values: np.ndarray) -> np.ndarray:
     texts = [value.decode() if isinstance(value, bytes) else str(value) for value in values]
     return np.array(texts, dtype=object)
@@ -251,5 +270,6 @@ def _first_of(names: tuple[str, ...], there: Any) -> str | None:
     return next((name for name in names if name in there), None)
 
 
-def _text(name: Any) -> Any:
+def as_text(name: Any) -> Any:
+    """A name in a file as text: some writers leave bytes. Anything else as it is."""
     return name.decode() if isinstance(name, bytes) else name

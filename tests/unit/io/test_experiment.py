@@ -257,7 +257,7 @@ def test_layers(tmp_path: Path, census: Path, parts: dict[str, anndata.AnnData])
     for layer in (None, "umi", "X/umi"):
         with ExperimentCounts(tmp_path / "e", layer) as opened:
             assert opened.location == "X/umi"
-    with pytest.raises(DataError, match=r"no layer X/umi; it has: raw.*`counts_layer=`"):
+    with pytest.raises(DataError, match=r"no layer X/umi; it has: X/raw.*`counts_layer=`"):
         ExperimentCounts(census, "umi")
 
 
