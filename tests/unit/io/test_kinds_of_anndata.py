@@ -12,7 +12,6 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from anndata.io import write_elem
 
 from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.io import anndata_out
@@ -138,9 +137,8 @@ def test_an_old_file_that_cannot_be_written_again_is_refused_before_any_work(
     with h5py.File(path, "w") as file:
         file["X"] = np.ones((4, 3), np.float32)
         for name, size in (("obs", 4), ("var", 3)):
-            rows = [(f"{name}{place}".encode(), place) for place in range(size)]
-            file[name] = np.array(rows, dtype=[("index", "S8"), ("a/b", "i4")])
-        write_elem(file, "uns", {})
+            rows = [(f"{name}{place}".encode(), b"\xff\xfe") for place in range(size)]
+            file[name] = np.array(rows, dtype=[("index", "S8"), ("batch", "S8")])
     before = path.read_bytes()
     with pytest.raises(DataError, match=r"of this age is written anew by anndata.*Remedy:"):
         anndata_out.check_copy(path)
