@@ -27,7 +27,7 @@ INSTALLING = ("Setting up .venv", "-m pip", "-m venv")
 
 
 def main() -> int:
-    """Runs, checks, says what was found."""
+    """Runs, checks, prints what was found."""
     before = _run_folders()
     began = time.monotonic()
     exit_code, output = _make_demo()
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def installed(output: str) -> list[str]:
-    """The lines of `output` that tell of an installation, as problems."""
+    """The lines of `output` of an installation, as problems."""
     lines = [line for line in output.splitlines() if any(word in line for word in INSTALLING)]
     return [f"it installed something: {line}" for line in lines]
 

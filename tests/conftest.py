@@ -23,7 +23,7 @@ hypothesis.settings.load_profile("ours")
 
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
-    """Says where two runs part that should have ended in the same state."""
+    """Shows where two runs part that should have ended in the same state."""
     if op != "==" or {type(left).__name__, type(right).__name__} != {"FinalState"}:
         return None
     # Only now: it imports torch, which most tests do not need.
@@ -42,7 +42,7 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data sets beside the project; the test is skipped where it is missing.
+    """The folder of real data sets next to the project; the test is skipped where it is missing.
 
     Another place: the environment variable GENEFORMER_SHARED_DATA.
     """

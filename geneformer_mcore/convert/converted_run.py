@@ -12,6 +12,7 @@ Pretraining continues from it with any cells and recipe (see record.check_contin
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -83,6 +84,7 @@ def alone(config: Config) -> Iterator[torch.device]:
         yield here
     finally:
         groups.stop()
+        gc.collect()  # the optimizer's cycles hold groups, each with threads of its own
 
 
 def _trainable(

@@ -19,7 +19,7 @@ from torch.distributed import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from geneformer_mcore.config.sections import ParallelConfig
-from geneformer_mcore.distributed.launcher import reach_store
+from geneformer_mcore.distributed import launcher
 
 if TYPE_CHECKING:
     from geneformer_mcore.distributed.watchdog import Watchdog
@@ -74,7 +74,8 @@ def meet(parallel: ParallelConfig, watch: Watchdog | None = None) -> Rendezvous:
     if "RANK" not in os.environ:  # one process, without torchrun: nothing to meet
         meeting = Rendezvous(HashStore(), 0, 1)
     else:
-        reach_store()
+        launcher.follow(parallel.timeout_s)
+        launcher.reach_store()
         limit = timedelta(seconds=parallel.timeout_s)
         store, rank, world_size = next(rendezvous("env://", timeout=limit))
         # A restart by torchrun may keep the store of the attempt before.

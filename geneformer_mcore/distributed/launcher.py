@@ -8,15 +8,18 @@ stopped process (SIGSTOP) cannot end itself, so that every rank has a guard, a s
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 from geneformer_mcore.distributed.guard import is_stopped
 from geneformer_mcore.errors import NetworkError
+from geneformer_mcore.exit_codes import DEFECT, print_stderr
 
 GUARD = Path(__file__).with_name("guard.py")
 LOOK_S = 0.5
@@ -28,7 +31,11 @@ _ATTEMPT_S = 2.0
 class Launcher:
     """torchrun, or nothing: a process started without it may outlive its parent (nohup)."""
 
+    is_watched = False
+    """Whether there is one in this process."""
+
     def __init__(self) -> None:
+        Launcher.is_watched = True
         self._pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._stopped_s = 0.0
         self._guard: subprocess.Popen[bytes] | None = None
@@ -71,6 +78,24 @@ class Launcher:
             self._guard.kill()
             self._guard.wait()
             self._guard = None
+
+
+def follow(limit_s: float) -> None:
+    """End this process when its launcher is lost, unless a training looks after that by itself."""
+    if Launcher.is_watched or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = Launcher()
+    launcher.guard(limit_s)
+    atexit.register(launcher.release)
+    threading.Thread(target=_follow, args=(launcher, limit_s), daemon=True).start()
+
+
+def _follow(launcher: Launcher, limit_s: float) -> None:
+    while not (reason := launcher.lost(limit_s)):
+        time.sleep(LOOK_S)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print_stderr(f"error: {reason}")
+    os._exit(DEFECT)
 
 
 def reach_store() -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import anndata
 import numpy as np
-import pandas as pd
 import pytest
 import scipy.sparse
 
-from tests.end_to_end import forked
+from tests.end_to_end.forked import Run
 from tests.support import commands
-from tests.support.final_state import FinalState, final_state
+from tests.support.small_cells import write_h5ad
 
 NUM_CELLS, NUM_GENES = 240, 300
 
@@ -24,16 +22,9 @@ def h5ad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rates = rng.gamma(0.6, 2.0, size=(2, NUM_GENES))
     kinds = rng.integers(0, 2, NUM_CELLS)
     counts = rng.poisson(rates[kinds]).astype(np.float32)
-    cells = anndata.AnnData(
-        scipy.sparse.csr_matrix(counts),
-        obs=pd.DataFrame(
-            {"cell_type": np.array(["a", "b"])[kinds]}, index=[f"c{i}" for i in range(NUM_CELLS)]
-        ),
-        var=pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(NUM_GENES)]),
-    )
     path = tmp_path_factory.mktemp("cells") / "made_up.h5ad"
-    cells.write_h5ad(path)
-    return path
+    obs: dict[str, object] = {"cell_type": np.array(["a", "b"])[kinds]}
+    return write_h5ad(path, scipy.sparse.csr_matrix(counts), obs=obs)
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +36,20 @@ def store(h5ad: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory
-) -> FinalState:
-    """The final state of one rank with the settings MORE of the module, if nothing goes wrong."""
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    forked.check(run, [f"data.store={store}", *request.module.MORE])
-    return final_state(run)
+def settings(request: pytest.FixtureRequest, store: Path) -> tuple[str, ...]:
+    """The store, and what the module adds to it in MORE."""
+    return (f"data.store={store}", *getattr(request.module, "MORE", ()))
+
+
+@pytest.fixture
+def run(settings: tuple[str, ...], tmp_path: Path) -> Run:
+    """A run that has not begun, in a folder of its own."""
+    return Run(tmp_path / "run", settings)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One rank that has come to its end, if nothing goes wrong."""
+    run = Run(tmp_path_factory.mktemp("runs") / "undisturbed", settings)
+    run.check()
+    return run

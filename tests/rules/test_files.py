@@ -1,4 +1,4 @@
-"""Files that are not Python: README, CONTRIBUTING, Makefile, Dockerfile, shell scripts."""
+"""Files that are not Python: README, pages, CONTRIBUTING, Makefile, Dockerfile, shell scripts."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ def test_commands_of_the_readme_exist() -> None:
     targets = set(re.findall(r"^(?:\$ )?make (?:[A-Z_]+=\S+ )*([\w-]+)", shown, re.M))
     assert targets
     assert targets <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+def test_links_from_the_pages_lead_to_what_they_name() -> None:
+    command = [sys.executable, ROOT / "tests" / "doc_links.py", "--check"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 def test_every_promise_is_held_by_tests_that_exist() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.rules.sources import LIBRARY, LIBRARY_FILES, ROOT
 from tests.soak.__main__ import judged as judged_share
-from tests.soak.faults import FAULTS, PACKAGE_TESTS, Fault
+from tests.soak.faults import FAULTS, PACKAGE_TESTS, Fault, read
 from tests.soak.planted_faults import CAUGHT, MISSED, Results, judged
 
 PARTS = [path.relative_to(LIBRARY).parts for path in LIBRARY_FILES]
@@ -28,7 +28,7 @@ def test_every_package_has_faults_and_tests() -> None:
     assert counted.keys() == PACKAGES == PACKAGE_TESTS.keys()
     assert min(counted.values()) >= 2, counted
     assert len({fault.name for fault in FAULTS}) == len(FAULTS)
-    patterns = {name for fault in FAULTS for name in fault.first}
+    patterns = {name for fault in FAULTS for name in fault.tests}
     patterns |= {name for names in PACKAGE_TESTS.values() for name in names}
     assert [each for each in sorted(patterns) if not list(ROOT.glob(each))] == []
 
@@ -40,6 +40,26 @@ def test_a_fault_can_be_planted(fault: Fault) -> None:
     assert fault.new != fault.old
     # It must not be caught as a module that cannot be imported.
     compile(text.replace(fault.old, fault.new), fault.file, "exec")
+
+
+FAULT = "{name: a, package: io, file: f, old: x, new: y}"
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        (FAULT.replace("}", ", line: 1}"), "unexpected keyword argument 'line'"),
+        (FAULT.replace(", new: y", ""), "missing 1 required positional argument: 'new'"),
+        (FAULT.replace("new: y", "new: x"), "nothing is replaced"),
+        (FAULT.replace("old: x", "old: 1"), "not all are texts"),
+        (FAULT.replace("package: io", "package: oi"), "packages without tests: .'oi'"),
+        (f"{FAULT}, {FAULT}", "of one name: .'io: a'"),
+    ],
+)
+def test_a_wrong_record_is_refused(faults: str, message: str) -> None:
+    assert len(read(f"packages: {{io: [t]}}\nfaults: [{FAULT}]")[1]) == 1
+    with pytest.raises((AssertionError, TypeError), match=message):
+        read(f"packages: {{io: [t]}}\nfaults: [{faults}]")
 
 
 @pytest.mark.parametrize(

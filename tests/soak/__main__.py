@@ -27,8 +27,7 @@ from typing import Any
 
 import psutil
 
-from tests.soak.kept import Results, commit
-from tests.soak.parts import FOLDER, PARTS, ROOT, Part, counted, skipped
+from tests.soak.parts import FOLDER, PARTS, ROOT, Part, Results, commit, counted, skipped
 
 NO_TESTS = 5
 """pytest's exit code where nothing is selected."""

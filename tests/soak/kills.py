@@ -13,7 +13,6 @@ tests/end_to_end/run/test_kills.py.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -23,8 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from geneformer_mcore.checkpoint import folder as checkpoints
-from tests.end_to_end import forked
-from tests.support.final_state import explain, final_state
+from tests.end_to_end.forked import Run, Start
+from tests.support.final_state import explain
 from tests.support.small_store import write_small_store
 
 SETTINGS = (
@@ -54,8 +53,9 @@ def main() -> int:
     parser.add_argument("--asynchronous", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        more = ["checkpoint.asynchronous=true"] if arguments.asynchronous else []
-        fell = soak(Path(folder), arguments.kills, arguments.ranks, arguments.steps, more)
+        more = [f"train.steps={arguments.steps}"]
+        more += ["checkpoint.asynchronous=true"] if arguments.asynchronous else []
+        fell = soak(Path(folder), arguments.kills, arguments.ranks, more)
     inside = fell["save"] / arguments.kills
     print(f"{arguments.kills} kills, by phase: {dict(fell)}; {inside:.0%} inside a save")
     assert inside >= 0.3 or arguments.kills < ENOUGH, "too few kills fell into a save"
@@ -63,82 +63,54 @@ def main() -> int:
     return 0
 
 
-def soak(folder: Path, kills: int, ranks: int, steps: int, more: Sequence[str]) -> Counter[str]:
-    """{phase: kills that fell into it}. Raises AssertionError if anything was lost.
-
-    steps: of the run; if it comes to its end before so many kills fell, it begins again
-    """
+def soak(folder: Path, kills: int, ranks: int, more: Sequence[str]) -> Counter[str]:
+    """{phase: kills that fell into it}; an AssertionError if anything was lost. A run that comes
+    to its end before so many kills fell begins again."""
     store = folder / "store"
     draw = random.Random(0)
     cells = [[0, *draw.sample(range(5, 105), draw.randint(8, 31))] for _ in range(200)]
     write_small_store(store, cells, num_genes=100, seq_length=32)
-    settings = [*SETTINGS, f"data.store={store}", f"train.steps={steps}", *more]
-    undisturbed = folder / "undisturbed"
-    run_to_end(undisturbed, ranks, settings)
-    expected = final_state(undisturbed)
+    undisturbed = Run(folder / "undisturbed", (*SETTINGS, f"data.store={store}", *more))
+    undisturbed.check(ranks=ranks)
+    expected = undisturbed.state()
     fell: Counter[str] = Counter()
     lives = 0
     while fell.total() < kills:
-        run = folder / f"disturbed_{lives}"
-        while fell.total() < kills and (phase := killed(run, ranks, settings)):
+        run = undisturbed.at(folder / f"disturbed_{lives}")
+        while fell.total() < kills and (phase := killed(run, ranks)):
             fell[phase] += 1
-        run_to_end(run, ranks, settings)
-        ended_as = final_state(run)
-        assert ended_as == expected, "\n".join(explain(ended_as, expected))
+        run.check(ranks=ranks)
+        assert run.state() == expected, "\n".join(explain(run.state(), expected))
         lives += 1
     return fell
 
 
-def killed(run: Path, ranks: int, settings: Sequence[str]) -> str:
+def killed(run: Run, ranks: int) -> str:
     """Starts a run and kills it: the phase it was in, or "" if it had come to its end."""
-    before = checkpoints.steps(run / "checkpoints")
+    before = checkpoints.steps(run.folder / "checkpoints")
     began = time.time()
-    job = forked.start(run, settings, ranks)
+    job = run.start(ranks=ranks)
     since = "start" if random.random() < IN_START else "step"
     if since == "step":
-        wait_for_a_step(job, run, after=before[-1] if before else 0)
-    if is_running(job, random.uniform(0, LONGEST_WAIT_S[since])):
-        for process in job._processes:
-            process.kill()
-        job.wait()
-        phase = phase_of(run, began)
+        wait_for_a_step(job, run, began, after=before[-1] if before else 0)
+    if job.is_running(random.uniform(0, LONGEST_WAIT_S[since])):
+        job.kill()
+        phase = phase_of(run.folder, began)
     else:
         assert set(job.wait()) == {0}, job.printed
         phase = ""
-    check(run, before)
+    check(run.folder, before)
     return phase
 
 
-def run_to_end(run: Path, ranks: int, settings: Sequence[str]) -> None:
-    """Starts it and lets it through."""
-    job = forked.start(run, settings, ranks)
-    assert set(job.wait()) == {0}, job.printed
-
-
-def is_running(job: forked.Start, wait_s: float) -> bool:
-    """Whether a rank still runs after that time."""
-    deadline = time.monotonic() + wait_s
-    for process in job._processes:
-        process.join(max(0, deadline - time.monotonic()))
-    return any(process.is_alive() for process in job._processes)
-
-
-def wait_for_a_step(job: forked.Start, run: Path, after: int) -> None:
+def wait_for_a_step(job: Start, run: Run, began: float, after: int) -> None:
     """Until this start has made a step later than `after`, or ended."""
-    metrics, began = run / "metrics.jsonl", time.time()
-    while is_running(job, 0.02):
+    metrics = run.folder / "metrics.jsonl"
+    while job.is_running(0.02):
         assert time.time() < began + 120
-        if metrics.exists() and metrics.stat().st_mtime > began:
-            steps = [_step_of(line) for line in metrics.read_text().splitlines()]
-            if max(steps, default=0) > after:
-                return
-
-
-def _step_of(line: str) -> int:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:  # half a line, being written
-        return 0
+        is_new = metrics.exists() and metrics.stat().st_mtime > began
+        if is_new and max((each["step"] for each in run.records()), default=0) > after:
+            return
 
 
 def phase_of(run: Path, began: float) -> str:

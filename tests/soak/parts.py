@@ -1,13 +1,21 @@
-"""Parts of the soak: processes with a time limit each, and the counts in their output."""
+"""Parts of the soak (parts.yaml): processes with a time limit each, the counts in their output, and
+results of an earlier start that still hold."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import subprocess
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+import yaml
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "soak"
 
 
@@ -42,89 +50,7 @@ def _arguments(command: str) -> list[str]:
     return ["-W", "ignore", "-m", f"tests.soak.{name}", *more]
 
 
-PARTS = (
-    Part(
-        "kills",
-        "SIGKILL at random instants of a training",
-        900,
-        "kills --kills 2 --steps 20",
-        "kills --kills 25 --steps 120",
-        shares=4,
-    ),
-    Part(
-        "kills-asynchronous",
-        "the same, saves written while it trains",
-        900,
-        "kills --kills 2 --steps 20 --asynchronous",
-        "kills --kills 25 --steps 120 --asynchronous",
-        shares=4,
-    ),
-    Part(
-        "kill-points",
-        "SIGKILL at every system call of a save",
-        900,
-        "kill_points --every 60",
-        "kill_points --every 4 --first {share}",
-        shares=4,
-    ),
-    Part(
-        "ingest-kills",
-        "SIGKILL at random instants of a build",
-        900,
-        "ingest_kills --kills 2",
-        "ingest_kills --kills 25",
-        shares=2,
-    ),
-    Part(
-        "store-flips",
-        "a flipped bit of a store",
-        600,
-        "damage store --times 10",
-        "damage store --times 200",
-    ),
-    Part(
-        "checkpoint-damage",
-        "a flipped bit, a truncated or lost file of a checkpoint",
-        600,
-        "damage checkpoint --times 5",
-        "damage checkpoint --times 100",
-    ),
-    Part(
-        "parity",
-        "loss curves of every layout against plain PyTorch",
-        2400,
-        "parity_table --json build/soak/parity_short.json 'tp1 pp1 dp1'",
-        "parity_table --json build/soak/parity.json",
-    ),
-    Part(
-        "reshard",
-        "checkpoints of every layout loaded under every other",
-        1800,
-        "reshard --most 2",
-        "reshard",
-    ),
-    Part(
-        "slurm",
-        "the events of a job on a cluster",
-        2400,
-        "pytest tests/soak/slurm -k requeued",
-        "pytest tests/soak/slurm",
-    ),
-    Part(
-        "cases",
-        "cases marked `soak` of the other tests",
-        2400,
-        "pytest -m soak tests/unit",
-        "pytest -m soak tests",
-    ),
-    Part(
-        "planted-faults",
-        "faults planted into the code, one at a time, that tests must catch",
-        3600,
-        "planted_faults --package cells",
-        "planted_faults --results build/soak/planted_faults.json",
-    ),
-)
+PARTS = tuple(Part(**row) for row in yaml.safe_load((HERE / "parts.yaml").read_text()))
 
 _COUNTED = (
     re.compile(r"^(\d+) (?:kills|bits flipped|damages|layouts|pairs)\b", re.MULTILINE),
@@ -151,3 +77,35 @@ def counted(printed: str, code: int | None) -> tuple[int, int]:
     passed = sum(int(found[-1]) for pattern in _COUNTED if (found := pattern.findall(printed)))
     failed = sum(int(found[-1]) for pattern in _FAILED if (found := pattern.findall(printed)))
     return passed + failed, max(failed, int(code != 0))
+
+
+def commit(tree: Path) -> str:
+    """Of the work tree; empty if it has changes, or there is no repository: nothing is known of it
+    from before."""
+    printed = []
+    for command in (("rev-parse", "HEAD"), ("status", "--porcelain")):
+        ended = subprocess.run(
+            ["git", *command], cwd=tree, capture_output=True, text=True, check=False
+        )
+        printed.append(ended.stdout.strip() if ended.returncode == 0 else "unknown")
+    return printed[0] if not printed[1] else ""
+
+
+class Results:
+    """{name: result} of one commit, in a file if one is given."""
+
+    def __init__(self, file: Path | None, commit: str) -> None:
+        found = json.loads(file.read_text()) if file is not None and file.exists() else {}
+        is_same = bool(commit) and found.get("commit") == commit
+        self.of: dict[str, dict[str, Any]] = found["results"] if is_same else {}
+        self._file, self._commit, self._lock = file, commit, threading.Lock()
+
+    def keep(self, name: str, result: dict[str, Any]) -> None:
+        """Writes it down at once."""
+        with self._lock:
+            self.of[name] = result
+            if self._file is not None:
+                text = json.dumps({"commit": self._commit, "results": self.of}, indent=1)
+                part = self._file.with_name(f".{self._file.name}.part")
+                part.write_text(text + "\n")
+                part.replace(self._file)

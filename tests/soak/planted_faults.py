@@ -2,7 +2,7 @@
 
     python -m tests.soak.planted_faults [--only NAME] [--package P] [--jobs N] [--results FILE]
 
-    working tree -> copy -> one replacement (faults.py) -> pytest of its package, up to the first
+    working tree -> copy -> one replacement (faults.yaml) -> pytest of its package, up to the first
     failure -> caught | missed
 
 A fault is caught if a test fails that passes without it: at the end those tests are run once more
@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.soak import kept
+from tests.soak import parts
 from tests.soak.faults import FAULTS, PACKAGE_TESTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,7 +168,7 @@ def tests_of(patterns: Iterable[str]) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
         names = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
-        assert names, f"no test file matches {pattern}: correct faults.py"
+        assert names, f"no test file matches {pattern}: correct faults.yaml"
         found += names
     return list(dict.fromkeys(found))
 
@@ -177,7 +177,7 @@ def try_fault(copy: Copy, fault: Fault) -> dict[str, Any]:
     """{"outcome", "by", "why", "seconds"}, by the likeliest tests and then by the others of its
     package."""
     began = time.monotonic()
-    first = tests_of(fault.first)
+    first = tests_of(fault.tests)
     others = [name for name in tests_of(PACKAGE_TESTS[fault.package]) if name not in first]
     copy.plant(fault)
     try:
@@ -203,7 +203,7 @@ def judged(ended: dict[str, Any], fault: Fault) -> dict[str, Any]:
     return {"outcome": MISSED if is_missed else CAUGHT, "by": by, "why": why}
 
 
-class Results(kept.Results):
+class Results(parts.Results):
     """Faults that were caught are not tried again for the same commit."""
 
     def is_open(self, fault: Fault) -> bool:
@@ -226,7 +226,7 @@ def try_all(copies: Sequence[Copy], faults: Sequence[Fault], results: Results) -
     """Tries the open faults, in as many copies at once; those that end soon come first, so that an
     interruption leaves the most."""
     opened = [fault for fault in faults if results.is_open(fault)]
-    opened.sort(key=lambda fault: not str(fault.first).startswith("('tests/unit"))
+    opened.sort(key=lambda fault: not str(fault.tests).startswith("('tests/unit"))
     remaining = iter(opened)
 
     def work(copy: Copy) -> None:
@@ -267,7 +267,7 @@ def main() -> int:
     faults = [fault for fault in FAULTS if chosen.only in fault.name]
     faults = [fault for fault in faults if chosen.package in ("", fault.package)]
     assert faults, "no fault has such a name"
-    results = Results(chosen.results, kept.commit(ROOT))
+    results = Results(chosen.results, parts.commit(ROOT))
     with tempfile.TemporaryDirectory(prefix="faults_", ignore_cleanup_errors=True) as folder:
         copies = [Copy(Path(folder, str(number))) for number in range(chosen.jobs)]
         try_all(copies, faults, results)

@@ -21,14 +21,7 @@ from pathlib import Path
 
 from geneformer_mcore.backends import ignore_known_warnings
 
-PLAIN = (
-    "tp1 pp1 dp1",
-    "tp2 pp1 dp1",
-    "tp1 pp2 dp1",
-    "tp1 pp1 dp2",
-    "tp2 pp2 dp1",
-    "tp1 pp2 dp2",
-)
+PLAIN = ("tp1 pp1 dp1", "tp2 pp1 dp1", "tp1 pp2 dp1", "tp1 pp1 dp2", "tp2 pp2 dp1", "tp1 pp2 dp2")
 PAIRS = [
     *product(PLAIN, PLAIN),
     ("pp2 interleaved", "pp2 interleaved"),

@@ -98,7 +98,7 @@ class TwoHosts:
             where = ("lladdr", _NOBODY, "nud", "permanent", "dev", LINK)
             self._ip(host, "neighbour", "replace", peer, *where)
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         """The cable is as it was."""
         for host in range(2):
             self._ip(host, "link", "set", LINK, "up")

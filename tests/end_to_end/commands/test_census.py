@@ -6,9 +6,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import anndata
 import numpy as np
-import pandas as pd
 import pytest
 
 from geneformer_mcore.exit_codes import INTERRUPTED, WRONG_INPUT
@@ -18,7 +16,7 @@ from geneformer_mcore.store.soma_io import SomaReader
 from geneformer_mcore.store.split.table import SplitTable
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from tests.support import commands
-from tests.support.small_cells import gene_id, random_counts
+from tests.support.small_cells import adata_of, random_counts
 from tests.support.small_experiment import write_experiment
 
 SIZES = {"a": 300, "b": 40, "c": 40, "d": 20, "whole": 30}
@@ -43,16 +41,13 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Five data sets, of which `d` alone has its tissue, and every tenth cell is of a disease."""
     rng = np.random.default_rng(0)
     cells = {
-        name: anndata.AnnData(
+        name: adata_of(
             random_counts(rng, size, 30, density=0.5),
-            obs=pd.DataFrame(
-                {
-                    "disease": ["cancer" if n % 10 == 9 else "normal" for n in range(size)],
-                    "tissue_general": "eye" if name == "d" else "gut",
-                },
-                index=[f"{name}{place}" for place in range(size)],
-            ),
-            var=pd.DataFrame(index=[gene_id(place) for place in range(30)]),
+            obs={
+                "disease": ["cancer" if n % 10 == 9 else "normal" for n in range(size)],
+                "tissue_general": ["eye" if name == "d" else "gut"] * size,
+            },
+            cell_ids=[f"{name}{place}" for place in range(size)],
         )
         for name, size in SIZES.items()
     }
@@ -102,6 +97,10 @@ def test_from_the_census_to_a_store(command: Command, address: str, tmp_path: Pa
 
 def test_errors_end_as_they_should(command: Command, address: str, tmp_path: Path) -> None:
     arguments = ("download_census", "--out", "d", "--uri", address)
+    split, vocabulary = (
+        ("make_split", "d", "--out", "s.json"),
+        ("build_vocabulary", "--out", "v.json"),
+    )
     done(command(*arguments))
     path = tmp_path / "d/b.h5ad"
     path.write_bytes(path.read_bytes()[:-1])
@@ -110,18 +109,19 @@ def test_errors_end_as_they_should(command: Command, address: str, tmp_path: Pat
     assert checked.stdout.startswith("problem: d/b.h5ad: ")
     assert "1 files fetched, 4 were there" in done(command(*arguments))
 
-    for result, message in (
-        (command(*arguments, "--filter", ""), "of another selection"),
-        (command("download_census", "--out", "e", "--uri", "nowhere"), "cannot be opened"),
-        (command("download_census", "--out", "d", "--part", "2/2"), "0 <= I < N"),
-        (command("make_split", "d", "--out", "s.json"), "Remedy: --held-out-fraction 0.0"),
-        (command("make_split", "d", "--out", "s.json", "--test-dataset", "x"), "are not there: x"),
-        (command("make_split", "d", "--out", "s.json", "--test-dataset", "d"), "no other data set"),
-        (command("make_split", "nowhere.csv", "--out", "s.json"), "there is no such file"),
-        (command("build_vocabulary", "--out", "v.json", "--merge", path), "not a whole partial"),
-        (command("build_vocabulary", "--out", "v.json"), "name one h5ad or zarr input or more"),
-        (command("build_vocabulary", "--out", "v.json", path, "--merge", path), "--merge takes"),
+    for words, message in (
+        ((*arguments, "--filter", ""), "of another selection"),
+        (("download_census", "--out", "e", "--uri", "nowhere"), "cannot be opened"),
+        (("download_census", "--out", "d", "--part", "2/2"), "0 <= I < N"),
+        (split, "Remedy: --held-out-fraction 0.0"),
+        ((*split, "--test-dataset", "x"), "are not there: x"),
+        ((*split, "--test-dataset", "d"), "no other data set"),
+        (("make_split", "nowhere.csv", "--out", "s.json"), "there is no such file"),
+        ((*vocabulary, "--merge", path), "not a whole partial"),
+        (vocabulary, "name one h5ad or zarr input or more"),
+        ((*vocabulary, path, "--merge", path), "--merge takes"),
     ):
+        result = command(*words)
         assert result.returncode == WRONG_INPUT, message
         assert message in result.stderr
         assert "Traceback" not in result.stderr

@@ -12,8 +12,8 @@ import pytest
 from geneformer_mcore.checkpoint import weights_reader
 from geneformer_mcore.convert.hf_keys import WORDS
 from tests.distributed.inference import conversions
-from tests.end_to_end import forked
 from tests.end_to_end.conftest import NUM_GENES
+from tests.end_to_end.forked import Run
 from tests.support import commands, plain_bert
 
 SHAPE = {"layers": 2, "hidden": 32, "ffn": 64, "positions": 100}
@@ -24,7 +24,7 @@ convert = partial(commands.run, "launch/convert.py")
 
 
 @pytest.fixture(scope="module")
-def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a small V1-like model with the genes of the small store."""
     place = tmp_path_factory.mktemp("converted")
     weights = plain_bert.random_weights(**SHAPE, tokens=NUM_GENES + 2)  # type: ignore[arg-type]
@@ -38,8 +38,8 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "run"
 
 
-def test_mistakes_get_one_message_and_exit_code_2(run: Path, tmp_path: Path) -> None:
-    ended = convert("to-hf", run, "--out", tmp_path)
+def test_mistakes_get_one_message_and_exit_code_2(converted: Path, tmp_path: Path) -> None:
+    ended = convert("to-hf", converted, "--out", tmp_path)
     assert (ended.returncode, ended.stderr[:7]) == (2, "error: ")
     assert "exists already" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -47,8 +47,8 @@ def test_mistakes_get_one_message_and_exit_code_2(run: Path, tmp_path: Path) -> 
     assert not (tmp_path / "x").exists()
 
 
-def test_it_goes_back_to_hugging_face(run: Path, tmp_path: Path) -> None:
-    ended = convert("to-hf", run, "--out", tmp_path / "hf")
+def test_it_goes_back_to_hugging_face(converted: Path, tmp_path: Path) -> None:
+    ended = convert("to-hf", converted, "--out", tmp_path / "hf")
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -56,24 +56,24 @@ def test_it_goes_back_to_hugging_face(run: Path, tmp_path: Path) -> None:
     assert "began with | Hugging Face: hf" in (tmp_path / "hf" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("ranks", "more"), [(1, ("train.precision=bf16",)), (2, ("parallel.tensor=2",))]
-)
-def test_pretraining_goes_on_from_it(
-    run: Path, store: Path, ranks: int, more: tuple[str, ...], tmp_path: Path
-) -> None:
-    shutil.copytree(run, tmp_path / "run")
-    settings = [f"data.store={store}", *LIKE_IT, *more]
-    printed = forked.check(tmp_path / "run", settings, ranks)
-    assert "begins with the converted weights" in printed
+@pytest.fixture
+def copy(run: Run, converted: Path) -> Run:
+    """The converted run, to begin with."""
+    shutil.copytree(converted, run.folder)
+    return run
+
+
+@pytest.mark.parametrize(("ranks", "more"), [(1, "train.precision=bf16"), (2, "parallel.tensor=2")])
+def test_pretraining_goes_on_from_it(copy: Run, ranks: int, more: str) -> None:
+    assert "begins with the converted weights" in copy.check(*LIKE_IT, more, ranks=ranks)
     first, last = (
-        weights_reader.read_weights(tmp_path / "run" / "checkpoints" / f"step_{step:010d}")[WORDS]
+        weights_reader.read_weights(copy.folder / "checkpoints" / f"step_{step:010d}")[WORDS]
         for step in (0, 4)
     )
     moved = (last - first).abs().max()
     assert 0 < moved < 0.02, "four updates away from the converted weights"
     # From then on it is a run like others.
-    printed = forked.check(tmp_path / "run", [*settings, "optim.lr=1e-4"], ranks, code=2)
+    printed = copy.check(*LIKE_IT, more, "optim.lr=1e-4", ranks=ranks, code=2)
     assert "optim.lr: 0.001 -> 0.0001" in printed
 
 
@@ -86,32 +86,26 @@ def test_pretraining_goes_on_from_it(
         ("model.num_attention_heads=4", "model.num_attention_heads: 2 -> 4"),
     ],
 )
-def test_another_model_cannot_begin_with_it(
-    run: Path, store: Path, change: str, message: str, tmp_path: Path
-) -> None:
-    shutil.copytree(run, tmp_path / "run")
-    settings = [f"data.store={store}", *LIKE_IT, change]
-    assert message in forked.check(tmp_path / "run", settings, code=2)
+def test_another_model_cannot_begin_with_it(copy: Run, change: str, message: str) -> None:
+    assert message in copy.check(*LIKE_IT, change, code=2)
 
 
-def test_cells_of_another_vocabulary_are_refused(store: Path, tmp_path: Path) -> None:
+def test_cells_of_another_vocabulary_are_refused(run: Run, tmp_path: Path) -> None:
     weights = plain_bert.random_weights(**SHAPE, tokens=9 + 2)  # type: ignore[arg-type]
     conversions.write_hf(tmp_path / "hf", weights, 2)
-    conversions.vocabulary_of(9).save(tmp_path / "other.json")
-    place, vocabulary = tmp_path / "hf", tmp_path / "other.json"
-    ended = convert("from-hf", place, "--out", tmp_path / "run", "--vocabulary", vocabulary)
-    assert ended.returncode == 0
-    printed = forked.check(tmp_path / "run", [f"data.store={store}", *LIKE_IT], code=2)
-    assert "vocabulary checksum" in printed
+    vocabulary = tmp_path / "other.json"
+    conversions.vocabulary_of(9).save(vocabulary)
+    words = ("--out", run.folder, "--vocabulary", vocabulary)
+    assert convert("from-hf", tmp_path / "hf", *words).returncode == 0
+    assert "vocabulary checksum" in run.check(*LIKE_IT, code=2)
 
 
-def test_a_run_finds_its_vocabulary_in_its_store(store: Path, tmp_path: Path) -> None:
-    settings = [f"data.store={store}", "train.steps=2", "train.validate_batches=1"]
-    forked.check(tmp_path / "run", settings, 2)
-    ended = convert("to-hf", tmp_path / "run", "--out", tmp_path / "hf")
+def test_a_run_finds_its_vocabulary_in_its_store(run: Run, tmp_path: Path) -> None:
+    run.check("train.steps=2", "train.validate_batches=1", ranks=2)
+    ended = convert("to-hf", run.folder, "--out", tmp_path / "hf")
     assert ended.returncode == 0, ended.stderr
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["architectures"] == ["MegatronBertForMaskedLM"]
     assert config["vocab_size"] == NUM_GENES + 5
-    loss = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
+    loss = run.records()[-1]["val_loss"]
     assert f"nats per masked gene | {loss:.4f} |" in (tmp_path / "hf" / "README.md").read_text()

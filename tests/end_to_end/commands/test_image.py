@@ -94,7 +94,7 @@ def test_pip_finds_what_the_base_lacks_and_leaves_its_torch_alone(
     (line,) = re.findall("^Would install (.*)", ended.stdout, re.MULTILINE)
     would = dict(each.rsplit("-", 1) for each in line.split())
     assert {"megatron-core", "tiledbsoma", "anndata"} <= set(would)
-    # pandas 2.2.2 does for all of ours, and is not what requirements.lock says.
+    # pandas 2.2.2 does for all of ours, and is not the version of requirements.lock.
     assert not {"torch", "numpy", "transformer-engine", "pandas"} & set(map(name_of, would))
     locked = (repository / "requirements.lock").read_text().lower()
     assert all(f"\n{name.lower()}=={version}\n" in locked for name, version in would.items())

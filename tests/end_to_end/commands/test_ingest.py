@@ -23,7 +23,7 @@ from geneformer_mcore.store.check import check_store
 from geneformer_mcore.store.layout import Manifest
 from geneformer_mcore.store.split.table import SplitTable
 from tests.support import commands
-from tests.support.small_cells import random_counts, vocabulary_of, write_h5ad
+from tests.support.small_cells import flip_bit, random_counts, vocabulary_of, write_h5ad
 
 NUM_GENES, CELLS_A, CELLS_B = 400, 400, 500
 
@@ -52,7 +52,8 @@ if __name__ == "__main__":
     run(main)
 """
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+Ended = subprocess.CompletedProcess[str]
+Command = Callable[..., Ended]
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,21 @@ def write_inputs(folder: Path, cells_a: int, cells_b: int) -> None:
 def command(inputs: Path, tmp_path: Path) -> Command:
     """Runs build.py in a folder of its own, in one process unless said otherwise."""
 
-    def call(*arguments: object, workers: int = 1) -> subprocess.CompletedProcess[str]:
+    def call(*arguments: object, workers: int = 1) -> Ended:
         return commands.run(*words(inputs, workers, *arguments), cwd=tmp_path)
+
+    return call
+
+
+@pytest.fixture
+def refused(command: Command) -> Command:
+    """The same of a command that must end with 2."""
+
+    def call(*arguments: object, **more: int) -> Ended:
+        ended = command(*arguments, **more)
+        assert ended.returncode == 2
+        assert "Traceback" not in ended.stderr
+        return ended
 
     return call
 
@@ -94,8 +108,13 @@ def clean_hash(
     """The content of a build that nothing disturbed."""
     folder = tmp_path_factory.mktemp("clean")
     commands.check(*words(inputs, 1, "--out", "s", *files), cwd=folder)
-    assert check_store(folder / "s") == []
-    return Manifest.load(folder / "s").content_hash
+    return sound(folder / "s").content_hash
+
+
+def sound(store: Path) -> Manifest:
+    """The manifest of a store, which must be sound."""
+    assert check_store(store) == []
+    return Manifest.load(store)
 
 
 @pytest.fixture
@@ -115,43 +134,38 @@ def files(inputs: Path) -> tuple[Path, Path]:
 
 
 def test_bad_inputs_are_left_out_and_named_first_and_last(
-    command: Command, inputs: Path, tmp_path: Path, bad: list[str]
+    command: Command, refused: Command, inputs: Path, tmp_path: Path, bad: list[str]
 ) -> None:
     (tmp_path / "empty.h5ad").write_text("")
     whole = (inputs / "b.h5ad").read_bytes()
     (tmp_path / "cut.h5ad").write_bytes(whole[: len(whole) // 2])
     bad = [*bad, "empty.h5ad", "cut.h5ad", "missing.h5ad"]
-    result = command("--out", "s", bad[0], inputs / "a.h5ad", *bad[1:], workers=2)
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    lines = result.stderr.splitlines()
+    lines = refused(
+        "--out", "s", bad[0], inputs / "a.h5ad", *bad[1:], workers=2
+    ).stderr.splitlines()
     head, *named = lines[-6:]
     assert head == "error: 5 of 6 inputs are not in the store:"
     at_once = [line[9:] for line in lines if line.startswith("refused: ")]
     assert sorted(at_once) == sorted(line.strip() for line in named)
     for name in bad:
         assert sum(name in line for line in named) == 1
-    assert re.search(r"negative\.h5ad.*row 390 .*-1: negative", result.stderr)
-    manifest = Manifest.load(tmp_path / "s")
+    assert re.search(r"negative\.h5ad.*row 390 .*-1: negative", "\n".join(lines))
+    manifest = sound(tmp_path / "s")
     assert sorted(item["name"] for item in manifest.refused) == sorted(bad)
     assert manifest.cells == CELLS_A
     assert [source["name"] for source in manifest.sources] == ["a.h5ad"]
-    assert check_store(tmp_path / "s") == []
     # The bad ones have left no trace in the rows.
-    alone = command("--out", "alone", inputs / "a.h5ad")
-    assert alone.returncode == 0
+    assert command("--out", "alone", inputs / "a.h5ad").returncode == 0
     assert Manifest.load(tmp_path / "alone").content_hash == manifest.content_hash
 
 
 def test_strict_and_no_good_input_make_no_store(
-    command: Command, inputs: Path, tmp_path: Path, bad: list[str]
+    refused: Command, inputs: Path, tmp_path: Path, bad: list[str]
 ) -> None:
     good = inputs / "b.h5ad"
     for arguments in (("--strict", bad[0], good), ("--strict", bad[1], good), bad[:1], bad[::-1]):
-        result = command("--out", "s", *arguments)
-        assert result.returncode == 2
-        assert re.search(r"^error: .*(text|negative)\.h5ad", result.stderr, re.MULTILINE)
-        assert "Traceback" not in result.stderr
+        printed = refused("--out", "s", *arguments).stderr
+        assert re.search(r"^error: .*(text|negative)\.h5ad", printed, re.MULTILINE)
         assert not (tmp_path / "s").exists()
 
 
@@ -170,25 +184,25 @@ def test_without_a_vocabulary_bad_inputs_are_left_out_too(
     assert len(found.refused) == 2
 
 
-def test_a_split_by_data_set(command: Command, files: tuple[Path, ...], tmp_path: Path) -> None:
+def test_a_split_by_data_set(
+    command: Command, refused: Command, files: tuple[Path, ...], tmp_path: Path
+) -> None:
     roles, cells = {"a": "train", "b": "test"}, {"a": CELLS_A, "b": CELLS_B}
     SplitTable("card", 0, 0.5, roles, cells, {}).save(tmp_path / "split.json")
     SplitTable("card", 0, 0.5, {"b": "test"}, {"b": CELLS_B}, {}).save(tmp_path / "less.json")
     assert command("--out", "s", "--split", "split.json", *files).returncode == 0
     rows = {"train": [0, 400], "validation": [400, 400], "test": [400, 900]}
-    assert Manifest.load(tmp_path / "s").rows == rows
-    assert check_store(tmp_path / "s") == []
+    assert sound(tmp_path / "s").rows == rows
     # A data set without a role is refused before any work.
-    less = command("--out", "t", "--split", "less.json", *files)
-    assert less.returncode == 2
-    assert re.search(r"refused: \S+/a\.h5ad: the split names 1 data sets, and ", less.stderr)
+    printed = refused("--out", "t", "--split", "less.json", *files).stderr
+    assert re.search(r"refused: \S+/a\.h5ad: the split names 1 data sets, and ", printed)
     assert Manifest.load(tmp_path / "t").rows["test"] == [0, CELLS_B]
 
 
 def test_parts_at_once_then_the_whole(
-    command: Command, files: tuple[Path, ...], tmp_path: Path, clean_hash: str
+    command: Command, refused: Command, files: tuple[Path, ...], tmp_path: Path, clean_hash: str
 ) -> None:
-    def do(part: int) -> subprocess.CompletedProcess[str]:
+    def do(part: int) -> Ended:
         return command("--out", "s", "--part", f"{part}/3", *files)
 
     with ThreadPoolExecutor() as threads:
@@ -196,34 +210,32 @@ def test_parts_at_once_then_the_whole(
             assert ended.returncode == 0, ended.stderr
             assert "is done" in ended.stdout
     assert not (tmp_path / "s").exists()
-    other = command("--out", "s", "--part", "1/3", "--seq-length", 99, *files)
-    assert other.returncode == 2
+    other = refused("--out", "s", "--part", "1/3", "--seq-length", 99, *files)
     assert "the parts done so far had other arguments: seq_length differ" in other.stderr
     whole = command("--out", "s", *files[::-1])
     assert whole.returncode == 0
     assert "continues: 12 of 18 units of work are there" in whole.stderr
     assert Manifest.load(tmp_path / "s").content_hash == clean_hash
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
+    assert os.listdir(tmp_path) == ["s"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--part", "3/3"), "0 <= I < N"),
-        (("--part", "x"), "0 <= I < N"),
-        (("--part", "0/2", "--report", "r"), "--report goes with"),
-        (("--workers", "0"), "at least 1 worker"),
-        (("--split", "missing.json"), "missing.json: there is no such file"),
-        (("--report", "/proc/x"), "/proc/x/report.json: cannot be written"),
+        ("--part 3/3", "0 <= I < N"),
+        ("--part x", "0 <= I < N"),
+        ("--part 0/2 --report r", "--report goes with"),
+        ("--workers 0", "at least 1 worker"),
+        ("--split missing.json", "missing.json: there is no such file"),
+        ("--report /proc/x", "/proc/x/report.json: cannot be written"),
     ],
 )
 def test_options_that_make_no_sense(
-    command: Command, inputs: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+    refused: Command, inputs: Path, tmp_path: Path, arguments: str, message: str
 ) -> None:
-    result = command("--out", "s", *arguments, inputs / "a.h5ad")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    ended = refused("--out", "s", *arguments.split(), inputs / "a.h5ad")
+    assert ended.stdout == ""
+    assert message in ended.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -238,33 +250,39 @@ def test_report(command: Command, files: tuple[Path, ...], tmp_path: Path) -> No
     result = command("--out", "s", "--report", "r", *files)
     assert result.returncode == 0, result.stderr
     assert "report: r/report.md" in result.stdout
+    report = tmp_path / "r"
     names = ["lengths_a.png", "lengths_b.png", "report.json", "report.md"]
-    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == names
-    content = json.loads((tmp_path / "r/report.json").read_text())
-    for source in content["sources"]:
+    assert sorted(path.name for path in report.iterdir()) == names
+    for source in json.loads((report / "report.json").read_text())["sources"]:
         assert sum(source["lengths"]["cells"]) == source["cells_stored"]
-    text = (tmp_path / "r/report.md").read_text()
+    text = (report / "report.md").read_text()
     assert "| a.h5ad | 400 | 400 | 0 | 400 of 400 (100.0%) |" in text
     assert "![b.h5ad](lengths_b.png)" in text
-    assert (tmp_path / "r/lengths_a.png").read_bytes().startswith(b"\x89PNG")
+    assert (report / "lengths_a.png").read_bytes().startswith(b"\x89PNG")
 
 
 # Kills. Where there is a file `stay`, workers stay in the middle of a unit that they have written;
 # where there is one `kill`, the whole process group is killed at the instant that it names.
 
 
-def start(inputs: Path, folder: Path, repository: Path, workers: int = 2) -> subprocess.Popen[str]:
+def start(inputs: Path, folder: Path, workers: int = 2) -> subprocess.Popen[str]:
     """The build in a process group of its own."""
     given = words(inputs, workers, "--out", "s", inputs / "a.h5ad", inputs / "b.h5ad")
     return subprocess.Popen(
         [sys.executable, "-W", "error", *given],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(repository)},
+        env={**os.environ, "PYTHONPATH": str(commands.ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+def assert_clears(inputs: Path, folder: Path) -> None:
+    """A kill after the store had its name leaves its units: the next command clears them."""
+    assert "s: exists already" in start(inputs, folder).communicate()[1]
+    assert os.listdir(folder) == ["s"]
 
 
 KILLS = (
@@ -281,63 +299,62 @@ random instants: tests/soak/ingest_kills.py."""
 
 
 def test_killed_at_each_stage_it_ends_as_if_it_had_not_been(
-    inputs: Path, tmp_path: Path, repository: Path, clean_hash: str
+    inputs: Path, tmp_path: Path, clean_hash: str
 ) -> None:
     staging, store = tmp_path / ".s.staging", tmp_path / "s"
+    being_made = staging / "store"
+    steps = (being_made, being_made / "manifest.json", staging / "published", store)
     for instant, left in KILLS:
         (tmp_path / "kill").write_text(instant)
-        process = start(inputs, tmp_path, repository, workers=1)
+        process = start(inputs, tmp_path, workers=1)
         printed = process.communicate()[1]
         assert process.returncode == -signal.SIGKILL, printed
-        being_made = staging / "store"
-        assert left == (
-            len(list((staging / "units").glob("*.json"))),
-            being_made.exists(),
-            (being_made / "manifest.json").exists(),
-            (staging / "published").exists(),
-            store.exists(),
-        ), instant
+        finished = len(list((staging / "units").glob("*.json")))
+        assert left == (finished, *(path.exists() for path in steps)), instant
     (tmp_path / "kill").unlink()
-    assert check_store(store) == []
-    assert Manifest.load(store).content_hash == clean_hash
-    # A kill after the store had its name leaves its units: the next command clears them.
-    again = start(inputs, tmp_path, repository)
-    assert "s: exists already" in again.communicate()[1]
-    assert os.listdir(tmp_path) == ["s"]
+    assert sound(store).content_hash == clean_hash
+    assert_clears(inputs, tmp_path)
+
+
+class Staying:
+    """A build whose two workers have written a unit each, and stay there."""
+
+    def __init__(self, inputs: Path, folder: Path) -> None:
+        (folder / "stay").touch()
+        self.process = start(inputs, folder)
+        deadline = time.monotonic() + 120
+        while len(list(folder.glob(".s.staging/units/*.json"))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        children = psutil.Process(self.process.pid).children()
+        self.workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        assert len(self.workers) == 2
+
+    def ended(self, code: int) -> str:
+        """What it prints until it ends, with its workers."""
+        printed = self.process.communicate(timeout=60)[1]
+        assert self.process.returncode == code, printed
+        assert "Traceback" not in printed
+        assert not psutil.wait_procs(self.workers, timeout=60)[1]
+        return printed
 
 
 @pytest.fixture
-def staying(inputs: Path, tmp_path: Path, repository: Path) -> subprocess.Popen[str]:
-    """A build whose two workers have written a unit each, and stay there."""
-    (tmp_path / "stay").touch()
-    process = start(inputs, tmp_path, repository)
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob(".s.staging/units/*.json"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return process
+def staying(inputs: Path, tmp_path: Path) -> Staying:
+    return Staying(inputs, tmp_path)
 
 
 def test_a_killed_worker_is_named_by_its_unit_and_a_second_run_goes_on(
-    command: Command,
-    files: tuple[Path, ...],
-    tmp_path: Path,
-    staying: subprocess.Popen[str],
-    clean_hash: str,
+    command: Command, files: tuple[Path, ...], tmp_path: Path, staying: Staying, clean_hash: str
 ) -> None:
-    workers = workers_of(staying)
-    workers[0].kill()
-    printed = staying.communicate(timeout=60)[1]
-    assert staying.returncode == 1
+    staying.workers[0].kill()
+    printed = staying.ended(1)
     assert re.search(
         r"error: a worker process was ended by signal 9 \(SIGKILL\), as the system does when "
         r"memory runs out, in the middle of rows [\d,]+ to [\d,]+ of \S+[ab]\.h5ad\. Remedy: ",
         printed,
     ), printed
-    assert "Traceback" not in printed
     assert not (tmp_path / "s").exists()
-    # The other worker is gone too.
-    assert not psutil.wait_procs(workers, timeout=60)[1]
     (tmp_path / "stay").unlink()
     again = command("--out", "s", *files)
     assert again.returncode == 0, again.stderr
@@ -346,35 +363,18 @@ def test_a_killed_worker_is_named_by_its_unit_and_a_second_run_goes_on(
 
 
 def test_an_interrupt_from_the_keyboard_ends_all_and_keeps_the_work(
-    tmp_path: Path, staying: subprocess.Popen[str]
+    tmp_path: Path, staying: Staying
 ) -> None:
-    os.killpg(staying.pid, signal.SIGINT)
-    printed = staying.communicate(timeout=60)[1]
-    assert staying.returncode == 130, printed
+    os.killpg(staying.process.pid, signal.SIGINT)
+    printed = staying.ended(130)
     assert "2 finished units of work stay in .s.staging" in printed
     assert printed.endswith("interrupted\n")
-    assert "Traceback" not in printed
     assert sorted(os.listdir(tmp_path / ".s.staging")) == ["lock", "plan.json", "units"]
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    workers = [child for child in psutil.Process(process.pid).children() if is_worker(child)]
-    assert len(workers) == 2
-    return workers
-
-
-def is_worker(process: psutil.Process) -> bool:
-    try:
-        return "spawn_main" in " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return False
-
-
-def test_workers_end_with_a_killed_parent(staying: subprocess.Popen[str]) -> None:
-    workers = workers_of(staying)
-    staying.kill()
-    staying.communicate()
-    assert not psutil.wait_procs(workers, timeout=60)[1]
+def test_workers_end_with_a_killed_parent(staying: Staying) -> None:
+    staying.process.kill()
+    staying.ended(-signal.SIGKILL)
 
 
 def test_damaged_units_are_done_again(
@@ -383,9 +383,7 @@ def test_damaged_units_are_done_again(
     assert command("--out", "s", "--part", "0/1", *files).returncode == 0
     units = sorted((tmp_path / ".s.staging" / "units").glob("*.arrows"))
     assert len(units) == 18
-    raw = bytearray(units[0].read_bytes())
-    raw[len(raw) // 2] ^= 1
-    units[0].write_bytes(raw)
+    flip_bit(units[0], units[0].stat().st_size // 2)
     units[1].write_bytes(units[1].read_bytes()[:-100])
     units[2].unlink()
     report = units[3].with_suffix(".json")

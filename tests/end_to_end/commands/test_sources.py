@@ -7,63 +7,47 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end import forked
-from tests.end_to_end.run.test_pretrain import outcome, settings, signalled, trace
+from tests.end_to_end.forked import Run
+from tests.end_to_end.run.test_pretrain import MORE as STEPS_OF_A_RUN
+from tests.end_to_end.run.test_pretrain import signalled, trace
 
-STEPS = "train.steps=10"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("sources") / "store"
-    ended = forked.start(run, settings(store, STEPS))
-    assert ended.wait() == [0], ended.printed
-    return run
+MORE = (*STEPS_OF_A_RUN, "train.steps=10")
 
 
-@pytest.fixture(scope="module")
-def from_counts(store: Path) -> tuple[str, ...]:
-    vocabulary = store / "vocabulary.json"
-    return ("data.source=counts", f"data.vocabulary={vocabulary}", STEPS)
+@pytest.fixture
+def counts(run: Run, h5ad: Path, store: Path) -> Run:
+    """A run from raw counts."""
+    more = ("data.source=counts", f"data.vocabulary={store / 'vocabulary.json'}")
+    return Run(run.folder, (f"data.store={h5ad}", *MORE, *more))
 
 
 def test_a_run_may_go_on_from_a_flat_copy_or_through_dali(
-    store: Path, undisturbed: Path, tmp_path: Path
+    run: Run, undisturbed: Run, tmp_path: Path
 ) -> None:
-    run, cache = tmp_path / "run", tmp_path / "cache"
-    stop = (1, signalled, (2, signal.SIGTERM))
-    assert forked.start(run, settings(store, STEPS), *stop).wait() == [75]
-    copied = settings(store, STEPS, f"data.cache_dir={cache}")
-    assert forked.start(run, copied, *stop).wait() == [75]
+    cache, stop = tmp_path / "cache", (signalled, 2, signal.SIGTERM)
+    run.check(trouble=stop, code=75)
+    run.check(f"data.cache_dir={cache}", trouble=stop, code=75)
     assert len(list(cache.glob("*/tokens.bin"))) == 1
-    ended = forked.start(run, settings(store, STEPS, "data.loader=dali"))
-    assert ended.wait() == [0], ended.printed
+    run.check("data.loader=dali")
     assert trace(run) == trace(undisturbed)
 
 
-def test_a_run_from_counts_goes_on_where_it_stopped(
-    h5ad: Path, from_counts: tuple[str, ...], tmp_path: Path
-) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    ended = forked.start(whole, settings(h5ad, *from_counts))
-    assert ended.wait() == [0], ended.printed
-    stop = (1, signalled, (5, signal.SIGTERM))
-    assert forked.start(stopped, settings(h5ad, *from_counts), *stop).wait() == [75]
-    assert forked.start(stopped, settings(h5ad, *from_counts)).wait() == [0]
-    assert trace(stopped) == trace(whole)
+def test_a_run_from_counts_goes_on_where_it_stopped(counts: Run, tmp_path: Path) -> None:
+    whole = counts.at(tmp_path / "whole")
+    whole.check()
+    counts.check(trouble=(signalled, 5, signal.SIGTERM), code=75)
+    counts.check()
+    assert trace(counts) == trace(whole)
     assert trace(whole)[-1]["val_loss"] < 6
 
 
-def test_a_run_does_not_go_on_from_other_cells(
-    h5ad: Path, undisturbed: Path, from_counts: tuple[str, ...]
-) -> None:
-    before = trace(undisturbed)
-    ended = forked.start(undisturbed, settings(h5ad, *from_counts))
-    assert ended.wait() == [2]
-    assert "data.source: tokens -> counts" in ended.printed
-    assert "content hash of data.store" in ended.printed
-    assert trace(undisturbed) == before
-    assert outcome(undisturbed)["exit_code"] == 2
+def test_a_run_does_not_go_on_from_other_cells(counts: Run, undisturbed: Run) -> None:
+    earlier = trace(undisturbed)
+    printed = counts.at(undisturbed.folder).check(code=2)
+    assert "data.source: tokens -> counts" in printed
+    assert "content hash of data.store" in printed
+    assert trace(undisturbed) == earlier
+    assert undisturbed.outcome()["exit_code"] == 2
 
 
 @pytest.mark.parametrize(
@@ -77,10 +61,7 @@ def test_a_run_does_not_go_on_from_other_cells(
     ],
 )
 def test_mistakes_get_one_message_and_exit_code_2(
-    h5ad: Path, store: Path, tmp_path: Path, more: tuple, message: str
+    run: Run, h5ad: Path, more: tuple[str, ...], message: str
 ) -> None:
-    where = h5ad if "data.source=counts" in more else store
-    ended = forked.start(tmp_path / "run", settings(where, *more))
-    assert ended.wait() == [2]
-    assert message in ended.printed
-    assert "Traceback" not in ended.printed
+    cells = [f"data.store={h5ad}"] if "data.source=counts" in more else []
+    assert message in run.check(*cells, *more, code=2)

@@ -16,9 +16,8 @@ import pytest
 
 from geneformer_mcore.checkpoint import folder as checkpoints
 from tests.distributed.ranks import context
-from tests.end_to_end import forked
+from tests.end_to_end.forked import Run, before
 from tests.soak import kill_points
-from tests.support.final_state import FinalState, final_state
 
 MORE = (
     "train.steps=8",
@@ -59,17 +58,13 @@ ASYNCHRONOUS: list[Kill] = [
 """The same of asynchronous saves: they are killed in their thread."""
 
 
-def settings(store: Path, *more: str) -> list[str]:
-    return [f"data.store={store}", *MORE, *more]
-
-
 def killed(rank: int, *reached: Reached) -> None:
     """Trouble: SIGKILL where the last of `reached` is, once the others were."""
     (place, call), *within = reached
     if within:
-        forked.before(place, call, lambda: killed(rank, *within))
+        before(place, call, lambda: killed(rank, *within))
     else:
-        forked.before(place, call, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        before(place, call, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 @pytest.mark.parametrize(
@@ -78,36 +73,31 @@ def killed(rank: int, *reached: Reached) -> None:
     ids=["synchronous", "asynchronous"],
 )
 def test_killed_in_each_phase_it_ends_as_if_it_had_not_been(
-    store: Path,
-    tmp_path: Path,
-    undisturbed: FinalState,
-    kills: list[Kill],
-    more: tuple[str, ...],
+    run: Run, undisturbed: Run, kills: list[Kill], more: tuple[str, ...]
 ) -> None:
-    run = tmp_path / "run"
     for reached, left in kills:
-        forked.check(run, settings(store, *more), 1, killed, reached, code=-signal.SIGKILL)
+        run.check(*more, trouble=(killed, *reached), code=-signal.SIGKILL)
         assert_whole(run, left)
-    forked.check(run, settings(store, *more))
+    run.check(*more)
     assert_whole(run, [6, 8])
-    assert not list((run / "checkpoints").glob(".*"))
-    assert final_state(run) == undisturbed
+    assert not list((run.folder / "checkpoints").glob(".*"))
+    assert run.state() == undisturbed.state()
 
 
-def test_two_ranks_are_killed_at_once(store: Path, tmp_path: Path) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    forked.check(whole, settings(store), 2)
-    codes = forked.start(run, settings(store), 2, killed, ((STEP, 5),)).wait()
+def test_two_ranks_are_killed_at_once(run: Run, tmp_path: Path) -> None:
+    whole = run.at(tmp_path / "whole")
+    whole.check(ranks=2)
+    codes = run.start(ranks=2, trouble=(killed, (STEP, 5))).wait()
     assert -signal.SIGKILL in codes
     assert 0 not in codes
     assert_whole(run, [2, 4])
-    forked.check(run, settings(store), 2)
-    assert final_state(run) == final_state(whole)
+    run.check(ranks=2)
+    assert run.state() == whole.state()
 
 
-def assert_whole(run: Path, left: list[int]) -> None:
+def assert_whole(run: Run, left: list[int]) -> None:
     """There are checkpoints of the steps `left`, and all are readable."""
-    root = run / "checkpoints"
+    root = run.folder / "checkpoints"
     assert checkpoints.steps(root) == left
     for step in left:
         checkpoints.verify(checkpoints.step_folder(root, step))

@@ -11,14 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from geneformer_mcore.distributed import guard
 from tests.end_to_end import forked
-from tests.end_to_end.instants import before
+from tests.end_to_end.phases import PLACES
 from tests.support.commands import ROOT
 from tests.support.marks import soak
 
@@ -31,54 +30,13 @@ SETTINGS = (
     "train.validate_batches=2",
     "checkpoint.save_every_steps=2",
 )
-PLACES = {
-    "import": "",
-    "opening": "geneformer_mcore.training.datasets:open_cells",
-    "rendezvous": "geneformer_mcore.distributed.groups:meet",
-    "first step": "geneformer_mcore.training.trainer:train_step",
-    "validation": "geneformer_mcore.data.loader:Feed.validation_step",
-    "saving": "geneformer_mcore.checkpoint.state:Snapshot.write",
-    "ending": "geneformer_mcore.distributed.groups:stop",
-}
-HOLD_S = {"rendezvous": 60.0, "first step": 60.0}
-"""For which the phase is held if nothing happens, by default 2 s. A rendezvous is held by rank 1
-alone, and rank 0 waits for it in C++; a step is held while a signal is only noted."""
 SCRIPT = """
 import os, sys
-from tests.end_to_end.run.test_launcher import held
+from tests.end_to_end.phases import held
 held({phase!r}, {note!r}, int(os.environ["RANK"]))
 import launch.pretrain
 sys.exit(launch.pretrain.main())
 """
-
-
-class BeforeTorch:
-    """A finder of modules that finds none, and holds the first import of torch."""
-
-    def __init__(self, hold: Any) -> None:
-        self._hold = hold
-
-    def find_spec(self, name: str, *_: Any) -> None:
-        if name == "torch":
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
-            self._hold()
-
-
-def held(phase: str, note: str, rank: int) -> None:
-    """When this rank comes to `phase` it writes the file `note`_RANK, and stays there."""
-
-    def hold() -> None:
-        Path(f"{note}_{rank}").touch()
-        deadline = time.monotonic() + HOLD_S.get(phase, 2.0)
-        while time.monotonic() < deadline and (phase, rank) != ("rendezvous", 0):
-            time.sleep(0.05)
-            if phase == "first step" and signal.getsignal(TERM).__self__.reason:  # type: ignore[union-attr]
-                return
-
-    if phase == "import":
-        sys.meta_path.insert(0, BeforeTorch(hold))  # type: ignore[arg-type]
-    else:
-        before(PLACES[phase], 1, hold)
 
 
 @contextmanager
@@ -100,7 +58,7 @@ def torchrun(
         )  # fmt: skip
     ranks: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not all(Path(f"{note}_{rank}").exists() for rank in range(2)):
             assert started.poll() is None, printed.read_text()
             assert time.monotonic() < deadline, printed.read_text()
@@ -168,9 +126,10 @@ def test_no_rank_stays_and_the_next_start_goes_on(
         print(f"{phase}, {whom}, {number.name}: {time.monotonic() - began:.1f} s")
     assert_outcome(tmp_path)
     run = tmp_path / "run"
-    saved = forked.newest(run)
-    forked.check(run, [*SETTINGS, f"data.store={store}"], 2)
-    assert forked.newest(run) == STEPS >= saved
+    again = forked.Run(run, (*SETTINGS, f"data.store={store}"))
+    saved = again.newest()
+    again.check(ranks=2)
+    assert again.newest() == STEPS >= saved
 
 
 def assert_outcome(tmp_path: Path) -> None:
@@ -198,6 +157,28 @@ def test_a_refusal_of_one_rank_ends_the_other_at_once(
     assert ended.returncode == 1  # torchrun's
     assert f"is still going: process {holder.pid} on {os.uname().nodename}, started" in ended.stderr
     assert "which is alive" in ended.stderr
+
+
+FOLLOWED = """
+import os, sys, time
+from geneformer_mcore.distributed import launcher
+launcher.follow(300.0)
+print("followed", flush=True)
+time.sleep(600)
+"""
+
+
+def test_other_commands_end_with_torchrun_too(tmp_path: Path) -> None:
+    code = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, sys.executable, "-c", FOLLOWED],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0"},
+    ) as started:  # fmt: skip
+        assert started.stdout is not None
+        assert started.stdout.readline() == "followed\n"
+        started.kill()
+        assert "has ended, and its ranks end with it" in started.communicate(timeout=120)[1]
 
 
 def test_the_guard_leaves_alone_what_ctrl_z_has_stopped(tmp_path: Path) -> None:

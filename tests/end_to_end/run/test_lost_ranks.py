@@ -7,20 +7,21 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from geneformer_mcore.errors import DataError
-from tests.end_to_end import forked
-from tests.end_to_end.forked import outcome, records
-from tests.end_to_end.run.test_pretrain import MORE
+from tests.end_to_end.forked import Run
+from tests.end_to_end.run.test_pretrain import MORE as STEPS_OF_A_RUN
 from tests.support import commands
 from tests.support.marks import soak
 
 TIMEOUT_S = 8
 TROUBLE_AT = 5
+MORE = (*STEPS_OF_A_RUN, f"parallel.timeout_s={TIMEOUT_S}", "train.steps=1000")
 
 SCRIPT = """
 import os, sys
@@ -52,34 +53,54 @@ def troubled(rank: int, of_rank: int, what: str, note: str) -> None:
         trainer.train_step = train_step
 
 
-def settings(store: Path, *more: str) -> list[str]:
-    limits = (f"parallel.timeout_s={TIMEOUT_S}", "train.steps=1000")
-    return [f"data.store={store}", *MORE, *limits, *more]
+@dataclass
+class Job:
+    """A run of two ranks, and when its trouble came."""
+
+    run: Run
+    note: Path
+    printed: str = ""
+
+    def ended(self, what: str, of_rank: int, *more: str) -> list[int | None]:
+        """The exit codes of both ranks."""
+        trouble = (troubled, of_rank, what, str(self.note))
+        job = self.run.start(*more, ranks=2, trouble=trouble)
+        codes = job.wait()
+        self.printed = job.printed
+        return codes
+
+    def ended_by_torchrun(self, what: str, of_rank: int) -> int:
+        """The exit code of torchrun, as a user starts it."""
+        script = self.note.with_name("trouble.py")
+        script.write_text(SCRIPT.format(of_rank=of_rank, what=what, note=str(self.note)))
+        words = "--standalone --max-restarts=0 --nproc_per_node=2 --shutdown-timeout=120"
+        ended = commands.torchrun(*words.split(), script, *self.run.words())
+        self.printed = ended.stderr
+        return ended.returncode
+
+    def assert_in_time(self, limit_s: float) -> None:
+        """From the trouble until the outcome was there."""
+        outcome_at = (self.run.folder / "outcome.json").stat().st_mtime
+        assert outcome_at - float(self.note.read_text()) < limit_s
+
+    def assert_named(self, what: str, of_rank: int) -> None:
+        """The outcome names the rank that was lost, and so does what was printed."""
+        found = self.run.outcome()
+        assert (found["outcome"], found["exit_code"]) == ("failed", 1)
+        assert found["step"] == TROUBLE_AT - 1
+        reason = found["reason"]
+        assert f"error: {reason[:60]}" in self.printed
+        if what == "asleep":
+            assert f"no rank got on for {TIMEOUT_S} s" in reason
+        else:
+            assert f"rank {of_rank} of 2 is lost" in reason
+            assert f"rank {1 - of_rank} " in reason
+        assert "while forward, backward and update" in reason or "update for" in reason
 
 
-def run(
-    what: str, of_rank: int, store: Path, tmp_path: Path, *more: str
-) -> tuple[list[int | None], str, float]:
-    """(exit codes of two ranks, what they printed, seconds since the trouble)."""
-    note = str(tmp_path / "when")
-    job = forked.start(tmp_path / "run", settings(store, *more), 2, troubled, (of_rank, what, note))
-    return job.wait(), job.printed, seconds_since(tmp_path)
-
-
-def seconds_since(tmp_path: Path) -> float:
-    """From the trouble until the outcome was there."""
-    outcome_at = (tmp_path / "run" / "outcome.json").stat().st_mtime
-    return outcome_at - float((tmp_path / "when").read_text())
-
-
-def run_by_torchrun(what: str, of_rank: int, store: Path, tmp_path: Path) -> tuple[int, str, float]:
-    """(its exit code, what it printed, seconds since the trouble), as a user starts it."""
-    script, note = tmp_path / "trouble.py", str(tmp_path / "when")
-    script.write_text(SCRIPT.format(of_rank=of_rank, what=what, note=note))
-    words = ("--standalone", "--max-restarts=0", "--nproc_per_node=2", "--shutdown-timeout=120")
-    given = (f"run.dir={tmp_path / 'run'}", *forked.SETTINGS, *settings(store))
-    ended = commands.torchrun(*words, script, *given)
-    return ended.returncode, ended.stderr, seconds_since(tmp_path)
+@pytest.fixture
+def job(run: Run, tmp_path: Path) -> Job:
+    return Job(run, tmp_path / "when")
 
 
 def failed(*_: Any) -> None:
@@ -112,21 +133,6 @@ TROUBLES: dict[str, Callable[..., Any]] = {
 }
 
 
-def assert_named(what: str, of_rank: int, run: Path, printed: str) -> None:
-    """The outcome names the rank that was lost, and so does what was printed."""
-    found = outcome(run)
-    assert (found["outcome"], found["exit_code"]) == ("failed", 1)
-    assert found["step"] == TROUBLE_AT - 1
-    reason = found["reason"]
-    assert f"error: {reason[:60]}" in printed
-    if what == "asleep":
-        assert f"no rank got on for {TIMEOUT_S} s" in reason
-    else:
-        assert f"rank {of_rank} of 2 is lost" in reason
-        assert f"rank {1 - of_rank} " in reason
-    assert "while forward, backward and update" in reason or "update for" in reason
-
-
 @pytest.mark.parametrize(
     ("what", "of_rank"),
     [
@@ -139,53 +145,43 @@ def assert_named(what: str, of_rank: int, run: Path, printed: str) -> None:
     ],
 )
 def test_a_lost_rank_ends_the_job_in_time_and_is_named(
-    what: str, of_rank: int, store: Path, tmp_path: Path, slack_s: float
+    what: str, of_rank: int, job: Job, slack_s: float
 ) -> None:
-    codes, printed, seconds = run(what, of_rank, store, tmp_path)
+    codes = job.ended(what, of_rank)
     lost = 1 if what == "asleep" else -signal.SIGKILL
     assert (codes[of_rank], codes[1 - of_rank]) == (lost, 1)
-    assert_named(what, of_rank, tmp_path / "run", printed)
-    assert seconds < TIMEOUT_S + slack_s
+    job.assert_named(what, of_rank)
+    job.assert_in_time(TIMEOUT_S + slack_s)
 
 
 @pytest.mark.parametrize(("what", "of_rank"), [soak("killed", 0), ("stopped", 1)])
-def test_under_torchrun_too(
-    what: str, of_rank: int, store: Path, tmp_path: Path, slack_s: float
-) -> None:
+def test_under_torchrun_too(what: str, of_rank: int, job: Job, slack_s: float) -> None:
     """Which asks the others to end when one rank has ended, and heeds none that is stopped."""
-    code, printed, seconds = run_by_torchrun(what, of_rank, store, tmp_path)
-    assert code == 1
-    assert_named(what, of_rank, tmp_path / "run", printed)
-    assert seconds < TIMEOUT_S + slack_s
+    assert job.ended_by_torchrun(what, of_rank) == 1
+    job.assert_named(what, of_rank)
+    job.assert_in_time(TIMEOUT_S + slack_s)
 
 
 @pytest.mark.parametrize("of_rank", [1, soak(0)])
-def test_an_error_on_one_rank_reaches_all(
-    of_rank: int, store: Path, tmp_path: Path, slack_s: float
-) -> None:
-    codes, _, seconds = run("failed", of_rank, store, tmp_path)
-    assert codes == [1, 1]
-    reason = outcome(tmp_path / "run")["reason"]
-    # Rank 0 writes the outcome: of its own error it needs not say where it was.
+def test_an_error_on_one_rank_reaches_all(of_rank: int, job: Job, slack_s: float) -> None:
+    assert job.ended("failed", of_rank) == [1, 1]
+    # Rank 0 writes the outcome: of its own error it need not name where it was.
     where = f"the job failed: rank {of_rank} failed at step 4 while forward, backward and update: "
-    assert reason == f"{where if of_rank else ''}ValueError: a bad cell"
-    assert seconds < slack_s
+    assert job.run.outcome()["reason"] == f"{where if of_rank else ''}ValueError: a bad cell"
+    job.assert_in_time(slack_s)
 
 
-def test_a_users_mistake_on_one_rank_is_exit_code_2(store: Path, tmp_path: Path) -> None:
-    assert run("refused", 1, store, tmp_path)[0] == [2, 2]
-    found = outcome(tmp_path / "run")
+def test_a_users_mistake_on_one_rank_is_exit_code_2(job: Job) -> None:
+    assert job.ended("refused", 1) == [2, 2]
+    found = job.run.outcome()
     assert (found["exit_code"], found["reason"]) == (2, "a bad store")
 
 
-def test_a_nan_on_one_rank_is_left_out_everywhere_counted_and_named(
-    store: Path, tmp_path: Path
-) -> None:
+def test_a_nan_on_one_rank_is_left_out_everywhere_counted_and_named(job: Job) -> None:
     more = ("train.non_finite=skip", "train.steps=8", "checkpoint.save_every_steps=0")
-    codes, printed, _ = run("nan", 1, store, tmp_path, *more)
-    assert codes == [0, 0], printed
-    folder = tmp_path / "run"
-    assert [line["skipped_updates"] for line in records(folder) if "loss" in line][-1] == 1
+    assert job.ended("nan", 1, *more) == [0, 0], job.printed
+    assert job.run.records("loss")[-1]["skipped_updates"] == 1
+    folder = job.run.folder
     (line,) = (folder / "skipped.jsonl").read_text().splitlines()
     skipped = json.loads(line)
     assert (skipped["step"], skipped["position"]) == (TROUBLE_AT, (TROUBLE_AT - 1) * 16)
@@ -194,8 +190,8 @@ def test_a_nan_on_one_rank_is_left_out_everywhere_counted_and_named(
     assert "skipped.jsonl" in (folder / "log.txt").read_text()
 
 
-def test_a_nan_ends_the_run_where_the_policy_is_stop(store: Path, tmp_path: Path) -> None:
-    assert run("nan", 1, store, tmp_path)[0] == [1, 1]
-    found = outcome(tmp_path / "run")
+def test_a_nan_ends_the_run_where_the_policy_is_stop(job: Job) -> None:
+    assert job.ended("nan", 1) == [1, 1]
+    found = job.run.outcome()
     assert "step 5: the gradient norm is not finite" in found["reason"]
     assert found["exit_code"] == 1

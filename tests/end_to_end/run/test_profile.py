@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from geneformer_mcore.training.profiler import WARM_UP_STEPS
-from tests.end_to_end import forked
-from tests.support.final_state import FinalState, final_state
+from tests.end_to_end.forked import Run, before
 from tests.support.marks import soak
 
 STEPS = 8
@@ -26,67 +25,63 @@ MORE = (
 TRACE = "profile/trace_step_0000000004_to_0000000006.json"
 
 
-def settings(store: Path, profile_steps: int) -> list[str]:
-    return [f"data.store={store}", *MORE, f"train.profile_steps={profile_steps}"]
+THREE = "train.profile_steps=3"
+STEP = "geneformer_mcore.training.trainer:train_step"
 
 
-def names_in(trace: Path) -> Counter[str]:
-    """How often each operator or part of a step was recorded."""
-    events = json.loads(trace.read_text())["traceEvents"]
-    return Counter(event["name"] for event in events if event.get("ph") == "X")
-
-
-def test_the_trace_names_our_parts_of_the_steps_asked_for(
-    store: Path, tmp_path: Path, undisturbed: FinalState
-) -> None:
-    run = tmp_path / "run"
-    printed = forked.check(run, settings(store, 3))
-    assert f"profile of 3 step(s): {run / TRACE}" in printed
-    assert [path.name for path in (run / "profile").iterdir()] == [Path(TRACE).name]
-    names = names_in(run / TRACE)
+def test_the_trace_names_our_parts_of_the_steps_asked_for(run: Run, undisturbed: Run) -> None:
+    printed = run.check(THREE)
+    assert f"profile of 3 step(s): {run.folder / TRACE}" in printed
+    assert [path.name for path in (run.folder / "profile").iterdir()] == [Path(TRACE).name]
+    events = json.loads((run.folder / TRACE).read_text())["traceEvents"]
+    names = Counter(event["name"] for event in events if event.get("ph") == "X")
     for part in ("wait for cells", "forward and backward", "gradient norm", "update"):
         assert names[part] == 3
     assert any("LinearWithGradAccumulation" in name for name in names), "Megatron's operators"
     assert any("scaled_dot_product" in name for name in names)
-    assert final_state(run) == undisturbed
-    assert not (undisturbed.run / "profile").exists()
+    assert run.state() == undisturbed.state()
+    assert not (undisturbed.folder / "profile").exists()
     assert WARM_UP_STEPS == 3
 
 
 @pytest.mark.soak
-def test_rank_0_writes_it(store: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    forked.check(run, settings(store, 3), 2)
-    assert [path.name for path in (run / "profile").iterdir()] == [Path(TRACE).name]
+def test_rank_0_writes_it(run: Run) -> None:
+    run.check(THREE, ranks=2)
+    assert [path.name for path in (run.folder / "profile").iterdir()] == [Path(TRACE).name]
 
 
 def interrupted(_rank: int, number: signal.Signals) -> None:
     """Trouble: a signal inside the window, which begins with step 4."""
-    do = partial(os.kill, os.getpid(), number)
-    forked.before("geneformer_mcore.training.trainer:train_step", 5, do)
+    before(STEP, 5, partial(os.kill, os.getpid(), number))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), soak(signal.SIGKILL, -9)])
 def test_an_end_inside_the_window_costs_the_trace_alone(
-    store: Path, tmp_path: Path, undisturbed: FinalState, number: signal.Signals, code: int
+    run: Run, undisturbed: Run, number: signal.Signals, code: int
 ) -> None:
-    run = tmp_path / "run"
-    forked.check(run, settings(store, 3), 1, interrupted, (number,), code=code)
-    assert not (run / "profile").exists()
+    run.check(THREE, trouble=(interrupted, number), code=code)
+    assert not (run.folder / "profile").exists()
     # Another value is no other run.
-    forked.check(run, settings(store, 0))
-    assert final_state(run) == undisturbed
+    run.check("train.profile_steps=0")
+    assert run.state() == undisturbed.state()
 
 
-def failing(_rank: int, how: str) -> None:
-    """Trouble: the trace cannot be written, or an error of ours falls into the window."""
-    if how == "error":
+def failing(_rank: int) -> None:
+    """Trouble: an error of ours falls into the window."""
 
-        def fail() -> None:
-            raise ValueError("a bad cell")
+    def fail() -> None:
+        raise ValueError("a bad cell")
 
-        forked.before("geneformer_mcore.training.trainer:train_step", 5, fail)
-        return
+    before(STEP, 5, fail)
+
+
+def test_an_error_inside_the_window_is_reported_as_it_is(run: Run) -> None:
+    run.check(THREE, trouble=(failing,), code=1)
+    assert "ValueError: a bad cell" in run.outcome()["reason"]
+
+
+def unwritable(_rank: int) -> None:
+    """Trouble: the trace cannot be written whole."""
     from torch.profiler import profile
 
     def cut_short(_self: profile, path: str) -> None:
@@ -95,17 +90,7 @@ def failing(_rank: int, how: str) -> None:
     profile.export_chrome_trace = cut_short  # type: ignore[method-assign, assignment]
 
 
-def test_an_error_inside_the_window_is_told_as_it_is(store: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    forked.check(run, settings(store, 3), 1, failing, ("error",), code=1)
-    assert "ValueError: a bad cell" in forked.outcome(run)["reason"]
-
-
-def test_a_trace_that_cannot_be_written_ends_no_run(
-    store: Path, tmp_path: Path, undisturbed: FinalState
-) -> None:
-    run = tmp_path / "run"
-    printed = forked.check(run, settings(store, 3), 1, failing, ("disk",))
-    assert "the profile cannot be written into" in printed
-    assert not list((run / "profile").iterdir())
-    assert final_state(run) == undisturbed
+def test_a_trace_that_cannot_be_written_ends_no_run(run: Run, undisturbed: Run) -> None:
+    assert "the profile cannot be written into" in run.check(THREE, trouble=(unwritable,))
+    assert not list((run.folder / "profile").iterdir())
+    assert run.state() == undisturbed.state()

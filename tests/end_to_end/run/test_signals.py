@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end import forked
-from tests.support.final_state import FinalState, final_state
+from tests.end_to_end.forked import Run, before
 from tests.support.marks import soak
 
 STEPS = 8
@@ -43,10 +42,6 @@ END = "geneformer_mcore.distributed.groups:stop"
 OUTCOME = "geneformer_mcore.training.run_folder:RunFolder.close"
 
 
-def settings(store: Path, *more: str) -> list[str]:
-    return [f"data.store={store}", *MORE, *more]
-
-
 Reached = tuple[str, int, tuple[signal.Signals, ...]]
 """(place, the how-many-th time, signals)."""
 
@@ -61,25 +56,25 @@ def signalled(rank: int, to: int, *reached: Reached) -> None:
 
     if rank == to:
         for place, call, numbers in reached:
-            forked.before(place, call, lambda numbers=numbers: send(numbers))
+            before(place, call, lambda numbers=numbers: send(numbers))
 
 
-def assert_interrupted(run: Path, name: str, *steps: int, begun: bool = True) -> None:
+def assert_interrupted(run: Run, name: str, *steps: int, begun: bool = True) -> None:
     """It ended at one of `steps`, which has a checkpoint, and the outcome names the signal."""
-    found = forked.outcome(run)
+    found = run.outcome()
     step = found["step"]
     assert step in steps
     is_saved = step and begun
     where = f"saved at step {step} of {STEPS}" if is_saved else "no step was made by this start"
     assert (found["outcome"], found["exit_code"]) == ("interrupted", 75)
     assert found["reason"].startswith(f"{name}; {where}")
-    assert forked.newest(run) == step
-    assert not list((run / "checkpoints").glob(".*"))
+    assert run.newest() == step
+    assert not list((run.folder / "checkpoints").glob(".*"))
 
 
-def assert_goes_on(run: Path, store: Path, undisturbed: FinalState) -> None:
-    forked.check(run, settings(store))
-    assert final_state(run) == undisturbed
+def assert_goes_on(run: Run, undisturbed: Run) -> None:
+    run.check()
+    assert run.state() == undisturbed.state()
 
 
 CASES = [
@@ -87,7 +82,7 @@ CASES = [
     ([(CELLS, 1, (TERM, USR1))], "TERM", [0], ()),
     soak([(MEETING, 1, (TERM, USR1))], "TERM", [0], ()),
     ([(LOGS, 1, (TERM, USR1))], "TERM", [0], ()),
-    # The save of step 3. Written beside training, it may be finished some steps later, and the
+    # The save of step 3. Written while it trains, it may be finished some steps later, and the
     # step of that time is saved as well.
     ([(WRITING, 1, (TERM, USR1))], "USR1", [3], ()),
     soak([(COMMIT, 1, (TERM, USR1))], "USR1", [3], ()),
@@ -106,79 +101,57 @@ CASES = [
 
 @pytest.mark.parametrize(("reached", "name", "steps", "more"), CASES)
 def test_a_signal_saves_and_the_run_goes_on(
-    store: Path,
-    tmp_path: Path,
-    undisturbed: FinalState,
-    reached: list[Reached],
-    name: str,
-    steps: Sequence[int],
-    more: tuple[str, ...],
+    run: Run, undisturbed: Run, reached: list[Reached], name: str, steps: Sequence[int], more: tuple
 ) -> None:
-    run = tmp_path / "run"
-    forked.check(run, settings(store, *more), 1, signalled, (0, *reached), code=75)
+    run.check(*more, trouble=(signalled, 0, *reached), code=75)
     assert_interrupted(run, f"signal SIG{name}", *steps)
     if reached[0][0] == VALIDATION:
-        lines = forked.records(run)
-        assert [line["step"] for line in lines if "val_loss" in line] == [4], "its loss is kept"
-    assert_goes_on(run, store, undisturbed)
+        assert [line["step"] for line in run.records("val_loss")] == [4], "its loss is kept"
+    assert_goes_on(run, undisturbed)
 
 
-def test_while_it_imports(
-    store: Path, tmp_path: Path, undisturbed: FinalState, repository: Path
-) -> None:
+def test_while_it_imports(run: Run, undisturbed: Run, repository: Path) -> None:
     """As a user starts it; the outcome is cleared before what takes seconds to import."""
-    run = tmp_path / "run"
-    script = str(repository / "launch" / "pretrain.py")
-    arguments = [f"run.dir={run}", *forked.SETTINGS, *settings(store)]
-    process = subprocess.Popen(
-        [sys.executable, script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    command = [sys.executable, str(repository / "launch" / "pretrain.py"), *run.words()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while not (run / "outcome.json").exists():
+    while not (run.folder / "outcome.json").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(TERM)
     time.sleep(BETWEEN_S)
     process.send_signal(HUP)
-    said, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (75, b"")
-    assert b"interrupted by signal SIGTERM; no step was made" in said
-    assert forked.outcome(run)["exit_code"] == 75
-    assert_goes_on(run, store, undisturbed)
+    assert b"interrupted by signal SIGTERM; no step was made" in printed
+    assert run.outcome()["exit_code"] == 75
+    assert_goes_on(run, undisturbed)
 
 
-def test_while_it_restores(store: Path, tmp_path: Path, undisturbed: FinalState) -> None:
-    run = tmp_path / "run"
+def test_while_it_restores(run: Run, undisturbed: Run) -> None:
     for reached in ((STEP, 4, (TERM,)), (RESTORING, 1, (TERM, USR1))):
-        forked.check(run, settings(store), 1, signalled, (0, reached), code=75)
+        run.check(trouble=(signalled, 0, reached), code=75)
         assert_interrupted(run, "signal SIGTERM", 4, begun=reached[0] == STEP)
-    assert forked.outcome(run)["restart"] == 1
-    assert_goes_on(run, store, undisturbed)
+    assert run.outcome()["restart"] == 1
+    assert_goes_on(run, undisturbed)
 
 
 @pytest.mark.parametrize(
-    ("place", "to"),
-    [soak(STEP, 0), soak(BUILDING, 1), (STEP, 1), soak(VALIDATION, 1), (WRITING, 1)],
+    ("place", "to", "step"),
+    [soak(STEP, 0, 1), soak(BUILDING, 1, 0), (STEP, 1, 1), soak(VALIDATION, 1, 4), (WRITING, 1, 3)],
 )
-def test_one_of_two_ranks_is_enough(store: Path, tmp_path: Path, place: str, to: int) -> None:
+def test_one_of_two_ranks_is_enough(run: Run, place: str, to: int, step: int) -> None:
     """The other one waits for it in a collective, or goes on, and stops at the same step."""
-    run = tmp_path / "run"
-    reached = (place, 1, (USR1, TERM))
-    forked.check(run, settings(store), 2, signalled, (to, reached), code=75)
-    step = {BUILDING: 0, STEP: 1, VALIDATION: 4, WRITING: 3}[place]
-    name = "another rank was asked to stop" if to else "signal SIGTERM"
-    assert_interrupted(run, name, step)
-    forked.check(run, settings(store), 2)
+    run.check(ranks=2, trouble=(signalled, to, (place, 1, (USR1, TERM))), code=75)
+    assert_interrupted(run, "another rank was asked to stop" if to else "signal SIGTERM", step)
+    run.check(ranks=2)
 
 
-def test_after_the_last_step_it_is_finished(
-    store: Path, tmp_path: Path, undisturbed: FinalState
-) -> None:
-    run = tmp_path / "run"
-    forked.check(run, settings(store), 1, signalled, (0, (END, 1, (TERM,))))
-    assert forked.outcome(run)["outcome"] == "finished"
-    assert final_state(run) == undisturbed
+def test_after_the_last_step_it_is_finished(run: Run, undisturbed: Run) -> None:
+    run.check(trouble=(signalled, 0, (END, 1, (TERM,))))
+    assert run.outcome()["outcome"] == "finished"
+    assert run.state() == undisturbed.state()
 
 
 LATE = """

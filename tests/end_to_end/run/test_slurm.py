@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end import forked
+from tests.end_to_end.forked import Run
 from tests.soak.slurm import cluster as slurm
 from tests.soak.slurm.cluster import Cluster
 from tests.soak.slurm.jobs import CONFIGURATION, ROOT, TOY, submit
-from tests.support.final_state import final_state
 
 STEPS = "train.steps=12"
 # What Python runs first in every process of the job: in the ranks of its first start step 6 waits
@@ -34,8 +33,8 @@ def test_a_signalled_job_is_requeued_and_ends_as_if_it_had_not_been(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two nodes of one rank each; the run that nothing disturbs is one without SLURM."""
-    asked = ["--config", CONFIGURATION, f"data.store={store}", *TOY, STEPS]
-    forked.check(tmp_path / "whole", asked, ranks=2)
+    whole = Run(tmp_path / "whole", ("--config", CONFIGURATION, f"data.store={store}", *TOY, STEPS))
+    whole.check(ranks=2)
     (tmp_path / "sitecustomize.py").write_text(SITE)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     # Short: the path of a socket has 107 characters at most.
@@ -51,4 +50,4 @@ def test_a_signalled_job_is_requeued_and_ends_as_if_it_had_not_been(
         (why,) = (line for line in job.lines() if line.startswith("restart "))
         assert f"restart 1 of job {job.number}: " in why
         assert "as interrupted (signal SIGUSR1; saved at step 6 of 12)" in why
-    assert final_state(job.run) == final_state(tmp_path / "whole")
+    assert job.weights() == whole.state()

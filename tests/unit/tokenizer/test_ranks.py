@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import FunctionType
-from typing import Any
+from unittest.mock import Mock
 
 import numba
 import numpy as np
@@ -52,7 +52,7 @@ def assert_as_plain(counts, token_of_column, vocabulary, seq_length: int = 2048)
 
 @pytest.mark.parametrize("num_genes", [3, 50, 2000])
 @pytest.mark.parametrize("seq_length", [2, 20, 2048])
-def test_random_cells(rng, num_genes: int, seq_length: int) -> None:
+def test_random_cells(rng, num_genes, seq_length) -> None:
     counts = random_counts(rng, 60, num_genes, density=0.5)
     columns = rng.permutation(in_order(num_genes))
     columns[rng.random(num_genes) < 0.2] = 0
@@ -89,9 +89,9 @@ def test_order_of_evaluation_decides_near_ties(rng) -> None:
     assert_as_plain(counts, in_order(400), vocabulary_of(400, medians))
 
 
-@pytest.mark.parametrize("exponent", [-30, -10, 10, 30])
-def test_wide_range_of_values(rng, exponent: int) -> None:
-    medians = 10.0 ** rng.uniform(-abs(exponent), abs(exponent), 500)
+@pytest.mark.parametrize("exponent", [10, 30])
+def test_wide_range_of_values(rng, exponent) -> None:
+    medians = 10.0 ** rng.uniform(-exponent, exponent, 500)
     counts = random_counts(rng, 30, 500, density=0.8)
     assert_as_plain(counts, in_order(500), vocabulary_of(500, medians))
 
@@ -121,9 +121,8 @@ def test_columns_of_one_gene_are_summed_before_ranking() -> None:
     # Gene 1 leads by its sum, though no single column of it does.
     ranked = encode([[3.0, 2, 2, 1]], [5, 6, 6, 0], vocabulary_of(2, np.ones(2)))
     assert lists(ranked) == [[CLS, 6, 5]]
-    assert ranked.n_counts_N.tolist() == [8]
-    assert ranked.known_counts_N.tolist() == [7]
-    assert (ranked.n_genes_N.tolist(), ranked.n_known_N.tolist()) == ([4], [2])
+    assert (ranked.n_counts_N, ranked.known_counts_N) == ([8], [7])
+    assert (ranked.n_genes_N, ranked.n_known_N) == ([4], [2])
 
 
 def test_stored_zeros_and_repeated_entries() -> None:
@@ -154,7 +153,7 @@ def test_seq_length_must_hold_a_gene() -> None:
 @pytest.mark.parametrize(
     "name", ["heart_san_1k", "lca_lung_1k", "marrow_cd34_palantir", "pbmc3k_labelled"]
 )
-def test_a_thousand_real_cells(shared_data, name: str) -> None:
+def test_a_thousand_real_cells(shared_data, name) -> None:
     vocabulary = import_dictionary(shared_data / "dicts" / "gc30m_gene_medians.json")
     with CountsFile(shared_data / f"{name}.h5ad") as file:
         genes = find_gene_ids(file.gene_columns(), vocabulary.token_ids)
@@ -165,20 +164,12 @@ def test_a_thousand_real_cells(shared_data, name: str) -> None:
 
 
 def test_compiled_without_a_place_for_the_cache(monkeypatch) -> None:
-    asked, plain = [], numba.njit
-
-    def njit(cache: bool = False, **options: Any):  # type: ignore[no-untyped-def]
-        asked.append(cache)
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return plain(**options)
-
-    # Numba raises that error for code that is in no file.
+    # Numba raises this error for code that is in no file.
     code = compile("lambda number: number * 2", "<nowhere>", "eval")
     function = FunctionType(code.co_consts[0], {})
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit(cache=True)(function)
+    asked = Mock(wraps=numba.njit)
+    monkeypatch.setattr(numba, "njit", asked)
     assert module.compiled(function)(4) == 8
-    monkeypatch.setattr(numba, "njit", njit)
-    assert module.compiled(lambda number: number + 1)(2) == 3
-    assert asked == [True, False]
+    assert [call.kwargs.get("cache", False) for call in asked.call_args_list] == [True, False]
