@@ -192,7 +192,8 @@ class AnnDataCounts(Counts):
         """That of "obs", "var" or "raw/var"."""
 
     def _open(self, layer: str | None, in_memory: bool = False) -> None:
-        """Finds the counts: in `layer` if given, else layers["counts"], raw.X, X."""
+        """Finds the counts: in `layer` (raw.X and X too) if given, else layers["counts"], raw.X,
+        X."""
         self.location, self.passed_over, self._matrix = self._find_counts(layer, in_memory)
         self.num_cells, self.num_columns = self._matrix.shape
         self._obs = self._frame("obs")
