@@ -52,7 +52,7 @@ def _parse() -> argparse.Namespace:
         help="genes and medians (import_dictionary.py makes one)",
     )
     add("--seq-length", type=int, default=2048, help="tokens per cell at most, [CLS] included")
-    add("--layer", help="layer of the counts (default: counts, raw.X, X)")
+    add("--layer", help="of the counts, raw.X, X, ms/NAME/X/LAYER (default: counts, raw.X, X)")
     add("--symbols", metavar="FILE", help="{symbol: gene id} JSON or GENCODE csv(.gz)")
     add("--validation-fraction", type=float, default=0.05, help="of the cells, at random")
     add("--test-fraction", type=float, default=0.05, help="of the cells, at random")

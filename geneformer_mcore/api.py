@@ -45,7 +45,8 @@ def embed(
     vocabulary:        its file, where the store that the run was trained on has moved
     counts_layer:      the layer of the counts, if they are in none of the usual places
     key_added:         the name in obsm
-    copy:              leave `adata` alone, and return a copy
+    copy:              leave `adata` alone, and return a copy in memory; a view of a backed AnnData
+                       takes nothing and needs this
 
     Sets obsm[key_added] ([cells, width], NaN rows for cells without a known gene),
     obs["geneformer_embedded"] (False for those) and uns["geneformer"] (model, checkpoint, layer).
@@ -55,10 +56,12 @@ def embed(
     with warnings.catch_warnings():
         ignore_known_warnings()
         from geneformer_mcore.inference.embed import Choices, as_annotations, embed_adata
+        from geneformer_mcore.io import anndata_out
 
+        anndata_out.check_annotations(adata, key_added, copy)
         choices = Choices(str(layer), pooling, precision, dtype, tokens_per_batch)
         values_NH, facts = embed_adata(adata, checkpoint, choices, vocabulary, counts_layer)
-    target = adata.copy() if copy else adata
+    target = anndata_out.copy_of(adata) if copy else adata
     as_annotations(values_NH, facts, key_added).put(target)
     return target if copy else None
 

@@ -15,6 +15,7 @@ import pandas as pd
 from scipy import sparse
 
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.frames import label_texts
 from geneformer_mcore.tokenizer.genes import InputOptions
 
 LABELS = ("celltype", "celltypes", "celllabel", "celltypeannotation", "cellontologyclass")
@@ -53,7 +54,7 @@ def read(source: str, label: str, donor: str, options: InputOptions) -> Labelled
     with options.open(source) as counts:
         obs = counts.read_obs(0, counts.num_cells)
         label = find_column(obs, label, LABELS, source, "label")
-        labels_N = _texts(obs[label])
+        labels_N = label_texts(obs[label])
         donor, donors_N = _donors(obs, donor, source)
         blocks = [
             sparse.csr_matrix(
@@ -70,7 +71,7 @@ def _donors(obs: pd.DataFrame, donor: str, source: str) -> tuple[str, np.ndarray
     if not donor and _guess(obs, DONORS) is None:
         return "", None
     column = find_column(obs, donor, DONORS, source, "donor")
-    donors_N = _texts(obs[column])
+    donors_N = label_texts(obs[column])
     found = sorted(set(donors_N) - {""})
     if len(found) >= 2:
         return column, donors_N
@@ -101,11 +102,6 @@ def find_column(
 def _guess(obs: pd.DataFrame, usual: Sequence[str]) -> str | None:
     plain = {re.sub(r"[\W_]", "", str(name)).lower(): str(name) for name in reversed(obs.columns)}
     return next((plain[name] for name in usual if name in plain), None)
-
-
-def _texts(column: pd.Series) -> np.ndarray:
-    values = column.astype(object)
-    return np.where(values.isna(), "", values.astype(str).str.strip()).astype(object)
 
 
 def log_counts(counts_NG: sparse.csr_matrix, usable_N: np.ndarray) -> sparse.csr_matrix:

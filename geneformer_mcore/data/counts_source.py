@@ -137,7 +137,7 @@ class _Input:
     def __init__(self, name: str, vocabulary: Vocabulary, options: InputOptions) -> None:
         self.counts: Counts = options.open(name)
         genes = find_genes(self.counts, options, vocabulary)
-        self._token_of_column = map_genes(genes, vocabulary, name).token_of_column
+        self._token_of_column = map_genes(genes, vocabulary, self.counts).token_of_column
         self._datasets: list[str] = []
         keys = []
         for start in range(0, self.counts.num_cells, _NAMES_PER_READ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +20,11 @@ import pandas as pd
 from geneformer_mcore.data.collate import truncate
 from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.io.blocks import CountBlock
+from geneformer_mcore.io.frames import label_texts
 from geneformer_mcore.store.layout import MANIFEST_FILE, OBS, VOCABULARY_FILE
 from geneformer_mcore.store.reader import TokenStore
 from geneformer_mcore.store.soma_io import SomaReader
-from geneformer_mcore.tokenizer.genes import InputOptions, find_genes, map_genes
+from geneformer_mcore.tokenizer.genes import InputOptions, find_genes, known_counts, map_genes
 from geneformer_mcore.tokenizer.rank_encoder import RankEncoder
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import RaggedCells
@@ -77,8 +79,7 @@ class CountedCells:
         self.counts = options.open(source)
         self.counts.check()
         genes = find_genes(self.counts, options, vocabulary)
-        allow = options.allow_low_overlap
-        self.genes = map_genes(genes, vocabulary, self.counts.name, allow, options.allow_no_overlap)
+        self.genes = map_genes(genes, vocabulary, self.counts, options)
         self.encoder = RankEncoder(vocabulary, seq_length)
         self.path = self.counts.path
 
@@ -94,6 +95,20 @@ class CountedCells:
             lengths.append(np.diff(ranked.offsets))
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
         return RaggedCells(np.concatenate(tokens), offsets, np.zeros(stop - start, np.uint64))
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """For uns: where counts and gene ids were found, and how much of both the model knows."""
+        genes = self.genes
+        return {
+            "counts_location": self.counts.location,
+            "passed_over": ", ".join(self.counts.passed_over),
+            "gene_ids_location": f"var {genes.location}",
+            "genes_known": genes.num_known,
+            "genes_unknown": genes.num_unknown,
+            "genes_of_vocabulary": genes.share_of_vocabulary,
+            "counts_covered": known_counts(self.counts, genes.token_of_column),
+        }
 
     def obs(self) -> pd.DataFrame:
         return self.counts.read_obs(0, len(self))
@@ -207,6 +222,26 @@ def ragged(cells: list[np.ndarray]) -> RaggedCells:
     return RaggedCells(tokens_T, offsets, np.arange(len(cells), dtype=np.uint64))
 
 
+def facts_of_cells(cells: Cells) -> dict[str, Any]:
+    """{"input": CountedCells.facts}; {} of a token store, whose manifest holds that."""
+    return {"input": cells.facts} if isinstance(cells, CountedCells) else {}
+
+
+def coverage_lines(cells: Cells) -> list[str]:
+    """The same as a line for the user; none of a token store."""
+    if not isinstance(cells, CountedCells):
+        return []
+    found = cells.facts
+    genes = found["genes_known"] + found["genes_unknown"]
+    passed_over = f" ({found['passed_over']} passed over)" if found["passed_over"] else ""
+    return [
+        f"{found['genes_known']:,} of {genes:,} genes are known "
+        f"({found['genes_of_vocabulary']:.1%} of the model's), with {found['counts_covered']:.1%} "
+        f"of the counts of some cells; counts in {found['counts_location']}{passed_over}, gene ids "
+        f"in {found['gene_ids_location']}"
+    ]
+
+
 def rows_with(obs: pd.DataFrame, label: str, source: str) -> np.ndarray:
     """int64, the rows with `label`, "COLUMN=VALUE". Raises ConfigError for another form, DataError
     where there is no such column, or no cell with the value."""
@@ -221,8 +256,8 @@ def rows_with(obs: pd.DataFrame, label: str, source: str) -> np.ndarray:
             f"{source}: obs has no column {column} that can be read. It has "
             f"{_some(obs.columns)}. Remedy: COLUMN=VALUE with one of these."
         )
-    values = obs[column].astype(str)
-    rows = np.flatnonzero(values.to_numpy() == value)
+    values = pd.Series(label_texts(obs[column]))
+    rows = np.flatnonzero(values == value)
     if not len(rows):
         found = [f"{name} ({number:,})" for name, number in values.value_counts().items()]
         raise DataError(

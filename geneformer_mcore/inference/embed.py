@@ -22,7 +22,7 @@ from geneformer_mcore.checkpoint import weights_reader
 from geneformer_mcore.config.sections import Pooling, Precision
 from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.inference import encoder, pretrained
-from geneformer_mcore.inference.cells import Cells, open_cells
+from geneformer_mcore.inference.cells import Cells, coverage_lines, facts_of_cells, open_cells
 from geneformer_mcore.inference.encoder import Encoder
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io import anndata_out
@@ -81,6 +81,7 @@ def embed_adata(
     options, seq_length = InputOptions(layer=counts_layer), model.config.data.seq_length
     with closing(open_cells(adata, model.vocabulary, seq_length, options)) as cells:
         values_NH, facts = embed_cells(model, cells, choices, shows_progress=True)
+        facts |= facts_of_cells(cells)
     if values_NH is None:
         raise ConfigError(
             "geneformer_mcore.embed works in one process, and this is one of several. Remedy: "
@@ -197,12 +198,15 @@ def run(request: EmbedRequest, is_first: bool) -> list[str]:
     seq_length = model.config.data.seq_length
     opened = open_cells(request.source, model.vocabulary, seq_length, request.options)
     with closing(opened) as cells:
+        if request.output.suffix == ".h5ad":
+            check_annotated(cells)
         values_NH, facts = embed_cells(model, cells, choices, is_first)
         if values_NH is None:
             return list(model.messages)
         with together():
-            write_cells(request.output, cells, values_NH, facts)
+            write_cells(request.output, cells, values_NH, facts | facts_of_cells(cells))
             of_genes = _embed_genes(model, request.gene_embeddings, is_first)
+        coverage = coverage_lines(cells)
     num_cells, seconds = len(values_NH), time.monotonic() - started_s
     return [
         *model.messages,
@@ -211,6 +215,7 @@ def run(request: EmbedRequest, is_first: bool) -> list[str]:
         f"{(~has_values(values_NH)).sum():,} without a known gene (NaN), {choices.pooling} of "
         f"layer {choices.layer}, {facts['precision']}, {seconds:.1f} s, "
         f"{num_cells / seconds:,.0f} cells/s",
+        *coverage,
     ]
 
 
@@ -264,6 +269,12 @@ def write_cells(path: Path, cells: Cells, values_NH: np.ndarray, facts: Mapping[
         _write_array(path, values_NH, {**facts, "cells": len(values_NH)})
     else:
         write_annotated(path, cells, as_annotations(values_NH, facts))
+
+
+def check_annotated(cells: Cells) -> None:
+    """Raises DataError, before any work, where write_annotated could not write."""
+    if cells.path is not None:
+        anndata_out.check_copy(cells.path)
 
 
 def write_annotated(path: Path, cells: Cells, added: Beside) -> None:

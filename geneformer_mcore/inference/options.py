@@ -44,7 +44,9 @@ STANDARD: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "at most (default: by device)",
     },
-    "--counts-layer": {"help": "layer of the counts (default: counts, raw.X, X, in that order)"},
+    "--counts-layer": {
+        "help": "of the counts, raw.X, X, ms/NAME/X/LAYER (default: counts, raw.X, X)"
+    },
     "--symbols": {
         "metavar": "FILE",
         "help": "symbol -> Ensembl id: JSON, or a GENCODE table",

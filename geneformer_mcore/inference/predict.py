@@ -8,7 +8,7 @@ fine-tuned run + cells -> encoder, classifier, on all ranks -> probabilities [ce
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +21,15 @@ import pandas as pd
 from geneformer_mcore.config.sections import Precision
 from geneformer_mcore.errors import CheckpointError
 from geneformer_mcore.inference import encoder, pretrained
-from geneformer_mcore.inference.cells import Cells, StoredCells, open_cells
+from geneformer_mcore.inference.cells import (
+    Cells,
+    StoredCells,
+    coverage_lines,
+    facts_of_cells,
+    open_cells,
+)
 from geneformer_mcore.inference.embed import (
+    check_annotated,
     check_target,
     facts_of,
     has_values,
@@ -30,7 +37,7 @@ from geneformer_mcore.inference.embed import (
 )
 from geneformer_mcore.inference.encoder import CellFunction
 from geneformer_mcore.inference.pretrained import Pretrained
-from geneformer_mcore.io.anndata_out import Beside
+from geneformer_mcore.io.anndata_out import Beside, as_key
 from geneformer_mcore.io.files import together, whole_file, write_json
 from geneformer_mcore.metrics import classified
 from geneformer_mcore.metrics.provenance import provenance
@@ -71,17 +78,21 @@ def run(request: PredictRequest, is_first: bool) -> list[str]:
     started_s, seq_length = time.monotonic(), model.config.data.seq_length
     opened = open_cells(request.source, model.vocabulary, seq_length, request.options)
     with closing(opened) as cells:
+        check_annotated(cells)
         precision, tokens = request.precision, request.tokens_per_batch
         found_NC = probabilities(model, cells, is_first, precision, tokens)
         if found_NC is None:
             return []
-        write_annotated(request.output, cells, _annotations(model, found_NC, label, classes))
+        added = _annotations(model, found_NC, label, classes, facts_of_cells(cells))
+        write_annotated(request.output, cells, added)
+        coverage = coverage_lines(cells)
     has, seconds = has_values(found_NC), time.monotonic() - started_s
     counted = pd.Series(np.array(classes)[found_NC[has].argmax(axis=1)]).value_counts()
     return [
         *model.messages,
         f"{request.output}: {len(has):,} cells, {(~has).sum():,} without a known gene (no "
         f"class), {seconds:.1f} s",
+        *coverage,
         *(f"  {name}: {count:,}" for name, count in counted.items()),
     ]
 
@@ -116,10 +127,17 @@ def probabilities(
         return encoder.per_cell(engine, cells, work, np.float32, progress)
 
 
-def _annotations(model: Pretrained, found_NC: np.ndarray, label: str, classes: list[str]) -> Beside:
+def _annotations(
+    model: Pretrained,
+    found_NC: np.ndarray,
+    label: str,
+    classes: list[str],
+    of_cells: Mapping[str, Any],
+) -> Beside:
     likeliest, probability = _likeliest(found_NC)
-    name = f"predicted_{label}"
+    name = as_key(f"predicted_{label}")
     facts = facts_of(model) | {"label": label, "classes": np.array(classes, dtype=object)}
+    facts |= of_cells
     return Beside(
         {f"{name}_probabilities": found_NC},
         {

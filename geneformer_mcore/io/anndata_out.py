@@ -7,9 +7,10 @@ numbers, obs, var      ->  an AnnData in memory
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,12 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from geneformer_mcore.errors import DataError
-from geneformer_mcore.io.elements import outside_hdf5
+from geneformer_mcore.errors import ConfigError, DataError
+from geneformer_mcore.io.blocks import READ_FAILURES
+from geneformer_mcore.io.elements import as_text, outside_hdf5
 from geneformer_mcore.io.files import whole_file
+from geneformer_mcore.io.frames import StoredFrame
+from geneformer_mcore.io.memory import require
 from geneformer_mcore.io.retry import raise_if_io_error
 
 _TIMES = {"date", "datetime", "datetime64", "time", "timedelta", "timedelta64"}
@@ -29,6 +33,38 @@ _TIMES = {"date", "datetime", "datetime64", "time", "timedelta", "timedelta64"}
 
 _MOST_COMPACT = 4000
 """Columns whose names are one attribute of 64 KiB, the most that HDF5 keeps in a group's header."""
+
+_NO_KEY = re.compile("[/\0\ud800-\udfff]")
+"""HDF5 reads `/` as a group, ends a name at NUL, and holds UTF-8."""
+
+
+def as_key(name: str) -> str:
+    """The name as AnnData writes one to HDF5: what it cannot hold becomes `_`."""
+    key = _NO_KEY.sub("_", name)
+    return f"{key}_" if key in ("", ".", "..", "_index") else key
+
+
+def require_key(parameter: str, name: Any) -> None:
+    """Raises ConfigError for what as_key would change, or no text."""
+    if not isinstance(name, str) or as_key(name) != name:
+        raise ConfigError(
+            f"`{parameter}=` must be a name that an h5ad file can hold (text without `/`, not "
+            f"empty), and is {name!r}. Remedy: another name."
+        )
+
+
+def _as_keys(names: Iterable[Any]) -> list[str]:
+    """as_key of each, told apart by `_` where two become one."""
+    texts = [str(name) for name in names]
+    taken = {text for text in texts if as_key(text) == text}
+    keys = []
+    for text in texts:
+        key = as_key(text)
+        while key != text and key in taken:
+            key += "_"
+        taken.add(key)
+        keys.append(key)
+    return keys
 
 
 @dataclass(frozen=True)
@@ -45,14 +81,31 @@ class Beside:
     def put(self, adata: Any) -> None:
         """Adds them to an AnnData in memory, replacing those of these names. A view becomes an
         AnnData of its own, as with scanpy's functions."""
-        if adata.is_view:
-            adata._init_as_actual(adata.copy())
-        for name, values in self.obs.items():
-            adata.obs[name] = values
-        for name, values in self.obsm.items():
-            adata.obsm[name] = values
-        for name, values in self.uns.items():
-            adata.uns[name] = values
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a view does
+            for name, values in self.obs.items():
+                adata.obs[name] = values
+            for name, values in self.obsm.items():
+                adata.obsm[name] = values
+            for name, values in self.uns.items():
+                adata.uns[name] = values
+
+
+def check_annotations(adata: Any, key: Any, copy: bool) -> None:
+    """Raises a GeneformerError for an object that Beside.put cannot add to (a view of a backed
+    AnnData), or a name in obsm that no file can hold."""
+    require(adata)
+    require_key("key_added", key)
+    if not copy and adata.is_view and adata.isbacked:
+        raise DataError(
+            "the AnnData is a view of a backed one, which anndata lets nobody add to. Remedy: "
+            "`copy=True`, or `adata.to_memory()`."
+        )
+
+
+def copy_of(adata: Any) -> Any:
+    """A copy in memory, also of a backed AnnData."""
+    return adata.to_memory() if adata.isbacked else adata.copy()
 
 
 def write_copy(source: Path, target: Path, beside: Beside) -> None:
@@ -60,16 +113,44 @@ def write_copy(source: Path, target: Path, beside: Beside) -> None:
     with whole_file(target) as partial:
         shutil.copyfile(source, partial)
         with h5py.File(partial, "r+") as file:
-            obs = file.get("obs")  # a table before AnnData 0.7
-            is_current = (
-                isinstance(obs, h5py.Group) and obs.attrs.get("encoding-type") == "dataframe"
-            )
-            # A copy may lie where the other files of its source are not found.
-            is_current = is_current and not any(outside_hdf5(file))
+            is_current = _is_current(file)
             if is_current:
                 _add(file, beside)
         if not is_current:
             _rewrite(source, partial, beside)
+
+
+def check_copy(source: Path) -> None:
+    """Raises DataError where write_copy could not write: a file of AnnData before 0.7, or with
+    parts in other files, is written by anndata, and here for a trial in memory."""
+    import anndata
+    from anndata.io import read_elem, write_elem
+
+    try:
+        with h5py.File(source, "r") as file:
+            if _is_current(file):
+                return
+        with (
+            warnings.catch_warnings(action="ignore"),
+            h5py.File("trial", "w", driver="core", backing_store=False) as trial,
+        ):
+            write_elem(trial, "/", anndata.read_h5ad(source))
+            read_elem(trial)
+    except READ_FAILURES as error:
+        raise_if_io_error(str(source), error)
+        raise DataError(
+            f"{source}: a file of this age is written anew by anndata, and it cannot be: {error}. "
+            "Remedy: correct what it names, or `output=` of another kind (.npy)."
+        ) from error
+
+
+def _is_current(file: h5py.File) -> bool:
+    """Whether a copy of the file takes a column more: obs is a group, as since AnnData 0.7, and no
+    part lies in other files, which a copy might not find."""
+    obs = file.get("obs")
+    is_group = isinstance(obs, h5py.Group)
+    is_frame = is_group and as_text(obs.attrs.get("encoding-type")) == "dataframe"
+    return is_frame and not any(outside_hdf5(file))
 
 
 def read_obsm(path: Path, name: str) -> np.ndarray:
@@ -131,8 +212,10 @@ def of_matrix(
 
 def _writable(obs: pd.DataFrame) -> pd.DataFrame:
     """The same values in column types that AnnData writes: text as objects where every cell has
-    some, else as categories; times as text; numbers that may be missing as floats."""
-    columns = {name: _writable_column(obs[name]) for name in obs.columns}
+    some, else as categories; times as text; numbers that may be missing as floats. Names become
+    keys (see as_key)."""
+    keys = _as_keys(obs.columns)
+    columns = {key: _writable_column(obs.iloc[:, place]) for place, key in enumerate(keys)}
     return pd.DataFrame(columns, index=obs.index)
 
 
@@ -157,7 +240,7 @@ def _add(file: h5py.File, beside: Beside) -> None:
             write_elem(file, group, {})
         for name, value in values.items():
             write_elem(file[group], name, value)
-    columns = [str(name) for name in file["obs"].attrs["column-order"]]
+    columns = StoredFrame(file["obs"], "obs").columns
     for name, column in beside.obs.items():
         write_elem(file["obs"], name, column)
         columns += [name] if name not in columns else []

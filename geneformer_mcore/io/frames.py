@@ -31,6 +31,8 @@ MAX_CATEGORIES = 10_000
 """A column of more categories is read as plain values: its categories are as long as itself."""
 
 _ROWS_PER_CHECK = 1 << 20
+_NO_LABEL = ("nan", "NaN", "<NA>", "None")
+"""Missing values that became text on their way."""
 
 _INDEX_NAMES = ("_index", "index")
 _OLD_CATEGORIES = "__categories"
@@ -224,7 +226,8 @@ def _array(item: Any) -> Column | None:
     if as_text(item.attrs.get("encoding-type")) == "string-array" and item.dtype.kind in "biufc":
         raise ValueError(f"it must be text by its encoding-type, and is {item.dtype}")
     if isinstance(item, h5py.Dataset) and h5py.check_string_dtype(item.dtype):
-        return lambda start, stop: item.asstr()[start:stop].astype(object)
+        # UTF-8 whatever the mark: R writes it into fields that are marked as ASCII.
+        return lambda start, stop: item.asstr("utf-8")[start:stop].astype(object)
     if not isinstance(item, h5py.Dataset) and item.dtype.kind in "OSTU":  # Text of zarr.
         return lambda start, stop: _decoded(item[start:stop])
     return _numbers(item) if item.dtype.kind in "biuf" else None
@@ -257,6 +260,21 @@ def _nullable(item: Mapping[str, Any]) -> Column | None:
         return np.where(is_missing, np.nan, values)
 
     return read_masked
+
+
+def label_texts(column: pd.Series) -> np.ndarray:
+    """object [N], each cell's label as text; "" for none. Whole numbers are written as such: where
+    some are missing, h5ad has floats."""
+    codes, labels = pd.factorize(column.astype(object))
+    texts = [_label_text(label) for label in labels]
+    return np.array([*texts, ""], dtype=object)[codes]
+
+
+def _label_text(label: object) -> str:
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    text = str(label).strip()
+    return "" if text in _NO_LABEL else text
 
 
 def _decoded(values: np.ndarray) -> np.ndarray:

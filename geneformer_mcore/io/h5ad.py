@@ -205,7 +205,8 @@ class AnnDataCounts(Counts):
         """That of "obs", "var" or "raw/var"."""
 
     def _open(self, layer: str | None, in_memory: bool = False) -> None:
-        """Finds the counts: in `layer` if given, else layers["counts"], raw.X, X."""
+        """Finds the counts: in `layer` (raw.X and X too) if given, else layers["counts"], raw.X,
+        X."""
         self.location, self.passed_over, self._matrix = self._find_counts(layer, in_memory)
         self.num_cells, self.num_columns = self._matrix.shape
         self._obs = self._frame("obs")
@@ -226,8 +227,8 @@ class AnnDataCounts(Counts):
         self, layer: str | None, in_memory: bool
     ) -> tuple[str, tuple[str, ...], StoredMatrix]:
         """(location, places passed over, matrix)."""
-        path = layer if layer == "X" else f"layers/{layer}"
-        wanted = _PLACES if layer is None else {path: path}
+        place = f"layers/{layer}" if layer not in _PLACES else layer
+        wanted = _PLACES if layer is None else {place: _PLACES.get(place, place)}
         found = {name: self._get(path) for name, path in wanted.items()}
         places = [name for name, item in found.items() if is_matrix(item)]
         if not places:
@@ -240,8 +241,8 @@ class AnnDataCounts(Counts):
     def _no_matrix(self, wanted: Iterable[str]) -> DataError:
         return DataError(
             f"{self.name}: no matrix in {' or '.join(wanted)}; layers of the file: "
-            f"{', '.join(self._layers()) or 'none'}. Remedy: name the layer of the raw counts "
-            "with `counts_layer=`."
+            f"{', '.join(self._layers()) or 'none'}. Remedy: name the layer of the raw counts, "
+            "raw.X or X with `counts_layer=`."
         )
 
 
@@ -342,6 +343,13 @@ class CountsFile(AnnDataCounts):
 
     def _no_matrix(self, wanted: Iterable[str]) -> DataError:
         there = _names(self._file)
+        if "mod" in there:
+            found = _names(self._file["mod"])
+            raise DataError(
+                f"{self.name}: a MuData of {', '.join(found) or 'no modality'}, and an AnnData is "
+                f"needed. Remedy: write the modality of gene counts as h5ad: "
+                "mudata.read_h5mu(FILE)['rna'].write_h5ad(...)."
+            )
         if {"obs", "var"} <= set(there):
             return super()._no_matrix(wanted)
         kind = "a zarr store" if self.path is None else "an HDF5 file"

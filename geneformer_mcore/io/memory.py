@@ -80,7 +80,8 @@ class MemoryCounts(AnnDataCounts):
         return MemoryFrame(of.obs if path == "obs" else of.var)
 
     def _layers(self) -> list[str]:
-        return list(self._adata.layers)
+        # Since anndata 0.13, None is the name of X.
+        return [name for name in self._adata.layers if name is not None]
 
 
 class _Lazy:

@@ -10,8 +10,9 @@ out entries in columns that var has not, which must be refused.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
@@ -61,11 +62,16 @@ FAILURES = (tiledbsoma.SOMAError, RuntimeError, KeyError, TypeError, ValueError,
 """What reading a damaged or missing SOMA object raises."""
 
 JOINID = "soma_joinid"
-LAYERS = ("raw", "counts", "data")
-"""Layers of X that may hold the counts, in this order; else the only one there is."""
+PLACES = ("X/raw", "X/counts", "ms/raw/X/raw", "ms/raw/X/counts", "ms/raw/X/", "X/data", "X/")
+"""Where the counts may be, in this order; with no name at the end, the only layer there.
+tiledbsoma.io makes a measurement `raw` of an AnnData's raw."""
 
 CELL_ID_COLUMNS = ("observation_joinid", "obs_id", "cell_id")
-"""Columns of obs with the ids of cells, in this order; where missing, the soma_joinid."""
+"""Columns of obs with the ids of cells, in this order, behind the one that tiledbsoma.io recorded
+as its index; where missing, the soma_joinid."""
+
+_INDEX_NAME = "soma_dataframe_original_index_name"
+"""What it calls that, as JSON, in the metadata of obs and var."""
 
 _SPARSE = ("soma_dim_0", "soma_dim_1", "soma_data")
 _FIRST_ROWS = 512
@@ -138,13 +144,15 @@ def unreadable(name: str, what: str, error: Exception) -> DataError:
 
 
 def last_write_ms(address: str) -> int:
-    """When the array at `address` was last written, in ms since 1970, by its fragments' names;
-    0 for one on another machine: to list it would cost a request."""
+    """When the array at `address` was last changed, in ms since 1970, by the names of its
+    fragments, commits (deletions too), schemas and metadata; 0 for one on another machine: to list
+    it would cost a request."""
     path = address.removeprefix("file://")  # TileDB quotes nothing in it.
     if "://" in path:
         return 0
-    names = (path.name for path in Path(path, "__fragments").glob("__*"))
-    return max((int(name.split("_")[3]) for name in names), default=0)
+    parts = ("__fragments", "__commits", "__schema", "__meta")
+    names = (each.name for part in parts for each in Path(path, part).glob("__*_*"))
+    return max((int(name.split("_")[3]) for name in names if name[2].isdigit()), default=0)
 
 
 # Data frames: obs of chosen cells, var of all genes
@@ -194,7 +202,8 @@ class SomaFrame:
     """An open SOMA DataFrame indexed by soma_joinid; `name` is used in messages."""
 
     def __init__(self, frame: Any, name: str) -> None:
-        """DataError if it is indexed by other columns."""
+        """index: the column that was the index of a pandas frame. DataError if it is indexed by
+        other columns."""
         self.name, self.address, self._frame = name, str(frame.uri), frame
         if tuple(frame.index_column_names) != (JOINID,):
             raise DataError(
@@ -202,6 +211,8 @@ class SomaFrame:
                 "needed. Remedy: write it again with tiledbsoma.io."
             )
         self.kinds = {field.name: field.type for field in frame.schema if field.name != JOINID}
+        recorded = json.loads(frame.metadata.get(_INDEX_NAME, "null"))
+        self.index = recorded if recorded in self.kinds else None
 
     def holds_text(self, column: str) -> bool:
         """Whether `column` holds text, or categories that are text."""
@@ -246,6 +257,8 @@ class CellFrame(Frame):
     def __init__(self, obs: SomaFrame, ids: JoinIds) -> None:
         self.columns, self.num_rows = list(obs.kinds), len(ids)
         self._obs, self._ids = obs, ids
+        names = (name for name in (obs.index, *CELL_ID_COLUMNS) if name in obs.kinds)
+        self._id_column = next(names, None)
 
     @property
     def readable(self) -> dict[str, Column]:
@@ -259,14 +272,18 @@ class CellFrame(Frame):
         ids = self._ids.read(start, stop)
         table = self._obs.read(ids, self.columns)
         columns = {name: as_pandas(table[name]) for name in table.column_names}
-        index = pd.Index(_names(table, ids), dtype=object)
+        index = pd.Index(self._names(table, ids), dtype=object)
         return pd.DataFrame({n: c for n, c in columns.items() if c is not None}, index=index)
 
     def row_names(self, start: int, stop: int) -> list[str]:
         """The ids of rows start..stop-1 (see CELL_ID_COLUMNS)."""
         ids = self._ids.read(start, stop)
-        there = [name for name in CELL_ID_COLUMNS if name in self.columns]
-        return _names(self._obs.read(ids, there), ids)
+        columns = [] if self._id_column is None else [self._id_column]
+        return self._names(self._obs.read(ids, columns), ids)
+
+    def _names(self, table: pa.Table, ids: np.ndarray) -> list[str]:
+        found = [""] * len(ids) if self._id_column is None else texts(table[self._id_column])
+        return [text or str(joinid) for text, joinid in zip(found, ids.tolist(), strict=True)]
 
     def _texts(self, name: str, start: int, stop: int) -> list[str]:
         return texts(self._obs.read(self._ids.read(start, stop), [name])[name])
@@ -284,8 +301,9 @@ class GeneFrame(Frame):
         return {name: partial(self._texts, name) for name in self.columns}
 
     def row_names(self, start: int, stop: int) -> list[str]:
-        """`var_id`, else `feature_id`, else numbers."""
-        name = next((name for name in ("var_id", "feature_id") if name in self.columns), None)
+        """The index that tiledbsoma.io recorded, else `var_id`, else `feature_id`, else numbers."""
+        usual = (self._var.index, "var_id", "feature_id")
+        name = next((name for name in usual if name in self.columns), None)
         return [*map(str, range(start, stop))] if name is None else self._texts(name, start, stop)
 
     def _texts(self, name: str, start: int, stop: int) -> list[str]:
@@ -296,12 +314,6 @@ class GeneFrame(Frame):
     @cached_property
     def _table(self) -> pa.Table:
         return self._var.read_all()
-
-
-def _names(table: pa.Table, ids: np.ndarray) -> list[str]:
-    name = next((name for name in CELL_ID_COLUMNS if name in table.column_names), None)
-    found = texts(table[name]) if name else [""] * len(ids)
-    return [text or str(joinid) for text, joinid in zip(found, ids.tolist(), strict=True)]
 
 
 def texts(column: pa.ChunkedArray) -> list[str]:
@@ -444,7 +456,7 @@ class ExperimentCounts(Counts):
     ) -> None:
         """Opens the Experiment at `address`, a path or URI, or the human one of a Census there.
 
-        layer:         of X ("raw" or "X/raw"); None: see LAYERS
+        layer:         of X ("raw" or "X/raw"), or "ms/MEASUREMENT/X/LAYER"; None: see PLACES
         value_filter:  SOMA's, over obs: only cells for which it holds
         joinids:       int64, ascending: only these cells
         allow_external:  members and files may lie elsewhere
@@ -457,9 +469,9 @@ class ExperimentCounts(Counts):
         try:
             if not allow_external:
                 self._check_members()
-            measurement = self._measurement()
+            self._measurements = self._find_measurements()
             self._choose_cells(value_filter, joinids)
-            self._open_matrix(measurement, layer)
+            self._open_matrix(layer)
         except BaseException as error:
             self.close()
             if isinstance(error, FAILURES):
@@ -481,21 +493,21 @@ class ExperimentCounts(Counts):
             )
         self._obs = CellFrame(obs, self._ids)
 
-    def _open_matrix(self, measurement: Any, layer: str | None) -> None:
-        self._layer_names = list(measurement["X"]) if "X" in measurement else []
-        wanted = LAYERS if layer is None else (layer.removeprefix("X/"),)
-        names = [name for name in wanted if name in self._layer_names]
-        if not names and layer is None and len(self._layer_names) == 1:
-            names = self._layer_names
-        if not names:
+    def _open_matrix(self, layer: str | None) -> None:
+        there = self._measurements
+        wanted: Sequence[str] = PLACES
+        if layer is not None:
+            wanted = [layer if layer in there else f"X/{layer.removeprefix('X/')}"]
+        places = list(dict.fromkeys(filter(None, map(self._place, wanted))))
+        if not places:
             raise self._no_matrix(wanted)
 
-        location, passed_over, self._matrix = self._first_of_counts(
-            names,
-            lambda name: SomaMatrix(measurement["X"][name], self._ids, f"{self.name}: X/{name}"),
-        )
-        self.location = f"X/{location}"
-        self.passed_over = tuple(f"X/{place}" for place in passed_over)
+        def open_place(place: str) -> SomaMatrix:
+            array = there[place]["X"][place.rpartition("X/")[2]]
+            return SomaMatrix(array, self._ids, f"{self.name}: {place}")
+
+        self.location, self.passed_over, self._matrix = self._first_of_counts(places, open_place)
+        measurement = there[self.location]
         var = SomaFrame(measurement["var"], f"{self.name}: var")
         genes = var.joinids(None, None)
         if not len(genes):
@@ -505,7 +517,7 @@ class ExperimentCounts(Counts):
             )
         # tiledbsoma.io once gave every X room for 2,147,483,646 genes.
         self.num_columns = min(self._matrix.shape[1], int(genes[-1]) + 1)
-        self._var = GeneFrame(var, self.num_columns)
+        self._var, self._var_address = GeneFrame(var, self.num_columns), var.address
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -513,18 +525,18 @@ class ExperimentCounts(Counts):
 
         A Census in S3 is never written again.
         """
-        written = [last_write_ms(place) for place in (self._obs_address, self._matrix.address)]
+        addresses = (self._obs_address, self._var_address, self._matrix.address)
         return {
             "cells": self.num_cells,
             "chosen": sha256(self._ids.describe()).hexdigest()[:16],
-            "written_ms": max(written),
+            "written_ms": max(map(last_write_ms, addresses)),
         }
 
     def close(self) -> None:
         self._experiment.close()
 
     def _layers(self) -> list[str]:
-        return self._layer_names
+        return list(self._measurements)
 
     def _check_members(self) -> None:
         check_members(self._experiment, self.name)
@@ -535,19 +547,28 @@ class ExperimentCounts(Counts):
                 if "X" in measurement:
                     check_members(measurement["X"], self.name)
 
-    def _measurement(self) -> Any:
-        names = list(self._experiment["ms"]) if "ms" in self._experiment else []
-        name = "RNA" if "RNA" in names or len(names) != 1 else names[0]
-        if name not in names:
-            raise DataError(
-                f"{self.name}: no measurement RNA in ms; it has: {', '.join(names) or 'none'}. "
-                "Remedy: name an Experiment of gene counts."
-            )
-        return self._experiment["ms"][name]
+    def _place(self, wanted: str) -> str | None:
+        there = [place for place in self._measurements if place.startswith(wanted)]
+        if wanted.endswith("X/"):
+            return there[0] if len(there) == 1 else None
+        return wanted if wanted in there else None
+
+    def _find_measurements(self) -> dict[str, Any]:
+        """{place of a layer: its measurement}: X/LAYER of RNA, or of the only one besides `raw`,
+        and ms/MEASUREMENT/X/LAYER of the others."""
+        measurements = self._experiment.get("ms", {})
+        others = [name for name in measurements if name != "raw"]
+        main = "RNA" if "RNA" in others or len(others) != 1 else others[0]
+        found: dict[str, Any] = {}
+        for name, measurement in measurements.items():
+            prefix = "" if name == main else f"ms/{name}/"
+            layers = measurement.get("X", {})
+            found |= {f"{prefix}X/{layer}": measurement for layer in layers}
+        return found
 
     def _no_matrix(self, wanted: Iterable[str]) -> DataError:
         return DataError(
-            f"{self.name}: no layer X/{' or X/'.join(wanted)}; it has: "
-            f"{', '.join(self._layer_names) or 'none'}. Remedy: name the layer of the raw counts "
-            "with `counts_layer=`."
+            f"{self.name}: no layer {' or '.join(wanted)}; it has: "
+            f"{', '.join(self._measurements) or 'none'}. Remedy: name the layer of the raw "
+            "counts with `counts_layer=`, as it is listed here."
         )

@@ -18,7 +18,15 @@ from geneformer_mcore.config.sections import Pooling
 from geneformer_mcore.distributed import collectives
 from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.inference import encoder
-from geneformer_mcore.inference.cells import ChosenCells, CountedCells, drawn, open_cells, rows_with
+from geneformer_mcore.inference.cells import (
+    ChosenCells,
+    CountedCells,
+    coverage_lines,
+    drawn,
+    facts_of_cells,
+    open_cells,
+    rows_with,
+)
 from geneformer_mcore.inference.embed import Choices, facts_of_states, has_values
 from geneformer_mcore.inference.encoder import Encoder
 from geneformer_mcore.inference.pretrained import Pretrained
@@ -110,7 +118,8 @@ def perturb(
             if values_NPC is None:
                 return None
             facts = facts_of_states(engine, choices, layers) | {"perturb": question.facts()}
-            return _answer(question, prepared, values_NPC, moved, facts)
+            prepared.lines.extend(coverage_lines(cells))
+            return _answer(question, prepared, values_NPC, moved, facts | facts_of_cells(cells))
 
 
 def _open(source: Any, model: Pretrained, options: InputOptions) -> CountedCells:

@@ -28,7 +28,11 @@ _ENOUGH = 0.9
 """Where a table knows so much of a column, the next one is not read."""
 
 MIN_OVERLAP = 0.10
-"""A file with a smaller share of its genes in the vocabulary is refused unless allowed."""
+"""A file with less than this share of the vocabulary's genes, and of its own counts in known genes,
+is refused unless allowed."""
+
+_PLACES, _ROWS_PER_PLACE = 8, 32
+"""Of the cells by which the share of counts is judged."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,7 @@ class GeneMap:
     num_unknown:      distinct genes of the file that are not
     num_blank:        columns without an id, dropped
     num_repeated:     columns beyond the first of their gene, whose counts are summed
+    share_of_vocabulary:  of its genes, those of the file
     """
 
     token_of_column: np.ndarray
@@ -168,25 +173,18 @@ class GeneMap:
     num_blank: int
     num_repeated: int
     num_mapped_symbols: int
-
-    @property
-    def overlap(self) -> float:
-        """Share of the file's distinct genes that the vocabulary knows."""
-        return self.num_known / max(1, self.num_known + self.num_unknown)
+    share_of_vocabulary: float
 
 
 def map_genes(
     genes: GeneIds,
     vocabulary: Vocabulary,
-    source: str,
-    allow_low_overlap: bool = False,
-    allow_no_overlap: bool = False,
+    counts: Counts,
+    options: InputOptions | None = None,
 ) -> GeneMap:
-    """The tokens of a file's genes. Raises DataError where too few are in the vocabulary.
-
-    allow_low_overlap:  also under 10 %
-    allow_no_overlap:   also none; a file whose columns have no ids at all is always refused
-    """
+    """The tokens of a file's genes. Raises DataError where too little is in the vocabulary: under
+    10 % of its genes, and of the counts; a panel has few genes, and a whole genome many others."""
+    options = options or InputOptions()
     tokens = vocabulary.token_ids
     token_of_column = np.array([tokens.get(gene, 0) for gene in genes.ids], dtype=np.int32)
     distinct = {gene for gene in genes.ids if gene}
@@ -199,15 +197,35 @@ def map_genes(
         genes.num_blank,
         len(genes.ids) - genes.num_blank - len(distinct),
         genes.num_mapped_symbols,
+        num_known / len(tokens),
     )
-    is_none, is_low = num_known == 0, 0 < gene_map.overlap < MIN_OVERLAP
-    if not distinct or (is_none and not allow_no_overlap) or (is_low and not allow_low_overlap):
-        raise DataError(_overlap_message(genes, distinct, gene_map, vocabulary, source))
+    allowed = options.allow_low_overlap if num_known else options.allow_no_overlap
+    if distinct and (allowed or gene_map.share_of_vocabulary >= MIN_OVERLAP):
+        return gene_map
+    covered = known_counts(counts, token_of_column) if num_known else 0.0
+    if covered < MIN_OVERLAP:
+        raise DataError(_overlap_message(genes, distinct, gene_map, covered, vocabulary, counts))
     return gene_map
 
 
+def known_counts(counts: Counts, token_of_column: np.ndarray) -> float:
+    """Share of the counts of some cells, from all over the file, that known genes hold."""
+    places = {counts.num_cells * place // _PLACES for place in range(_PLACES)}
+    known = total = 0.0
+    for start in sorted(places):
+        block = counts.read_rows(start, min(start + _ROWS_PER_PLACE, counts.num_cells))
+        known += float(block.data[token_of_column[block.indices] > 0].sum())
+        total += float(block.data.sum())
+    return known / total if total else 0.0
+
+
 def _overlap_message(
-    genes: GeneIds, distinct: set[str], gene_map: GeneMap, vocabulary: Vocabulary, source: str
+    genes: GeneIds,
+    distinct: set[str],
+    gene_map: GeneMap,
+    covered: float,
+    vocabulary: Vocabulary,
+    counts: Counts,
 ) -> str:
     unknown = sorted(gene for gene in distinct if gene not in vocabulary.token_ids)
     allow = ", or `allow_low_overlap=True` if so few genes are meant" if gene_map.num_known else ""
@@ -217,8 +235,9 @@ def _overlap_message(
         else ""
     )
     return (
-        f"{source}: {gene_map.num_known:,} of {len(distinct):,} genes ({gene_map.overlap:.1%}) are "
-        f"in the vocabulary{mapped}, at least {MIN_OVERLAP:.0%} must be. Gene ids of the file "
+        f"{counts.name}: {gene_map.num_known:,} of {len(distinct):,} genes are in the "
+        f"vocabulary{mapped}: {gene_map.share_of_vocabulary:.1%} of its genes and {covered:.1%} of "
+        f"the counts, and one must be at least {MIN_OVERLAP:.0%}. Gene ids of the file "
         f"(var {genes.location}): {', '.join(unknown[:3]) or 'all blank'}; of the vocabulary: "
         f"{', '.join(vocabulary.feature_ids[:3])}. Remedy: give the file's var a column "
         "`feature_id` or `ensembl_id` with ids of the vocabulary's kind, or a table symbol -> id "

@@ -13,10 +13,8 @@ import pandas as pd
 import pyarrow as pa
 
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.frames import label_texts
 from geneformer_mcore.store.layout import OBS_COLUMNS, TOKENS
-
-_EMPTY = ("", "nan", "NaN", "<NA>", "None")
-"""Missing values after conversion to text."""
 
 RESERVED = frozenset({*OBS_COLUMNS, TOKENS, "soma_joinid"})
 """Columns that the store itself fills; an input's column of that name is not kept as a label."""
@@ -120,10 +118,11 @@ def unify_labels(cells: pa.Table, kinds: Mapping[str, pa.DataType]) -> pa.Table:
 
 def as_text(column: pa.ChunkedArray, store: str, name: str) -> np.ndarray:
     """str [N], "" where a cell has no value. Raises DataError for numbers with a fraction."""
-    if pa.types.is_floating(column.type):
+    values_N = label_texts(pd.Series(column.to_pylist(), dtype=object))
+    are_whole = all(each.lstrip("-").isdigit() for each in set(values_N) - {""})
+    if pa.types.is_floating(column.type) and not are_whole:
         raise DataError(
             f"{store}: obs column {name!r} holds numbers with a fraction, and a label is a "
             "name, a whole number or a truth value. Remedy: another `label=`."
         )
-    values = ["" if each is None else str(each).strip() for each in column.to_pylist()]
-    return np.array(["" if each in _EMPTY else each for each in values], dtype=str)
+    return values_N.astype(str)

@@ -113,8 +113,7 @@ class Inspection:
         """Raises DataError if the input `job` cannot be used."""
         with self.options.open(job) as counts:
             genes = find_genes(counts, self.options, self.vocabulary)
-            allowed = self.options.allow_low_overlap, self.options.allow_no_overlap
-            gene_map = map_genes(genes, self.vocabulary, job, *allowed)
+            gene_map = map_genes(genes, self.vocabulary, counts, self.options)
             self._check_cells(counts)
             counts.check()
             kinds = label_kinds(counts.read_obs(0, min(_LABEL_ROWS, counts.num_cells)))

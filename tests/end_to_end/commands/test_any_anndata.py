@@ -143,7 +143,7 @@ def tokens_of(source: Path, vocabulary: Vocabulary = NAMELESS) -> list[list[int]
     options = InputOptions(default_symbols=gencode)
     encoder = RankEncoder(vocabulary, LENGTH)
     with options.open(source) as counts:
-        genes = map_genes(find_genes(counts, options, vocabulary), vocabulary, str(source))
+        genes = map_genes(find_genes(counts, options, vocabulary), vocabulary, counts)
         found = []
         for block in counts.blocks(7):
             ranked = encoder.encode(block, genes.token_of_column)

@@ -247,7 +247,7 @@ def test_layers(one, census) -> None:
     for layer in (None, "umi", "X/umi"):
         with ExperimentCounts(path, layer) as opened:
             assert opened.location == "X/umi"
-    with pytest.raises(DataError, match=r"no layer X/umi; it has: raw.*`counts_layer=`"):
+    with pytest.raises(DataError, match=r"no layer X/umi; it has: X/raw.*`counts_layer=`"):
         ExperimentCounts(census, "umi")
 
 

@@ -193,7 +193,11 @@ def test_own_vocabulary_refuses_no_file_for_few_genes(command, output, tmp_path,
     assert re.search(r"^b\.h5ad +5 +5 +0 ", table, re.MULTILINE)
     assert re.search(r"^c\.h5ad +5 +0 +5 no counts ", table, re.MULTILINE)
     ended = command("build_store --out t --vocabulary s/vocabulary.json", *files, code=2)
-    assert "b.h5ad: 1 of 100 genes (1.0%)" in ended.stderr
+    # The counts that b has are all known.
+    assert (
+        "c.h5ad: 1 of 100 genes are in the vocabulary: 1.0% of its genes and 0.0%" in ended.stderr
+    )
+    assert "b.h5ad: 1 of 100" not in ended.stderr
 
 
 def test_demo_cells(output, tmp_path) -> None:

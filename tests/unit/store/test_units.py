@@ -172,8 +172,8 @@ def test_files_that_disagree_about_labels() -> None:
 
 # Plans
 
-MAP = GeneMap(np.arange(3, dtype=np.int32), "index", 3, 0, 0, 0, 0)
-OTHER_MAP = GeneMap(np.array([0, 1, 3], np.int32), "index", 3, 0, 0, 0, 0)
+MAP = GeneMap(np.arange(3, dtype=np.int32), "index", 3, 0, 0, 0, 0, 1.0)
+OTHER_MAP = GeneMap(np.array([0, 1, 3], np.int32), "index", 3, 0, 0, 0, 0, 1.0)
 RECIPE = plans.Recipe(vocabulary_of(5), 20, InputOptions(), RandomSplit())
 
 

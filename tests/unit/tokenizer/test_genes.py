@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.memory import MemoryCounts
 from geneformer_mcore.tokenizer.gencode import clean_id, load_symbols
-from geneformer_mcore.tokenizer.genes import GeneIds, find_gene_ids, map_genes, names_as_symbols
+from geneformer_mcore.tokenizer.genes import (
+    GeneIds,
+    InputOptions,
+    find_gene_ids,
+    map_genes,
+    names_as_symbols,
+)
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
-from tests.support.small_cells import gene_id, gene_ids, vocabulary_of
+from tests.support.small_cells import adata_of, gene_id, gene_ids, vocabulary_of
 
 THREE, FOUR = vocabulary_of(3), vocabulary_of(4)
 TABLE = {"TP53": gene_id(1), "MYC": gene_id(2)}
@@ -39,11 +48,11 @@ def test_clean_id(raw, cleaned) -> None:
 
 def test_map_counts_each_kind_of_column() -> None:
     ids = (gene_id(1), gene_id(0), "", gene_id(1), "ENSG99999999999", "", gene_id(1))
-    found = map_genes(GeneIds(ids, "index"), THREE, "file")
+    found = map_genes(GeneIds(ids, "index"), THREE, counts_of(ids))
     assert found.token_of_column.tolist() == [6, 5, 0, 6, 0, 0, 6]
     assert (found.num_known, found.num_unknown) == (2, 1)
     assert (found.num_blank, found.num_repeated) == (2, 2)
-    assert found.overlap == 2 / 3
+    assert found.share_of_vocabulary == 2 / 3
 
 
 def test_places_are_tried_in_order_until_one_knows_a_gene() -> None:
@@ -118,27 +127,60 @@ def test_names_of_the_vocabulary_that_are_one_genes_alone() -> None:
     assert names_as_symbols(vocabulary) == {"TP53": gene_id(0)}
 
 
+FIFTY = vocabulary_of(50)
+
+
+def counts_of(ids: Sequence[str], of_first: int = 1) -> MemoryCounts:
+    """Cells with 1 of every gene, and `of_first` of the first."""
+    counts = np.ones((300, len(ids)), np.float32)
+    counts[:, 0] = of_first
+    return MemoryCounts(adata_of(counts, [f"row {place}" for place in range(len(ids))]))
+
+
 @pytest.mark.parametrize(
     ("ids", "mapped", "allowed", "message"),
     [
-        ((gene_id(0), *NOVEL), (1, "GENCODE"), (), r"1 of 20 .*5\.0%.*1 of them mapped.*GENCODE"),
-        (("TP53", "MYC"), (), (True,), rf"0 of 2 .*0\.0%.*MYC, TP53.*{gene_id(0)}.*`symbols=FILE`"),
-        ((gene_id(0), *NOVEL[:10]), (), (), r"1 of 11 genes \(9\.1%\).*`allow_low_overlap=True`"),
-        (("", ""), (), (True, True), r"0 of 0 genes.*all blank"),
+        (
+            (gene_id(0), *NOVEL),
+            (1, "GENCODE"),
+            {},
+            r"1 of 20 genes are in the vocabulary, 1 of them mapped.*by GENCODE: 2\.0% of its "
+            r"genes and 5\.0% of the counts, and one must be at least 10%",
+        ),
+        (
+            ("TP53", "MYC"),
+            (),
+            {"allow_low_overlap": True},
+            rf"the AnnData: 0 of 2 genes .*MYC, TP53.*{gene_id(0)}.*`symbols=FILE`",
+        ),
+        ((gene_id(0), *NOVEL[:10]), (), {}, r"1 of 11 genes .*9\.1%.*`allow_low_overlap=True`"),
+        (("", ""), (), dict.fromkeys(("allow_low_overlap", "allow_no_overlap"), True),
+         r"0 of 0 genes.*all blank"),
     ],
     ids=["with symbols", "none", "few", "blank"],
+)  # fmt: skip
+def test_low_overlap_is_refused(ids, mapped, allowed, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        map_genes(GeneIds(ids, "index", *mapped), FIFTY, counts_of(ids), InputOptions(**allowed))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "num_others", "of_first"),
+    [(FIFTY, 9, 1), (FIFTY, 99, 11), (vocabulary_of(10), 9000, 1)],
+    ids=["a panel", "few genes with many counts", "a small vocabulary"],
 )
-def test_low_overlap_is_refused(ids, mapped, allowed, message) -> None:
-    with pytest.raises(DataError, match=rf"a\.h5ad: {message}"):
-        map_genes(GeneIds(ids, "index", *mapped), THREE, "a.h5ad", *allowed)
+def test_overlap_is_of_the_counts_or_of_the_vocabulary(vocabulary, num_others, of_first) -> None:
+    """Not of the file's genes: a whole genome has many that no vocabulary needs."""
+    ids = (gene_id(0), *gene_ids(range(100_000, 100_000 + num_others)))
+    found = map_genes(GeneIds(ids, "index"), vocabulary, counts_of(ids, of_first))
+    assert (found.num_known, found.num_unknown) == (1, num_others)
 
 
 def test_low_or_no_overlap_may_be_allowed() -> None:
-    ids = (gene_id(0), *NOVEL[:10])
-    few, enough, none = (GeneIds(each, "index") for each in (ids, ids[:10], ("TP53", "")))
-    assert map_genes(few, THREE, "a.h5ad", allow_low_overlap=True).num_known == 1
-    assert map_genes(enough, THREE, "a.h5ad").overlap == 0.1
-    found = map_genes(none, THREE, "a.h5ad", True, allow_no_overlap=True)
+    few, none = (gene_id(0), *NOVEL[:10]), ("TP53", "")
+    low, no = InputOptions(allow_low_overlap=True), InputOptions(allow_no_overlap=True)
+    assert map_genes(GeneIds(few, "index"), FIFTY, counts_of(few), low).num_known == 1
+    found = map_genes(GeneIds(none, "index"), FIFTY, counts_of(none), no)
     assert (found.num_known, found.num_unknown, found.num_blank) == (0, 1, 1)
 
 

@@ -157,7 +157,7 @@ def test_a_thousand_real_cells(shared_data, name) -> None:
     vocabulary = import_dictionary(shared_data / "dicts" / "gc30m_gene_medians.json")
     with CountsFile(shared_data / f"{name}.h5ad") as file:
         genes = find_gene_ids(file.gene_columns(), vocabulary.token_ids)
-        columns = map_genes(genes, vocabulary, name).token_of_column
+        columns = map_genes(genes, vocabulary, file).token_of_column
         block = file.read_rows(0, 1000)
     counts = sparse.csr_matrix((block.data, block.indices, block.indptr), (1000, len(columns)))
     assert_as_plain(counts, columns, vocabulary)

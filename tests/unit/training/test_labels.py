@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 
@@ -13,6 +14,8 @@ from geneformer_mcore.data.collate import make_batch
 from geneformer_mcore.data.labelled import LabelledBatches, labelled_source
 from geneformer_mcore.data.masking import Masking
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.inference.cells import rows_with
+from geneformer_mcore.io.frames import label_texts
 from geneformer_mcore.training.datasets import RunCells
 from geneformer_mcore.training.finetuning import labelled
 from geneformer_mcore.types import CellViews, KnownLengths, RaggedCells, RandomAccess
@@ -140,3 +143,16 @@ def test_batches_predict_classes_and_mask_nothing(packed: bool) -> None:
     starts = block.offsets[:-1] if packed else np.arange(5) * 32
     assert batch.selected_M.tolist() == starts[~idle].tolist()
     assert sorted(flat[flat != 2].tolist()) == sorted(block.tokens_T.tolist())
+
+
+def test_whole_numbers_of_which_some_are_missing_are_no_fractions() -> None:
+    """They are floats in every h5ad; every command knows a label by the same text."""
+    numbers = [0.0, 3.0, float("nan"), 11.0] * 5
+    _, labels = labelled(cells_with(numbers), "kind")
+    assert labels.classes == ("0", "11", "3")
+    assert labels.unlabelled["train"] == 3
+    obs = pd.DataFrame({"kind": numbers})
+    assert label_texts(obs["kind"]).tolist() == ["0", "3", "", "11"] * 5
+    assert rows_with(obs, "kind=3", "a.h5ad").tolist() == [1, 5, 9, 13, 17]
+    texts = pd.Categorical([" a", "None", None, "nan", "0.5"])
+    assert label_texts(pd.Series(texts)).tolist() == ["a", "", "", "", "0.5"]
