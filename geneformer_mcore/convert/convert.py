@@ -12,11 +12,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import yaml
 from safetensors.torch import save_file
 
 from geneformer_mcore.checkpoint import weights_reader
-from geneformer_mcore.checkpoint.record import ORIGIN, Record
+from geneformer_mcore.checkpoint.record import ORIGIN, Record, settings_in
 from geneformer_mcore.config import Config, load
 from geneformer_mcore.config.sections import Activation, ModelConfig, Precision
 from geneformer_mcore.convert import (
@@ -186,15 +185,14 @@ def _from_dictionaries(tokens: dict, tokens_path: Path, medians_path: Path) -> V
 
 def _recorded(record: Record) -> Config:
     """Settings of a checkpoint that its weights depend on; the others are defaults."""
-    text = yaml.safe_load(record.identity.config)
-    settings = [
-        f"{section}.{key}={json.dumps(value)}"
-        for section in ("model", "finetune")
-        for key, value in text.get(section, {}).items()
-    ]
-    config, _ = load(None, [*settings, f"data.seq_length={text['data']['seq_length']}"])
-    config.data.store = str(text["data"]["store"])
-    config.data.vocabulary = str(text["data"].get("vocabulary") or "")
+    sections = settings_in(record.identity.config)
+    data = sections.get("data", {})
+    settings = {"data.seq_length": data.get("seq_length")}
+    for section in ("model", "finetune"):
+        settings |= {f"{section}.{key}": each for key, each in sections.get(section, {}).items()}
+    config, _ = load(None, [f"{k}={json.dumps(each, default=str)}" for k, each in settings.items()])
+    config.data.store = str(data.get("store") or "")
+    config.data.vocabulary = str(data.get("vocabulary") or "")
     return config
 
 

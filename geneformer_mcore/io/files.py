@@ -23,6 +23,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from geneformer_mcore.errors import ConfigError, DataError
+from geneformer_mcore.io.schema import parse_json, read_bytes
 
 
 class UnwritableError(DataError):
@@ -173,11 +174,11 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
 def read_sealed(path: Path) -> dict[str, Any] | None:
     """The content that `write_sealed` wrote; None if it is not there, not whole or was changed."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_bytes(path))
         checksum = content.pop("checksum")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return content if checksum == checksum_of(content) else None
+    except (DataError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return None
-    return content if checksum == checksum_of(content) else None
 
 
 # Locks
@@ -214,7 +215,7 @@ def _holder_line() -> str:
 def holder(path: Path) -> str:
     """Who holds the lock file `path` alone: process, host and start time, and whether it lives."""
     try:
-        found = json.loads(path.read_bytes()[:1000])
+        found = parse_json(path.read_bytes()[:1000])
         pid, created, host = int(found["pid"]), float(found["created"]), str(found["host"])
         began = datetime.fromtimestamp(created).astimezone().isoformat(" ", "seconds")
     except (OSError, ValueError, KeyError, TypeError, OverflowError):

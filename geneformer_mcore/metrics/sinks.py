@@ -30,6 +30,7 @@ from torch.utils.tensorboard import summary
 
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.io.files import replacing, writing
+from geneformer_mcore.io.schema import parse_json
 
 _numbers = itertools.count()
 _VERSION = "brain.Event:2"
@@ -235,7 +236,9 @@ def drop_later_steps(path: Path, step: int) -> None:
     """Remove from a metrics.jsonl, atomically, lines after `step` and one truncated by a kill."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if _step_in(line) <= step]
+    kept = [
+        line for line in path.read_text(errors="replace").splitlines() if _step_in(line) <= step
+    ]
     with replacing(path, durable=True, alone=True) as partial:
         partial.write_text("".join(f"{line}\n" for line in kept))
 
@@ -243,8 +246,8 @@ def drop_later_steps(path: Path, step: int) -> None:
 def _step_in(line: str) -> float:
     """The step of a line of metrics.jsonl; infinity for a truncated line."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return int(parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return math.inf
 
 
