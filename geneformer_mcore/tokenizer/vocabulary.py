@@ -177,7 +177,7 @@ def _problem_of_ids(ids: tuple[str, ...]) -> str | None:
 
 
 def _problem_of_names(ids: tuple[str, ...], names: tuple[str, ...]) -> str | None:
-    for gene, name in zip(ids, names, strict=True):
+    for gene, name in zip(ids, names, strict=False):
         if not isinstance(name, str):
             return f"names must be text: gene {gene} is called {name!r}."
     return None

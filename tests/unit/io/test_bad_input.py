@@ -341,9 +341,9 @@ def test_a_layer_that_is_not_there(refusal, tmp_path) -> None:
     ("content", "message"),
     [
         (None, "there is no such file"),
-        (b"", "not a readable vocabulary"),
-        (b"[]", "not a vocabulary"),
-        (b"\x80\x04\x95", "not a readable vocabulary"),
+        (b"", "not valid JSON"),
+        (b"[]", "must be an object, and is []. Remedy: write it again"),
+        (b"\x80\x04\x95", "not valid JSON"),
     ],
 )
 def test_a_vocabulary_that_is_none(refusal, tmp_path, content: bytes | None, message: str) -> None:

@@ -123,7 +123,7 @@ def described(path: str = "a.distcp", **entries: Any) -> descriptions.Metadata:
     tensor = descriptions.TensorStorageMetadata(properties, torch.Size([3]), [])
     return descriptions.Metadata(
         state_dict_metadata={"w": tensor, **entries},
-        storage_data={index: filesystem._StorageInfo(path, 0, 8)},
+        storage_data={index: filesystem._StorageInfo(path, 0, 7)},
     )
 
 
