@@ -209,8 +209,15 @@ def settings_in(text: str) -> dict[str, dict[str, Any]]:
     try:
         sections = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"the settings are no YAML: {error}. Remedy: {_REMEDY}.") from None
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"the settings are no YAML: {why}. Remedy: {_REMEDY}.") from None
     parts = sections.values() if isinstance(sections, dict) else [sections]
-    if not all(isinstance(part, dict) for part in parts):
+    if not all(isinstance(part, dict) and all(map(_is_value, part.values())) for part in parts):
         raise CheckpointError(f"the settings are no sections of settings. Remedy: {_REMEDY}.")
     return sections
+
+
+def _is_value(found: Any) -> bool:
+    """Whether it can be a setting. YAML also has mappings and lists that contain themselves."""
+    each = found if isinstance(found, list) else [found]
+    return not any(isinstance(value, dict | list) for value in each)

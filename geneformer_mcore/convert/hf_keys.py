@@ -207,13 +207,9 @@ def check_shapes(found: Weights, expected: Mapping[str, tuple[int, ...]]) -> Non
         if names
     ]
     if problems:
-        remedy = (
-            "take weights and settings of one model, and of the kind that this command converts."
-        )
+        remedy = "take weights and settings of one model, of a kind that this command converts."
         if any(name.endswith(_OLD_NORM) for name in unexpected):
-            remedy = (
-                "load it with transformers and save it again: gamma and beta are its old names."
-            )
+            remedy = "load it with transformers and save it: gamma and beta are its old names."
         raise CheckpointError(
             f"the weights must be the {len(expected)} tensors of such a model, and {len(found)} "
             "tensors were found:\n  " + "\n  ".join(problems) + f"\nRemedy: {remedy}"

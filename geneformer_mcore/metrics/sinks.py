@@ -236,9 +236,8 @@ def drop_later_steps(path: Path, step: int) -> None:
     """Remove from a metrics.jsonl, atomically, lines after `step` and one truncated by a kill."""
     if not path.exists():
         return
-    kept = [
-        line for line in path.read_text(errors="replace").splitlines() if _step_in(line) <= step
-    ]
+    lines = path.read_text(errors="replace").splitlines()
+    kept = [line for line in lines if _step_in(line) <= step]
     with replacing(path, durable=True, alone=True) as partial:
         partial.write_text("".join(f"{line}\n" for line in kept))
 
