@@ -17,8 +17,8 @@ import errno
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from geneformer_mcore.errors import CheckpointError
 from geneformer_mcore.io.files import (
@@ -29,10 +29,27 @@ from geneformer_mcore.io.files import (
     sync_tree,
     write_sealed,
 )
+from geneformer_mcore.io.schema import Count, Digest, as_type
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _STEP = re.compile(r"step_(\d{10})")
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file as it was written."""
+
+    bytes: Count
+    sha256: Digest
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """manifest.json without its checksum; files: {path within the folder: ...}."""
+
+    step: Count
+    files: dict[str, _File]
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -107,30 +124,35 @@ def verify(folder: Path) -> None:
         if not path.is_file() or path.is_symlink():
             raise CheckpointError(f"{path} is missing from the checkpoint.")
         size = path.stat().st_size
-        if size != expected["bytes"] or _hash_on_disk(path) != expected["sha256"]:
+        if size != expected.bytes or _hash_on_disk(path) != expected.sha256:
             raise CheckpointError(
-                f"{path} is damaged: {size} bytes where {expected['bytes']} were written, "
+                f"{path} is damaged: {size} bytes where {expected.bytes} were written, "
                 "or other bytes than were written."
             )
 
 
-def _files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _files(folder: Path) -> Iterator[tuple[str, _File]]:
     """(name, size and hash) of every file. CheckpointError for a wrong or damaged manifest."""
     path = folder / MANIFEST
     if path.exists():
         path.read_bytes()  # read_sealed would take an OSError for damage
-    manifest = read_sealed(path)
-    if manifest is None:
+    content = read_sealed(path)
+    if content is None:
         raise CheckpointError(f"{path} is missing or damaged.")
-    if step_folder(folder.parent, manifest["step"]).name != folder.name:
-        raise CheckpointError(f"{path} is of step {manifest['step']}, and the folder is not.")
-    for name, expected in manifest["files"].items():
-        parts = PurePosixPath(name).parts
-        place = (folder / name).parent
-        is_linked = place.resolve() != folder.resolve() / PurePosixPath(name).parent
-        if PurePosixPath(name).is_absolute() or ".." in parts or is_linked:
-            raise CheckpointError(f"{path} names {name}, which is no file of this folder.")
+    manifest = as_type(content, _Manifest, path, "put a good copy back", CheckpointError)
+    if step_folder(folder.parent, manifest.step).name != folder.name:
+        raise CheckpointError(f"{path} is of step {manifest.step}, and the folder is not.")
+    for name, expected in manifest.files.items():
+        pure = PurePosixPath(name)
+        is_within = str(pure) == name and pure.parts and not pure.is_absolute()
+        if not is_within or ".." in pure.parts or _is_linked(folder, pure):
+            raise CheckpointError(f"{path} names {name!r}, which is no file of this folder.")
         yield name, expected
+
+
+def _is_linked(folder: Path, name: PurePosixPath) -> bool:
+    """Whether a folder on the way to the file is a symbolic link."""
+    return (folder / name).parent.resolve() != folder.resolve() / name.parent
 
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:

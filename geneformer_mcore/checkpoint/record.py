@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from dataclasses import fields as fields_of
@@ -11,10 +12,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from geneformer_mcore.config import Config, plain_yaml
 from geneformer_mcore.errors import CheckpointError
+from geneformer_mcore.io.schema import Count, Positive, as_type, read_json
 
 FORMAT_VERSION = 3
+_REMEDY = "take another checkpoint, or the version of this program that wrote it"
 RECORD = "record.json"
 ORIGIN = "origin.json"
 """In a run directory: the foreign model that its weights were converted from."""
@@ -71,11 +76,11 @@ class Record:
     val_loss:      nats per predicted gene, if this step validated
     """
 
-    step: int
-    cells_seen: int
+    step: Count
+    cells_seen: Count
     meters: dict[str, Any]
     identity: Identity
-    layout: dict[str, int]
+    layout: dict[str, Positive]
     versions: dict[str, str]
     guard: dict[str, Any]
     val_loss: float | None = None
@@ -91,15 +96,21 @@ class Record:
 
     @staticmethod
     def load(folder: Path) -> Record:
-        """Raises CheckpointError for an unknown format."""
-        fields = _read(folder)
-        version = fields.get("format_version")
+        """Raises CheckpointError for an unknown format, or what is not as a Record says."""
+        path = folder / RECORD
+        content = read_json(path, _REMEDY, CheckpointError)
+        version = content.get("format_version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{folder} has checkpoint format {version}, and this version reads "
+                f"{folder} has checkpoint format {version!r:.40}, and this version reads "
                 f"{FORMAT_VERSION}. Continue it with the version that wrote it."
             )
-        return Record(**fields | {"identity": Identity(**fields["identity"])})
+        record = as_type(content, Record, path, _REMEDY, CheckpointError)
+        try:
+            settings_in(record.identity.config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: identity.config: {error}") from None
+        return record
 
 
 def best_step(steps: Iterable[int], folder_of: Callable[[int], Path]) -> int | None:
@@ -107,16 +118,12 @@ def best_step(steps: Iterable[int], folder_of: Callable[[int], Path]) -> int | N
     losses = {}
     for step in steps:
         try:
-            loss = _read(folder_of(step))["val_loss"]
-        except (OSError, ValueError, KeyError, TypeError):
+            loss = Record.load(folder_of(step)).val_loss
+        except CheckpointError:
             continue  # damaged: reported when it is verified
-        if loss is not None:
+        if loss is not None and not math.isnan(loss):
             losses[step] = loss
     return min(losses, key=lambda step: losses[step], default=None)
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / RECORD).read_text(encoding="utf-8"))
 
 
 def interpolated_values(config: Config, text: str) -> dict[str, str]:
@@ -192,6 +199,25 @@ def _defaults() -> dict[str, Any]:
 def _flat(text: str) -> dict[str, Any]:
     return {
         f"{section}.{key}": value
-        for section, values in plain_yaml.values(text).items()
+        for section, values in settings_in(text).items()
         for key, value in values.items()
     }
+
+
+def settings_in(text: str) -> dict[str, dict[str, Any]]:
+    """{section: {key: value}} of a recorded config. CheckpointError if it is not such."""
+    try:
+        sections = plain_yaml.values(text)
+    except (yaml.YAMLError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"the settings are no YAML: {why}. Remedy: {_REMEDY}.") from None
+    parts = sections.values() if isinstance(sections, dict) else [sections]
+    if not all(isinstance(part, dict) and all(map(_is_value, part.values())) for part in parts):
+        raise CheckpointError(f"the settings are no sections of settings. Remedy: {_REMEDY}.")
+    return sections
+
+
+def _is_value(found: Any) -> bool:
+    """Whether it can be a setting. YAML also has mappings and lists that contain themselves."""
+    each = found if isinstance(found, list) else [found]
+    return not any(isinstance(value, dict | list) for value in each)

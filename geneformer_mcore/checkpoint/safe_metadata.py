@@ -9,15 +9,19 @@ A checkpoint with objects other than tensors, which torch would unpickle, too, i
 from __future__ import annotations
 
 import contextlib
+import math
 import pickle
+from collections import Counter
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import filesystem, planner
 from torch.distributed.checkpoint import metadata as descriptions
+from torch.distributed.checkpoint.api import CheckpointException
 
 from geneformer_mcore.errors import CheckpointError
 
@@ -70,9 +74,8 @@ def load(folder: Path) -> descriptions.Metadata:
         with path.open("rb") as file:
             metadata = _PlainUnpickler(file).load()
         _check(metadata, folder)
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(_refusal(path, str(error))) from None
-    except (AttributeError, IndexError, ImportError) as error:
+    # A damaged pickle can raise nearly anything; a hostile one must end here too.
+    except Exception as error:
         raise CheckpointError(_refusal(path, f"{type(error).__name__}: {error}")) from None
     return metadata
 
@@ -80,13 +83,20 @@ def load(folder: Path) -> descriptions.Metadata:
 def _check(metadata: Any, folder: Path) -> None:
     if not isinstance(metadata, descriptions.Metadata):
         raise ValueError("it describes no checkpoint")
+    here = {path.name: path.stat().st_size for path in folder.iterdir()}
+    stored: Counter[str] = Counter()
+    for part, place in metadata.storage_data.items():
+        if place.relative_path not in here:
+            raise ValueError(f"{place.relative_path!r} is no file of it")
+        if not 0 <= place.offset <= place.offset + place.length <= here[place.relative_path]:
+            raise ValueError(f"{place.relative_path} ends before a part of {part.fqn}")
+        stored[part.fqn] += place.length
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, descriptions.TensorStorageMetadata):
             raise ValueError(f"{key} is no tensor")
-    here = {path.name for path in folder.iterdir()}
-    for place in metadata.storage_data.values():
-        if place.relative_path not in here:
-            raise ValueError(f"{place.relative_path!r} is no file of it")
+        # Before memory is taken for it.
+        if math.prod(entry.size) * entry.properties.dtype.itemsize > stored[key]:
+            raise ValueError(f"{key} is larger than its files: {list(entry.size)}")
 
 
 def _refusal(path: Path, why: str) -> str:
@@ -98,7 +108,8 @@ def _refusal(path: Path, why: str) -> str:
 
 @contextlib.contextmanager
 def read_by_torch() -> Iterator[None]:
-    """Within it torch's readers load descriptions by `load`."""
+    """Within it torch's readers load descriptions by `load`; that tensors are not as wanted or
+    cannot be read is a CheckpointError."""
     theirs = FileSystemReader.read_metadata
 
     def read_metadata(reader: FileSystemReader, *_args: Any, **_kwargs: Any) -> Any:
@@ -111,5 +122,12 @@ def read_by_torch() -> Iterator[None]:
     FileSystemReader.read_metadata = read_metadata  # type: ignore[assignment,method-assign]
     try:
         yield
+    # torch has an exception for what fails on any rank; it is no Exception.
+    except (CheckpointException, CheckpointingException) as error:
+        why = str(error).strip().splitlines()[-1]
+        raise CheckpointError(
+            f"the tensors of the checkpoint cannot be read: {why} Remedy: take another checkpoint, "
+            "or a good copy of it."
+        ) from error
     finally:
         FileSystemReader.read_metadata = theirs  # type: ignore[method-assign]

@@ -11,6 +11,7 @@ import queue
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -158,10 +159,15 @@ def _load_random_states(folder: Path, rank: int) -> None:
     try:
         with np.load(_random_file(folder, rank), allow_pickle=False) as file:
             states = {name: torch.from_numpy(file[name]) for name in file.files}
-    except (OSError, ValueError) as error:
+        _set_random_states(states)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, BadZipFile) as error:
         raise CheckpointError(
-            f"the random states of rank {rank} cannot be read: {error}."
+            f"the random states of rank {rank} cannot be read: {error}. Remedy: take another "
+            "checkpoint, or another layout of ranks: dropout is then seeded again."
         ) from None
+
+
+def _set_random_states(states: dict[str, torch.Tensor]) -> None:
     tracked = {
         name.removeprefix("tracker:"): state
         for name, state in states.items()

@@ -74,6 +74,12 @@ def _whole(folder: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
         reader = safe_metadata.FileSystemReader(folder)
         described: dict[str, Any] = reader.read_metadata().state_dict_metadata
         keys = {name: _most_exact(name, described) for name in names}
+        missing = sorted(set(keys.values()) - set(described))
+        if missing:
+            raise CheckpointError(
+                f"{folder} must hold the tensor {missing[0]}, and holds {len(described):,} others. "
+                "Remedy: name a checkpoint of a run of this program."
+            )
         whole = {
             key: torch.empty(described[key].size, dtype=described[key].properties.dtype)
             for key in keys.values()

@@ -52,7 +52,7 @@ def renamed(theirs: Weights) -> dict[str, torch.Tensor]:
             name = re.sub(pattern, replacement, name)
         if _LEFT_OUT.search(name):
             continue
-        if _STACKED.match(name):
+        if _STACKED.match(name) and tensor.dim():
             for layer, part in enumerate(tensor):
                 ours[_STACKED.sub(f"encoder.layers.{layer}.", name)] = part.float()
         else:
@@ -72,6 +72,7 @@ def from_bionemo(
     if WORDS in ours:
         hf_keys.drop_tied(ours, {_OUTPUT_WORDS: WORDS})
     model = _model_of(ours, activation, heads)
+    hf_keys.check_layers(model.num_layers, ours)
     num_rows, num_positions = len(ours[WORDS]), len(ours[POSITIONS])
     entries = hf_keys.table(model, num_rows, num_positions)
     hf_keys.check_shapes(ours, {entry.ours: entry.our_shape for entry in entries})
@@ -94,6 +95,12 @@ def _model_of(ours: Weights, activation: Activation, heads: int) -> ModelConfig:
             f"{', '.join(missing)} must be among the weights, under their names or ours, and the "
             f"{len(ours)} tensors that were found are others: {shown}, ... Remedy: give the plain "
             "state dict of a BioNeMo Geneformer, {name: tensor}, saved by torch.save."
+        )
+    flat = [name for name in (WORDS, POSITIONS, first) if ours[name].dim() != 2]
+    if flat:
+        raise CheckpointError(
+            f"{flat[0]} must be a matrix, and is {list(ours[flat[0]].shape)}. Remedy: give the "
+            "plain state dict of a BioNeMo Geneformer."
         )
     hidden = ours[WORDS].shape[1]
     heads = heads or max(1, hidden // HEAD_WIDTH)

@@ -15,8 +15,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from geneformer_mcore.checkpoint import weights_reader
-from geneformer_mcore.checkpoint.record import ORIGIN, Record
-from geneformer_mcore.config import Config, load, plain_yaml
+from geneformer_mcore.checkpoint.record import ORIGIN, Record, settings_in
+from geneformer_mcore.config import Config, load
 from geneformer_mcore.config.sections import Activation, ModelConfig, Precision
 from geneformer_mcore.convert import (
     bionemo_keys,
@@ -187,15 +187,14 @@ def _from_dictionaries(tokens: dict, tokens_path: Path, medians_path: Path) -> V
 
 def _recorded(record: Record) -> Config:
     """Settings of a checkpoint that its weights depend on; the others are defaults."""
-    text = plain_yaml.values(record.identity.config)
-    settings = [
-        f"{section}.{key}={json.dumps(value)}"
-        for section in ("model", "finetune")
-        for key, value in text.get(section, {}).items()
-    ]
-    config, _ = load(None, [*settings, f"data.seq_length={text['data']['seq_length']}"])
-    config.run.dir, config.data.store = str(text["run"]["dir"]), str(text["data"]["store"])
-    config.data.vocabulary = str(text["data"].get("vocabulary") or "")
+    sections = settings_in(record.identity.config)
+    data, run = sections.get("data", {}), sections.get("run", {})
+    settings = {"data.seq_length": data.get("seq_length")}
+    for section in ("model", "finetune"):
+        settings |= {f"{section}.{key}": each for key, each in sections.get(section, {}).items()}
+    config, _ = load(None, [f"{k}={json.dumps(each, default=str)}" for k, each in settings.items()])
+    config.run.dir, config.data.store = str(run.get("dir") or ""), str(data.get("store") or "")
+    config.data.vocabulary = str(data.get("vocabulary") or "")
     return config
 
 

@@ -8,7 +8,6 @@ tokenizer.json, tokenizer_config.json, README.md   written, never read
 
 from __future__ import annotations
 
-import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 
 from geneformer_mcore.config.sections import Activation, ModelConfig, Norm
 from geneformer_mcore.errors import CheckpointError, ConfigError
+from geneformer_mcore.io import schema
 from geneformer_mcore.model.megatron_config import INIT_STD, LAYERNORM_EPSILON
 from geneformer_mcore.types import SPECIAL_TOKENS
 
@@ -46,6 +46,10 @@ _SIZES = {
     "intermediate_size": "ffn_hidden_size",
 }
 """Their name -> the field of ModelConfig."""
+_MOST = 1 << 20
+"""Of any size: larger ones are slips, and would fill the memory."""
+_DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+"""Their default is that of transformers."""
 
 
 @dataclass(frozen=True)
@@ -62,27 +66,42 @@ def read_config(folder: Path) -> Described:
     path = folder / CONFIG
     content = read_json(path)
     names = ("vocab_size", *_SIZES, "max_position_embeddings")
-    numbers = {name: content.get(name) for name in names}
     problems = [
-        f"{name} must be a whole number above 0, and is {number!r}"
-        for name, number in numbers.items()
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1
+        f"{name} must be a whole number from 1 to {_MOST:,}, and is {content.get(name)!r:.80}"
+        for name in names
+        if not _is_number(content.get(name), int, 1, _MOST)
+    ]
+    problems += [
+        f"{name} must be a number from 0 to 1, and is {content[name]!r:.80}"
+        for name in _DROPOUT
+        if name in content and not _is_number(content[name], int | float, 0, 1)
     ]
     problems += _unlike_ours(content)
+    if not problems and content["hidden_size"] % content["num_attention_heads"]:
+        problems.append(
+            "hidden_size must be a multiple of num_attention_heads, and is {} of {}".format(
+                content["hidden_size"], content["num_attention_heads"]
+            )
+        )
     if problems:
         raise CheckpointError(
             f"{path} describes no model that can be converted:\n  "
             + "\n  ".join(problems)
             + "\nRemedy: give the folder of a BertForMaskedLM, such as Geneformer V1 or V2."
         )
+    dropout = _DROPOUT | {name: content[name] for name in _DROPOUT if name in content}
     model = ModelConfig(
         **{ours: content[theirs] for theirs, ours in _SIZES.items()},
-        hidden_dropout=float(content.get("hidden_dropout_prob", 0.1)),
-        attention_dropout=float(content.get("attention_probs_dropout_prob", 0.1)),
+        hidden_dropout=float(dropout["hidden_dropout_prob"]),
+        attention_dropout=float(dropout["attention_probs_dropout_prob"]),
         activation=_ACTIVATIONS[content.get("hidden_act", "gelu")],
         norm=_CLASSES[content["model_type"]][0],
     )
     return Described(model, content["vocab_size"], content["max_position_embeddings"])
+
+
+def _is_number(found: Any, kind: Any, low: int, high: int) -> bool:
+    return isinstance(found, kind) and not isinstance(found, bool) and low <= found <= high
 
 
 def _unlike_ours(content: dict[str, Any]) -> list[str]:
@@ -202,9 +221,16 @@ def weights_file(folder: Path) -> Path:
     for path in (folder / WEIGHTS, folder / PICKLED):
         if path.is_file():
             return path
+    parts = sorted(path.name for path in folder.glob("*.index.json"))
+    if parts:
+        raise CheckpointError(
+            f"{folder}: its weights are cut into several files ({parts[0]}), and one is read. "
+            "Remedy: load it with transformers and write one file, by "
+            'model.save_pretrained(OUT, max_shard_size="1TB").'
+        )
     raise CheckpointError(
         f"{folder} must hold {WEIGHTS} or {PICKLED}, and holds neither. Remedy: give the folder "
-        "of a model; one that is cut into several files must be saved as one."
+        "of a model."
     )
 
 
@@ -246,17 +272,20 @@ def read_state_dict(path: Path) -> dict[str, Any]:
             f"{path}: must be a plain state dict, {{name: tensor}}, and is a "
             f"{type(content).__name__}. Remedy: save `model.state_dict()` alone."
         )
-    return {name: each for name, each in content.items() if isinstance(each, torch.Tensor)}
+    tensors = {name: each for name, each in content.items() if isinstance(each, torch.Tensor)}
+    for name, each in tensors.items():
+        if each.layout != torch.strided or each.is_meta or each.is_quantized or each.is_complex():
+            raise CheckpointError(
+                f"{path}: {name} must be a plain tensor of real numbers, and is one of "
+                f"{each.dtype}, {each.layout}, on {each.device}. Remedy: save the model dense, "
+                "on a CPU, in float32."
+            )
+    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError if there is none."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is no JSON: {error}.") from error
+    content = schema.read_json(path, "fetch it again, whole", CheckpointError)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: must hold an object, and holds {type(content).__name__}.")
     return content

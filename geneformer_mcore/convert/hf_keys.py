@@ -37,6 +37,7 @@ _TIED = {
 _NOT_OURS = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")
 """Of BERT's parts that Geneformer does not have: next-sentence prediction, a constant."""
 _MOST_NAMED = 6
+_OLD_NORM = ("LayerNorm.gamma", "LayerNorm.beta")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def from_hf(theirs: Weights, model: ModelConfig, num_tokens: int, num_positions:
 
     Raises CheckpointError that names missing, unexpected and misshapen tensors.
     """
+    check_layers(model.num_layers, theirs)
     entries = table(model, num_tokens, num_positions)
     theirs = {name: each for name, each in theirs.items() if not name.startswith(_NOT_OURS)}
     drop_tied(theirs, _TIED)
@@ -170,6 +172,15 @@ def _type_0(types: torch.Tensor, hidden: int) -> torch.Tensor:
     return types[0].float()
 
 
+def check_layers(num_layers: int, found: Weights) -> None:
+    """Raise CheckpointError for more layers than tensors, before all are named."""
+    if num_layers > len(found):
+        raise CheckpointError(
+            f"a model of {num_layers:,} layers has more tensors than the {len(found):,} that were "
+            "found. Remedy: take weights and settings of one model."
+        )
+
+
 def check_shapes(found: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise CheckpointError unless `found` holds just the expected tensors."""
     missing = [name for name in expected if name not in found]
@@ -179,6 +190,11 @@ def check_shapes(found: Weights, expected: Mapping[str, tuple[int, ...]]) -> Non
         for name, shape in expected.items()
         if name in found and tuple(found[name].shape) != tuple(shape)
     ]
+    numbers = [
+        f"{name} ({found[name].dtype})"
+        for name in expected
+        if name in found and not found[name].is_floating_point()
+    ]
     problems = [
         f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}"
         + (", ..." if len(names) > _MOST_NAMED else "")
@@ -186,12 +202,15 @@ def check_shapes(found: Weights, expected: Mapping[str, tuple[int, ...]]) -> Non
             ("missing", missing),
             ("unexpected", unexpected),
             ("misshapen", misshapen),
+            ("not of floating point", numbers),
         )
         if names
     ]
     if problems:
+        remedy = "take weights and settings of one model, of a kind that this command converts."
+        if any(name.endswith(_OLD_NORM) for name in unexpected):
+            remedy = "load it with transformers and save it: gamma and beta are its old names."
         raise CheckpointError(
             f"the weights must be the {len(expected)} tensors of such a model, and {len(found)} "
-            "tensors were found:\n  " + "\n  ".join(problems) + "\nRemedy: take weights and "
-            "settings of one model, and of the kind that this command converts."
+            "tensors were found:\n  " + "\n  ".join(problems) + f"\nRemedy: {remedy}"
         )

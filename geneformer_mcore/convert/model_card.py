@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
-from geneformer_mcore.checkpoint.record import Record
+from geneformer_mcore.checkpoint.record import Record, settings_in
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
 _TRAINING = (
@@ -73,17 +71,17 @@ def _model(config: dict[str, Any], num_parameters: int) -> list[tuple[str, Any]]
 def _training(record: Record, origin: dict[str, Any] | None) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     if origin is not None:
-        rows.append(("began with", f"{origin['from']}: {origin['name']}"))
-        rows.append(("sha256 of its weights", f"`{origin['sha256']}`"))
+        rows.append(("began with", f"{origin.get('from')}: {origin.get('name')}"))
+        rows.append(("sha256 of its weights", f"`{origin.get('sha256')}`"))
         if origin.get("new_tokens"):
-            rows.append(("tokens that it did not have", ", ".join(origin["new_tokens"])))
+            rows.append(("tokens that it did not have", ", ".join(map(str, origin["new_tokens"]))))
     rows += [("steps made", f"{record.step:,}"), ("cells seen", f"{record.cells_seen:,}")]
     if record.is_converted:
         return rows
     loss = "not measured at this step" if record.val_loss is None else f"{record.val_loss:.4f}"
     rows.append(("validation loss, nats per masked gene", loss))
-    settings = yaml.safe_load(record.identity.config)
-    rows += [(title, settings[section][key]) for title, section, key in _TRAINING]
+    settings = settings_in(record.identity.config)
+    rows += [(title, settings.get(section, {}).get(key, "?")) for title, section, key in _TRAINING]
     rows.append(("content hash of its cells", f"`{record.identity.content}`"))
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     return [*rows, ("written with", versions)]

@@ -63,7 +63,8 @@ def their_rows(tokens: Mapping[str, int], genes: Sequence[str], num_tokens: int)
     Raises DataError unless `tokens` names every row once and has the same genes.
     """
     ids = list(tokens.values())
-    if not all(isinstance(each, int) for each in ids) or sorted(ids) != list(range(num_tokens)):
+    are_numbers = len(ids) == num_tokens and all(type(each) is int for each in ids)
+    if not are_numbers or sorted(ids) != list(range(num_tokens)):
         raise DataError(
             f"the token dictionary must give each of the {num_tokens:,} rows of the model one "
             f"name, and has {len(ids):,} names. Remedy: give the dictionary of the very model."

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from geneformer_mcore.checkpoint.record import RECORD
 from geneformer_mcore.config.sections import Precision
 from geneformer_mcore.errors import CheckpointError
 from geneformer_mcore.inference import encoder, pretrained
@@ -39,6 +40,7 @@ from geneformer_mcore.inference.encoder import CellFunction
 from geneformer_mcore.inference.pretrained import Pretrained
 from geneformer_mcore.io.anndata_out import Beside, as_key
 from geneformer_mcore.io.files import together, whole_file, write_json
+from geneformer_mcore.io.schema import as_type
 from geneformer_mcore.metrics import classified
 from geneformer_mcore.metrics.provenance import provenance
 from geneformer_mcore.model import classifier, forward_only
@@ -99,13 +101,26 @@ def run(request: PredictRequest, is_first: bool) -> list[str]:
 
 def classes_of(model: Pretrained) -> tuple[str, list[str]]:
     """(label, its classes in order) of a fine-tuned model. Raises CheckpointError for any other."""
-    classes = model.record.identity.task.get("classes", [])
-    if not classes:
+    if not model.record.identity.task:
         raise CheckpointError(
             f"{model.folder} is of a pretrained model, which knows no classes. Remedy: name a run "
             "of launch/finetune.py."
         )
-    return model.config.finetune.label, list(classes)
+    return model.config.finetune.label, _task_of(model).classes
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a fine-tuned model records of its task (see FineTuning.facts)."""
+
+    pretrained: str
+    classes: list[str]
+
+
+def _task_of(model: Pretrained) -> _Task:
+    remedy = "name a run of launch/finetune.py of this version"
+    place = f"{model.folder / RECORD}, identity.task"
+    return as_type(model.record.identity.task, _Task, place, remedy, CheckpointError)
 
 
 def probabilities(
@@ -192,7 +207,7 @@ def _report(
     config, tune = model.config, model.config.finetune
     report: dict[str, Any] = facts_of(model) | {
         **provenance(),
-        "pretrained": model.record.identity.task["pretrained"],
+        "pretrained": _task_of(model).pretrained,
         "finetune": {
             "steps": model.record.step,
             "global_batch_size": config.train.global_batch_size,

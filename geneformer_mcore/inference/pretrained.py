@@ -17,8 +17,8 @@ import torch
 
 from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.checkpoint import weights_reader
-from geneformer_mcore.checkpoint.record import RECORD, Record, of_the_weights
-from geneformer_mcore.config import Config, dump, parse, plain_yaml
+from geneformer_mcore.checkpoint.record import RECORD, Record, of_the_weights, settings_in
+from geneformer_mcore.config import Config, dump, parse
 from geneformer_mcore.config.sections import (
     Attention,
     ParallelConfig,
@@ -212,7 +212,7 @@ def _recorded_base(path: Path, run_dir: Path) -> Path | None:
     root = run_dir / "checkpoints"
     try:
         record = Record.load(checkpoints.step_folder(root, checkpoints.steps(root)[-1]))
-    except (IndexError, OSError, ValueError, KeyError, TypeError, CheckpointError):
+    except (IndexError, OSError, CheckpointError):
         return None  # no checkpoint yet, or a damaged one, which is verified later
     name = str(record.identity.task.get("pretrained", "")).partition(",")[0]
     base = path / "checkpoints" / name
@@ -221,15 +221,15 @@ def _recorded_base(path: Path, run_dir: Path) -> Path | None:
 
 def settings_of_base_model(model: Pretrained) -> list[str]:
     """Settings of pretraining as section.key=value; fp32 on a CPU."""
-    recorded = plain_yaml.values(model.record.identity.config)
-    kept = {key: value for key, value in recorded["model"].items() if key not in _OF_A_MACHINE}
+    recorded = settings_in(model.record.identity.config).get("model", {})
+    kept = {key: value for key, value in recorded.items() if key not in _OF_A_MACHINE}
     precision = model.config.train.precision
     if not torch.cuda.is_available():
         precision = Precision.fp32
     if precision is Precision.fp32:
         kept["fp32_residual"] = True
     return [
-        *(f"model.{key}={json.dumps(value)}" for key, value in kept.items()),
+        *(f"model.{key}={json.dumps(value, default=str)}" for key, value in kept.items()),
         f"data.seq_length={model.config.data.seq_length}",
         f"train.precision={precision.value}",
     ]

@@ -28,6 +28,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from geneformer_mcore.errors import ConfigError, DataError, GeneformerError
+from geneformer_mcore.io.schema import parse_json, read_bytes
 
 _staged: ContextVar[dict[Path, Path] | None] = ContextVar("staged", default=None)
 """Within `together`: {place: what is written for it}."""
@@ -294,11 +295,11 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
 def read_sealed(path: Path) -> dict[str, Any] | None:
     """The content that `write_sealed` wrote; None if it is not there, not whole or was changed."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_bytes(path))
         checksum = content.pop("checksum")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return content if checksum == checksum_of(content) else None
+    except (DataError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return None
-    return content if checksum == checksum_of(content) else None
 
 
 # Locks
@@ -335,7 +336,7 @@ def _holder_line() -> str:
 def holder(path: Path) -> str:
     """Who holds the lock file `path` alone: process, host and start time, and whether it lives."""
     try:
-        found = json.loads(path.read_bytes()[:1000])
+        found = parse_json(path.read_bytes()[:1000])
         pid, created, host = int(found["pid"]), float(found["created"]), str(found["host"])
         began = datetime.fromtimestamp(created).astimezone().isoformat(" ", "seconds")
     except (OSError, ValueError, KeyError, TypeError, OverflowError):

@@ -9,9 +9,11 @@ per rank (per GPU).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from geneformer_mcore.errors import CheckpointError
+from geneformer_mcore.io.schema import Count, as_type
 from geneformer_mcore.model.flops import (
     ModelShape,
     Workload,
@@ -37,6 +39,13 @@ class Window:
     sum_squared_lengths: int = 0
     data_wait_s: float = 0.0
     step_s: float = 0.0
+
+
+@dataclass
+class _State:
+    cells_seen: Count
+    tokens_seen: Count
+    window: Window
 
 
 class Meter:
@@ -141,11 +150,11 @@ class Meter:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.cells_seen = state["cells_seen"]
-        self.tokens_seen = state["tokens_seen"]
-        self._window = Window(
-            **{field.name: state["window"][field.name] for field in fields(Window)}
-        )
+        """Raises CheckpointError unless `state` is of `state_dict`."""
+        remedy = "take another checkpoint"
+        found = as_type(state, _State, "the record's meters", remedy, CheckpointError)
+        self.cells_seen, self.tokens_seen = found.cells_seen, found.tokens_seen
+        self._window = found.window
 
     def _read(self) -> Window:
         """The window in plain numbers; waits for the device."""

@@ -30,6 +30,7 @@ from torch.utils.tensorboard import summary
 
 from geneformer_mcore.errors import ConfigError
 from geneformer_mcore.io.files import replacing, writing
+from geneformer_mcore.io.schema import parse_json
 
 _numbers = itertools.count()
 _VERSION = "brain.Event:2"
@@ -229,7 +230,7 @@ def drop_later_steps(path: Path, step: int) -> None:
     """Remove from a metrics.jsonl, atomically, lines after `step` and one truncated by a kill."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line for line in lines if _step_in(line) <= step]
     with replacing(path, durable=True, alone=True) as partial:
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -238,8 +239,8 @@ def drop_later_steps(path: Path, step: int) -> None:
 def _step_in(line: str) -> float:
     """The step of a line of metrics.jsonl; infinity for a truncated line."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return int(parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return math.inf
 
 

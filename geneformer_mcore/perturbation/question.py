@@ -8,7 +8,6 @@ groups: a.json {name: [genes]} | a.gmt           ->  tokens  ->  Perturbation of
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.inference.cells import CountedCells
+from geneformer_mcore.io.schema import as_type, parse_json, read_text
 from geneformer_mcore.perturbation.perturbed_cells import Mode
 from geneformer_mcore.tokenizer.gencode import clean_id
 from geneformer_mcore.tokenizer.genes import names_as_symbols
@@ -222,34 +222,35 @@ def distinct(asked: list[Perturbation], mode: Mode) -> tuple[list[Perturbation],
 
 
 def read_groups(path: Path) -> dict[str, list[str]]:
-    """{group: genes} of a JSON file, or of a GMT file (name, description, genes, between tabs).
-    Raises DataError where it cannot be read, is neither, or has no group."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the groups cannot be read: {error}.") from error
-    found = _of_json(text, path) if path.suffix == ".json" else _of_gmt(text, path)
-    empty = [name for name, genes in found.items() if not genes]
-    if empty or not found:
-        raise DataError(
-            f"{path}: {f'group {empty[0]} has no gene' if empty else 'there is no group'}. Remedy: "
-            'JSON {"group": ["gene", ...]}, or lines of name, description and genes with tabs '
-            "between (.gmt)."
-        )
+    """{group: genes} of a JSON file, or of a GMT file (name, description, genes, between tabs),
+    either of which may be gzipped. Raises DataError where it cannot be read, is neither, or has no
+    group."""
+    text = read_text(path)
+    is_json = text.lstrip()[:1] == "{" or ".json" in path.suffixes
+    found = _of_json(text, path) if is_json else _of_gmt(text, path)
+    problems = [
+        f"group {name} has no gene" if name.strip() else "a group has no name"
+        for name, genes in found.items()
+        if not genes or not name.strip()
+    ]
+    if problems or not found:
+        what = problems[0] if problems else "there is no group"
+        raise DataError(f"{path}: {what}. Remedy: {_KINDS}.")
     return found
+
+
+_KINDS = (
+    'JSON {"group": ["gene", ...]}, or lines of name, description and genes with tabs between'
+    " (.gmt)"
+)
 
 
 def _of_json(text: str, path: Path) -> dict[str, list[str]]:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}.") from error
-    if not isinstance(content, dict) or not all(
-        isinstance(genes, list) and all(isinstance(gene, str) for gene in genes)
-        for genes in content.values()
-    ):
-        raise DataError(f'{path}: must be {{"group": ["gene", ...]}}.')
-    return content
+        raise DataError(f"{path}: not valid JSON: {error}. Remedy: {_KINDS}.") from error
+    return as_type(content, dict[str, list[str]], path, _KINDS)
 
 
 def _of_gmt(text: str, path: Path) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from geneformer_mcore.io.files import whole_file
 from geneformer_mcore.report.results import Curve, Results
+from geneformer_mcore.store.report import Lengths, SourceReport
 
 # Okabe and Ito's colours, which most eyes can tell apart.
 BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#666666", "#009E73"
@@ -69,13 +70,13 @@ def _points(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     return np.array(curve.steps, dtype=np.float64), np.array(curve.losses, dtype=np.float64)
 
 
-def save_lengths(source: dict[str, Any], seq_length: int, path: Path) -> None:
-    """Write a histogram of tokens per stored cell, of one source of a manifest (SourceReport)."""
+def save_lengths(source: SourceReport, seq_length: int, path: Path) -> None:
+    """Write a histogram of tokens per stored cell, of one source of a manifest."""
     figure = new_figure(7, 3.6)
     axes = figure.add_subplot()
-    edges, cells = _bars(source["lengths"])
+    edges, cells = _bars(source.lengths)
     axes.stairs(cells, edges, fill=True, color=BLUE, alpha=0.85)
-    median = source["tokens_median"]
+    median = source.tokens_median
     axes.axvline(median, color=ORANGE, linewidth=1.4, label=f"median {median:,.0f}")
     # Truncated cells are all in the last bar, which must not flatten the others.
     most = max(cells[:-1].max(initial=0), 1)
@@ -86,18 +87,18 @@ def save_lengths(source: dict[str, Any], seq_length: int, path: Path) -> None:
     axes.set_xlim(0, edges[-1])
     axes.set_xlabel("tokens per cell, [CLS] included")
     axes.set_ylabel(f"cells per {edges[-1] - edges[-2]:,} tokens")
-    stored, cut = source["cells_stored"], source["cells_cut"]
-    axes.set_title(f"{source['name']}: {stored:,} cells, {cut:,} cut to {seq_length:,} tokens")
+    stored, cut = source.cells_stored, source.cells_cut
+    axes.set_title(f"{source.name}: {stored:,} cells, {cut:,} cut to {seq_length:,} tokens")
     _save(figure, path)
 
 
-def _bars(lengths: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(edges [bars + 1] in tokens, cells [bars]) from the bins of SourceReport.lengths."""
-    cells = np.array(lengths["cells"])
+def _bars(lengths: Lengths) -> tuple[np.ndarray, np.ndarray]:
+    """(edges [bars + 1] in tokens, cells [bars]) from the bins of a SourceReport."""
+    cells = np.array(lengths.cells)
     bins = max(1, -(-len(cells) // MOST_BARS))
     padded = np.pad(cells, (-len(cells) % bins, 0))
     bars = padded.reshape(-1, bins).sum(axis=1)
-    edges = (np.arange(len(bars) + 1) * bins - (len(padded) - len(cells))) * lengths["bin_tokens"]
+    edges = (np.arange(len(bars) + 1) * bins - (len(padded) - len(cells))) * lengths.bin_tokens
     return np.maximum(edges, 0), bars
 
 

@@ -8,7 +8,6 @@ losses see figures.py.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import yaml
 from geneformer_mcore.config import plain_yaml
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.exit_codes import DEFECT, FINISHED, INTERRUPTED
+from geneformer_mcore.io.schema import parse_json
 from geneformer_mcore.metrics.provenance import provenance
 
 RATES = (
@@ -34,6 +34,7 @@ RATES = (
 """Keys of metrics.jsonl that are reported as medians, which one slow step does not move."""
 BASELINES = ("unigram", "gene_given_rank")
 """Keys of baselines.json, in nats."""
+_MOST_NUMBER = 1e300
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _train_seconds(records: list[dict[str, Any]]) -> float:
     """Sum over the records of seconds per step x steps since the previous record."""
     previous, seconds = 0, 0.0
     for record in records:
-        seconds += record.get("step_s", 0.0) * (record["step"] - previous)
+        seconds += (record.get("step_s") or 0.0) * (record["step"] - previous)
         previous = record["step"]
     return seconds
 
@@ -169,17 +170,24 @@ def _records(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in _text(path).splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
+        if isinstance(record, dict) and _is_number(record.get("step"), int):
+            kept = {k: each for k, each in record.items() if each is None or _is_number(each)}
+            records.append(kept)
     return records
+
+
+def _is_number(found: Any, kind: Any = int | float) -> bool:
+    is_it = isinstance(found, kind) and not isinstance(found, bool)
+    return is_it and abs(found) < _MOST_NUMBER  # also False for NaN
 
 
 def _outcome(path: Path) -> dict[str, Any]:
     found = _json(path)
-    if isinstance(found.get("exit_code"), int) and {"outcome", "reason"} <= set(found):
+    texts = [found.get(name) for name in ("outcome", "reason")]
+    if _is_number(found.get("exit_code"), int) and all(isinstance(text, str) for text in texts):
         return found
     reason = "it left no outcome.json: it was killed, or still runs"
     return {"outcome": "unknown", "exit_code": DEFECT, "reason": reason}
@@ -192,13 +200,13 @@ def _baselines(path: Path) -> dict[str, Any] | None:
     except (DataError, OSError):
         return None
     numbers = [found.get(name, 0.0) for name in BASELINES]
-    return found if all(isinstance(number, int | float) for number in numbers) else None
+    return found if all(map(_is_number, numbers)) else None
 
 
 def _sections(path: Path) -> dict[str, Any]:
     try:
         found = plain_yaml.values(_text(path))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise DataError(f"{path} is not YAML: it was damaged after the run wrote it.") from None
     sections = found if isinstance(found, dict) else {}
     return {name: keys for name, keys in sections.items() if isinstance(keys, dict)}
@@ -206,7 +214,7 @@ def _sections(path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_text(path) or "{}")
+        found = parse_json(_text(path) or "{}")
     except ValueError:
         raise DataError(f"{path} is not JSON: it was damaged after the run wrote it.") from None
     return found if isinstance(found, dict) else {}

@@ -15,9 +15,9 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -43,13 +43,14 @@ from geneformer_mcore.io.files import (
 )
 from geneformer_mcore.io.progress import Progress, no_progress
 from geneformer_mcore.io.retry import Retry
+from geneformer_mcore.io.schema import Count, Digest, Matching, Positive, as_type
 from geneformer_mcore.io.workers import Workers
 
 PLAN_FILE = "plan.json"
 CELLS_PER_UNIT = 32_768
 VERSION = 1
 
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SAFE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Selection:
     source: str = STABLE
     organism: str = ORGANISM
     value_filter: str = CARD_FILTER
-    cells_per_unit: int = CELLS_PER_UNIT
-    limit_cells: int | None = None
+    cells_per_unit: Positive = CELLS_PER_UNIT
+    limit_cells: Positive | None = None
 
     def __post_init__(self) -> None:
         for name in ("cells_per_unit", "limit_cells"):
@@ -78,11 +79,11 @@ class Selection:
 class CensusUnit:
     """One file to fetch: `cells` cells of a data set, their joinids in first..last."""
 
-    name: str
+    name: Annotated[str, Matching(_SAFE_NAME, "a name that files can have")]
     dataset_id: str
-    cells: int
-    first: int
-    last: int
+    cells: Positive
+    first: Count
+    last: Count
 
     @property
     def file(self) -> str:
@@ -98,7 +99,7 @@ class CensusPlan:
     build: str
     address: str
     units: tuple[CensusUnit, ...]
-    table: tuple[tuple[str, str, str, int], ...]
+    table: tuple[tuple[str, str, str, Count], ...]
 
     @property
     def cells(self) -> int:
@@ -129,11 +130,8 @@ class CensusPlan:
                 f"{path}: damaged, or of another version than {VERSION}. Remedy: remove it and "
                 "start again; finished files stay."
             )
-        kept: dict[str, Any] = {field.name: content[field.name] for field in fields(cls)}
-        kept["selection"] = Selection(**kept["selection"])
-        kept["units"] = tuple(CensusUnit(**unit) for unit in kept["units"])
-        kept["table"] = tuple(tuple(row) for row in kept["table"])
-        return cls(**kept)
+        del content["version"]
+        return as_type(content, cls, path, "remove it and start again; finished files stay")
 
     def check_given(self, given: Mapping[str, Any], folder: Path) -> None:
         """Raises DataError if the plan was made for other cells; given: fields of Selection."""
@@ -234,7 +232,7 @@ def _text(value: Any) -> str:
 
 
 def _units_of(dataset_id: str, joinids: np.ndarray, cells_per_unit: int) -> list[CensusUnit]:
-    if not _SAFE_NAME.fullmatch(dataset_id):
+    if not re.fullmatch(_SAFE_NAME, dataset_id):
         raise DataError(
             f"the data set {dataset_id!r} cannot name a file (letters, digits, dot, dash and "
             "underscore can). Remedy: build_store.py reads the Experiment without files between."
@@ -265,6 +263,15 @@ class Outcome:
     not_begun: int
     network: list[str]
     wrong: list[str]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Of a finished unit. of: checksum of what was to be fetched; bytes, sha256: of its file."""
+
+    of: str
+    bytes: Count
+    sha256: Digest
 
 
 @dataclass(frozen=True)
@@ -299,19 +306,23 @@ class Fetching:
             _check_room(partial, cells)
             cells.write_h5ad(partial, compression="lzf")
             size, digest = partial.stat().st_size, file_digest(partial)
-        record = {"of": self._identity(unit), "bytes": size, "sha256": digest}
-        write_sealed(_record_path(self.folder, unit), record)
+        record = _Record(self._identity(unit), size, digest)
+        write_sealed(_record_path(self.folder, unit), asdict(record))
 
     def problem(self, unit: CensusUnit) -> str | None:
         """What is wrong with the unit's file, which is read; None if nothing is."""
         path = self.folder / unit.file
-        record = read_sealed(_record_path(self.folder, unit))
-        if record is None or record.get("of") != self._identity(unit) or not path.is_file():
+        try:
+            place = _record_path(self.folder, unit)
+            record = as_type(read_sealed(place), _Record, place, "fetch the unit again")
+        except DataError:
+            return "not fetched"
+        if record.of != self._identity(unit) or not path.is_file():
             return "not fetched"
         size = path.stat().st_size
-        if size != record["bytes"]:
-            return f"{size:,} bytes of {record['bytes']:,}"
-        return None if file_digest(path) == record["sha256"] else "changed since it was fetched"
+        if size != record.bytes:
+            return f"{size:,} bytes of {record.bytes:,}"
+        return None if file_digest(path) == record.sha256 else "changed since it was fetched"
 
     def _identity(self, unit: CensusUnit) -> str:
         return checksum_of([*self.plan_head, asdict(unit)])

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.files import checksum_of, file_digest
+from geneformer_mcore.io.schema import Count, Digest, Positive, as_type, read_json
 from geneformer_mcore.store.split.table import SPLITS
 
 SCHEMA_VERSION = 1
@@ -49,6 +50,10 @@ OBS_COLUMNS: dict[str, pa.DataType] = {
 its expressed genes (columns of the file), n_tokens = its tokens in the store, [CLS] included."""
 
 
+Entry = tuple[Count, Digest | None]
+"""A file's bytes and SHA-256; None in place of it for files of tiles."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The content of a finished store. Written last, so that an unfinished store has none.
@@ -64,22 +69,22 @@ class Manifest:
     skipped:           {reason: cells}, over all sources
     versions:          {package: version} that wrote the store
     refused:           inputs that were given and could not be used: [{"name", "reason"}]
-    files:             {path in the folder: [bytes, SHA-256]} of all files but the manifest itself
+    files:             {path in the folder: Entry} of all files but the manifest itself
     """
 
-    cells: int
-    tokens: int
-    rows: dict[str, list[int]]
-    seq_length: int
-    content_hash: str
-    vocabulary_hash: str
+    cells: Positive
+    tokens: Positive
+    rows: dict[str, tuple[Count, Count]]
+    seq_length: Positive
+    content_hash: Digest
+    vocabulary_hash: Digest
     labels: dict[str, str]
     split: dict[str, Any]
     sources: list[dict[str, Any]]
-    skipped: dict[str, int]
+    skipped: dict[str, Count]
     versions: dict[str, str]
     refused: list[dict[str, str]] = field(default_factory=list)
-    files: dict[str, list[Any]] = field(default_factory=dict)
+    files: dict[str, Entry] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def save(self, folder: str | Path) -> None:
@@ -99,52 +104,44 @@ class Manifest:
                 f"{path}: store schema {version!r}, this version reads {SCHEMA_VERSION}. Remedy: "
                 "build the store again with data_prep/build_store.py."
             )
-        # Fields with a default are newer: earlier stores lack them.
-        optional = {item.name for item in fields(cls) if item.default_factory is not MISSING}
-        wanted = {item.name for item in fields(cls)} - optional
-        missing = sorted((wanted | {"checksum"}) - set(content))
-        if missing:
-            raise _damaged(path, f"{', '.join(missing)} missing")
-        found = content.pop("checksum")
+        found = content.pop("checksum", None)
         if found != checksum_of(content):
             raise _damaged(path, "its content does not fit its checksum, it was changed since")
-        manifest = cls(**{name: content[name] for name in (wanted | optional) & set(content)})
+        # Fields with a default are newer: earlier stores lack them.
+        manifest = as_type(content, cls, path, _BUILD)
         problem = _problem(manifest)
         if problem:
             raise _damaged(path, problem)
         return manifest
 
 
+_BUILD = "build the store again, or read it with the version that wrote it"
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.is_file():
         raise DataError(
             f"{path.parent}: not a finished store, {path.name} is missing. Remedy: build it with "
             "data_prep/build_store.py."
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _damaged(path, str(error)) from error
+        )
+    content = read_json(path, _BUILD)
     if not isinstance(content, dict):
         raise _damaged(path, "not a JSON object")
     return content
 
 
 def _damaged(path: Path, what: str) -> DataError:
-    return DataError(f"{path}: damaged manifest: {what}. Remedy: build the store again.")
+    return DataError(f"{path}: damaged manifest: {what}. Remedy: {_BUILD}.")
 
 
 def _problem(manifest: Manifest) -> str | None:
-    numbers = (manifest.cells, manifest.tokens, manifest.seq_length)
-    if not all(isinstance(number, int) and number > 0 for number in numbers):
-        return f"cells, tokens and seq_length must be whole numbers above 0, not {numbers}"
-    if not isinstance(manifest.rows, dict) or tuple(manifest.rows) != SPLITS:
+    if tuple(manifest.rows) != SPLITS:
         return f"rows must name {', '.join(SPLITS)}"
     end = 0
-    for split, span in manifest.rows.items():
-        if len(span) != 2 or span[0] != end or span[1] < span[0]:
-            return f"rows of {split} are {span}, and must start at {end}"
-        end = span[1]
+    for split, (start, stop) in manifest.rows.items():
+        if start != end or stop < start:
+            return f"rows of {split} are {start} to {stop}, and must start at {end}"
+        end = stop
     if end != manifest.cells:
         return f"the splits' rows end at {end:,}, and there are {manifest.cells:,} cells"
     return None
@@ -164,15 +161,15 @@ def list_files(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def describe_files(folder: Path) -> dict[str, list[Any]]:
-    """{path: [bytes, SHA-256]}, for the manifest; None instead of SHA-256 for files of tiles."""
+def describe_files(folder: Path) -> dict[str, Entry]:
+    """{path: Entry}, for the manifest."""
     return {
-        name: [path.stat().st_size, None if _is_tiles(name) else file_digest(path)]
+        name: (path.stat().st_size, None if _is_tiles(name) else file_digest(path))
         for name, path in list_files(folder).items()
     }
 
 
-def find_changes(folder: Path, expected: Mapping[str, list[Any]]) -> list[str]:
+def find_changes(folder: Path, expected: Mapping[str, Entry]) -> list[str]:
     """A short description of each difference of the files in `folder`; OSError if unreadable."""
     there = list_files(folder)
     problems = [f"{name} is missing" for name in expected if name not in there]

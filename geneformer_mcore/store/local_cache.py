@@ -17,6 +17,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,7 @@ import numpy as np
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.files import file_digest, lock_file, read_sealed, sync_tree, write_sealed
 from geneformer_mcore.io.progress import Progress
+from geneformer_mcore.io.schema import Positive, as_type
 from geneformer_mcore.types import CellViews, RaggedCells, TokenSource
 
 FORMAT_VERSION = 1
@@ -34,7 +36,18 @@ BLOCK_CELLS = 1024
 _DIGEST_BYTES = 32
 _CELLS_PER_READ = 4096
 _MANIFEST = "flat.json"
+_REMEDY = "delete this folder; the next run makes the copy again"
 _FILES = ("tokens.bin", "offsets.bin", "keys.bin", "sums.bin")
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """flat.json without its checksum. sha256: {file: digest}, of all but the tokens."""
+
+    format_version: int
+    content_hash: str
+    cells: Positive
+    sha256: dict[str, str]
 
 
 class Copyable(TokenSource, Protocol):
@@ -97,9 +110,9 @@ class FlatCopy:
         """content_hash: of the store it must be a copy of; None: of any."""
         self.folder = Path(folder)
         content = self._manifest()
-        if content_hash not in (None, content["content_hash"]):
+        if content_hash not in (None, content.content_hash):
             raise self._damaged("it is a copy of another store")
-        self.num_cells = int(content["cells"])
+        self.num_cells = content.cells
         self._offsets = self._array("offsets.bin", "<i8", self.num_cells + 1, content)
         self._keys = self._array("keys.bin", "<u8", self.num_cells, content)
         num_blocks = -(-self.num_cells // BLOCK_CELLS)
@@ -138,17 +151,17 @@ class FlatCopy:
                 raise self._damaged(f"cells {block * BLOCK_CELLS:,} and on do not fit their sum")
             self._is_verified[block] = True
 
-    def _manifest(self) -> dict:
+    def _manifest(self) -> _Manifest:
         content = read_sealed(self.folder / _MANIFEST)
         if content is None:
             raise self._damaged(f"{_MANIFEST} is not there, or not as it was written")
         if content.get("format_version") != FORMAT_VERSION:
             raise self._damaged(f"format {content.get('format_version')}, not {FORMAT_VERSION}")
-        return content
+        return as_type(content, _Manifest, self.folder / _MANIFEST, _REMEDY)
 
-    def _array(self, name: str, kind: str, length: int, manifest: dict) -> np.ndarray:
+    def _array(self, name: str, kind: str, length: int, manifest: _Manifest) -> np.ndarray:
         array = self._map(name, kind, length)
-        if hashlib.sha256(array.data).hexdigest() != manifest["sha256"][name]:
+        if hashlib.sha256(array.data).hexdigest() != manifest.sha256.get(name):
             raise self._damaged(f"{name} does not fit its sum")
         return array
 
@@ -161,10 +174,7 @@ class FlatCopy:
         return np.asarray(np.memmap(path, dtype=kind, mode="r", shape=(length,)))
 
     def _damaged(self, what: str) -> DataError:
-        return DataError(
-            f"{self.folder}: damaged flat copy of a store: {what}. Remedy: delete this folder; the "
-            "next run makes the copy again."
-        )
+        return DataError(f"{self.folder}: damaged flat copy of a store: {what}. Remedy: {_REMEDY}.")
 
 
 def _make(source: Copyable, content_hash: str, folder: Path, progress: Progress | None) -> None:
@@ -197,13 +207,8 @@ def _fill(partial: Path, source: Copyable, content_hash: str, progress: Progress
     (partial / "offsets.bin").write_bytes(offsets.tobytes())
     (partial / "sums.bin").write_bytes(sums)
     hashes = {name: file_digest(partial / name) for name in _FILES if name != "tokens.bin"}
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "content_hash": content_hash,
-        "cells": num_cells,
-        "sha256": hashes,
-    }
-    write_sealed(partial / _MANIFEST, manifest)
+    manifest = _Manifest(FORMAT_VERSION, content_hash, num_cells, hashes)
+    write_sealed(partial / _MANIFEST, asdict(manifest))
     sync_tree(partial)
 
 

@@ -9,15 +9,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from geneformer_mcore.io.schema import Count, Finite, Positive, Share, as_type
 from geneformer_mcore.store.ingest.plan import UnitReport
 from geneformer_mcore.store.ingest.sources import InputSource
 from geneformer_mcore.store.layout import Manifest
 
 _MOST_BINS = 128
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """cells: those with 0 to bin_tokens - 1 tokens, with bin_tokens to 2 bin_tokens - 1, ..."""
+
+    bin_tokens: Positive
+    cells: list[Count]
 
 
 @dataclass(frozen=True)
@@ -29,31 +37,30 @@ class SourceReport:
     counts_covered:                   share of all counts that known genes hold
     cells_cut:                        cells with more known genes than seq_length has room for
     tokens_mean, _median, _p5, _p95:  tokens per stored cell, [CLS] included: 5 % have at most p5
-    lengths:                          {"bin_tokens": width, "cells": [stored cells with 0 to
-                                      width - 1 tokens, with width to 2 width - 1, ...]}
+    lengths:                          stored cells by tokens
     """
 
     name: str
-    datasets: int
+    datasets: Count
     counts_location: str
     passed_over: list[str]
     gene_ids_location: str
-    genes_known: int
-    genes_unknown: int
-    genes_blank: int
-    genes_repeated: int
-    symbols_mapped: int
+    genes_known: Count
+    genes_unknown: Count
+    genes_blank: Count
+    genes_repeated: Count
+    symbols_mapped: Count
     obs_columns_left_out: list[str]
-    cells_in: int
-    cells_stored: int
-    skipped: dict[str, int]
-    counts_covered: float
-    cells_cut: int
-    tokens_mean: float
-    tokens_median: float
-    tokens_p5: float
-    tokens_p95: float
-    lengths: dict[str, Any]
+    cells_in: Count
+    cells_stored: Count
+    skipped: dict[str, Count]
+    counts_covered: Share
+    cells_cut: Count
+    tokens_mean: Finite
+    tokens_median: Finite
+    tokens_p5: Finite
+    tokens_p95: Finite
+    lengths: Lengths
 
 
 def report_source(source: InputSource, units: Sequence[UnitReport]) -> SourceReport:
@@ -112,10 +119,10 @@ def _reached(cells_of_length: np.ndarray, share: float) -> float:
     return float(np.searchsorted(reached, share * reached[-1])) if reached[-1] else 0.0
 
 
-def _binned(cells_of_length: np.ndarray) -> dict[str, Any]:
+def _binned(cells_of_length: np.ndarray) -> Lengths:
     width = -(-len(cells_of_length) // _MOST_BINS)
     padded = np.pad(cells_of_length, (0, -len(cells_of_length) % width))
-    return {"bin_tokens": width, "cells": padded.reshape(-1, width).sum(axis=1).tolist()}
+    return Lengths(width, padded.reshape(-1, width).sum(axis=1).tolist())
 
 
 HEADINGS = (
@@ -138,23 +145,33 @@ _TEXT = ("input", "skipped", "counts in", "gene ids in")
 
 def source_rows(manifest: Manifest) -> list[list[str]]:
     """One row per stored input, with a value for each of HEADINGS."""
-    return [_row(source) for source in manifest.sources]
+    return [_row(source) for source in sources_of(manifest)]
 
 
-def _row(source: dict[str, Any]) -> list[str]:
-    genes = source["genes_known"] + source["genes_unknown"]
-    passed_over = "".join(f" ({place} passed over)" for place in source["passed_over"])
+def sources_of(manifest: Manifest) -> list[SourceReport]:
+    """The reports in a manifest, of any store. DataError for those of another version."""
+    remedy = "build the store again; it can be trained on as it is"
     return [
-        source["name"],
-        f"{source['cells_in']:,}",
-        f"{source['cells_stored']:,}",
-        skipped_text(source["skipped"]),
-        f"{source['genes_known']:,} of {genes:,} ({source['genes_known'] / max(1, genes):.1%})",
-        f"{source['counts_covered']:.1%}",
-        *(f"{source[f'tokens_{what}']:,.0f}" for what in ("mean", "p5", "median", "p95")),
-        f"{source['cells_cut']:,}",
-        source["counts_location"] + passed_over,
-        f"var {source['gene_ids_location']}",
+        as_type(source, SourceReport, f"sources[{number}] of the store's manifest", remedy)
+        for number, source in enumerate(manifest.sources)
+    ]
+
+
+def _row(source: SourceReport) -> list[str]:
+    genes = source.genes_known + source.genes_unknown
+    passed_over = "".join(f" ({place} passed over)" for place in source.passed_over)
+    tokens = (source.tokens_mean, source.tokens_p5, source.tokens_median, source.tokens_p95)
+    return [
+        source.name,
+        f"{source.cells_in:,}",
+        f"{source.cells_stored:,}",
+        skipped_text(source.skipped),
+        f"{source.genes_known:,} of {genes:,} ({source.genes_known / max(1, genes):.1%})",
+        f"{source.counts_covered:.1%}",
+        *(f"{number:,.0f}" for number in tokens),
+        f"{source.cells_cut:,}",
+        source.counts_location + passed_over,
+        f"var {source.gene_ids_location}",
     ]
 
 

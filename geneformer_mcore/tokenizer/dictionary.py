@@ -8,7 +8,7 @@ scalars are rebuilt, the latter from their bytes by code of ours; anything else 
 
 from __future__ import annotations
 
-import json
+import io
 import pickle
 import sys
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.schema import parse_json, read_bytes
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 from geneformer_mcore.types import SPECIAL_TOKENS
 
@@ -82,28 +83,28 @@ def read_dictionary(path: str | Path) -> dict[str, Any]:
     Raises DataError for anything that is not a dictionary of text keys, and for a pickle that asks
     for any class or function.
     """
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
-    content = _parse_json(raw, path) if raw.lstrip()[:1] == b"{" else _parse_pickle(path)
+    return parse_dictionary(read_bytes(path), path)
+
+
+def parse_dictionary(raw: bytes, path: str | Path) -> dict[str, Any]:
+    """The same of a file's content, unzipped."""
+    is_json = raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{"
+    content = _parse_json(raw, path) if is_json else _parse_pickle(raw, path)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise DataError(f"{path}: must hold a dictionary whose keys are gene ids.")
     return content
 
 
-def _parse_json(raw: bytes, path: Path) -> Any:
+def _parse_json(raw: bytes, path: str | Path) -> Any:
     try:
-        return json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON: {error}.") from error
+        return parse_json(raw)
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}. Remedy: save it again.") from error
 
 
-def _parse_pickle(path: Path) -> Any:
+def _parse_pickle(raw: bytes, path: str | Path) -> Any:
     try:
-        with path.open("rb") as file:
-            return _PlainUnpickler(file).load()
+        return _PlainUnpickler(io.BytesIO(raw)).load()
     # A damaged pickle can raise nearly anything; a hostile one must end here too.
     except Exception as error:
         raise DataError(

@@ -7,18 +7,17 @@ else gencode.csv.gz next to this file, made by data_prep/gencode_table.py  ->  {
 from __future__ import annotations
 
 import csv
-import gzip
 import io
-import json
 import os
 import re
 import zipfile
-import zlib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 from geneformer_mcore.errors import DataError
+from geneformer_mcore.io.schema import as_type, parse_json, read_bytes, text_of, unzipped
+from geneformer_mcore.tokenizer.dictionary import parse_dictionary
 
 VARIABLE = "GENEFORMER_GENCODE"
 """Path of another table, csv(.gz) or wheel; "off": none is used."""
@@ -77,47 +76,50 @@ def read_gencode(path: Path = TABLE) -> dict[str, str]:
 
 def load_symbols(path: str | Path) -> dict[str, str]:
     """{symbol: gene id} from a file (see parse_symbols). DataError if it cannot be read."""
-    try:
-        raw = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
-    return parse_symbols(raw, path)
+    return parse_symbols(read_bytes(path), path)
 
 
 def parse_symbols(raw: bytes, path: str | Path) -> dict[str, str]:
-    """{symbol: gene id} of JSON ({symbol: id}) or a GENCODE table (lines `id,symbol,...`).
+    """{symbol: gene id} of JSON or a pickle ({symbol: id}, as Geneformer's table of names) or of a
+    GENCODE table (lines `id,symbol,...`, with commas or tabs).
 
-    Either may be gzipped. Of a symbol that several ids carry in a table, the first stands.
+    Each may be gzipped. Of a symbol that several ids carry in a table, the first stands.
     path: for messages. Raises DataError if there is no symbol in it.
     """
+    raw = unzipped(raw, path)
     try:
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the table of symbols cannot be read: {error}.") from error
-    is_json = text.lstrip()[:1] == "{"
-    symbols = _parse_json_symbols(text, path) if is_json else _parse_gencode(text)
-    if not symbols:
+        if raw[:1] == _PICKLE:
+            symbols = _of_dictionary(parse_dictionary(raw, path), path)
+        else:
+            text = text_of(raw)
+            is_json = text.lstrip()[:1] == "{"
+            symbols = _of_dictionary(parse_json(text), path) if is_json else _parse_gencode(text)
+    except (ValueError, csv.Error) as error:
         raise DataError(
-            f"{path}: no symbol with an Ensembl id found. Remedy: JSON {{symbol: id}}, or lines "
-            "`id,symbol,...` as in GENCODE's table of genes."
-        )
+            f"{path}: the table of symbols cannot be read: {error}. Remedy: {_KINDS}."
+        ) from error
+    if not symbols:
+        raise DataError(f"{path}: no symbol with an Ensembl id found. Remedy: {_KINDS}.")
     return symbols
 
 
-def _parse_json_symbols(text: str, path: str | Path) -> dict[str, str]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}.") from error
-    if not all(isinstance(gene, str) for gene in content.values()):
-        raise DataError(f"{path}: must be {{symbol: id}}, both text.")
-    cleaned = ((symbol, clean_id(gene)) for symbol, gene in content.items())
-    return {symbol: gene for symbol, gene in cleaned if gene}
+_PICKLE = b"\x80"
+_KINDS = "JSON {symbol: id}, or lines `id,symbol,...` as in GENCODE's table of genes"
+
+
+def _of_dictionary(content: dict[str, object], path: str | Path) -> dict[str, str]:
+    cleaned = {
+        symbol: clean_id(gene)
+        for symbol, gene in as_type(content, dict[str, str], path, _KINDS).items()
+    }
+    return {symbol: gene for symbol, gene in cleaned.items() if gene}
 
 
 def _parse_gencode(text: str) -> dict[str, str]:
     symbols: dict[str, str] = {}
-    for row in csv.reader(io.StringIO(text)):
+    first = next((line for line in text.splitlines() if line[:1] != "#"), "")
+    delimiter = "\t" if "\t" in first and "," not in first.partition("\t")[0] else ","
+    for row in csv.reader(io.StringIO(text), delimiter=delimiter):
         if len(row) > 1 and is_ensembl_id(row[0]) and row[1]:
             symbols.setdefault(row[1], clean_id(row[0]))
     return symbols

@@ -33,6 +33,8 @@ _LOWEST = -50
 """Values are resolved from 2^-50 to 2^14; shares of a cell's 10,000 are far inside. Smaller ones
 count as 2^-50, larger ones as 2^14, for which the bound does not hold."""
 
+NUM_KEYS = _OCTAVES * _BINS
+
 _FIRST = (1023 + _LOWEST) << _BITS
 _NO_PAGE = -1
 
@@ -131,7 +133,7 @@ def _keys(bits: np.ndarray, keys: np.ndarray) -> None:
     """The bin of each positive float64, given as its bits."""
     for i in range(len(bits)):
         key = (bits[i] >> _SHIFT) - _FIRST
-        keys[i] = min(max(key, 0), _OCTAVES * _BINS - 1)
+        keys[i] = min(max(key, 0), NUM_KEYS - 1)
 
 
 @compiled

@@ -24,9 +24,10 @@ import numpy as np
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.blocks import CountBlock
 from geneformer_mcore.io.files import whole_file
+from geneformer_mcore.io.schema import Count, Share, as_type, parse_json
 from geneformer_mcore.tokenizer.gencode import is_ensembl_id
 from geneformer_mcore.tokenizer.genes import InputOptions
-from geneformer_mcore.tokenizer.medians import BYTES_PER_VALUE, BinCounts, MedianCollector
+from geneformer_mcore.tokenizer.medians import BYTES_PER_VALUE, NUM_KEYS, BinCounts, MedianCollector
 from geneformer_mcore.tokenizer.rank_encoder import normalised_values
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
@@ -45,10 +46,10 @@ class FileRecord:
     """
 
     name: str
-    ensembl_share: float
-    cells: int = 0
-    values: int = 0
-    digest: int = 0
+    ensembl_share: Share
+    cells: Count = 0
+    values: Count = 0
+    digest: Count = 0
 
     def plus(self, cells: int, values: int, digest: int) -> FileRecord:
         """The record with more rows."""
@@ -254,11 +255,10 @@ def load_tally(path: str | Path, most_values: int) -> Tally:
     Raises DataError if it is damaged, or of another version.
     """
     header, arrays = _read(Path(path))
-    tally = Tally(header["options"], most_values)
-    tally.files = [FileRecord(**file) for file in header["files"]]
-    tally.names = header["names"]
-    places = np.repeat(tally.places(header["genes"]), np.diff(arrays["offsets"]))
-    if header["exact"]:
+    tally = Tally(header.options, most_values)
+    tally.files, tally.names = header.files, header.names
+    places = np.repeat(tally.places(header.genes), np.diff(arrays["offsets"]))
+    if header.exact:
         tally.collector.add(places, arrays["values"])
     else:
         tally.collector.add_bins(BinCounts(places, arrays["keys"], arrays["counts"]))
@@ -294,8 +294,42 @@ def _checksum(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> st
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(header without its checksum, arrays), verified."""
+@dataclass(frozen=True)
+class _Header:
+    """Of a file, without its checksum."""
+
+    format: str
+    version: int
+    exact: bool
+    options: dict[str, Any]
+    files: list[FileRecord]
+    genes: list[str]
+    names: dict[str, str]
+
+
+_AGAIN = "make it again with build_vocabulary.py --partial, or copy it again"
+
+
+def _problem(header: _Header, arrays: Mapping[str, np.ndarray]) -> str | None:
+    numbers: dict[str, type] = {"offsets": np.int64} | (
+        {"values": np.float64} if header.exact else {"keys": np.uint16, "counts": np.uint32}
+    )
+    found = {name: (array.dtype, array.ndim) for name, array in arrays.items()}
+    if found != {name: (np.dtype(kind), 1) for name, kind in numbers.items()}:
+        return f"its arrays must be {', '.join(numbers)}"
+    offsets = arrays["offsets"]
+    ends = {len(array) for name, array in arrays.items() if name != "offsets"}
+    if len(offsets) != len(header.genes) + 1 or offsets[0] or {int(offsets[-1])} != ends:
+        return "its offsets do not fit its genes and values"
+    if np.any(np.diff(offsets) < 0) or len(set(header.genes)) < len(header.genes):
+        return "its offsets must ascend, and its genes differ"
+    if not header.exact and np.any(arrays["keys"] >= NUM_KEYS):
+        return f"its keys must be below {NUM_KEYS:,}"
+    return None
+
+
+def _read(path: Path) -> tuple[_Header, dict[str, np.ndarray]]:
+    """(header, arrays), verified."""
     if not path.exists():
         raise DataError(f"{path}: there is no such file.")
     try:
@@ -304,7 +338,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         # An open file: given the path, numpy leaves it open where the content is damaged.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
             arrays = {name: members[name] for name in members.files}
-        header = json.loads(arrays.pop("header").tobytes())
+        header = parse_json(arrays.pop("header").tobytes())
         version, checksum = header["version"], header.pop("checksum")
         is_ours = header["format"] == FORMAT
     except _DAMAGE as error:
@@ -318,11 +352,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         )
     if checksum != _checksum(header, arrays):
         raise _unreadable(path, "its content does not fit its checksum, it was changed since")
-    return header, arrays
+    read = as_type(header, _Header, path, _AGAIN)
+    problem = _problem(read, arrays)
+    if problem:
+        raise _unreadable(path, problem)
+    return read, arrays
 
 
 def _unreadable(path: Path, why: str) -> DataError:
-    return DataError(
-        f"{path}: not a whole partial file: {why}. Remedy: make it again with build_vocabulary.py "
-        "--partial, or copy it again."
-    )
+    return DataError(f"{path}: not a whole partial file: {why}. Remedy: {_AGAIN}.")

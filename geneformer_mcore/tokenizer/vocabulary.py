@@ -20,6 +20,7 @@ import numpy as np
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.files import whole_file
+from geneformer_mcore.io.schema import as_type, read_json
 from geneformer_mcore.types import NUM_SPECIALS, SPECIAL_TOKENS
 
 SCHEMA_VERSION = 1
@@ -49,6 +50,7 @@ class Vocabulary:
         for problem in (
             _problem_of_lengths(self),
             _problem_of_ids(self.feature_ids),
+            _problem_of_names(self.feature_ids, self.names),
             _problem_of_medians(self.feature_ids, self.medians),
         ):
             if problem:
@@ -110,12 +112,12 @@ class Vocabulary:
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
         """Reads what `save` wrote. Raises DataError unless it is whole and its checksum holds."""
-        content = _read_json(Path(path))
+        content = _read(Path(path))
         vocabulary = _from_content(content, Path(path))
-        found, computed = content["checksum"], vocabulary.checksum
+        found, computed = content.checksum, vocabulary.checksum
         if found != computed:
             raise DataError(
-                f"{path}: the checksum in the file is {str(found)[:12]}..., that of its content "
+                f"{path}: the checksum in the file is {found[:12]}..., that of its content "
                 f"{computed[:12]}...: it was changed or damaged after it was written. Remedy: "
                 "write it again with build_vocabulary.py or import_dictionary.py."
             )
@@ -174,6 +176,13 @@ def _problem_of_ids(ids: tuple[str, ...]) -> str | None:
     return None
 
 
+def _problem_of_names(ids: tuple[str, ...], names: tuple[str, ...]) -> str | None:
+    for gene, name in zip(ids, names, strict=False):
+        if not isinstance(name, str):
+            return f"names must be text: gene {gene} is called {name!r}."
+    return None
+
+
 def _problem_of_medians(ids: tuple[str, ...], medians: tuple[float, ...]) -> str | None:
     wrong = [i for i, m in enumerate(medians) if not isinstance(m, float) or not 0 < m < math.inf]
     if not wrong:
@@ -184,37 +193,44 @@ def _problem_of_medians(ids: tuple[str, ...], medians: tuple[float, ...]) -> str
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+@dataclass(frozen=True)
+class _File:
+    """vocabulary.json. checksum: of all but the origin, which has its own."""
+
+    schema_version: int
+    specials: list[str]
+    feature_ids: tuple[str, ...]
+    names: tuple[str, ...]
+    medians: tuple[float, ...]
+    checksum: str
+    origin: dict[str, Any] | None = None
+
+
+_WRITE_AGAIN = (
+    "write it again with this version; Geneformer's {id: median} dictionaries become vocabularies "
+    "by data_prep/import_dictionary.py"
+)
+
+
+def _read(path: Path) -> _File:
+    if not path.exists():
         raise DataError(
             f"{path}: there is no such file. Remedy: make a vocabulary with "
             "data_prep/build_vocabulary.py or data_prep/import_dictionary.py."
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: not a readable vocabulary (JSON): {error}.") from error
-    wanted = {"schema_version", "specials", "feature_ids", "names", "medians", "checksum"}
-    missing = wanted - set(content) if isinstance(content, dict) else wanted
-    if missing:
-        raise DataError(
-            f"{path}: not a vocabulary, {', '.join(sorted(missing))} missing. Remedy: import "
-            "Geneformer's {id: median} dictionaries with data_prep/import_dictionary.py."
         )
-    strange = set(content) - wanted - {"origin"}
-    if strange:
+    content = read_json(path, _WRITE_AGAIN)
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version not in (None, SCHEMA_VERSION):
         raise DataError(
-            f"{path}: damaged, or of a later version: {', '.join(sorted(strange))} are no parts of "
-            "a vocabulary. Remedy: write it again with this version."
+            f"{path}: vocabulary schema {version!r}, this version reads {SCHEMA_VERSION}. Remedy: "
+            "write it again with this version."
         )
-    return content
+    return as_type(content, _File, path, _WRITE_AGAIN)
 
 
-def _origin_of(content: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    origin = content.get("origin")
-    if origin is None:
-        return None
-    if not isinstance(origin, dict) or origin.pop("checksum", None) != _checksum(origin):
+def _origin_of(content: _File, path: Path) -> dict[str, Any] | None:
+    origin = content.origin
+    if origin is not None and origin.pop("checksum", None) != _checksum(origin):
         raise DataError(
             f"{path}: the record of its origin does not fit its checksum: it was changed or "
             "damaged after it was written. Remedy: write it again with build_vocabulary.py."
@@ -222,22 +238,14 @@ def _origin_of(content: dict[str, Any], path: Path) -> dict[str, Any] | None:
     return origin
 
 
-def _from_content(content: dict[str, Any], path: Path) -> Vocabulary:
-    if content["schema_version"] != SCHEMA_VERSION:
+def _from_content(content: _File, path: Path) -> Vocabulary:
+    if content.specials != list(SPECIAL_TOKENS):
         raise DataError(
-            f"{path}: vocabulary schema {content['schema_version']!r}, this version reads "
-            f"{SCHEMA_VERSION}. Remedy: write it again with this version."
-        )
-    if content["specials"] != list(SPECIAL_TOKENS):
-        raise DataError(
-            f"{path}: special tokens {content['specials']}, ours are {list(SPECIAL_TOKENS)}: token "
+            f"{path}: special tokens {content.specials}, ours are {list(SPECIAL_TOKENS)}: token "
             "ids would shift. Remedy: write it again with import_dictionary.py."
         )
-    columns = [content[name] for name in ("feature_ids", "names", "medians")]
-    if not all(isinstance(column, list) for column in columns):
-        raise DataError(f"{path}: feature_ids, names and medians must be lists.")
+    origin = _origin_of(content, path)
     try:
-        ids, names, medians = (tuple(column) for column in columns)
-        return Vocabulary(ids, names, medians, _origin_of(content, path))
+        return Vocabulary(content.feature_ids, content.names, content.medians, origin)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None

@@ -19,6 +19,7 @@ from geneformer_mcore.checkpoint import folder as checkpoints
 from geneformer_mcore.errors import ConfigError, DataError
 from geneformer_mcore.exit_codes import DEFECT, FINISHED, INTERRUPTED, WRONG_INPUT
 from geneformer_mcore.io.files import holder, lock_file, replacing, unwritable, writing
+from geneformer_mcore.io.schema import as_type, read_json
 from geneformer_mcore.store.layout import VOCABULARY_FILE
 from geneformer_mcore.tokenizer.vocabulary import Vocabulary
 
@@ -152,10 +153,10 @@ class RunFolder:
 
     def _previous(self) -> dict[str, Any]:
         try:
-            previous = json.loads(self._outcome.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            path = self._outcome
+            return asdict(as_type(read_json(path, "remove it"), Outcome, path, "remove it"))
+        except DataError:
             return {}
-        return previous if isinstance(previous, dict) else {}
 
     def _write(self, outcome: Outcome) -> None:
         _replace(self._outcome, _text_of(outcome))

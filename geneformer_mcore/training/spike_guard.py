@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 from geneformer_mcore.config.sections import NonFinite, Precision, TrainConfig
-from geneformer_mcore.errors import DivergedError
+from geneformer_mcore.errors import CheckpointError, DivergedError
+from geneformer_mcore.io.schema import Count, as_type
 
 
 class TooManySkippedUpdatesError(DivergedError):
@@ -23,6 +25,13 @@ def _sigmas_above(values: deque[float], value: float) -> float:
     mean = math.fsum(values) / len(values)
     variance = math.fsum((each - mean) ** 2 for each in values) / len(values)
     return (value - mean) / max(math.sqrt(variance), 1e-12 * max(1.0, abs(mean)))
+
+
+@dataclass
+class _State:
+    skipped: Count
+    in_a_row: Count
+    recent: dict[str, list[float]]
 
 
 class SpikeGuard:
@@ -97,6 +106,9 @@ class SpikeGuard:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "recent": recent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
-        for name, values in state["recent"].items():
-            self._recent[name].extend(values)
+        """Raises CheckpointError unless `state` is of `state_dict`."""
+        remedy = "take another checkpoint"
+        found = as_type(state, _State, "the record's guard", remedy, CheckpointError)
+        self.skipped, self.in_a_row = found.skipped, found.in_a_row
+        for name, recent in self._recent.items():
+            recent.extend(found.recent.get(name, []))

@@ -173,10 +173,10 @@ def write_store(
     return manifest
 
 
-def _row_ranges(cells_of_split: dict[str, int]) -> dict[str, list[int]]:
+def _row_ranges(cells_of_split: dict[str, int]) -> dict[str, tuple[int, int]]:
     stops = np.cumsum([cells_of_split[split] for split in SPLITS]).tolist()
     return {
-        split: [stop - cells_of_split[split], stop]
+        split: (stop - cells_of_split[split], stop)
         for split, stop in zip(SPLITS, stops, strict=True)
     }
 

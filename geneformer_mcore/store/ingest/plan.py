@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.files import checksum_of, file_digest, read_sealed, replacing, write_sealed
+from geneformer_mcore.io.schema import Count, Digest, Finite, as_type
 from geneformer_mcore.store.ingest.buckets import count_buckets
 from geneformer_mcore.store.ingest.sources import InputSource, Refusal
 from geneformer_mcore.store.split.table import SplitRule
@@ -48,16 +49,16 @@ class UnitReport:
     datasets:         names of data sets, sorted
     """
 
-    sha256: str
-    offsets: list[int]
-    cells_in: int
-    cells_of_split: dict[str, int]
-    tokens: int
-    skipped: dict[str, int]
-    counts: float
-    known_counts: float
-    cells_cut: int
-    lengths: list[int]
+    sha256: Digest
+    offsets: list[Count]
+    cells_in: Count
+    cells_of_split: dict[str, Count]
+    tokens: Count
+    skipped: dict[str, Count]
+    counts: Finite
+    known_counts: Finite
+    cells_cut: Count
+    lengths: list[Count]
     datasets: list[str]
 
     @property
@@ -104,15 +105,13 @@ def write_report(folder: Path, name: str, report: UnitReport) -> None:
 
 def read_report(folder: Path, name: str) -> UnitReport | None:
     """The report of a unit that is there in full length; None if it must be done (again)."""
-    content = read_sealed(folder / f"{name}.json")
-    if content is None or set(content) != {field.name for field in fields(UnitReport)}:
-        return None
-    report = UnitReport(**content)
+    path = folder / f"{name}.json"
     try:
+        report = as_type(read_sealed(path), UnitReport, path, "do the unit again")
         size = (folder / f"{name}.arrows").stat().st_size
-    except OSError:
+    except (DataError, OSError):
         return None
-    return report if size == report.num_bytes else None
+    return report if report.offsets and size == report.num_bytes else None
 
 
 def read_sound_report(folder: Path, name: str) -> UnitReport | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from geneformer_mcore.errors import DataError
 from geneformer_mcore.io.files import checksum_of, read_sealed, whole_file
+from geneformer_mcore.io.schema import Count, Share, as_type
 from geneformer_mcore.store.keys import split_draws
 
 SPLITS = ("train", "validation", "test")
@@ -97,11 +98,11 @@ class SplitTable:
 
     policy: str
     seed: int
-    held_out_fraction: float
+    held_out_fraction: Share
     roles: Mapping[str, str]
-    cells: Mapping[str, int]
-    labels: Mapping[str, int]
-    validation_share: float = 0.5
+    cells: Mapping[str, Count]
+    labels: Mapping[str, Count]
+    validation_share: Share = 0.5
     unlisted: str = REFUSE
 
     def __post_init__(self) -> None:
@@ -177,13 +178,22 @@ class SplitTable:
                 f"{path}: not a whole split.json, or changed since it was written. Remedy: make it "
                 "again with data_prep/make_split.py."
             )
-        if content["version"] != VERSION:
+        if content.get("version") != VERSION:
             raise DataError(
-                f"{path}: version {content['version']!r} of split.json, this program reads "
+                f"{path}: version {content.get('version')!r} of split.json, this program reads "
                 f"{VERSION}. Remedy: make it again with data_prep/make_split.py."
             )
-        table: dict[str, Any] = content["table"]
-        return cls(**{name: table[name] for name in (field.name for field in fields(cls))})
+        return as_type(content, _File, path, "make it again with data_prep/make_split.py").table
+
+
+@dataclass(frozen=True)
+class _File:
+    """split.json without its checksum. counted: for people."""
+
+    format: str
+    version: int
+    counted: dict[str, Any]
+    table: SplitTable
 
 
 def _problem(table: SplitTable) -> str | None:

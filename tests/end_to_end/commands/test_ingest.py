@@ -191,12 +191,12 @@ def test_a_split_by_data_set(
     SplitTable("card", 0, 0.5, roles, cells, {}).save(tmp_path / "split.json")
     SplitTable("card", 0, 0.5, {"b": "test"}, {"b": CELLS_B}, {}).save(tmp_path / "less.json")
     assert command("--out", "s", "--split", "split.json", *files).returncode == 0
-    rows = {"train": [0, 400], "validation": [400, 400], "test": [400, 900]}
+    rows = {"train": (0, 400), "validation": (400, 400), "test": (400, 900)}
     assert sound(tmp_path / "s").rows == rows
     # A data set without a role is refused before any work.
     printed = refused("--out", "t", "--split", "less.json", *files).stderr
     assert re.search(r"refused: \S+/a\.h5ad: the split names 1 data sets, and ", printed)
-    assert Manifest.load(tmp_path / "t").rows["test"] == [0, CELLS_B]
+    assert Manifest.load(tmp_path / "t").rows["test"] == (0, CELLS_B)
 
 
 def test_parts_at_once_then_the_whole(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from geneformer_mcore.convert import hf_keys, token_rows
+from geneformer_mcore.convert import hf_folder, hf_keys, token_rows
 from geneformer_mcore.convert.hf_folder import WEIGHTS, read_weights
 from geneformer_mcore.errors import CheckpointError, DataError
 
@@ -143,3 +143,33 @@ def test_what_is_no_such_file_is_refused(content: bytes, tmp_path: Path) -> None
     (tmp_path / WEIGHTS).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"not a safetensors file .* Remedy: fetch it again"):
         read_weights(tmp_path)
+
+
+UNPLAIN = {
+    "sparse": torch.eye(2).to_sparse(),
+    "without content": torch.empty(2, device="meta"),
+    "complex": torch.zeros(2, dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize("tensor", UNPLAIN.values(), ids=UNPLAIN)
+def test_tensors_that_are_no_plain_numbers_are_refused(
+    tensor: torch.Tensor, tmp_path: Path
+) -> None:
+    torch.save({"w": tensor}, tmp_path / "m.bin")
+    with pytest.raises(CheckpointError, match=r"w must be a plain tensor of real numbers.*Remedy"):
+        hf_folder.read_state_dict(tmp_path / "m.bin")
+
+
+def test_what_transformers_must_rewrite_is_named(tmp_path: Path) -> None:
+    """Weights in several files, whole numbers for weights, and names of old versions."""
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"cut into several files.*save_pretrained"):
+        hf_folder.weights_file(tmp_path)
+    old = {"LayerNorm.gamma": torch.zeros(2)}
+    with pytest.raises(CheckpointError, match="gamma and beta are its old names"):
+        hf_keys.check_shapes(old, {"LayerNorm.weight": (2,)})
+    with pytest.raises(CheckpointError, match=r"1 not of floating point: w \(torch\.int64\)"):
+        hf_keys.check_shapes({"w": torch.zeros(2, dtype=torch.int64)}, {"w": (2,)})
+    with pytest.raises(CheckpointError, match="1,000,000 layers has more tensors than the 1 "):
+        hf_keys.check_layers(1_000_000, old)

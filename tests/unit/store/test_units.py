@@ -271,7 +271,7 @@ def test_histograms_give_what_the_values_give(lengths: list[int]) -> None:
 def test_reports_of_no_cell_in_bins_and_of_skipped_cells() -> None:
     assert _median(np.zeros(5, int)) == _reached(np.zeros(5, int), 0.5) == 0
     cells = np.arange(2049)
-    width, binned = (_binned(cells)[name] for name in ("bin_tokens", "cells"))
+    width, binned = _binned(cells).bin_tokens, _binned(cells).cells
     assert (sum(binned), len(binned) <= 128) == (cells.sum(), True)
     assert binned[1] == cells[width : 2 * width].sum()
     summed = sum_skipped([{"b": 1}, {}, {"a": 2, "b": 3}])

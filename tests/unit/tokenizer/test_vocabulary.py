@@ -53,7 +53,7 @@ def test_checksum_depends_on_every_part() -> None:
         ("feature_ids", ["b", "a"], "sorted"),
         ("specials", ["[PAD]", "[CLS]"], "special tokens"),
         ("schema_version", 99, "schema 99"),
-        ("medians", "many", "must be lists"),
+        ("medians", "many", "must be a list"),
     ],
 )
 def test_changed_file_is_refused(tmp_path, place, value, message) -> None:

@@ -97,6 +97,13 @@ def test_round_trip_and_unknown_format(tmp_path: Path) -> None:
         Record.load(tmp_path)
 
 
+@pytest.mark.parametrize("config", ["a: [", "- 1", "", "a: 1", "&a {x: *a}", "a: {x: &b [*b]}"])
+def test_settings_that_are_none_are_refused(config: str, tmp_path: Path) -> None:
+    recorded(replace(RECORDED.identity, config=config)).save(tmp_path)
+    with pytest.raises(CheckpointError, match=r"record\.json: identity\.config: .*Remedy: take"):
+        Record.load(tmp_path)
+
+
 def test_a_value_behind_an_interpolation_must_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_seed(seed: str) -> Identity:
         monkeypatch.setenv("RUN_SEED", seed)
@@ -123,8 +130,21 @@ def described(path: str = "a.distcp", **entries: Any) -> descriptions.Metadata:
     tensor = descriptions.TensorStorageMetadata(properties, torch.Size([3]), [])
     return descriptions.Metadata(
         state_dict_metadata={"w": tensor, **entries},
-        storage_data={index: filesystem._StorageInfo(path, 0, 8)},
+        storage_data={index: filesystem._StorageInfo(path, 0, 7)},
     )
+
+
+def larger_than_its_file() -> descriptions.Metadata:
+    metadata = described()
+    metadata.state_dict_metadata["w"].size = torch.Size([1 << 30])  # type: ignore[union-attr]
+    return metadata
+
+
+def beyond_its_file() -> descriptions.Metadata:
+    metadata = described()
+    (index,) = metadata.storage_data
+    metadata.storage_data[index] = filesystem._StorageInfo("a.distcp", 1 << 40, 7)
+    return metadata
 
 
 def write(folder: Path, content: Any) -> Path:
@@ -172,6 +192,8 @@ NO_PICKLES = (b"", b"\x80", b"nonsense", pickle.dumps(described())[:-20])
         (described("/etc/passwd"), "is no file of it"),
         (described("missing.distcp"), "is no file of it"),
         (described(x=descriptions.BytesStorageMetadata()), "asks for .*BytesStorageMetadata"),
+        (larger_than_its_file(), r"w is larger than its files: \[1073741824"),
+        (beyond_its_file(), r"a\.distcp ends before a part of w"),
         ({"w": 1}, "describes no checkpoint"),
         *((content, "is not what this program writes") for content in NO_PICKLES),
     ],
