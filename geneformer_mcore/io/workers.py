@@ -119,11 +119,13 @@ def memory_bytes() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     limits += [soft] if soft != resource.RLIM_INFINITY else []
     with suppress(OSError, IndexError):
-        group = Path("/proc/self/cgroup").read_text().splitlines()[-1].split(":", 2)[2]
+        group = (
+            Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()[-1].split(":", 2)[2]
+        )
         here = Path("/sys/fs/cgroup") / group.lstrip("/")
         for folder in (here, *here.parents):
             with suppress(OSError, ValueError):  # "max", or no file: no limit
-                limits.append(int((folder / "memory.max").read_text()))
+                limits.append(int((folder / "memory.max").read_text(encoding="utf-8")))
     return min(limits)
 
 

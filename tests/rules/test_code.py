@@ -177,4 +177,6 @@ def _is_of_text(call: ast.Call) -> bool:
     mode = words[0].value if words and isinstance(words[0], ast.Constant) else None
     is_mode = isinstance(mode, str) and re.fullmatch("[rawx][+t]*", mode)
     is_text = any(keyword.arg in ("text", "universal_newlines") for keyword in call.keywords)
-    return name in ("read_text", "write_text") or bool(name == "open" and is_mode) or is_text
+    # read_text(path) is a function of ours, which names the encoding itself.
+    is_path = name == "write_text" or (name == "read_text" and not call.args)
+    return is_path or bool(name == "open" and is_mode) or is_text
