@@ -27,9 +27,14 @@ class Plan:
     hold_steps: int
 
 
-def plan(config: Config, world_size: int) -> Plan:
-    """The plan of `config` on `world_size` ranks. Raises ConfigError listing every problem."""
+def plan(config: Config, world_size: int, trains: bool = True) -> Plan:
+    """The plan of `config` on `world_size` ranks. Raises ConfigError listing every problem.
+
+    trains: false for the use of a model: one that was converted names no store
+    """
     problems = [*_ranges(config), *_model(config), *_layout(config, world_size), *_finetune(config)]
+    if trains and not config.data.store.strip():
+        problems.append("data.store must name a folder, and is empty.")
     if problems:
         raise ConfigError("\n".join(problems))
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
@@ -66,9 +71,8 @@ def _ranges(config: Config) -> Iterator[str]:
             "data.mask_fractions are three shares that sum to 1 ([MASK], random gene, unchanged), "
             f"and are {list(fractions)}."
         )
-    for name, path in (("run.dir", config.run.dir), ("data.store", config.data.store)):
-        if not path.strip():
-            yield f"{name} must name a folder, and is empty."
+    if not config.run.dir.strip():
+        yield "run.dir must name a folder, and is empty."
     yield from _source(config)
     optim = config.optim
     if optim.min_lr > optim.lr:

@@ -157,10 +157,10 @@ def _check_budget(tokens: int, seq_length: int) -> None:
 def _join(pretrained: Pretrained, here: torch.device) -> Topology:
     parallel = pretrained.config.parallel
     if torch.distributed.is_initialized():
-        plan(pretrained.config, torch.distributed.get_world_size())
+        plan(pretrained.config, torch.distributed.get_world_size(), trains=False)
         return groups.build_groups(parallel, WAIT_S)
     meeting = groups.meet(parallel)
-    plan(pretrained.config, meeting.world_size)
+    plan(pretrained.config, meeting.world_size, trains=False)
     return groups.join(meeting, here, parallel, WAIT_S)
 
 

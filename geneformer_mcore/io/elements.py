@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import h5py
 
@@ -137,7 +136,7 @@ def _place(address: str) -> str:
     scheme, _, rest = address.rpartition("://")
     if scheme not in ("", "file"):
         return f"{scheme}://{posixpath.normpath(rest)}"
-    return os.path.realpath(unquote(rest) if scheme else address)
+    return os.path.realpath(rest if scheme else address)  # TileDB quotes nothing in it.
 
 
 def _is_in(place: str, root: str) -> bool:

@@ -289,7 +289,7 @@ def test_wrong_input(model: Trained, tmp_path: Path) -> None:
         "must end in .h5ad or .npy": f"--output {tmp_path}/b.csv",
         "must end in .csv": f"--gene-embeddings {tmp_path}/genes.h5ad",
         "no such file": "--input no.h5ad",
-        "lie in other files: /uns/far": f"--input {tmp_path}/linked.h5ad",
+        "these are elsewhere: /uns/far (a link)": f"--input {tmp_path}/linked.h5ad",
         "0 of 725 genes": f"--input {tmp_path}/strange.h5ad",
         "counts": f"--input {tmp_path}/normalised.h5ad",
         "--counts-layer": "--counts-layer nothing",

@@ -344,7 +344,7 @@ def test_wrong_input(model: Trained, asked: Asked, tmp_path: Path) -> None:
     }
     for text, file, content in (
         ("there is no group", "empty.json", "{}"),
-        ('must be {"group"', "list.json", '["a"]'),
+        ('JSON {"group": ["gene"', "list.json", '["a"]'),
         ("line 1: there is no tab", "strange.gmt", "NOT1 NOT2\n"),
         ("group g: 1 of 1 genes", "unknown.json", '{"g": ["NOT1"]}'),
     ):

@@ -30,6 +30,8 @@ ASKED = [NAMES.single(NUM_SPECIALS + number) for number in range(NUM_GENES)]
 class Many:
     """Cells of one gene each. Stands in for ChosenCells."""
 
+    rows_N = np.arange(NUM_CELLS)
+
     def __len__(self) -> int:
         return NUM_CELLS
 

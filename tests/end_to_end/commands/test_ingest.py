@@ -225,7 +225,7 @@ def test_parts_at_once_then_the_whole(
         ("--part 3/3", "0 <= I < N"),
         ("--part x", "0 <= I < N"),
         ("--part 0/2 --report r", "--report goes with"),
-        ("--workers 0", "at least 1 worker"),
+        ("--workers 0", "must be 1 or more"),
         ("--split missing.json", "missing.json: there is no such file"),
         ("--report /proc/x", "/proc/x/report.json: cannot be written"),
     ],

@@ -103,9 +103,9 @@ def places(store: Path, h5ad: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """What the commands work on."""
     folder = tmp_path_factory.mktemp("outputs")
     steps = (f"data.store={store}", "train.steps=1", "train.validate_every_steps=0")
-    forked.check(folder / "run", [*steps])
+    forked.Run(folder / "run", steps).check()
     tune = ("--label=cell_type", f"--checkpoint={folder / 'run'}")
-    forked.check(folder / "tuned", [*steps, *tune], command="finetune")
+    forked.Run(folder / "tuned", (*steps, *tune)).check(command="finetune")
     weights = plain_bert.random_weights(2, 32, 64, NUM_GENES + 2, 100)
     conversions.write_hf(folder / "hf", weights, 2)
     known = Vocabulary.load(store / "vocabulary.json")

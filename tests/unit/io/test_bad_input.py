@@ -227,9 +227,12 @@ REFUSED: dict[str, tuple[Make, list[str]]] = {
     # Genes
     "another species": (
         genes(MICE),
-        [r"0 of 20 genes \(0\.0%\)", MICE[0], gene_id(0), "least 10%"],
+        [r"0 of 20 genes .*: 0\.0% of its genes", MICE[0], gene_id(0), "least 10%"],
     ),
-    "few known ids": (genes(FEW_KNOWN), [r"1 of 20 genes \(5\.0%\)", "--allow-low-overlap"]),
+    "few known ids": (
+        genes(FEW_KNOWN),
+        [r"1 of 20 genes .*: 5\.0% of its genes", "--allow-low-overlap"],
+    ),
     "no ids": (replaced("var/_index", [""] * NUM_GENES), ["0 of 0 genes", "all blank"]),
     "symbols without a table": (genes(SYMBOLS), ["SYM0", "--symbols FILE or.*GENEFORMER_GENCODE"]),
     "numbers for genes": (genes(list(map(str, range(NUM_GENES)))), ["0 of 20 genes"]),

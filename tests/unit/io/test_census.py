@@ -343,7 +343,7 @@ def test_an_experiment_that_changed_is_noticed(plan, fetching) -> None:
     shorter = replace(plan.units[0], last=plan.units[0].last - 1)
     assert fetch_units(fetching, [shorter]).wrong == [
         "a.0000: the Census gives 9 cells, the plan says 10: it is another one now. Remedy: a new "
-        "--out."
+        "`out=`."
     ]
     assert not list(fetching.folder.glob("*.h5ad"))
 

@@ -126,7 +126,7 @@ def ends_and_goes_on(inputs, tmp_path, patch, kept, kind, message) -> Manifest:
         (ConnectionResetError("reset by peer"), NetworkError, "a.h5ad: X: the network failed"),
         (numbered(errno.EIO), ExternalIOError, "a.h5ad: X: reading failed.*Input/output error"),
         (numbered(errno.ENOSPC), ExternalIOError, "a.h5ad: X: reading failed.*No space left"),
-        (MemoryError(), LostWorkerError, "not enough memory .*a.h5ad.* fewer --workers"),
+        (MemoryError(), LostWorkerError, "not enough memory .*a.h5ad.* fewer `workers=`"),
     ],
     ids=str,
 )

@@ -134,7 +134,7 @@ def test_choices_that_are_impossible_or_just_possible() -> None:
         choose_roles(table, "smallest-first", 0.5, test_datasets=["gut"])
     # The fraction that a message names is enough.
     table = table_of(a=9_000, b=1_234)
-    with pytest.raises(DataError, match=r"Remedy: --held-out-fraction 0\.1206"):
+    with pytest.raises(DataError, match=r"Remedy: `held_out_fraction=0\.1206`"):
         choose_roles(table, "card", 0.01)
     assert choose_roles(table, "card", 0.1206, allow_incomplete=True)["b"] == "held-out"
 
@@ -149,7 +149,7 @@ def test_split_of_a_table() -> None:
 
 def test_the_card_requires_a_data_set_for_test_alone_and_every_covered_column() -> None:
     two = table_of(big=900, small=100)
-    with pytest.raises(DataError, match=r"of 2 data sets only 1 .*\(small, 100 of 100 .*--test-da"):
+    with pytest.raises(DataError, match=r"of 2 data sets only 1 .*\(small, 100 of 100 .*`test_da"):
         choose_roles(two, "card", 0.1)
     roles = {"big": "train", "small": "held-out"}
     assert choose_roles(two, "card", 0.1, allow_incomplete=True) == roles
