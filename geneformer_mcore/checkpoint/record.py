@@ -207,7 +207,7 @@ def _flat(text: str) -> dict[str, Any]:
 def settings_in(text: str) -> dict[str, dict[str, Any]]:
     """{section: {key: value}} of a recorded config. CheckpointError if it is not such."""
     try:
-        sections = plain_yaml.values(text) or {}
+        sections = plain_yaml.values(text)
     except (yaml.YAMLError, ValueError) as error:
         why = " ".join(str(error).split())
         raise CheckpointError(f"the settings are no YAML: {why}. Remedy: {_REMEDY}.") from None

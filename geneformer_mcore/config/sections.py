@@ -246,14 +246,14 @@ class TrainConfig:
     deterministic: bool = False
     """Allow deterministic kernels only. On a GPU that costs speed; a CPU is bitwise anyway."""
     non_finite: NonFinite = NonFinite.stop
-    """stop: end the run with exit code 2. skip: skip the update, and log it in skipped.jsonl."""
+    """stop: end the run with exit code 1. skip: skip the update, and log it in skipped.jsonl."""
     spike_sigma: float = 0.0
     """Skip an update whose loss or gradient norm is more than so many standard deviations above
     the mean of the last `spike_window` updates. 0 skips none."""
     spike_window: int = 128
     """Updates that define a spike; there is none before so many were made."""
     max_skips: int = 10
-    """Updates that may be skipped in a row; one more ends the run with exit code 2."""
+    """Updates that may be skipped in a row; one more ends the run with exit code 1."""
     profile_steps: int = 0
     """Steps of each start, after its first three, of which rank 0 writes a trace into profile/ of
     the run directory. They are slow. 0 writes none."""

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from geneformer_mcore.distributed.guard import is_stopped
@@ -64,13 +65,14 @@ class Launcher:
             return
         arguments = [str(os.getpid()), str(self._pid), str(limit_s)]
         # A session of its own: Ctrl-C and Ctrl-Z are not for it.
-        self._guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(GUARD), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with suppress(OSError):  # no process more: without a guard
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(GUARD), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
 
     def release(self) -> None:
         """End the guard."""

@@ -192,13 +192,15 @@ def _lives(pid: int) -> bool:
 
 def _keep(staged: dict[Path, Path], error: BaseException) -> None:
     """Keeps what is whole, and has `error` say so."""
-    with suppress(OSError):
-        for path, partial in staged.items():
+    kept = []
+    for path, partial in staged.items():
+        with suppress(OSError):
             os.replace(partial, _kept(path))
-    said = f"Kept until the next start: {', '.join(str(_kept(path)) for path in staged)}."
-    if staged and isinstance(error, GeneformerError):
+            kept.append(str(_kept(path)))
+    said = f"Kept until the next start: {', '.join(kept)}."
+    if kept and isinstance(error, GeneformerError):
         error.args = (f"{error.args[0]} {said}",)
-    elif staged:
+    elif kept:
         error.add_note(said)
 
 

@@ -53,21 +53,23 @@ def ended(
     """Do `work`; rank 0 always writes its exit code and reason into outcome.json."""
     folder = RunFolder(config.run.dir)
     interruption.end_by(partial(_end_stuck, folder), config.parallel.timeout_s)
+    lost: tuple[type[LostRankError], ...] = ()
     try:
         with interruption.raising(_NOTHING_DONE):
             if environment("RANK", 0) == 0:
                 folder.open()
             # Imported late, so that a wrong setting is reported at once.
-            from geneformer_mcore.distributed.watchdog import LostRankError, Watchdog
+            from geneformer_mcore.distributed import watchdog
 
-            with Watchdog(config.parallel.timeout_s, partial(_end_lost, folder)) as watch:
+            lost, limit_s = (watchdog.LostRankError,), config.parallel.timeout_s
+            with watchdog.Watchdog(limit_s, partial(_end_lost, folder)) as watch:
                 code, reason = work(folder, watch)
     except Interrupted as stop:
         code, reason = INTERRUPTED, str(stop)
         _tell_of_interruption(code, reason)
     except GeneformerError as error:
         code, reason = report_error(error), str(error)
-    except LostRankError as error:
+    except lost as error:
         code, reason = error.code, str(error)
         _tell_of_loss(folder, error)
     except BaseException as error:

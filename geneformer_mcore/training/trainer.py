@@ -65,9 +65,10 @@ def train(
     watch.doing("waiting for the other ranks")
     backstop_s = 60 + config.parallel.timeout_s + config.checkpoint.deadline_s
     topology = groups.start(here, config.parallel, watch, backstop_s)
+    # Readers of checkpoints would take an exception for damage: from here on signals are noted.
+    interruption.note_only()
     run = setup.prepare(config, text, plan, folder, task, here, topology, watch)
     folder.step = run.step
-    interruption.note_only()
     try:
         code, reason = train_loop(run, interruption)
     finally:

@@ -130,7 +130,7 @@ def save(root: Path, step: int) -> None:
     device.start(threads=1)
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     run = toy.make("model.num_layers=1")
-    record = Record(step, 0, {}, Identity("", {}, "", ""), {}, {}, {})
+    record = Record(step, 0, {}, Identity("run: {}", {}, "", ""), {}, {}, {})
     # strace counts calls per thread: here one thread makes them all, in the same order.
     manager._Caught.start = manager._Caught.run  # type: ignore[method-assign]
     saver = manager.CheckpointManager(

@@ -33,7 +33,7 @@ def saver_of(
 
 
 def record(step: int, val_loss: float | None = None) -> Record:
-    return Record(step, 16 * step, {}, Identity("", {}, "", ""), {}, {}, {}, val_loss)
+    return Record(step, 16 * step, {}, Identity("run: {}", {}, "", ""), {}, {}, {}, val_loss)
 
 
 def error_of(saver: manager.CheckpointManager, run: toy.Toy, step: int) -> str:
