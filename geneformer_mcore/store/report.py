@@ -84,7 +84,8 @@ def report_source(source: InputSource, units: Sequence[UnitReport]) -> SourceRep
         cells_in=source.num_cells,
         cells_stored=cells,
         skipped=sum_skipped(unit.skipped for unit in units),
-        counts_covered=sum(unit.known_counts for unit in units) / counts if counts else 0.0,
+        # Sums of scaled counts are rounded.
+        counts_covered=min(1.0, sum(u.known_counts for u in units) / counts) if counts else 0.0,
         cells_cut=sum(unit.cells_cut for unit in units),
         tokens_mean=tokens / cells if cells else 0.0,
         tokens_median=_median(lengths),
